@@ -1,0 +1,132 @@
+"""A tiny model, two tokenizers, a task and a rollout factory, all built in code: no downloads."""
+
+import os
+
+# Before any import that reads them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from trl_selfplay.rollouts import Rollout, hash_prompt
+
+SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+WORDS = [*map(str, range(10)), "+", "=", "?", "Q", "A", "yes", "no", "so"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a word, for completions that people can read. 21 tokens; padding on the left."""
+    words = [*SPECIAL_TOKENS.values(), *WORDS]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **SPECIAL_TOKENS)
+
+
+@pytest.fixture
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, so that any text round-trips and é spans two tokens. 259 tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **SPECIAL_TOKENS)
+
+
+@pytest.fixture
+def chat_tokenizer(byte_tokenizer) -> PreTrainedTokenizerFast:
+    """The byte tokenizer with a chat template; each turn ends with EOS."""
+    byte_tokenizer.chat_template = CHAT_TEMPLATE
+    return byte_tokenizer
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., LlamaForCausalLM]:
+    """Build a random Llama in float32: `tiny_model(tokenizer, seed=0, **config_changes)`."""
+
+    def build(
+        tokenizer: PreTrainedTokenizerBase, seed: int = 0, **changes: Any
+    ) -> LlamaForCausalLM:
+        settings: dict[str, Any] = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).float()
+
+    return build
+
+
+@pytest.fixture
+def saved_tiny_model(tmp_path, tiny_model, word_tokenizer) -> Path:
+    """A folder with a tiny model and its tokenizer, to be loaded by its path."""
+    folder = tmp_path / "tiny-model"
+    tiny_model(word_tokenizer).save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def sums() -> Callable[..., Dataset]:
+    """Build `num_rows` additions of digits, all different up to 100: columns prompt, solution."""
+
+    def build(num_rows: int = 16, first: int = 0) -> Dataset:
+        pairs = [divmod(i, 10) for i in range(first, first + num_rows)]
+        return Dataset.from_list(
+            [{"prompt": f"Q {b} + {a} = ?", "solution": str((a + b) % 10)} for a, b in pairs]
+        )
+
+    return build
+
+
+@pytest.fixture
+def make_rollout() -> Callable[..., Rollout]:
+    """Build a finished, graded and correct rollout; name what shall differ."""
+
+    def build(**changes: Any) -> Rollout:
+        fields: dict[str, Any] = {
+            "round_index": 0,
+            "phase": "train",
+            "prompt_id": hash_prompt("Q 1 + 2 = ?", "3"),
+            "sample_index": 0,
+            "prompt_ids": (16, 4, 13, 5, 14, 15),
+            "completion_ids": (20, 6, 1),
+            "prompt": "Q 1 + 2 = ?",
+            "completion": "so 3",
+            "finish": "eos",
+            "reward": 1.0,
+            "rewards": (1.0,),
+        }
+        if "reward" in changes and "rewards" not in changes:
+            fields["rewards"] = (changes["reward"],)
+        return Rollout(**{**fields, **changes})
+
+    return build

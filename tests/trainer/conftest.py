@@ -1,0 +1,86 @@
+"""A STaR run small enough for a second: a tiny model, a dozen sums, a reward it often meets."""
+
+import pytest
+from transformers import TrainerCallback
+
+from trl_selfplay import STaRConfig, STaRTrainer
+from trl_selfplay.weights import trainable_parameters
+
+
+def contains_solution(completions, solution, **kwargs):
+    """A reward that a random model meets now and then: the answer is among the words."""
+    return [float(s in c.split()) for c, s in zip(completions, solution, strict=True)]
+
+
+class Recorder(TrainerCallback):
+    """Keeps what only exists at one moment: weights and optimizer as a round's training begins."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int | None]] = []
+        self.weights_at_train_begin = []
+        self.weights_at_train_end = []
+        self.optimizer_states = []
+        self.logs = []
+
+    @staticmethod
+    def copy(model):
+        return {n: p.detach().clone() for n, p in trainable_parameters(model).items()}
+
+    def on_round_begin(self, args, state, control, round_index, **kwargs):
+        self.events.append(("round_begin", round_index))
+
+    def on_round_end(self, args, state, control, round_index, **kwargs):
+        self.events.append(("round_end", round_index))
+
+    def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
+        self.events.append(("train_begin", None))
+        self.weights_at_train_begin.append(self.copy(model))
+        self.optimizer_states.append(len(optimizer.state))
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        self.events.append(("train_end", None))
+        self.weights_at_train_end.append(self.copy(model))
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append({**logs, "step": state.global_step})
+
+
+@pytest.fixture
+def build_star(tmp_path, tiny_model, word_tokenizer, sums):
+    """Return a function that builds a STaRTrainer; keywords that are fields go to the config."""
+
+    def build(folder="run", *, model=None, train_dataset=None, **changes):
+        fields = STaRConfig.__dataclass_fields__
+        settings = {
+            "num_rounds": 2,
+            "num_generations": 4,
+            "temperature": 1.0,
+            "max_completion_length": 8,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": [],
+            "disable_tqdm": True,
+            "activation_checkpointing": False,
+            "use_cpu": True,
+        }
+        settings |= {k: v for k, v in changes.items() if k in fields}
+        arguments = {
+            "reward_funcs": contains_solution,
+            "processing_class": word_tokenizer,
+            **{k: v for k, v in changes.items() if k not in fields},
+        }
+        return STaRTrainer(
+            tiny_model(word_tokenizer) if model is None else model,
+            STaRConfig(str(tmp_path / folder), **settings),
+            train_dataset=sums(12) if train_dataset is None else train_dataset,
+            **arguments,
+        )
+
+    return build
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()

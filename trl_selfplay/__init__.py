@@ -1,0 +1,36 @@
+"""Self-play trainers on TRL. Names are imported when they are first used.
+
+In: nothing; `import trl_selfplay` loads neither torch nor TRL. Out: the public names of `__all__`.
+What isn't in `__all__` may change.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl_selfplay.rollouts import Rollout
+    from trl_selfplay.rounds import EmptyRoundError
+    from trl_selfplay.trainer.star_config import STaRConfig
+    from trl_selfplay.trainer.star_trainer import STaRTrainer
+
+__version__ = "0.1.0"
+__all__ = ["EmptyRoundError", "Rollout", "STaRConfig", "STaRTrainer", "__version__"]
+
+_MODULE_OF = {
+    "EmptyRoundError": "trl_selfplay.rounds",
+    "Rollout": "trl_selfplay.rollouts",
+    "STaRConfig": "trl_selfplay.trainer.star_config",
+    "STaRTrainer": "trl_selfplay.trainer.star_trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

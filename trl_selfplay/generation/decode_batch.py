@@ -1,0 +1,346 @@
+"""Rows that are decoded together: one cache, one token a row and step, finished rows leave.
+
+In: requests, the model and how it may be fed. Out: `(request index, SampledCompletion)` as rows
+finish. Nothing here chooses which rows go together; transformers_sampler.py does.
+"""
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from trl_selfplay.generation.model_traits import ModelTraits, input_device
+from trl_selfplay.generation.random_streams import gumbel_noise, token_words
+from trl_selfplay.generation.sampler import SampledCompletion, SampleRequest, SamplingOptions
+from trl_selfplay.generation.stop_strings import StopStringScanner
+from trl_selfplay.generation.token_filters import filter_logits
+from trl_selfplay.rollouts import Finish
+
+# Dropping rows copies the cache once, about what two steps of its growth cost; at this share of
+# finished rows the steps that follow repay it soon.
+_DROP_SHARE = 1 / 8
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """Tokens that every prompt begins with, and the cache of one row that holds them."""
+
+    token_ids: tuple[int, ...]
+    cache: DynamicCache
+
+
+@dataclass(slots=True)
+class _Row:
+    request_index: int
+    stream_key: int
+    limit: int
+    completion_ids: list[int] = field(default_factory=list)
+    scanner: StopStringScanner | None = None
+    is_finished: bool = False
+
+
+class CausalForward:
+    """One model's forward pass, cut down to the next token's logits.
+
+    Args:
+        model: Unwrapped, in eval mode.
+        traits: Of this model.
+        autocast: Makes the context of each forward (mixed precision), or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        traits: ModelTraits,
+        autocast: Callable[[], AbstractContextManager[Any]] | None,
+    ) -> None:
+        self.model = model
+        self.traits = traits
+        self.device = input_device(model)
+        self._autocast = autocast
+
+    def new_cache(self) -> DynamicCache:
+        """Return an empty cache with the layers that this model needs."""
+        return DynamicCache(config=self.model.config)
+
+    def next_logits(
+        self,
+        input_ids: torch.Tensor,
+        cache: DynamicCache,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Feed (B, S) tokens into the cache and return the last position's logits, float32 (B, V).
+
+        Raises:
+            RuntimeError: The model didn't use the cache.
+        """
+        kwargs: dict[str, Any] = {}
+        if self.traits.takes_position_ids:
+            kwargs["position_ids"] = position_ids
+        if self.traits.takes_logits_to_keep:
+            kwargs["logits_to_keep"] = 1
+        expected = cache.get_seq_length() + input_ids.shape[1]
+        with ExitStack() as stack:
+            if self._autocast is not None:
+                stack.enter_context(self._autocast())
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=True,
+                **kwargs,
+            )
+        if cache.get_seq_length() != expected:
+            raise RuntimeError(
+                f"{type(self.model).__name__} left {cache.get_seq_length()} tokens in its cache "
+                f"where {expected} were expected, so later tokens would be wrong. Its forward must "
+                "fill the `past_key_values` that it is given."
+            )
+        return outputs.logits[:, -1].float()
+
+
+class TokenChooser:
+    """Picks the next token of each row: greedy, or by Gumbel noise over the filtered logits.
+
+    Args:
+        options: Of all rows.
+        token_ids: Ids that the tokenizer has. Others within the logits' width (padding of the
+            embedding) are never chosen, unless they end a completion.
+    """
+
+    def __init__(self, options: SamplingOptions, token_ids: Collection[int]) -> None:
+        self._options = options
+        self._allowed = {*token_ids, *options.eos_token_ids}
+        self._excluded: torch.Tensor | None = None
+        self._words: torch.Tensor | None = None
+
+    def choose(
+        self, logits: torch.Tensor, keys: Sequence[int], step: int, seen: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return token ids (B,), -1 where the logits are NaN, and log-probs (B,) if asked for."""
+        options = self._options
+        if self._words is None or self._excluded is None:
+            vocab_size = logits.shape[1]
+            self._words = token_words(vocab_size, logits.device)
+            excluded = sorted(set(range(vocab_size)) - self._allowed)
+            self._excluded = torch.tensor(excluded, dtype=torch.long).to(logits.device)
+        if self._excluded.numel() > 0:
+            logits.index_fill_(1, self._excluded, -torch.inf)
+        logits = filter_logits(logits, options, seen)
+        if options.temperature == 0.0:
+            scores = logits
+        else:
+            scores = gumbel_noise(self._words, keys, step).add_(logits)
+        best, tokens = scores.max(dim=-1)
+        logprobs = None
+        if options.return_logprobs:
+            logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        return tokens.masked_fill(best.isnan(), -1), logprobs
+
+
+class DecodeBatch:
+    """The state of rows that decode together; lives for one batch.
+
+    Args:
+        requests: `(index, request)` of each row; rows with equal prompts stand together.
+        forward: The model.
+        chooser: Of the same options.
+        options: Of all rows.
+        tokenizer: Decodes the text that stop strings are searched in.
+        pad_token_id: Fills the left of shorter prompts; masked.
+        prefix: What every prompt begins with, or None.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[tuple[int, SampleRequest]],
+        forward: CausalForward,
+        chooser: TokenChooser,
+        options: SamplingOptions,
+        tokenizer: PreTrainedTokenizerBase,
+        pad_token_id: int,
+        prefix: SharedPrefix | None,
+    ) -> None:
+        self._forward = forward
+        self._chooser = chooser
+        self._options = options
+        self._eos_token_ids = frozenset(options.eos_token_ids)
+        self._context_length = forward.traits.context_length
+        self._rows = [self._build_row(index, request, tokenizer) for index, request in requests]
+        self._step = 0
+        self._seen: torch.Tensor | None = None
+        self._logprobs: torch.Tensor | None = None
+        self._tokens: torch.Tensor | None = None  # chosen, and not yet fed to the model
+        self._prefill([request.prompt_ids for _, request in requests], pad_token_id, prefix)
+
+    def _build_row(
+        self, index: int, request: SampleRequest, tokenizer: PreTrainedTokenizerBase
+    ) -> _Row:
+        limit = self._options.max_completion_length
+        if self._context_length is not None:
+            limit = min(limit, self._context_length - len(request.prompt_ids))
+        stops = self._options.stop_strings
+        scanner = StopStringScanner(tokenizer, stops) if stops else None
+        return _Row(index, request.stream_key, limit, scanner=scanner)
+
+    def _prefill(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        pad_token_id: int,
+        prefix: SharedPrefix | None,
+    ) -> None:
+        """Run the prompts, each distinct one once if the model allows it."""
+        device = self._forward.device
+        if self._forward.traits.shares_prompts:
+            distinct = list(dict.fromkeys(prompts))
+        else:
+            distinct = list(prompts)
+        prefix_length = len(prefix.token_ids) if prefix is not None else 0
+        rests = [prompt[prefix_length:] for prompt in distinct]
+        width = max(map(len, rests))
+        pads = [width - len(rest) for rest in rests]
+        input_ids = torch.tensor(
+            [[pad_token_id] * pad + list(rest) for pad, rest in zip(pads, rests, strict=True)]
+        ).to(device)  # (U, width)
+        # Room for the completion: a step looks at a slice, nothing is concatenated.
+        total = prefix_length + width + self._options.max_completion_length
+        mask = torch.ones((len(rests), total), dtype=torch.long)
+        for row, pad in enumerate(pads):
+            mask[row, prefix_length : prefix_length + pad] = 0
+        self._length = prefix_length + width
+        positions = (mask[:, : self._length].cumsum(dim=1) - 1).clamp_(min=0)[:, prefix_length:]
+        self._mask = mask.to(device) if any(pads) else None
+        if prefix is None:
+            self._cache = self._forward.new_cache()
+        else:
+            self._cache = copy.deepcopy(prefix.cache)
+            self._cache.reorder_cache(torch.zeros(len(rests), dtype=torch.long, device=device))
+        self._logits = self._forward.next_logits(
+            input_ids, self._cache, positions.to(device), self._current_mask()
+        )
+        self._positions = torch.tensor([len(prompt) for prompt in distinct]).to(device)
+        if len(distinct) < len(prompts):
+            place = {prompt: row for row, prompt in enumerate(distinct)}
+            self._select(torch.tensor([place[prompt] for prompt in prompts]).to(device))
+        if self._options.repetition_penalty != 1.0:
+            self._seen = _token_mask(prompts, self._logits)
+
+    def advance(self) -> list[tuple[int, SampledCompletion]]:
+        """Decode until at least one row finishes; return the finished ones, empty at the end.
+
+        Raises:
+            RuntimeError: The model's logits are NaN.
+        """
+        finished: list[tuple[int, SampledCompletion]] = []
+        while not finished and self._rows:
+            finished = self._decode_one()
+        return finished
+
+    def _decode_one(self) -> list[tuple[int, SampledCompletion]]:
+        # Fed here and not when chosen, so that finished rows are handed over before the next wait.
+        if self._tokens is not None:
+            self._feed(self._tokens)
+        tokens, logprobs = self._chooser.choose(
+            self._logits, [row.stream_key for row in self._rows], self._step, self._seen
+        )
+        if logprobs is not None:
+            self._logprobs = logprobs if self._logprobs is None else self._logprobs + logprobs
+        # The one wait for the device in a step: which rows are finished.
+        token_list = tokens.tolist()
+        self._step += 1
+        finished: list[tuple[int, SampledCompletion]] = []
+        for place, (row, token) in enumerate(zip(self._rows, token_list, strict=True)):
+            if row.is_finished:
+                continue
+            if token < 0:
+                raise RuntimeError(
+                    f"the model's logits are NaN at token {self._step - 1} of the completion of "
+                    f"request {row.request_index}. Its weights may have diverged, or its precision "
+                    "overflows (float16): lower the learning rate or use bfloat16."
+                )
+            row.completion_ids.append(token)
+            finish = self._finish_of(row, token)
+            if finish is not None:
+                row.is_finished = True
+                logprob = None if self._logprobs is None else float(self._logprobs[place])
+                finished.append(
+                    (
+                        row.request_index,
+                        SampledCompletion(tuple(row.completion_ids), finish, logprob),
+                    )
+                )
+        num_finished = sum(row.is_finished for row in self._rows)
+        if num_finished == len(self._rows):
+            self._rows = []
+            return finished
+        if finished and num_finished >= _DROP_SHARE * len(self._rows):
+            tokens = self._drop_finished(tokens)
+        self._tokens = tokens
+        return finished
+
+    def _finish_of(self, row: _Row, token: int) -> Finish | None:
+        if token in self._eos_token_ids:
+            return "eos"
+        if row.scanner is not None and row.scanner.is_complete(row.completion_ids):
+            return "stop"
+        if len(row.completion_ids) >= row.limit:
+            return "length"
+        return None
+
+    def _feed(self, tokens: torch.Tensor) -> None:
+        """Run the model on the tokens just chosen."""
+        # A finished row that is still in the batch may have gone bad (NaN, end of the context);
+        # what it computes is not looked at, but its indices must be valid.
+        tokens = tokens.clamp(min=0)
+        positions = self._positions
+        if self._context_length is not None:
+            positions = positions.clamp(max=self._context_length - 1)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        self._length += 1
+        self._logits = self._forward.next_logits(
+            tokens.to(self._forward.device)[:, None],
+            self._cache,
+            positions[:, None],
+            self._current_mask(),
+        )
+        self._positions = self._positions + 1
+
+    def _drop_finished(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Take the finished rows out of every tensor; return the tokens of those that stay."""
+        kept = [place for place, row in enumerate(self._rows) if not row.is_finished]
+        self._rows = [self._rows[place] for place in kept]
+        index = torch.tensor(kept).to(self._forward.device)
+        self._select(index)
+        return tokens[index.to(tokens.device)]
+
+    def _select(self, index: torch.Tensor) -> None:
+        """Repeat or keep rows of the cache and of everything beside it."""
+        self._cache.reorder_cache(index)
+        self._positions = self._positions[index]
+        if self._mask is not None:
+            self._mask = self._mask[index]
+        beside = index.to(self._logits.device)
+        self._logits = self._logits[beside]
+        if self._seen is not None:
+            self._seen = self._seen[beside]
+        if self._logprobs is not None:
+            self._logprobs = self._logprobs[beside]
+
+    def _current_mask(self) -> torch.Tensor | None:
+        return None if self._mask is None else self._mask[:, : self._length]
+
+
+def _token_mask(prompts: Sequence[tuple[int, ...]], logits: torch.Tensor) -> torch.Tensor:
+    """Return bool (B, V), True where a token occurs in the row's prompt."""
+    seen = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor(prompt)
+        seen[row, ids[ids < logits.shape[1]]] = True
+    return seen.to(logits.device)

@@ -1,0 +1,145 @@
+"""What the sampler must know about a model, and the state a model is in while it samples.
+
+In: a model as the trainer holds it. Out: `ModelTraits`, read off its layers and its forward; a
+context in which it is in eval mode without gradient checkpointing, and leaves as it came.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from trl.models import unwrap_model_for_generation
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTraits:
+    """What decides how a model is sampled from.
+
+    Attributes:
+        shares_prompts: Every layer is full attention, so padding may stand inside a row: a common
+            prefix is computed once, and each prompt once for all of its completions.
+        takes_position_ids: The forward has this parameter.
+        takes_logits_to_keep: The forward can compute the last position's logits alone.
+        context_length: Most tokens of prompt and completion, or None if the config has no limit.
+        bytes_per_token: Keys and values of one token in all layers.
+        bytes_per_prompt_token: Activations of one prompt token in the widest layer, estimated.
+        vocab_size: Width of the logits.
+    """
+
+    shares_prompts: bool
+    takes_position_ids: bool
+    takes_logits_to_keep: bool
+    context_length: int | None
+    bytes_per_token: int
+    bytes_per_prompt_token: int
+    vocab_size: int
+
+
+def describe_model(model: nn.Module) -> ModelTraits:
+    """Read the traits off an unwrapped model (a PEFT model is looked through).
+
+    Raises:
+        ValueError: The model can't be sampled from: encoder-decoder, recurrent layers, or a
+            prompt-learning adapter. The text names the class.
+    """
+    base: Any = model
+    if hasattr(model, "peft_config"):
+        learns_prompt = [c.peft_type for c in model.peft_config.values() if c.is_prompt_learning]
+        if learns_prompt:
+            raise ValueError(
+                f"the adapter of {type(model).__name__} is of a kind that adds virtual tokens "
+                f"({', '.join(map(str, learns_prompt))}), which the sampler doesn't support. Use "
+                "LoRA."
+            )
+        base = model.get_base_model()
+    name = type(base).__name__
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder model; self-play needs a decoder-only causal language "
+            "model (AutoModelForCausalLM)."
+        )
+    layers = DynamicCache(config=base.config).layers
+    has_recurrent_layers = any(
+        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers
+    )
+    if getattr(base, "_is_stateful", False) or has_recurrent_layers:
+        raise ValueError(
+            f"{name} has recurrent or convolutional layers, whose state left-padding would corrupt "
+            "without an error. Sampling from such models isn't supported yet; use a model with "
+            "attention layers only."
+        )
+    parameters = inspect.signature(type(base).forward).parameters
+    config = base.config.get_text_config(decoder=True)
+    num_heads = _largest(config.num_attention_heads)
+    num_kv_heads = _largest(getattr(config, "num_key_value_heads", None)) or num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    item = base.dtype.itemsize
+    # Feed-forward inner states dominate: gate, up and their product; four times the hidden size
+    # where the config doesn't say.
+    inner = _largest(getattr(config, "intermediate_size", None)) or 4 * config.hidden_size
+    return ModelTraits(
+        shares_prompts=(
+            all(type(layer) is DynamicLayer for layer in layers)
+            and "position_ids" in parameters
+            # GPT-Neo's local layers keep an ordinary cache and cut the window themselves.
+            and "local" not in (getattr(config, "attention_layers", None) or ())
+        ),
+        takes_position_ids="position_ids" in parameters,
+        takes_logits_to_keep="logits_to_keep" in parameters,
+        context_length=getattr(config, "max_position_embeddings", None),
+        bytes_per_token=2 * len(layers) * num_kv_heads * head_dim * item,
+        bytes_per_prompt_token=(3 * inner + 6 * config.hidden_size) * max(item, 4),
+        vocab_size=config.vocab_size,
+    )
+
+
+def _largest(value: int | list[int] | None) -> int:
+    """Return a config value that some models give for each layer; 0 if it is absent."""
+    if value is None:
+        return 0
+    return value if isinstance(value, int) else max(value)
+
+
+@contextmanager
+def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterator[nn.Module]:
+    """Unwrap a model, in eval mode and without gradient checkpointing, and restore every module.
+
+    The flags of each module are put back one by one, so that a model in which some modules train
+    and others don't leaves as it came, also after an exception.
+    """
+    modules = list(model.modules())
+    were_training = [module.training for module in modules]
+    # Flags are switched here rather than by transformers' methods, which would lose the user's
+    # checkpointing arguments when they switch it on again.
+    checkpointing = [m for m in modules if m.__dict__.get("gradient_checkpointing")]
+    unwrapping = None
+    try:
+        for module in checkpointing:
+            module.gradient_checkpointing = False
+        unwrapped = model
+        if accelerator is not None:
+            unwrapping = unwrap_model_for_generation(model, accelerator)
+            unwrapped = unwrapping.__enter__()
+        model.eval()
+        yield unwrapped
+    finally:
+        if unwrapping is not None:
+            # Left as if nothing was raised: TRL's context has no `finally` of its own.
+            unwrapping.__exit__(None, None, None)
+        for module, was_training in zip(modules, were_training, strict=True):
+            module.training = was_training
+        for module in checkpointing:
+            module.gradient_checkpointing = True
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device that token ids go to."""
+    embeddings = model.get_input_embeddings()
+    return embeddings.weight.device

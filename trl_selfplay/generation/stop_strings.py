@@ -1,0 +1,51 @@
+"""Find the token that completes a stop string.
+
+In: the growing token ids of a completion. Out: whether its text now contains one of the strings.
+Only the last few tokens are decoded at each step, and a string may begin or end anywhere in a
+token, or inside a character that several tokens spell together.
+"""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+
+class StopStringScanner:
+    """Follows one completion; call `is_complete` after every token.
+
+    Text is decoded in overlapping windows: the tokens of the window before give the context
+    (a tokenizer may strip a leading space), the tokens since give the new text. A window ends only
+    where the text doesn't end in a cut character.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop_strings = tuple(stop_strings)
+        self._overlap = max(map(len, stop_strings)) - 1
+        self._tail = ""  # the last characters before the new text
+        self._context_text = ""
+        self._context_start = 0
+        self._context_stop = 0
+
+    def is_complete(self, completion_ids: Sequence[int]) -> bool:
+        """Return whether the text of `completion_ids` contains a stop string.
+
+        Expects the ids of the call before with one more token at the end.
+        """
+        text = self._decode(completion_ids[self._context_start :])
+        new_text = text[len(self._context_text) :]
+        if any(string in self._tail + new_text for string in self._stop_strings):
+            return True
+        if new_text and not new_text.endswith("\ufffd"):
+            self._tail = (self._tail + new_text)[-self._overlap :] if self._overlap else ""
+            self._context_start, self._context_stop = self._context_stop, len(completion_ids)
+            self._context_text = self._decode(
+                completion_ids[self._context_start : self._context_stop]
+            )
+        return False
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        # Special tokens stay, so that one can be named as a stop string.
+        return self._tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )

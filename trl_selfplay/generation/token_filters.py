@@ -1,0 +1,98 @@
+"""Turn a step's logits into the logits that are sampled from, the whole batch at once.
+
+In: float32 logits (B, V) and the sampling options. Out: logits in which the penalty and the
+temperature are applied and filtered tokens are -inf. Semantics and order are those of
+transformers' `generate`: repetition penalty, temperature, top_k, top_p, min_p.
+"""
+
+import math
+
+import torch
+
+from trl_selfplay.generation.sampler import SamplingOptions
+
+# First guess of how many tokens hold the mass top_p; sorting a whole vocabulary costs more on a
+# CPU than the model's forward. The guess grows until it is enough, so the outcome is exact.
+_TOP_P_FIRST_GUESS = 256
+_TOP_P_GROWTH = 8
+
+
+def filter_logits(
+    logits: torch.Tensor, options: SamplingOptions, seen: torch.Tensor | None
+) -> torch.Tensor:
+    """Apply all of the options' filters in transformers' order; may change `logits` in place.
+
+    Args:
+        logits: Float32 (B, V).
+        options: The sampling options. At temperature 0 only the penalty applies, as in `generate`
+            without sampling.
+        seen: Bool (B, V), True for tokens of the row's prompt and completion; needed if
+            `repetition_penalty` isn't 1.
+
+    Returns:
+        Float32 (B, V); its softmax is the distribution to sample from.
+    """
+    if options.repetition_penalty != 1.0:
+        assert seen is not None
+        logits = apply_repetition_penalty(logits, seen, options.repetition_penalty)
+    if options.temperature == 0.0:
+        return logits
+    if options.temperature != 1.0:
+        logits = logits.div_(options.temperature)
+    if options.top_k > 0:
+        logits = keep_top_k(logits, options.top_k)
+    if options.top_p < 1.0:
+        logits = keep_top_p(logits, options.top_p)
+    if options.min_p is not None:
+        logits = keep_min_p(logits, options.min_p)
+    return logits
+
+
+def apply_repetition_penalty(
+    logits: torch.Tensor, seen: torch.Tensor, penalty: float
+) -> torch.Tensor:
+    """Divide positive logits of seen tokens by the penalty and multiply negative ones.
+
+    Source: CTRL, arXiv 1909.05858, section 4.1, as transformers extends it to the prompt.
+    """
+    penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, penalized, logits)
+
+
+def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Set all but the `top_k` largest logits of each row to -inf; ties with the last stay."""
+    smallest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+    return logits.masked_fill_(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keep the smallest set of likeliest tokens whose mass reaches `top_p`, at least one.
+
+    Source: nucleus sampling, arXiv 1904.09751, section 3.1.
+    """
+    vocab_size = logits.shape[-1]
+    log_total = logits.logsumexp(dim=-1, keepdim=True)
+    count = min(_TOP_P_FIRST_GUESS, vocab_size)
+    while True:
+        values, indices = logits.topk(count, dim=-1)  # (B, count), descending
+        probs = (values - log_total).exp_()
+        mass = probs.cumsum(dim=-1)
+        if count == vocab_size or bool((mass[:, -1] >= top_p).all()):
+            break
+        count = min(count * _TOP_P_GROWTH, vocab_size)
+    # A token stays while the mass of the likelier ones is below top_p.
+    dropped = (mass - probs) >= top_p
+    dropped[:, 0] = False
+    kept = values.masked_fill_(dropped, -math.inf)
+    return torch.full_like(logits, -math.inf).scatter_(1, indices, kept)
+
+
+def keep_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:
+    """Keep tokens with at least `min_p` times the likeliest token's probability.
+
+    Source: min-p sampling, arXiv 2407.01082, section 3.
+    """
+    if min_p <= 0.0:
+        return logits
+    smallest = logits.amax(dim=-1, keepdim=True) + math.log(min_p)
+    return logits.masked_fill_(logits < smallest, -math.inf)

@@ -1,0 +1,234 @@
+"""Sample in the training process, with a decode loop of its own over a transformers model.
+
+In: requests in any order. Out: completions as they finish. Requests are sorted by length and
+decoded in batches; what all prompts begin with is computed once a call and each prompt once for
+all of its samples, where every layer is full attention. Other attention models take one plain
+left-padded prefill a row.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from trl_selfplay.generation.decode_batch import (
+    CausalForward,
+    DecodeBatch,
+    SharedPrefix,
+    TokenChooser,
+)
+from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
+from trl_selfplay.generation.generation_options import (
+    check_generation_config,
+    check_sampling_options,
+    collect_eos_token_ids,
+)
+from trl_selfplay.generation.model_traits import (
+    ModelTraits,
+    describe_model,
+    input_device,
+    sampling_state,
+)
+from trl_selfplay.generation.sampler import SampledCompletion, SampleRequest, SamplingOptions
+
+__all__ = [
+    "TransformersSampler",
+    "check_generation_config",
+    "collect_eos_token_ids",
+    "keep_4bit_weights_trainable",
+]
+
+# A shorter common beginning (a chat template's first tokens) costs more in copies than it saves.
+_SHORTEST_SHARED_PREFIX = 16
+# Beyond these, a step's time grows with the batch and throughput no longer does.
+_LARGEST_BATCH_ON_CPU = 64
+_LARGEST_BATCH_ON_DEVICE = 256
+# The rest stays for the allocator's slack, graders and the prefill's own peaks.
+_SHARE_OF_FREE_MEMORY = 0.5
+# Float32 copies of a row of logits alive at once: logits, filtered, noise, sorted, hashed bits.
+_LOGITS_COPIES = 6
+
+
+class TransformersSampler:
+    """The in-process `Sampler`.
+
+    With temperature 0 there is no distribution to sample from; `logprob` is then that of the
+    softmax of the logits after the repetition penalty.
+
+    A completion ends with "length" also where prompt and completion fill the model's context.
+
+    Args:
+        model: The model, or a function that returns it (a trainer wraps its model anew in every
+            round); wrapped by `accelerator` or not, with a PEFT adapter or not.
+        tokenizer: Decodes text for stop strings; ids that it doesn't have are never sampled.
+        accelerator: The trainer's, for unwrapping and mixed precision.
+        pad_token_id: Fills shorter prompts and is masked; the tokenizer's by default, or 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator | None = None,
+        pad_token_id: int | None = None,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._accelerator = accelerator
+        if pad_token_id is None:
+            pad_token_id = tokenizer.pad_token_id
+        self._pad_token_id = 0 if pad_token_id is None else pad_token_id
+        self._token_ids = frozenset(tokenizer.get_vocab().values())
+
+    def suggest_batch_size(self, longest_prompt: int, max_completion_length: int) -> int:
+        """Return how many sequences of this length (tokens) fit in memory at once, at least 1.
+
+        Counts keys and values, the prompt's activations and the logits against half of the memory
+        that is free now.
+        """
+        model = self._unwrapped()
+        device = input_device(model)
+        on_cpu = device.type == "cpu"
+        largest = _LARGEST_BATCH_ON_CPU if on_cpu else _LARGEST_BATCH_ON_DEVICE
+        bytes_per_sequence = _bytes_per_sequence(
+            describe_model(model), longest_prompt, max_completion_length
+        )
+        fitting = int(_SHARE_OF_FREE_MEMORY * _free_bytes(device)) // bytes_per_sequence
+        return max(1, min(largest, fitting))
+
+    def sample(
+        self, requests: Sequence[SampleRequest], options: SamplingOptions, batch_size: int
+    ) -> Iterator[tuple[int, SampledCompletion]]:
+        """Yield `(request index, completion)` as completions finish, each request once.
+
+        Between two completions, too, the model is in eval mode: train only after the iterator has
+        ended or was closed.
+
+        Raises:
+            ValueError: An option is out of range, a prompt is empty or fills the model's context,
+                or the model can't be sampled from; before anything is sampled.
+            RuntimeError: The model's logits are NaN, or its forward ignores the cache.
+        """
+        check_sampling_options(options)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
+        traits = describe_model(self._unwrapped())
+        _check_prompts(requests, traits.context_length)
+        return self._sample_checked(list(requests), options, batch_size, traits)
+
+    def _sample_checked(
+        self,
+        requests: Sequence[SampleRequest],
+        options: SamplingOptions,
+        batch_size: int,
+        traits: ModelTraits,
+    ) -> Iterator[tuple[int, SampledCompletion]]:
+        if not requests:
+            return
+        # Longest first, so that a batch that doesn't fit shows at once; then everything that names
+        # a request, so that the order in which requests came makes no difference.
+        order = sorted(
+            range(len(requests)),
+            key=lambda i: (
+                -len(requests[i].prompt_ids),
+                requests[i].prompt_ids,
+                requests[i].stream_key,
+                i,
+            ),
+        )
+        with sampling_state(self._wrapped(), self._accelerator) as model:
+            autocast = None if self._accelerator is None else self._accelerator.autocast
+            forward = CausalForward(model, traits, autocast)
+            chooser = TokenChooser(options, self._token_ids)
+            with torch.no_grad():
+                prefix = _build_prefix(forward, [request.prompt_ids for request in requests])
+            for start in range(0, len(order), batch_size):
+                chosen = [(i, requests[i]) for i in order[start : start + batch_size]]
+                yield from self._decode(chosen, forward, chooser, options, prefix)
+
+    def _decode(
+        self,
+        requests: Sequence[tuple[int, SampleRequest]],
+        forward: CausalForward,
+        chooser: TokenChooser,
+        options: SamplingOptions,
+        prefix: SharedPrefix | None,
+    ) -> Iterator[tuple[int, SampledCompletion]]:
+        """Decode one batch; its cache is freed when this ends, before the next one begins."""
+        # Gradients are off only while the model runs: the caller's code between two completions
+        # keeps its own mode.
+        with torch.no_grad():
+            batch = DecodeBatch(
+                requests, forward, chooser, options, self._tokenizer, self._pad_token_id, prefix
+            )
+            finished = batch.advance()
+        while finished:
+            yield from finished
+            with torch.no_grad():
+                finished = batch.advance()
+
+    def _wrapped(self) -> nn.Module:
+        return self._model if isinstance(self._model, nn.Module) else self._model()
+
+    def _unwrapped(self) -> Any:
+        model = self._wrapped()
+        return model if self._accelerator is None else self._accelerator.unwrap_model(model)
+
+
+def _check_prompts(requests: Sequence[SampleRequest], context_length: int | None) -> None:
+    for index, request in enumerate(requests):
+        length = len(request.prompt_ids)
+        if length == 0:
+            raise ValueError(f"request {index} has an empty prompt; give at least one token.")
+        if context_length is not None and length >= context_length:
+            raise ValueError(
+                f"the prompt of request {index} has {length} tokens, and the model's context of "
+                f"{context_length} leaves no room for a completion. Shorten or drop the prompt."
+            )
+
+
+def _build_prefix(
+    forward: CausalForward, prompts: Sequence[tuple[int, ...]]
+) -> SharedPrefix | None:
+    """Compute what all prompts begin with, or return None where that doesn't pay."""
+    distinct = set(prompts)
+    if not forward.traits.shares_prompts or len(distinct) < 2:
+        return None
+    # The first and last in lexical order differ earliest.
+    first, last = min(distinct), max(distinct)
+    common = 0
+    while common < min(len(first), len(last)) and first[common] == last[common]:
+        common += 1
+    # Every prompt keeps a token of its own, whose logits begin the completion.
+    length = min(common, min(map(len, distinct)) - 1)
+    if length < _SHORTEST_SHARED_PREFIX:
+        return None
+    cache = forward.new_cache()
+    input_ids = torch.tensor([first[:length]]).to(forward.device)
+    positions = torch.arange(length)[None].to(forward.device)
+    forward.next_logits(input_ids, cache, positions, None)
+    return SharedPrefix(first[:length], cache)
+
+
+def _bytes_per_sequence(
+    traits: ModelTraits, longest_prompt: int, max_completion_length: int
+) -> int:
+    length = longest_prompt + max_completion_length
+    return (
+        traits.bytes_per_token * length
+        + traits.bytes_per_prompt_token * longest_prompt
+        + 4 * _LOGITS_COPIES * traits.vocab_size
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch has reserved and doesn't use is free for us as well.
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reserved
+    return psutil.virtual_memory().available

@@ -1,0 +1,1 @@
+from trl_selfplay.rewards.answer import exact_reward, extract_answer

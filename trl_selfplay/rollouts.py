@@ -1,0 +1,166 @@
+"""The record of one completion, and the Parquet files that keep such records.
+
+In: completions as a sampler produced them. Out: `Rollout`s, the only thing that passes between
+the stages of a round, and shards on disk that are either whole or absent: a shard is written
+under a temporary name, synced and renamed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Phase = Literal["train", "hint", "eval"]
+Finish = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion of one prompt, with the exact tokens that were sampled.
+
+    Attributes:
+        round_index: The round that sampled it, counted from 0; -1 is the untrained model.
+        phase: "train", "hint" or "eval".
+        prompt_id: 128-bit hash of the canonical JSON of (prompt, solution), as 32 hex digits.
+        sample_index: Which of the prompt's samples; hinted ones go on at `num_generations`.
+        prompt_ids: Tokens that the model was conditioned on, few-shot examples and hint included.
+        completion_ids: Tokens that the policy produced; EOS only if it was sampled.
+        prompt: `prompt_ids` as text, for people. Training never reads it.
+        completion: `completion_ids` as text without special tokens, for graders and people.
+        finish: "eos", "stop" (a stop string) or "length" (cut).
+        hinted: Sampled with the answer as hint (rationalization).
+        logprob: Sum over the completion under the distribution it was sampled from, or None.
+        reward: Weighted sum of `rewards`, or None where every function abstained.
+        rewards: Each function's own score, None where it abstained; empty while ungraded.
+    """
+
+    round_index: int
+    phase: Phase
+    prompt_id: str
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    prompt: str
+    completion: str
+    finish: Finish
+    hinted: bool = False
+    logprob: float | None = None
+    reward: float | None = None
+    rewards: tuple[float | None, ...] = ()
+
+    @property
+    def is_graded(self) -> bool:
+        return len(self.rewards) > 0
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.finish == "length"
+
+
+SCHEMA = pa.schema(
+    [
+        ("round_index", pa.int32()),
+        ("phase", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("finish", pa.string()),
+        ("hinted", pa.bool_()),
+        ("logprob", pa.float64()),
+        ("reward", pa.float64()),
+        ("rewards", pa.list_(pa.float64())),
+    ]
+)
+
+
+class CorruptShardError(RuntimeError):
+    """A shard exists but can't be read back whole."""
+
+
+def hash_prompt(prompt: Any, solution: Any) -> str:
+    """Return the `prompt_id` of a (prompt, solution) pair: 32 hex digits, equal everywhere."""
+    canonical = json.dumps(
+        [prompt, solution], sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
+    )
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Write one shard so that a reader sees either all of it or nothing.
+
+    Raises:
+        OSError: The disk is full or the folder can't be written; the shard is then absent, or
+            what it was before.
+    """
+    columns = {
+        field.name: pa.array(
+            [
+                list(value) if isinstance(value := getattr(r, field.name), tuple) else value
+                for r in rollouts
+            ],
+            type=SCHEMA.field(field.name).type,
+        )
+        for field in fields(Rollout)
+    }
+    save_table(path, pa.table(columns, schema=SCHEMA))
+
+
+def save_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file under a temporary name, sync it and rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"could not write {path} ({error.strerror or error}). Earlier shards are intact: make "
+            "room, then go on with train(resume_from_checkpoint=True)",
+        ) from error
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut, where the system supports it."""
+    if os.name == "nt":  # Windows can't open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_rollouts(path: Path) -> list[Rollout]:
+    """Read one shard back.
+
+    Raises:
+        CorruptShardError: The file is cut short, isn't Parquet or lacks a column.
+    """
+    try:
+        rows = pq.read_table(path).select(SCHEMA.names).cast(SCHEMA).to_pylist()
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise CorruptShardError(f"{path} can't be read: {error}") from error
+    return [
+        Rollout(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in row.items()
+            }
+        )
+        for row in rows
+    ]

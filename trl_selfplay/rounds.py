@@ -1,0 +1,547 @@
+"""The outer loop: play a round, train on it with the untouched parent, score it, write it down.
+
+In: a trainer that can play a round and score held-out prompts, and its parent's `train`. Out: the
+model after all rounds, and `_rounds/` in the output directory. Every phase leaves something whole
+on disk before the next begins, and whatever is found there is not done again:
+
+    samples/, selection.parquet, dataset/ → checkpoint-*/ → model/ → evaluation/ → rounds.jsonl
+"""
+
+import gc
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from trl_selfplay.evaluation import paired_difference
+from trl_selfplay.heldout import HeldOutScores
+from trl_selfplay.monitor import best_round, rounds_without_gain, warn_baseline, warn_warmup
+from trl_selfplay.report import print_round_table, rounds_markdown
+from trl_selfplay.rollouts import Rollout
+from trl_selfplay.run_identity import check_identity
+from trl_selfplay.selection import Funnel, describe_funnel
+from trl_selfplay.weights import load_saved_model, load_trainable, replace_folder, save_trainable
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = -1
+
+
+class EmptyRoundError(RuntimeError):
+    """A round kept nothing to train on."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlayedRound:
+    """What a round's sampling, grading and selecting came to.
+
+    Attributes:
+        training_rows: The parent's dataset, final.
+        num_examples: Selected examples; packed rows hold several.
+        funnel: Counts of what each selection step dropped.
+        rollouts: All graded rollouts of the round.
+        metrics: Numbers for the log, with the prefixes play/ and select/.
+        rewards: Mean weighted reward, and the mean of each function by name.
+    """
+
+    training_rows: Dataset
+    num_examples: int
+    funnel: Funnel
+    rollouts: tuple[Rollout, ...]
+    metrics: dict[str, float]
+    rewards: dict[str, float | None]
+
+
+class RoundTrainer(Protocol):
+    """What `run_rounds` needs beside the interface of `transformers.Trainer`."""
+
+    args: Any
+    run: "Run"
+
+    def play_round(self, round_index: int) -> PlayedRound: ...
+
+    def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None: ...
+
+    def reload_initial_weights(self) -> None: ...
+
+    def describe_run(self) -> dict[str, Any]: ...
+
+
+@dataclass
+class Run:
+    """Where a run stands, and where its rounds lie on disk.
+
+    Attributes:
+        root: `output_dir/_rounds`.
+        lines: One record a finished round, as in rounds.jsonl.
+        round_index: The round in progress, None outside `train()`.
+        steps_before: Optimizer steps of the rounds before it: the offset of the log.
+        pending_logs: Numbers that wait for the trackers, which start with the parent's training.
+        num_examples: Selected examples of the round in progress.
+        seconds: Wall time of the round's phases in this process, by name.
+        chosen_metric: The held-out metric that chooses the best round, None without held-out set.
+        loads_best_round: Put the best round's weights in place at the end.
+        keeps_initial_weights: Save the initial weights; False where they can be read again from
+            the model's own source.
+        keeps_every_model: Keep each round's model (adapters), not only the last and the best.
+    """
+
+    root: Path
+    chosen_metric: str | None
+    loads_best_round: bool
+    keeps_initial_weights: bool
+    keeps_every_model: bool
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    round_index: int | None = None
+    steps_before: int = 0
+    pending_logs: list[dict[str, float]] = field(default_factory=list)
+    num_examples: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def folder(self, round_index: int) -> Path:
+        """Return the folder of a round; that of the untrained model is `before`."""
+        return self.root / ("before" if round_index == UNTRAINED else f"round-{round_index:03d}")
+
+    @property
+    def initial_weights(self) -> Path:
+        return self.root / "initial" / "trainable.safetensors"
+
+    @property
+    def lines_path(self) -> Path:
+        return self.root / "rounds.jsonl"
+
+
+def run_rounds(
+    trainer: Any,
+    train_parent: Callable[..., TrainOutput],
+    resume_from_checkpoint: bool | str | None,
+) -> TrainOutput:
+    """Run all rounds that are not yet on disk and return the parent's outcome over all of them.
+
+    Args:
+        trainer: A `RoundTrainer` that is a `transformers.Trainer`.
+        train_parent: The parent class's bound `train`.
+        resume_from_checkpoint: True goes on where the output directory's rounds stop, from the
+            first unfinished shard or checkpoint; on an empty directory it starts round 0.
+
+    Raises:
+        EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
+        FileExistsError: The output directory holds rounds and resuming was not asked for.
+        ValueError: It holds rounds of another configuration, named field by field.
+    """
+    args, run = trainer.args, trainer.run
+    _open_run(trainer, resume_from_checkpoint)
+    callback = _RoundCallback(trainer)
+    trainer.add_callback(callback)
+    output: TrainOutput | None = None
+    history: list[dict[str, Any]] = []
+    try:
+        with _say_where_interrupted(run):
+            before = trainer.score_heldout(UNTRAINED, run.folder(UNTRAINED) / "evaluation")
+            _report_baseline(run, before)
+            for round_index in range(len(run.lines), args.num_rounds):
+                run.round_index = round_index
+                run.steps_before = sum(line["steps"] for line in run.lines)
+                if _call_round_event(trainer, "on_round_begin", round_index):
+                    break
+                started = time.monotonic()
+                played = trainer.play_round(round_index)
+                run.seconds = {"sample": time.monotonic() - started, "train": 0.0}
+                if played.num_examples == 0:
+                    _handle_empty_round(args, round_index, played)
+                    break
+                output = _train_round(trainer, train_parent, round_index, played) or output
+                history += trainer.state.log_history
+                scores = trainer.score_heldout(round_index, run.folder(round_index) / "evaluation")
+                stopped = _finish_round(trainer, round_index, played, before, scores)
+                if _call_round_event(trainer, "on_round_end", round_index) or stopped:
+                    break
+                if _has_stalled(trainer):
+                    break
+    finally:
+        run.round_index = None
+        trainer.remove_callback(callback)
+        free_optimizer(trainer)
+    _load_chosen_weights(trainer)
+    if history:
+        trainer.state.log_history = history
+    trainer.create_model_card(model_name=Path(args.output_dir).name)
+    total_steps = sum(line["steps"] for line in run.lines)
+    trainer.state.global_step = total_steps
+    if output is None:
+        return TrainOutput(total_steps, 0.0, {})
+    return output._replace(global_step=total_steps)
+
+
+def _open_run(trainer: Any, resume: bool | str | None) -> None:
+    """Find out what is on disk, refuse what doesn't fit, and put the newest weights in place."""
+    args, run = trainer.args, trainer.run
+    if isinstance(resume, str):
+        if Path(resume).resolve() != Path(args.output_dir).resolve():
+            raise ValueError(
+                f"resume_from_checkpoint={resume!r}: a run over rounds is resumed as a whole, from "
+                f"its output_dir ({args.output_dir!r}). Pass True; the first unfinished round goes "
+                "on from its own newest checkpoint."
+            )
+        resume = True
+    held = run.lines_path.exists() or (run.root / "config.json").exists()
+    if held and not resume:
+        raise FileExistsError(
+            f"{args.output_dir!r} already holds rounds. Go on with "
+            "train(resume_from_checkpoint=True), or choose another output_dir (or delete this one)."
+        )
+    run.lines = _load_lines(run.lines_path)
+    if trainer.is_world_process_zero():
+        check_identity(trainer.describe_run(), run.root / "config.json", len(run.lines))
+    trainer.accelerator.wait_for_everyone()
+    if run.initial_weights.exists():
+        load_trainable(trainer.model, run.initial_weights)
+    elif run.keeps_initial_weights and trainer.is_world_process_zero():
+        save_trainable(trainer.model, run.initial_weights)
+    trainer.accelerator.wait_for_everyone()
+    if run.lines:
+        load_saved_model(trainer.model, run.folder(len(run.lines) - 1) / "model")
+
+
+def _load_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # cut off in the middle of the last line: its round goes on
+            logger.warning("%s ends in an unfinished line; that round is finished again.", path)
+            break
+    return lines
+
+
+def _append_line(path: Path, line: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+    """Write all lines anew under a temporary name: an interrupted append would leave half a line."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.writelines(json.dumps(each) + "\n" for each in [*lines, line])
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _report_baseline(run: Run, before: HeldOutScores | None) -> None:
+    if before is None or run.lines:
+        return
+    run.pending_logs.append(dict(before.metrics))
+    if warning := warn_baseline(before.metrics):
+        logger.warning("before round 0: %s", warning)
+
+
+def _handle_empty_round(args: Any, round_index: int, played: PlayedRound) -> None:
+    examples = "\n".join(
+        f"--- {r.prompt[-200:]!r}\n    → {r.completion[:300]!r} (finish {r.finish}, reward {r.reward})"
+        for r in played.rollouts[:3]
+    )
+    message = (
+        f"round {round_index} kept nothing to train on: {describe_funnel(played.funnel)}. A wrong "
+        "answer format is the usual reason; compare three completions with what the reward "
+        f"functions expect:\n{examples}\n"
+        "Show the format with few_shot_examples, sample more (num_generations, temperature), "
+        "raise max_completion_length, or lower reward_threshold."
+    )
+    if args.on_empty_round == "raise":
+        raise EmptyRoundError(message)
+    logger.warning("stopping: %s", message)
+
+
+def _train_round(
+    trainer: Any, train_parent: Callable[..., TrainOutput], round_index: int, played: PlayedRound
+) -> TrainOutput | None:
+    """Train on the round's rows and keep the outcome; None if that was done before a kill."""
+    args, run = trainer.args, trainer.run
+    folder = run.folder(round_index)
+    model_folder, state_path = folder / "model", folder / "trainer_state.json"
+    if model_folder.exists():
+        load_saved_model(trainer.model, model_folder)
+        trainer.state = TrainerState.load_from_json(str(state_path))
+        return None
+    if args.start_from == "base" and round_index > 0:
+        trainer.reload_initial_weights()
+    run.pending_logs.append(played.metrics)
+    checkpoint = _last_whole_checkpoint(folder)
+    if checkpoint is not None:
+        run.pending_logs.clear()  # logged before the kill
+    trainer.train_dataset = played.training_rows
+    run.num_examples = played.num_examples
+    free_optimizer(trainer)
+    # Dropout must not depend on what happened in this process before: a resumed round starts alike.
+    set_seed(args.seed + round_index)
+    started = time.monotonic()
+    with _settings_of_round(args, folder, round_index):
+        output = train_parent(resume_from_checkpoint=checkpoint)
+        run.seconds["train"] = time.monotonic() - started
+        free_optimizer(trainer)
+        temporary = folder / ".model"
+        trainer.save_model(str(temporary))
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(state_path))
+        replace_folder(temporary, model_folder)
+    trainer.accelerator.wait_for_everyone()
+    return output
+
+
+@contextmanager
+def _settings_of_round(args: Any, folder: Path, round_index: int) -> Iterator[None]:
+    """Point the parent at the round's folder and give it the round's own values."""
+    changed = {"output_dir": str(folder), "push_to_hub": False}
+    if args.round_learning_rates is not None:
+        changed["learning_rate"] = args.round_learning_rates[round_index]
+    if args.round_max_steps is not None:
+        changed["max_steps"] = args.round_max_steps[round_index]
+    previous = {name: getattr(args, name) for name in changed}
+    try:
+        for name, value in changed.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in previous.items():
+            setattr(args, name, value)
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint whose state, written last, can be read; delete broken ones."""
+    found = sorted(
+        (p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()),
+        key=lambda p: int(p.name.removeprefix("checkpoint-")),
+        reverse=True,
+    )
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            logger.warning("%s is not whole and is deleted.", checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        else:
+            return str(checkpoint)
+    return None
+
+
+def free_optimizer(trainer: Any) -> None:
+    """Drop every reference to optimizer and scheduler, so that their memory is free.
+
+    `accelerator.free_memory` alone leaves those that the callback handler holds.
+    """
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    trainer.model.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _finish_round(
+    trainer: Any,
+    round_index: int,
+    played: PlayedRound,
+    before: HeldOutScores | None,
+    scores: HeldOutScores | None,
+) -> bool:
+    """Log and write down a finished round, delete what is no longer needed; say if it was cut."""
+    args, run, state = trainer.args, trainer.run, trainer.state
+    gain = standard_error = None
+    if before is not None and scores is not None:
+        gain, standard_error = paired_difference(before.greedy, scores.greedy)
+    if scores is not None:
+        trainer.log(dict(scores.metrics))
+    rates = [log["learning_rate"] for log in state.log_history if "learning_rate" in log]
+    line: dict[str, Any] = {
+        "round": round_index,
+        "sampled_from": _name_of_weights(round_index - 1),
+        "trained_from": "base" if args.start_from == "base" else _name_of_weights(round_index - 1),
+        "funnel": played.funnel.to_dict(),
+        "rewards": played.rewards,
+        "eval": {} if scores is None else scores.metrics,
+        "gain": gain,
+        "gain_standard_error": standard_error,
+        "seconds": {
+            **{phase: round(seconds, 1) for phase, seconds in run.seconds.items()},
+            "evaluate": 0.0 if scores is None else round(scores.seconds, 1),
+        },
+        "examples": played.num_examples,
+        "steps": state.global_step,
+        "learning_rate": max(rates, default=args.learning_rate),
+    }
+    if round_index == 0 and before is not None:
+        line["eval_before"] = before.metrics
+    if trainer.is_world_process_zero():
+        _append_line(run.lines_path, line, run.lines)
+    run.lines.append(line)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        _delete_what_is_done(trainer, round_index)
+        print_round_table(run.lines)
+    return trainer.control.should_training_stop and state.global_step < state.max_steps
+
+
+def _name_of_weights(round_index: int) -> str:
+    return "base" if round_index == UNTRAINED else f"round {round_index}"
+
+
+def _delete_what_is_done(trainer: Any, round_index: int) -> None:
+    """Delete a finished round's checkpoints and, for full fine-tuning, models nobody needs."""
+    run = trainer.run
+    for checkpoint in run.folder(round_index).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    if not run.keeps_every_model:
+        needed = {round_index, _best_round(trainer)}
+        for index in range(round_index):
+            if index not in needed:
+                shutil.rmtree(run.folder(index) / "model", ignore_errors=True)
+
+
+def _heldout_history(trainer: Any) -> list[tuple[int, float]]:
+    """Return (round, held-out score) of the untrained model and each finished round."""
+    metric, lines = trainer.run.chosen_metric, trainer.run.lines
+    if metric is None or not lines:
+        return []
+    scored = [(UNTRAINED, lines[0].get("eval_before", {}).get(metric))]
+    scored += [(line["round"], line["eval"].get(metric)) for line in lines]
+    return [(index, value) for index, value in scored if value is not None]
+
+
+def _best_round(trainer: Any) -> int:
+    history = _heldout_history(trainer)
+    if not history:
+        return len(trainer.run.lines) - 1
+    return best_round(history, greater_is_better=trainer.args.greater_is_better is not False)
+
+
+def _has_stalled(trainer: Any) -> bool:
+    patience, history = trainer.args.stop_after_rounds_without_gain, _heldout_history(trainer)
+    if patience is None or not history:
+        return False
+    greater = trainer.args.greater_is_better is not False
+    stalled = rounds_without_gain(history, greater_is_better=greater)
+    if stalled >= patience:
+        logger.warning("stopping: %d rounds in a row without a better held-out score.", stalled)
+    return stalled >= patience
+
+
+def _load_chosen_weights(trainer: Any) -> None:
+    """Put the best round's weights in place where that was asked for."""
+    run = trainer.run
+    if not run.lines or not run.loads_best_round:
+        return
+    chosen, last = _best_round(trainer), len(run.lines) - 1
+    if chosen == last:
+        return
+    if chosen == UNTRAINED:
+        trainer.reload_initial_weights()
+    else:
+        load_saved_model(trainer.model, run.folder(chosen) / "model")
+    logger.warning(
+        "loaded the weights of %s, the best held-out score; the last round was %d.",
+        "the untrained model" if chosen == UNTRAINED else f"round {chosen}",
+        last,
+    )
+
+
+def log_with_round(
+    trainer: Any, log_parent: Callable[..., None], logs: dict[str, float], start_time: float | None
+) -> None:
+    """Log with the round and with steps that go on over rounds, leaving the loop's own counters."""
+    run = trainer.run
+    if run.round_index is not None:
+        logs["round"] = run.round_index
+    step = trainer.state.global_step
+    trainer.state.global_step = step + run.steps_before
+    try:
+        log_parent(logs, start_time)
+    finally:
+        trainer.state.global_step = step
+
+
+def add_rounds_to_card(trainer: Any) -> None:
+    """Append the table of rounds to the model card that TRL wrote into the output directory."""
+    path = Path(trainer.args.output_dir) / "README.md"
+    if trainer.run.lines and trainer.is_world_process_zero() and path.exists():
+        path.write_text(f"{path.read_text()}\n{rounds_markdown(trainer.run.lines)}\n")
+
+
+def _call_round_event(trainer: Any, event: str, round_index: int) -> bool:
+    """Tell the callbacks that know the event; say whether one asked to stop the run.
+
+    They get and may return the control, as for the parent's events.
+    """
+    trainer.control.should_training_stop = False  # the parent sets it at the end of every training
+    for callback in trainer.callback_handler.callbacks:
+        if handler := getattr(callback, event, None):
+            control = handler(
+                trainer.args,
+                trainer.state,
+                trainer.control,
+                model=trainer.model,
+                processing_class=trainer.processing_class,
+                round_index=round_index,
+                lines=trainer.run.lines,
+            )
+            trainer.control = control if control is not None else trainer.control
+    return trainer.control.should_training_stop
+
+
+@contextmanager
+def _say_where_interrupted(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        where = "the first evaluation" if run.round_index is None else f"round {run.round_index}"
+        logger.warning(
+            "interrupted in %s; go on with train(resume_from_checkpoint=True) on the same "
+            "output_dir.",
+            where,
+        )
+        raise
+
+
+class _RoundCallback(TrainerCallback):
+    """Tells the plan, and hands waiting numbers to the trackers, once the parent has begun."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        run: Run = self.trainer.run
+        round_index = run.round_index
+        if round_index is None:
+            return
+        start = "base" if args.start_from == "base" else _name_of_weights(round_index - 1)
+        if state.is_world_process_zero:
+            sampled_from = _name_of_weights(round_index - 1)
+            logger.warning(
+                "round %d: sample from %s, train from %s, %d examples, %d steps",
+                round_index,
+                sampled_from if round_index == 0 else f"{sampled_from}'s model",
+                start,
+                run.num_examples,
+                state.max_steps,
+            )
+            if warning := warn_warmup(
+                state.max_steps, args.get_warmup_steps(state.max_steps), round_index
+            ):
+                logger.warning("%s", warning)
+        for logs in run.pending_logs:
+            self.trainer.log(logs)
+        run.pending_logs.clear()
+
+

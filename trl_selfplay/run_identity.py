@@ -1,0 +1,93 @@
+"""Recognise the run that an output directory belongs to.
+
+In: a trainer and the record of the run that filled its output directory. Out: nothing, or an
+error that names what differs: rounds of two configurations in one directory would be neither.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Fields that may change between a run and its resumption: how fast, how often, how loud and where
+# it runs, but not what is computed.
+_FREE_PREFIXES = (
+    "per_device_", "gradient_accumulation", "logging_", "log_", "save_", "hub_", "push_to_hub",
+    "report_to", "run_name", "dataloader_", "disable_tqdm", "eval_", "do_", "output_dir", "ddp_",
+    "fsdp", "deepspeed", "tensor_parallel", "accelerator_config", "local_rank", "use_cpu",
+    "torch_compile", "activation_", "gradient_checkpointing", "tf32", "auto_find_batch_size",
+    "resume_from_checkpoint", "load_best_", "stop_after_", "on_empty_round", "num_completions_to_print",
+    "trackio_", "project", "remove_unused_columns", "prediction_loss_only", "skip_memory_metrics",
+    "include_", "average_tokens", "dataset_num_proc", "torch_empty_cache", "restore_callback_states",
+    "enable_jit_checkpoint", "jit_", "debug", "full_determinism", "restart_",
+)  # fmt: skip
+# May grow: rounds are added at the end.
+_MAY_GROW = ("num_rounds",)
+# One value a round; only those of finished rounds must stay, and a longer run needs more of them.
+_PER_ROUND = ("round_learning_rates", "round_max_steps", "round_betas")
+
+
+def describe_run(
+    config: Mapping[str, Any], prompt_ids: Mapping[str, Iterable[str]], other: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what must stay equal over all processes of one run.
+
+    Args:
+        config: `args.to_dict()`.
+        prompt_ids: For each dataset by name, its prompt ids.
+        other: What else makes the run: model, reward functions, few-shot examples.
+    """
+    fields = {
+        name: value
+        for name, value in json.loads(json.dumps(config, default=str)).items()
+        if not name.startswith(_FREE_PREFIXES)
+    }
+    datasets = {
+        name: f"{len(list(ids))} prompts, {_digest(sorted(ids))}"
+        for name, ids in ((name, list(ids)) for name, ids in prompt_ids.items())
+    }
+    return fields | datasets | {name: str(value) for name, value in other.items()}
+
+
+def check_identity(described: Mapping[str, Any], path: Path, num_finished: int) -> None:
+    """Compare with what is on disk, or write it down for the first time.
+
+    Args:
+        described: From `describe_run`.
+        path: Of the record.
+        num_finished: Rounds that are finished; per-round values before that must not change.
+
+    Raises:
+        ValueError: With each differing field, its value on disk and its value now.
+    """
+    if path.exists():
+        recorded = json.loads(path.read_text())
+        if differing := [
+            f"  {name}: {recorded.get(name)!r} on disk, {described.get(name)!r} now"
+            for name in sorted({*recorded, *described})
+            if not _may_be(name, recorded.get(name), described.get(name), num_finished)
+        ]:
+            raise ValueError(
+                f"{path.parent.parent} holds rounds of another configuration:\n"
+                + "\n".join(differing)
+                + "\nSet these back to go on with that run, or choose another output_dir."
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(dict(described), indent=1, sort_keys=True))
+    temporary.replace(path)
+
+
+def _may_be(name: str, recorded: Any, now: Any, num_finished: int) -> bool:
+    if recorded == now:
+        return True
+    if name in _MAY_GROW:
+        return recorded is not None and now is not None and now >= recorded
+    if name in _PER_ROUND and recorded is not None and now is not None:
+        return recorded[:num_finished] == now[:num_finished]
+    return False
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()

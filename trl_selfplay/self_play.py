@@ -1,0 +1,268 @@
+"""The stages of a round, put together for a trainer: draw prompts, sample and grade, build rows.
+
+In: prompts, held-out sets, a collector and a formatter, made once by the trainer. Out: graded
+rollouts of a phase, held-out scores, and the finished `PlayedRound` of a selection. The trainers
+call these in the order of their papers.
+"""
+
+import random
+import shutil
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+from trl import pack_dataset
+
+from trl_selfplay.collection import Assignment, Collector
+from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.heldout import HeldOutScores, score_all
+from trl_selfplay.prompts import PromptFormatter, PromptRow, check_lengths
+from trl_selfplay.report import SamplingProgress
+from trl_selfplay.rollouts import Phase, Rollout, load_rollouts, save_table
+from trl_selfplay.rounds import PlayedRound, Run
+from trl_selfplay.selection import Selection
+from trl_selfplay.training_data import build_training_rows, training_completion_ids
+from trl_selfplay.weights import replace_folder
+
+# How many of the longest prompts are tokenized at construction. All are checked when sampled.
+_CHECKED_AT_CONSTRUCTION = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SelfPlay:
+    """What a trainer plays with, the same in every round.
+
+    Attributes:
+        config: The trainer's arguments.
+        rows: The training prompts, sorted by id.
+        heldout: Held-out prompts by the name of their set.
+        formatter: Renders prompts as token ids.
+        collector: Samples and grades.
+        eos_token_ids: Tokens that end a completion.
+        eos_token_id: The one that is added in training after a stop string.
+        context_length: Most positions of the model, or None.
+    """
+
+    config: Any
+    rows: list[PromptRow]
+    heldout: Mapping[str, list[PromptRow]]
+    formatter: PromptFormatter
+    collector: Collector
+    eos_token_ids: tuple[int, ...]
+    eos_token_id: int
+    context_length: int | None
+
+    def check_longest_prompts(self, hinted: bool) -> None:
+        """Raise ValueError now if the longest prompts can't fit the model's context."""
+        for name, rows in {"train_dataset": self.rows, **self.heldout}.items():
+            longest = sorted(rows, key=lambda r: len(str(r.prompt)), reverse=True)
+            longest = longest[:_CHECKED_AT_CONSTRUCTION]
+            few_shot = name == "train_dataset" or self.config.few_shot_in_training
+            self._prompt_ids(
+                longest, few_shot, hinted and name == "train_dataset", name or "eval_dataset"
+            )
+
+    def _prompt_ids(
+        self, rows: Sequence[PromptRow], few_shot: bool, hinted: bool, name: str
+    ) -> list[tuple[int, ...]]:
+        ids = [self.formatter.token_ids(r, few_shot=few_shot, hinted=hinted) for r in rows]
+        check_lengths(
+            rows, [len(i) for i in ids], self.config.max_completion_length, self.context_length, name
+        )
+        return ids
+
+    def draw_prompts(self, round_index: int) -> list[PromptRow]:
+        """Return the prompts of a round: all, or a fresh draw that only the seed decides."""
+        count = self.config.num_prompts_per_round
+        if count is None or count >= len(self.rows):
+            return self.rows
+        drawn = random.Random(f"{self.config.seed}/{round_index}").sample(self.rows, count)
+        return sorted(drawn, key=lambda row: row.prompt_id)
+
+    def sample(
+        self, rows: Sequence[PromptRow], round_index: int, phase: Phase, folder: Path
+    ) -> list[Rollout]:
+        """Sample `num_generations` completions a prompt with the few-shot examples, and grade them.
+
+        Hinted samples (phase "hint") show the answer in the prompt, and their sample indices go on
+        where the unhinted ones end.
+        """
+        if not rows:
+            return []
+        hinted, count = phase == "hint", self.config.num_generations
+        indices = tuple(range(count, 2 * count) if hinted else range(count))
+        prompt_ids = self._prompt_ids(rows, True, hinted, "train_dataset")
+        with self._progress(f"round {round_index}{' with hints' if hinted else ''}", len(rows) * count) as progress:
+            return self.collector.collect(
+                [Assignment(r, ids, indices) for r, ids in zip(rows, prompt_ids, strict=True)],
+                build_sampling_options(self.config, self.eos_token_ids),
+                round_index=round_index,
+                phase=phase,
+                progress=progress,
+                folder=folder / "samples",
+                prefix="hint-" if hinted else "",
+            )
+
+    def score(
+        self,
+        sets: Mapping[str, list[PromptRow]],
+        *,
+        folder: Path | None = None,
+        prefix: str = "eval",
+        with_few_shot: bool = False,
+    ) -> HeldOutScores:
+        """Score held-out sets with the current weights, see `heldout.score_all`."""
+        forms = 2 if with_few_shot and self.formatter.few_shot_examples else 1
+        samples = sum(map(len, sets.values())) * (1 + self.config.num_generations_eval) * forms
+        with self._progress("held-out", samples) as progress:
+            return score_all(
+                self.collector,
+                self.formatter,
+                sets,
+                self.config,
+                self.eos_token_ids,
+                progress,
+                folder=folder,
+                prefix=prefix,
+                with_few_shot=with_few_shot,
+            )
+
+    def _progress(self, description: str, total: int) -> SamplingProgress:
+        is_main = self.collector.accelerator.is_main_process
+        return SamplingProgress(
+            total, description, disable=self.config.disable_tqdm or not is_main
+        )
+
+    def training_prompt_ids(self, rows: Sequence[PromptRow]) -> dict[str, tuple[int, ...]]:
+        """Return the prompts as trained on: never hinted, few-shot only if configured."""
+        few_shot = self.config.few_shot_in_training
+        return {row.prompt_id: self.formatter.token_ids(row, few_shot=few_shot) for row in rows}
+
+    def fits(self, rollout: Rollout, prompt_ids: Mapping[str, tuple[int, ...]]) -> bool:
+        """Say whether a training example is no longer than `max_length`."""
+        if self.config.max_length is None:
+            return True
+        completion = training_completion_ids(rollout, self.eos_token_id)
+        return len(prompt_ids[rollout.prompt_id]) + len(completion) <= self.config.max_length
+
+    def finish(
+        self,
+        rollouts: Sequence[Rollout],
+        selection: Selection,
+        prompt_ids: Mapping[str, tuple[int, ...]],
+        history: Sequence[Rollout],
+        round_index: int,
+        folder: Path,
+    ) -> PlayedRound:
+        """Write the selection down, build the parent's rows and the round's numbers."""
+        examples = [*selection.kept, *history]
+        rows = build_training_rows(
+            examples, prompt_ids, self.eos_token_id, seed=self.config.seed + round_index
+        )
+        if self.config.packing and examples:
+            rows = pack_dataset(rows, self.config.max_length, self.config.packing_strategy)
+        if self.collector.accelerator.is_main_process:
+            save_selection(folder / "selection.parquet", selection)
+            _save_rows(folder / "dataset", rows)
+        self.collector.accelerator.wait_for_everyone()
+        rewards = mean_rewards(rollouts, self.collector.scorer.names)
+        return PlayedRound(
+            rows,
+            len(examples),
+            selection.funnel,
+            tuple(rollouts),
+            round_metrics(rollouts, selection, rewards, len(examples)),
+            rewards,
+        )
+
+
+def save_selection(path: Path, selection: Selection) -> None:
+    """Write what became of each rollout: prompt_id, sample_index, hinted, outcome."""
+    rollouts, outcomes = zip(*selection.outcomes, strict=True) if selection.outcomes else ((), ())
+    save_table(
+        path,
+        pa.table(
+            {
+                "prompt_id": pa.array([r.prompt_id for r in rollouts], pa.string()),
+                "sample_index": pa.array([r.sample_index for r in rollouts], pa.int32()),
+                "hinted": pa.array([r.hinted for r in rollouts], pa.bool_()),
+                "outcome": pa.array(list(outcomes), pa.string()),
+            }
+        ),
+    )
+
+
+def load_kept(folder: Path) -> list[Rollout]:
+    """Return the rollouts that an earlier round kept, from its folder."""
+    selection = pq.read_table(folder / "selection.parquet").to_pylist()
+    kept = {(s["prompt_id"], s["sample_index"]) for s in selection if s["outcome"] == "kept"}
+    rollouts = [r for p in sorted((folder / "samples").glob("*.parquet")) for r in load_rollouts(p)]
+    return sorted(
+        (r for r in rollouts if (r.prompt_id, r.sample_index) in kept),
+        key=lambda r: (r.prompt_id, r.sample_index),
+    )
+
+
+def add_history(
+    run: Run,
+    kept: Sequence[Rollout],
+    normal_form: Callable[[str], Hashable],
+    history_rounds: int,
+) -> list[Rollout]:
+    """Return what up to `history_rounds` earlier rounds kept and nothing newer repeats."""
+    seen = {(r.prompt_id, normal_form(r.completion)) for r in kept}
+    added: list[Rollout] = []
+    newest = (run.round_index or 0) - 1
+    for round_index in range(newest, max(newest - history_rounds, -1), -1):
+        for rollout in load_kept(run.folder(round_index)):
+            key = (rollout.prompt_id, normal_form(rollout.completion))
+            if key not in seen:
+                seen.add(key)
+                added.append(rollout)
+    return added
+
+
+def _save_rows(folder: Path, rows: Dataset) -> None:
+    if folder.exists():
+        return
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    rows.save_to_disk(str(temporary))
+    replace_folder(temporary, folder)
+
+
+def mean_rewards(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float | None]:
+    """Return the mean weighted reward and each function's mean, abstentions left out."""
+    columns = {"mean": [r.reward for r in rollouts]}
+    columns |= {name: [r.rewards[i] for r in rollouts] for i, name in enumerate(names)}
+    return {
+        name: fmean(scores) if (scores := [v for v in values if v is not None]) else None
+        for name, values in columns.items()
+    }
+
+
+def round_metrics(
+    rollouts: Sequence[Rollout],
+    selection: Selection,
+    rewards: Mapping[str, float | None],
+    num_examples: int,
+) -> dict[str, float]:
+    """Return the numbers of a round for the log: play/… of what was sampled, select/… of the rest."""
+    unhinted = [r for r in rollouts if not r.hinted]
+    metrics = {
+        "play/completions": float(len(rollouts)),
+        "play/mean_length": fmean(len(r.completion_ids) for r in unhinted),
+        "play/truncated": fmean(r.is_truncated for r in unhinted),
+        "select/kept": float(len(selection.kept)),
+        "select/kept_hinted": float(sum(r.hinted for r in selection.kept)),
+        "select/prompts_solved": len({r.prompt_id for r in selection.kept if not r.hinted})
+        / len({r.prompt_id for r in unhinted}),
+        "select/examples": float(num_examples),
+    }
+    metrics |= {f"play/reward_{n}": v for n, v in rewards.items() if v is not None}
+    return metrics

@@ -1,0 +1,1 @@
+"""The trainers and their configs; import them from `trl_selfplay`."""

@@ -1,0 +1,314 @@
+"""Build a round-based trainer: check its arguments, make its parts, answer its parent.
+
+In: the constructor's arguments. Out: an error that says what to do, or the pieces that the parent
+gets in place of the user's (one placeholder row, since the real rows are made round by round) and
+those that the rounds need.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from trl_selfplay.collection import Collector
+from trl_selfplay.generation.transformers_sampler import (
+    TransformersSampler,
+    check_generation_config,
+    collect_eos_token_ids,
+    keep_4bit_weights_trainable,
+)
+from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.heldout import metric_prefixes
+from trl_selfplay.prompts import (
+    FewShotExample,
+    HintFormatter,
+    PromptFormatter,
+    PromptRow,
+    canonical_prompt,
+    load_prompt_rows,
+)
+from trl_selfplay.rewards.scoring import Scorer
+from trl_selfplay.rounds import Run
+from trl_selfplay.run_identity import describe_run
+from trl_selfplay.self_play import SelfPlay
+from trl_selfplay.weights import check_peft_config, copy_into, load_trainable
+
+
+def default_output_dir(model: Any, method: str) -> str:
+    """Return the folder that TRL would choose: the model's name and the method's."""
+    name = model if isinstance(model, str) else model.config.name_or_path
+    return f"{name.rstrip('/').split('/')[-1]}-{method}"
+
+
+def check_arguments(
+    args: Any, config_class: type, *, model: Any, reward_funcs: Any, peft_config: Any, **unused: Any
+) -> None:
+    """Raise for arguments that can't work, before a model is loaded.
+
+    Raises:
+        TypeError: `args` is not the trainer's own config.
+        ValueError: No reward function, an argument that rounds would ignore, or a PEFT
+            initialisation that changes base weights.
+    """
+    if not isinstance(args, config_class):
+        raise TypeError(
+            f"args is a {type(args).__name__}; this trainer needs a {config_class.__name__}, which "
+            "has all of its parent's fields: change the class name in your script."
+        )
+    if reward_funcs is None or reward_funcs == []:
+        raise ValueError(
+            "`reward_funcs` is missing: something must say which completions are right. Pass a "
+            "function such as trl_selfplay.rewards.exact_reward, a reward model id, or a list."
+        )
+    check_peft_config(peft_config)
+    for existing in getattr(model, "peft_config", {}).values():
+        check_peft_config(existing)
+    refuse_unused_arguments(**unused, args=args)
+    # Also raises for unknown generation_kwargs.
+    build_sampling_options(args, ())
+    if args.packing and args.max_length is None:
+        raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
+
+
+def refuse_unused_arguments(
+    optimizers: tuple[Any, Any],
+    compute_metrics: Any,
+    preprocess_logits_for_metrics: Any,
+    formatting_func: Any,
+    args: Any,
+) -> None:
+    """Raise ValueError for parent arguments that a run over rounds would silently ignore."""
+    if any(part is not None for part in optimizers or ()):
+        raise ValueError(
+            "`optimizers` was given, but every round starts with a fresh optimizer and scheduler, "
+            "and yours would serve the first round only. Choose the optimizer with `args.optim` "
+            "or `optimizer_cls_and_kwargs`."
+        )
+    for name, value in (
+        ("compute_metrics", compute_metrics),
+        ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` was given, but held-out prompts are sampled and graded by "
+                "`reward_funcs`: there are no logits to compute metrics from. Leave it out; log a "
+                "number of your own with `log_metric` in a reward function."
+            )
+    if formatting_func is not None:
+        raise ValueError(
+            "`formatting_func` was given, but the trained text is the model's own. Format the "
+            "`prompt` column of the dataset instead."
+        )
+    if args.assistant_only_loss:
+        raise ValueError(
+            "assistant_only_loss=True has no use here: the loss is on the completion's tokens "
+            "alone. Leave it out."
+        )
+
+
+def load_processing_class(
+    model: Any, processing_class: Any, args: SFTConfig
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, loaded as TRL would, and check that it can end a completion.
+
+    Raises:
+        TypeError: A processor of a multimodal model.
+        ValueError: No end-of-sequence token.
+    """
+    if processing_class is None:
+        kwargs = args.model_init_kwargs or {}
+        name = model if isinstance(model, str) else model.config.name_or_path
+        processing_class = AutoProcessor.from_pretrained(
+            name, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+        )
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class is a {type(processing_class).__name__}; rounds work on text, so "
+            "pass a model with a plain tokenizer."
+        )
+    if processing_class.eos_token is None and args.eos_token is None:
+        raise ValueError(
+            f"the tokenizer {processing_class.name_or_path!r} has no end-of-sequence token, so no "
+            "completion could ever finish. Set `eos_token` in the config, or "
+            "`tokenizer.eos_token`."
+        )
+    return processing_class
+
+
+def placeholder_dataset(tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return one final row for the parent to be built on; no round ever trains on it."""
+    eos = tokenizer.eos_token_id
+    return Dataset.from_dict({"input_ids": [[eos, eos]], "labels": [[-100, eos]]})
+
+
+def load_heldout_sets(
+    eval_dataset: Any, train_rows: list[PromptRow]
+) -> dict[str, list[PromptRow]]:
+    """Return the held-out sets by name ("" for a single one), none of them seen in training.
+
+    Raises:
+        ValueError: A held-out prompt is also a training prompt, whatever its solution.
+    """
+    if eval_dataset is None:
+        return {}
+    named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    trained_on = {canonical_prompt(row.prompt): row for row in train_rows}
+    sets = {}
+    for name, dataset in named.items():
+        label = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+        sets[name] = load_prompt_rows(dataset, label)
+        shared = [row for row in sets[name] if canonical_prompt(row.prompt) in trained_on]
+        if shared:
+            twin = trained_on[canonical_prompt(shared[0].prompt)]
+            raise ValueError(
+                f"{len(shared)} of {len(sets[name])} prompts of `{label}` are in `train_dataset` "
+                f"as well (row {shared[0].row_index} is row {twin.row_index} there). A held-out "
+                "score on them means nothing: remove them from one of the two."
+            )
+    return sets
+
+
+def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[str]) -> Run:
+    """Return the state of a run that has not begun, and fix names that rounds must share."""
+    output_dir = Path(args.output_dir)
+    # The parent derives these from output_dir, which is another folder in each round.
+    if args.run_name is None:
+        args.run_name = output_dir.name
+    if args.push_to_hub and args.hub_model_id is None:
+        args.hub_model_id = output_dir.name
+    metric = args.metric_for_best_model
+    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+    if heldout_names and heldout_names[0]:  # the first of several sets chooses
+        prefix = metric_prefixes(heldout_names, "eval")[heldout_names[0]]
+        if not metric.startswith(prefix):
+            metric = metric.replace("eval", prefix, 1)
+    uses_peft = peft_config is not None or hasattr(model, "peft_config")
+    loads_best = args.load_best_round_at_end
+    if loads_best and not heldout_names:
+        raise ValueError(
+            "load_best_round_at_end=True needs an `eval_dataset` of held-out prompts to choose by."
+        )
+    if args.stop_after_rounds_without_gain is not None and not heldout_names:
+        raise ValueError(
+            "stop_after_rounds_without_gain needs an `eval_dataset` of held-out prompts."
+        )
+    return Run(
+        root=output_dir / "_rounds",
+        chosen_metric=metric if heldout_names else None,
+        loads_best_round=bool(heldout_names) if loads_best is None else loads_best,
+        # A model that the parent loads from its source as it is can be read from there again.
+        keeps_initial_weights=uses_peft
+        or not isinstance(model, str)
+        or args.chat_template_path is not None,
+        keeps_every_model=uses_peft,
+    )
+
+
+def build_self_play(
+    trainer: Any,
+    rows: list[PromptRow],
+    heldout: Mapping[str, list[PromptRow]],
+    few_shot_examples: Sequence[FewShotExample],
+    hint_formatter: HintFormatter | None,
+    reward_funcs: Any,
+    reward_processing_classes: Any,
+) -> SelfPlay:
+    """Put the stages of a round together for a trainer whose parent has been built."""
+    args, tokenizer = trainer.args, trainer.processing_class
+    keep_4bit_weights_trainable(trainer.model)
+    check_generation_config(trainer.model.generation_config)
+    text_config = trainer.model.config.get_text_config()
+    return SelfPlay(
+        config=args,
+        rows=rows,
+        heldout=heldout,
+        formatter=PromptFormatter(
+            tokenizer, few_shot_examples, hint_formatter, args.chat_template_kwargs
+        ),
+        collector=Collector(
+            sampler=TransformersSampler(
+                lambda: trainer.model_wrapped, tokenizer, accelerator=trainer.accelerator
+            ),
+            scorer=Scorer(
+                reward_funcs,
+                reward_weights=args.reward_weights,
+                reward_processing_classes=reward_processing_classes,
+                device=trainer.accelerator.device,
+            ),
+            tokenizer=tokenizer,
+            accelerator=trainer.accelerator,
+            seed=args.seed,
+            reward_threshold=args.reward_threshold,
+        ),
+        eos_token_ids=collect_eos_token_ids(trainer.model, tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        context_length=getattr(text_config, "max_position_embeddings", None),
+    )
+
+
+def describe_trainer(trainer: Any) -> dict[str, Any]:
+    """Return what makes a trainer's run, see `run_identity.describe_run`."""
+    play: SelfPlay = trainer.self_play
+    examples = [
+        (canonical_prompt(e.prompt), e.completion, str(e.solution))
+        for e in play.formatter.few_shot_examples
+    ]
+    sets = {f"eval_dataset {name}".strip(): rows for name, rows in play.heldout.items()}
+    return describe_run(
+        trainer.args.to_dict(),
+        {
+            name: [row.prompt_id for row in rows]
+            for name, rows in {"train_dataset": play.rows, **sets}.items()
+        },
+        {
+            "method": trainer._name,
+            "model": trainer.model.config.name_or_path,
+            "reward_funcs": play.collector.scorer.names,
+            "few_shot_examples": f"{len(examples)}, "
+            + hashlib.blake2b(repr(examples).encode(), digest_size=8).hexdigest(),
+        },
+    )
+
+
+def evaluate_heldout(trainer: Any, eval_dataset: Any, prefix: str) -> dict[str, float]:
+    """Answer the parent's `evaluate`: score held-out prompts, log, and tell the callbacks.
+
+    Raises:
+        ValueError: There is no held-out set, or none of that name.
+    """
+    play: SelfPlay = trainer.self_play
+    if eval_dataset is None:
+        sets = play.heldout
+    elif isinstance(eval_dataset, str):
+        if eval_dataset not in play.heldout:
+            raise ValueError(
+                f"no held-out set {eval_dataset!r}; eval_dataset has {sorted(play.heldout)}."
+            )
+        sets = {"": play.heldout[eval_dataset]}
+    else:
+        sets = load_heldout_sets(eval_dataset, play.rows)
+    if not sets:
+        raise ValueError("evaluate() needs an `eval_dataset` of held-out prompts and solutions.")
+    scores = play.score(sets, prefix=prefix)
+    metrics = {**scores.metrics, f"{prefix}_runtime": round(scores.seconds, 4)}
+    trainer.log(dict(metrics))
+    trainer.control = trainer.callback_handler.on_evaluate(
+        trainer.args, trainer.state, trainer.control, metrics
+    )
+    return metrics
+
+
+def reload_initial_weights(trainer: Any) -> None:
+    """Copy the weights from before round 0 into the model: from `_rounds/initial`, or its source."""
+    if trainer.run.initial_weights.exists():
+        load_trainable(trainer.model, trainer.run.initial_weights)
+        return
+    source = trainer.model.config.name_or_path
+    kwargs = {**(trainer.args.model_init_kwargs or {}), "dtype": "auto", "device_map": "cpu"}
+    kwargs.setdefault("trust_remote_code", trainer.args.trust_remote_code)
+    loaded = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    copy_into(trainer.model, dict(loaded.named_parameters()), source)

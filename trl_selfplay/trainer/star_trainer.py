@@ -1,0 +1,227 @@
+"""STaR: a model trains on its own rationales that reached the right answer.
+
+In: prompts with solutions, reward functions. Out: the model after `num_rounds` rounds.
+Source: STaR, arXiv 2203.14465, Algorithm 1. The outer loop is in rounds.py, what a round's stages
+do in self_play.py.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import TrainOutput
+from trl import SFTTrainer
+
+from trl_selfplay.heldout import HeldOutScores
+from trl_selfplay.prompts import HintFormatter
+from trl_selfplay.rationalization import add_hint, find_leak
+from trl_selfplay.rounds import PlayedRound, add_rounds_to_card, log_with_round, run_rounds
+from trl_selfplay.selection import default_normal_form, select, unsolved_prompts
+from trl_selfplay.self_play import add_history
+from trl_selfplay.trainer.construction import (
+    build_run,
+    build_self_play,
+    check_arguments,
+    default_output_dir,
+    describe_trainer,
+    evaluate_heldout,
+    load_heldout_sets,
+    load_processing_class,
+    placeholder_dataset,
+    reload_initial_weights,
+)
+from trl_selfplay.prompts import load_few_shot_examples, load_prompt_rows
+from trl_selfplay.trainer.star_config import STaRConfig
+
+
+class STaRTrainer(SFTTrainer):
+    """Trains a causal language model on its own correct rationales, round after round.
+
+    Takes what `trl.SFTTrainer` takes, in its order, and the keyword-only parameters below.
+    `train_dataset` has the columns `prompt` (text or chat messages) and `solution`; all columns
+    reach the reward functions. `eval_dataset`, one set or a dict of sets, holds held-out prompts in
+    the same form.
+
+    Args:
+        reward_funcs: As GRPOTrainer takes them: a callable
+            `f(prompts, completions, **columns) -> list[float | None]`, an async one, a model id, a
+            sequence classifier, or a list of these.
+        reward_processing_classes: Tokenizers of reward models, one for each of `reward_funcs`.
+        few_shot_examples: Mappings with `prompt`, `completion` and `solution` that stand before
+            every prompt while sampling.
+        normal_form: Completions of a prompt with equal normal form are duplicates; None compares
+            them lower-cased with white space folded.
+        hint_formatter: `f(prompt, solution) -> prompt` that shows the answer; None marks the right
+            option of a multiple-choice prompt, or puts the answer in parentheses.
+        leak_filter: `f(prompt, completion, solution) -> str | None`, the reason why a hinted
+            completion quotes its hint instead of reasoning; None uses `find_leak`.
+
+    Raises:
+        ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
+
+    Source: STaR, arXiv 2203.14465, Algorithm 1.
+    """
+
+    _tag_names = ["trl-selfplay", "star"]  # noqa: RUF012  # as in TRL
+    _name = "STaR"
+    _paper = {  # noqa: RUF012  # as in TRL
+        "title": "STaR: Bootstrapping Reasoning With Reasoning",
+        "id": "2203.14465",
+        "citation": """\
+@inproceedings{zelikman2022star,
+    title        = {{STaR: Bootstrapping Reasoning With Reasoning}},
+    author       = {Eric Zelikman and Yuhuai Wu and Jesse Mu and Noah D. Goodman},
+    year         = 2022,
+    booktitle    = {Advances in Neural Information Processing Systems 35},
+    eprint       = {arXiv:2203.14465},
+}""",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        args: STaRConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Callable[..., Any] | None = None,
+        *,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
+        normal_form: Callable[[str], Hashable] | None = None,
+        hint_formatter: HintFormatter | None = None,
+        leak_filter: Callable[[Any, str, Any], str | None] | None = None,
+    ) -> None:
+        if args is None:
+            args = STaRConfig(default_output_dir(model, "STaR"))
+        check_arguments(
+            args,
+            STaRConfig,
+            model=model,
+            reward_funcs=reward_funcs,
+            peft_config=peft_config,
+            optimizers=optimizers,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            formatting_func=formatting_func,
+        )
+        rows = load_prompt_rows(train_dataset, "train_dataset")
+        heldout = load_heldout_sets(eval_dataset, rows)
+        examples = load_few_shot_examples(few_shot_examples, rows[0].is_conversational)
+        tokenizer = load_processing_class(model, processing_class, args)
+        placeholder = placeholder_dataset(tokenizer)
+        self.run = build_run(args, model, peft_config, list(heldout))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=placeholder,
+            eval_dataset=placeholder if heldout else None,
+            processing_class=tokenizer,
+            compute_loss_func=compute_loss_func,
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self.eval_dataset = eval_dataset
+        self.normal_form = normal_form or default_normal_form
+        self.leak_filter = leak_filter or find_leak
+        self.self_play = build_self_play(
+            self,
+            rows,
+            heldout,
+            examples,
+            hint_formatter or add_hint,
+            reward_funcs,
+            reward_processing_classes,
+        )
+        self.self_play.check_longest_prompts(hinted=args.rationalize)
+
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Run all rounds; `resume_from_checkpoint=True` goes on where a run in `output_dir` stopped.
+
+        Raises:
+            EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
+            FileExistsError: `output_dir` holds rounds and resuming was not asked for.
+            ValueError: It holds rounds of another configuration, or `trial` was given.
+        """
+        if trial is not None:
+            raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
+        return run_rounds(self, super().train, resume_from_checkpoint)
+
+    def play_round(self, round_index: int) -> PlayedRound:
+        """Sample, grade, rationalize and select: lines 3 to 6 of Algorithm 1 and D of line 7."""
+        play, args, folder = self.self_play, self.args, self.run.folder(round_index)
+        rows = play.draw_prompts(round_index)
+        rollouts = play.sample(rows, round_index, "train", folder)  # lines 3 and 5
+        if args.rationalize:
+            unsolved = unsolved_prompts(rollouts, args.reward_threshold)
+            failed = [row for row in rows if row.prompt_id in unsolved]
+            rollouts += play.sample(failed, round_index, "hint", folder)  # lines 4 and 6
+        prompt_ids = play.training_prompt_ids(play.rows if args.history_rounds else rows)
+        selection = select(
+            rollouts,
+            reward_threshold=args.reward_threshold,
+            leak_filter=self.leak_filter,
+            prompts={row.prompt_id: (row.prompt, row.solution) for row in rows},
+            normal_form=self.normal_form if args.deduplicate else None,
+            max_per_prompt=args.max_per_prompt,
+            fits=lambda rollout: play.fits(rollout, prompt_ids),
+            seed=args.seed + round_index,
+        )
+        history = add_history(self.run, selection.kept, self.normal_form, args.history_rounds)
+        return play.finish(rollouts, selection, prompt_ids, history, round_index, folder)  # line 7
+
+    def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
+        """Score the held-out prompts for the record; before round 0 in the few-shot form as well."""
+        if not self.self_play.heldout:
+            return None
+        return self.self_play.score(
+            self.self_play.heldout, folder=folder, with_few_shot=round_index < 0
+        )
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Sample and grade held-out prompts; return `eval_accuracy` (greedy), `eval_pass@k`, ….
+
+        Takes a dataset of prompts and solutions, a dict of them, or the name of a set in the
+        trainer's `eval_dataset`; None scores all of the trainer's own.
+        """
+        return evaluate_heldout(self, eval_dataset, metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the round, and with steps that go on over rounds."""
+        log_with_round(self, super().log, logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card, and what each round came to."""
+        super().create_model_card(*args, **kwargs)
+        add_rounds_to_card(self)
+
+    def reload_initial_weights(self) -> None:
+        """Set the trainable weights back to what they were before round 0."""
+        reload_initial_weights(self)
+
+    def describe_run(self) -> dict[str, Any]:
+        """Return what must stay equal over all processes of one run."""
+        return describe_trainer(self)
