@@ -619,22 +619,23 @@ def test_a_peft_model_with_a_peft_config_is_refused(build_sft, tiny_model, word_
         )
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*is_gradient_checkpointing.*:FutureWarning"  # TRL reads a deprecated attribute
-)
 def test_unwrapping_for_generation_neither_evaluates_nor_restores_after_an_error(
     tiny_model, word_tokenizer
 ) -> None:
     """The reason for a context of our own around it."""
     model = tiny_model(word_tokenizer).train()
     model.gradient_checkpointing_enable()
-    with (
-        pytest.raises(RuntimeError, match="inside"),
-        unwrap_model_for_generation(model, accelerate.Accelerator(cpu=True)) as unwrapped,
-    ):
-        inside = (unwrapped.training, unwrapped.is_gradient_checkpointing)
-        raise RuntimeError("inside")
-    assert inside == (True, False)
+    accelerator = accelerate.Accelerator(cpu=True)
+
+    def fail_inside():
+        with unwrap_model_for_generation(model, accelerator) as unwrapped:
+            inside.append((unwrapped.training, unwrapped.is_gradient_checkpointing))
+            raise RuntimeError("inside")
+
+    inside = []
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
+    assert inside == [(True, False)]
     assert model.is_gradient_checkpointing is False
 
 
@@ -664,9 +665,9 @@ def test_how_grpo_calls_a_reward_function(tiny_model, word_tokenizer, tmp_path) 
 
 def test_class_attributes_name_the_method_on_the_model_card(build_sft, tmp_path) -> None:
     class Named(SFTTrainer):
-        _tag_names = ["first-tag"]
+        _tag_names = ["first-tag"]  # noqa: RUF012  # as in TRL
         _name = "Contract"
-        _paper = {"title": "A Paper", "id": "2203.14465", "citation": "@article{key}"}
+        _paper = {"title": "A Paper", "id": "2203.14465", "citation": "@article{key}"}  # noqa: RUF012
 
     trainer = build_sft(cls=Named)
     trainer.create_model_card(model_name="my-model")
