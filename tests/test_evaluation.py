@@ -100,7 +100,9 @@ def test_best_of_k_with_equal_scores_is_the_share_and_with_gold_scores_pass_at_k
         )
 
 
-@pytest.mark.parametrize(("scores", "correct", "k"), [([1.0], [True, False], 1), ([1.0], [True], 2)])
+@pytest.mark.parametrize(
+    ("scores", "correct", "k"), [([1.0], [True, False], 1), ([1.0], [True], 2)]
+)
 def test_best_of_k_refuses_what_has_no_meaning(
     scores: list[float], correct: list[bool], k: int
 ) -> None:

@@ -70,7 +70,9 @@ def test_the_warm_up_warning_tells_how_far_the_rate_gets() -> None:
     assert "40%" in (warn_warmup(40, 100, 0) or "")
 
 
-@pytest.mark.parametrize(("hinted", "unhinted", "warns"), [(5, 5, False), (6, 5, True), (0, 0, False)])
+@pytest.mark.parametrize(
+    ("hinted", "unhinted", "warns"), [(5, 5, False), (6, 5, True), (0, 0, False)]
+)
 def test_more_than_half_hinted_is_warned_about(hinted: int, unhinted: int, warns: bool) -> None:
     funnel = Funnel(20, 5, OutcomeCounts(kept=unhinted), OutcomeCounts(kept=hinted))
     assert (warn_hint_share(funnel, 0) is not None) == warns

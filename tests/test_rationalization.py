@@ -134,7 +134,12 @@ def test_without_an_answer_there_is_no_hint(solution: str | None) -> None:
 LEAKING = [
     # repeats the marker
     (CQA, "b", "The answer is (b) basket (CORRECT).", "hint_marker"),
-    (CQA, "b", "It must hold a dog. (b) basket (CORRECT) does. So the answer is (b).", "hint_marker"),
+    (
+        CQA,
+        "b",
+        "It must hold a dog. (b) basket (CORRECT) does. So the answer is (b).",
+        "hint_marker",
+    ),
     # speaks of the hint
     (GSM8K, "72", "As the hint says, the sum is 72. Answer: 72", "mentions_hint"),
     (GSM8K, "72", "According to the hint we should get 72.\nAnswer: 72", "mentions_hint"),
@@ -197,7 +202,11 @@ CLEAN = [
     # words
     (REVERSAL, "bird, dog, cat", "1. Reverse the list: bird, dog, cat.\nAnswer: bird, dog, cat"),
     (REVERSAL, "bird, dog, cat", "1. bird\n2. dog\n3. cat\nAnswer: bird, dog, cat"),
-    (REVERSAL, "bird, dog, cat", "The last word is bird, then dog, then cat. Answer: bird, dog, cat"),
+    (
+        REVERSAL,
+        "bird, dog, cat",
+        "The last word is bird, then dog, then cat. Answer: bird, dog, cat",
+    ),
     ("Reverse: hint, dog", "dog, hint", "The hint is first, dog is last.\nAnswer: dog, hint"),
     (
         "Grade this: is the given answer 4 to 2 + 2 right?",

@@ -72,7 +72,9 @@ def rollout_sets(draw: st.DrawFn) -> list[Rollout]:
             rollouts.append(
                 make_rollout(
                     sample_index,
-                    draw(st.sampled_from(["a b", "A  B", "c", "d", "mentions_hint", "answer_only"])),
+                    draw(
+                        st.sampled_from(["a b", "A  B", "c", "d", "mentions_hint", "answer_only"])
+                    ),
                     draw(st.sampled_from([None, 0.0, 0.5, 1.0, 2.0])),
                     prompt_id=f"p{prompt}",
                     finish=draw(st.sampled_from(["eos", "stop", "length"])),
@@ -115,9 +117,7 @@ def test_every_rollout_gets_the_outcome_that_the_definition_gives_it(
     rollouts: list[Rollout], threshold: float
 ) -> None:
     """ST-7, ST-8, ST-21, SE-2: no failed, hinted-and-wrong, cut or abstained one is kept."""
-    selection = run_select(
-        rollouts, reward_threshold=threshold, fits=lambda r: r.completion != "d"
-    )
+    selection = run_select(rollouts, reward_threshold=threshold, fits=lambda r: r.completion != "d")
     outcomes = {(r.prompt_id, r.sample_index): outcome for r, outcome in selection.outcomes}
     assert outcomes == select_naively(rollouts, threshold)
 
@@ -133,7 +133,9 @@ def test_counts_add_up_for_hinted_and_unhinted(
         tally = Counter(outcome for r, outcome in selection.outcomes if r.hinted == hinted)
         assert {name: getattr(counts, name) for name in tally} == dict(tally)
     assert selection.funnel.kept == len(selection.kept)
-    assert sum(count for _, count in selection.funnel.leak_reasons) == selection.funnel.hinted.leaked
+    assert (
+        sum(count for _, count in selection.funnel.leak_reasons) == selection.funnel.hinted.leaked
+    )
     assert selection.funnel.unhinted.leaked == 0
 
 

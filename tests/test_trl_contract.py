@@ -197,7 +197,12 @@ def test_evaluation_inside_training_calls_the_public_method(build_sft) -> None:
     class Scored(SFTTrainer):
         def evaluate(self, *args, **kwargs):
             calls.append(self.state.global_step)
-            return {"eval_accuracy": 0.5}
+            metrics = {"eval_accuracy": 0.5}
+            # Takes the wish to evaluate back; without it, the end of the epoch evaluates again.
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+            return metrics
 
     calls: list[int] = []
     build_sft(
@@ -231,10 +236,14 @@ def test_packed_rows_have_the_loss_of_separate_ones(build_sft) -> None:
 # --- loss and the patched forward ---
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-def test_a_mean_loss_is_divided_by_accumulation_steps_only_if_declared(build_sft, scaled) -> None:
+@pytest.mark.parametrize(
+    ("declared", "loss"), [(SFTTrainer.loss_is_scaled_for_ga, 8.0), (False, 2.0)]
+)
+def test_a_mean_loss_is_divided_by_accumulation_steps_only_if_declared(
+    build_sft, declared, loss
+) -> None:
     class MeanLoss(SFTTrainer):
-        loss_is_scaled_for_ga = scaled
+        loss_is_scaled_for_ga = declared
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return model(**inputs).logits.sum() * 0.0 + 2.0
@@ -243,8 +252,7 @@ def test_a_mean_loss_is_divided_by_accumulation_steps_only_if_declared(build_sft
         cls=MeanLoss, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4
     )
     trainer.train()
-    assert SFTTrainer.loss_is_scaled_for_ga is True
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(8.0 if scaled else 2.0)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss)
 
 
 def test_the_fused_head_returns_log_probs_of_labelled_tokens(build_sft) -> None:
@@ -274,7 +282,7 @@ def test_a_deep_copy_runs_the_weights_of_the_original(build_sft) -> None:
 # --- DPO ---
 
 
-def dpo_rows(round_index, count=6):
+def dpo_rows(round_index, count=4):
     generator = torch.Generator().manual_seed(round_index)
 
     def draw(low, high):
@@ -334,7 +342,7 @@ def test_the_dpo_constructor_takes_no_ids(build_dpo) -> None:
 
 def test_the_dpo_collator_puts_chosen_before_rejected(build_dpo) -> None:
     row = {"prompt_ids": [3], "chosen_ids": [4, 1], "rejected_ids": [5, 6, 1]}
-    batch = build_dpo().data_collator([row])
+    batch = build_dpo(precompute_ref_log_probs=True).data_collator([row])
     assert batch["input_ids"].tolist() == [[3, 4, 1, 0], [3, 5, 6, 1]]
     assert batch["completion_mask"].tolist() == [[0, 1, 1, 0], [0, 1, 1, 1]]
 
@@ -352,7 +360,7 @@ def test_dpo_starts_each_of_three_rounds_at_ln_2(
         model=model,
         peft_config=lora if kind == "lora" else None,
         precompute_ref_log_probs=kind == "full",
-        max_steps=3,
+        max_steps=2,
         learning_rate=2e-2,
     )
     trainer.precompute_ref_logps = True
@@ -368,7 +376,7 @@ def test_dpo_starts_each_of_three_rounds_at_ln_2(
         first, last = trainer.state.log_history[0], trainer.state.log_history[-2]
         assert first["loss"] == pytest.approx(LN_2, abs=1e-6)
         assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
-        assert last["loss"] != pytest.approx(LN_2, abs=1e-3)  # it does train
+        assert abs(last["rewards/margins"]) > 1e-5  # it does train
 
 
 # --- configs ---

@@ -58,8 +58,8 @@ class Shard:
 class Progress(Protocol):
     """What is told while samples come in."""
 
-    def update(self, num_samples: int, num_tokens: int) -> None:
-        """Count finished samples and their completion tokens."""
+    def update(self, num_samples: int, num_tokens: int, restored: bool = False) -> None:
+        """Count finished samples and their completion tokens, or those read back from disk."""
 
     def set_solved(self, share: float) -> None:
         """Tell the share of prompts, among those graded so far, with a passing sample."""
@@ -123,7 +123,8 @@ class Collector:
                 if path is not None:
                     save_rollouts(path, rollouts)
             else:
-                progress.update(len(rollouts), sum(len(r.completion_ids) for r in rollouts))
+                num_tokens = sum(len(r.completion_ids) for r in rollouts)
+                progress.update(len(rollouts), num_tokens, restored=True)
             if not all(r.is_graded for r in rollouts):
                 rollouts = self._grade(rollouts, by_id)
                 if path is not None:

@@ -188,6 +188,4 @@ def _pass_at_k_metrics(samples: Sequence[Rollout], threshold: float) -> dict[str
 
 
 def _passes(rollout: Rollout, threshold: float) -> bool:
-    return (
-        not rollout.is_truncated and rollout.reward is not None and rollout.reward >= threshold
-    )
+    return not rollout.is_truncated and rollout.reward is not None and rollout.reward >= threshold

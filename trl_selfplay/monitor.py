@@ -121,7 +121,9 @@ def best_round(history: Sequence[tuple[int, float]], greater_is_better: bool = T
     return best_index
 
 
-def rounds_without_gain(history: Sequence[tuple[int, float]], greater_is_better: bool = True) -> int:
+def rounds_without_gain(
+    history: Sequence[tuple[int, float]], greater_is_better: bool = True
+) -> int:
     """Return how many of the newest rounds in a row were not better than the best before them.
 
     Args:

@@ -20,7 +20,7 @@ HINT_MARKER = "(CORRECT)"
 
 
 def add_hint(prompt: Prompt, solution: Any) -> Prompt:
-    """Return the prompt with the final answer shown.
+    r"""Return the prompt with the final answer shown.
 
     Multiple choice: the right option is marked "(CORRECT)". Anything else: the answer in
     parentheses after the question, before a cue such as "A:" that the prompt ends with. Only the
@@ -36,8 +36,8 @@ def add_hint(prompt: Prompt, solution: Any) -> Prompt:
 
     Source: STaR, arXiv 2203.14465, section 3.3.
 
-    >>> add_hint("Q: What is 48 + 24?\\nA:", "48 + 24 = 72 #### 72")
-    'Q: What is 48 + 24? (72)\\nA:'
+    >>> add_hint("Q: What is 48 + 24?\nA:", "48 + 24 = 72 #### 72")
+    'Q: What is 48 + 24? (72)\nA:'
     """
     answer = _answer_of(solution)
     if not answer:
@@ -75,7 +75,9 @@ def find_leak(prompt: Prompt, completion: str, solution: Any) -> str | None:
         return "mentions_hint"
     if answers:
         opening = _opening(completion)
-        if re.fullmatch(rf"(?:{_ANNOUNCEMENT}){{0,3}}{_either(answers)}{_CLOSING}", opening, _FLAGS):
+        if re.fullmatch(
+            rf"(?:{_ANNOUNCEMENT}){{0,3}}{_either(answers)}{_CLOSING}", opening, _FLAGS
+        ):
             return "answer_only"
         if _states_answer_first(opening, answers):
             return "answer_first"

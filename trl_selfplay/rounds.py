@@ -26,7 +26,14 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.evaluation import paired_difference
 from trl_selfplay.heldout import HeldOutScores
-from trl_selfplay.monitor import best_round, rounds_without_gain, warn_baseline, warn_warmup
+from trl_selfplay.monitor import (
+    best_round,
+    rounds_without_gain,
+    warn_baseline,
+    warn_hint_share,
+    warn_truncation,
+    warn_warmup,
+)
 from trl_selfplay.report import print_round_table, rounds_markdown
 from trl_selfplay.rollouts import Rollout
 from trl_selfplay.run_identity import check_identity
@@ -161,6 +168,9 @@ def run_rounds(
                 if played.num_examples == 0:
                     _handle_empty_round(args, round_index, played)
                     break
+                for warn in (warn_hint_share, warn_truncation):
+                    if warning := warn(played.funnel, round_index):
+                        logger.warning("%s", warning)
                 output = _train_round(trainer, train_parent, round_index, played) or output
                 history += trainer.state.log_history
                 scores = trainer.score_heldout(round_index, run.folder(round_index) / "evaluation")
@@ -388,7 +398,7 @@ def _finish_round(
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         _delete_what_is_done(trainer, round_index)
-        print_round_table(run.lines)
+        print_round_table(run.lines, run.chosen_metric)
     return trainer.control.should_training_stop and state.global_step < state.max_steps
 
 
@@ -474,7 +484,7 @@ def add_rounds_to_card(trainer: Any) -> None:
     """Append the table of rounds to the model card that TRL wrote into the output directory."""
     path = Path(trainer.args.output_dir) / "README.md"
     if trainer.run.lines and trainer.is_world_process_zero() and path.exists():
-        path.write_text(f"{path.read_text()}\n{rounds_markdown(trainer.run.lines)}\n")
+        path.write_text(f"{path.read_text()}\n{rounds_markdown(trainer.run.lines, trainer.run.chosen_metric)}\n")
 
 
 def _call_round_event(trainer: Any, event: str, round_index: int) -> bool:

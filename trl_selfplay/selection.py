@@ -53,6 +53,7 @@ class OutcomeCounts:
 
     @property
     def sampled(self) -> int:
+        """All of them."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     @property
@@ -89,14 +90,17 @@ class Funnel:
 
     @property
     def sampled(self) -> int:
+        """Sampled without hint."""
         return self.unhinted.sampled
 
     @property
     def finished(self) -> int:
+        """Of those, graded and ended by the model itself."""
         return self.unhinted.finished
 
     @property
     def correct(self) -> int:
+        """Of those, with a reward at the threshold or above."""
         return self.unhinted.correct
 
     @property
@@ -106,6 +110,7 @@ class Funnel:
 
     @property
     def kept(self) -> int:
+        """To be trained on, of both kinds."""
         return self.unhinted.kept + self.hinted.kept
 
     def to_dict(self) -> dict[str, int]:
@@ -244,9 +249,9 @@ def _leak_reason(
 
 
 def default_normal_form(completion: str) -> str:
-    """Return a completion lower-cased and with white space folded.
+    r"""Return a completion lower-cased and with white space folded.
 
-    >>> default_normal_form(" 3 + 4\\n= 7. Answer:  7 ")
+    >>> default_normal_form(" 3 + 4\n= 7. Answer:  7 ")
     '3 + 4 = 7. answer: 7'
     """
     return " ".join(completion.lower().split())
@@ -284,7 +289,7 @@ def _build_funnel(
     leak_reasons: Mapping[str, int],
     reward_threshold: float,
 ) -> Funnel:
-    counts = {
+    counts: dict[bool, Counter[str]] = {
         hinted: Counter(outcomes[_key(r)] for r in rollouts if r.hinted == hinted)
         for hinted in (False, True)
     }

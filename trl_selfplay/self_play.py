@@ -97,7 +97,8 @@ class SelfPlay:
         hinted, count = phase == "hint", self.config.num_generations
         indices = tuple(range(count, 2 * count) if hinted else range(count))
         prompt_ids = self._prompt_ids(rows, True, hinted, "train_dataset")
-        with self._progress(f"round {round_index}{' with hints' if hinted else ''}", len(rows) * count) as progress:
+        description = f"round {round_index}{' with hints' if hinted else ''}"
+        with self._progress(description, len(rows) * count) as progress:
             return self.collector.collect(
                 [Assignment(r, ids, indices) for r, ids in zip(rows, prompt_ids, strict=True)],
                 build_sampling_options(self.config, self.eos_token_ids),
@@ -119,7 +120,7 @@ class SelfPlay:
         """Score held-out sets with the current weights, see `heldout.score_all`."""
         forms = 2 if with_few_shot and self.formatter.few_shot_examples else 1
         samples = sum(map(len, sets.values())) * (1 + self.config.num_generations_eval) * forms
-        with self._progress("held-out", samples) as progress:
+        with self._progress("held-out", samples, ("num_generations_eval",)) as progress:
             return score_all(
                 self.collector,
                 self.formatter,
@@ -132,11 +133,15 @@ class SelfPlay:
                 with_few_shot=with_few_shot,
             )
 
-    def _progress(self, description: str, total: int) -> SamplingProgress:
+    def _progress(
+        self,
+        description: str,
+        total: int,
+        settings: Sequence[str] = ("num_prompts_per_round", "num_generations"),
+    ) -> SamplingProgress:
         is_main = self.collector.accelerator.is_main_process
-        return SamplingProgress(
-            total, description, disable=self.config.disable_tqdm or not is_main
-        )
+        disable = self.config.disable_tqdm or not is_main
+        return SamplingProgress(total, description, disable=disable, settings=settings)
 
     def training_prompt_ids(self, rows: Sequence[PromptRow]) -> dict[str, tuple[int, ...]]:
         """Return the prompts as trained on: never hinted, few-shot only if configured."""

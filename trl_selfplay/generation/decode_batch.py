@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_selfplay.generation.buffered_cache import new_cache
 from trl_selfplay.generation.model_traits import ModelTraits, input_device
 from trl_selfplay.generation.random_streams import gumbel_noise, token_words
 from trl_selfplay.generation.sampler import SampledCompletion, SampleRequest, SamplingOptions
@@ -55,18 +56,18 @@ class CausalForward:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel | PeftModel,
         traits: ModelTraits,
         autocast: Callable[[], AbstractContextManager[Any]] | None,
     ) -> None:
-        self.model = model
+        self.model: Any = model
         self.traits = traits
         self.device = input_device(model)
         self._autocast = autocast
 
     def new_cache(self) -> DynamicCache:
         """Return an empty cache with the layers that this model needs."""
-        return DynamicCache(config=self.model.config)
+        return new_cache(self.model.config)
 
     def next_logits(
         self,
@@ -216,6 +217,7 @@ class DecodeBatch:
         self._length = prefix_length + width
         positions = (mask[:, : self._length].cumsum(dim=1) - 1).clamp_(min=0)[:, prefix_length:]
         self._mask = mask.to(device) if any(pads) else None
+        self._cache: Any  # its stubs ask for LongTensor, which no torch function returns
         if prefix is None:
             self._cache = self._forward.new_cache()
         else:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 from trl.models import unwrap_model_for_generation
 
@@ -50,15 +51,15 @@ def describe_model(model: nn.Module) -> ModelTraits:
             prompt-learning adapter. The text names the class.
     """
     base: Any = model
-    if hasattr(model, "peft_config"):
-        learns_prompt = [c.peft_type for c in model.peft_config.values() if c.is_prompt_learning]
+    if hasattr(base, "peft_config"):
+        learns_prompt = [c.peft_type for c in base.peft_config.values() if c.is_prompt_learning]
         if learns_prompt:
             raise ValueError(
                 f"the adapter of {type(model).__name__} is of a kind that adds virtual tokens "
                 f"({', '.join(map(str, learns_prompt))}), which the sampler doesn't support. Use "
                 "LoRA."
             )
-        base = model.get_base_model()
+        base = base.get_base_model()
     name = type(base).__name__
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(
@@ -108,13 +109,13 @@ def _largest(value: int | list[int] | None) -> int:
 
 
 @contextmanager
-def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterator[nn.Module]:
+def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterator[Any]:
     """Unwrap a model, in eval mode and without gradient checkpointing, and restore every module.
 
     The flags of each module are put back one by one, so that a model in which some modules train
     and others don't leaves as it came, also after an exception.
     """
-    modules = list(model.modules())
+    modules: list[Any] = list(model.modules())
     were_training = [module.training for module in modules]
     # Flags are switched here rather than by transformers' methods, which would lose the user's
     # checkpointing arguments when they switch it on again.
@@ -123,7 +124,7 @@ def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterato
     try:
         for module in checkpointing:
             module.gradient_checkpointing = False
-        unwrapped = model
+        unwrapped: Any = model
         if accelerator is not None:
             unwrapping = unwrap_model_for_generation(model, accelerator)
             unwrapped = unwrapping.__enter__()
@@ -139,7 +140,7 @@ def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterato
             module.gradient_checkpointing = True
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
     """Return the device that token ids go to."""
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     return embeddings.weight.device

@@ -46,6 +46,8 @@ class StopStringScanner:
 
     def _decode(self, ids: Sequence[int]) -> str:
         # Special tokens stay, so that one can be named as a stop string.
-        return self._tokenizer.decode(
+        text = self._tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        assert isinstance(text, str)  # one sequence gives one string
+        return text

