@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
+from trl_selfplay.report import plot_rounds, print_round_table
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +29,49 @@ _SEED_STRIDE = 10_000
 _FIRST_SEED = 1_000_000
 _SPARE_ROWS = 100
 
+# STaRConfig's fields for the demo; the recipe shows them as its defaults. The paper samples one
+# greedy completion and fine-tunes all weights; a model of this size solves too little that way.
+DEMO_SETTINGS: dict[str, Any] = {
+    "num_rounds": 3,
+    "num_generations": 8,
+    "temperature": 1.0,
+    "max_completion_length": 48,
+    "max_per_prompt": 4,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 5e-4,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": [],
+    "activation_checkpointing": False,
+}
+DIFFERENCES_FROM_PAPER = (
+    "The demo differs from the paper: {num_generations} completions a prompt at temperature "
+    "{temperature} (paper: one, greedy), LoRA (paper: all weights), learning rate {learning_rate} "
+    "(paper: 1e-6)."
+).format(**DEMO_SETTINGS)
+# What changes for a run that ends in a minute or two and only shows that everything works.
+SMOKE_SETTINGS: dict[str, Any] = {
+    "num_rounds": 2,
+    "num_prompts_per_round": 8,
+    "num_generations": 2,
+    "max_steps": 2,
+    "on_empty_round": "stop",
+}
+_NUM_HELD_OUT_SMOKE = 8
+DEMO_LORA: dict[str, Any] = {
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "target_modules": "all-linear",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class DemoSplit:
     """Disjoint sets of one seed: to train on, to select the best round, to report, to show.
 
-    `train`, `select` and `report` have the columns `prompt` (chat messages) and `solution`.
+    `train`, `select` and `report` have the columns `prompt` (text) and `solution`.
     """
 
     train: Dataset
@@ -40,10 +80,14 @@ class DemoSplit:
     few_shot: list[dict[str, Any]]
 
 
-def demo_split(seed: int = 0) -> DemoSplit:
+def demo_split(seed: int = 0, smoke: bool = False) -> DemoSplit:
     """Return the demo's prompts: reverse a list of three or four words.
 
     All four sets are index ranges of one dataset; a prompt that repeats an earlier one is left out.
+
+    Args:
+        seed: Other seeds give other prompts, but for the few that both draw by chance.
+        smoke: Leave a handful of prompts in the held-out sets.
 
     Raises:
         ImportError: reasoning-gym is not installed.
@@ -73,17 +117,19 @@ def demo_split(seed: int = 0) -> DemoSplit:
     few_shot, *sets = parts
     train, select, report = (
         Dataset.from_list(
-            [{"prompt": _messages(entry["question"]), "solution": entry["answer"]} for entry in part]
+            [{"prompt": _prompt(entry["question"]), "solution": entry["answer"]} for entry in part]
         )
         for part in sets
     )
+    if smoke:
+        select, report = (s.select(range(_NUM_HELD_OUT_SMOKE)) for s in (select, report))
     return DemoSplit(
         train,
         select,
         report,
         [
             {
-                "prompt": _messages(entry["question"]),
+                "prompt": _prompt(entry["question"]),
                 "completion": worked_answer(entry["metadata"]["words"]),
                 "solution": entry["answer"],
             }
@@ -92,9 +138,10 @@ def demo_split(seed: int = 0) -> DemoSplit:
     )
 
 
-def _messages(question: str) -> list[dict[str, str]]:
-    # The last line is the task; the lines before it are the same for every puzzle, and slow.
-    return [{"role": "user", "content": question.strip().splitlines()[-1]}]
+def _prompt(question: str) -> str:
+    # Plain text, and only the line with the task: those before it are the same for every puzzle.
+    # A third of a chat prompt's tokens, which is most of the time on a CPU.
+    return question.strip().splitlines()[-1] + "\n"
 
 
 def worked_answer(words: list[str]) -> str:
@@ -127,7 +174,7 @@ def load_demo_model_path() -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=cache))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
@@ -149,6 +196,37 @@ def load_demo_model_path() -> str:
     return str(folder)
 
 
+def recipe_defaults(smoke: bool = False) -> dict[str, Any]:
+    """Return the demo's settings under the names of a recipe's flags, to be its defaults."""
+    lora = {f"lora_{key.removeprefix('lora_')}": value for key, value in DEMO_LORA.items()}
+    return {
+        **DEMO_SETTINGS,
+        **(SMOKE_SETTINGS if smoke else {}),
+        **lora,
+        "use_peft": True,
+        "output_dir": "star-demo",
+        "reward_funcs": ["exact_reward"],
+    }
+
+
+def report_demo(trainer: Any, report_set: Dataset) -> float:
+    """Score prompts that chose nothing, print the table of rounds, and plot it to rounds.png.
+
+    Returns:
+        The greedy accuracy on `report_set`.
+    """
+    accuracy = trainer.evaluate(report_set, metric_key_prefix="eval_report")["eval_report_accuracy"]
+    if trainer.run.lines:  # none if the first round kept nothing
+        picture = Path(trainer.args.output_dir) / "rounds.png"
+        plot_rounds(trainer.run.lines, picture)
+        print_round_table(trainer.run.lines, trainer.run.chosen_metric)
+        sys.stdout.write(f"Plot: {picture}\n")
+    sys.stdout.write(
+        f"Greedy accuracy on {len(report_set)} prompts that chose nothing: {accuracy:.3f}\n"
+    )
+    return accuracy
+
+
 def demo_arguments(output_dir: str, seed: int = 0, **changes: Any) -> tuple[Any, dict[str, Any]]:
     """Return the demo's configuration, and the trainer's other arguments.
 
@@ -160,23 +238,7 @@ def demo_arguments(output_dir: str, seed: int = 0, **changes: Any) -> tuple[Any,
     from trl_selfplay.rewards import exact_reward
     from trl_selfplay.trainer.star_config import STaRConfig
 
-    settings: dict[str, Any] = {
-        "num_rounds": 3,
-        "num_generations": 8,
-        "temperature": 1.0,
-        "max_completion_length": 48,
-        "max_per_prompt": 4,
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 5e-4,
-        "logging_steps": 10,
-        "save_strategy": "no",
-        "report_to": [],
-        "activation_checkpointing": False,
-        "seed": seed,
-    }
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     return (
-        STaRConfig(output_dir, **{**settings, **changes}),
-        {"peft_config": lora, "reward_funcs": exact_reward},
+        STaRConfig(output_dir, **{**DEMO_SETTINGS, "seed": seed, **changes}),
+        {"peft_config": LoraConfig(**DEMO_LORA), "reward_funcs": exact_reward},
     )

