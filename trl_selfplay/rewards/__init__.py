@@ -1,1 +1,39 @@
-from trl_selfplay.rewards.answer import exact_reward, extract_answer
+"""Reward functions: what says which completions are right."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl_selfplay.rewards.answer import exact_reward as exact_reward
+    from trl_selfplay.rewards.answer import extract_answer as extract_answer
+    from trl_selfplay.rewards.answer import final_answer as final_answer
+    from trl_selfplay.rewards.choice import choice_reward as choice_reward
+    from trl_selfplay.rewards.maths import math_reward as math_reward
+    from trl_selfplay.rewards.puzzles import puzzle_reward as puzzle_reward
+
+_MODULE_OF = {
+    "choice_reward": "choice",
+    "exact_reward": "answer",
+    "extract_answer": "answer",
+    "final_answer": "answer",
+    "math_reward": "maths",
+    "puzzle_reward": "puzzles",
+}
+__all__ = [
+    "choice_reward",
+    "exact_reward",
+    "extract_answer",
+    "final_answer",
+    "math_reward",
+    "puzzle_reward",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,58 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from trl_selfplay.rewards.scoring import Scorer
+
+
+@pytest.fixture
+def classifier(word_tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(word_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=12, num_labels=1,
+        pad_token_id=word_tokenizer.pad_token_id,
+    )  # fmt: skip
+    return LlamaForSequenceClassification(config)
+
+
+PROMPTS = ["Q 1 ", "Q 1 + 2 = ? ", "Q "]
+COMPLETIONS = ["A 3", "so 3 4 5", "no"]
+
+
+def score(scorer, prompts=PROMPTS, completions=COMPLETIONS):
+    return [r[0] for r in scorer.score(prompts, completions, [[]] * len(prompts), {})]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_scores_do_not_depend_on_padding_or_company(classifier, word_tokenizer, side) -> None:
+    """VF-15: each equals the classifier alone on that text."""
+    word_tokenizer.padding_side = side
+    scores = score(Scorer(classifier, reward_processing_classes=word_tokenizer))
+    for prompt, completion, found in zip(PROMPTS, COMPLETIONS, scores, strict=True):
+        ids = word_tokenizer(prompt + completion, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = classifier(input_ids=ids).logits[0, 0].item()
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_text_beyond_the_context_is_no_verdict(classifier, word_tokenizer) -> None:
+    scorer = Scorer(classifier, reward_processing_classes=word_tokenizer)
+    assert score(scorer, ["Q " * 12, "Q "], ["A", "A"])[0] is None
+
+
+def test_a_model_is_taken_by_path(classifier, word_tokenizer, tmp_path) -> None:
+    folder = tmp_path / "critic"
+    classifier.save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    by_path = Scorer([str(folder)])
+    assert by_path.names == ("critic",)
+    given = Scorer(classifier, reward_processing_classes=word_tokenizer)
+    assert score(by_path) == pytest.approx(score(given), abs=1e-5)
+
+
+def test_a_classifier_with_two_labels_is_refused(word_tokenizer) -> None:
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=2, num_labels=2)  # fmt: skip
+    with pytest.raises(ValueError, match="2 labels"):
+        Scorer(LlamaForSequenceClassification(config), reward_processing_classes=word_tokenizer)
