@@ -29,23 +29,24 @@ class RewardModel:
     def __init__(self, model: str | nn.Module, tokenizer: Any = None, device: Any = None) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        source = model if isinstance(model, str) else model.config.name_or_path  # type: ignore[union-attr]  # a transformers model
+        loaded: Any = model
         if isinstance(model, str):
-            model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
-            model = model.to(device) if device is not None else model
-        self._model: Any = model.eval()  # type: ignore[union-attr]
+            loaded = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+            loaded = loaded.to(device) if device is not None else loaded
+        source = model if isinstance(model, str) else loaded.config.name_or_path
+        self._model: Any = loaded.eval()
         if self._model.config.num_labels != 1:
             raise ValueError(
                 f"the reward model {source!r} has {self._model.config.num_labels} labels; a reward "
                 "is one number, so give a classifier with num_labels=1."
             )
-        self._tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        self._tokenizer: Any = tokenizer or AutoTokenizer.from_pretrained(source)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         # The score is read at the last token that is not padding.
         self._model.config.pad_token_id = self._tokenizer.pad_token_id
         self._context_length = getattr(self._model.config, "max_position_embeddings", None)
-        self.__name__ = str(source).rstrip("/").split("/")[-1] or type(model).__name__
+        self.__name__ = str(source).rstrip("/").split("/")[-1] or type(loaded).__name__
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any
