@@ -114,9 +114,7 @@ def run_arm(arm: str, seed: int) -> dict[str, Any]:
     elif arm == "form_only":
         lines = star["lines"]
         trainer = build_trainer(
-            fixed_rows_class(
-                lambda t, i: wrong_with_the_right_form(t, i, lines[i]["examples"])
-            ),
+            fixed_rows_class(lambda t, i: wrong_with_the_right_form(t, i, lines[i]["examples"])),
             seed,
             folder,
             round_max_steps=[line["steps"] for line in lines],
@@ -202,9 +200,7 @@ def load(name: str) -> dict[str, Any]:
 
 def write_summary() -> None:
     """Write results/learning.md from the records present."""
-    found = {
-        arm: [load(p.stem) for p in sorted(RESULTS.glob(f"{arm}-*.json"))] for arm in ARMS
-    }
+    found = {arm: [load(p.stem) for p in sorted(RESULTS.glob(f"{arm}-*.json"))] for arm in ARMS}
     versions = ", ".join(f"{n} {version(n)}" for n in ("trl", "transformers", "peft", "torch"))
     seeds = sorted({int(p.stem.rsplit("-", 1)[1]) for p in RESULTS.glob("*-*.json")})
     lines = [
@@ -243,7 +239,10 @@ def write_summary() -> None:
     lines += ["", "Greedy accuracy on the report set by round (mean over seeds):", ""]
     for arm, records in found.items():
         if records:
-            rounds = zip(*([line["eval"]["eval_report_accuracy"] for line in r["lines"]] for r in records), strict=False)
+            rounds = zip(
+                *([line["eval"]["eval_report_accuracy"] for line in r["lines"]] for r in records),
+                strict=False,
+            )
             lines.append(f"- {arm}: " + ", ".join(f"{fmean(values):.3f}" for values in rounds))
     for record in star:
         lines.append(

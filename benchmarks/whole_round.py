@@ -219,7 +219,7 @@ def main() -> None:
     args = parser.parse_args()
     kept_path = RESULTS / f"kept-{args.num_prompts}.json"
     if args.arm:
-        print(json.dumps(measure(args.arm, args.num_prompts, kept_path)))  # noqa: T201
+        print(json.dumps(measure(args.arm, args.num_prompts, kept_path)))
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     for repeat in range(args.repeats):
@@ -227,7 +227,14 @@ def main() -> None:
             path = RESULTS / f"{arm}-{args.num_prompts}-{repeat}.json"
             if path.exists():
                 continue
-            command = [sys.executable, __file__, "--arm", arm, "--num-prompts", str(args.num_prompts)]
+            command = [
+                sys.executable,
+                __file__,
+                "--arm",
+                arm,
+                "--num-prompts",
+                str(args.num_prompts),
+            ]
             finished = subprocess.run(command, check=True, capture_output=True, text=True)
             record = json.loads(finished.stdout.strip().splitlines()[-1])
             record |= {"arm": arm, "num_prompts": args.num_prompts, "repeat": repeat}

@@ -30,6 +30,8 @@ FLOW = (
     "report",
     "weights",
     "run_identity",
+    "run_folder",
+    "round_log",
     "rounds",
     "self_play",
     "trainer",

@@ -71,7 +71,7 @@ def test_a_damaged_shard_is_recognised(tmp_path, make_rollout, damage) -> None:
         path.write_bytes(
             {"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\0" * 500}[damage]
         )
-    with pytest.raises(CorruptShardError, match="00000.parquet"):
+    with pytest.raises(CorruptShardError, match=r"00000\.parquet"):
         load_rollouts(path)
 
 

@@ -183,9 +183,7 @@ class Collector:
             )
             for a, sample_index in wanted
         ]
-        prompt_texts = {
-            a.row.prompt_id: self.tokenizer.decode(a.prompt_ids) for a in assignments
-        }
+        prompt_texts = {a.row.prompt_id: _decode(self.tokenizer, a.prompt_ids) for a in assignments}
         rollouts: list[Rollout | None] = [None] * len(wanted)
         for request_index, sampled in self.sampler.sample(requests, options, batch_size):
             assignment, sample_index = wanted[request_index]
@@ -200,7 +198,7 @@ class Collector:
                 prompt_ids=assignment.prompt_ids,
                 completion_ids=sampled.completion_ids,
                 prompt=prompt_texts[assignment.row.prompt_id],
-                completion=self.tokenizer.decode(text_ids, skip_special_tokens=True),
+                completion=_decode(self.tokenizer, text_ids, skip_special_tokens=True),
                 finish=sampled.finish,
                 hinted=phase == "hint",
                 logprob=sampled.logprob,
@@ -213,9 +211,7 @@ class Collector:
             )
         return finished
 
-    def _grade(
-        self, rollouts: Sequence[Rollout], by_id: Mapping[str, Assignment]
-    ) -> list[Rollout]:
+    def _grade(self, rollouts: Sequence[Rollout], by_id: Mapping[str, Assignment]) -> list[Rollout]:
         rows = [by_id[r.prompt_id].row for r in rollouts]
         completions: list[Any] = [
             [{"role": "assistant", "content": r.completion}]
@@ -233,6 +229,10 @@ class Collector:
             replace(r, rewards=rewards, reward=self.scorer.weighted(rewards))
             for r, rewards in zip(rollouts, scores, strict=True)
         ]
+
+
+def _decode(tokenizer: Any, ids: Sequence[int], **kwargs: Any) -> str:
+    return tokenizer.decode(list(ids), **kwargs)
 
 
 def plan_shards(

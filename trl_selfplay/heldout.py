@@ -111,9 +111,9 @@ def score_all(
 ) -> HeldOutScores:
     """Score every held-out set in the form that is trained on.
 
-    Args:
-        with_few_shot: Score also with the few-shot examples in the prompt, under
-            `<prefix>_few_shot_…`: what the untrained model can do when it is shown the task.
+    `with_few_shot` scores them also with the few-shot examples in the prompt, under
+    `<prefix>_few_shot_…`: what the untrained model can do when it is shown the task. The other
+    arguments are those of `score_prompts`.
     """
     started = time.monotonic()
     metrics: dict[str, float] = {}

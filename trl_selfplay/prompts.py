@@ -43,6 +43,7 @@ class PromptRow:
 
     @property
     def is_conversational(self) -> bool:
+        """Whether the prompt is chat messages."""
         return not isinstance(self.prompt, str)
 
 
@@ -190,9 +191,7 @@ class PromptFormatter:
         self.hint_formatter = hint_formatter
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
-    def token_ids(
-        self, row: PromptRow, *, few_shot: bool, hinted: bool = False
-    ) -> tuple[int, ...]:
+    def token_ids(self, row: PromptRow, *, few_shot: bool, hinted: bool = False) -> tuple[int, ...]:
         """Return the prompt's token ids, with the generation prompt of a chat template.
 
         Args:
@@ -233,11 +232,12 @@ class PromptFormatter:
         system = prompt[:1] if prompt[0]["role"] == "system" else []
         turns: Messages = list(system)
         for before, after in shown:
-            turns += [m for m in before if m["role"] != "system"]  # type: ignore[union-attr]  # chat form, by load_few_shot_examples
+            turns += [m for m in _messages(before) if m["role"] != "system"]
             turns.append({"role": "assistant", "content": after})
         turns += prompt[len(system) :]
         continues = prompt[-1]["role"] == "assistant"
-        return self.tokenizer.apply_chat_template(
+        tokenizer: Any = self.tokenizer  # its stubs don't follow `tokenize` and `return_dict`
+        return tokenizer.apply_chat_template(
             turns,
             tokenize=True,
             return_dict=False,
@@ -245,6 +245,12 @@ class PromptFormatter:
             continue_final_message=continues,
             **self.chat_template_kwargs,
         )
+
+
+def _messages(prompt: Prompt) -> Messages:
+    """Return a prompt that `load_few_shot_examples` has brought into chat form."""
+    assert not isinstance(prompt, str)
+    return prompt
 
 
 def check_lengths(

@@ -146,6 +146,11 @@ def format_duration(seconds: float) -> str:
 # --- after each round ----------------------------------------------------------------------------
 
 
+def say(text: str) -> None:
+    """Print a line of status above any progress bar."""
+    tqdm.write(text)
+
+
 def print_round_table(lines: Sequence[Mapping[str, Any]], metric: str | None = None) -> None:
     """Print the rounds so far: a rich table on a terminal with rich, plain lines elsewhere."""
     if sys.stdout.isatty():

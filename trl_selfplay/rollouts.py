@@ -56,10 +56,12 @@ class Rollout:
 
     @property
     def is_graded(self) -> bool:
+        """Whether reward functions have seen it."""
         return len(self.rewards) > 0
 
     @property
     def is_truncated(self) -> bool:
+        """Whether it was cut by length; such a completion is never trained on."""
         return self.finish == "length"
 
 
@@ -155,12 +157,11 @@ def load_rollouts(path: Path) -> list[Rollout]:
         rows = pq.read_table(path).select(SCHEMA.names).cast(SCHEMA).to_pylist()
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise CorruptShardError(f"{path} can't be read: {error}") from error
-    return [
-        Rollout(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in row.items()
-            }
-        )
-        for row in rows
-    ]
+    return [_rollout(row) for row in rows]
+
+
+def _rollout(row: dict[str, Any]) -> Rollout:
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+    }
+    return Rollout(**values)

@@ -8,41 +8,41 @@ on disk before the next begins, and whatever is found there is not done again:
 """
 
 import gc
-import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers import TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.evaluation import paired_difference
 from trl_selfplay.heldout import HeldOutScores
-from trl_selfplay.monitor import (
-    best_round,
-    rounds_without_gain,
-    warn_baseline,
-    warn_hint_share,
-    warn_truncation,
-    warn_warmup,
-)
-from trl_selfplay.report import print_round_table, rounds_markdown
+from trl_selfplay.monitor import warn_baseline, warn_hint_share, warn_truncation
+from trl_selfplay.report import print_round_table
 from trl_selfplay.rollouts import Rollout
+from trl_selfplay.round_log import RoundCallback, call_round_event, say_where_interrupted
+from trl_selfplay.run_folder import (
+    UNTRAINED,
+    Run,
+    append_line,
+    find_best_round,
+    has_stalled,
+    last_whole_checkpoint,
+    load_lines,
+    name_of_weights,
+)
 from trl_selfplay.run_identity import check_identity
 from trl_selfplay.selection import Funnel, describe_funnel
 from trl_selfplay.weights import load_saved_model, load_trainable, replace_folder, save_trainable
 
 logger = logging.getLogger(__name__)
-
-UNTRAINED = -1
 
 
 class EmptyRoundError(RuntimeError):
@@ -74,59 +74,19 @@ class RoundTrainer(Protocol):
     """What `run_rounds` needs beside the interface of `transformers.Trainer`."""
 
     args: Any
-    run: "Run"
+    run: Run
 
-    def play_round(self, round_index: int) -> PlayedRound: ...
+    def play_round(self, round_index: int) -> PlayedRound:
+        """Sample, grade and select."""
 
-    def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None: ...
+    def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
+        """Score held-out prompts, keeping the rollouts in `folder`; None without a held-out set."""
 
-    def reload_initial_weights(self) -> None: ...
+    def reload_initial_weights(self) -> None:
+        """Set the trainable weights back to what they were before round 0."""
 
-    def describe_run(self) -> dict[str, Any]: ...
-
-
-@dataclass
-class Run:
-    """Where a run stands, and where its rounds lie on disk.
-
-    Attributes:
-        root: `output_dir/_rounds`.
-        lines: One record a finished round, as in rounds.jsonl.
-        round_index: The round in progress, None outside `train()`.
-        steps_before: Optimizer steps of the rounds before it: the offset of the log.
-        pending_logs: Numbers that wait for the trackers, which start with the parent's training.
-        num_examples: Selected examples of the round in progress.
-        seconds: Wall time of the round's phases in this process, by name.
-        chosen_metric: The held-out metric that chooses the best round, None without held-out set.
-        loads_best_round: Put the best round's weights in place at the end.
-        keeps_initial_weights: Save the initial weights; False where they can be read again from
-            the model's own source.
-        keeps_every_model: Keep each round's model (adapters), not only the last and the best.
-    """
-
-    root: Path
-    chosen_metric: str | None
-    loads_best_round: bool
-    keeps_initial_weights: bool
-    keeps_every_model: bool
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    round_index: int | None = None
-    steps_before: int = 0
-    pending_logs: list[dict[str, float]] = field(default_factory=list)
-    num_examples: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def folder(self, round_index: int) -> Path:
-        """Return the folder of a round; that of the untrained model is `before`."""
-        return self.root / ("before" if round_index == UNTRAINED else f"round-{round_index:03d}")
-
-    @property
-    def initial_weights(self) -> Path:
-        return self.root / "initial" / "trainable.safetensors"
-
-    @property
-    def lines_path(self) -> Path:
-        return self.root / "rounds.jsonl"
+    def describe_run(self) -> dict[str, Any]:
+        """Return what must stay equal over all processes of one run."""
 
 
 def run_rounds(
@@ -149,18 +109,18 @@ def run_rounds(
     """
     args, run = trainer.args, trainer.run
     _open_run(trainer, resume_from_checkpoint)
-    callback = _RoundCallback(trainer)
+    callback = RoundCallback(trainer)
     trainer.add_callback(callback)
     output: TrainOutput | None = None
     history: list[dict[str, Any]] = []
     try:
-        with _say_where_interrupted(run):
+        with say_where_interrupted(run):
             before = trainer.score_heldout(UNTRAINED, run.folder(UNTRAINED) / "evaluation")
             _report_baseline(run, before)
             for round_index in range(len(run.lines), args.num_rounds):
                 run.round_index = round_index
                 run.steps_before = sum(line["steps"] for line in run.lines)
-                if _call_round_event(trainer, "on_round_begin", round_index):
+                if call_round_event(trainer, "on_round_begin", round_index):
                     break
                 started = time.monotonic()
                 played = trainer.play_round(round_index)
@@ -175,9 +135,9 @@ def run_rounds(
                 history += trainer.state.log_history
                 scores = trainer.score_heldout(round_index, run.folder(round_index) / "evaluation")
                 stopped = _finish_round(trainer, round_index, played, before, scores)
-                if _call_round_event(trainer, "on_round_end", round_index) or stopped:
+                if call_round_event(trainer, "on_round_end", round_index) or stopped:
                     break
-                if _has_stalled(trainer):
+                if has_stalled(run, args.stop_after_rounds_without_gain, _greater_is_better(args)):
                     break
     finally:
         run.round_index = None
@@ -211,7 +171,7 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
             f"{args.output_dir!r} already holds rounds. Go on with "
             "train(resume_from_checkpoint=True), or choose another output_dir (or delete this one)."
         )
-    run.lines = _load_lines(run.lines_path)
+    run.lines = load_lines(run.lines_path)
     if trainer.is_world_process_zero():
         check_identity(trainer.describe_run(), run.root / "config.json", len(run.lines))
     trainer.accelerator.wait_for_everyone()
@@ -222,29 +182,6 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
     trainer.accelerator.wait_for_everyone()
     if run.lines:
         load_saved_model(trainer.model, run.folder(len(run.lines) - 1) / "model")
-
-
-def _load_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # cut off in the middle of the last line: its round goes on
-            logger.warning("%s ends in an unfinished line; that round is finished again.", path)
-            break
-    return lines
-
-
-def _append_line(path: Path, line: dict[str, Any], lines: list[dict[str, Any]]) -> None:
-    """Write all lines anew under a temporary name: an interrupted append would leave half a line."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(each) + "\n" for each in [*lines, line])
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _report_baseline(run: Run, before: HeldOutScores | None) -> None:
@@ -286,7 +223,7 @@ def _train_round(
     if args.start_from == "base" and round_index > 0:
         trainer.reload_initial_weights()
     run.pending_logs.append(played.metrics)
-    checkpoint = _last_whole_checkpoint(folder)
+    checkpoint = last_whole_checkpoint(folder)
     if checkpoint is not None:
         run.pending_logs.clear()  # logged before the kill
     trainer.train_dataset = played.training_rows
@@ -326,38 +263,6 @@ def _settings_of_round(args: Any, folder: Path, round_index: int) -> Iterator[No
             setattr(args, name, value)
 
 
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint whose state, written last, can be read; delete broken ones."""
-    found = sorted(
-        (p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()),
-        key=lambda p: int(p.name.removeprefix("checkpoint-")),
-        reverse=True,
-    )
-    for checkpoint in found:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s is not whole and is deleted.", checkpoint)
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        else:
-            return str(checkpoint)
-    return None
-
-
-def free_optimizer(trainer: Any) -> None:
-    """Drop every reference to optimizer and scheduler, so that their memory is free.
-
-    `accelerator.free_memory` alone leaves those that the callback handler holds.
-    """
-    trainer.optimizer = trainer.lr_scheduler = None
-    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
-    trainer.accelerator.free_memory()
-    trainer.model.zero_grad(set_to_none=True)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _finish_round(
     trainer: Any,
     round_index: int,
@@ -375,8 +280,8 @@ def _finish_round(
     rates = [log["learning_rate"] for log in state.log_history if "learning_rate" in log]
     line: dict[str, Any] = {
         "round": round_index,
-        "sampled_from": _name_of_weights(round_index - 1),
-        "trained_from": "base" if args.start_from == "base" else _name_of_weights(round_index - 1),
+        "sampled_from": name_of_weights(round_index - 1),
+        "trained_from": "base" if args.start_from == "base" else name_of_weights(round_index - 1),
         "funnel": played.funnel.to_dict(),
         "rewards": played.rewards,
         "eval": {} if scores is None else scores.metrics,
@@ -393,7 +298,7 @@ def _finish_round(
     if round_index == 0 and before is not None:
         line["eval_before"] = before.metrics
     if trainer.is_world_process_zero():
-        _append_line(run.lines_path, line, run.lines)
+        append_line(run.lines_path, line, run.lines)
     run.lines.append(line)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
@@ -402,48 +307,20 @@ def _finish_round(
     return trainer.control.should_training_stop and state.global_step < state.max_steps
 
 
-def _name_of_weights(round_index: int) -> str:
-    return "base" if round_index == UNTRAINED else f"round {round_index}"
-
-
 def _delete_what_is_done(trainer: Any, round_index: int) -> None:
     """Delete a finished round's checkpoints and, for full fine-tuning, models nobody needs."""
     run = trainer.run
     for checkpoint in run.folder(round_index).glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     if not run.keeps_every_model:
-        needed = {round_index, _best_round(trainer)}
+        needed = {round_index, find_best_round(run, _greater_is_better(trainer.args))}
         for index in range(round_index):
             if index not in needed:
                 shutil.rmtree(run.folder(index) / "model", ignore_errors=True)
 
 
-def _heldout_history(trainer: Any) -> list[tuple[int, float]]:
-    """Return (round, held-out score) of the untrained model and each finished round."""
-    metric, lines = trainer.run.chosen_metric, trainer.run.lines
-    if metric is None or not lines:
-        return []
-    scored = [(UNTRAINED, lines[0].get("eval_before", {}).get(metric))]
-    scored += [(line["round"], line["eval"].get(metric)) for line in lines]
-    return [(index, value) for index, value in scored if value is not None]
-
-
-def _best_round(trainer: Any) -> int:
-    history = _heldout_history(trainer)
-    if not history:
-        return len(trainer.run.lines) - 1
-    return best_round(history, greater_is_better=trainer.args.greater_is_better is not False)
-
-
-def _has_stalled(trainer: Any) -> bool:
-    patience, history = trainer.args.stop_after_rounds_without_gain, _heldout_history(trainer)
-    if patience is None or not history:
-        return False
-    greater = trainer.args.greater_is_better is not False
-    stalled = rounds_without_gain(history, greater_is_better=greater)
-    if stalled >= patience:
-        logger.warning("stopping: %d rounds in a row without a better held-out score.", stalled)
-    return stalled >= patience
+def _greater_is_better(args: Any) -> bool:
+    return args.greater_is_better is not False
 
 
 def _load_chosen_weights(trainer: Any) -> None:
@@ -451,7 +328,7 @@ def _load_chosen_weights(trainer: Any) -> None:
     run = trainer.run
     if not run.lines or not run.loads_best_round:
         return
-    chosen, last = _best_round(trainer), len(run.lines) - 1
+    chosen, last = find_best_round(run, _greater_is_better(trainer.args)), len(run.lines) - 1
     if chosen == last:
         return
     if chosen == UNTRAINED:
@@ -465,93 +342,15 @@ def _load_chosen_weights(trainer: Any) -> None:
     )
 
 
-def log_with_round(
-    trainer: Any, log_parent: Callable[..., None], logs: dict[str, float], start_time: float | None
-) -> None:
-    """Log with the round and with steps that go on over rounds, leaving the loop's own counters."""
-    run = trainer.run
-    if run.round_index is not None:
-        logs["round"] = run.round_index
-    step = trainer.state.global_step
-    trainer.state.global_step = step + run.steps_before
-    try:
-        log_parent(logs, start_time)
-    finally:
-        trainer.state.global_step = step
+def free_optimizer(trainer: Any) -> None:
+    """Drop every reference to optimizer and scheduler, so that their memory is free.
 
-
-def add_rounds_to_card(trainer: Any) -> None:
-    """Append the table of rounds to the model card that TRL wrote into the output directory."""
-    path = Path(trainer.args.output_dir) / "README.md"
-    if trainer.run.lines and trainer.is_world_process_zero() and path.exists():
-        path.write_text(f"{path.read_text()}\n{rounds_markdown(trainer.run.lines, trainer.run.chosen_metric)}\n")
-
-
-def _call_round_event(trainer: Any, event: str, round_index: int) -> bool:
-    """Tell the callbacks that know the event; say whether one asked to stop the run.
-
-    They get and may return the control, as for the parent's events.
+    `accelerator.free_memory` alone leaves those that the callback handler holds.
     """
-    trainer.control.should_training_stop = False  # the parent sets it at the end of every training
-    for callback in trainer.callback_handler.callbacks:
-        if handler := getattr(callback, event, None):
-            control = handler(
-                trainer.args,
-                trainer.state,
-                trainer.control,
-                model=trainer.model,
-                processing_class=trainer.processing_class,
-                round_index=round_index,
-                lines=trainer.run.lines,
-            )
-            trainer.control = control if control is not None else trainer.control
-    return trainer.control.should_training_stop
-
-
-@contextmanager
-def _say_where_interrupted(run: Run) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        where = "the first evaluation" if run.round_index is None else f"round {run.round_index}"
-        logger.warning(
-            "interrupted in %s; go on with train(resume_from_checkpoint=True) on the same "
-            "output_dir.",
-            where,
-        )
-        raise
-
-
-class _RoundCallback(TrainerCallback):
-    """Tells the plan, and hands waiting numbers to the trackers, once the parent has begun."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        run: Run = self.trainer.run
-        round_index = run.round_index
-        if round_index is None:
-            return
-        start = "base" if args.start_from == "base" else _name_of_weights(round_index - 1)
-        if state.is_world_process_zero:
-            sampled_from = _name_of_weights(round_index - 1)
-            logger.warning(
-                "round %d: sample from %s, train from %s, %d examples, %d steps",
-                round_index,
-                sampled_from if round_index == 0 else f"{sampled_from}'s model",
-                start,
-                run.num_examples,
-                state.max_steps,
-            )
-            if warning := warn_warmup(
-                state.max_steps, args.get_warmup_steps(state.max_steps), round_index
-            ):
-                logger.warning("%s", warning)
-        for logs in run.pending_logs:
-            self.trainer.log(logs)
-        run.pending_logs.clear()
-
-
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    trainer.model.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

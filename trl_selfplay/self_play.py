@@ -24,7 +24,8 @@ from trl_selfplay.heldout import HeldOutScores, score_all
 from trl_selfplay.prompts import PromptFormatter, PromptRow, check_lengths
 from trl_selfplay.report import SamplingProgress
 from trl_selfplay.rollouts import Phase, Rollout, load_rollouts, save_table
-from trl_selfplay.rounds import PlayedRound, Run
+from trl_selfplay.rounds import PlayedRound
+from trl_selfplay.run_folder import Run
 from trl_selfplay.selection import Selection
 from trl_selfplay.training_data import build_training_rows, training_completion_ids
 from trl_selfplay.weights import replace_folder
@@ -72,7 +73,11 @@ class SelfPlay:
     ) -> list[tuple[int, ...]]:
         ids = [self.formatter.token_ids(r, few_shot=few_shot, hinted=hinted) for r in rows]
         check_lengths(
-            rows, [len(i) for i in ids], self.config.max_completion_length, self.context_length, name
+            rows,
+            [len(i) for i in ids],
+            self.config.max_completion_length,
+            self.context_length,
+            name,
         )
         return ids
 

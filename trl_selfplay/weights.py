@@ -8,6 +8,7 @@ optimizer, hooks and wrapped forwards stay attached.
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -88,7 +89,9 @@ def load_saved_model(model: nn.Module, folder: Path) -> None:
         ValueError: The folder holds another model.
     """
     if isinstance(model, PeftModel):
-        outcome = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        outcome: Any = set_peft_model_state_dict(
+            model, load_peft_weights(str(folder), device="cpu")
+        )
         if outcome.unexpected_keys:
             raise ValueError(
                 f"{folder} holds adapter weights that the model lacks, such as "

@@ -106,8 +106,14 @@ def test_a_field_that_cannot_work_is_refused_by_name(tmp_path, fields, message) 
         ({"load_best_round_at_end": True}, "`eval_dataset`"),
         ({"stop_after_rounds_without_gain": 1}, "`eval_dataset`"),
         ({"packing": True, "max_length": None}, "max_length"),
-        ({"peft_config": LoraConfig(init_lora_weights="pissa")}, "changes the base model's weights"),
-        ({"peft_config": LoraConfig(init_lora_weights="olora")}, "changes the base model's weights"),
+        (
+            {"peft_config": LoraConfig(init_lora_weights="pissa")},
+            "changes the base model's weights",
+        ),
+        (
+            {"peft_config": LoraConfig(init_lora_weights="olora")},
+            "changes the base model's weights",
+        ),
         ({"few_shot_examples": [{"prompt": "Q"}]}, "few_shot_examples"),
     ],
 )

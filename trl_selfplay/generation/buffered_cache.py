@@ -54,9 +54,7 @@ class BufferedLayer(DynamicLayer):
         self._key_buffer = self._value_buffer = None
 
 
-def _grown(
-    held: torch.Tensor | None, states: torch.Tensor, length: int, end: int
-) -> torch.Tensor:
+def _grown(held: torch.Tensor | None, states: torch.Tensor, length: int, end: int) -> torch.Tensor:
     batch, heads, _, dim = states.shape
     # A prefill gets room only with the first decoded token, when its rows have been repeated.
     room = _ROOM if length > 0 else 0

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenize
 from trl import SFTConfig
 
 from trl_selfplay.collection import Collector
+from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.generation.transformers_sampler import (
     TransformersSampler,
     check_generation_config,
     collect_eos_token_ids,
     keep_4bit_weights_trainable,
 )
-from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.heldout import metric_prefixes
 from trl_selfplay.prompts import (
     FewShotExample,
@@ -32,7 +32,7 @@ from trl_selfplay.prompts import (
     load_prompt_rows,
 )
 from trl_selfplay.rewards.scoring import Scorer
-from trl_selfplay.rounds import Run
+from trl_selfplay.run_folder import Run
 from trl_selfplay.run_identity import describe_run
 from trl_selfplay.self_play import SelfPlay
 from trl_selfplay.weights import check_peft_config, copy_into, load_trainable
@@ -54,6 +54,7 @@ def check_arguments(
         ValueError: No reward function, an argument that rounds would ignore, or a PEFT
             initialisation that changes base weights.
     """
+    settings: Any = args
     if not isinstance(args, config_class):
         raise TypeError(
             f"args is a {type(args).__name__}; this trainer needs a {config_class.__name__}, which "
@@ -70,7 +71,7 @@ def check_arguments(
     refuse_unused_arguments(**unused, args=args)
     # Also raises for unknown generation_kwargs.
     build_sampling_options(args, ())
-    if args.packing and args.max_length is None:
+    if settings.packing and settings.max_length is None:
         raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
 
 
@@ -120,7 +121,7 @@ def load_processing_class(
         ValueError: No end-of-sequence token.
     """
     if processing_class is None:
-        kwargs = args.model_init_kwargs or {}
+        kwargs: Any = args.model_init_kwargs or {}
         name = model if isinstance(model, str) else model.config.name_or_path
         processing_class = AutoProcessor.from_pretrained(
             name, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
@@ -145,9 +146,7 @@ def placeholder_dataset(tokenizer: PreTrainedTokenizerBase) -> Dataset:
     return Dataset.from_dict({"input_ids": [[eos, eos]], "labels": [[-100, eos]]})
 
 
-def load_heldout_sets(
-    eval_dataset: Any, train_rows: list[PromptRow]
-) -> dict[str, list[PromptRow]]:
+def load_heldout_sets(eval_dataset: Any, train_rows: list[PromptRow]) -> dict[str, list[PromptRow]]:
     """Return the held-out sets by name ("" for a single one), none of them seen in training.
 
     Raises:

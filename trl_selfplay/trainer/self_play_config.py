@@ -34,9 +34,7 @@ class SelfPlayConfig:
     )
     max_completion_length: int = field(
         default=512,
-        metadata={
-            "help": "Most tokens of a completion. One that is cut here is never trained on."
-        },
+        metadata={"help": "Most tokens of a completion. One that is cut here is never trained on."},
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Sampling temperature; 0.0 is greedy decoding."}
@@ -196,7 +194,10 @@ def check_self_play_config(config: Any) -> None:
         raise ValueError(
             f"repetition_penalty={config.repetition_penalty}; it must be above 0 (1.0 is off)."
         )
-    for name, choices in (("start_from", ("base", "previous")), ("on_empty_round", ("raise", "stop"))):
+    for name, choices in (
+        ("start_from", ("base", "previous")),
+        ("on_empty_round", ("raise", "stop")),
+    ):
         if getattr(config, name) not in choices:
             raise ValueError(f"{name}={getattr(config, name)!r}; choose one of {choices}.")
     if config.history_rounds < 0:

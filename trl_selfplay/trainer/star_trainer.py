@@ -13,9 +13,10 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from trl_selfplay.heldout import HeldOutScores
-from trl_selfplay.prompts import HintFormatter
+from trl_selfplay.prompts import HintFormatter, load_few_shot_examples, load_prompt_rows
 from trl_selfplay.rationalization import add_hint, find_leak
-from trl_selfplay.rounds import PlayedRound, add_rounds_to_card, log_with_round, run_rounds
+from trl_selfplay.round_log import add_rounds_to_card, log_with_round
+from trl_selfplay.rounds import PlayedRound, run_rounds
 from trl_selfplay.selection import default_normal_form, select, unsolved_prompts
 from trl_selfplay.self_play import add_history
 from trl_selfplay.trainer.construction import (
@@ -30,7 +31,6 @@ from trl_selfplay.trainer.construction import (
     placeholder_dataset,
     reload_initial_weights,
 )
-from trl_selfplay.prompts import load_few_shot_examples, load_prompt_rows
 from trl_selfplay.trainer.star_config import STaRConfig
 
 
@@ -62,6 +62,7 @@ class STaRTrainer(SFTTrainer):
     Source: STaR, arXiv 2203.14465, Algorithm 1.
     """
 
+    args: STaRConfig
     _tag_names = ["trl-selfplay", "star"]  # noqa: RUF012  # as in TRL
     _name = "STaR"
     _paper = {  # noqa: RUF012  # as in TRL

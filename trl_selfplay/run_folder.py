@@ -1,0 +1,142 @@
+"""The folder of a run: where its rounds lie, which are finished, and which was best.
+
+In: `output_dir/_rounds`. Out: `Run`, the state of a run, and what is read from and written to disk
+beside the rollouts. Whatever is written is whole or absent.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl_selfplay.monitor import best_round, rounds_without_gain
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = -1
+
+
+@dataclass
+class Run:
+    """Where a run stands, and where its rounds lie on disk.
+
+    Attributes:
+        root: `output_dir/_rounds`.
+        lines: One record a finished round, as in rounds.jsonl.
+        round_index: The round in progress, None outside `train()`.
+        steps_before: Optimizer steps of the rounds before it: the offset of the log.
+        pending_logs: Numbers that wait for the trackers, which start with the parent's training.
+        num_examples: Selected examples of the round in progress.
+        seconds: Wall time of the round's phases in this process, by name.
+        chosen_metric: The held-out metric that chooses the best round, None without held-out set.
+        loads_best_round: Put the best round's weights in place at the end.
+        keeps_initial_weights: Save the initial weights; False where they can be read again from
+            the model's own source.
+        keeps_every_model: Keep each round's model (adapters), not only the last and the best.
+    """
+
+    root: Path
+    chosen_metric: str | None
+    loads_best_round: bool
+    keeps_initial_weights: bool
+    keeps_every_model: bool
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    round_index: int | None = None
+    steps_before: int = 0
+    pending_logs: list[dict[str, float]] = field(default_factory=list)
+    num_examples: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def folder(self, round_index: int) -> Path:
+        """Return the folder of a round; that of the untrained model is `before`."""
+        return self.root / ("before" if round_index == UNTRAINED else f"round-{round_index:03d}")
+
+    @property
+    def initial_weights(self) -> Path:
+        """The trainable parameters from before round 0."""
+        return self.root / "initial" / "trainable.safetensors"
+
+    @property
+    def lines_path(self) -> Path:
+        """One line for each finished round."""
+        return self.root / "rounds.jsonl"
+
+
+def load_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the finished rounds' records, in order."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:  # cut off in the middle of the last line: its round goes on
+            logger.warning("%s ends in an unfinished line; that round is finished again.", path)
+            break
+    return lines
+
+
+def append_line(path: Path, line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> None:
+    """Write all lines anew under a temporary name: an interrupted append would leave half a line."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.writelines(json.dumps(each) + "\n" for each in [*lines, line])
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint whose state, written last, can be read; delete broken ones."""
+    found = sorted(
+        (p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()),
+        key=lambda p: int(p.name.removeprefix("checkpoint-")),
+        reverse=True,
+    )
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            logger.warning("%s is not whole and is deleted.", checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        else:
+            return str(checkpoint)
+    return None
+
+
+def name_of_weights(round_index: int) -> str:
+    """Return what to call the weights that a round ended with."""
+    return "base" if round_index == UNTRAINED else f"round {round_index}"
+
+
+def _heldout_history(run: Run) -> list[tuple[int, float]]:
+    """Return (round, held-out score) of the untrained model and each finished round."""
+    metric, lines = run.chosen_metric, run.lines
+    if metric is None or not lines:
+        return []
+    scored = [(UNTRAINED, lines[0].get("eval_before", {}).get(metric))]
+    scored += [(line["round"], line["eval"].get(metric)) for line in lines]
+    return [(index, value) for index, value in scored if value is not None]
+
+
+def find_best_round(run: Run, greater_is_better: bool) -> int:
+    """Return the round with the best held-out score, or the last one without held-out scores."""
+    history = _heldout_history(run)
+    if not history:
+        return len(run.lines) - 1
+    return best_round(history, greater_is_better=greater_is_better)
+
+
+def has_stalled(run: Run, patience: int | None, greater_is_better: bool) -> bool:
+    """Say whether the held-out score has not risen for `patience` rounds."""
+    history = _heldout_history(run)
+    if patience is None or not history:
+        return False
+    stalled = rounds_without_gain(history, greater_is_better=greater_is_better)
+    if stalled >= patience:
+        logger.warning("stopping: %d rounds in a row without a better held-out score.", stalled)
+    return stalled >= patience
