@@ -301,7 +301,8 @@ def write_summary(results: Path) -> None:
         "A decoder of 0.8 M parameters, 1,000 prompts of 1 to 5 digits, greedy, restart from the "
         f"base in each of {NUM_ROUNDS} rounds. {records[0]['machine']}; {versions}; seeds "
         f"{sorted({r['seed'] for r in records})}; {max(r['date'] for r in records)}. Script: "
-        "`benchmarks/addition.py`. Accuracy on held-out sums by number of digits, mean over seeds.",
+        "`benchmarks/addition.py`. Accuracy on held-out sums by number of digits, mean over seeds; "
+        "the base was trained on all sums of one digit, so that column is no held-out score of it.",
     ]
     for arm in ARMS:
         found = [r for r in records if r["arm"] == arm]

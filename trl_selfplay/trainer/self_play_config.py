@@ -209,8 +209,3 @@ def check_self_play_config(config: Any) -> None:
                 f"{name} has {len(values)} values for num_rounds={config.num_rounds}; give one a "
                 "round."
             )
-    if config.eval_strategy == "no" and config.load_best_model_at_end:
-        raise ValueError(
-            "load_best_model_at_end chooses a checkpoint inside a round and needs eval_strategy "
-            '"steps" or "epoch". To keep the best round, load_best_round_at_end is enough.'
-        )
