@@ -1,0 +1,83 @@
+"""What a run leaves, and what of it a push to the Hub would take along."""
+
+import json
+
+import pyarrow.parquet as pq
+from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig
+from transformers import EarlyStoppingCallback
+
+from trl_selfplay.rollouts import SCHEMA
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_a_push_would_upload_model_card_and_tokenizer_alone(build_star, tmp_path) -> None:
+    trainer = build_star(peft_config=LoraConfig(**LORA), save_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "run"))
+    paths = [
+        str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()
+    ]
+    # The patterns of transformers' Trainer.push_to_hub.
+    uploaded = set(filter_repo_objects(paths, ignore_patterns=["_*", "checkpoint-*/**"]))
+    assert uploaded == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "training_args.bin",
+    }  # fmt: skip
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "STaR" in card
+    assert "| 1 " in card.replace("|1", "| 1")
+
+
+def test_a_finished_round_leaves_what_is_documented(build_star, sums) -> None:
+    trainer = build_star(
+        peft_config=LoraConfig(**LORA), save_steps=1, eval_dataset=sums(4, first=90)
+    )
+    trainer.train()
+    root = trainer.run.root
+    lines = [json.loads(line) for line in (root / "rounds.jsonl").open()]
+    assert [line["round"] for line in lines] == [0, 1]
+    for line in lines:
+        assert {
+            "round", "sampled_from", "trained_from", "funnel", "rewards", "eval", "gain",
+            "gain_standard_error", "seconds", "examples", "steps", "learning_rate",
+        } <= line.keys()  # fmt: skip
+    assert "eval_before" in lines[0]
+    assert "eval_before" not in lines[1]
+    for index in (0, 1):
+        folder = root / f"round-{index:03d}"
+        assert pq.read_schema(folder / "samples" / "00000.parquet").names == SCHEMA.names
+        assert (folder / "selection.parquet").exists()
+        assert (folder / "dataset").is_dir()
+        assert (folder / "model" / "adapter_model.safetensors").exists()
+        assert list((folder / "evaluation").glob("*.parquet"))
+        assert not list(folder.glob("checkpoint-*"))
+
+
+def test_full_fine_tuning_keeps_the_last_and_the_best_model_alone(build_star) -> None:
+    trainer = build_star(num_rounds=3)
+    trainer.train()
+    kept = [i for i in range(3) if (trainer.run.folder(i) / "model").exists()]
+    assert kept == [2]
+
+
+def test_early_stopping_and_the_best_checkpoint_work_inside_a_round(build_star, sums) -> None:
+    trainer = build_star(
+        num_rounds=1, max_steps=6, eval_dataset=sums(4, first=90), eval_strategy="steps",
+        eval_steps=1, save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_pass@1", callbacks=[EarlyStoppingCallback(2)],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.run.lines[0]["steps"] <= 6
+    assert any("eval_pass@1" in entry for entry in trainer.state.log_history)
+
+
+def test_several_held_out_sets_are_scored_and_the_first_chooses(build_star, sums) -> None:
+    sets = {"select": sums(4, first=90), "report": sums(4, first=80)}
+    trainer = build_star(eval_dataset=sets, num_rounds=1)
+    trainer.train()
+    assert {"eval_select_accuracy", "eval_report_accuracy"} <= trainer.run.lines[0]["eval"].keys()
+    assert trainer.run.chosen_metric == "eval_select_accuracy"
+    one = trainer.evaluate("report")
+    assert one["eval_accuracy"] == trainer.evaluate(sets["report"])["eval_accuracy"]
