@@ -12,7 +12,7 @@ import pytest
 from test_answer import AUDIT
 
 from trl_selfplay.rewards import math_reward, maths
-from trl_selfplay.rewards.maths import close_workers
+from trl_selfplay.rewards.worker import close_workers
 from trl_selfplay.rewards.worker import Worker, WorkerFailure
 
 pytest.importorskip("math_verify")
@@ -25,16 +25,17 @@ def _end_the_worker():
 
 
 def test_answers_are_compared_by_value() -> None:
-    """VF-1, VF-2, VF-9."""
-    golds = ["$\\frac{1}{2}$", "0.5", "\\boxed{x^2+1}", "1000", "42"]
-    answers = [
-        "so \\boxed{0.5}",
-        "$\\frac{1}{2}$",
-        "\\boxed{1+x^2}",
-        "\\boxed{1,000}",
-        "\\boxed{41}",
+    """VF-1, VF-2, VF-9; of worked steps the final answer counts."""
+    pairs = [
+        ("so \\boxed{0.5}", "$\\frac{1}{2}$", 1.0),
+        ("$\\frac{1}{2}$", "0.5", 1.0),
+        ("\\boxed{1+x^2}", "\\boxed{x^2+1}", 1.0),
+        ("\\boxed{1,000}", "1000", 1.0),
+        ("so it is 42", "40 + 2 = <<40+2=42>>42\n#### 42", 1.0),
+        ("\\boxed{41}", "42", 0.0),
     ]
-    assert math_reward(answers, golds) == [1.0, 1.0, 1.0, 1.0, 0.0]
+    answers, golds, expected = zip(*pairs, strict=True)
+    assert math_reward(answers, golds) == list(expected)
 
 
 def test_an_earlier_number_never_rescues_a_wrong_final_answer() -> None:

@@ -36,7 +36,7 @@ def test_a_finished_round_leaves_what_is_documented(build_star, sums) -> None:
     )
     trainer.train()
     root = trainer.run.root
-    lines = [json.loads(line) for line in (root / "rounds.jsonl").open()]
+    lines = [json.loads(line) for line in (root / "rounds.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 1]
     for line in lines:
         assert {

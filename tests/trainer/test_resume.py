@@ -38,7 +38,9 @@ def resumable(tmp_path, saved_tiny_model, sums):
 
 def read_run(folder: Path):
     """Return what must be equal: the lines without their seconds, and every rollout."""
-    lines = [json.loads(line) for line in (folder / "_rounds" / "rounds.jsonl").open()]
+    lines = [
+        json.loads(line) for line in (folder / "_rounds" / "rounds.jsonl").read_text().splitlines()
+    ]
     for line in lines:
         del line["seconds"]
     shards = {

@@ -162,6 +162,9 @@ def check_self_play_config(config: Any) -> None:
 
     Each message names the field, its value and what to set.
     """
+    if config.round_learning_rates is not None:
+        # YAML reads 1e-5 as text, which the parser mends for single numbers but not in lists.
+        config.round_learning_rates = [float(rate) for rate in config.round_learning_rates]
     for name in ("num_rounds", "num_generations", "num_generations_eval", "max_completion_length"):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
