@@ -67,23 +67,24 @@ def played(trainer: Any, rows: list[tuple[tuple[int, ...], tuple[int, ...]]], se
     from datasets import Dataset
 
     from trl_selfplay.rounds import PlayedRound
-    from trl_selfplay.selection import Funnel
+    from trl_selfplay.selection import Funnel, OutcomeCounts
 
     dataset = Dataset.from_list(
         [{"input_ids": [*p, *c], "labels": [-100] * len(p) + list(c)} for p, c in rows]
     ).shuffle(seed=seed)
-    return PlayedRound(dataset, len(rows), Funnel(), (), {}, {})
+    return PlayedRound(dataset, len(rows), Funnel(0, 0, OutcomeCounts()), (), {}, {})
 
 
 def wrong_with_the_right_form(trainer: Any, round_index: int, count: int) -> Any:
     """Sample as STaR does and keep `count` finished completions with an answer that is wrong."""
     from trl_selfplay.rewards import extract_answer
+    from trl_selfplay.training_data import training_completion_ids
 
     play, folder = trainer.self_play, trainer.run.folder(round_index)
-    rollouts = play.sample(play.rows, round_index, "train", folder)
+    rollouts = play.sample(play.draw_prompts(round_index), round_index, "train", folder)
     wrong = [
         r for r in rollouts
-        if r.finish == "eos" and r.reward == 0.0 and extract_answer(r.completion) is not None
+        if r.finish != "length" and r.reward == 0.0 and extract_answer(r.completion) is not None
     ]  # fmt: skip
     prompt_ids = play.training_prompt_ids(play.rows)
     by_prompt: dict[str, list[Any]] = {}
@@ -96,7 +97,10 @@ def wrong_with_the_right_form(trainer: Any, round_index: int, count: int) -> Any
         for group in by_prompt.values()
         if i < len(group)
     ]
-    rows = [(prompt_ids[r.prompt_id], r.completion_ids) for r in ordered[:count]]
+    rows = [
+        (prompt_ids[r.prompt_id], training_completion_ids(r, play.eos_token_id))
+        for r in ordered[:count]
+    ]
     return played(trainer, rows, seed=trainer.args.seed + round_index)
 
 
@@ -168,10 +172,17 @@ def report_scores(trainer: Any) -> dict[str, float]:
 def kept_of_first_round(trainer: Any) -> list[Any]:
     """Return (prompt ids, completion ids) of what the first round kept."""
     from trl_selfplay.self_play import load_kept
+    from trl_selfplay.training_data import training_completion_ids
 
     prompt_ids = trainer.self_play.training_prompt_ids(trainer.self_play.rows)
     kept = load_kept(trainer.run.folder(0))
-    return [(list(prompt_ids[r.prompt_id]), list(r.completion_ids)) for r in kept]
+    return [
+        (
+            list(prompt_ids[r.prompt_id]),
+            list(training_completion_ids(r, trainer.self_play.eos_token_id)),
+        )
+        for r in kept
+    ]
 
 
 def hint_copies(trainer: Any) -> dict[str, Any]:

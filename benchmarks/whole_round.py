@@ -1,7 +1,7 @@
 """Time a whole round, sampling to trained adapter, against a script written by hand on TRL.
 
 Both arms do the demo's first round: 96 prompts with the few-shot examples, 8 samples each at
-temperature 1, grading, LoRA training for the same steps on the same kept examples (those of the
+the demo's temperature, grading, LoRA training for the same steps on the same kept examples (those of the
 first STaR run). The hand-written arm calls `generate(num_return_sequences=8)` on prompts sorted by
 length in batches of 8, 32 or 64 sequences and then SFTTrainer; its best batch size counts. Each
 measurement is a process of its own; arms alternate. Finished measurements are kept in the results
@@ -26,10 +26,10 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results" / "whole_round"
 ARMS = ("selfplay", "generate-8", "generate-32", "generate-64")
 NUM_GENERATIONS = 8
-MAX_COMPLETION_LENGTH = 64
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
 TRAINING = {
     "learning_rate": 5e-4,
+    "max_steps": 25,
     "per_device_train_batch_size": 8,
     "activation_checkpointing": False,
     "report_to": [],
@@ -44,7 +44,7 @@ def run_selfplay(num_prompts: int, kept_path: Path) -> dict[str, float]:
     from peft import LoraConfig
 
     from trl_selfplay import STaRConfig, STaRTrainer
-    from trl_selfplay.demo import demo_split, load_demo_model_path
+    from trl_selfplay.demo import DEMO_SETTINGS, demo_split, load_demo_model_path
     from trl_selfplay.rewards import exact_reward
 
     split = demo_split(0)
@@ -55,8 +55,9 @@ def run_selfplay(num_prompts: int, kept_path: Path) -> dict[str, float]:
                 folder,
                 num_rounds=1,
                 num_generations=NUM_GENERATIONS,
-                temperature=1.0,
-                max_completion_length=MAX_COMPLETION_LENGTH,
+                temperature=DEMO_SETTINGS["temperature"],
+                max_completion_length=DEMO_SETTINGS["max_completion_length"],
+                stop_strings=DEMO_SETTINGS["stop_strings"],
                 rationalize=False,
                 **TRAINING,
             ),
@@ -83,7 +84,7 @@ def run_by_hand(num_prompts: int, batch: int, kept_path: Path) -> dict[str, floa
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from trl_selfplay.demo import demo_split, load_demo_model_path
+    from trl_selfplay.demo import DEMO_SETTINGS, demo_split, load_demo_model_path
     from trl_selfplay.rewards import exact_reward
 
     set_seed(42)
@@ -93,23 +94,9 @@ def run_by_hand(num_prompts: int, batch: int, kept_path: Path) -> dict[str, floa
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(path, dtype="float32"), LoraConfig(**LORA)
     )
-    shots = [
-        turn
-        for example in split.few_shot
-        for turn in (
-            {"role": "user", "content": example["prompt"][-1]["content"]}
-            if not isinstance(example["prompt"], str)
-            else {"role": "user", "content": example["prompt"]},
-            {"role": "assistant", "content": example["completion"]},
-        )
-    ]
+    shots = "".join(f"{e['prompt']}{e['completion']}\n\n" for e in split.few_shot)
     rows = split.train.select(range(num_prompts)).to_list()
-    texts = [
-        tokenizer.apply_chat_template(
-            shots + row["prompt"], tokenize=False, add_generation_prompt=True
-        )
-        for row in rows
-    ]
+    texts = [shots + row["prompt"] for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(tokenizer(texts[i])["input_ids"]))
     started = time.monotonic()
     model.eval()
@@ -124,11 +111,13 @@ def run_by_hand(num_prompts: int, batch: int, kept_path: Path) -> dict[str, floa
             output = model.generate(
                 **encoded,
                 do_sample=True,
-                temperature=1.0,
+                temperature=DEMO_SETTINGS["temperature"],
                 top_k=0,
                 top_p=1.0,
                 num_return_sequences=NUM_GENERATIONS,
-                max_new_tokens=MAX_COMPLETION_LENGTH,
+                max_new_tokens=DEMO_SETTINGS["max_completion_length"],
+                stop_strings=DEMO_SETTINGS["stop_strings"],
+                tokenizer=tokenizer,
                 pad_token_id=tokenizer.pad_token_id,
             )
         new = output[:, encoded["input_ids"].shape[1] :]
@@ -140,7 +129,7 @@ def run_by_hand(num_prompts: int, batch: int, kept_path: Path) -> dict[str, floa
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model,
-            SFTConfig(folder, bf16=False, num_train_epochs=3, **TRAINING),
+            SFTConfig(folder, bf16=False, **TRAINING),
             train_dataset=Dataset.from_list(kept),
             processing_class=tokenizer,
         )
