@@ -1,5 +1,3 @@
-import time
-
 import pytest
 
 from trl_selfplay.rewards import exact_reward, extract_answer, final_answer
@@ -19,8 +17,14 @@ from trl_selfplay.rewards.answer import answers_agree
         ("The final answer is: 12", "12"),
         ("ANSWER: x", "x"),
         ("no marker, 7", None),
-        ("\\boxed{unbalanced", None),
-        ("<answer>open", None),
+        ("The answer is **72**.", "72"),
+        ("**Answer:** 72", "72"),
+        ("Answer: 3.5", "3.5"),
+        ("Answer:\n72", ""),
+        ("", None),
+        ("\\boxed{1} then \\boxed{unbalanced", ""),
+        ("<answer>1</answer> <answer>open", ""),
+        ("####", ""),
     ],
 )
 def test_the_last_marker_of_the_first_kind_counts(text, answer) -> None:
@@ -36,6 +40,7 @@ def test_the_last_marker_of_the_first_kind_counts(text, answer) -> None:
         ("so $\\boxed{72}$", "72"),
         (72, "72"),
         ("c, b, a", "c, b, a"),
+        ("", ""),
     ],
 )
 def test_the_final_answer_of_a_solution(solution, answer) -> None:
@@ -63,6 +68,17 @@ def test_the_final_answer_of_a_solution(solution, answer) -> None:
         ("\u0661", "1", False),
         ("９", "9", False),
         ("2000", "2024", False),
+        ("$x + 1$", "x + 1", True),
+        ("\\$72", "72", True),
+        ("-$5", "-5", True),
+        ("+5", "5", True),
+        ("--1/2", "1/2", False),
+        ("5 %", "5.0\\%", True),
+        ("5%", "0.05", False),
+        ("72\x00", "72", False),
+        (".", ".", False),
+        ("1,000,000", "1000000", True),
+        ("1,000,00", "100000", False),
     ],
 )
 def test_answers_agree_by_value_and_not_by_accident(first, second, agree) -> None:
@@ -89,29 +105,17 @@ def test_without_a_marker_only_the_bare_answer_counts() -> None:
     assert exact_reward(["72", "it is 72", "72 or 73"], ["72"] * 3) == [1.0, 0.0, 0.0]
 
 
-AUDIT = {
-    "empty": "",
-    "white space": " \n\t ",
-    "a million characters": "answer " * 150_000,
-    "options": "1 2 3 4 5 6 7 72 73",
-    "gold in a quotation of the question": 'You ask whether "it is 72".',
-    "two contradictory answers": "the answer is 72. Wait, the answer is 73.",
-    "hashes alone": "#### ",
-    "unbalanced braces": "\\boxed{{{72",
-    "null bytes": "72\x00\x00",
-    "right to left": "\u202e27",
-    "full-width digits": "Answer: ７２",
-    "a tower of exponents": "Answer: 9**9**9**9",
-    "deep parentheses": "Answer: " + "(" * 10_000 + "72" + ")" * 10_000,
-    "deep braces": "\\boxed{" + "{" * 10_000 + "72" + "}" * 10_000,
-    "many spaces": "the" + " " * 1_000_000 + "answer" + " " * 1_000_000 + "72",
-    "gold followed by garbage": "Answer: 72 bananas or 99",
-}
+def test_percent_is_a_unit_only_when_asked() -> None:
+    """VF-9."""
+    assert answers_agree("5%", "5", percent_is_unit=True)
+    assert not answers_agree("5%", "6", percent_is_unit=True)
 
 
-@pytest.mark.parametrize("name", AUDIT)
-def test_no_trick_gets_a_reward_or_hangs(name) -> None:
-    """The audit: 0.0, well within a second of real work."""
-    started = time.process_time()
-    assert exact_reward([AUDIT[name]], ["72"]) == [0.0]
-    assert time.process_time() - started < 30  # a hang, not a slow machine
+def test_messages_may_hold_parts_or_nothing() -> None:
+    chats = [
+        [{"role": "assistant", "content": [{"type": "text", "text": "Answer: 72"}]}],
+        [{"role": "assistant", "content": "Answer: 7"}, {"role": "assistant", "content": "72"}],
+        [{"role": "assistant", "content": None}],
+        [],
+    ]
+    assert exact_reward(chats, ["72"] * 4) == [1.0, 1.0, 0.0, 0.0]

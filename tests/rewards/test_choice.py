@@ -23,6 +23,24 @@ OPTIONS = ["a cat", "a dog", "the moon"]
         ("A bird", 0.0),
         ("", 0.0),
         ("(A) (B) (C)", 0.0),
+        ("B. a dog", 1.0),
+        ("The answer is B, because (A) is wrong", 0.0),
+        ("A cat doesn't bark, see (A). The answer is (B).", 1.0),
+        ("The answer is (A). Wait, the answer is (B).", 0.0),
+        ("The answer is (B). Yes, the answer is B.", 1.0),
+        ("\\boxed{A} \\boxed{B}", 0.0),
+        ("\\boxed{\\text{B}}", 1.0),
+        ("<answer>B</answer>", 1.0),
+        ("#### B", 1.0),
+        ("**Answer: B**", 1.0),
+        ("Answer: B because it barks", 1.0),
+        ("My answer is a dog", 1.0),
+        ("A. a cat\nB. a dog\nC. the moon", 0.0),
+        ("Answer: A. a cat B. a dog", 0.0),
+        ("Answer: A dog or (B)", 0.0),
+        ("f(x) barks: a dog.", 1.0),
+        ("a dogma", 0.0),
+        ("(Z)", 0.0),
     ],
 )
 @pytest.mark.parametrize("gold", ["B", "(b)", "a dog"])
@@ -33,9 +51,27 @@ def test_one_choice_counts_and_two_are_none(completion, score, gold) -> None:
 
 def test_a_solution_that_is_no_option_is_no_verdict() -> None:
     """VF-11."""
-    assert choice_reward(["(A)"] * 2, ["a fish", None], choices=[OPTIONS] * 2) == [None, None]
+    golds = ["a fish", None, "", "(Z)"]
+    assert choice_reward(["(A)"] * 4, golds, choices=[OPTIONS] * 4) == [None] * 4
 
 
 def test_letters_need_no_options() -> None:
     chat = [[{"role": "assistant", "content": "I choose (C)."}]]
     assert choice_reward(chat, ["c"]) == [1.0]
+
+
+def test_an_option_is_named_by_whole_words_and_the_longest_counts() -> None:
+    options = ["5", "15", "a dog", "a dog house"]
+    texts = ["it is 15", "-5 it is", "it is 1.5", "it is a dog house", "it is 5."]
+    scores = [choice_reward([text], ["5"], choices=[options])[0] for text in texts]
+    assert scores == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert choice_reward(["it is a dog house"], ["D"], choices=[options]) == [1.0]
+
+
+def test_where_options_are_letters_the_option_s_letter_counts() -> None:
+    """Option A is the text "B": a bare B is option B, whose text is "A"."""
+    assert choice_reward(["(B)", "(A)"], ["B"] * 2, choices=[["B", "A"]] * 2) == [1.0, 0.0]
+
+
+def test_a_row_may_have_no_options() -> None:
+    assert choice_reward(["(B)", "a dog"], ["B", "B"], choices=[None, OPTIONS]) == [1.0, 1.0]

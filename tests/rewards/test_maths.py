@@ -1,126 +1,114 @@
-"""Grading maths in a process that can be killed."""
+"""Grading maths by value."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-from test_answer import AUDIT
 
 from trl_selfplay.rewards import math_reward, maths
-from trl_selfplay.rewards.worker import close_workers
-from trl_selfplay.rewards.worker import Worker, WorkerFailure
+from trl_selfplay.rewards.worker import WorkerFailure, close_workers
 
 pytest.importorskip("math_verify")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _end_the_worker():
+def _end_the_workers():
     yield
     close_workers()
 
 
-def test_answers_are_compared_by_value() -> None:
-    """VF-1, VF-2, VF-9; of worked steps the final answer counts."""
-    pairs = [
-        ("so \\boxed{0.5}", "$\\frac{1}{2}$", 1.0),
+@pytest.mark.parametrize(
+    ("gold", "answer", "score"),
+    [
         ("$\\frac{1}{2}$", "0.5", 1.0),
-        ("\\boxed{1+x^2}", "\\boxed{x^2+1}", 1.0),
-        ("\\boxed{1,000}", "1000", 1.0),
-        ("so it is 42", "40 + 2 = <<40+2=42>>42\n#### 42", 1.0),
-        ("\\boxed{41}", "42", 0.0),
-    ]
-    answers, golds, expected = zip(*pairs, strict=True)
-    assert math_reward(answers, golds) == list(expected)
+        ("0.5", "$\\frac{1}{2}$", 1.0),
+        ("\\boxed{x^2+1}", "1+x^2", 1.0),
+        ("1000", "1,000", 1.0),
+        ("1000", "1000.0", 1.0),
+        ("1000", "1,0000", 0.0),
+        ("5", "5\\%", 0.0),
+        ("5%", "5", 0.0),
+        ("5%", "0.05", 1.0),
+        ("5%", "5 \\%", 1.0),
+        ("5%", "0.05%", 0.0),
+        ("3.5", "3 1/2", 1.0),
+        ("2", "3 1/2", 0.0),
+        ("72", "70 2", 0.0),
+        ("2x+1", "2", 0.0),
+        ("1<x<2", "1", 0.0),
+        ("3", "x = 3", 1.0),
+        ("72", "**$72$**.", 1.0),
+        ("72", "$72$ or $73$", 0.0),
+        ("72", "It is 72", 0.0),
+        ("Some steps.\n#### 72", "72", 1.0),
+        ("$\\begin{pmatrix}1\\\\2\\end{pmatrix}$", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", 1.0),
+        ("$\\begin{pmatrix}1\\\\2\\end{pmatrix}$", "\\begin{pmatrix} 1 \\\\ 3 \\end{pmatrix}", 0.0),
+        ("42", "41", 0.0),
+    ],
+)
+def test_answers_are_compared_by_value(gold, answer, score) -> None:
+    """VF-9."""
+    boxed, said, bare = f"So \\boxed{{{answer}}}", f"Hence the answer is {answer}", answer
+    assert math_reward([boxed, said, bare], [gold] * 3) == [score] * 3
 
 
 def test_an_earlier_number_never_rescues_a_wrong_final_answer() -> None:
-    assert math_reward(["first 42, then finally \\boxed{7}"], ["42"]) == [0.0]
+    """VF-10."""
+    completions = ["first \\boxed{42}, then \\boxed{7}", "42, no: \\boxed{7}", "\\boxed{7} 42"]
+    assert math_reward(completions, ["42"] * 3) == [0.0] * 3
 
 
 def test_an_unparsable_gold_answer_is_no_verdict(caplog) -> None:
-    """VF-11, with one warning that counts."""
-    assert math_reward(["1", "2", "3"], ["%%%", None, "3"]) == [None, None, 1.0]
-    assert "2 of 3" in caplog.text
+    """VF-11, with one warning that counts; words are no product of letters."""
+    golds = ["%%%", None, "", "Paris", "3"]
+    assert math_reward(["%%%", "2", "", "pairs", "3"], golds) == [None, None, None, None, 1.0]
+    assert [r.getMessage() for r in caplog.records if "4 of 5" in r.getMessage()] != []
+    assert len(caplog.records) == 1
 
 
-@pytest.mark.parametrize("name", sorted(set(AUDIT) - {"a tower of exponents"}))
-def test_no_trick_gets_a_reward(name) -> None:
-    if name in ("gold followed by garbage", "options", "two contradictory answers"):
-        pytest.skip("math-verify reads a number out of this text; the strict extractor doesn't")
-    assert math_reward([AUDIT[name]], ["71"])[0] in (0.0, None)
-
-
-def test_a_comparison_that_hangs_costs_its_own_verdict_alone(monkeypatch) -> None:
-    """VF-3, VF-4: killed at the deadline; the others keep their scores."""
-    math_reward(["1"], ["1"])
+def test_a_comparison_that_hangs_costs_its_own_verdict_alone(monkeypatch, caplog) -> None:
+    """VF-3, VF-4: killed at the deadline; the others keep their scores; one warning counts."""
     monkeypatch.setattr(maths, "DEADLINE_S", 2.0)
-    started = time.monotonic()
-    scores = math_reward(["\\boxed{1}", "$9^{9^{9^{9}}}$", "\\boxed{3}"], ["1", "3", "3"])
-    assert scores == [1.0, None, 1.0]
-    assert time.monotonic() - started < 60  # the deadline, and a new process on a busy machine
+    tower = "$9^{9^{9^{9}}}$"
+    scores = math_reward(["\\boxed{1}", tower, "\\boxed{3}", tower], ["1", "3", "3", "3"])
+    assert scores == [1.0, None, 1.0, None]
+    assert "2 of 4 completions: no answer within the deadline" in caplog.text
 
 
-def test_grading_works_from_threads_and_in_any_order() -> None:
-    """VF-5."""
-    golds = [str(i) for i in range(8)]
-    answers = [f"\\boxed{{{i if i % 2 else -1}}}" for i in range(8)]
-    expected = [float(i % 2) for i in range(8)]
+def test_a_hang_in_one_thread_does_not_hold_up_another(monkeypatch) -> None:
+    """VF-4, from any thread; VF-5 for the number of processes."""
     found = {}
 
-    def grade(index):
-        found[index] = math_reward([answers[index]], [golds[index]])
+    def grade(key, completion, gold):
+        found[key] = math_reward([completion], [gold])
 
-    threads = [threading.Thread(target=grade, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[i][0] for i in range(8)] == expected
-    assert math_reward(answers[::-1], golds[::-1]) == expected[::-1]
-
-
-def test_a_dead_worker_is_replaced() -> None:
-    """VF-3."""
-    math_reward(["1"], ["1"])
-    maths._worker()._process.kill()
-    maths._worker()._process.wait()
-    assert math_reward(["\\boxed{1}"], ["1"]) == [1.0]
-
-
-def test_after_grading_no_process_is_left() -> None:
-    """VF-7: closed on request, and gone with the interpreter."""
-    math_reward(["1"], ["1"])
+    monkeypatch.setattr(maths, "DEADLINE_S", 120.0)
     close_workers()
-    assert not [
-        child for child in psutil.Process().children() if "rewards.worker" in child.cmdline()
+    hanging = threading.Thread(target=grade, args=("hangs", "$9^{9^{9^{9}}}$", "3"))
+    hanging.start()
+    while not (children := psutil.Process().children()):
+        time.sleep(0.01)
+    others = [
+        threading.Thread(target=grade, args=(i, f"\\boxed{{{i % 2}}}", "1")) for i in range(3)
     ]
-    code = (
-        "from trl_selfplay.rewards import math_reward, maths; math_reward(['1'], ['1']); "
-        "print(maths._worker()._process.pid)"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert not psutil.pid_exists(int(finished.stdout.split()[-1]))
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join()
+    assert hanging.is_alive()
+    assert [found[i] for i in range(3)] == [[0.0], [1.0], [0.0]]
+    close_workers()  # leaves the call at work alone
+    assert hanging.is_alive()
+    children[0].kill()  # rather than wait for the deadline
+    hanging.join()
+    assert found["hangs"] == [None]
 
 
-def refuse(*arguments):
-    """A function for a worker: prints, then raises."""
-    print("not an answer")  # noqa: T201
-    raise ValueError("no")
-
-
-refuse.prepare = lambda: None
-
-
-def test_what_a_graded_function_prints_is_no_answer(monkeypatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    worker = Worker("test_maths", "refuse")
-    with pytest.raises(WorkerFailure, match="ValueError: no"):
-        worker.call(1, deadline_s=30.0)
-    worker.close()
+def test_the_deadline_holds_for_every_call() -> None:
+    """VF-4: within deadline + 1 s of the call, once the process is there."""
+    math_reward(["1"], ["1"])
+    started = time.monotonic()
+    with pytest.raises(WorkerFailure, match="deadline"):
+        maths._pool.call("3", "9^{9^{9^{9}}}", deadline_s=1.0)
+    assert time.monotonic() - started < 2.0

@@ -3,9 +3,16 @@ import pickle
 
 import pytest
 
-from trl_selfplay.rewards import puzzle_reward
+from trl_selfplay.rewards import puzzle_reward, puzzles
+from trl_selfplay.rewards.worker import close_workers
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_the_workers():
+    yield
+    close_workers()
 
 
 @pytest.mark.parametrize("task", ["word_sequence_reversal", "chain_sum", "countdown"])
@@ -26,6 +33,32 @@ def test_a_scorer_that_fails_gives_no_verdict(caplog) -> None:
     """VF-3: this task's scorer needs metadata that is missing here."""
     assert puzzle_reward("word_ladder")(completions=["Answer: a,b"], solution=["a,b"]) == [None]
     assert "1 of 1" in caplog.text
+
+
+def test_a_scorer_that_hangs_gives_no_verdict_and_spares_the_others(monkeypatch, caplog) -> None:
+    """VF-3, VF-4: this task's scorer evaluates the answer."""
+    monkeypatch.setattr(puzzles, "DEADLINE_S", 2.0)
+    entry = reasoning_gym.create_dataset("countdown", size=1, seed=5)[0]
+    scores = puzzle_reward("countdown")(
+        completions=[entry["answer"], "Answer: 9**9**9**9", entry["answer"]],
+        solution=[entry["answer"]] * 3,
+        metadata=[entry["metadata"]] * 3,
+    )
+    assert scores[0] == scores[2] == 1.0
+    assert scores[1] in (0.0, 0.01, None)
+
+
+def test_real_valued_scores_are_kept() -> None:
+    """The scorer's own number, whatever it is."""
+    entry = reasoning_gym.create_dataset("word_sequence_reversal", size=1, seed=5)[0]
+    answers = [entry["answer"], "no", ""]
+    score_answer = reasoning_gym.get_score_answer_fn("word_sequence_reversal")
+    expected = [score_answer(answer=a, entry=entry) for a in answers]
+    found = puzzle_reward("word_sequence_reversal")(
+        completions=[f"Answer: {a}" for a in answers], solution=[entry["answer"]] * 3,
+        metadata=[entry["metadata"]] * 3,
+    )  # fmt: skip
+    assert found == expected
 
 
 def test_an_unknown_task_is_refused() -> None:

@@ -56,3 +56,37 @@ def test_a_classifier_with_two_labels_is_refused(word_tokenizer) -> None:
                          num_attention_heads=2, num_labels=2)  # fmt: skip
     with pytest.raises(ValueError, match="2 labels"):
         Scorer(LlamaForSequenceClassification(config), reward_processing_classes=word_tokenizer)
+
+
+def test_chats_are_rendered_with_the_model_s_own_template(classifier, word_tokenizer) -> None:
+    """And scored without the tokens that the tokenizer would add to plain text."""
+    word_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} ? {% endfor %}"
+    prompts = [[{"role": "user", "content": "Q 1"}], [{"role": "user", "content": "Q 1 + 2"}]]
+    completions = [[{"role": "assistant", "content": c}] for c in ("A 3", "so 3")]
+    scorer = Scorer(classifier, reward_processing_classes=word_tokenizer)
+    same = score(scorer, ["Q 1 ? ", "Q 1 + 2 ? "], ["A 3 ? ", "so 3 ? "])
+    assert score(scorer, prompts, completions) == pytest.approx(same, abs=1e-5)
+
+
+def test_the_tokenizer_s_limit_counts_too(classifier, word_tokenizer) -> None:
+    """As for models with positions that no token can take."""
+    word_tokenizer.model_max_length = 4
+    scorer = Scorer(classifier, reward_processing_classes=word_tokenizer)
+    scores = score(scorer, ["Q 1 ", "Q 1 "], ["A 3", "A 3 4"])
+    assert scores[0] is not None
+    assert scores[1] is None
+
+
+def test_each_model_is_one_of_several_functions(classifier, word_tokenizer) -> None:
+    def ones(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    scorer = Scorer(
+        [ones, classifier],
+        reward_weights=[2.0, 1.0],
+        reward_processing_classes=[None, word_tokenizer],
+    )
+    rewards = scorer.score(PROMPTS, COMPLETIONS, [[]] * 3, {})
+    alone = score(Scorer(classifier, reward_processing_classes=word_tokenizer))
+    assert [r[0] for r in rewards] == [1.0] * 3
+    assert [scorer.weighted(r) for r in rewards] == pytest.approx([2.0 + a for a in alone])

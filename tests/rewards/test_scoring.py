@@ -1,13 +1,17 @@
 import asyncio
 import functools
+import gc
+import threading
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from trl.rewards import think_format_reward
 
-from trl_selfplay.rewards import exact_reward
+from trl_selfplay.rewards import choice_reward, exact_reward, math_reward, puzzle_reward
 from trl_selfplay.rewards.scoring import Scorer
+from trl_selfplay.rewards.worker import close_workers
 
 
 def length(completions, **kwargs):
@@ -35,6 +39,10 @@ def score(scorer, completions=("a", "bb"), **columns):
         completion_ids=[[1]] * len(completions),
         columns={k: list(v) for k, v in columns.items()},
     )
+
+
+def test_a_nan_abstains_as_for_grpo() -> None:
+    assert score(Scorer(not_a_number)) == [(1.0,), (None,)]
 
 
 def test_each_function_s_score_is_kept_and_weighed() -> None:
@@ -78,8 +86,79 @@ def test_numbers_of_any_library_are_scores(values) -> None:
     assert score(Scorer(lambda completions, **_: values)) == [(1.0,), (0.0,)]
 
 
-def test_a_nan_abstains_as_for_grpo() -> None:
-    assert score(Scorer(lambda completions, **_: [float("nan"), 1.0])) == [(None,), (1.0,)]
+class LogsOnce:
+    """Logs a number for each completion, the first time it is called."""
+
+    calls = 0
+
+    def __call__(self, completions, log_metric, log_extra, **kwargs):
+        self.calls += 1
+        if self.calls == 1:
+            log_extra("note", ["x"] * len(completions))
+            for completion in completions:
+                log_metric("words", len(completion))
+        return [1.0] * len(completions)
+
+
+def test_numbers_that_functions_log_are_averaged_and_belong_to_their_call() -> None:
+    scorer = Scorer(LogsOnce())
+    score(scorer, ["a", "bbb"])
+    assert scorer.last_metrics == {"words": 2.0}
+    score(scorer)
+    assert scorer.last_metrics == {}
+
+
+def test_the_trainer_s_state_is_passed_on() -> None:
+    def look(completions, trainer_state, **kwargs):
+        return [float(trainer_state)] * len(completions)
+
+    assert Scorer(look).score(["p"], ["c"], [[1]], {}, trainer_state=7) == [(7.0,)]
+
+
+class Client:
+    """As an HTTP client: its lock belongs to the event loop of its first use."""
+
+    def __init__(self):
+        self.lock = asyncio.Lock()
+        self.entered = 0
+        self.most = 0
+
+    async def __call__(self, completions, **kwargs):
+        self.entered += 1
+        self.most = max(self.most, self.entered)
+        await asyncio.sleep(0.05)
+        async with self.lock:
+            await asyncio.sleep(0)
+        self.entered -= 1
+        return [1.0] * len(completions)
+
+
+def test_async_functions_run_together_and_on_one_loop_for_good() -> None:
+    client = Client()
+    scorer = Scorer([client, client])
+    for _ in range(2):
+        assert score(scorer) == [(1.0, 1.0)] * 2
+    assert client.most == 2
+
+
+def test_a_closed_or_lost_scorer_leaves_no_thread() -> None:
+    """VF-7; a closed one starts another thread when it is needed."""
+    before = threading.active_count()
+    scorer = Scorer(later)
+    score(scorer)
+    assert threading.active_count() == before + 1
+    scorer.close()
+    assert threading.active_count() == before
+    score(scorer)
+    del scorer
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_sync_functions_have_no_thread() -> None:
+    before = threading.active_count()
+    score(Scorer(length))
+    assert threading.active_count() == before
 
 
 def too_few(completions, **kwargs):
@@ -92,6 +171,14 @@ def a_number(completions, **kwargs):
 
 def words(completions, **kwargs):
     return ["good", "bad"]
+
+
+def numbers_as_text(completions, **kwargs):
+    return ["1.0"] * len(completions)
+
+
+def not_a_number(completions, **kwargs):
+    return [1.0, float("nan")]
 
 
 def broken(completions, **kwargs):
@@ -116,10 +203,11 @@ def takes_no_more(completions):
         (too_few, ValueError, "'too_few' returned 1 scores for 2 completions"),
         (a_number, TypeError, "'a_number' returned float"),
         (words, TypeError, "'words' returned 'good' for completion 0"),
+        (numbers_as_text, TypeError, "'numbers_as_text' returned '1.0' for completion 0"),
         (broken, RuntimeError, "'broken' raised ZeroDivisionError"),
         (broken_later, RuntimeError, "'broken_later' raised ZeroDivisionError"),
         (needs_gold, ValueError, r"'needs_gold' needs \['gold'\].*\['prompt', 'solution'\]"),
-        (takes_no_more, ValueError, r"'takes_no_more' doesn't take \*\*kwargs"),
+        (takes_no_more, ValueError, r"'takes_no_more' doesn't take .*'solution'.* add \*\*kwargs"),
     ],
 )
 def test_a_function_that_misbehaves_is_named(function, kind, message) -> None:
@@ -127,12 +215,41 @@ def test_a_function_that_misbehaves_is_named(function, kind, message) -> None:
         score(Scorer([tens, function]), solution=["1", "2"])
 
 
+def test_a_function_that_names_all_it_gets_needs_no_more() -> None:
+    def exact(prompts, completions, completion_ids, solution, trainer_state, log_extra, log_metric):
+        return [1.0] * len(completions)
+
+    assert score(Scorer(exact), solution=["1", "2"]) == [(1.0,), (1.0,)]
+
+
+def test_a_decorator_decides_what_its_function_gets() -> None:
+    def drop_columns(function):
+        @functools.wraps(function)
+        def wrapper(completions, **kwargs):
+            return function(completions)
+
+        return wrapper
+
+    assert score(Scorer(drop_columns(takes_no_more)), solution=["1", "2"]) == [(1.0,), (1.0,)]
+
+
 def test_an_interrupt_passes_through() -> None:
     def interrupted(completions, **kwargs):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        score(Scorer(interrupted))
+    async def interrupted_later(completions, **kwargs):
+        raise KeyboardInterrupt
+
+    for function in (interrupted, interrupted_later):
+        with pytest.raises(KeyboardInterrupt):
+            score(Scorer(function))
+
+
+def test_a_sync_failure_leaves_no_coroutine_behind() -> None:
+    """It would be a warning about a coroutine that was never awaited."""
+    with pytest.raises(RuntimeError, match="'broken'"):
+        score(Scorer([later, broken]))
+    gc.collect()
 
 
 def test_the_caller_s_list_is_not_changed() -> None:
@@ -141,14 +258,25 @@ def test_the_caller_s_list_is_not_changed() -> None:
     assert funcs == [length, length]
 
 
+def test_names_are_unique_whatever_they_are() -> None:
+    def f(**kwargs): ...
+    def f_2(**kwargs): ...
+
+    assert Scorer([f_2, f, f]).names == ("f_2", "f", "f_3")
+    assert Scorer([f, f, f_2, f_2]).names == ("f", "f_2", "f_2_2", "f_2_3")
+    assert Scorer([lambda **_: [], functools.partial(f)]).names == ("<lambda>", "f")
+
+
 def test_trl_s_own_rewards_take_plain_text_here() -> None:
     assert score(Scorer(think_format_reward), ["<think>\na\n</think>\nb", "c"]) == [(1.0,), (0.0,)]
+    assert score(Scorer(functools.partial(think_format_reward)), ["c"]) == [(0.0,)]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"reward_funcs": [3]}, "reward_funcs holds 3"),
+        ({"reward_funcs": []}, "reward_funcs is empty"),
         ({"reward_funcs": [length], "reward_weights": [1.0, 2.0]}, "2 entries for 1"),
         ({"reward_funcs": [length], "reward_processing_classes": []}, "0 entries for 1"),
     ],
@@ -159,22 +287,41 @@ def test_what_does_not_fit_is_refused(arguments, message) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", [exact_reward, later], ids=["sync", "async"])
-def test_the_same_function_serves_grpo(
-    function, tmp_path, tiny_model, word_tokenizer, sums
-) -> None:
-    """VF-14."""
+def test_the_same_functions_serve_grpo(tmp_path, tiny_model, word_tokenizer, sums) -> None:
+    """VF-14: sync and async, with the scores that our own scorer gives them."""
     from trl import GRPOConfig, GRPOTrainer
 
+    graded = []
+
+    async def right_later(completions, solution, **kwargs):
+        await asyncio.sleep(0)
+        graded.append((completions, solution))
+        return exact_reward(completions, solution)
+
+    functions = [exact_reward, choice_reward, right_later]
+    if find_spec("math_verify"):
+        functions.append(math_reward)
+    if find_spec("reasoning_gym"):
+        functions.append(puzzle_reward("chain_sum"))
     word_tokenizer.padding_side = "left"
     trainer = GRPOTrainer(
         tiny_model(word_tokenizer),
-        reward_funcs=function,
+        reward_funcs=list(functions),
         args=GRPOConfig(
             str(tmp_path), num_generations=2, per_device_train_batch_size=2, max_steps=1,
             max_completion_length=4, report_to=[], bf16=False, use_cpu=True, save_strategy="no",
+            logging_steps=1,
         ),
         train_dataset=sums(4),
         processing_class=word_tokenizer,
     )  # fmt: skip
     assert trainer.train().global_step == 1
+    ((completions, solution),) = graded
+    scorer = Scorer(functions)
+    ours = score(scorer, completions, solution=solution)
+    for index, name in enumerate(scorer.names):
+        present = [scores[index] for scores in ours if scores[index] is not None]
+        if present:
+            logged = trainer.state.log_history[0][f"rewards/{name}/mean"]
+            assert logged == pytest.approx(sum(present) / len(present))
+    close_workers()

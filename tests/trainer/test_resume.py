@@ -11,8 +11,9 @@ import pytest
 from resumable_run import Kill, run
 
 PHASES = ("sampling", "grading", "training", "evaluating", "any")
-# Upper ends of the countdowns: about as many events as a run has of each kind (seconds for "any").
-LAST_EVENT = {"sampling": 110, "grading": 14, "training": 7, "evaluating": 60, "any": 12.0}
+# Upper ends of the countdowns, in events of the phase (seconds for "any"): early enough to hit what
+# is left of a run that was killed before.
+LAST_EVENT = {"sampling": 30, "grading": 4, "training": 3, "evaluating": 16, "any": 5.0}
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ None where the solution can't be used. The extractor is strict: a false 1.0 is t
 
 import re
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any
 
@@ -16,25 +15,30 @@ _ANSWER_TAG = "<answer>"
 _ANSWER_END = "</answer>"
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", re.ASCII)
-_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)
-_QUOTIENT = re.compile(r"([+-]?\d+)\s*/\s*(\d+)", re.ASCII)
+_NUMBER = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
+_QUOTIENT = re.compile(r"(\d+)\s*/\s*(\d+)", re.ASCII)
+_BRACE = re.compile(r"[{}]")
 _CURRENCY = "$€£¥"
 # Longer digit strings are compared as text: no answer needs them and big integers cost time.
 _MOST_DIGITS = 60
 
 
 def text_of(completion: Any) -> str:
-    """Return a completion's text: itself, or the content of its last message."""
+    """Return a completion's text: itself, or the text of its last message."""
     if isinstance(completion, str):
         return completion
-    return str(completion[-1]["content"])
+    content = completion[-1]["content"] if completion else ""
+    if isinstance(content, list):  # parts, as of models that also see images
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Return what a text marks as its final answer, or None without a marker.
+    r"""Return what a text marks as its final answer; None without a marker.
 
     The kinds of markers in order: `\boxed{…}` with balanced braces, `#### …`, `<answer>…</answer>`,
-    "the answer is …" or "Answer: …". The first kind that occurs counts, and of it the last one.
+    "the answer is …" or "Answer: …" up to the end of the line. The first kind that occurs counts,
+    and of it the last one; if that one is empty or never closed, the answer is "".
 
     >>> extract_answer("3 + 4 = 7, so the answer is 7.")
     '7'
@@ -45,26 +49,25 @@ def extract_answer(text: str) -> str | None:
         return matches[-1].strip()
     if _ANSWER_TAG in text:
         inside = text.rsplit(_ANSWER_TAG, 1)[1]
-        return inside.split(_ANSWER_END, 1)[0].strip() if _ANSWER_END in inside else None
+        return inside.split(_ANSWER_END, 1)[0].strip() if _ANSWER_END in inside else ""
     end = None
     for match in _ANSWER_IS.finditer(text):
         end = match.end()
     if end is None:
         return None
-    return text[end:].lstrip(" \t").split("\n", 1)[0].strip().rstrip("*").removesuffix(".").strip()
+    # Models write "**Answer:** 7" and "The answer is **7**."
+    line = text[end:].lstrip(" \t*").split("\n", 1)[0].rstrip(" \t\r*")
+    return line.removesuffix(".").rstrip(" \t*")
 
 
-def _last_boxed(text: str) -> str | None:
+def _last_boxed(text: str) -> str:
     start = text.rindex("\\boxed{") + len("\\boxed{")
     depth = 1
-    for index in range(start, len(text)):
-        if text[index] == "{":
-            depth += 1
-        elif text[index] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:index].strip()
-    return None
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[start : brace.start()].strip()
+    return ""
 
 
 def final_answer(solution: Any) -> str:
@@ -78,39 +81,51 @@ def final_answer(solution: Any) -> str:
     return text if marked is None else marked
 
 
-def normalise_answer(text: str) -> str | Fraction:
+def normalise_answer(text: str, *, percent_is_unit: bool = False) -> str | Fraction:
     """Return a form that is equal for equal answers: an exact number where the text is one.
 
-    Case is folded and white space with it; a trailing period, surrounding `$` and currency signs
-    go; commas group thousands only as in 1,000,000. A percent sign stays: 5% is not 5.
+    Case is folded, white space too; a trailing period, surrounding `$` and currency signs go;
+    commas group thousands only as in 1,000,000. A percent sign stays, since 5% is not 5, unless
+    `percent_is_unit`. Digits other than 0-9 are text.
 
     >>> normalise_answer("1,000.0") == normalise_answer("1000")
     True
     """
-    text = " ".join(text.split()).strip().removesuffix(".").strip()
-    number = text.strip(_CURRENCY).strip()
-    sign, digits = ("-", number[1:]) if number[:1] in ("-", "−") else ("", number)
-    digits = digits.lstrip(_CURRENCY)
-    if len(digits) <= _MOST_DIGITS:
-        if _GROUPED.fullmatch(digits):
-            digits = digits.replace(",", "")
-        if _NUMBER.fullmatch(digits):
-            try:
-                return Fraction(Decimal(sign + digits.rstrip(".")))
-            except InvalidOperation:
-                return text.casefold()
-        if match := _QUOTIENT.fullmatch(digits):
-            numerator, denominator = int(match[1]), int(match[2])
-            if denominator:
-                return Fraction(numerator, denominator) * (-1 if sign else 1)
-    return text.casefold()
+    text = " ".join(text.split()).removesuffix(".").strip()
+    if len(text) > 1 and text[0] == text[-1] == "$":
+        text = text[1:-1].strip()
+    folded, percent = text.casefold(), ""
+    if text.endswith("%"):
+        text = text.removesuffix("%").removesuffix("\\").strip()
+        percent = "" if percent_is_unit else "%"
+    number = _as_number(text)
+    if number is None:
+        return folded
+    return f"{number}%" if percent else number
 
 
-def answers_agree(first: str, second: str) -> bool:
-    """Say whether two answers have the same normal form and are not empty."""
-    if not first.strip() or not second.strip():
-        return False
-    return normalise_answer(first) == normalise_answer(second)
+def _as_number(text: str) -> Fraction | None:
+    digits = text.replace("\\$", "$").strip(_CURRENCY).strip()
+    sign = 1
+    if digits[:1] in ("-", "−", "+"):
+        sign = 1 if digits[0] == "+" else -1
+        digits = digits[1:].lstrip(_CURRENCY)
+    if len(digits) > _MOST_DIGITS:
+        return None
+    if _GROUPED.fullmatch(digits):
+        digits = digits.replace(",", "")
+    if _NUMBER.fullmatch(digits):
+        return sign * Fraction(digits.rstrip("."))
+    match = _QUOTIENT.fullmatch(digits)
+    if match is None or int(match[2]) == 0:
+        return None
+    return sign * Fraction(int(match[1]), int(match[2]))
+
+
+def answers_agree(first: str, second: str, *, percent_is_unit: bool = False) -> bool:
+    """Say whether two answers have the same normal form, and that isn't empty."""
+    form = normalise_answer(first, percent_is_unit=percent_is_unit)
+    return form != "" and form == normalise_answer(second, percent_is_unit=percent_is_unit)
 
 
 def exact_reward(

@@ -1,7 +1,8 @@
 """Any reasoning-gym scorer as a reward function.
 
 In: completions, and the puzzle's entry as columns of the dataset. Out: the scorer's number, from
-0.0 to 1.0, or None where the scorer failed.
+0.0 to 1.0, or None where the scorer raised, hung or died. Scorers run in a process that can be
+killed, because some evaluate the answer: the one of `countdown` never ends on 9**9**9**9.
 """
 
 import json
@@ -10,8 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from trl_selfplay.rewards.answer import extract_answer, text_of
+from trl_selfplay.rewards.worker import WorkerPool
 
 logger = logging.getLogger(__name__)
+
+DEADLINE_S = 5.0
+
+_pool = WorkerPool(__name__, "score_answer")
 
 
 class puzzle_reward:
@@ -30,21 +36,15 @@ class puzzle_reward:
     """
 
     def __init__(self, name: str) -> None:
+        prepare()
+        import reasoning_gym
+
+        try:
+            reasoning_gym.get_score_answer_fn(name)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"reasoning-gym has no task {name!r}: {error}") from error
         self.name = name
         self.__name__ = f"{name}_reward"
-        self._score_answer()
-
-    def _score_answer(self) -> Any:
-        try:
-            import reasoning_gym
-        except ImportError as error:
-            raise ImportError(
-                'Scoring puzzles needs reasoning-gym: pip install "trl-selfplay[demo]".'
-            ) from error
-        try:
-            return reasoning_gym.get_score_answer_fn(self.name)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"reasoning-gym has no task {self.name!r}: {error}") from error
 
     def __call__(
         self,
@@ -53,30 +53,40 @@ class puzzle_reward:
         metadata: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
-        """Score each completion; None where the scorer raised, with one counted warning."""
-        score_answer = self._score_answer()
-        scores: list[float | None] = []
-        failures = []
+        """Score each completion; None where the scorer failed, with a counted warning."""
         rows = metadata if metadata is not None else [None] * len(completions)
+        calls = []
         for completion, gold, row in zip(completions, solution, rows, strict=True):
             details = json.loads(row) if isinstance(row, str) else dict(row or {})
             details.setdefault("source_dataset", self.name)
             text = text_of(completion)
             marked = extract_answer(text)
             entry = {"question": "", "answer": gold, "metadata": details}
-            try:
-                scores.append(
-                    float(score_answer(text.strip() if marked is None else marked, entry))
-                )
-            except Exception as error:  # the graders' boundary: a scorer's failure is no verdict
-                failures.append(error)
-                scores.append(None)
-        if failures:
+            calls.append((self.name, text.strip() if marked is None else marked, entry))
+        scores, reasons = _pool.call_each(calls, DEADLINE_S)
+        for reason, count in reasons.items():
             logger.warning(
-                "%s: no score for %d of %d completions; the first failure: %r",
+                "%s: no score for %d of %d completions: %s",
                 self.__name__,
-                len(failures),
+                count,
                 len(scores),
-                failures[0],
+                reason,
             )
         return scores
+
+
+def score_answer(name: str, answer: str, entry: dict[str, Any]) -> float:
+    """Score one answer in this process, without a deadline."""
+    import reasoning_gym
+
+    return float(reasoning_gym.get_score_answer_fn(name)(answer=answer, entry=entry))
+
+
+def prepare() -> None:
+    """Import reasoning-gym, or say how to install it."""
+    try:
+        import reasoning_gym  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'Scoring puzzles needs reasoning-gym: pip install "trl-selfplay[demo]".'
+        ) from error

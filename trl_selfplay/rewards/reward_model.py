@@ -4,7 +4,7 @@ In: prompts and completions as text or chat messages. Out: the classifier's scor
 where the text is longer than the classifier's context: a score of half an answer says nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,17 +21,26 @@ class RewardModel:
         model: Its id or folder, or the model itself, which is used as it is, in eval mode.
         tokenizer: Its tokenizer; None loads the one of the model's source.
         device: Where a model given by id is put.
+        model_init_kwargs: Keywords of `from_pretrained` for a model given by id.
 
     Raises:
         ValueError: The classifier has more than one label.
     """
 
-    def __init__(self, model: str | nn.Module, tokenizer: Any = None, device: Any = None) -> None:
+    def __init__(
+        self,
+        model: str | nn.Module,
+        tokenizer: Any = None,
+        device: Any = None,
+        model_init_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         loaded: Any = model
         if isinstance(model, str):
-            loaded = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+            loaded = AutoModelForSequenceClassification.from_pretrained(
+                model, num_labels=1, **model_init_kwargs or {}
+            )
             loaded = loaded.to(device) if device is not None else loaded
         source = model if isinstance(model, str) else loaded.config.name_or_path
         self._model: Any = loaded.eval()
@@ -44,40 +53,50 @@ class RewardModel:
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         # The score is read at the last token that is not padding.
-        self._model.config.pad_token_id = self._tokenizer.pad_token_id
-        self._context_length = getattr(self._model.config, "max_position_embeddings", None)
+        config = self._model.config.get_text_config()
+        config.pad_token_id = self._tokenizer.pad_token_id
+        # Both, since RoBERTa's kind has two positions more than tokens.
+        limits = (
+            getattr(config, "max_position_embeddings", None),
+            self._tokenizer.model_max_length,
+        )
+        self._context_length = min(limit for limit in limits if limit is not None)
         self.__name__ = str(source).rstrip("/").split("/")[-1] or type(loaded).__name__
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any
     ) -> list[float | None]:
-        """Score each prompt with its completion."""
+        """Score each prompt with its completion, in the model's own chat template.
+
+        Plain text gets the special tokens that the tokenizer adds by itself (GRPOTrainer leaves
+        them out).
+        """
         scores: list[float | None] = [None] * len(prompts)
         encoded = [
             self._tokenizer(self._render(p, c), add_special_tokens=isinstance(p, str))["input_ids"]
             for p, c in zip(prompts, completions, strict=True)
         ]
-        fitting = [
-            i
-            for i, ids in enumerate(encoded)
-            if ids and (self._context_length is None or len(ids) <= self._context_length)
-        ]
+        fitting = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= self._context_length]
         fitting.sort(key=lambda i: len(encoded[i]))
         for start in range(0, len(fitting), _BATCH_SIZE):
             chosen = fitting[start : start + _BATCH_SIZE]
-            batch = self._tokenizer.pad(
-                {"input_ids": [encoded[i] for i in chosen]},
-                padding_side="right",
-                return_tensors="pt",
-            ).to(self._model.device)
-            with torch.inference_mode():
-                # By name: some tokenizers return token types that the model doesn't know.
-                logits = self._model(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-                ).logits[:, 0]
-            for index, score in zip(chosen, logits.float().tolist(), strict=True):
+            for index, score in zip(chosen, self._score([encoded[i] for i in chosen]), strict=True):
                 scores[index] = score
         return scores
+
+    def _score(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        shape = (len(rows), max(map(len, rows)))  # (B, S)
+        input_ids = torch.full(shape, self._tokenizer.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        for index, ids in enumerate(rows):
+            input_ids[index, : len(ids)] = torch.tensor(ids)
+            attention_mask[index, : len(ids)] = 1
+        device = self._model.device
+        with torch.inference_mode():
+            logits = self._model(
+                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)
+            ).logits  # (B, 1)
+        return logits[:, 0].float().tolist()
 
     def _render(self, prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str):

@@ -9,8 +9,11 @@ import asyncio
 import functools
 import inspect
 import math
+import queue
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,11 +32,17 @@ class Scorer:
         reward_weights: One weight a function; None weighs all with 1.0.
         reward_processing_classes: Tokenizers of reward models, one for each function (None for
             callables), or a single one.
-        device: Where reward models run.
+        device: Where reward models given by id run.
+        model_init_kwargs: Keywords of `from_pretrained` for reward models given by id.
+
+    Attributes:
+        names: A name for each function, all different.
+        last_metrics: The mean of each number that the functions gave to `log_metric` during the
+            last `score`.
 
     Raises:
         TypeError: An entry is neither callable nor a model.
-        ValueError: The number of weights or tokenizers doesn't fit.
+        ValueError: There is no function, or the number of weights or tokenizers doesn't fit.
     """
 
     def __init__(
@@ -42,8 +51,11 @@ class Scorer:
         reward_weights: Sequence[float] | None = None,
         reward_processing_classes: Any = None,
         device: Any = None,
+        model_init_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         entries = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        if not entries:
+            raise ValueError("reward_funcs is empty; give at least one reward function.")
         if not isinstance(reward_processing_classes, (list, tuple)):
             reward_processing_classes = [reward_processing_classes] * len(entries)
         if len(reward_processing_classes) != len(entries):
@@ -59,7 +71,7 @@ class Scorer:
         self._functions: list[Callable[..., Any]] = []
         for entry, tokenizer in zip(entries, reward_processing_classes, strict=True):
             if isinstance(entry, (str, nn.Module)):
-                self._functions.append(RewardModel(entry, tokenizer, device))
+                self._functions.append(RewardModel(entry, tokenizer, device, model_init_kwargs))
             elif callable(entry):
                 self._functions.append(entry)
             else:
@@ -67,7 +79,10 @@ class Scorer:
                     f"reward_funcs holds {entry!r:.100}; give a callable, a model id or a model."
                 )
         self.names = _unique_names(self._functions)
-        self._weights = tuple(reward_weights or [1.0] * len(entries))
+        self.last_metrics: dict[str, float] = {}
+        self._weights = (1.0,) * len(entries) if reward_weights is None else tuple(reward_weights)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._end_loop: Callable[[], Any] = _ignore
 
     def score(
         self,
@@ -75,44 +90,47 @@ class Scorer:
         completions: Sequence[Any],
         completion_ids: Sequence[list[int]],
         columns: Mapping[str, list[Any]],
+        trainer_state: Any = None,
     ) -> list[tuple[float | None, ...]]:
         """Return each function's score of each completion, None where it abstained.
 
-        A NaN counts as None, as for GRPOTrainer.
+        Functions run one after the other; async ones after them, all at once.
 
         Raises:
             RuntimeError: A function raised; the error names it.
-            ValueError: A function returned another number of scores, or needs a column that is
-                not there.
+            ValueError: A function returned another number of scores, or needs a column
+                that is not there.
             TypeError: A function returned something else than numbers and None.
         """
         columns = {k: v for k, v in columns.items() if k not in _RESERVED_COLUMNS}
+        logged: dict[str, list[float]] = defaultdict(list)
         arguments = {
             "prompts": list(prompts),
             "completions": list(completions),
             "completion_ids": list(completion_ids),
             **columns,
-            "trainer_state": None,
+            "trainer_state": trainer_state,
             "log_extra": _ignore,
-            "log_metric": _ignore,
+            "log_metric": lambda name, value: logged[name].append(float(value)),
         }
-        answers: list[Any] = [None] * len(self._functions)
-        waiting: dict[int, Coroutine[Any, Any, Any]] = {}
-        for index, function in enumerate(self._functions):
-            name = self.names[index]
+        calls: list[Callable[[], Any]] = []
+        for function, name in zip(self._functions, self.names, strict=True):
             _check_columns(function, name, arguments, list(columns))
-            given = _in_form_for(function, arguments)
-            if _is_async(function):
-                waiting[index] = function(**given)
-            else:
-                answers[index] = _call(name, functools.partial(function, **given))
-        if waiting:
-            for index, answer in _run_together(waiting).items():
-                answers[index] = _call(self.names[index], functools.partial(_unwrap, answer))
+            calls.append(functools.partial(function, **_in_form_for(function, arguments)))
+        are_async = [_is_async(function) for function in self._functions]
+        answers: dict[int, Any] = {}
+        for index, call in enumerate(calls):
+            if not are_async[index]:
+                answers[index] = _call(self.names[index], call)
+        waiting = [index for index, is_async in enumerate(are_async) if is_async]
+        outcomes = self._run_together([calls[index] for index in waiting])
+        for index, outcome in zip(waiting, outcomes, strict=True):
+            answers[index] = _call(self.names[index], functools.partial(_unwrap, outcome))
         scores = [
-            _check_scores(name, answer, len(completions))
-            for name, answer in zip(self.names, answers, strict=True)
+            _check_scores(name, answers[index], len(completions))
+            for index, name in enumerate(self.names)
         ]
+        self.last_metrics = {name: sum(values) / len(values) for name, values in logged.items()}
         return list(zip(*scores, strict=True))
 
     def weighted(self, rewards: Sequence[float | None]) -> float | None:
@@ -120,34 +138,105 @@ class Scorer:
         present = [w * r for w, r in zip(self._weights, rewards, strict=True) if r is not None]
         return sum(present) if present else None
 
+    def close(self) -> None:
+        """End the thread of async functions, if one runs. Also done when the scorer goes."""
+        self._end_loop()
+        self._loop, self._end_loop = None, _ignore
+
+    def _run_together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Return what each coroutine returned, or the exception that it raised.
+
+        They run on an event loop in a thread of its own, because the caller's may be running, and
+        on the same loop every time, because clients and locks belong to the loop of their first use.
+        """
+        if not calls:
+            return []
+        if self._loop is None:
+            self._loop, end_loop = _start_loop()
+            self._end_loop = weakref.finalize(self, end_loop)
+        together = asyncio.run_coroutine_threadsafe(_gather(calls), self._loop)
+        try:
+            return together.result()
+        except BaseException:  # Ctrl-C while waiting
+            together.cancel()
+            raise
+
+
+async def _gather(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    async def attempt(call: Callable[[], Any]) -> Any:
+        try:
+            return await call()
+        except BaseException as error:  # an interrupt, too, must reach the thread that waits
+            return _Raised(error)
+
+    return list(await asyncio.gather(*map(attempt, calls)))
+
+
+class _Raised:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def _unwrap(outcome: Any) -> Any:
+    if isinstance(outcome, _Raised):
+        raise outcome.error
+    return outcome
+
+
+def _start_loop() -> tuple[asyncio.AbstractEventLoop, Callable[[], None]]:
+    """Return an event loop that runs in a daemon thread, and what ends both."""
+    started: queue.Queue[asyncio.AbstractEventLoop] = queue.Queue()
+
+    def serve() -> None:
+        with asyncio.Runner() as runner:  # cancels what is left when the loop stops
+            loop = runner.get_loop()
+            started.put(loop)
+            loop.run_forever()
+
+    thread = threading.Thread(target=serve, name="async-reward-functions", daemon=True)
+    thread.start()
+    loop = started.get()
+
+    def end() -> None:
+        loop.call_soon_threadsafe(loop.stop)
+        if thread is not threading.current_thread():
+            thread.join(timeout=5.0)  # a function that blocks must not keep the program
+
+    return loop, end
+
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Take what a GRPO reward function logs; the scores themselves are stored."""
+    """Take a table column that a GRPO reward function logs; there is no such table here."""
 
 
 def _unique_names(functions: Sequence[Callable[..., Any]]) -> tuple[str, ...]:
     names: list[str] = []
     for function in functions:
-        while isinstance(function, functools.partial):
-            function = function.func
-        name = getattr(function, "__name__", type(function).__name__)
-        taken = sum(n == name or n.startswith(f"{name}_") for n in names)
-        names.append(f"{name}_{taken + 1}" if taken else name)
+        inner = _without_partial(function)
+        name = getattr(inner, "__name__", type(inner).__name__)
+        candidates = (name, *(f"{name}_{number}" for number in range(2, len(functions) + 2)))
+        names.append(next(c for c in candidates if c not in names))
     return tuple(names)
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
+def _without_partial(function: Callable[..., Any]) -> Callable[..., Any]:
     while isinstance(function, functools.partial):
         function = function.func
-    call = getattr(function, "__call__", None)  # noqa: B004  # its own type decides, not whether it is there
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+    return function
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    inner = _without_partial(function)
+    call = getattr(inner, "__call__", None)  # noqa: B004  # its own type decides, not whether it is there
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(call)
 
 
 def _check_columns(
     function: Callable[..., Any], name: str, arguments: Mapping[str, Any], columns: list[str]
 ) -> None:
     try:
-        parameters = inspect.signature(function).parameters.values()
+        # A decorator may add arguments: what it takes counts, not what it wraps.
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):  # some built-ins have no signature
         return
     missing = [
@@ -162,9 +251,10 @@ def _check_columns(
             f"reward function {name!r} needs {missing}, and the dataset has the columns "
             f"{['prompt', *columns]}. Rename or add a column."
         )
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+    unknown = sorted(arguments.keys() - {p.name for p in parameters})
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(
-            f"reward function {name!r} doesn't take **kwargs. It gets every column of the dataset "
+            f"reward function {name!r} doesn't take {unknown}. It gets every column of the dataset "
             "by keyword, as for GRPOTrainer: add **kwargs to its parameters."
         )
 
@@ -172,10 +262,8 @@ def _check_columns(
 def _in_form_for(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Wrap plain-text completions for TRL's own rewards, which take chat messages only."""
     given = dict(arguments)
-    inner = function
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    if (getattr(inner, "__module__", None) or "").startswith("trl.rewards"):
+    module = getattr(_without_partial(function), "__module__", None) or ""
+    if module.startswith("trl.rewards"):
         given["completions"] = [
             [{"role": "assistant", "content": c}] if isinstance(c, str) else c
             for c in arguments["completions"]
@@ -191,25 +279,6 @@ def _call(name: str, call: Callable[[], Any]) -> Any:
             f"reward function {name!r} raised {type(error).__name__}: {error}. The samples are on "
             "disk; mend the function and go on with train(resume_from_checkpoint=True)."
         ) from error
-
-
-def _unwrap(answer: Any) -> Any:
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
-
-
-def _run_together(waiting: Mapping[int, Coroutine[Any, Any, Any]]) -> dict[int, Any]:
-    """Await coroutines together, on a loop of a thread's own: the caller's may be running."""
-    outcome: list[Any] = []
-
-    async def gather() -> list[Any]:
-        return await asyncio.gather(*waiting.values(), return_exceptions=True)
-
-    thread = threading.Thread(target=lambda: outcome.extend(asyncio.run(gather())), daemon=True)
-    thread.start()
-    thread.join()
-    return dict(zip(waiting, outcome, strict=True))
 
 
 def _check_scores(name: str, answer: Any, count: int) -> list[float | None]:
@@ -230,12 +299,13 @@ def _check_scores(name: str, answer: Any, count: int) -> list[float | None]:
         if value is None:
             scores.append(None)
             continue
+        returned = f"reward function {name!r} returned {value!r:.100} for completion {index}"
+        if isinstance(value, (str, bytes)):  # float() would read some
+            raise TypeError(f"{returned}; return a float or None.")
         try:
             number = float(value)
         except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"reward function {name!r} returned {value!r:.100} for completion {index}; return "
-                "a float or None."
-            ) from error
+            raise TypeError(f"{returned}; return a float or None.") from error
+        # GRPOTrainer keeps scores in a tensor, where NaN is how None is written.
         scores.append(None if math.isnan(number) else number)
     return scores

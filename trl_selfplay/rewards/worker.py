@@ -1,152 +1,263 @@
-"""A killable process that computes one verdict at a time.
+"""Killable processes that compute one value at a time.
 
-In: a module and function by name, and its arguments as JSON lines. Out: its return value, or a
-`WorkerFailure` when it raised, died or ran over its deadline. The process is a fresh interpreter
-(no fork of a process with threads, no guard needed in the user's script), serves many calls, and is
-killed and replaced after a failure. It ends by itself when its parent goes: its input closes.
+In: a module and function by name, and arguments (pickled). Out: the function's return value (JSON,
+so that what ran there can't run code here), or a `WorkerFailure` when it raised, died or ran over
+its deadline. A process is a fresh interpreter (no fork of a process with threads, no guard needed
+in the user's script), serves many calls, and is killed and replaced after a failure. It ends by
+itself when its parent goes: its input closes, and a timer ends a call that nobody awaits. POSIX
+only: Windows has neither `select` on pipes nor these limits.
 """
 
 import atexit
 import contextlib
 import json
 import os
+import pickle
 import selectors
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 _MEMORY_LIMIT_BYTES = 4 * 2**30
 # Starting the interpreter and importing the function's module is not the function's time.
 _START_DEADLINE_S = 120.0
+# A worker ends a call of its own accord only this long after the parent should have killed it.
+_ORPHAN_GRACE_S = 5.0
+_LENGTH_BYTES = 8
 
 
 class WorkerFailure(Exception):
     """The call gave no value: it raised, the process died, or the deadline passed."""
 
 
-class Worker:
-    """A lazily started process that runs `module.function`; safe to call from any thread."""
+class _Worker:
+    """One process; used by one thread at a time."""
 
-    def __init__(self, module: str, function: str) -> None:
-        self._target = f"{module}:{function}"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
-        atexit.register(self.close)
-
-    def call(self, *arguments: Any, deadline_s: float) -> Any:
-        """Return `function(*arguments)`; arguments and value travel as JSON.
-
-        Raises:
-            WorkerFailure: No value within the deadline (seconds, after the process has started).
-            ImportError: The function's module lacks a package.
-        """
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            assert self._process is not None
-            assert self._process.stdin is not None
-            try:
-                self._process.stdin.write(json.dumps(arguments).encode() + b"\n")
-                self._process.stdin.flush()
-                answer = self._read(deadline_s)
-            except (OSError, WorkerFailure) as error:
-                self._kill()
-                raise (
-                    error if isinstance(error, WorkerFailure) else WorkerFailure(str(error))
-                ) from error
-            except (
-                BaseException
-            ):  # Ctrl-C: the answer still to come would be taken for the next one
-                self._kill()
-                raise
-        if "error" in answer:
-            raise WorkerFailure(answer["error"])
-        return answer["value"]
-
-    def close(self) -> None:
-        """End the process, if one runs."""
-        with self._lock:
-            self._kill()
-
-    def _start(self) -> None:
-        self._kill()
-        # A failed check of another package must not print into ours; errors go to the parent's.
+    def __init__(self, target: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trl_selfplay.rewards.worker", self._target],
+            # -P: a file of the user's folder must not stand in for a module of the library.
+            [sys.executable, "-P", "-m", "trl_selfplay.rewards.worker", target],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            bufsize=0,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),  # noqa: PTH109  # a string
+            },
             start_new_session=True,  # Ctrl-C goes to the parent, which decides
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        os.set_blocking(self._requests.fileno(), False)
         try:
-            ready = self._read(_START_DEADLINE_S)
-        except WorkerFailure:
-            self._kill()
+            ready = self._read(time.monotonic() + _START_DEADLINE_S)
+        except WorkerFailure as failure:
+            self.kill()
+            raise RuntimeError(
+                f"the grading process for {target} didn't start: {failure}"
+            ) from failure
+        except BaseException:
+            self.kill()
             raise
         if "error" in ready:
-            self._kill()
+            self.kill()
             raise ImportError(ready["error"])
 
-    def _read(self, deadline_s: float) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def call(self, arguments: tuple[Any, ...], deadline_s: float) -> dict[str, Any]:
         ends = time.monotonic() + deadline_s
-        received = b""
-        descriptor = self._process.stdout.fileno()
+        payload = pickle.dumps((arguments, deadline_s))
+        self._write(len(payload).to_bytes(_LENGTH_BYTES, "big") + payload, ends)
+        return self._read(ends)
+
+    def _write(self, message: bytes, ends: float) -> None:
+        unsent = memoryview(message)
         with selectors.DefaultSelector() as selector:
-            selector.register(descriptor, selectors.EVENT_READ)
+            selector.register(self._requests, selectors.EVENT_WRITE)
+            while unsent:
+                if not selector.select(max(0.0, ends - time.monotonic())):
+                    raise WorkerFailure("no answer within the deadline")
+                try:
+                    unsent = unsent[os.write(self._requests.fileno(), unsent) :]
+                except BrokenPipeError as error:
+                    raise WorkerFailure("the process died") from error
+
+    def _read(self, ends: float) -> dict[str, Any]:
+        received = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._answers, selectors.EVENT_READ)
             while not received.endswith(b"\n"):
-                left = ends - time.monotonic()
-                if left <= 0 or not selector.select(left):
-                    raise WorkerFailure(f"no answer within {deadline_s:g} s")
-                part = os.read(descriptor, 65536)
+                if not selector.select(max(0.0, ends - time.monotonic())):
+                    raise WorkerFailure("no answer within the deadline")
+                part = os.read(self._answers.fileno(), 65536)
                 if not part:
                     raise WorkerFailure("the process died")
                 received += part
         return json.loads(received)
 
-    def _kill(self) -> None:
-        if self._process is None:
-            return
+    def kill(self) -> None:
         self._process.kill()
-        for stream in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # unsent bytes to a dead process
-                if stream is not None:
-                    stream.close()
+        self._requests.close()
+        self._answers.close()
         self._process.wait()
-        self._process = None
+
+    def forget(self) -> None:
+        """Let go of a process that belongs to the parent of this one."""
+        self._requests.close()
+        self._answers.close()
+        self._process.returncode = 0  # not ours to wait for
+
+
+class WorkerPool:
+    """As many processes for one function as threads call it at once, started when needed.
+
+    Args:
+        module: The function's module. Its `prepare()`, where it has one, is called once in each
+            process before the first call, to import what takes time; an ImportError goes through.
+        function: The function's name.
+    """
+
+    def __init__(self, module: str, function: str) -> None:
+        self._target = f"{module}:{function}"
+        self._idle: list[_Worker] = []
+        self._epoch = 0  # `close` begins a new one; processes of an old one are not kept
+        self._lock = threading.Lock()
+        self._is_registered = False
+
+    def call(self, *arguments: Any, deadline_s: float) -> Any:
+        """Return `function(*arguments)`, from any thread.
+
+        Raises:
+            WorkerFailure: No value within the deadline (seconds, from when a process is ready).
+            ImportError: The function's module lacks a package.
+            RuntimeError: The process can't be started.
+        """
+        worker, epoch = self._take()
+        try:
+            answer = worker.call(arguments, deadline_s)
+        except BaseException:
+            # Also after Ctrl-C: the answer still to come would be taken for the next call's.
+            worker.kill()
+            raise
+        with self._lock:
+            is_kept = epoch == self._epoch
+            if is_kept:
+                self._idle.append(worker)
+        if not is_kept:
+            worker.kill()
+        if "error" in answer:
+            raise WorkerFailure(answer["error"])
+        return answer["value"]
+
+    def call_each(
+        self, calls: Sequence[tuple[Any, ...]], deadline_s: float
+    ) -> tuple[list[Any], Counter[str]]:
+        """Return each call's value, None where it failed, and how many failed for what reason.
+
+        Equal calls are computed once; a call's arguments are equal if their pickles are.
+        """
+        known: dict[bytes, tuple[Any, str | None]] = {}
+        values, reasons = [], Counter[str]()
+        for arguments in calls:
+            key = pickle.dumps(arguments)
+            if key not in known:
+                try:
+                    known[key] = (self.call(*arguments, deadline_s=deadline_s), None)
+                except WorkerFailure as failure:
+                    known[key] = (None, str(failure))
+            value, reason = known[key]
+            values.append(value)
+            if reason is not None:
+                reasons[reason] += 1
+        return values, reasons
+
+    def close(self) -> None:
+        """End the processes; those at work end after their call. A later call starts new ones."""
+        with self._lock:
+            closing, self._idle = self._idle, []
+            self._epoch += 1
+        for worker in closing:
+            worker.kill()
+
+    def _take(self) -> tuple[_Worker, int]:
+        with self._lock:
+            if not self._is_registered:
+                self._is_registered = True
+                _pools.append(self)
+                atexit.register(self.close)
+                # A forked process would otherwise write into its parent's pipes.
+                os.register_at_fork(after_in_child=self._forget)
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.is_alive:
+                    return worker, self._epoch
+                worker.kill()
+            epoch = self._epoch
+        return _Worker(self._target), epoch
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()  # another thread may have held it
+        for worker in self._idle:
+            worker.forget()
+        self._idle = []
+
+
+_pools: list[WorkerPool] = []
+
+
+def close_workers() -> None:
+    """End all grading processes; the next grading starts new ones. Also done at exit."""
+    for pool in _pools:
+        pool.close()
 
 
 def main() -> None:
     """Serve calls from standard input until it closes."""
     import importlib
     import resource
+    import signal
 
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
-    # What the function prints must not be taken for an answer.
+    with contextlib.suppress(ValueError, OSError):  # macOS takes no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
+    # What the function prints or reads must not be taken for an answer or a request.
+    requests = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def reply(message: dict[str, Any]) -> None:
         answers.write(json.dumps(message).encode() + b"\n")
         answers.flush()
 
-    module, name = sys.argv[1].split(":")
+    module_name, name = sys.argv[1].split(":")
     try:
-        function = getattr(importlib.import_module(module), name)
-        function.prepare()
+        module = importlib.import_module(module_name)
+        getattr(module, "prepare", lambda: None)()
+        function = getattr(module, name)
     except ImportError as error:
         reply({"error": str(error)})
         return
     reply({"ready": True})
-    for line in sys.stdin:
+    while length := requests.read(_LENGTH_BYTES):
+        arguments, deadline_s = pickle.loads(requests.read(int.from_bytes(length, "big")))
+        # The kernel ends this process if the parent is gone and the call goes on for ever.
+        signal.setitimer(signal.ITIMER_REAL, deadline_s + _ORPHAN_GRACE_S)
         try:
-            reply({"value": function(*json.loads(line))})
-        except Exception as error:  # the graders' boundary: any failure is no verdict
-            reply({"error": f"{type(error).__name__}: {error}"[:500]})
+            answer = {"value": function(*arguments)}
+        except Exception as error:  # the graders' boundary: any failure is no value
+            answer = {"error": f"{type(error).__name__}: {error}"[:200]}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        reply(answer)
 
 
 if __name__ == "__main__":
