@@ -16,6 +16,7 @@ from typing import Any, Self
 from tqdm.auto import tqdm
 
 from trl_selfplay.monitor import best_round
+from trl_selfplay.rollouts import Rollout
 from trl_selfplay.selection import Funnel
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,13 @@ def format_duration(seconds: float) -> str:
 def say(text: str) -> None:
     """Print a line of status above any progress bar."""
     tqdm.write(text)
+
+
+def print_completions(rollouts: Sequence[Rollout], limit: int | None = None) -> None:
+    """Print prompts' ends and completions with their rewards, at most `limit` of them."""
+    for r in rollouts[:limit]:
+        hint = ", hinted" if r.hinted else ""
+        say(f"[reward {r.reward}, {r.finish}{hint}] …{r.prompt[-100:]!r}\n    → {r.completion!r}")
 
 
 def print_round_table(lines: Sequence[Mapping[str, Any]], metric: str | None = None) -> None:

@@ -22,7 +22,7 @@ from trl_selfplay.collection import Assignment, Collector
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.heldout import HeldOutScores, score_all
 from trl_selfplay.prompts import PromptFormatter, PromptRow, check_lengths
-from trl_selfplay.report import SamplingProgress
+from trl_selfplay.report import SamplingProgress, print_completions
 from trl_selfplay.rollouts import Phase, Rollout, load_rollouts, save_table
 from trl_selfplay.rounds import PlayedRound
 from trl_selfplay.run_folder import Run
@@ -178,6 +178,8 @@ class SelfPlay:
             rows = pack_dataset(rows, self.config.max_length, self.config.packing_strategy)
         if self.collector.accelerator.is_main_process:
             save_selection(folder / "selection.parquet", selection)
+            if self.config.log_completions:
+                print_completions(rollouts, self.config.num_completions_to_print)
             _save_rows(folder / "dataset", rows)
         self.collector.accelerator.wait_for_everyone()
         rewards = mean_rewards(rollouts, self.collector.scorer.names)

@@ -73,6 +73,13 @@ def test_early_stopping_and_the_best_checkpoint_work_inside_a_round(build_star, 
     assert any("eval_pass@1" in entry for entry in trainer.state.log_history)
 
 
+def test_completions_are_printed_with_their_rewards_on_request(build_star, capsys) -> None:
+    build_star("quiet", num_rounds=1).train()
+    assert "[reward" not in capsys.readouterr().out
+    build_star(num_rounds=1, log_completions=True, num_completions_to_print=3).train()
+    assert capsys.readouterr().out.count("[reward") == 3
+
+
 def test_several_held_out_sets_are_scored_and_the_first_chooses(build_star, sums) -> None:
     sets = {"select": sums(4, first=90), "report": sums(4, first=80)}
     trainer = build_star(eval_dataset=sets, num_rounds=1)
