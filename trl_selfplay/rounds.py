@@ -172,10 +172,12 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
             "train(resume_from_checkpoint=True), or choose another output_dir (or delete this one)."
         )
     run.lines = load_lines(run.lines_path)
+    has_initial_weights = run.initial_weights.exists()
+    trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     if trainer.is_world_process_zero():
         check_identity(trainer.describe_run(), run.root / "config.json", len(run.lines))
     trainer.accelerator.wait_for_everyone()
-    if run.initial_weights.exists():
+    if has_initial_weights:
         load_trainable(trainer.model, run.initial_weights)
     elif run.keeps_initial_weights and trainer.is_world_process_zero():
         save_trainable(trainer.model, run.initial_weights)
