@@ -7,9 +7,10 @@ Arms, each on the demo's word reversal with 4-shot sampling and LoRA:
 - round0_data: what star's first round kept, as many steps as all rounds together.
 - no_rationalization: star without hints.
 - form_only: each round trained on as many completions as star kept there, for as many steps, all
-  with the answer's form and a wrong answer. What this arm gains is form; star's gain over it is not.
+  of them star's own samples of that round that have an answer, in the right form, and a wrong one.
+  What this arm gains is form; star's gain over it is not.
 
-64 held-out prompts select the best round, 200 others are read for the report. An arm and seed is a
+64 held-out prompts select the best round, 200 others are read for the report (pass@8 on 64 of them). An arm and seed is a
 process of its own and a file under results/learning; what is there is not run again:
 
     python benchmarks/learning.py --seeds 0 1 2
@@ -19,6 +20,7 @@ import argparse
 import datetime
 import json
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,22 +30,33 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from datasets import Dataset
+
+from trl_selfplay.demo import demo_arguments, demo_split, load_demo_model_path
+from trl_selfplay.prompts import load_prompt_rows
+from trl_selfplay.rewards import extract_answer
+from trl_selfplay.rollouts import load_rollouts
+from trl_selfplay.rounds import PlayedRound
+from trl_selfplay.run_folder import find_best_round
+from trl_selfplay.selection import Funnel, OutcomeCounts
+from trl_selfplay.self_play import load_kept
+from trl_selfplay.training_data import training_completion_ids
+from trl_selfplay.weights import load_saved_model
+
 RESULTS = Path(__file__).parent / "results" / "learning"
 ARMS = ("star", "form_only", "no_rationalization", "gold", "round0_data")
-NUM_SAMPLES_REPORT = 8
+NUM_SAMPLES, NUM_PASS_AT_K = 8, 64
 
 
 def build_trainer(cls: type, seed: int, folder: str, **changes: Any) -> Any:
-    """Return a trainer with the demo's settings, and the held-out sets select and report."""
-    from trl_selfplay.demo import demo_arguments, demo_split, load_demo_model_path
-
+    """Return a trainer with the demo's settings; its `split` holds the report set as well."""
     split = demo_split(seed)
     config, trainer_arguments = demo_arguments(folder, seed=seed, **changes)
     trainer = cls(
         load_demo_model_path(),
         config,
         train_dataset=split.train,
-        eval_dataset={"select": split.select, "report": split.report},
+        eval_dataset=split.select,
         few_shot_examples=split.few_shot,
         **trainer_arguments,
     )
@@ -62,146 +75,149 @@ def fixed_rows_class(choose: Any) -> type:
     return FixedRowsTrainer
 
 
-def played(trainer: Any, rows: list[tuple[tuple[int, ...], tuple[int, ...]]], seed: int) -> Any:
+def played(rows: list[tuple[tuple[int, ...], tuple[int, ...]]], seed: int) -> Any:
     """Return a round that trains on (prompt ids, completion ids) pairs chosen elsewhere."""
-    from datasets import Dataset
-
-    from trl_selfplay.rounds import PlayedRound
-    from trl_selfplay.selection import Funnel, OutcomeCounts
-
     dataset = Dataset.from_list(
         [{"input_ids": [*p, *c], "labels": [-100] * len(p) + list(c)} for p, c in rows]
     ).shuffle(seed=seed)
     return PlayedRound(dataset, len(rows), Funnel(0, 0, OutcomeCounts()), (), {}, {})
 
 
-def wrong_with_the_right_form(trainer: Any, round_index: int, count: int) -> Any:
-    """Sample as STaR does and keep `count` finished completions with an answer that is wrong."""
-    from trl_selfplay.rewards import extract_answer
-    from trl_selfplay.training_data import training_completion_ids
-
-    play, folder = trainer.self_play, trainer.run.folder(round_index)
-    rollouts = play.sample(play.draw_prompts(round_index), round_index, "train", folder)
-    wrong = [
-        r for r in rollouts
-        if r.finish != "length" and r.reward == 0.0 and extract_answer(r.completion) is not None
-    ]  # fmt: skip
-    prompt_ids = play.training_prompt_ids(play.rows)
-    by_prompt: dict[str, list[Any]] = {}
-    for rollout in wrong:
-        by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
-    # Round robin over prompts: as many different prompts as there are.
-    ordered = [
-        group[i]
-        for i in range(max(map(len, by_prompt.values()), default=0))
-        for group in by_prompt.values()
-        if i < len(group)
-    ]
-    rows = [
-        (prompt_ids[r.prompt_id], training_completion_ids(r, play.eos_token_id))
-        for r in ordered[:count]
-    ]
-    return played(trainer, rows, seed=trainer.args.seed + round_index)
-
-
 def run_arm(arm: str, seed: int) -> dict[str, Any]:
-    """Train one arm and return its scores by round; the report set is sampled 8 times a prompt."""
+    """Train one arm; return its lines and its scores on the report set by round."""
     from trl_selfplay import STaRTrainer
 
-    star = None if arm in ("star", "no_rationalization") else load(f"star-{seed}")
-    total_steps = sum(line["steps"] for line in star["lines"]) if star else 0
     folder = tempfile.mkdtemp()
-    if arm == "star":
-        trainer = build_trainer(STaRTrainer, seed, folder)
-    elif arm == "no_rationalization":
-        trainer = build_trainer(STaRTrainer, seed, folder, rationalize=False)
-    elif arm == "form_only":
-        lines = star["lines"]
-        trainer = build_trainer(
-            fixed_rows_class(lambda t, i: wrong_with_the_right_form(t, i, lines[i]["examples"])),
-            seed,
-            folder,
-            round_max_steps=[line["steps"] for line in lines],
-        )
+    if arm in ("star", "no_rationalization"):
+        trainer = build_trainer(STaRTrainer, seed, folder, rationalize=arm == "star")
     else:
+        star = load(f"star-{seed}")
+        steps = [line["steps"] for line in star["lines"]]
+        # The last two are one round with the steps of all rounds.
+        settings = (
+            {"round_max_steps": steps}
+            if arm == "form_only"
+            else {"num_rounds": 1, "max_steps": sum(steps)}
+        )
         trainer = build_trainer(
-            fixed_rows_class(lambda t, _: fixed_rows(t, arm, star)),
-            seed,
-            folder,
-            num_rounds=1,
-            max_steps=total_steps,
+            fixed_rows_class(lambda t, i: fixed_rows(t, i, arm, star)), seed, folder, **settings
         )
+    record: dict[str, Any] = {}
+    if arm == "star":
+        record["before"] = report_scores(trainer, with_few_shot=True, num_samples=NUM_SAMPLES)
     started = time.monotonic()
-    if arm == "star":
-        before = report_scores(trainer)
     trainer.train()
-    record: dict[str, Any] = {"lines": trainer.run.lines, "report": report_scores(trainer)}
+    record["minutes"] = (time.monotonic() - started) / 60
+    record["lines"] = trainer.run.lines
+    chosen = find_best_round(trainer.run)
+    record["chosen_round"] = chosen
+    # The best round's weights are in place: pass@8 for them, greedy accuracy for all rounds.
+    record["report"] = report_scores(trainer, num_samples=NUM_SAMPLES if arm == "star" else 0)
     if arm == "star":
-        record |= {"before": before, "kept": kept_of_first_round(trainer)}
-        record |= hint_copies(trainer)
-    return {**record, "minutes": (time.monotonic() - started) / 60}
-
-
-def fixed_rows(trainer: Any, arm: str, star: dict[str, Any]) -> Any:
-    """Return the gold rows, or those of star's first round."""
-    play = trainer.self_play
-    if arm == "round0_data":
-        return played(trainer, [(tuple(p), tuple(c)) for p, c in star["kept"]], trainer.args.seed)
-    prompt_ids = play.training_prompt_ids(play.rows)
-    tokenizer = trainer.processing_class
-    rows = [
-        (
-            prompt_ids[row.prompt_id],
-            (*tokenizer.encode(f"Answer: {row.solution}", add_special_tokens=False), tokenizer.eos_token_id),
-        )
-        for row in play.rows
-    ]  # fmt: skip
-    return played(trainer, rows, trainer.args.seed)
-
-
-def report_scores(trainer: Any) -> dict[str, float]:
-    """Score the report set with 8 samples a prompt, in the trained form and (untrained) 4-shot."""
-    few = trainer.args.num_generations_eval
-    trainer.args.num_generations_eval = NUM_SAMPLES_REPORT
-    sets = {"report": trainer.self_play.heldout["report"]}
-    scores = trainer.self_play.score(sets, with_few_shot=not trainer.run.lines)
-    trainer.args.num_generations_eval = few
-    return scores.metrics
-
-
-def kept_of_first_round(trainer: Any) -> list[Any]:
-    """Return (prompt ids, completion ids) of what the first round kept."""
-    from trl_selfplay.self_play import load_kept
-    from trl_selfplay.training_data import training_completion_ids
-
-    prompt_ids = trainer.self_play.training_prompt_ids(trainer.self_play.rows)
-    kept = load_kept(trainer.run.folder(0))
-    return [
-        (
-            list(prompt_ids[r.prompt_id]),
-            list(training_completion_ids(r, trainer.self_play.eos_token_id)),
-        )
-        for r in kept
+        record |= rows_for_controls(trainer) | hint_copies(trainer)
+    record["report_by_round"] = [
+        record["report"]["eval_accuracy"]
+        if line["round"] == chosen
+        else score_round(trainer, line["round"])
+        for line in trainer.run.lines
     ]
+    return record
+
+
+def score_round(trainer: Any, round_index: int) -> float:
+    """Return the greedy accuracy on the report set of the weights that a round ended with."""
+    load_saved_model(trainer.model, trainer.run.folder(round_index) / "model")
+    return report_scores(trainer)["eval_accuracy"]
+
+
+def report_scores(
+    trainer: Any, with_few_shot: bool = False, num_samples: int = 0
+) -> dict[str, float]:
+    """Score the report set greedily, and its first prompts `num_samples` times for pass@k."""
+    rows = load_prompt_rows(trainer.split.report, "report")
+    args = trainer.args
+    previous = args.num_generations_eval
+    metrics: dict[str, float] = {}
+    try:
+        for part, count in ((rows, 0), (rows[:NUM_PASS_AT_K], num_samples)):
+            if part is rows or count:
+                args.num_generations_eval = count
+                scored = trainer.self_play.score({"": part}, with_few_shot=with_few_shot).metrics
+                metrics |= {k: v for k, v in scored.items() if ("pass@" in k) == bool(count)}
+    finally:
+        args.num_generations_eval = previous
+    return metrics
+
+
+def fixed_rows(trainer: Any, round_index: int, arm: str, star: dict[str, Any]) -> Any:
+    """Return star's wrong completions of this round, star's rows of the first, or gold rows."""
+    if arm == "form_only":
+        rows = [(tuple(p), tuple(c)) for p, c in star["wrong"][round_index]]
+    elif arm == "round0_data":
+        rows = [(tuple(p), tuple(c)) for p, c in star["kept"]]
+    else:
+        prompt_ids = trainer.self_play.training_prompt_ids(trainer.self_play.rows)
+        tokenizer = trainer.processing_class
+        rows = [
+            (
+                prompt_ids[row.prompt_id],
+                (
+                    *tokenizer.encode(f"Answer: {row.solution}", add_special_tokens=False),
+                    tokenizer.eos_token_id,
+                ),
+            )
+            for row in trainer.self_play.rows
+        ]
+    return played(rows, seed=trainer.args.seed + round_index)
+
+
+def rows_for_controls(trainer: Any) -> dict[str, Any]:
+    """Return star's first kept rows, and for each round as many wrong ones of the right form."""
+    play, run = trainer.self_play, trainer.run
+    prompt_ids = play.training_prompt_ids(play.rows)
+
+    def row(rollout: Any) -> list[list[int]]:
+        completion = training_completion_ids(rollout, play.eos_token_id)
+        return [list(prompt_ids[rollout.prompt_id]), list(completion)]
+
+    wrong = []
+    for line in run.lines:
+        shards = sorted((run.folder(line["round"]) / "samples").glob("*.parquet"))
+        by_prompt: dict[str, list[Any]] = {}
+        for rollout in (r for path in shards for r in load_rollouts(path)):
+            if (
+                not rollout.hinted
+                and not rollout.is_truncated
+                and rollout.reward == 0.0
+                and extract_answer(rollout.completion) is not None
+            ):
+                by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
+        # Round robin over prompts: as many different prompts as there are.
+        most = max(map(len, by_prompt.values()), default=0)
+        ordered = [g[i] for i in range(most) for g in by_prompt.values() if i < len(g)]
+        wrong.append([row(r) for r in ordered[: line["examples"]]])
+    return {"kept": [row(r) for r in load_kept(run.folder(0))], "wrong": wrong}
 
 
 def hint_copies(trainer: Any) -> dict[str, Any]:
     """Return the hinted share of what each round kept, and how much of it only repeats the hint."""
-    from trl_selfplay.self_play import load_kept
-
     solutions = {row.prompt_id: str(row.solution) for row in trainer.self_play.rows}
     shares, copies = [], []
     for line in trainer.run.lines:
         kept = load_kept(trainer.run.folder(line["round"]))
         hinted = [r for r in kept if r.hinted]
-        # A bare copy: nothing but the answer is left once numbering and "Answer:" are taken away.
-        bare = [
-            r for r in hinted
-            if len(r.completion.split()) <= len(solutions[r.prompt_id].split()) + 2
-        ]  # fmt: skip
+        # A bare copy has no step before the answer but the answer's own words in its own order.
+        bare = [r for r in hinted if is_bare_copy(r.completion, solutions[r.prompt_id])]
         shares.append(len(hinted) / max(len(kept), 1))
         copies.append(len(bare) / max(len(hinted), 1))
     return {"hinted_share_of_kept": shares, "bare_copies_among_hinted": copies}
+
+
+def is_bare_copy(completion: str, solution: str) -> bool:
+    """Say whether the steps before "Answer:" are absent or list the answer's words as they are."""
+    steps = completion.split("Answer:")[0]
+    words = re.findall(r"\d+\.[ \t]*(.*)", steps)
+    return not steps.strip() or [w.strip() for w in words] == solution.split(", ")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -226,41 +242,54 @@ def write_summary() -> None:
         "|---|---|---|---|---|",
     ]
 
-    def spread(values: list[float]) -> str:
-        if not values:
-            return "not measured"
-        return f"{fmean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
-
     star = found["star"]
     for name, infix in (("untrained, 0-shot", ""), ("untrained, 4-shot (a)", "few_shot_")):
-        lines.append(
-            f"| {name} | {len(star)} | "
-            + spread([r["before"][f"eval_report_{infix}accuracy"] for r in star])
-            + " | "
-            + spread([r["before"][f"eval_report_{infix}pass@{NUM_SAMPLES_REPORT}"] for r in star])
-            + " | |"
-        )
+        scores = [
+            [r["before"][f"eval_{infix}{metric}"] for r in star]
+            for metric in ("accuracy", f"pass@{NUM_SAMPLES}")
+        ]
+        lines.append(f"| {name} | {len(star)} | {spread(scores[0])} | {spread(scores[1])} | |")
     for arm in ARMS:
         records = found[arm]
-        lines.append(
-            f"| {arm} | {len(records)} | {spread([r['report']['eval_report_accuracy'] for r in records])} | "
-            f"{spread([r['report'][f'eval_report_pass@{NUM_SAMPLES_REPORT}'] for r in records])} | "
-            f"{fmean(r['minutes'] for r in records) if records else 0:.1f} |"
+        greedy = spread([r["report"]["eval_accuracy"] for r in records])
+        sampled = (
+            spread([r["report"][f"eval_pass@{NUM_SAMPLES}"] for r in records])
+            if arm == "star"
+            else ""
         )
-    lines += ["", "Greedy accuracy on the report set by round (mean over seeds):", ""]
+        minutes = f"{fmean(r['minutes'] for r in records):.1f}" if records else ""
+        lines.append(f"| {arm} | {len(records)} | {greedy} | {sampled} | {minutes} |")
+    lines += ["", "By round: greedy accuracy on the report set, each seed; the chosen round.", ""]
     for arm, records in found.items():
-        if records:
-            rounds = zip(
-                *([line["eval"]["eval_report_accuracy"] for line in r["lines"]] for r in records),
-                strict=False,
-            )
-            lines.append(f"- {arm}: " + ", ".join(f"{fmean(values):.3f}" for values in rounds))
+        for record in records:
+            scores = ", ".join(f"{value:.3f}" for value in record["report_by_round"])
+            lines.append(f"- {arm}: {scores}; chosen: {record['chosen_round']}")
+    lines += ["", "What star kept, by round, each seed:", ""]
     for record in star:
+        kept = [line["examples"] for line in record["lines"]]
         lines.append(
-            f"- star, hinted share of kept by round: {[round(s, 2) for s in record['hinted_share_of_kept']]}, "
-            f"bare copies of the hint among them: {[round(s, 2) for s in record['bare_copies_among_hinted']]}"
+            f"- examples {kept}, hinted share {rounded(record['hinted_share_of_kept'])}, bare copies "
+            f"of the hint among the hinted {rounded(record['bare_copies_among_hinted'])}"
         )
+    if len(star) == len(found["form_only"]) > 0:
+        gains = [
+            a["report"]["eval_accuracy"] - b["report"]["eval_accuracy"]
+            for a, b in zip(star, found["form_only"], strict=True)
+        ]
+        lines += ["", f"Gain of star over form_only: {spread(gains)}."]
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def spread(values: list[float]) -> str:
+    """Return the mean and the range over seeds."""
+    if not values:
+        return "not measured"
+    return f"{fmean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
+
+
+def rounded(values: list[float]) -> list[float]:
+    """Return the values with two digits."""
+    return [round(value, 2) for value in values]
 
 
 def main() -> None:

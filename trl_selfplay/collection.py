@@ -8,7 +8,6 @@ finds the plan, reads the shards that are whole and goes on with the first that 
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from trl_selfplay.rollouts import (
     Rollout,
     load_rollouts,
     save_rollouts,
-    sync_folder,
+    save_text,
 )
 
 logger = logging.getLogger(__name__)
@@ -130,20 +129,12 @@ class Collector:
                 if path is not None:
                     save_rollouts(path, rollouts)
             collected += rollouts
-            passed = {r.prompt_id for r in rollouts if self.passes(r)}
+            passed = {r.prompt_id for r in rollouts if r.passes(self.reward_threshold)}
             solved += [prompt_id in passed for prompt_id in shard.prompt_ids]
             progress.set_solved(sum(solved) / len(solved))
         if world > 1:
             collected = gather_object(collected)
         return sorted(collected, key=lambda r: (r.prompt_id, r.sample_index))
-
-    def passes(self, rollout: Rollout) -> bool:
-        """Say whether a rollout finished by itself with a reward at the threshold or above."""
-        return (
-            not rollout.is_truncated
-            and rollout.reward is not None
-            and rollout.reward >= self.reward_threshold
-        )
 
     def _load_or_plan(
         self,
@@ -260,15 +251,8 @@ def plan_shards(
 
 
 def _save_plan(path: Path, shards: Sequence[Shard]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = [{"prompt_ids": s.prompt_ids, "batch_size": s.batch_size} for s in shards]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    save_text(path, json.dumps(content))
 
 
 def _load_plan(path: Path, assignments: Sequence[Assignment]) -> list[Shard] | None:

@@ -156,7 +156,7 @@ def summarize_heldout(
     metrics: dict[str, float] = {}
     graded = [r for r in greedy if r.reward is not None]
     if graded:
-        num_passed = sum(_passes(r, reward_threshold) for r in graded)
+        num_passed = sum(r.passes(reward_threshold) for r in graded)
         low, high = binomial_interval(num_passed, len(graded))
         metrics["accuracy"] = num_passed / len(graded)
         metrics["accuracy_low"], metrics["accuracy_high"] = low, high
@@ -173,7 +173,7 @@ def _pass_at_k_metrics(samples: Sequence[Rollout], threshold: float) -> dict[str
     verdicts: dict[str, list[bool]] = {}
     for r in sorted(samples, key=lambda r: (r.prompt_id, r.sample_index)):
         if r.reward is not None:
-            verdicts.setdefault(r.prompt_id, []).append(_passes(r, threshold))
+            verdicts.setdefault(r.prompt_id, []).append(r.passes(threshold))
     most = max(map(len, verdicts.values()), default=0)
     powers = {2**i for i in range(most.bit_length())}
     ks = sorted({k for k in powers if k <= most} | ({most} if most else set()))
@@ -185,7 +185,3 @@ def _pass_at_k_metrics(samples: Sequence[Rollout], threshold: float) -> dict[str
             low, high = bootstrap_interval(values)
             metrics[f"pass@{k}_low"], metrics[f"pass@{k}_high"] = low, high
     return metrics
-
-
-def _passes(rollout: Rollout, threshold: float) -> bool:
-    return not rollout.is_truncated and rollout.reward is not None and rollout.reward >= threshold

@@ -73,6 +73,8 @@ def score_prompts(
         ("greedy-", greedy, (0,)),
         ("sampled-", sampled, tuple(range(1, config.num_generations_eval + 1))),
     ):
+        if not indices:
+            continue
         rollouts += collector.collect(
             [Assignment(row, prompt_ids[row.prompt_id], indices) for row in rows],
             options,
@@ -91,7 +93,7 @@ def score_prompts(
 def greedy_verdicts(rollouts: Sequence[Rollout], collector: Collector) -> dict[str, float]:
     """Return for each prompt whether its greedy completion passed; abstentions are left out."""
     return {
-        r.prompt_id: float(collector.passes(r))
+        r.prompt_id: float(r.passes(collector.reward_threshold))
         for r in rollouts
         if r.sample_index == 0 and r.reward is not None
     }

@@ -8,10 +8,10 @@ under a temporary name, synced and renamed.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,6 +63,10 @@ class Rollout:
     def is_truncated(self) -> bool:
         """Whether it was cut by length; such a completion is never trained on."""
         return self.finish == "length"
+
+    def passes(self, threshold: float) -> bool:
+        """Say whether it ended by itself with a reward at the threshold or above."""
+        return not self.is_truncated and self.reward is not None and self.reward >= threshold
 
 
 SCHEMA = pa.schema(
@@ -118,11 +122,20 @@ def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
 
 def save_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file under a temporary name, sync it and rename it to `path`."""
+    _save(path, lambda file: pq.write_table(table, file))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, sync it and rename it to `path`."""
+    _save(path, lambda file: file.write(text.encode()))
+
+
+def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            pq.write_table(table, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

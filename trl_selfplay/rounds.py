@@ -137,7 +137,7 @@ def run_rounds(
                 stopped = _finish_round(trainer, round_index, played, before, scores)
                 if call_round_event(trainer, "on_round_end", round_index) or stopped:
                     break
-                if has_stalled(run, args.stop_after_rounds_without_gain, _greater_is_better(args)):
+                if has_stalled(run, args.stop_after_rounds_without_gain):
                     break
     finally:
         run.round_index = None
@@ -315,14 +315,10 @@ def _delete_what_is_done(trainer: Any, round_index: int) -> None:
     for checkpoint in run.folder(round_index).glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     if not run.keeps_every_model:
-        needed = {round_index, find_best_round(run, _greater_is_better(trainer.args))}
+        needed = {round_index, find_best_round(run)}
         for index in range(round_index):
             if index not in needed:
                 shutil.rmtree(run.folder(index) / "model", ignore_errors=True)
-
-
-def _greater_is_better(args: Any) -> bool:
-    return args.greater_is_better is not False
 
 
 def _load_chosen_weights(trainer: Any) -> None:
@@ -330,7 +326,7 @@ def _load_chosen_weights(trainer: Any) -> None:
     run = trainer.run
     if not run.lines or not run.loads_best_round:
         return
-    chosen, last = find_best_round(run, _greater_is_better(trainer.args)), len(run.lines) - 1
+    chosen, last = find_best_round(run), len(run.lines) - 1
     if chosen == last:
         return
     if chosen == UNTRAINED:

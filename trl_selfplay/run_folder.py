@@ -6,7 +6,6 @@ beside the rollouts. Whatever is written is whole or absent.
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_selfplay.monitor import best_round, rounds_without_gain
+from trl_selfplay.rollouts import save_text
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class Run:
         num_examples: Selected examples of the round in progress.
         seconds: Wall time of the round's phases in this process, by name.
         chosen_metric: The held-out metric that chooses the best round, None without held-out set.
+        greater_is_better: Whether a higher value of it is better.
         loads_best_round: Put the best round's weights in place at the end.
         keeps_initial_weights: Save the initial weights; False where they can be read again from
             the model's own source.
@@ -44,6 +45,7 @@ class Run:
     loads_best_round: bool
     keeps_initial_weights: bool
     keeps_every_model: bool
+    greater_is_better: bool = True
     lines: list[dict[str, Any]] = field(default_factory=list)
     round_index: int | None = None
     steps_before: int = 0
@@ -81,13 +83,8 @@ def load_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> None:
-    """Write all lines anew under a temporary name: an interrupted append would leave half a line."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(each) + "\n" for each in [*lines, line])
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write all lines anew: an interrupted append would leave half a line."""
+    save_text(path, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -123,20 +120,20 @@ def _heldout_history(run: Run) -> list[tuple[int, float]]:
     return [(index, value) for index, value in scored if value is not None]
 
 
-def find_best_round(run: Run, greater_is_better: bool) -> int:
+def find_best_round(run: Run) -> int:
     """Return the round with the best held-out score, or the last one without held-out scores."""
     history = _heldout_history(run)
     if not history:
         return len(run.lines) - 1
-    return best_round(history, greater_is_better=greater_is_better)
+    return best_round(history, run.greater_is_better)
 
 
-def has_stalled(run: Run, patience: int | None, greater_is_better: bool) -> bool:
+def has_stalled(run: Run, patience: int | None) -> bool:
     """Say whether the held-out score has not risen for `patience` rounds."""
     history = _heldout_history(run)
     if patience is None or not history:
         return False
-    stalled = rounds_without_gain(history, greater_is_better=greater_is_better)
+    stalled = rounds_without_gain(history, run.greater_is_better)
     if stalled >= patience:
         logger.warning("stopping: %d rounds in a row without a better held-out score.", stalled)
     return stalled >= patience

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_selfplay.rollouts import save_text
+
 # Fields that may change between a run and its resumption: how fast, how often, how loud and where
 # it runs, but not what is computed.
 _FREE_PREFIXES = (
@@ -73,10 +75,7 @@ def check_identity(described: Mapping[str, Any], path: Path, num_finished: int) 
                 + "\n".join(differing)
                 + "\nSet these back to go on with that run, or choose another output_dir."
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(dict(described), indent=1, sort_keys=True))
-    temporary.replace(path)
+    save_text(path, json.dumps(dict(described), indent=1, sort_keys=True))
 
 
 def _may_be(name: str, recorded: Any, now: Any, num_finished: int) -> bool:

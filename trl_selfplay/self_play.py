@@ -63,7 +63,9 @@ class SelfPlay:
         for name, rows in {"train_dataset": self.rows, **self.heldout}.items():
             longest = sorted(rows, key=lambda r: len(str(r.prompt)), reverse=True)
             longest = longest[:_CHECKED_AT_CONSTRUCTION]
-            few_shot = name == "train_dataset" or self.config.few_shot_in_training
+            few_shot = self.config.few_shot_in_training or (
+                name == "train_dataset" and self.config.few_shot_rounds != 0
+            )
             self._prompt_ids(
                 longest, few_shot, hinted and name == "train_dataset", name or "eval_dataset"
             )
@@ -92,7 +94,9 @@ class SelfPlay:
     def sample(
         self, rows: Sequence[PromptRow], round_index: int, phase: Phase, folder: Path
     ) -> list[Rollout]:
-        """Sample `num_generations` completions a prompt with the few-shot examples, and grade them.
+        """Sample `num_generations` completions a prompt and grade them.
+
+        The few-shot examples stand before the prompt in the first `few_shot_rounds` rounds.
 
         Hinted samples (phase "hint") show the answer in the prompt, and their sample indices go on
         where the unhinted ones end.
@@ -101,7 +105,9 @@ class SelfPlay:
             return []
         hinted, count = phase == "hint", self.config.num_generations
         indices = tuple(range(count, 2 * count) if hinted else range(count))
-        prompt_ids = self._prompt_ids(rows, True, hinted, "train_dataset")
+        limit = self.config.few_shot_rounds
+        few_shot = limit is None or round_index < limit
+        prompt_ids = self._prompt_ids(rows, few_shot, hinted, "train_dataset")
         description = f"round {round_index}{' with hints' if hinted else ''}"
         with self._progress(description, len(rows) * count) as progress:
             return self.collector.collect(

@@ -204,6 +204,7 @@ def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[s
         or not isinstance(model, str)
         or args.chat_template_path is not None,
         keeps_every_model=uses_peft,
+        greater_is_better=args.greater_is_better is not False,
     )
 
 

@@ -88,7 +88,7 @@ class SelfPlayConfig:
         default=1,
         metadata={
             "help": "Completions to sample for each held-out prompt, beside the greedy one, for "
-            "`eval_pass@k`."
+            "`eval_pass@k`; 0 samples none."
         },
     )
     temperature_eval: float = field(
@@ -165,10 +165,15 @@ def check_self_play_config(config: Any) -> None:
     if config.round_learning_rates is not None:
         # YAML reads 1e-5 as text, which the parser mends for single numbers but not in lists.
         config.round_learning_rates = [float(rate) for rate in config.round_learning_rates]
-    for name in ("num_rounds", "num_generations", "num_generations_eval", "max_completion_length"):
+    for name, least in (
+        ("num_rounds", 1),
+        ("num_generations", 1),
+        ("num_generations_eval", 0),
+        ("max_completion_length", 1),
+    ):
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}; it must be an integer of at least 1.")
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r}; it must be an integer of at least {least}.")
     for name in ("num_prompts_per_round", "stop_after_rounds_without_gain"):
         value = getattr(config, name)
         if value is not None and value < 1:

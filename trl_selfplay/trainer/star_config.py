@@ -72,8 +72,16 @@ class STaRConfig(SelfPlayConfig, SFTConfig):
     few_shot_in_training: bool = field(
         default=False,
         metadata={
-            "help": "Train (and evaluate) with the few-shot examples in the prompt. They are "
-            "always there while sampling."
+            "help": "Train (and evaluate) with the few-shot examples in the prompt, and not only "
+            "sample with them."
+        },
+    )
+    few_shot_rounds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sample with the few-shot examples in this many first rounds only; from then "
+            "on the model is asked in the form that it is trained on. None: in all rounds, as in "
+            "the paper."
         },
     )
     rationalize: bool = field(
@@ -93,6 +101,15 @@ class STaRConfig(SelfPlayConfig, SFTConfig):
         if self.max_per_prompt is not None and self.max_per_prompt < 1:
             raise ValueError(
                 f"max_per_prompt={self.max_per_prompt}; it must be at least 1, or None (no cap)."
+            )
+        if self.few_shot_rounds is not None and self.few_shot_rounds < 0:
+            raise ValueError(
+                f"few_shot_rounds={self.few_shot_rounds}; it must be 0 or above, or None (all)."
+            )
+        if self.few_shot_rounds is not None and self.few_shot_in_training:
+            raise ValueError(
+                f"few_shot_rounds={self.few_shot_rounds} with few_shot_in_training=True: the model "
+                "would be sampled without the examples that it is trained with. Leave one out."
             )
         if self.metric_for_best_model.removeprefix("eval_") == "loss":
             raise ValueError(
