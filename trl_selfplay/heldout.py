@@ -46,7 +46,6 @@ def score_prompts(
     prefix: str,
     folder: Path | None = None,
     file_prefix: str = "",
-    round_index: int = 0,
 ) -> tuple[dict[str, float], list[Rollout]]:
     """Sample and grade held-out prompts once greedily and `num_generations_eval` times at random.
 
@@ -78,7 +77,7 @@ def score_prompts(
         rollouts += collector.collect(
             [Assignment(row, prompt_ids[row.prompt_id], indices) for row in rows],
             options,
-            round_index=round_index,
+            round_index=0,  # the key of the streams, see above
             phase="eval",
             progress=progress,
             folder=folder,

@@ -5,6 +5,7 @@ rollouts of a phase, held-out scores, and the finished `PlayedRound` of a select
 call these in the order of their papers.
 """
 
+import logging
 import random
 import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -30,6 +31,10 @@ from trl_selfplay.selection import Selection
 from trl_selfplay.training_data import build_training_rows, training_completion_ids
 from trl_selfplay.weights import replace_folder
 
+logger = logging.getLogger(__name__)
+
+# How many solutions are read at construction. All are when graded.
+_MOST_SOLUTIONS_READ = 2000
 # How many of the longest prompts are tokenized at construction. All are checked when sampled.
 _CHECKED_AT_CONSTRUCTION = 64
 
@@ -68,6 +73,23 @@ class SelfPlay:
             )
             self._prompt_ids(
                 longest, few_shot, hinted and name == "train_dataset", name or "eval_dataset"
+            )
+
+    def warn_unreadable_solutions(self) -> None:
+        """Say before anything is sampled which solutions the reward functions can't read."""
+        sample = self.rows[:_MOST_SOLUTIONS_READ]
+        found = self.collector.scorer.find_unreadable([row.solution for row in sample])
+        for name, indices in found.items():
+            examples = ", ".join(
+                f"row {sample[i].row_index}: {str(sample[i].solution)[:80]!r}" for i in indices[:5]
+            )
+            logger.warning(
+                "%s can't read the solution of %d of %d rows of `train_dataset` (%s); it abstains "
+                "on their completions. Mend or drop these rows, or take another reward function.",
+                name,
+                len(indices),
+                len(sample),
+                examples,
             )
 
     def _prompt_ids(
@@ -132,7 +154,7 @@ class SelfPlay:
         forms = 2 if with_few_shot and self.formatter.few_shot_examples else 1
         samples = sum(map(len, sets.values())) * (1 + self.config.num_generations_eval) * forms
         with self._progress("held-out", samples, ("num_generations_eval",)) as progress:
-            return score_all(
+            scores = score_all(
                 self.collector,
                 self.formatter,
                 sets,
@@ -143,6 +165,9 @@ class SelfPlay:
                 prefix=prefix,
                 with_few_shot=with_few_shot,
             )
+        logged = self.collector.scorer.take_metrics()
+        scores.metrics.update({f"{prefix}_{name}": value for name, value in logged.items()})
+        return scores
 
     def _progress(
         self,
@@ -194,7 +219,8 @@ class SelfPlay:
             len(examples),
             selection.funnel,
             tuple(rollouts),
-            round_metrics(rollouts, selection, rewards, len(examples)),
+            round_metrics(rollouts, selection, rewards, len(examples))
+            | {f"play/{n}": v for n, v in self.collector.scorer.take_metrics().items()},
             rewards,
         )
 

@@ -103,16 +103,16 @@ class LogsOnce:
 def test_numbers_that_functions_log_are_averaged_and_belong_to_their_call() -> None:
     scorer = Scorer(LogsOnce())
     score(scorer, ["a", "bbb"])
-    assert scorer.last_metrics == {"words": 2.0}
+    assert scorer.take_metrics() == {"words": 2.0}
     score(scorer)
-    assert scorer.last_metrics == {}
+    assert scorer.take_metrics() == {}
 
 
 def test_the_trainer_s_state_is_passed_on() -> None:
     def look(completions, trainer_state, **kwargs):
         return [float(trainer_state)] * len(completions)
 
-    assert Scorer(look).score(["p"], ["c"], [[1]], {}, trainer_state=7) == [(7.0,)]
+    assert Scorer(look, get_trainer_state=lambda: 7).score(["p"], ["c"], [[1]], {}) == [(7.0,)]
 
 
 class Client:
@@ -325,3 +325,14 @@ def test_the_same_functions_serve_grpo(tmp_path, tiny_model, word_tokenizer, sum
             logged = trainer.state.log_history[0][f"rewards/{name}/mean"]
             assert logged == pytest.approx(sum(present) / len(present))
     close_workers()
+
+
+def test_solutions_that_nothing_can_be_graded_against_are_found_before_sampling() -> None:
+    """VF-11's first half: by function and index; functions that read no solution aren't asked."""
+
+    def constant(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    scorer = Scorer([exact_reward, constant])
+    assert scorer.find_unreadable(["4", "", None, "#### 7"]) == {"exact_reward": [1, 2]}
+    assert scorer.find_unreadable(["4"]) == {}

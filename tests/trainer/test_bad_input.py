@@ -87,6 +87,9 @@ def test_a_tokenizer_without_a_token(build_star, word_tokenizer, token) -> None:
         ({"round_max_steps": [5], "num_rounds": 2}, "round_max_steps has 1 values"),
         ({"metric_for_best_model": "loss"}, "no held-out loss"),
         ({"history_rounds": -1}, "history_rounds=-1"),
+        ({"num_generations_eval": -1}, "num_generations_eval=-1"),
+        ({"few_shot_rounds": -1}, "few_shot_rounds=-1"),
+        ({"few_shot_rounds": 1, "few_shot_in_training": True}, "Leave one out"),
     ],
 )
 def test_a_field_that_cannot_work_is_refused_by_name(tmp_path, fields, message) -> None:

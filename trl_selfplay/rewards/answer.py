@@ -147,6 +147,9 @@ def exact_reward(
     ]
 
 
+exact_reward.abstains_without_solution = True  # type: ignore[attr-defined]
+
+
 def _exact_score(completion: str, gold: Any) -> float | None:
     if gold is None or not (expected := final_answer(gold)).strip():
         return None

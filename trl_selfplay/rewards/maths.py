@@ -68,6 +68,9 @@ def math_reward(
     return [None if v is None else float(v) for v in verdicts]
 
 
+math_reward.abstains_without_solution = True  # type: ignore[attr-defined]
+
+
 def _answer_in(completion: Any) -> str:
     text = text_of(completion)
     marked = extract_answer(text)

@@ -34,11 +34,10 @@ class Scorer:
             callables), or a single one.
         device: Where reward models given by id run.
         model_init_kwargs: Keywords of `from_pretrained` for reward models given by id.
+        get_trainer_state: Returns what functions get as `trainer_state`.
 
     Attributes:
         names: A name for each function, all different.
-        last_metrics: The mean of each number that the functions gave to `log_metric` during the
-            last `score`.
 
     Raises:
         TypeError: An entry is neither callable nor a model.
@@ -52,6 +51,7 @@ class Scorer:
         reward_processing_classes: Any = None,
         device: Any = None,
         model_init_kwargs: Mapping[str, Any] | None = None,
+        get_trainer_state: Callable[[], Any] | None = None,
     ) -> None:
         entries = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         if not entries:
@@ -79,7 +79,8 @@ class Scorer:
                     f"reward_funcs holds {entry!r:.100}; give a callable, a model id or a model."
                 )
         self.names = _unique_names(self._functions)
-        self.last_metrics: dict[str, float] = {}
+        self._get_trainer_state = get_trainer_state or _ignore
+        self._logged: dict[str, list[float]] = defaultdict(list)
         self._weights = (1.0,) * len(entries) if reward_weights is None else tuple(reward_weights)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end_loop: Callable[[], Any] = _ignore
@@ -90,7 +91,6 @@ class Scorer:
         completions: Sequence[Any],
         completion_ids: Sequence[list[int]],
         columns: Mapping[str, list[Any]],
-        trainer_state: Any = None,
     ) -> list[tuple[float | None, ...]]:
         """Return each function's score of each completion, None where it abstained.
 
@@ -103,15 +103,14 @@ class Scorer:
             TypeError: A function returned something else than numbers and None.
         """
         columns = {k: v for k, v in columns.items() if k not in _RESERVED_COLUMNS}
-        logged: dict[str, list[float]] = defaultdict(list)
         arguments = {
             "prompts": list(prompts),
             "completions": list(completions),
             "completion_ids": list(completion_ids),
             **columns,
-            "trainer_state": trainer_state,
+            "trainer_state": self._get_trainer_state(),
             "log_extra": _ignore,
-            "log_metric": lambda name, value: logged[name].append(float(value)),
+            "log_metric": lambda name, value: self._logged[name].append(float(value)),
         }
         calls: list[Callable[[], Any]] = []
         for function, name in zip(self._functions, self.names, strict=True):
@@ -130,8 +129,29 @@ class Scorer:
             _check_scores(name, answers[index], len(completions))
             for index, name in enumerate(self.names)
         ]
-        self.last_metrics = {name: sum(values) / len(values) for name, values in logged.items()}
         return list(zip(*scores, strict=True))
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return the mean of each number given to `log_metric` since the last call of this."""
+        means = {name: sum(values) / len(values) for name, values in self._logged.items()}
+        self._logged.clear()
+        return means
+
+    def find_unreadable(self, solutions: Sequence[Any]) -> dict[str, list[int]]:
+        """Return, by function, the indices of solutions that it could grade nothing against.
+
+        Functions that say so with the attribute `abstains_without_solution` are asked to grade
+        each solution as if it were a completion; they abstain where they can't read it.
+        """
+        found = {}
+        for function, name in zip(self._functions, self.names, strict=True):
+            if getattr(function, "abstains_without_solution", False):
+                texts = ["" if s is None else str(s) for s in solutions]
+                scores = function(completions=texts, solution=list(solutions))
+                unreadable = [i for i, score in enumerate(scores) if score is None]
+                if unreadable:
+                    found[name] = unreadable
+        return found
 
     def weighted(self, rewards: Sequence[float | None]) -> float | None:
         """Return the weighted sum of what didn't abstain, or None if everything did."""

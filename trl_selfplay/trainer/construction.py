@@ -238,6 +238,11 @@ def build_self_play(
                 reward_weights=args.reward_weights,
                 reward_processing_classes=reward_processing_classes,
                 device=trainer.accelerator.device,
+                # As GRPOTrainer, but for the revision, which is the policy's.
+                model_init_kwargs={
+                    k: v for k, v in (args.model_init_kwargs or {}).items() if k != "revision"
+                },
+                get_trainer_state=lambda: trainer.state,
             ),
             tokenizer=tokenizer,
             accelerator=trainer.accelerator,

@@ -148,6 +148,7 @@ class STaRTrainer(SFTTrainer):
             reward_processing_classes,
         )
         self.self_play.check_longest_prompts(hinted=args.rationalize)
+        self.self_play.warn_unreadable_solutions()
 
     def train(
         self,

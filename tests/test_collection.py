@@ -1,0 +1,134 @@
+"""Shards: planned before sampling, done once, found again."""
+
+import json
+
+import pytest
+from accelerate import Accelerator
+
+from trl_selfplay.collection import BATCHES_PER_SHARD, Assignment, Collector, plan_shards
+from trl_selfplay.generation.sampler import SamplingOptions
+from trl_selfplay.generation.transformers_sampler import TransformersSampler
+from trl_selfplay.prompts import load_prompt_rows
+from trl_selfplay.rewards.scoring import Scorer
+from trl_selfplay.rollouts import load_rollouts
+
+OPTIONS = SamplingOptions(6, temperature=1.0, eos_token_ids=(1,))
+
+
+class CountingProgress:
+    def __init__(self):
+        self.sampled = self.restored = 0
+        self.solved = None
+
+    def update(self, num_samples, num_tokens, restored=False):
+        if restored:
+            self.restored += num_samples
+        else:
+            self.sampled += num_samples
+
+    def set_solved(self, share):
+        self.solved = share
+
+
+def has_a_digit(completions, **kwargs):
+    return [float(any(w.isdigit() for w in c.split())) for c in completions]
+
+
+@pytest.fixture
+def collector(tiny_model, word_tokenizer):
+    def build(reward=has_a_digit, batch_size=4, seed=0):
+        sampler = TransformersSampler(tiny_model(word_tokenizer), word_tokenizer)
+        sampler.suggest_batch_size = lambda *_: batch_size
+        return Collector(sampler, Scorer(reward), word_tokenizer, Accelerator(cpu=True), seed, 1.0)
+
+    return build
+
+
+@pytest.fixture
+def assignments(word_tokenizer, sums):
+    rows = load_prompt_rows(sums(20), "d")
+    return [Assignment(r, tuple(word_tokenizer(r.prompt)["input_ids"]), (0, 1, 2)) for r in rows]
+
+
+def collect(collector, assignments, folder=None, **changes):
+    progress = CountingProgress()
+    settings = {"round_index": 0, "phase": "train", "folder": folder, "progress": progress}
+    rollouts = collector.collect(assignments, OPTIONS, **settings | changes)
+    return rollouts, progress
+
+
+def test_shards_hold_every_prompt_once_and_several_batches(collector, assignments) -> None:
+    long = Assignment(assignments[7].row, assignments[7].prompt_ids * 3, (0, 1, 2))
+    mixed = [*assignments[:7], long, *assignments[8:]]
+    shards = plan_shards(mixed, 6, collector().sampler)
+    planned = [prompt_id for shard in shards for prompt_id in shard.prompt_ids]
+    assert sorted(planned) == sorted(a.row.prompt_id for a in mixed)
+    assert planned[0] == long.row.prompt_id
+    for shard in shards[:-1]:
+        assert len(shard.prompt_ids) * 3 >= BATCHES_PER_SHARD * 4
+
+
+def test_samples_don_t_depend_on_shards_batches_or_order(collector, assignments) -> None:
+    expected, _ = collect(collector(batch_size=60), assignments)
+    for batch_size, given in ((1, assignments), (3, assignments[::-1])):
+        found, _ = collect(collector(batch_size=batch_size), given)
+        assert found == expected
+    assert [(r.prompt_id, r.sample_index) for r in expected] == sorted(
+        (a.row.prompt_id, i) for a in assignments for i in a.sample_indices
+    )
+
+
+def test_what_is_on_disk_is_not_sampled_again(tmp_path, collector, assignments) -> None:
+    first, progress = collect(collector(), assignments, tmp_path)
+    assert (progress.sampled, progress.restored) == (60, 0)
+    shards = sorted(tmp_path.glob("*.parquet"))
+    assert len(shards) > 1
+    assert sorted(
+        (r for p in shards for r in load_rollouts(p)), key=lambda r: (r.prompt_id, r.sample_index)
+    ) == (first)
+    shards[0].unlink()
+    again, progress = collect(collector(batch_size=60), assignments, tmp_path)  # plan on disk rules
+    assert again == first
+    missing = len(json.loads((tmp_path / "plan.json").read_text())[0]["prompt_ids"]) * 3
+    assert (progress.sampled, progress.restored) == (missing, 60 - missing)
+
+
+def test_ungraded_samples_are_only_graded_when_the_run_goes_on(
+    tmp_path, collector, assignments
+) -> None:
+    def broken(completions, **kwargs):
+        raise KeyError("no such column")
+
+    with pytest.raises(RuntimeError, match=r"broken.*KeyError"):
+        collect(collector(broken), assignments, tmp_path)
+    (shard,) = tmp_path.glob("*.parquet")
+    assert not any(r.is_graded for r in load_rollouts(shard))
+    mended, progress = collect(collector(), assignments, tmp_path)
+    assert progress.restored == len(load_rollouts(shard))
+    assert mended == collect(collector(), assignments)[0]
+
+
+def test_a_plan_for_other_prompts_is_refused(tmp_path, collector, assignments) -> None:
+    collect(collector(), assignments[:5], tmp_path)
+    with pytest.raises(ValueError, match="plans 5 prompts that are not the 6"):
+        collect(collector(), assignments[:6], tmp_path)
+
+
+def test_the_share_of_solved_prompts_is_told(collector, assignments) -> None:
+    rollouts, progress = collect(collector(), assignments)
+    passed = {r.prompt_id for r in rollouts if r.reward == 1.0 and r.finish != "length"}
+    assert 0 < len(passed) < 20
+    assert progress.solved == len(passed) / 20
+
+
+def test_other_seeds_rounds_and_phases_give_other_samples(collector, assignments) -> None:
+    texts = [
+        [r.completion_ids for r in collect(collector(seed=seed), assignments, **changes)[0]]
+        for seed, changes in (
+            (0, {}),
+            (1, {}),
+            (0, {"round_index": 1}),
+            (0, {"phase": "eval"}),
+        )
+    ]
+    assert all(texts[i] != texts[j] for i in range(4) for j in range(i))
