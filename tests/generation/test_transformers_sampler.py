@@ -137,18 +137,6 @@ def test_the_shared_prefix_and_each_prompt_are_computed_once(build_model, tokeni
     assert num_tokens == [50, 12]
 
 
-def test_a_sliding_window_model_prefills_every_row_plainly(build_model, tokenizer) -> None:
-    model = build_model("mistral")
-    num_tokens: list[int] = []
-    model.model.embed_tokens.register_forward_hook(
-        lambda module, args, output: num_tokens.append(args[0].numel())
-    )
-    requests = build_requests(random_prompts([4, 6], prefix_length=50), num_samples=3)
-    options = SamplingOptions(max_completion_length=1, temperature=1.0)
-    collect(TransformersSampler(model, tokenizer), requests, options, batch_size=6)
-    assert num_tokens == [6 * 56]
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_a_prompt_that_is_the_prefix_of_another_keeps_its_last_token(
     build_model, tokenizer, seed
@@ -435,28 +423,6 @@ def test_an_encoder_decoder_model_is_an_error_that_names_it(tokenizer) -> None:
     sampler = TransformersSampler(T5ForConditionalGeneration(config), tokenizer)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
         sampler.sample(build_requests([(5, 6)]), GREEDY, 1)
-
-
-def test_recurrent_models_are_an_error_that_names_them(tokenizer) -> None:
-    from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
-
-    lfm2 = Lfm2ForCausalLM(
-        Lfm2Config(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=["conv", "full_attention"],
-        )
-    )
-    mamba = MambaForCausalLM(
-        MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, state_size=4)
-    )
-    for model, name in ((lfm2, "Lfm2ForCausalLM"), (mamba, "MambaForCausalLM")):
-        with pytest.raises(ValueError, match=f"{name} has recurrent or convolutional layers"):
-            TransformersSampler(model, tokenizer).sample(build_requests([(5, 6)]), GREEDY, 1)
 
 
 def test_a_prompt_learning_adapter_is_an_error(build_model, tokenizer) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import CacheLayerMixin
 
 from trl_selfplay.generation.buffered_cache import new_cache
 from trl_selfplay.generation.model_traits import ModelTraits, input_device
@@ -86,21 +87,21 @@ class CausalForward:
             kwargs["position_ids"] = position_ids
         if self.traits.takes_logits_to_keep:
             kwargs["logits_to_keep"] = 1
-        expected = cache.get_seq_length() + input_ids.shape[1]
+        held = _cached_length(cache)
         with ExitStack() as stack:
             if self._autocast is not None:
                 stack.enter_context(self._autocast())
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                past_key_values=cache,
                 use_cache=True,
+                **{self.traits.cache_name: cache},
                 **kwargs,
             )
-        if cache.get_seq_length() != expected:
+        if held is not None and _cached_length(cache) != held + input_ids.shape[1]:
             raise RuntimeError(
-                f"{type(self.model).__name__} left {cache.get_seq_length()} tokens in its cache "
-                f"where {expected} were expected, so later tokens would be wrong. Its forward must "
+                f"{type(self.model).__name__} left {_cached_length(cache)} tokens in its cache "
+                f"where {held + input_ids.shape[1]} were expected, so later tokens would be wrong. Its forward must "
                 "fill the `past_key_values` that it is given."
             )
         return outputs.logits[:, -1].float()
@@ -196,12 +197,9 @@ class DecodeBatch:
         pad_token_id: int,
         prefix: SharedPrefix | None,
     ) -> None:
-        """Run the prompts, each distinct one once if the model allows it."""
+        """Run the prompts, each distinct one once, and repeat its state for its samples."""
         device = self._forward.device
-        if self._forward.traits.shares_prompts:
-            distinct = list(dict.fromkeys(prompts))
-        else:
-            distinct = list(prompts)
+        distinct = list(dict.fromkeys(prompts))
         prefix_length = len(prefix.token_ids) if prefix is not None else 0
         rests = [prompt[prefix_length:] for prompt in distinct]
         width = max(map(len, rests))
@@ -337,6 +335,13 @@ class DecodeBatch:
 
     def _current_mask(self) -> torch.Tensor | None:
         return None if self._mask is None else self._mask[:, : self._length]
+
+
+def _cached_length(cache: DynamicCache) -> int | None:
+    """Return how many tokens a cache holds; None if all of its layers are recurrent."""
+    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return cache.get_seq_length()
+    return None
 
 
 def _token_mask(prompts: Sequence[tuple[int, ...]], logits: torch.Tensor) -> torch.Tensor:

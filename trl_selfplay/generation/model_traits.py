@@ -5,10 +5,10 @@ context in which it is in eval mode without gradient checkpointing, and leaves a
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -24,8 +24,13 @@ class ModelTraits:
     """What decides how a model is sampled from.
 
     Attributes:
-        shares_prompts: Every layer is full attention, so padding may stand inside a row: a common
-            prefix is computed once, and each prompt once for all of its completions.
+        padding: Where masked padding may stand in a row without changing what follows. "inside":
+            every layer is full attention, so a common prefix may be computed once and shorter
+            rests padded behind it. "left": some layer has a sliding window. "none": some layer is
+            recurrent or a convolution, so rows that go together must be equally long.
+        window: Most tokens for which the windows of "left" see everything, and so allow padding
+            inside as well; None without windows, or where their length isn't known.
+        cache_name: The forward's parameter that takes the cache.
         takes_position_ids: The forward has this parameter.
         takes_logits_to_keep: The forward can compute the last position's logits alone.
         context_length: Most tokens of prompt and completion, or None if the config has no limit.
@@ -34,7 +39,9 @@ class ModelTraits:
         vocab_size: Width of the logits.
     """
 
-    shares_prompts: bool
+    padding: Literal["inside", "left", "none"]
+    window: int | None
+    cache_name: str
     takes_position_ids: bool
     takes_logits_to_keep: bool
     context_length: int | None
@@ -47,8 +54,8 @@ def describe_model(model: nn.Module) -> ModelTraits:
     """Read the traits off an unwrapped model (a PEFT model is looked through).
 
     Raises:
-        ValueError: The model can't be sampled from: encoder-decoder, recurrent layers, or a
-            prompt-learning adapter. The text names the class.
+        ValueError: The model can't be sampled from: encoder-decoder, multimodal, a state that is
+            not in transformers' cache, or a prompt-learning adapter. The text names the class.
     """
     base: Any = model
     if hasattr(base, "peft_config"):
@@ -66,19 +73,23 @@ def describe_model(model: nn.Module) -> ModelTraits:
             f"{name} is an encoder-decoder model; self-play needs a decoder-only causal language "
             "model (AutoModelForCausalLM)."
         )
-    layers = DynamicCache(config=base.config).layers
-    has_recurrent_layers = any(
-        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers
-    )
-    if getattr(base, "_is_stateful", False) or has_recurrent_layers:
-        raise ValueError(
-            f"{name} has recurrent or convolutional layers, whose state left-padding would corrupt "
-            "without an error. Sampling from such models isn't supported yet; use a model with "
-            "attention layers only."
-        )
     parameters = inspect.signature(type(base).forward).parameters
     config = base.config.get_text_config(decoder=True)
-    num_heads = _largest(config.num_attention_heads)
+    if {"pixel_values", "input_features"} & set(parameters):
+        raise ValueError(
+            f"{name} takes images or audio; self-play works on text. Load the language model alone "
+            "(AutoModelForCausalLM of its text part)."
+        )
+    layers = DynamicCache(config=base.config).layers
+    cache_name = next((n for n in ("past_key_values", "cache_params") if n in parameters), None)
+    if cache_name is None or not layers:
+        raise ValueError(
+            f"{name} keeps its state in a form of its own instead of transformers' cache, so its "
+            "samples could not be told apart in a batch. Use a model whose forward takes "
+            "`past_key_values`."
+        )
+    padding, window = _padding_of(layers, config, "position_ids" in parameters)
+    num_heads = _largest(getattr(config, "num_attention_heads", None) or config.num_heads)
     num_kv_heads = _largest(getattr(config, "num_key_value_heads", None)) or num_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     item = base.dtype.itemsize
@@ -86,12 +97,9 @@ def describe_model(model: nn.Module) -> ModelTraits:
     # where the config doesn't say.
     inner = _largest(getattr(config, "intermediate_size", None)) or 4 * config.hidden_size
     return ModelTraits(
-        shares_prompts=(
-            all(type(layer) is DynamicLayer for layer in layers)
-            and "position_ids" in parameters
-            # GPT-Neo's local layers keep an ordinary cache and cut the window themselves.
-            and "local" not in (getattr(config, "attention_layers", None) or ())
-        ),
+        padding=padding,
+        window=window,
+        cache_name=cache_name,
         takes_position_ids="position_ids" in parameters,
         takes_logits_to_keep="logits_to_keep" in parameters,
         context_length=getattr(config, "max_position_embeddings", None),
@@ -99,6 +107,25 @@ def describe_model(model: nn.Module) -> ModelTraits:
         bytes_per_prompt_token=(3 * inner + 6 * config.hidden_size) * max(item, 4),
         vocab_size=config.vocab_size,
     )
+
+
+def _padding_of(
+    layers: Sequence[Any], config: Any, takes_position_ids: bool
+) -> tuple[Literal["inside", "left", "none"], int | None]:
+    """Return where padding may stand, and up to which length windows don't matter."""
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        return "none", None
+    if not takes_position_ids:
+        return "left", None
+    # GPT-Neo's local layers keep an ordinary cache and cut the window themselves.
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return "left", None
+    windows = [layer for layer in layers if type(layer) is not DynamicLayer]
+    if not windows:
+        return "inside", None
+    lengths = [getattr(layer, "sliding_window", None) for layer in windows]
+    known = [length for length in lengths if length is not None]
+    return "left", min(known) if len(known) == len(lengths) else None
 
 
 def _largest(value: int | list[int] | None) -> int:

@@ -1,11 +1,13 @@
 """Sample in the training process, with a decode loop of its own over a transformers model.
 
 In: requests in any order. Out: completions as they finish. Requests are sorted by length and
-decoded in batches; what all prompts begin with is computed once a call and each prompt once for
-all of its samples, where every layer is full attention. Other attention models take one plain
-left-padded prefill a row.
+decoded in batches, each prompt computed once for all of its samples. What all prompts begin with
+is computed once a call where padding may stand behind it: with full attention, or while nothing is
+longer than the sliding windows. Models with recurrent layers take rows of equal length alone.
 """
 
+import gc
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,6 +43,8 @@ __all__ = [
     "collect_eos_token_ids",
     "keep_4bit_weights_trainable",
 ]
+
+logger = logging.getLogger(__name__)
 
 # A shorter common beginning (a chat template's first tokens) costs more in copies than it saves.
 _SHORTEST_SHARED_PREFIX = 16
@@ -111,7 +115,8 @@ class TransformersSampler:
         Raises:
             ValueError: An option is out of range, a prompt is empty or fills the model's context,
                 or the model can't be sampled from; before anything is sampled.
-            RuntimeError: The model's logits are NaN, or its forward ignores the cache.
+            RuntimeError: The model's logits are NaN, its forward ignores the cache, or one
+                sequence alone doesn't fit in memory (more than one are tried in halves).
         """
         check_sampling_options(options)
         if batch_size < 1:
@@ -144,11 +149,35 @@ class TransformersSampler:
             autocast = None if self._accelerator is None else self._accelerator.autocast
             forward = CausalForward(model, traits, autocast)
             chooser = TokenChooser(options, self._token_ids)
-            with torch.no_grad():
-                prefix = _build_prefix(forward, [request.prompt_ids for request in requests])
-            for start in range(0, len(order), batch_size):
-                chosen = [(i, requests[i]) for i in order[start : start + batch_size]]
-                yield from self._decode(chosen, forward, chooser, options, prefix)
+            longest = len(requests[order[0]].prompt_ids) + options.max_completion_length
+            prefix = None
+            if traits.padding == "inside" or (traits.window or 0) >= longest:
+                with torch.no_grad():
+                    prefix = _build_prefix(forward, [request.prompt_ids for request in requests])
+            while order:
+                chosen = order[:batch_size]
+                if traits.padding == "none":
+                    length = len(requests[chosen[0]].prompt_ids)
+                    chosen = [i for i in chosen if len(requests[i].prompt_ids) == length]
+                unfinished = set(chosen)
+                batch = [(i, requests[i]) for i in chosen]
+                try:
+                    for index, sampled in self._decode(batch, forward, chooser, options, prefix):
+                        unfinished.discard(index)
+                        yield index, sampled
+                except RuntimeError as error:
+                    if not _is_out_of_memory(error) or len(chosen) == 1:
+                        raise
+                    # The unfinished ones are sampled again: their streams give the same tokens.
+                    batch_size = len(chosen) // 2
+                    logger.warning(
+                        "out of memory with %d sequences at once; going on with %d.",
+                        len(chosen),
+                        batch_size,
+                    )
+                order = [i for i in chosen if i in unfinished] + order[len(chosen) :]
+                if unfinished:
+                    _release_memory()
 
     def _decode(
         self,
@@ -196,7 +225,7 @@ def _build_prefix(
 ) -> SharedPrefix | None:
     """Compute what all prompts begin with, or return None where that doesn't pay."""
     distinct = set(prompts)
-    if not forward.traits.shares_prompts or len(distinct) < 2:
+    if len(distinct) < 2:
         return None
     # The first and last in lexical order differ earliest.
     first, last = min(distinct), max(distinct)
@@ -223,6 +252,19 @@ def _bytes_per_sequence(
         + traits.bytes_per_prompt_token * longest_prompt
         + 4 * _LOGITS_COPIES * traits.vocab_size
     )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or (
+        "can't allocate memory" in text or "out of memory" in text
+    )
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _free_bytes(device: torch.device) -> int:

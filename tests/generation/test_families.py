@@ -1,0 +1,240 @@
+"""Every family of layers: which rows go together, against lone runs and `generate`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from trl_selfplay.generation.model_traits import describe_model
+from trl_selfplay.generation.random_streams import stream_key
+from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
+from trl_selfplay.generation.transformers_sampler import TransformersSampler
+
+EOS, VOCAB_SIZE = 1, 259
+WINDOW = 16
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    # wide weights, so that the next token depends on the prompt and greedy text varies
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "eos_token_id": EOS,
+    "bos_token_id": None,
+}
+GROUPED = {**COMMON, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Class names without "Config" and "ForCausalLM", the config's values, and the padding expected.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED, "inside"),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", COMMON, "inside"),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**COMMON, "intermediate_size": 64}, "inside"),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED, "inside"),
+    "mixture": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**GROUPED, **EXPERTS}, "inside"),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**GROUPED, "sliding_window": WINDOW}, "left"),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**GROUPED, "num_hidden_layers": 7, "sliding_window": WINDOW},
+        "left",
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        "Mamba2ForCausalLM",
+        {k: COMMON[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")}
+        | {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}
+        | {"initializer_range": 0.3, "eos_token_id": EOS, "bos_token_id": None},
+        "none",
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        {**GROUPED, **EXPERTS, "num_hidden_layers": 4, "shared_expert_intermediate_size": 16}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        "none",
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {**{k: v for k, v in GROUPED.items() if k != "head_dim"}, "num_hidden_layers": 3}
+        | {"layer_types": ["conv", "full_attention", "conv"]},
+        "none",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def build() -> Callable[[str], PreTrainedModel]:
+    """Build a tiny random model of a family, in float32 and eval mode."""
+
+    def build(family: str) -> PreTrainedModel:
+        config_name, model_name, values, _ = FAMILIES[family]
+        torch.manual_seed(0)
+        config = getattr(transformers, config_name)(**values)
+        return getattr(transformers, model_name)(config).float().eval()
+
+    return build
+
+
+def draw_prompts(lengths, prefix_length=0) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n) -> tuple[int, ...]:
+        return tuple(torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist())
+
+    prefix = draw(prefix_length)
+    return [prefix + draw(n) for n in lengths]
+
+
+def requests_for(prompts, num_samples) -> list[SampleRequest]:
+    return [
+        SampleRequest(prompt, stream_key(0, 0, "train", str(prompt), k))
+        for prompt in prompts
+        for k in range(num_samples)
+    ]
+
+
+def completions(model, tokenizer, requests, options, batch_size) -> list[tuple[int, ...]]:
+    sampler = TransformersSampler(model, tokenizer)
+    pairs = dict(sampler.sample(requests, options, batch_size))
+    return [pairs[i].completion_ids for i in range(len(requests))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_padding_may_stand_is_read_off_the_layers(build, family) -> None:
+    traits = describe_model(build(family))
+    assert traits.padding == FAMILIES[family][3]
+    assert traits.window == (WINDOW if traits.padding == "left" else None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("lengths", "prefix_length"),
+    [([1, 9, 5, 9], 0), ([2, 7, 4], 24)],  # past the windows from the start, or soon
+    ids=["ragged", "shared-prefix"],
+)
+def test_greedy_text_equals_a_lone_run_of_generate(
+    build, tokenizer, family, lengths, prefix_length
+) -> None:
+    model = build(family)
+    requests = requests_for(draw_prompts(lengths, prefix_length), num_samples=2)
+    options = SamplingOptions(max_completion_length=20, temperature=0.0, eos_token_ids=(EOS,))
+    found = completions(model, tokenizer, requests, options, batch_size=6)
+    num_compared = 0
+    for request, ours in zip(requests, found, strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20,
+                do_sample=False, eos_token_id=EOS, pad_token_id=0,
+            )  # fmt: skip
+            theirs = out[0, ids.shape[1] :].tolist()
+            logits = model(out).logits[0, ids.shape[1] - 1 : -1].float()
+        for t, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+            best = logits[t].topk(2).values
+            if best[0] - best[1] < 1e-3:  # rounding may choose
+                break
+            assert a == b, f"token {t}"
+            num_compared += 1
+    assert num_compared > 5 * len(requests)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_and_logprobs_equal_those_of_each_row_alone(build, tokenizer, family) -> None:
+    """Last-token logits of every path: `logprob` sums them over the whole completion."""
+    model = build(family)
+    requests = requests_for(draw_prompts([2, 7, 7, 4], prefix_length=20), num_samples=3)
+    options = SamplingOptions(12, temperature=1.0, eos_token_ids=(EOS,), return_logprobs=True)
+    sampler = TransformersSampler(model, tokenizer)
+    alone = dict(sampler.sample(requests, options, 1))
+    together = dict(sampler.sample(requests, options, 12))
+    for i, request in enumerate(requests):
+        assert together[i].completion_ids == alone[i].completion_ids
+        ids = torch.tensor([[*request.prompt_ids, *alone[i].completion_ids]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].float().log_softmax(-1)
+        start = len(request.prompt_ids)
+        expected = logprobs[range(start - 1, ids.shape[1] - 1), ids[0, start:]].sum().item()
+        assert together[i].logprob == pytest.approx(expected, abs=2e-3)
+
+
+def num_tokens_computed(model, tokenizer, prompts, num_samples, length=1) -> list[int]:
+    counts: list[int] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: counts.append(args[0].numel())
+    )
+    options = SamplingOptions(max_completion_length=length, temperature=1.0)
+    completions(model, tokenizer, requests_for(prompts, num_samples), options, batch_size=64)
+    return counts
+
+
+def test_windows_that_hold_everything_share_a_prefix_as_full_attention_does(
+    build, tokenizer
+) -> None:
+    model = build("mistral")
+    model.config.sliding_window = 64
+    prompts = draw_prompts([4, 6], prefix_length=20)
+    assert num_tokens_computed(model, tokenizer, prompts, num_samples=3) == [20, 12]
+
+
+def test_past_its_window_a_model_computes_each_prompt_once_and_no_prefix(build, tokenizer) -> None:
+    prompts = draw_prompts([4, 6], prefix_length=20)
+    assert num_tokens_computed(build("mistral"), tokenizer, prompts, num_samples=3) == [2 * 26]
+
+
+def test_recurrent_rows_go_together_only_if_equally_long(build, tokenizer) -> None:
+    prompts = draw_prompts([4, 6, 6])
+    assert num_tokens_computed(build("lfm2"), tokenizer, prompts, num_samples=3) == [12, 4]
+
+
+def test_a_model_with_a_state_of_its_own_is_an_error_that_names_it(tokenizer) -> None:
+    config = transformers.RwkvConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2
+    )
+    with pytest.raises(ValueError, match="RwkvForCausalLM keeps its state in a form of its own"):
+        describe_model(transformers.RwkvForCausalLM(config))
+
+
+def test_a_multimodal_model_is_an_error_that_names_it() -> None:
+    text = {**GROUPED, "vocab_size": 300}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    )
+    with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration takes images"):
+        describe_model(transformers.Gemma3ForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize("most", [5, 1])
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_changes(
+    build, tokenizer, caplog, most
+) -> None:
+    """A forward on more rows than fit asks for memory that no machine has."""
+    model = build("llama")
+    requests = requests_for(draw_prompts([3, 5, 4], prefix_length=18), num_samples=4)
+    options = SamplingOptions(max_completion_length=8, temperature=1.0, eos_token_ids=(EOS,))
+    expected = completions(model, tokenizer, requests, options, batch_size=12)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            torch.empty(1 << 60) if kwargs["input_ids"].shape[0] > most else None
+        ) and None,
+        with_kwargs=True,
+    )  # fmt: skip
+    found = completions(model, tokenizer, requests, options, batch_size=12)
+    assert found == expected
+    assert "out of memory with 12 sequences at once; going on with 6" in caplog.text
+
+
+def test_a_single_row_that_does_not_fit_is_an_error(build, tokenizer) -> None:
+    model = build("llama")
+    model.register_forward_pre_hook(lambda *_: torch.empty(1 << 60))
+    options = SamplingOptions(max_completion_length=8)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        completions(model, tokenizer, requests_for(draw_prompts([3]), 1), options, batch_size=4)
