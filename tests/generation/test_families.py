@@ -238,3 +238,58 @@ def test_a_single_row_that_does_not_fit_is_an_error(build, tokenizer) -> None:
     options = SamplingOptions(max_completion_length=8)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         completions(model, tokenizer, requests_for(draw_prompts([3]), 1), options, batch_size=4)
+
+
+@pytest.mark.parametrize("family", [f for f, v in FAMILIES.items() if v[3] != "none"])
+@pytest.mark.parametrize("prefix_length", [0, 20])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_rows_that_fill_freed_places_are_those_of_lone_runs(
+    build, tokenizer, family, prefix_length, penalty
+) -> None:
+    """Ragged prompts and completions through few places: refilled again and again."""
+    model = build(family)
+    prompts = draw_prompts([12, 3, 9, 9, 1, 6, 2, 14, 5, 7], prefix_length)
+    requests = requests_for(prompts, num_samples=4)
+    options = SamplingOptions(
+        30, temperature=1.0, eos_token_ids=tuple(range(1, VOCAB_SIZE, 12)), return_logprobs=True,
+        repetition_penalty=penalty,
+    )  # fmt: skip
+    sampler = TransformersSampler(model, tokenizer)
+    alone = dict(sampler.sample(requests, options, 1))
+    together = dict(sampler.sample(requests, options, 8))
+    assert len({len(c.completion_ids) for c in alone.values()}) > 8
+    for i in range(len(requests)):
+        assert together[i].completion_ids == alone[i].completion_ids
+        assert together[i].finish == alone[i].finish
+        assert together[i].logprob == pytest.approx(alone[i].logprob, abs=2e-3)
+
+
+def test_freed_places_are_filled_so_that_fewer_steps_are_needed(build, tokenizer) -> None:
+    model = build("llama")
+    rows_by_step: list[int] = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: (
+            rows_by_step.append(args[0].shape[0]) if args[0].shape[1] == 1 else None
+        )
+    )
+    requests = requests_for(draw_prompts([5] * 16), num_samples=4)
+    options = SamplingOptions(40, temperature=1.0, eos_token_ids=tuple(range(1, VOCAB_SIZE, 12)))
+    lengths = [len(c) for c in completions(model, tokenizer, requests, options, batch_size=8)]
+    waves = [max(lengths[i : i + 8]) - 1 for i in range(0, 64, 8)]
+    assert len(rows_by_step) < 0.8 * sum(waves)
+    assert max(rows_by_step) <= 8
+
+
+def test_the_cache_grows_no_longer_than_one_row_needs(build, tokenizer) -> None:
+    """Columns that only finished rows could see are dropped."""
+    model = build("llama")
+    lengths: list[int] = []
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["past_key_values"].get_seq_length()),
+        with_kwargs=True,
+    )
+    requests = requests_for(draw_prompts([5] * 64), num_samples=1)
+    options = SamplingOptions(20, temperature=1.0, eos_token_ids=tuple(range(1, VOCAB_SIZE, 12)))
+    completions(model, tokenizer, requests, options, batch_size=8)
+    # Refills are a few steps apart, and what went out of sight since the last one is still there.
+    assert max(lengths) < 2 * 25

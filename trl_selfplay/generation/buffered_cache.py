@@ -8,8 +8,9 @@ token at every step; on a CPU that took half of the time of decoding with few-sh
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Tokens of room that a full buffer gets when it grows: the memory it wastes against the copies.
 _ROOM = 64
@@ -41,7 +42,10 @@ class BufferedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _is_full(self, end: int) -> bool:
-        """Say whether the buffer has no room, or `keys` was replaced and isn't a view of it."""
+        """Say whether the buffer has no room, or `keys` was replaced and isn't a view of it.
+
+        Rows that were joined or columns that were dropped show as another storage.
+        """
         assert self._key_buffer is not None
         assert self.keys is not None
         return (
@@ -62,6 +66,35 @@ def _grown(held: torch.Tensor | None, states: torch.Tensor, length: int, end: in
     if length > 0 and held is not None:
         buffer[:, :, :length] = held
     return buffer
+
+
+def keep_columns(cache: DynamicCache, columns: torch.Tensor) -> None:
+    """Keep the cached tokens where `columns`, bool (S,), is True; full attention layers only."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        chosen = columns.to(layer.keys.device)
+        layer.keys, layer.values = layer.keys[:, :, chosen], layer.values[:, :, chosen]
+
+
+def join_caches(first: DynamicCache, second: DynamicCache) -> None:
+    """Add the rows of `second` to `first`, the shorter of both padded with zeros on the left.
+
+    The caller masks the padding. Attention layers only: a recurrent state can't be padded.
+    """
+    layers: list[Any] = first.layers
+    others: list[Any] = second.layers
+    for layer, other in zip(layers, others, strict=True):
+        layer.keys = _joined(layer.keys, other.keys)
+        layer.values = _joined(layer.values, other.values)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = max(layer.cumulative_length, other.cumulative_length)
+
+
+def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    length = max(first.shape[-2], second.shape[-2])
+    return torch.cat(
+        [pad(states, (0, 0, length - states.shape[-2], 0)) for states in (first, second)]
+    )
 
 
 def new_cache(config: PretrainedConfig) -> DynamicCache:

@@ -5,18 +5,15 @@ finish. Nothing here chooses which rows go together; transformers_sampler.py doe
 """
 
 import copy
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import CacheLayerMixin
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from trl_selfplay.generation.buffered_cache import new_cache
-from trl_selfplay.generation.model_traits import ModelTraits, input_device
+from trl_selfplay.generation.buffered_cache import join_caches, keep_columns
+from trl_selfplay.generation.causal_forward import CausalForward
 from trl_selfplay.generation.random_streams import gumbel_noise, token_words
 from trl_selfplay.generation.sampler import SampledCompletion, SampleRequest, SamplingOptions
 from trl_selfplay.generation.stop_strings import StopStringScanner
@@ -46,67 +43,6 @@ class _Row:
     is_finished: bool = False
 
 
-class CausalForward:
-    """One model's forward pass, cut down to the next token's logits.
-
-    Args:
-        model: Unwrapped, in eval mode.
-        traits: Of this model.
-        autocast: Makes the context of each forward (mixed precision), or None.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        traits: ModelTraits,
-        autocast: Callable[[], AbstractContextManager[Any]] | None,
-    ) -> None:
-        self.model: Any = model
-        self.traits = traits
-        self.device = input_device(model)
-        self._autocast = autocast
-
-    def new_cache(self) -> DynamicCache:
-        """Return an empty cache with the layers that this model needs."""
-        return new_cache(self.model.config)
-
-    def next_logits(
-        self,
-        input_ids: torch.Tensor,
-        cache: DynamicCache,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Feed (B, S) tokens into the cache and return the last position's logits, float32 (B, V).
-
-        Raises:
-            RuntimeError: The model didn't use the cache.
-        """
-        kwargs: dict[str, Any] = {}
-        if self.traits.takes_position_ids:
-            kwargs["position_ids"] = position_ids
-        if self.traits.takes_logits_to_keep:
-            kwargs["logits_to_keep"] = 1
-        held = _cached_length(cache)
-        with ExitStack() as stack:
-            if self._autocast is not None:
-                stack.enter_context(self._autocast())
-            outputs = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=True,
-                **{self.traits.cache_name: cache},
-                **kwargs,
-            )
-        if held is not None and _cached_length(cache) != held + input_ids.shape[1]:
-            raise RuntimeError(
-                f"{type(self.model).__name__} left {_cached_length(cache)} tokens in its cache "
-                f"where {held + input_ids.shape[1]} were expected, so later tokens would be wrong. Its forward must "
-                "fill the `past_key_values` that it is given."
-            )
-        return outputs.logits[:, -1].float()
-
-
 class TokenChooser:
     """Picks the next token of each row: greedy, or by Gumbel noise over the filtered logits.
 
@@ -123,7 +59,11 @@ class TokenChooser:
         self._words: torch.Tensor | None = None
 
     def choose(
-        self, logits: torch.Tensor, keys: Sequence[int], step: int, seen: torch.Tensor | None
+        self,
+        logits: torch.Tensor,
+        keys: Sequence[int],
+        steps: Sequence[int],
+        seen: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return token ids (B,), -1 where the logits are NaN, and log-probs (B,) if asked for."""
         options = self._options
@@ -138,7 +78,7 @@ class TokenChooser:
         if options.temperature == 0.0:
             scores = logits
         else:
-            scores = gumbel_noise(self._words, keys, step).add_(logits)
+            scores = gumbel_noise(self._words, keys, steps).add_(logits)
         best, tokens = scores.max(dim=-1)
         logprobs = None
         if options.return_logprobs:
@@ -175,7 +115,6 @@ class DecodeBatch:
         self._eos_token_ids = frozenset(options.eos_token_ids)
         self._context_length = forward.traits.context_length
         self._rows = [self._build_row(index, request, tokenizer) for index, request in requests]
-        self._step = 0
         self._seen: torch.Tensor | None = None
         self._logprobs: torch.Tensor | None = None
         self._tokens: torch.Tensor | None = None  # chosen, and not yet fed to the model
@@ -242,26 +181,79 @@ class DecodeBatch:
             finished = self._decode_one()
         return finished
 
+    @property
+    def num_unfinished(self) -> int:
+        """How many rows go on."""
+        return sum(not row.is_finished for row in self._rows)
+
+    def refill(self, other: "DecodeBatch") -> None:
+        """Let the rows of a batch that has only been prefilled go on in this one.
+
+        The shorter of the two caches is padded on the left, masked, to the length of the other;
+        that is exact for full attention, and for sliding windows over rows without inner padding.
+        """
+        if self._tokens is not None:
+            self._feed(self._drop_finished(self._tokens))
+            self._tokens = None
+        masks = [self._full_mask(), other._full_mask()]
+        if self._forward.traits.padding == "inside":
+            # What only rows that are gone could see.
+            seen = masks[0].any(dim=0)
+            if not seen.all():
+                keep_columns(self._cache, seen)
+                masks[0] = masks[0][:, seen]
+        self._length = max(mask.shape[1] for mask in masks)
+        room = self._options.max_completion_length
+        # A finished row stays for some steps: its place is still written to.
+        self._mask = torch.cat(
+            [
+                torch.nn.functional.pad(
+                    torch.nn.functional.pad(mask, (self._length - mask.shape[1], 0)),
+                    (0, room + 1),
+                    value=1,
+                )
+                for mask in masks
+            ]
+        )
+        join_caches(self._cache, other._cache)
+        self._rows += other._rows
+        self._positions = torch.cat([self._positions, other._positions])
+        self._logits = torch.cat([self._logits, other._logits])
+        if self._seen is not None and other._seen is not None:
+            self._seen = torch.cat([self._seen, other._seen])
+        if self._logprobs is not None:
+            fresh = self._logprobs.new_zeros(len(other._rows))
+            self._logprobs = torch.cat([self._logprobs, fresh])
+
+    def _full_mask(self) -> torch.Tensor:
+        """Return the mask of what is cached, (B, S), with ones where nothing is masked."""
+        if self._mask is not None:
+            return self._mask[:, : self._length]
+        shape = (len(self._rows), self._length)
+        return torch.ones(shape, dtype=torch.long, device=self._positions.device)
+
     def _decode_one(self) -> list[tuple[int, SampledCompletion]]:
         # Fed here and not when chosen, so that finished rows are handed over before the next wait.
         if self._tokens is not None:
             self._feed(self._tokens)
         tokens, logprobs = self._chooser.choose(
-            self._logits, [row.stream_key for row in self._rows], self._step, self._seen
+            self._logits,
+            [row.stream_key for row in self._rows],
+            [len(row.completion_ids) for row in self._rows],
+            self._seen,
         )
         if logprobs is not None:
             self._logprobs = logprobs if self._logprobs is None else self._logprobs + logprobs
         # The one wait for the device in a step: which rows are finished.
         token_list = tokens.tolist()
-        self._step += 1
         finished: list[tuple[int, SampledCompletion]] = []
         for place, (row, token) in enumerate(zip(self._rows, token_list, strict=True)):
             if row.is_finished:
                 continue
             if token < 0:
                 raise RuntimeError(
-                    f"the model's logits are NaN at token {self._step - 1} of the completion of "
-                    f"request {row.request_index}. Its weights may have diverged, or its precision "
+                    f"the model's logits are NaN at token {len(row.completion_ids)} of the completion "
+                    f"of request {row.request_index}. Its weights may have diverged, or its precision "
                     "overflows (float16): lower the learning rate or use bfloat16."
                 )
             row.completion_ids.append(token)
@@ -335,13 +327,6 @@ class DecodeBatch:
 
     def _current_mask(self) -> torch.Tensor | None:
         return None if self._mask is None else self._mask[:, : self._length]
-
-
-def _cached_length(cache: DynamicCache) -> int | None:
-    """Return how many tokens a cache holds; None if all of its layers are recurrent."""
-    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-        return cache.get_seq_length()
-    return None
 
 
 def _token_mask(prompts: Sequence[tuple[int, ...]], logits: torch.Tensor) -> torch.Tensor:

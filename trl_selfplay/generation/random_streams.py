@@ -45,7 +45,7 @@ def token_words(vocab_size: int, device: torch.device | str) -> torch.Tensor:
 def gumbel_noise(
     words: torch.Tensor,
     keys: Sequence[int],
-    step: int,
+    steps: int | Sequence[int],
     out: torch.Tensor | None = None,
     chunk_elements: int | None = None,
 ) -> torch.Tensor:
@@ -58,7 +58,7 @@ def gumbel_noise(
     Args:
         words: `token_words(V, device)`, int32 (V,).
         keys: 64-bit stream keys, one a row.
-        step: Index of the token in its completion, counted from 0.
+        steps: Index of the token in its completion, counted from 0; one for all rows or one a row.
         out: Float32 (rows, V) to write to, or None for a new tensor.
         chunk_elements: Elements hashed at once; changes the speed and nothing else.
 
@@ -79,7 +79,7 @@ def gumbel_noise(
     chunk = max(1, min(rows, chunk_elements // vocab_size))
     bits = torch.empty((chunk, vocab_size), dtype=torch.int32, device=device)
     scratch = torch.empty_like(bits)
-    row_words = torch.from_numpy(_row_words(keys, step)).to(device)  # (rows, 2)
+    row_words = torch.from_numpy(_row_words(keys, steps)).to(device)  # (rows, 2)
     for start in range(0, rows, chunk):
         stop = min(start + chunk, rows)
         x, s = bits[: stop - start], scratch[: stop - start]
@@ -98,10 +98,11 @@ def gumbel_noise(
     return out
 
 
-def _row_words(keys: Sequence[int], step: int) -> np.ndarray:
+def _row_words(keys: Sequence[int], steps: int | Sequence[int]) -> np.ndarray:
     """Return two 32-bit words for each (key, step), int32 (rows, 2)."""
     state = np.array([key & 0xFFFFFFFFFFFFFFFF for key in keys], dtype=np.uint64)
-    offset = np.array([(step + 1) * int(_GOLDEN_GAMMA) & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
+    counts = np.atleast_1d(np.asarray(steps, dtype=np.uint64)) + np.uint64(1)
+    offset = counts * _GOLDEN_GAMMA  # wraps around
     return _splitmix64(state + offset).view(np.int32).reshape(len(keys), 2)
 
 

@@ -8,6 +8,7 @@ longer than the sliding windows. Models with recurrent layers take rows of equal
 
 import gc
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,12 +18,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trl_selfplay.generation.decode_batch import (
-    CausalForward,
-    DecodeBatch,
-    SharedPrefix,
-    TokenChooser,
-)
+from trl_selfplay.generation.causal_forward import CausalForward
+from trl_selfplay.generation.decode_batch import DecodeBatch, SharedPrefix, TokenChooser
 from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
 from trl_selfplay.generation.generation_options import (
     check_generation_config,
@@ -51,6 +48,8 @@ _SHORTEST_SHARED_PREFIX = 16
 # Beyond these, a step's time grows with the batch and throughput no longer does.
 _LARGEST_BATCH_ON_CPU = 64
 _LARGEST_BATCH_ON_DEVICE = 256
+# Joining caches copies both; at this share of free places the fuller steps repay it.
+_REFILL_SHARE = 1 / 4
 # The rest stays for the allocator's slack, graders and the prefill's own peaks.
 _SHARE_OF_FREE_MEMORY = 0.5
 # Float32 copies of a row of logits alive at once: logits, filtered, noise, sorted, hashed bits.
@@ -154,50 +153,75 @@ class TransformersSampler:
             if traits.padding == "inside" or (traits.window or 0) >= longest:
                 with torch.no_grad():
                     prefix = _build_prefix(forward, [request.prompt_ids for request in requests])
-            while order:
-                chosen = order[:batch_size]
-                if traits.padding == "none":
-                    length = len(requests[chosen[0]].prompt_ids)
-                    chosen = [i for i in chosen if len(requests[i].prompt_ids) == length]
-                unfinished = set(chosen)
-                batch = [(i, requests[i]) for i in chosen]
+            waiting = deque(order)
+            while waiting:
+                started: dict[int, SampleRequest] = {}
+                decoding = self._decode(
+                    requests, waiting, started, forward, chooser, options, prefix, batch_size
+                )
                 try:
-                    for index, sampled in self._decode(batch, forward, chooser, options, prefix):
-                        unfinished.discard(index)
+                    for index, sampled in decoding:
+                        del started[index]
                         yield index, sampled
                 except RuntimeError as error:
-                    if not _is_out_of_memory(error) or len(chosen) == 1:
+                    if not _is_out_of_memory(error) or len(started) == 1:
                         raise
-                    # The unfinished ones are sampled again: their streams give the same tokens.
-                    batch_size = len(chosen) // 2
+                    batch_size = len(started) // 2
                     logger.warning(
                         "out of memory with %d sequences at once; going on with %d.",
-                        len(chosen),
+                        len(started),
                         batch_size,
                     )
-                order = [i for i in chosen if i in unfinished] + order[len(chosen) :]
-                if unfinished:
+                # The unfinished ones are sampled again: their streams give the same tokens.
+                waiting.extendleft(reversed(started))
+                if started:
                     _release_memory()
 
     def _decode(
         self,
-        requests: Sequence[tuple[int, SampleRequest]],
+        requests: Sequence[SampleRequest],
+        waiting: deque[int],
+        started: dict[int, SampleRequest],
         forward: CausalForward,
         chooser: TokenChooser,
         options: SamplingOptions,
         prefix: SharedPrefix | None,
+        batch_size: int,
     ) -> Iterator[tuple[int, SampledCompletion]]:
-        """Decode one batch; its cache is freed when this ends, before the next one begins."""
+        """Decode from `waiting` until no row is left, moving requests to `started` as they begin.
+
+        The cache is freed when this ends, before the next batch begins.
+        """
+        traits = forward.traits
+        # Inner padding behind a shared prefix and windows: a refilled row's window would be shifted.
+        refills = traits.takes_position_ids and (
+            traits.padding == "inside" or (traits.padding == "left" and prefix is None)
+        )
+
+        def build_batch(count: int) -> DecodeBatch:
+            taken = [waiting.popleft()]
+            length = len(requests[taken[0]].prompt_ids)
+            while waiting and len(taken) < count:
+                if traits.padding == "none" and len(requests[waiting[0]].prompt_ids) != length:
+                    break
+                taken.append(waiting.popleft())
+            started.update((index, requests[index]) for index in taken)
+            chosen = [(index, requests[index]) for index in taken]
+            return DecodeBatch(
+                chosen, forward, chooser, options, self._tokenizer, self._pad_token_id, prefix
+            )
+
         # Gradients are off only while the model runs: the caller's code between two completions
         # keeps its own mode.
         with torch.no_grad():
-            batch = DecodeBatch(
-                requests, forward, chooser, options, self._tokenizer, self._pad_token_id, prefix
-            )
+            batch = build_batch(batch_size)
             finished = batch.advance()
         while finished:
             yield from finished
             with torch.no_grad():
+                free = batch_size - batch.num_unfinished
+                if refills and waiting and _REFILL_SHARE * batch_size <= free < batch_size:
+                    batch.refill(build_batch(free))
                 finished = batch.advance()
 
     def _wrapped(self) -> nn.Module:

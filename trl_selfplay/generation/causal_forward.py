@@ -1,0 +1,85 @@
+"""One model's forward pass as decoding needs it.
+
+In: tokens, the cache they are added to, their positions and mask. Out: the next token's logits, and
+an error where the model didn't use the cache.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from trl_selfplay.generation.buffered_cache import new_cache
+from trl_selfplay.generation.model_traits import ModelTraits, input_device
+
+
+class CausalForward:
+    """One model's forward pass, cut down to the next token's logits.
+
+    Args:
+        model: Unwrapped, in eval mode.
+        traits: Of this model.
+        autocast: Makes the context of each forward (mixed precision), or None.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        traits: ModelTraits,
+        autocast: Callable[[], AbstractContextManager[Any]] | None,
+    ) -> None:
+        self.model: Any = model
+        self.traits = traits
+        self.device = input_device(model)
+        self._autocast = autocast
+
+    def new_cache(self) -> DynamicCache:
+        """Return an empty cache with the layers that this model needs."""
+        return new_cache(self.model.config)
+
+    def next_logits(
+        self,
+        input_ids: torch.Tensor,
+        cache: DynamicCache,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Feed (B, S) tokens into the cache and return the last position's logits, float32 (B, V).
+
+        Raises:
+            RuntimeError: The model didn't use the cache.
+        """
+        kwargs: dict[str, Any] = {}
+        if self.traits.takes_position_ids:
+            kwargs["position_ids"] = position_ids
+        if self.traits.takes_logits_to_keep:
+            kwargs["logits_to_keep"] = 1
+        held = _cached_length(cache)
+        with ExitStack() as stack:
+            if self._autocast is not None:
+                stack.enter_context(self._autocast())
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=True,
+                **{self.traits.cache_name: cache},
+                **kwargs,
+            )
+        if held is not None and _cached_length(cache) != held + input_ids.shape[1]:
+            raise RuntimeError(
+                f"{type(self.model).__name__} left {_cached_length(cache)} tokens in its cache "
+                f"where {held + input_ids.shape[1]} were expected, so later tokens would be wrong. Its forward must "
+                "fill the `past_key_values` that it is given."
+            )
+        return outputs.logits[:, -1].float()
+
+
+def _cached_length(cache: DynamicCache) -> int | None:
+    """Return how many tokens a cache holds; None if all of its layers are recurrent."""
+    if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return cache.get_seq_length()
+    return None
