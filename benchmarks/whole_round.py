@@ -1,8 +1,8 @@
 """Time a whole round, sampling to trained adapter, against a script written by hand on TRL.
 
-Both arms do the demo's first round: 96 prompts with the few-shot examples, 8 samples each at
-the demo's temperature, grading, LoRA training for the same steps on the same kept examples (those of the
-first STaR run). The hand-written arm calls `generate(num_return_sequences=8)` on prompts sorted by
+Both arms do a round in the demo's form: 24 prompts with the few-shot examples, 8 samples each,
+grading, LoRA training for the same steps on the same kept examples (those of the first STaR run).
+The reward asks for an answer in the right form alone, so that a round keeps enough to train on. The hand-written arm calls `generate(num_return_sequences=8)` on prompts sorted by
 length in batches of 8, 32 or 64 sequences and then SFTTrainer; its best batch size counts. Each
 measurement is a process of its own; arms alternate. Finished measurements are kept in the results
 folder and not repeated:
@@ -22,15 +22,16 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "whole_round"
 ARMS = ("selfplay", "generate-8", "generate-32", "generate-64")
 NUM_GENERATIONS = 8
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
+SAMPLING = ("temperature", "top_p", "max_completion_length", "stop_strings")
 TRAINING = {
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-4,
     "max_steps": 25,
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 4,
     "activation_checkpointing": False,
     "report_to": [],
     "save_strategy": "no",
@@ -39,13 +40,19 @@ TRAINING = {
 }
 
 
+def has_answer(completions: list[str], **kwargs: Any) -> list[float]:
+    """Give 1.0 to a completion with an answer in the right form."""
+    from trl_selfplay.rewards import extract_answer
+
+    return [float(extract_answer(completion) is not None) for completion in completions]
+
+
 def run_selfplay(num_prompts: int, kept_path: Path) -> dict[str, float]:
     """One round of STaRTrainer without rationalization and evaluation."""
     from peft import LoraConfig
 
     from trl_selfplay import STaRConfig, STaRTrainer
-    from trl_selfplay.demo import DEMO_SETTINGS, demo_split, load_demo_model_path
-    from trl_selfplay.rewards import exact_reward
+    from trl_selfplay.demo import DEMO_LORA, DEMO_SETTINGS, demo_split, load_demo_model_path
 
     split = demo_split(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,16 +62,14 @@ def run_selfplay(num_prompts: int, kept_path: Path) -> dict[str, float]:
                 folder,
                 num_rounds=1,
                 num_generations=NUM_GENERATIONS,
-                temperature=DEMO_SETTINGS["temperature"],
-                max_completion_length=DEMO_SETTINGS["max_completion_length"],
-                stop_strings=DEMO_SETTINGS["stop_strings"],
                 rationalize=False,
+                **{name: DEMO_SETTINGS[name] for name in SAMPLING},
                 **TRAINING,
             ),
             train_dataset=split.train.select(range(num_prompts)),
-            reward_funcs=exact_reward,
+            reward_funcs=has_answer,
             few_shot_examples=split.few_shot,
-            peft_config=LoraConfig(**LORA),
+            peft_config=LoraConfig(**DEMO_LORA),
         )
         trainer.train()
         line = trainer.run.lines[0]
@@ -84,15 +89,14 @@ def run_by_hand(num_prompts: int, batch: int, kept_path: Path) -> dict[str, floa
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from trl_selfplay.demo import DEMO_SETTINGS, demo_split, load_demo_model_path
-    from trl_selfplay.rewards import exact_reward
+    from trl_selfplay.demo import DEMO_LORA, DEMO_SETTINGS, demo_split, load_demo_model_path
 
     set_seed(42)
     split = demo_split(0)
     path = load_demo_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(path, dtype="float32"), LoraConfig(**LORA)
+        AutoModelForCausalLM.from_pretrained(path, dtype="float32"), LoraConfig(**DEMO_LORA)
     )
     shots = "".join(f"{e['prompt']}{e['completion']}\n\n" for e in split.few_shot)
     rows = split.train.select(range(num_prompts)).to_list()
@@ -100,7 +104,7 @@ def run_by_hand(num_prompts: int, batch: int, kept_path: Path) -> dict[str, floa
     order = sorted(range(len(rows)), key=lambda i: len(tokenizer(texts[i])["input_ids"]))
     started = time.monotonic()
     model.eval()
-    completions, solutions = [], []
+    completions: list[str] = []
     prompts_a_batch = max(1, batch // NUM_GENERATIONS)
     for start in range(0, len(order), prompts_a_batch):
         chosen = order[start : start + prompts_a_batch]
@@ -113,7 +117,7 @@ def run_by_hand(num_prompts: int, batch: int, kept_path: Path) -> dict[str, floa
                 do_sample=True,
                 temperature=DEMO_SETTINGS["temperature"],
                 top_k=0,
-                top_p=1.0,
+                top_p=DEMO_SETTINGS["top_p"],
                 num_return_sequences=NUM_GENERATIONS,
                 max_new_tokens=DEMO_SETTINGS["max_completion_length"],
                 stop_strings=DEMO_SETTINGS["stop_strings"],
@@ -122,8 +126,7 @@ def run_by_hand(num_prompts: int, batch: int, kept_path: Path) -> dict[str, floa
             )
         new = output[:, encoded["input_ids"].shape[1] :]
         completions += tokenizer.batch_decode(new, skip_special_tokens=True)
-        solutions += [rows[i]["solution"] for i in chosen for _ in range(NUM_GENERATIONS)]
-    scores = exact_reward(completions=completions, solution=solutions)
+    scores = has_answer(completions)
     sampled = time.monotonic()
     kept = json.loads(kept_path.read_text())
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +169,7 @@ def write_summary(num_prompts: int) -> None:
         if record.get("num_prompts") == num_prompts:
             found[record["arm"]].append(record)
     medians = {
-        arm: {k: statistics.median(r[k] for r in records) for k in records[0] if k not in ("arm",)}
+        arm: {k: statistics.median(r[k] for r in records) for k in records[0] if k != "arm"}
         for arm, records in found.items()
         if records
     }
@@ -203,10 +206,10 @@ def main() -> None:
     """Measure what is missing, in alternation, and write the summary."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--num-prompts", type=int, default=96)
+    parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--arm", choices=ARMS, help="run one arm here and print its record")
     args = parser.parse_args()
-    kept_path = RESULTS / f"kept-{args.num_prompts}.json"
+    kept_path = RESULTS / f"rows_of_{args.num_prompts}.json"
     if args.arm:
         print(json.dumps(measure(args.arm, args.num_prompts, kept_path)))
         return

@@ -11,10 +11,10 @@ import torch
 
 from trl_selfplay.generation.sampler import SamplingOptions
 
-# First guess of how many tokens hold the mass top_p; sorting a whole vocabulary costs more on a
-# CPU than the model's forward. The guess grows until it is enough, so the outcome is exact.
-_TOP_P_FIRST_GUESS = 256
-_TOP_P_GROWTH = 8
+# First guess of how many tokens hold the mass top_p; on a CPU, sorting a whole vocabulary costs more
+# than the model's forward. The guess grows for the rows that need more, so the outcome is exact.
+_TOP_P_FIRST_GUESS = 64
+_TOP_P_GROWTH = 32
 
 
 def filter_logits(
@@ -72,19 +72,27 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """
     vocab_size = logits.shape[-1]
     log_total = logits.logsumexp(dim=-1, keepdim=True)
-    count = min(_TOP_P_FIRST_GUESS, vocab_size)
+    kept = torch.full_like(logits, -math.inf)
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    # Elsewhere a sort is cheap, and asking whether a guess was enough would wait for the device.
+    on_cpu = logits.device.type == "cpu"
+    count = min(_TOP_P_FIRST_GUESS, vocab_size) if on_cpu else vocab_size
     while True:
-        values, indices = logits.topk(count, dim=-1)  # (B, count), descending
-        probs = (values - log_total).exp_()
+        part = logits if len(rows) == len(logits) else logits[rows]
+        values, indices = part.topk(count, dim=-1)  # (rows, count), descending
+        probs = (values - log_total[rows]).exp_()
         mass = probs.cumsum(dim=-1)
-        if count == vocab_size or bool((mass[:, -1] >= top_p).all()):
-            break
+        # A token stays while the mass of the likelier ones is below top_p.
+        dropped = (mass - probs) >= top_p
+        dropped[:, 0] = False
+        # Rows that need more tokens than these are written again.
+        kept[rows[:, None], indices] = values.masked_fill_(dropped, -math.inf)
+        if count == vocab_size:
+            return kept
+        rows = rows[mass[:, -1] < top_p]
+        if len(rows) == 0:
+            return kept
         count = min(count * _TOP_P_GROWTH, vocab_size)
-    # A token stays while the mass of the likelier ones is below top_p.
-    dropped = (mass - probs) >= top_p
-    dropped[:, 0] = False
-    kept = values.masked_fill_(dropped, -math.inf)
-    return torch.full_like(logits, -math.inf).scatter_(1, indices, kept)
 
 
 def keep_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:

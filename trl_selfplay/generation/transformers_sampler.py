@@ -43,6 +43,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_PATHS = {
+    "inside": "full attention; a shared prefix and each prompt are computed once",
+    "left": "sliding windows; each prompt is computed once, a shared prefix only within the window",
+    "none": "recurrent layers; prompts of equal length are sampled together, each computed once",
+}
 # A shorter common beginning (a chat template's first tokens) costs more in copies than it saves.
 _SHORTEST_SHARED_PREFIX = 16
 # Beyond these, a step's time grows with the batch and throughput no longer does.
@@ -86,6 +91,7 @@ class TransformersSampler:
             pad_token_id = tokenizer.pad_token_id
         self._pad_token_id = 0 if pad_token_id is None else pad_token_id
         self._token_ids = frozenset(tokenizer.get_vocab().values())
+        self._described: tuple[nn.Module, ModelTraits] | None = None
 
     def suggest_batch_size(self, longest_prompt: int, max_completion_length: int) -> int:
         """Return how many sequences of this length (tokens) fit in memory at once, at least 1.
@@ -98,7 +104,7 @@ class TransformersSampler:
         on_cpu = device.type == "cpu"
         largest = _LARGEST_BATCH_ON_CPU if on_cpu else _LARGEST_BATCH_ON_DEVICE
         bytes_per_sequence = _bytes_per_sequence(
-            describe_model(model), longest_prompt, max_completion_length
+            self._traits(), longest_prompt, max_completion_length
         )
         fitting = int(_SHARE_OF_FREE_MEMORY * _free_bytes(device)) // bytes_per_sequence
         return max(1, min(largest, fitting))
@@ -120,7 +126,7 @@ class TransformersSampler:
         check_sampling_options(options)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
-        traits = describe_model(self._unwrapped())
+        traits = self._traits()
         _check_prompts(requests, traits.context_length)
         return self._sample_checked(list(requests), options, batch_size, traits)
 
@@ -230,6 +236,14 @@ class TransformersSampler:
     def _unwrapped(self) -> Any:
         model = self._wrapped()
         return model if self._accelerator is None else self._accelerator.unwrap_model(model)
+
+    def _traits(self) -> ModelTraits:
+        """Return the model's traits, read once a model."""
+        model = self._unwrapped()
+        if self._described is None or self._described[0] is not model:
+            self._described = (model, describe_model(model))
+            logger.info("%s: %s.", type(model).__name__, _PATHS[self._described[1].padding])
+        return self._described[1]
 
 
 def _check_prompts(requests: Sequence[SampleRequest], context_length: int | None) -> None:

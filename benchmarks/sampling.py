@@ -1,0 +1,279 @@
+"""Tokens per second of the in-process sampler against `generate`, and against the machine's limits.
+
+The model is the demo's. Both sides sample the same prompts the same number of times at temperature
+1, and every completion has a length fixed beforehand, so both produce the same number of tokens.
+`generate` gets prompts sorted by length and its best of three batch sizes, `num_return_sequences`
+samples each. The arms alternate in one process.
+
+    python benchmarks/sampling.py --repeats 3
+
+Shapes: the demo's 4-shot prompts with 8 samples each; the same without examples; ragged completions
+(log-normal, mean 48, at most 256 tokens); one sample a prompt.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import random
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
+
+from trl_selfplay.demo import demo_split, load_demo_model_path
+from trl_selfplay.generation import transformers_sampler
+from trl_selfplay.generation.decode_batch import TokenChooser
+from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
+from trl_selfplay.generation.transformers_sampler import TransformersSampler
+from trl_selfplay.prompts import PromptFormatter, load_few_shot_examples, load_prompt_rows
+
+RESULTS = Path(__file__).parent / "results" / "sampling"
+# Prompts, samples a prompt, few-shot examples shown, ragged completions.
+SHAPES = {
+    "4-shot, K = 8": (16, 8, True, False),
+    "0-shot, K = 8": (16, 8, False, False),
+    "0-shot, K = 8, ragged": (16, 8, False, True),
+    "4-shot, K = 1": (64, 1, True, False),
+    "0-shot, K = 1": (64, 1, False, False),
+}
+FIXED_LENGTH, MEAN_LENGTH, MOST_LENGTH = 32, 48, 256
+OUR_BATCH = 64
+
+
+class EndsWhereTold(TokenChooser):
+    """Chooses as always, and then ends each completion at the length set for its stream key."""
+
+    lengths: dict[int, int]
+    eos: int
+
+    def choose(self, logits: Any, keys: Any, steps: Any, seen: Any) -> Any:
+        """Return tokens (B,), EOS exactly where a completion shall end."""
+        logits[:, self.eos] = -torch.inf
+        tokens, logprobs = super().choose(logits, keys, steps, seen)
+        ends = [step + 1 >= self.lengths[key] for key, step in zip(keys, steps, strict=True)]
+        return tokens.masked_fill(torch.tensor(ends), self.eos), logprobs
+
+
+class EndRowsWhereTold(LogitsProcessor):
+    """The same for `generate`: row i ends at its length."""
+
+    def __init__(self, lengths: list[int], prompt_length: int, eos: int) -> None:
+        self.lengths = torch.tensor(lengths)
+        self.prompt_length = prompt_length
+        self.eos = eos
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Let nothing but EOS through where a row ends, and no EOS elsewhere."""
+        ends = input_ids.shape[1] - self.prompt_length + 1 >= self.lengths
+        scores[:, self.eos] = -torch.inf
+        scores[ends] = -torch.inf
+        scores[ends, self.eos] = 0.0
+        return scores
+
+
+def draw_lengths(count: int, ragged: bool) -> list[int]:
+    """Return completion lengths: fixed, or log-normal with the given mean and maximum."""
+    if not ragged:
+        return [FIXED_LENGTH] * count
+    generator, sigma = random.Random(0), 0.8
+    mu = math.log(MEAN_LENGTH) - sigma**2 / 2
+    drawn = [generator.lognormvariate(mu, sigma) for _ in range(count)]
+    return [min(MOST_LENGTH, max(1, round(length))) for length in drawn]
+
+
+def sample_ours(
+    model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], lengths: list[list[int]]
+) -> int:
+    """Sample with our sampler; return the number of tokens."""
+    requests, EndsWhereTold.lengths = [], {}
+    for i, (prompt, row) in enumerate(zip(prompts, lengths, strict=True)):
+        for k, length in enumerate(row):
+            key = i * 1000 + k
+            EndsWhereTold.lengths[key] = length
+            requests.append(SampleRequest(prompt, key))
+    EndsWhereTold.eos = tokenizer.eos_token_id
+    options = SamplingOptions(MOST_LENGTH, temperature=1.0, eos_token_ids=(tokenizer.eos_token_id,))
+    plain, transformers_sampler.TokenChooser = transformers_sampler.TokenChooser, EndsWhereTold
+    try:
+        sampler = TransformersSampler(model, tokenizer)
+        return sum(len(c.completion_ids) for _, c in sampler.sample(requests, options, OUR_BATCH))
+    finally:
+        transformers_sampler.TokenChooser = plain
+
+
+@torch.no_grad()
+def sample_by_generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[tuple[int, ...]],
+    lengths: list[list[int]],
+    num_sequences: int,
+) -> int:
+    """Sample with `generate` in batches of `num_sequences`; return the number of tokens."""
+    num_samples, total = len(lengths[0]), 0
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    size = max(1, num_sequences // num_samples)
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        width = max(len(prompts[i]) for i in chosen)
+        pads = [width - len(prompts[i]) for i in chosen]
+        eos = tokenizer.eos_token_id
+        ids = torch.tensor(
+            [[eos] * pad + list(prompts[i]) for pad, i in zip(pads, chosen, strict=True)]
+        )
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+        told = [length for i in chosen for length in lengths[i]]
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
+            num_return_sequences=num_samples, max_new_tokens=max(told), pad_token_id=eos,
+            logits_processor=[EndRowsWhereTold(told, width, eos)],
+        )  # fmt: skip
+        assert out.shape[1] - width == max(told)
+        total += sum(told)
+    return total
+
+
+def timed(run: Callable[[], int]) -> float:
+    """Return tokens per second of one run."""
+    started = time.perf_counter()
+    tokens = run()
+    return tokens / (time.perf_counter() - started)
+
+
+def machine_limits() -> dict[str, float]:
+    """Measure float32 matrix products (GFLOP/s) and reading of memory (GB/s)."""
+    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
+    big = torch.randn(64 * 2**20)  # 256 MiB, beyond every cache
+    products, reads = [], []
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ b
+        products.append(2 * 1536**3 / (time.perf_counter() - started) / 1e9)
+        started = time.perf_counter()
+        big.sum()
+        reads.append(big.numel() * 4 / (time.perf_counter() - started) / 1e9)
+    return {"gflops": max(products), "gbytes": max(reads)}
+
+
+@torch.no_grad()
+def share_of_limits(model: Any, tokenizer: Any, limits: dict[str, float]) -> dict[str, Any]:
+    """Return the share of the roofline that prefill and decoding at batch 32 and 64 reach."""
+    num_weights = sum(p.numel() for p in model.parameters())
+    ids = torch.randint(100, 1000, (8, 192))
+    model(input_ids=ids, logits_to_keep=1)
+    started = time.perf_counter()
+    model(input_ids=ids, logits_to_keep=1)
+    flops = 2 * num_weights * ids.numel() / (time.perf_counter() - started)
+    shares: dict[str, Any] = {"prefill": flops / 1e9 / limits["gflops"]}
+    for batch in (32, 64):
+        prompts = [tuple(range(100 + i, 130 + i)) for i in range(batch)]
+        lengths = [[FIXED_LENGTH]] * batch
+        sample_ours(model, tokenizer, prompts, [[2]] * batch)
+        rate = median(
+            timed(lambda p=prompts, n=lengths: sample_ours(model, tokenizer, p, n))
+            for _ in range(3)
+        )
+        # A step reads every weight once and does two operations with each for each row.
+        least = max(
+            2 * num_weights * batch / (limits["gflops"] * 1e9),
+            4 * num_weights / (limits["gbytes"] * 1e9),
+        )
+        shares[f"decode, B = {batch}"] = rate * least / batch
+        shares[f"tokens/s, B = {batch}"] = rate
+    return shares
+
+
+def where_time_goes(model: Any, tokenizer: Any) -> list[tuple[str, float]]:
+    """Return the operations with the most time of their own while decoding at batch 64."""
+    prompts = [tuple(range(100 + i, 130 + i)) for i in range(64)]
+    with torch.profiler.profile() as profiler:
+        sample_ours(model, tokenizer, prompts, [[FIXED_LENGTH]] * 64)
+    events = profiler.key_averages()
+    total = sum(e.self_cpu_time_total for e in events)
+    events = sorted(events, key=lambda e: -e.self_cpu_time_total)[:8]
+    return [(e.key, e.self_cpu_time_total / total) for e in events]
+
+
+def main() -> None:
+    """Measure every shape in alternation and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    path = load_demo_model_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    split = demo_split(0)
+    rows = load_prompt_rows(split.train, "train")
+    formatter = PromptFormatter(tokenizer, load_few_shot_examples(split.few_shot, False))
+    record: dict[str, Any] = {"limits": machine_limits(), "shapes": {}}
+    for name, (num_prompts, num_samples, few_shot, ragged) in SHAPES.items():
+        prompts = [formatter.token_ids(row, few_shot=few_shot) for row in rows[:num_prompts]]
+        flat = draw_lengths(num_prompts * num_samples, ragged)
+        lengths = [flat[i * num_samples : (i + 1) * num_samples] for i in range(num_prompts)]
+        arms: dict[str, Callable[[], int]] = {
+            "ours": lambda p=prompts, n=lengths: sample_ours(model, tokenizer, p, n)
+        }
+        for size in (8, 32, 64):
+            arms[f"generate-{size}"] = lambda p=prompts, n=lengths, s=size: sample_by_generate(
+                model, tokenizer, p, n, s
+            )
+        rates: dict[str, list[float]] = {arm: [] for arm in arms}
+        for _ in range(args.repeats):
+            for arm, run in arms.items():
+                rates[arm].append(timed(run))
+        record["shapes"][name] = rates
+        print(name, {arm: round(median(r), 1) for arm, r in rates.items()}, flush=True)
+    record["shares"] = share_of_limits(model, tokenizer, record["limits"])
+    record["profile"] = where_time_goes(model, tokenizer)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.with_suffix(".json").write_text(json.dumps(record, indent=1))
+    write_summary(record, args.repeats)
+
+
+def write_summary(record: dict[str, Any], repeats: int) -> None:
+    """Write results/sampling.md."""
+    versions = ", ".join(f"{n} {version(n)}" for n in ("transformers", "torch"))
+    lines = [
+        "# The sampler against `generate`",
+        "",
+        f"SmolLM2-135M-Instruct, float32, {torch.get_num_threads()} threads. {platform.machine()}, "
+        f"{platform.system()}; {versions}; seed 0; {datetime.date.today().isoformat()}. Script: "
+        f"`benchmarks/sampling.py`. Tokens per second: median [minimum, maximum] of {repeats} "
+        "alternating runs. `generate` has its best of batches of 8, 32 and 64 sequences.",
+        "",
+        "| shape | ours | `generate` | times |",
+        "|---|---|---|---|",
+    ]
+    for name, rates in record["shapes"].items():
+        best = max((a for a in rates if a != "ours"), key=lambda a: median(rates[a]))
+        cells = [
+            f"{median(r):.1f} [{min(r):.1f}, {max(r):.1f}]" for r in (rates["ours"], rates[best])
+        ]
+        ratio = median(rates["ours"]) / median(rates[best])
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} (batch {best[9:]}) | {ratio:.2f} |")
+    limits, shares = record["limits"], record["shares"]
+    lines += [
+        "",
+        f"Limits measured beside it: {limits['gflops']:.0f} GFLOP/s in a float32 matrix product, "
+        f"{limits['gbytes']:.1f} GB/s reading memory. Reached of that roofline: "
+        + ", ".join(f"{n} {100 * v:.0f} %" for n, v in shares.items() if "tokens" not in n)
+        + ".",
+        "",
+        "Time of their own while decoding at batch 64: "
+        + ", ".join(f"`{name}` {100 * share:.0f} %" for name, share in record["profile"])
+        + ".",
+    ]
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
