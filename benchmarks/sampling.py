@@ -190,6 +190,23 @@ def share_of_limits(model: Any, tokenizer: Any, limits: dict[str, float]) -> dic
     return shares
 
 
+def share_of_differing_tokens(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]]) -> float:
+    """Sample the same requests alone and 64 at a time; return the share of tokens that differ.
+
+    Tokens after the first difference of a completion follow from it and count as well.
+    """
+    requests = [SampleRequest(p, i * 1000 + k) for i, p in enumerate(prompts) for k in range(4)]
+    options = SamplingOptions(FIXED_LENGTH, temperature=1.0)
+    sampler = TransformersSampler(model, tokenizer)
+    alone, together = (dict(sampler.sample(requests, options, size)) for size in (1, 64))
+    pairs = [
+        (a, b)
+        for i in alone
+        for a, b in zip(alone[i].completion_ids, together[i].completion_ids, strict=True)
+    ]
+    return sum(a != b for a, b in pairs) / len(pairs)
+
+
 def where_time_goes(model: Any, tokenizer: Any) -> list[tuple[str, float]]:
     """Return the operations with the most time of their own while decoding at batch 64."""
     prompts = [tuple(range(100 + i, 130 + i)) for i in range(64)]
@@ -205,7 +222,6 @@ def main() -> None:
     """Measure every shape in alternation and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
     path = load_demo_model_path()
@@ -233,6 +249,8 @@ def main() -> None:
         record["shapes"][name] = rates
         print(name, {arm: round(median(r), 1) for arm, r in rates.items()}, flush=True)
     record["shares"] = share_of_limits(model, tokenizer, record["limits"])
+    prompts = [formatter.token_ids(row, few_shot=True) for row in rows[:16]]
+    record["differing"] = share_of_differing_tokens(model, tokenizer, prompts)
     record["profile"] = where_time_goes(model, tokenizer)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.with_suffix(".json").write_text(json.dumps(record, indent=1))
@@ -268,9 +286,14 @@ def write_summary(record: dict[str, Any], repeats: int) -> None:
         + ", ".join(f"{n} {100 * v:.0f} %" for n, v in shares.items() if "tokens" not in n)
         + ".",
         "",
+        f"Of {16 * 4 * FIXED_LENGTH} tokens sampled alone and again in batches of 64 (4-shot prompts), "
+        f"{100 * record['differing']:.2f} % differ.",
+        "",
         "Time of their own while decoding at batch 64: "
         + ", ".join(f"`{name}` {100 * share:.0f} %" for name, share in record["profile"])
         + ".",
+        "",
+        "On a GPU (0.5B and 8B, bfloat16 and nf4): not measured; `python benchmarks/sampling_gpu.py`.",
     ]
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
