@@ -42,6 +42,7 @@ def select_pairs(
     """
     ordered = sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_index))
     outcomes = [(r, _outcome(r, chosen[r.prompt_id], max_length)) for r in ordered]
+    counts: Counter[str] = Counter(outcome for _, outcome in outcomes)
     kept = tuple(r for r, outcome in outcomes if outcome == "kept")
     return Selection(
         kept=kept,
@@ -49,7 +50,7 @@ def select_pairs(
         funnel=Funnel(
             prompts=len({r.prompt_id for r in ordered}),
             prompts_solved=len({r.prompt_id for r in kept}),
-            unhinted=OutcomeCounts(**Counter(outcome for _, outcome in outcomes)),
+            unhinted=OutcomeCounts(**counts),
         ),
     )
 

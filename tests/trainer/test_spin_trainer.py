@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig
 from trl import DPOTrainer
 
-from trl_selfplay import SPINTrainer, WrongOpponentError
+from trl_selfplay import SPINTrainer
 
 LN_2 = math.log(2.0)
 CASES = ("full", "lora", "user", "nf4", "full-path")

@@ -7,7 +7,7 @@ pairs in pairs.py, the opponent's log-probs in opponent.py.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,9 @@ class SPINTrainer(DPOTrainer):
         finally:
             args.precompute_ref_log_probs = True
         self.precompute_ref_logps = True  # the loss reads the stored columns
-        if "ref" in getattr(self.model, "peft_config", {}) and not had_ref_adapter:
-            self.model.delete_adapter("ref")  # the parent's copy: right in round 0 only
+        policy: Any = self.model
+        if "ref" in getattr(policy, "peft_config", {}) and not had_ref_adapter:
+            policy.delete_adapter("ref")  # the parent's copy: right in round 0 only
         self.eval_dataset = eval_dataset
         self.self_play = build_self_play(self, rows, heldout)
         self.chosen: dict[str, ChosenTokens] = {}
@@ -202,9 +203,10 @@ class SPINTrainer(DPOTrainer):
             self._heldout_pairs[name] = store_opponent(self, pairs, where / "pairs")
 
     def _warn_giveaways(self, pairs: Dataset, round_index: int) -> None:
+        tokenizer: Any = self.self_play.formatter.tokenizer  # its stubs know lists of texts only
         found = find_giveaways(
             list(zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)),
-            lambda token: self.self_play.formatter.tokenizer.decode([token]),
+            lambda token: tokenizer.decode([token]),
             self.self_play.eos_token_ids,
         )
         if found:
@@ -222,7 +224,7 @@ class SPINTrainer(DPOTrainer):
         The parent switches adapters off (or to "ref") unless it has a reference model. Here the
         model itself is the reference, at the moment it is asked.
         """
-        self.ref_model = self.model
+        self.ref_model: Any = self.model
         try:
             return super().compute_ref_log_probs(model, inputs)
         finally:
@@ -247,7 +249,7 @@ class SPINTrainer(DPOTrainer):
                 say(f"round {round_index}: {text}")
         return scores
 
-    def _score(self, sets: dict[str, list[PromptRow]], prefix: str) -> HeldOutScores:
+    def _score(self, sets: Mapping[str, list[PromptRow]], prefix: str) -> HeldOutScores:
         started = time.monotonic()
         metrics: dict[str, float] = {}
         first: dict[str, float] | None = None
@@ -282,14 +284,14 @@ class SPINTrainer(DPOTrainer):
                 raise ValueError(f"no held-out set {eval_dataset!r}; there are {sorted(sets)}.")
             sets = {eval_dataset: sets[eval_dataset]}
         elif eval_dataset is not None:
-            sets = dict(load_heldout_sets(eval_dataset, self.self_play.rows, load_chosen_rows))
+            sets = load_heldout_sets(eval_dataset, self.self_play.rows, load_chosen_rows)
             for name, rows in sets.items():
                 rows[:] = self._tokenize(rows, f"eval_dataset {name}".strip())
         if not sets:
             raise ValueError(
                 "evaluate() needs an `eval_dataset` of held-out prompts with the data's completions."
             )
-        scores = self._score(dict(sets), metric_key_prefix)
+        scores = self._score(sets, metric_key_prefix)
         metrics = {**scores.metrics, f"{metric_key_prefix}_runtime": round(scores.seconds, 4)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
@@ -321,9 +323,8 @@ def _refuse_unused(ref_model: Any, compute_metrics: Any) -> None:
         raise ValueError(
             "`ref_model` was given, but SPIN's reference is the policy itself as it enters each "
             "round: its log-probs are computed once a round, and no second model is held. Leave it "
-            "out. For another opponent override `compute_ref_log_probs(model, inputs)`, and expect "
-            "`WrongOpponentError`, since the margins then don't begin at 0; a fixed reference is "
-            "what trl.DPOTrainer trains with."
+            "out. For another opponent override `compute_ref_log_probs(model, inputs)` in a "
+            "subclass; its log-probs are then what the loss compares with."
         )
     if compute_metrics is not None:
         raise ValueError(
