@@ -8,19 +8,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trl_selfplay.opponent import WrongOpponentError
     from trl_selfplay.rollouts import Rollout
     from trl_selfplay.rounds import EmptyRoundError
+    from trl_selfplay.trainer.spin_config import SPINConfig
+    from trl_selfplay.trainer.spin_trainer import SPINTrainer
     from trl_selfplay.trainer.star_config import STaRConfig
     from trl_selfplay.trainer.star_trainer import STaRTrainer
 
 __version__ = "0.1.0"
-__all__ = ["EmptyRoundError", "Rollout", "STaRConfig", "STaRTrainer", "__version__"]
+__all__ = [
+    "EmptyRoundError",
+    "Rollout",
+    "SPINConfig",
+    "SPINTrainer",
+    "STaRConfig",
+    "STaRTrainer",
+    "WrongOpponentError",
+    "__version__",
+]
 
 _MODULE_OF = {
     "EmptyRoundError": "trl_selfplay.rounds",
     "Rollout": "trl_selfplay.rollouts",
+    "SPINConfig": "trl_selfplay.trainer.spin_config",
+    "SPINTrainer": "trl_selfplay.trainer.spin_trainer",
     "STaRConfig": "trl_selfplay.trainer.star_config",
     "STaRTrainer": "trl_selfplay.trainer.star_trainer",
+    "WrongOpponentError": "trl_selfplay.opponent",
 }
 
 

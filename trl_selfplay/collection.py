@@ -69,11 +69,11 @@ class Collector:
     """Everything that sampling and grading need and that stays the same over rounds."""
 
     sampler: Sampler
-    scorer: Scorer
+    scorer: Scorer | None  # None: completions are paired, not graded
     tokenizer: PreTrainedTokenizerBase
     accelerator: Accelerator
     seed: int
-    reward_threshold: float
+    reward_threshold: float = 1.0
 
     def collect(
         self,
@@ -124,14 +124,15 @@ class Collector:
             else:
                 num_tokens = sum(len(r.completion_ids) for r in rollouts)
                 progress.update(len(rollouts), num_tokens, restored=True)
-            if not all(r.is_graded for r in rollouts):
-                rollouts = self._grade(rollouts, by_id)
+            if self.scorer is not None and not all(r.is_graded for r in rollouts):
+                rollouts = self._grade(self.scorer, rollouts, by_id)
                 if path is not None:
                     save_rollouts(path, rollouts)
             collected += rollouts
-            passed = {r.prompt_id for r in rollouts if r.passes(self.reward_threshold)}
-            solved += [prompt_id in passed for prompt_id in shard.prompt_ids]
-            progress.set_solved(sum(solved) / len(solved))
+            if self.scorer is not None:
+                passed = {r.prompt_id for r in rollouts if r.passes(self.reward_threshold)}
+                solved += [prompt_id in passed for prompt_id in shard.prompt_ids]
+                progress.set_solved(sum(solved) / len(solved))
         if world > 1:
             collected = gather_object(collected)
         return sorted(collected, key=lambda r: (r.prompt_id, r.sample_index))
@@ -202,7 +203,9 @@ class Collector:
             )
         return finished
 
-    def _grade(self, rollouts: Sequence[Rollout], by_id: Mapping[str, Assignment]) -> list[Rollout]:
+    def _grade(
+        self, scorer: Scorer, rollouts: Sequence[Rollout], by_id: Mapping[str, Assignment]
+    ) -> list[Rollout]:
         rows = [by_id[r.prompt_id].row for r in rollouts]
         completions: list[Any] = [
             [{"role": "assistant", "content": r.completion}]
@@ -210,14 +213,14 @@ class Collector:
             else r.completion
             for r, row in zip(rollouts, rows, strict=True)
         ]
-        scores = self.scorer.score(
+        scores = scorer.score(
             prompts=[row.prompt for row in rows],
             completions=completions,
             completion_ids=[list(r.completion_ids) for r in rollouts],
             columns={name: [row.columns[name] for row in rows] for name in rows[0].columns},
         )
         return [
-            replace(r, rewards=rewards, reward=self.scorer.weighted(rewards))
+            replace(r, rewards=rewards, reward=scorer.weighted(rewards))
             for r, rewards in zip(rollouts, scores, strict=True)
         ]
 

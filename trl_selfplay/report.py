@@ -233,10 +233,12 @@ def _rows(lines: Sequence[Mapping[str, Any]], metric: str | None) -> list[list[s
     prefix = _prefix(metric or _default_metric(lines) or "eval_accuracy")
     k = max((_largest_k(m, prefix) for _, m in _evaluations(lines)), default=0)
     scores = ["accuracy", *([f"pass@{k}"] if k else [])]
+    if not lines[0]["rewards"]:
+        scores = ["logps", "win_rate", "margin"]
     rows = [["round", "gain ± s.e.", "funnel", "steps", *scores, "seconds"]]
     before = lines[0].get("eval_before") or {}
     for name, form in (("before", prefix), ("before, few-shot", f"{prefix}_few_shot")):
-        if any(key.startswith((f"{form}_accuracy", f"{form}_pass@")) for key in before):
+        if any(key.startswith(tuple(f"{form}_{score}" for score in scores)) for key in before):
             cells = [_score(before, f"{form}_{score}") for score in scores]
             rows.append([name, _NONE, _NONE, _NONE, *cells, _NONE])
     for line in lines:
@@ -244,7 +246,7 @@ def _rows(lines: Sequence[Mapping[str, Any]], metric: str | None) -> list[list[s
             [
                 str(line["round"]),
                 _gain(line["gain"], line["gain_standard_error"]),
-                _chain(Funnel.from_dict(line["funnel"]), line["examples"]),
+                _chain(Funnel.from_dict(line["funnel"]), line),
                 f"{line['steps']:,}",
                 *(_score(line["eval"], f"{prefix}_{score}") for score in scores),
                 "/".join(f"{line['seconds'].get(phase, 0.0):.0f}" for phase in _phases(lines)),
@@ -254,17 +256,16 @@ def _rows(lines: Sequence[Mapping[str, Any]], metric: str | None) -> list[list[s
 
 
 def _caption(lines: Sequence[Mapping[str, Any]]) -> str:
+    graded = "correct + rationalized → " if lines[0]["rewards"] else ""  # pairs are not graded
     return (
-        "funnel: sampled → finished → correct + rationalized → kept → trained; "
-        f"seconds: {'/'.join(_phases(lines))}"
+        f"funnel: sampled → finished → {graded}kept → trained; seconds: {'/'.join(_phases(lines))}"
     )
 
 
-def _chain(funnel: Funnel, num_examples: int) -> str:
-    return (
-        f"{funnel.sampled:,} → {funnel.finished:,} → {funnel.correct:,} + {funnel.rationalized:,} "
-        f"→ {funnel.kept:,} → {num_examples:,}"
-    )
+def _chain(funnel: Funnel, line: Mapping[str, Any]) -> str:
+    graded = f"{funnel.correct:,} + {funnel.rationalized:,} → " if line["rewards"] else ""
+    kept = f"{graded}{funnel.kept:,} → {line['examples']:,}"
+    return f"{funnel.sampled:,} → {funnel.finished:,} → {kept}"
 
 
 def _phases(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -274,13 +275,13 @@ def _phases(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 def _default_metric(lines: Sequence[Mapping[str, Any]]) -> str | None:
     for _, metrics in _evaluations(lines):
         for name in metrics:
-            if name.endswith("_accuracy") and not name.endswith("few_shot_accuracy"):
+            if name.endswith(("_accuracy", "_logps")) and not name.endswith("few_shot_accuracy"):
                 return name
     return None
 
 
 def _prefix(metric: str) -> str:
-    return re.sub(r"_(?:accuracy|pass@\d+|mean_\w+)$", "", metric)
+    return re.sub(r"_(?:accuracy|pass@\d+|mean_\w+|logps|win_rate)$", "", metric)
 
 
 def _evaluations(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, float]]]:

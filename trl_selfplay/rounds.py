@@ -60,6 +60,7 @@ class PlayedRound:
         rollouts: All graded rollouts of the round.
         metrics: Numbers for the log, with the prefixes play/ and select/.
         rewards: Mean weighted reward, and the mean of each function by name.
+        remedy: Why a round of this method is left empty and what to do; "" where rewards decide.
     """
 
     training_rows: Dataset
@@ -68,6 +69,7 @@ class PlayedRound:
     rollouts: tuple[Rollout, ...]
     metrics: dict[str, float]
     rewards: dict[str, float | None]
+    remedy: str = ""
 
 
 class RoundTrainer(Protocol):
@@ -199,12 +201,14 @@ def _handle_empty_round(args: Any, round_index: int, played: PlayedRound) -> Non
         f"--- {r.prompt[-200:]!r}\n    → {r.completion[:300]!r} (finish {r.finish}, reward {r.reward})"
         for r in played.rollouts[:3]
     )
+    remedy = played.remedy or (
+        "A wrong answer format is the usual reason; compare these completions with what the reward "
+        "functions expect. Show the format with few_shot_examples, sample more (num_generations, "
+        "temperature), raise max_completion_length, or lower reward_threshold."
+    )
     message = (
-        f"round {round_index} kept nothing to train on: {describe_funnel(played.funnel)}. A wrong "
-        "answer format is the usual reason; compare three completions with what the reward "
-        f"functions expect:\n{examples}\n"
-        "Show the format with few_shot_examples, sample more (num_generations, temperature), "
-        "raise max_completion_length, or lower reward_threshold."
+        f"round {round_index} kept nothing to train on: {describe_funnel(played.funnel)}. {remedy} "
+        f"Completions:\n{examples}"
     )
     if args.on_empty_round == "raise":
         raise EmptyRoundError(message)

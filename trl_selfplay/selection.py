@@ -18,7 +18,16 @@ from trl_selfplay.prompts import Prompt
 from trl_selfplay.rollouts import Rollout
 
 Outcome = Literal[
-    "kept", "abstained", "truncated", "failed", "leaked", "too_long", "duplicate", "capped"
+    "kept",
+    "abstained",
+    "truncated",
+    "failed",
+    "leaked",
+    "too_long",
+    "duplicate",
+    "capped",
+    "identical",
+    "empty",
 ]
 LeakFilter = Callable[[Any, str, Any], str | None]
 NormalForm = Callable[[str], Hashable]
@@ -40,6 +49,8 @@ class OutcomeCounts:
         duplicate: Equal in normal form to another one of the same prompt.
         capped: Over the most that are kept of a prompt.
         kept: To be trained on.
+        identical: SPIN: the data's own completion, which teaches nothing as its opponent.
+        empty: SPIN: nothing but the end.
     """
 
     abstained: int = 0
@@ -50,6 +61,8 @@ class OutcomeCounts:
     duplicate: int = 0
     capped: int = 0
     kept: int = 0
+    identical: int = 0
+    empty: int = 0
 
     @property
     def sampled(self) -> int:
@@ -132,8 +145,8 @@ class Funnel:
         return cls(
             prompts=counts["prompts"],
             prompts_solved=counts["prompts_solved"],
-            unhinted=OutcomeCounts(**{name: counts[name] for name in names}),
-            hinted=OutcomeCounts(**{name: counts[_HINTED_PREFIX + name] for name in names}),
+            unhinted=OutcomeCounts(**{name: counts.get(name, 0) for name in names}),
+            hinted=OutcomeCounts(**{n: counts.get(_HINTED_PREFIX + n, 0) for n in names}),
             leak_reasons=tuple(
                 (key.removeprefix(_REASON_PREFIX), count)
                 for key, count in sorted(counts.items())

@@ -68,8 +68,9 @@ class SelfPlay:
         for name, rows in {"train_dataset": self.rows, **self.heldout}.items():
             longest = sorted(rows, key=lambda r: len(str(r.prompt)), reverse=True)
             longest = longest[:_CHECKED_AT_CONSTRUCTION]
-            few_shot = self.config.few_shot_in_training or (
-                name == "train_dataset" and self.config.few_shot_rounds != 0
+            few_shot = bool(self.formatter.few_shot_examples) and (
+                self.config.few_shot_in_training
+                or (name == "train_dataset" and self.config.few_shot_rounds != 0)
             )
             self._prompt_ids(
                 longest, few_shot, hinted and name == "train_dataset", name or "eval_dataset"
@@ -127,8 +128,9 @@ class SelfPlay:
             return []
         hinted, count = phase == "hint", self.config.num_generations
         indices = tuple(range(count, 2 * count) if hinted else range(count))
-        limit = self.config.few_shot_rounds
-        few_shot = limit is None or round_index < limit
+        few_shot = bool(self.formatter.few_shot_examples)
+        if few_shot and (limit := self.config.few_shot_rounds) is not None:
+            few_shot = round_index < limit
         prompt_ids = self._prompt_ids(rows, few_shot, hinted, "train_dataset")
         description = f"round {round_index}{' with hints' if hinted else ''}"
         with self._progress(description, len(rows) * count) as progress:
@@ -181,7 +183,7 @@ class SelfPlay:
 
     def training_prompt_ids(self, rows: Sequence[PromptRow]) -> dict[str, tuple[int, ...]]:
         """Return the prompts as trained on: never hinted, few-shot only if configured."""
-        few_shot = self.config.few_shot_in_training
+        few_shot = bool(self.formatter.few_shot_examples) and self.config.few_shot_in_training
         return {row.prompt_id: self.formatter.token_ids(row, few_shot=few_shot) for row in rows}
 
     def fits(self, rollout: Rollout, prompt_ids: Mapping[str, tuple[int, ...]]) -> bool:
@@ -211,9 +213,10 @@ class SelfPlay:
             save_selection(folder / "selection.parquet", selection)
             if self.config.log_completions:
                 print_completions(rollouts, self.config.num_completions_to_print)
-            _save_rows(folder / "dataset", rows)
+            save_rows(folder / "dataset", rows)
         self.collector.accelerator.wait_for_everyone()
-        rewards = mean_rewards(rollouts, self.collector.scorer.names)
+        scorer = self.collector.scorer
+        rewards = mean_rewards(rollouts, () if scorer is None else scorer.names)
         return PlayedRound(
             rows,
             len(examples),
@@ -271,7 +274,8 @@ def add_history(
     return added
 
 
-def _save_rows(folder: Path, rows: Dataset) -> None:
+def save_rows(folder: Path, rows: Dataset) -> None:
+    """Write a dataset so that a reader sees either all of it or nothing; one that is there stays."""
     if folder.exists():
         return
     temporary = folder.with_name(f".{folder.name}")

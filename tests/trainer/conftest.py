@@ -1,9 +1,10 @@
 """A STaR run small enough for a second: a tiny model, a dozen sums, a reward it often meets."""
 
 import pytest
+from datasets import Dataset
 from transformers import TrainerCallback
 
-from trl_selfplay import STaRConfig, STaRTrainer
+from trl_selfplay import SPINConfig, SPINTrainer, STaRConfig, STaRTrainer
 from trl_selfplay.weights import trainable_parameters
 
 
@@ -84,3 +85,69 @@ def build_star(tmp_path, tiny_model, word_tokenizer, sums):
 @pytest.fixture
 def recorder():
     return Recorder()
+
+
+@pytest.fixture
+def answers():
+    """Build rows whose completions a random model doesn't write: columns prompt, completion."""
+
+    def build(num_rows=12, first=0):
+        pairs = [divmod(i, 10) for i in range(first, first + num_rows)]
+        return Dataset.from_list(
+            [
+                {"prompt": f"Q {b} + {a} = ?", "completion": f" so {b} + {a} = {(a + b) % 10}"}
+                for a, b in pairs
+            ]
+        )
+
+    return build
+
+
+class PairRecorder(TrainerCallback):
+    """Keeps the log lines of training steps by round."""
+
+    def __init__(self) -> None:
+        self.steps = {}
+        self.learning_rates = {}
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "rewards/margins" in logs and "loss" in logs:
+            self.steps.setdefault(logs["round"], []).append(dict(logs))
+
+
+@pytest.fixture
+def pair_recorder():
+    return PairRecorder()
+
+
+@pytest.fixture
+def build_spin(tmp_path, tiny_model, word_tokenizer, answers):
+    """Return a function that builds a SPINTrainer; keywords that are fields go to the config."""
+
+    def build(folder="run", *, model=None, train_dataset=None, **changes):
+        fields = SPINConfig.__dataclass_fields__
+        settings = {
+            "num_rounds": 3,
+            "max_completion_length": 64,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": [],
+            "disable_tqdm": True,
+            "activation_checkpointing": False,
+            "use_cpu": True,
+        }
+        settings |= {k: v for k, v in changes.items() if k in fields}
+        arguments = {
+            "processing_class": word_tokenizer,
+            **{k: v for k, v in changes.items() if k not in fields},
+        }
+        return SPINTrainer(
+            tiny_model(word_tokenizer) if model is None else model,
+            args=SPINConfig(str(tmp_path / folder), **settings),
+            train_dataset=answers(12) if train_dataset is None else train_dataset,
+            **arguments,
+        )
+
+    return build

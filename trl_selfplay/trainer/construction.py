@@ -6,13 +6,12 @@ those that the rounds need.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerBase
-from trl import SFTConfig
 
 from trl_selfplay.collection import Collector
 from trl_selfplay.generation.sampler import build_sampling_options
@@ -55,24 +54,44 @@ def check_arguments(
             initialisation that changes base weights.
     """
     settings: Any = args
-    if not isinstance(args, config_class):
-        raise TypeError(
-            f"args is a {type(args).__name__}; this trainer needs a {config_class.__name__}, which "
-            "has all of its parent's fields: change the class name in your script."
-        )
+    check_config_class(args, config_class)
     if reward_funcs is None or reward_funcs == []:
         raise ValueError(
             "`reward_funcs` is missing: something must say which completions are right. Pass a "
             "function such as trl_selfplay.rewards.exact_reward, a reward model id, or a list."
         )
-    check_peft_config(peft_config)
-    for existing in getattr(model, "peft_config", {}).values():
-        check_peft_config(existing)
+    check_adapters(model, peft_config)
     refuse_unused_arguments(**unused, args=args)
     # Also raises for unknown generation_kwargs.
     build_sampling_options(args, ())
     if settings.packing and settings.max_length is None:
         raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
+
+
+def check_config_class(args: Any, config_class: type) -> None:
+    """Raise TypeError if `args` is not the trainer's own config."""
+    if not isinstance(args, config_class):
+        raise TypeError(
+            f"args is a {type(args).__name__}; this trainer needs a {config_class.__name__}, which "
+            "has all of its parent's fields: change the class name in your script."
+        )
+
+
+def check_adapters(model: Any, peft_config: Any) -> None:
+    """Raise ValueError for PEFT initialisations that change base weights."""
+    check_peft_config(peft_config)
+    for existing in getattr(model, "peft_config", {}).values():
+        check_peft_config(existing)
+
+
+def refuse_optimizers(optimizers: tuple[Any, Any]) -> None:
+    """Raise ValueError for optimizer objects, which would serve the first round only."""
+    if any(part is not None for part in optimizers or ()):
+        raise ValueError(
+            "`optimizers` was given, but every round starts with a fresh optimizer and scheduler, "
+            "and yours would serve the first round only. Choose the optimizer with `args.optim` "
+            "or `optimizer_cls_and_kwargs`, where the trainer has it."
+        )
 
 
 def refuse_unused_arguments(
@@ -83,12 +102,7 @@ def refuse_unused_arguments(
     args: Any,
 ) -> None:
     """Raise ValueError for parent arguments that a run over rounds would silently ignore."""
-    if any(part is not None for part in optimizers or ()):
-        raise ValueError(
-            "`optimizers` was given, but every round starts with a fresh optimizer and scheduler, "
-            "and yours would serve the first round only. Choose the optimizer with `args.optim` "
-            "or `optimizer_cls_and_kwargs`."
-        )
+    refuse_optimizers(optimizers)
     for name, value in (
         ("compute_metrics", compute_metrics),
         ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
@@ -111,9 +125,7 @@ def refuse_unused_arguments(
         )
 
 
-def load_processing_class(
-    model: Any, processing_class: Any, args: SFTConfig
-) -> PreTrainedTokenizerBase:
+def load_processing_class(model: Any, processing_class: Any, args: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer, loaded as TRL would, and check that it can end a completion.
 
     Raises:
@@ -131,7 +143,7 @@ def load_processing_class(
             f"processing_class is a {type(processing_class).__name__}; rounds work on text, so "
             "pass a model with a plain tokenizer."
         )
-    if processing_class.eos_token is None and args.eos_token is None:
+    if processing_class.eos_token is None and getattr(args, "eos_token", None) is None:
         raise ValueError(
             f"the tokenizer {processing_class.name_or_path!r} has no end-of-sequence token, so no "
             "completion could ever finish. Set `eos_token` in the config, or "
@@ -146,7 +158,11 @@ def placeholder_dataset(tokenizer: PreTrainedTokenizerBase) -> Dataset:
     return Dataset.from_dict({"input_ids": [[eos, eos]], "labels": [[-100, eos]]})
 
 
-def load_heldout_sets(eval_dataset: Any, train_rows: list[PromptRow]) -> dict[str, list[PromptRow]]:
+def load_heldout_sets(
+    eval_dataset: Any,
+    train_rows: list[PromptRow],
+    load_rows: Callable[[Any, str], list[PromptRow]] = load_prompt_rows,
+) -> dict[str, list[PromptRow]]:
     """Return the held-out sets by name ("" for a single one), none of them seen in training.
 
     Raises:
@@ -159,7 +175,7 @@ def load_heldout_sets(eval_dataset: Any, train_rows: list[PromptRow]) -> dict[st
     sets = {}
     for name, dataset in named.items():
         label = f"eval_dataset[{name!r}]" if name else "eval_dataset"
-        sets[name] = load_prompt_rows(dataset, label)
+        sets[name] = load_rows(dataset, label)
         shared = [row for row in sets[name] if canonical_prompt(row.prompt) in trained_on]
         if shared:
             twin = trained_on[canonical_prompt(shared[0].prompt)]
@@ -202,7 +218,7 @@ def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[s
         # A model that the parent loads from its source as it is can be read from there again.
         keeps_initial_weights=uses_peft
         or not isinstance(model, str)
-        or args.chat_template_path is not None,
+        or getattr(args, "chat_template_path", None) is not None,
         keeps_every_model=uses_peft,
         greater_is_better=args.greater_is_better is not False,
     )
@@ -212,12 +228,15 @@ def build_self_play(
     trainer: Any,
     rows: list[PromptRow],
     heldout: Mapping[str, list[PromptRow]],
-    few_shot_examples: Sequence[FewShotExample],
-    hint_formatter: HintFormatter | None,
-    reward_funcs: Any,
-    reward_processing_classes: Any,
+    few_shot_examples: Sequence[FewShotExample] = (),
+    hint_formatter: HintFormatter | None = None,
+    reward_funcs: Any = None,
+    reward_processing_classes: Any = None,
 ) -> SelfPlay:
-    """Put the stages of a round together for a trainer whose parent has been built."""
+    """Put the stages of a round together for a trainer whose parent has been built.
+
+    Without reward functions completions are sampled and not graded.
+    """
     args, tokenizer = trainer.args, trainer.processing_class
     keep_4bit_weights_trainable(trainer.model)
     check_generation_config(trainer.model.generation_config)
@@ -233,7 +252,9 @@ def build_self_play(
             sampler=TransformersSampler(
                 lambda: trainer.model_wrapped, tokenizer, accelerator=trainer.accelerator
             ),
-            scorer=Scorer(
+            scorer=None
+            if reward_funcs is None
+            else Scorer(
                 reward_funcs,
                 reward_weights=args.reward_weights,
                 reward_processing_classes=reward_processing_classes,
@@ -247,7 +268,7 @@ def build_self_play(
             tokenizer=tokenizer,
             accelerator=trainer.accelerator,
             seed=args.seed,
-            reward_threshold=args.reward_threshold,
+            reward_threshold=getattr(args, "reward_threshold", 1.0),
         ),
         eos_token_ids=collect_eos_token_ids(trainer.model, tokenizer),
         eos_token_id=tokenizer.eos_token_id,
@@ -258,6 +279,7 @@ def build_self_play(
 def describe_trainer(trainer: Any) -> dict[str, Any]:
     """Return what makes a trainer's run, see `run_identity.describe_run`."""
     play: SelfPlay = trainer.self_play
+    scorer = play.collector.scorer
     examples = [
         (canonical_prompt(e.prompt), e.completion, str(e.solution))
         for e in play.formatter.few_shot_examples
@@ -272,7 +294,7 @@ def describe_trainer(trainer: Any) -> dict[str, Any]:
         {
             "method": trainer._name,
             "model": trainer.model.config.name_or_path,
-            "reward_funcs": play.collector.scorer.names,
+            "reward_funcs": None if scorer is None else scorer.names,
             "few_shot_examples": f"{len(examples)}, "
             + hashlib.blake2b(repr(examples).encode(), digest_size=8).hexdigest(),
         },

@@ -1,0 +1,121 @@
+"""Rows of SFT and preference datasets become prompts and the tokens of completions."""
+
+import logging
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from trl_selfplay.chosen import drop_long_rows, load_chosen_rows, tokenize_chosen
+from trl_selfplay.prompts import PromptFormatter
+
+USER, ASSISTANT = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yo")))
+
+
+def load(*records):
+    return load_chosen_rows(Dataset.from_list(list(records)), "train_dataset")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "hi", "completion": "yo"},
+        {"prompt": "hi", "chosen": "yo", "rejected": "no"},
+        {"messages": [USER, ASSISTANT]},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"prompt": [USER], "chosen": [ASSISTANT]},
+        {"prompt": [USER], "chosen": [USER, ASSISTANT]},
+        {"prompt": "hi", "chosen": [USER, ASSISTANT]},
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]},
+    ],
+)
+def test_all_forms_of_a_dataset_give_prompt_and_completion(record, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        (row,) = load(record)
+    conversational = not isinstance(record.get("completion", record.get("chosen")), str)
+    assert row.prompt == ([USER] if conversational else "hi")
+    assert row.solution == ([ASSISTANT] if conversational else "yo")
+    assert ("`rejected` is not used" in caplog.text) == ("rejected" in record)
+
+
+def test_the_last_assistant_turn_is_the_completion() -> None:
+    (row,) = load({"messages": [USER, ASSISTANT, USER, ASSISTANT]})
+    assert row.prompt == [USER, ASSISTANT, USER]
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "message"),
+    [
+        ({"prompt": "hi", "solution": "4"}, ValueError, "has no completions to learn from"),
+        ({"messages": [USER, ASSISTANT, USER]}, ValueError, "ends with a turn of the role 'user'"),
+        ({"messages": [ASSISTANT]}, ValueError, "no prompt before"),
+        ({"prompt": "hi", "completion": " "}, ValueError, "row 0: the completion is ' '"),
+        ({"prompt": "hi", "completion": None}, ValueError, "the completion is None"),
+        ({"prompt": [USER], "completion": "yo"}, TypeError, "give both as text"),
+    ],
+)
+def test_a_row_that_cannot_work_is_refused(record, kind, message) -> None:
+    with pytest.raises(kind, match=message):
+        load(record)
+
+
+def test_datasets_of_another_kind_are_refused() -> None:
+    with pytest.raises(TypeError, match="finite set"):
+        load_chosen_rows(IterableDataset.from_generator(lambda: iter([])), "train_dataset")
+    with pytest.raises(TypeError, match=r"must be a `datasets.Dataset`.*got list"):
+        load_chosen_rows([], "train_dataset")
+    empty = Dataset.from_dict({"prompt": [], "completion": []})
+    with pytest.raises(ValueError, match="is empty"):
+        load_chosen_rows(empty, "train_dataset")
+
+
+def tokens_of(tokenizer, record):
+    rows = load(record)
+    formatter = PromptFormatter(tokenizer)
+    (tokens,) = tokenize_chosen(
+        formatter, rows, (tokenizer.eos_token_id,), tokenizer.eos_token_id, "train_dataset"
+    ).values()
+    return tokenizer, tokens
+
+
+def test_chat_tokens_are_the_template_of_both_minus_that_of_the_prompt(chat_tokenizer) -> None:
+    """SP-8: the prompt with its generation prompt, as sampled from."""
+    tokenizer, tokens = tokens_of(chat_tokenizer, {"messages": [USER, ASSISTANT]})
+    assert tokenizer.decode(list(tokens.prompt_ids)) == "<user>hi<eos><assistant>"
+    assert tokenizer.decode(list(tokens.chosen_ids)) == "yo<eos>"
+
+
+def test_what_a_template_adds_after_eos_is_left_out(chat_tokenizer) -> None:
+    """SP-9: no sampled completion has it."""
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(
+        "<eos>{% endfor", "<eos>\n{% endfor"
+    )
+    tokenizer, tokens = tokens_of(chat_tokenizer, {"messages": [USER, ASSISTANT]})
+    assert tokenizer.decode(list(tokens.prompt_ids)).endswith("<eos>\n<assistant>")
+    assert tokenizer.decode(list(tokens.chosen_ids)) == "yo<eos>"
+
+
+def test_a_template_that_renders_the_prompt_otherwise_is_refused(chat_tokenizer) -> None:
+    """SP-8."""
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(
+        "<assistant>{% endif", "<assistant>so {% endif"
+    )
+    with pytest.raises(ValueError, match="another prompt than the one trained on"):
+        tokens_of(chat_tokenizer, {"messages": [USER, ASSISTANT]})
+
+
+def test_plain_completions_get_one_eos(byte_tokenizer) -> None:
+    for text in ("yo", "yo<eos>"):
+        tokenizer, tokens = tokens_of(byte_tokenizer, {"prompt": "hi", "completion": text})
+        assert tokenizer.decode(list(tokens.chosen_ids)) == "yo<eos>"
+
+
+def test_long_rows_are_left_out_and_counted(byte_tokenizer, caplog) -> None:
+    rows = load({"prompt": "hi", "completion": "yo"}, {"prompt": "a", "completion": "b" * 50})
+    tokens = tokenize_chosen(PromptFormatter(byte_tokenizer), rows, (1,), 1, "train_dataset")
+    with caplog.at_level(logging.WARNING):
+        kept = drop_long_rows(rows, tokens, 20, 2, "train_dataset")
+    assert [row.prompt for row in kept] == ["hi"]
+    assert "1 of 2 rows are longer than max_length=20" in caplog.text
+    assert "longer than max_completion_length=2" in caplog.text
+    with pytest.raises(ValueError, match="so none is left"):
+        drop_long_rows(rows, tokens, 4, 2, "train_dataset")

@@ -1,0 +1,61 @@
+"""SPINConfig: the algorithm's defaults, the published recipe, and what is refused."""
+
+import logging
+
+import pytest
+from trl import DPOConfig, TrlParser
+
+from trl_selfplay import SPINConfig
+
+
+def test_the_defaults_are_the_algorithm(tmp_path) -> None:
+    config = SPINConfig(str(tmp_path), use_cpu=True)
+    assert isinstance(config, DPOConfig)
+    assert (config.temperature, config.top_p, config.top_k, config.min_p) == (1.0, 1.0, 0, None)
+    assert (config.start_from, config.history_rounds, config.num_generations) == ("previous", 0, 1)
+    assert config.loss_type == ["sigmoid"]
+    assert config.precompute_ref_log_probs
+    assert config.metric_for_best_model == "eval_logps"
+
+
+def test_the_papers_recipe(tmp_path, caplog) -> None:
+    """arXiv 2401.01335, section 6.1, and the configs of uclaml/SPIN."""
+    with caplog.at_level(logging.WARNING):
+        config = SPINConfig.from_paper(output_dir=str(tmp_path), use_cpu=True)
+    assert "another distribution" in caplog.text
+    assert config.num_rounds == 4
+    assert config.round_learning_rates == [5e-7, 5e-7, 1e-7, 1e-7]
+    assert config.round_betas == [0.1, 0.1, 0.1, 5.0]
+    assert (config.temperature, config.history_rounds, config.optim) == (0.0, 1, "rmsprop")
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 64
+    assert config.get_warmup_steps(1000) == 100
+    longer = SPINConfig.from_paper(output_dir=str(tmp_path), use_cpu=True, num_rounds=6)
+    assert longer.round_betas == [0.1, 0.1, 0.1, 5.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precompute_ref_log_probs": False}, "wrong opponent from round 1"),
+        ({"start_from": "base"}, "the policy as it enters"),
+        ({"disable_dropout": False}, "margins don't begin at 0"),
+        ({"stop_strings": ["\n"]}, "without EOS"),
+        ({"round_betas": [0.1, 0.1]}, "round_betas has 2 values for num_rounds=3"),
+        ({"round_betas": [0.1] * 4}, "round_betas has 4 values"),
+        ({"round_betas": [0.1, 0.0, 1.0]}, "must be above 0"),
+        ({"beta": -1.0}, "beta=-1.0"),
+        ({"round_learning_rates": [1e-6]}, "round_learning_rates has 1 values"),
+        ({"temperature": 0.0, "num_generations": 2}, "copies of one completion"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(tmp_path, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        SPINConfig(str(tmp_path), use_cpu=True, **changes)
+
+
+def test_the_parser_reads_lists_of_a_value_a_round(tmp_path) -> None:
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--num_rounds", "2",
+             "--round_betas", "0.1", "5", "--round_learning_rates", "5e-7", "1e-7"]  # fmt: skip
+    (config,) = TrlParser(SPINConfig).parse_args_and_config(flags)
+    assert config.round_betas == [0.1, 5.0]
+    assert config.round_learning_rates == [5e-7, 1e-7]

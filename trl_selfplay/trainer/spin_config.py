@@ -1,0 +1,163 @@
+"""Configuration of SPINTrainer, with the published recipe as a preset."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from trl import DPOConfig
+
+from trl_selfplay.trainer.self_play_config import (
+    SelfPlayConfig,
+    check_self_play_config,
+    switch_off_bf16_without_gpu,
+)
+
+logger = logging.getLogger(__name__)
+
+# Official code of SPIN, arXiv 2401.01335 (configs, scripts and README of uclaml/SPIN): RMSProp
+# without weight decay, linear schedule with a tenth of warm-up, 64 pairs a step, 2 epochs, a
+# greedy opponent with at most 256 tokens, this round's and the last round's pairs.
+_PAPER: dict[str, Any] = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 8,
+    "optim": "rmsprop",
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+    "max_length": 1024,
+    "max_completion_length": 256,
+    "temperature": 0.0,
+    "history_rounds": 1,
+}
+_PAPER_LEARNING_RATES = (5e-7, 5e-7, 1e-7, 1e-7)
+_PAPER_BETAS = (0.1, 0.1, 0.1, 5.0)
+
+
+@dataclass
+class SPINConfig(SelfPlayConfig, DPOConfig):
+    """Configuration of `SPINTrainer`: DPOConfig's fields, per round, and those of the outer loop.
+
+    The defaults are the algorithm of SPIN (arXiv 2401.01335): the opponent is sampled as it is
+    (temperature 1, nothing filtered), each round trains on its own pairs, from where the last
+    round ended, with the logistic loss. `SPINConfig.from_paper` gives the published recipe.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  # as in TRL: read by the parser, not a field
+        *DPOConfig._VALID_DICT_FIELDS,
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    start_from: str = field(
+        default="previous",
+        metadata={
+            "help": "Weights that a round's training starts from. SPIN's opponent is the policy as "
+            "it enters the round, so only 'previous' is right.",
+            "choices": ["previous"],
+        },
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={
+            "help": "The opponent's log-probs are computed once a round, before any update. False "
+            "is refused: TRL would then use another opponent."
+        },
+    )
+    round_betas: list[float] | None = field(
+        default=None, metadata={"help": "One beta for each round, in place of `beta`."}
+    )
+
+    def __post_init__(self) -> None:
+        switch_off_bf16_without_gpu(self)
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_logps"
+            self.greater_is_better = True
+        super().__post_init__()
+        check_self_play_config(self)
+        if not self.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs=False: TRL would compare with the base model or the "
+                "checkpoint on disk, which is the wrong opponent from round 1 on. Leave it True."
+            )
+        if self.start_from != "previous":
+            raise ValueError(
+                f"start_from={self.start_from!r}: SPIN's opponent is the policy as it enters the "
+                "round (arXiv 2401.01335, equation 4.7); a restart from the base would begin away "
+                "from it. Leave it 'previous'."
+            )
+        if not self.disable_dropout:
+            raise ValueError(
+                "disable_dropout=False: with dropout the policy differs from its opponent at the "
+                "first step of each round, so the margins don't begin at 0. Leave it True."
+            )
+        if self.stop_strings:
+            raise ValueError(
+                f"stop_strings={self.stop_strings!r}: the opponent's completions would end without "
+                "EOS and the data's with it, which tells them apart. Leave it out."
+            )
+        self._check_betas()
+        self._warn_off_policy()
+
+    def _check_betas(self) -> None:
+        if self.round_betas is not None:
+            # YAML reads 1e-1 as text, which the parser mends for single numbers but not in lists.
+            self.round_betas = [float(beta) for beta in self.round_betas]
+            if len(self.round_betas) != self.num_rounds:
+                raise ValueError(
+                    f"round_betas has {len(self.round_betas)} values for "
+                    f"num_rounds={self.num_rounds}; give one a round."
+                )
+        for beta in [self.beta, *(self.round_betas or ())]:
+            if beta <= 0.0:
+                raise ValueError(f"beta={beta}; it must be above 0, or no pair would teach.")
+
+    def _warn_off_policy(self) -> None:
+        changed = [
+            f"{name}={getattr(self, name)}"
+            for name, neutral in (
+                ("temperature", (1.0,)),
+                ("top_p", (1.0,)),
+                ("top_k", (0,)),
+                ("min_p", (None, 0.0)),
+                ("repetition_penalty", (1.0,)),
+            )
+            if getattr(self, name) not in neutral
+        ]
+        if changed:
+            logger.warning(
+                "%s: the opponent is sampled from another distribution than the one whose "
+                "log-probs are in the loss. The published recipe did so (greedy); the fixed point "
+                "of the theory needs temperature=1.0 without filters.",
+                ", ".join(changed),
+            )
+
+    @classmethod
+    def from_paper(cls, **overrides: Any) -> Self:
+        """Return the published recipe.
+
+        It departs from the formula in two places: completions are decoded greedily, so they are
+        the mode of the opponent and no samples of it, and from round 1 on half of the pairs hold
+        completions of the round before, while the reference of all pairs is the newest opponent.
+        Two things differ from the official code: prompts have the training template also while
+        sampling, and completions that are cut at 256 tokens are dropped, where the code ends them
+        with EOS. The 64 pairs of a step are 8 times 8 in one process; set
+        `gradient_accumulation_steps=1` on 8 GPUs. The schedule ends after the 2 epochs that the
+        paper names, where the scripts stop a 6-epoch schedule early. LoRA needs a learning rate
+        ten to twenty times higher.
+
+        Args:
+            **overrides: Fields to set otherwise, such as `output_dir`. More than 4 rounds repeat
+                the last round's learning rate and beta.
+
+        Source: SPIN, arXiv 2401.01335, section 6.1, and the configs of uclaml/SPIN.
+        """
+        num_rounds = overrides.get("num_rounds", len(_PAPER_BETAS))
+        last = len(_PAPER_BETAS) - 1
+        per_round = {
+            "round_learning_rates": [
+                _PAPER_LEARNING_RATES[min(t, last)] for t in range(num_rounds)
+            ],
+            "round_betas": [_PAPER_BETAS[min(t, last)] for t in range(num_rounds)],
+        }
+        return cls(**{**_PAPER, **per_round, "num_rounds": num_rounds, **overrides})

@@ -1,0 +1,333 @@
+"""SPIN: a model learns to tell the data from its former self, until it can't.
+
+In: prompts with the data's completions. Out: the model after `num_rounds` rounds.
+Source: SPIN, arXiv 2401.01335, Algorithm 1 and equation 4.7. The outer loop is in rounds.py, the
+pairs in pairs.py, the opponent's log-probs in opponent.py.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers.trainer_utils import TrainOutput
+from trl import DPOTrainer
+
+from trl_selfplay.chosen import ChosenTokens, drop_long_rows, load_chosen_rows, tokenize_chosen
+from trl_selfplay.discriminator import build_heldout_rows, measure_heldout
+from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.heldout import HeldOutScores, metric_prefixes
+from trl_selfplay.monitor import find_convergence
+from trl_selfplay.opponent import check_opponent, score_pairs, store_opponent
+from trl_selfplay.pairs import build_pair_rows, find_giveaways, pair_metrics, select_pairs
+from trl_selfplay.prompts import PromptRow
+from trl_selfplay.report import print_completions, say
+from trl_selfplay.round_log import add_rounds_to_card, log_with_round
+from trl_selfplay.rounds import PlayedRound, run_rounds
+from trl_selfplay.self_play import load_kept, save_selection
+from trl_selfplay.trainer.construction import (
+    build_run,
+    build_self_play,
+    check_adapters,
+    check_config_class,
+    default_output_dir,
+    describe_trainer,
+    load_heldout_sets,
+    load_processing_class,
+    refuse_optimizers,
+    reload_initial_weights,
+)
+from trl_selfplay.trainer.spin_config import SPINConfig
+
+logger = logging.getLogger(__name__)
+
+_REMEDY = (
+    "Completions that are cut need a higher max_completion_length or a model that knows its EOS "
+    "token (start from one that was fine-tuned on such data). Empty ones come from a model that "
+    "ends at once: check that the chat template's generation prompt is the one it was trained "
+    "with. If all equal the data's, there is nothing left to learn."
+)
+
+
+class SPINTrainer(DPOTrainer):
+    """Trains a causal language model against its own completions, round after round.
+
+    Takes what `trl.DPOTrainer` takes, in its order. `train_dataset` has the columns `prompt` and
+    `completion`, `messages` (the last assistant turn is the completion), or `prompt` and `chosen`;
+    the rejected completions are the model's own. `eval_dataset`, one set or a dict of sets, holds
+    held-out rows of the same form.
+
+    Raises:
+        ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
+
+    Source: SPIN, arXiv 2401.01335, Algorithm 1.
+    """
+
+    args: SPINConfig
+    _tag_names = ["trl-selfplay", "spin"]  # noqa: RUF012  # as in TRL
+    _name = "SPIN"
+    _paper = {  # noqa: RUF012  # as in TRL
+        "title": "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models",
+        "id": "2401.01335",
+        "citation": """\
+@inproceedings{chen2024selfplay,
+    title        = {{Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models}},
+    author       = {Zixiang Chen and Yihe Deng and Huizhuo Yuan and Kaixuan Ji and Quanquan Gu},
+    year         = 2024,
+    booktitle    = {Proceedings of the 41st International Conference on Machine Learning},
+    eprint       = {arXiv:2401.01335},
+}""",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: SPINConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        if args is None:
+            args = SPINConfig(default_output_dir(model, "SPIN"))
+        check_config_class(args, SPINConfig)
+        _refuse_unused(ref_model, compute_metrics)
+        refuse_optimizers(optimizers)
+        check_adapters(model, peft_config)
+        build_sampling_options(args, ())  # raises for unknown generation_kwargs
+        rows = load_chosen_rows(train_dataset, "train_dataset")
+        heldout = load_heldout_sets(eval_dataset, rows, load_chosen_rows)
+        tokenizer = load_processing_class(model, processing_class, args)
+        # One row for the parent to be built on; no round ever trains on it.
+        placeholder = Dataset.from_list([{"prompt": "?", "chosen": " yes", "rejected": " no"}])
+        self.run = build_run(args, model, peft_config, list(heldout))
+        uses_peft = peft_config is not None or hasattr(model, "peft_config")
+        had_ref_adapter = "ref" in getattr(model, "peft_config", {})
+        # The parent loads no second model if it may precompute (plain model) or has adapters to
+        # switch off; with adapters precomputing would only hash all weights.
+        args.precompute_ref_log_probs = not uses_peft
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=placeholder,
+                eval_dataset=placeholder if heldout else None,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        finally:
+            args.precompute_ref_log_probs = True
+        self.precompute_ref_logps = True  # the loss reads the stored columns
+        policy: Any = self.model
+        if "ref" in getattr(policy, "peft_config", {}) and not had_ref_adapter:
+            policy.delete_adapter("ref")  # the parent's copy: right in round 0 only
+        self.eval_dataset = eval_dataset
+        self.self_play = build_self_play(self, rows, heldout)
+        self.chosen: dict[str, ChosenTokens] = {}
+        rows[:] = self._tokenize(rows, "train_dataset")
+        for name, heldout_rows in heldout.items():
+            heldout_rows[:] = self._tokenize(heldout_rows, f"eval_dataset {name}".strip())
+        self.self_play.check_longest_prompts(hinted=False)
+        self._heldout_pairs: dict[str, Dataset] = {}
+        self._checked_round: int | None = None
+
+    def _tokenize(self, rows: list[PromptRow], name: str) -> list[PromptRow]:
+        play, args = self.self_play, self.args
+        tokens = tokenize_chosen(play.formatter, rows, play.eos_token_ids, play.eos_token_id, name)
+        self.chosen |= tokens
+        return drop_long_rows(rows, tokens, args.max_length, args.max_completion_length, name)
+
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Run all rounds; `resume_from_checkpoint=True` goes on where a run in `output_dir` stopped.
+
+        Raises:
+            EmptyRoundError: A round kept no pair and `on_empty_round` is "raise".
+            FileExistsError: `output_dir` holds rounds and resuming was not asked for.
+            ValueError: It holds rounds of another configuration, or `trial` was given.
+            WrongOpponentError: At the first step of a round its margins are not 0.
+        """
+        if trial is not None:
+            raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
+        return run_rounds(self, super().train, resume_from_checkpoint)
+
+    def play_round(self, round_index: int) -> PlayedRound:
+        """Sample y' ~ p_θt(·|x), pair it with the data's y, and score both under p_θt."""
+        play, args, folder = self.self_play, self.args, self.run.folder(round_index)
+        self.beta = args.beta if args.round_betas is None else args.round_betas[round_index]
+        rollouts = play.sample(play.draw_prompts(round_index), round_index, "train", folder)
+        selection = select_pairs(rollouts, self.chosen, args.max_length)
+        earlier = range(max(round_index - args.history_rounds, 0), round_index)
+        history = [r for t in earlier for r in load_kept(self.run.folder(t))]
+        pairs = build_pair_rows(
+            [*selection.kept, *history], self.chosen, seed=args.seed + round_index
+        )
+        if self.is_world_process_zero():
+            save_selection(folder / "selection.parquet", selection)
+            if args.log_completions:
+                print_completions(rollouts, args.num_completions_to_print)
+        self._warn_giveaways(pairs, round_index)
+        training_rows = store_opponent(self, pairs, folder / "dataset")  # log p_θt(y), log p_θt(y')
+        self._play_heldout(round_index, folder)
+        return PlayedRound(
+            training_rows,
+            len(training_rows),
+            selection.funnel,
+            tuple(rollouts),
+            pair_metrics(rollouts, selection, self.chosen, len(training_rows)),
+            {},
+            _REMEDY,
+        )
+
+    def _play_heldout(self, round_index: int, folder: Path) -> None:
+        """Let the opponent complete the held-out prompts, and score both sides under it."""
+        for name, rows in self.self_play.heldout.items():
+            where = folder / "evaluation" / name
+            rollouts = self.self_play.sample(rows, round_index, "eval", where)
+            pairs = build_heldout_rows(rows, self.chosen, rollouts)
+            self._heldout_pairs[name] = store_opponent(self, pairs, where / "pairs")
+
+    def _warn_giveaways(self, pairs: Dataset, round_index: int) -> None:
+        tokenizer: Any = self.self_play.formatter.tokenizer  # its stubs know lists of texts only
+        found = find_giveaways(
+            list(zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)),
+            lambda token: tokenizer.decode([token]),
+            self.self_play.eos_token_ids,
+        )
+        if found:
+            logger.warning(
+                "round %d: the opponent's completions can be told apart without reading them: %s. "
+                "If this is format and not style, the round learns the format: look at the data's "
+                "first and last tokens, the chat template and max_completion_length.",
+                round_index,
+                "; ".join(found),
+            )
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Return the summed log-probs of both completions under the model as it is now.
+
+        The parent switches adapters off (or to "ref") unless it has a reference model. Here the
+        model itself is the reference, at the moment it is asked.
+        """
+        self.ref_model: Any = self.model
+        try:
+            return super().compute_ref_log_probs(model, inputs)
+        finally:
+            self.ref_model = None
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check the opponent before the first step of a fresh round, then train as the parent."""
+        round_index = self.run.round_index
+        if round_index is not None and self._checked_round != round_index:
+            if self.state.global_step == 0:  # else the round goes on from a checkpoint
+                check_opponent(self, model, inputs, round_index)
+            self._checked_round = round_index
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
+        """Score the policy on held-out prompts, against the opponent of the round that it ended."""
+        if not self.self_play.heldout:
+            return None
+        scores = self._score(self.self_play.heldout, "eval")
+        for prefix in metric_prefixes(list(self.self_play.heldout), "eval").values():
+            if self.is_world_process_zero() and (text := find_convergence(scores.metrics, prefix)):
+                say(f"round {round_index}: {text}")
+        return scores
+
+    def _score(self, sets: Mapping[str, list[PromptRow]], prefix: str) -> HeldOutScores:
+        started = time.monotonic()
+        metrics: dict[str, float] = {}
+        first: dict[str, float] | None = None
+        for name, set_prefix in metric_prefixes(list(sets), prefix).items():
+            pairs = self._heldout_pairs.get(name)
+            if pairs is None or sets[name] is not self.self_play.heldout.get(name):
+                pairs = build_heldout_rows(sets[name], self.chosen, ())
+            measured, per_prompt = measure_heldout(
+                pairs, score_pairs(self, pairs), self.beta, set_prefix
+            )
+            metrics |= measured
+            first = per_prompt if first is None else first
+        return HeldOutScores(metrics, first or {}, time.monotonic() - started)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Return `eval_logps` and, for the trainer's own sets, what sets the policy off its opponent.
+
+        Takes a dataset in the form of `eval_dataset`, a dict of them, or the name of a set; None
+        scores all of the trainer's own.
+
+        Raises:
+            ValueError: There is no held-out set, or none of that name.
+        """
+        sets = self.self_play.heldout
+        if isinstance(eval_dataset, str):
+            if eval_dataset not in sets:
+                raise ValueError(f"no held-out set {eval_dataset!r}; there are {sorted(sets)}.")
+            sets = {eval_dataset: sets[eval_dataset]}
+        elif eval_dataset is not None:
+            sets = load_heldout_sets(eval_dataset, self.self_play.rows, load_chosen_rows)
+            for name, rows in sets.items():
+                rows[:] = self._tokenize(rows, f"eval_dataset {name}".strip())
+        if not sets:
+            raise ValueError(
+                "evaluate() needs an `eval_dataset` of held-out prompts with the data's completions."
+            )
+        scores = self._score(sets, metric_key_prefix)
+        metrics = {**scores.metrics, f"{metric_key_prefix}_runtime": round(scores.seconds, 4)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the round, and with steps that go on over rounds."""
+        log_with_round(self, super().log, logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card, and what each round came to."""
+        super().create_model_card(*args, **kwargs)
+        add_rounds_to_card(self)
+
+    def reload_initial_weights(self) -> None:
+        """Set the trainable weights back to what they were before round 0."""
+        reload_initial_weights(self)
+
+    def describe_run(self) -> dict[str, Any]:
+        """Return what must stay equal over all processes of one run."""
+        return describe_trainer(self)
+
+
+def _refuse_unused(ref_model: Any, compute_metrics: Any) -> None:
+    """Raise ValueError for the parent's arguments that rounds would get wrong or ignore."""
+    if ref_model is not None:
+        raise ValueError(
+            "`ref_model` was given, but SPIN's reference is the policy itself as it enters each "
+            "round: its log-probs are computed once a round, and no second model is held. Leave it "
+            "out. For another opponent override `compute_ref_log_probs(model, inputs)` in a "
+            "subclass; its log-probs are then what the loss compares with."
+        )
+    if compute_metrics is not None:
+        raise ValueError(
+            "`compute_metrics` was given, but held-out rows are scored by log-probs of whole "
+            "completions: there are no logits to compute metrics from. Leave it out."
+        )
