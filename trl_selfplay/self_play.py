@@ -79,7 +79,8 @@ class SelfPlay:
     def warn_unreadable_solutions(self) -> None:
         """Say before anything is sampled which solutions the reward functions can't read."""
         sample = self.rows[:_MOST_SOLUTIONS_READ]
-        found = self.collector.scorer.find_unreadable([row.solution for row in sample])
+        scorer = self.collector.scorer
+        found = {} if scorer is None else scorer.find_unreadable([r.solution for r in sample])
         for name, indices in found.items():
             examples = ", ".join(
                 f"row {sample[i].row_index}: {str(sample[i].solution)[:80]!r}" for i in indices[:5]
@@ -167,9 +168,13 @@ class SelfPlay:
                 prefix=prefix,
                 with_few_shot=with_few_shot,
             )
-        logged = self.collector.scorer.take_metrics()
-        scores.metrics.update({f"{prefix}_{name}": value for name, value in logged.items()})
+        scores.metrics.update({f"{prefix}_{n}": v for n, v in self._take_logged().items()})
         return scores
+
+    def _take_logged(self) -> dict[str, float]:
+        """Return the numbers that reward functions logged; none where nothing is graded."""
+        scorer = self.collector.scorer
+        return {} if scorer is None else scorer.take_metrics()
 
     def _progress(
         self,
@@ -223,7 +228,7 @@ class SelfPlay:
             selection.funnel,
             tuple(rollouts),
             round_metrics(rollouts, selection, rewards, len(examples))
-            | {f"play/{n}": v for n, v in self.collector.scorer.take_metrics().items()},
+            | {f"play/{n}": v for n, v in self._take_logged().items()},
             rewards,
         )
 
