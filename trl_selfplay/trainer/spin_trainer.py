@@ -109,6 +109,8 @@ class SPINTrainer(DPOTrainer):
         # One row for the parent to be built on; no round ever trains on it.
         placeholder = Dataset.from_list([{"prompt": "?", "chosen": " yes", "rejected": " no"}])
         self.run = build_run(args, model, peft_config, list(heldout))
+        if self.run.chosen_metric is not None:  # with the name of the first of several sets
+            args.metric_for_best_model = self.run.chosen_metric
         uses_peft = peft_config is not None or hasattr(model, "peft_config")
         had_ref_adapter = "ref" in getattr(model, "peft_config", {})
         # The parent loads no second model if it may precompute (plain model) or has adapters to

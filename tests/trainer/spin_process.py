@@ -1,0 +1,89 @@
+"""A SPIN run in a process of its own: `spin_process.py FOLDER MODEL PHASE COUNT [PEFT]`.
+
+It kills itself with SIGKILL at the COUNTth event of PHASE ("sampling", "scoring", "training";
+"none" lets it live), and writes the first log line of each round to FOLDER/first.json.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from trl_selfplay import SPINConfig, SPINTrainer
+
+
+class Witness(TrainerCallback):
+    """Counts down to the kill, and keeps each round's first step."""
+
+    def __init__(self, phase: str, count: int) -> None:
+        self.phase, self.count = phase, count
+        self.first: dict[int, dict[str, float]] = {}
+
+    def event(self, phase: str) -> None:
+        if phase == self.phase:
+            self.count -= 1
+            if self.count < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.event("training")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        if "rewards/margins" in logs and "loss" in logs:
+            self.first.setdefault(logs["round"], dict(logs))
+
+
+def main(folder: str, model: str, phase: str, count: str, peft: str = "lora") -> None:
+    """Run or go on with three rounds."""
+    witness = Witness(phase, int(count))
+
+    class WatchedTrainer(SPINTrainer):
+        def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+            witness.event("scoring")
+            return super().compute_ref_log_probs(model, inputs)
+
+    pairs = [divmod(i, 10) for i in range(24)]
+    rows = [
+        {"prompt": f"Q {a} + {b} = ?", "completion": f" so {b} + {a} = {(a + b) % 10}"}
+        for a, b in pairs
+    ]
+    trainer = WatchedTrainer(
+        model,
+        args=SPINConfig(
+            folder, num_rounds=3, max_completion_length=64, max_steps=3, save_steps=1,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2,
+            logging_steps=1, report_to=[], disable_tqdm=True, activation_checkpointing=False,
+            use_cpu=True, load_best_round_at_end=False,
+        ),
+        train_dataset=Dataset.from_list(rows[:18]),
+        eval_dataset=Dataset.from_list(rows[18:]),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+        if peft == "lora"
+        else None,
+        callbacks=[witness],
+    )  # fmt: skip
+    sampler = trainer.self_play.collector.sampler
+    sample = sampler.sample
+
+    def watched_sample(*args: Any) -> Iterator[Any]:
+        for finished in sample(*args):
+            witness.event("sampling")
+            yield finished
+
+    sampler.sample = watched_sample
+    sampler.suggest_batch_size = lambda longest_prompt, max_completion_length: 2
+    trainer.train(resume_from_checkpoint=True)
+    if trainer.is_world_process_zero():
+        (Path(folder) / "first.json").write_text(json.dumps(witness.first))
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
