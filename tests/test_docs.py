@@ -12,11 +12,13 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 import trl_selfplay
 from trl_selfplay import STaRConfig
 
 ROOT = Path(__file__).parent.parent
+CHAT_TEMPLATE = "{% for m in messages %} {{ m.content }} <eos> {% endfor %}"
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 
 
@@ -49,12 +51,14 @@ def test_a_python_block_compiles(block) -> None:
     compile(block, "README.md", "exec")
 
 
-def test_the_pages_have_an_example_and_two_diffs() -> None:
+def test_the_pages_have_an_example_and_a_diff_for_each_kind_of_script() -> None:
     assert len(blocks("README.md", "python")) >= 1
-    assert len(DIFFS) == 2
+    assert len(DIFFS) == 3
 
 
-@pytest.mark.parametrize("script", OUR_SCRIPTS, ids=["example", "from GRPO", "from SFT"])
+@pytest.mark.parametrize(
+    "script", OUR_SCRIPTS, ids=["example", "from GRPO", "from SFT", "from DPO"]
+)
 def test_a_script_of_the_readme_builds_its_trainer(
     script, saved_tiny_model, sums, monkeypatch, tmp_path
 ) -> None:
@@ -67,19 +71,37 @@ def test_a_script_of_the_readme_builds_its_trainer(
         if args[0] == "openai/gsm8k":  # question, answer, as there
             rows = rows.rename_columns({"prompt": "question", "solution": "answer"})
             rows = rows.map(lambda row: {"answer": f"because #### {row['answer']}"})
+        if args[0] == "trl-lib/ultrafeedback_binarized":  # chosen, rejected: whole conversations
+            rows = rows.map(
+                lambda row: {
+                    "chosen": [{"role": "user", "content": row["prompt"]},
+                               {"role": "assistant", "content": row["solution"]}],
+                    "rejected": [{"role": "user", "content": row["prompt"]},
+                                 {"role": "assistant", "content": "no"}],
+                },
+                remove_columns=["prompt", "solution"],
+            )  # fmt: skip
         return rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
     build, _, _ = script.partition("trainer.train()")
     small = build.replace("Qwen/Qwen2.5-0.5B-Instruct", str(saved_tiny_model))
-    small = small.replace("STaRConfig(", "STaRConfig(max_completion_length=8, report_to=[], ")
+    tokenizer = AutoTokenizer.from_pretrained(saved_tiny_model)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(saved_tiny_model)
+    for name in ("STaRConfig(", "SPINConfig("):
+        small = small.replace(name, f"{name}max_completion_length=8, report_to=[], use_cpu=True, ")
     assert small.count("max_completion_length=8") == 1
     namespace: dict[str, object] = {}
     exec(compile(small, "README.md", "exec"), namespace)
     assert len(asked) == 1
-    assert isinstance(namespace["trainer"], trl_selfplay.STaRTrainer)
-    assert {row.solution for row in namespace["trainer"].self_play.rows} == {"0", "1", "2", "3"}
+    trainer = namespace["trainer"]
+    assert isinstance(trainer, trl_selfplay.STaRTrainer | trl_selfplay.SPINTrainer)
+    solutions = [row.solution for row in trainer.self_play.rows]
+    if isinstance(trainer, trl_selfplay.SPINTrainer):
+        solutions = [messages[-1]["content"] for messages in solutions]
+    assert set(solutions) == {"0", "1", "2", "3"}
 
 
 def test_there_are_two_set_up_commands() -> None:
