@@ -69,7 +69,20 @@ class SPINScriptArguments(trl.ScriptArguments):
 def build_questions(count: int, seed: int) -> list[dict[str, Any]]:
     """Return questions with answers in one style: what is given, one step, the result."""
     rng = random.Random(seed)
-    words = ["amber", "birch", "cloud", "daisy", "ember", "fjord", "grove", "heron", "ivory", "jolly", "kayak", "lemon"]
+    words = [
+        "amber",
+        "birch",
+        "cloud",
+        "daisy",
+        "ember",
+        "fjord",
+        "grove",
+        "heron",
+        "ivory",
+        "jolly",
+        "kayak",
+        "lemon",
+    ]
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < count:
         a, b = rng.randint(2, 60), rng.randint(2, 30)
