@@ -8,16 +8,20 @@ the Jensen-Shannon divergence between data and opponent (each way round), whatev
 ln 2 minus the held-out loss is a lower bound of how far the opponent still is from the data.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 
 from datasets import Dataset
 
 from trl_selfplay.chosen import ChosenTokens
 from trl_selfplay.evaluation import bootstrap_interval
+from trl_selfplay.heldout import HeldOutScores
 from trl_selfplay.prompts import PromptRow
-from trl_selfplay.rollouts import Rollout
+from trl_selfplay.rollouts import Rollout, save_text
 
 LN_2 = math.log(2.0)
 
@@ -112,6 +116,16 @@ def measure_heldout(
 def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
     low, high = bootstrap_interval(values)
     return {f"{name}_low": low, f"{name}_high": high}
+
+
+def save_scores(path: Path, scores: HeldOutScores) -> None:
+    """Write held-out scores down, for a run that goes on when the weights are other ones."""
+    save_text(path, json.dumps(asdict(scores)))
+
+
+def load_scores(path: Path) -> HeldOutScores:
+    """Read back what `save_scores` wrote."""
+    return HeldOutScores(**json.loads(path.read_text()))
 
 
 def logistic_loss(margin: float) -> float:

@@ -145,7 +145,7 @@ def test_an_interrupted_run_resumes_to_the_same_pairs_log_probs_and_weights(
         for t in range(2):
             assert rows_of(interrupted, t) == rows_of(whole, t)
         for mine, other in zip(interrupted.run.lines, whole.run.lines, strict=True):
-            assert mine["eval"] == other["eval"]
+            assert (mine["eval"], mine["gain"]) == (other["eval"], other["gain"])
         weights = trainable_parameters(whole.model)
         for name, parameter in trainable_parameters(interrupted.model).items():
             assert torch.equal(parameter, weights[name]), name
@@ -178,7 +178,7 @@ def test_held_out_pairs_are_measured_every_round_and_choose_the_best(build_spin,
     metrics = trainer.evaluate(answers(3, first=60))
     assert {"eval_logps", "eval_runtime"} <= set(metrics)
     assert "eval_win_rate" not in metrics
-    assert "eval_win_rate" in trainer.evaluate("two")
+    assert "eval_two_win_rate" in trainer.evaluate("two")
     with pytest.raises(ValueError, match="no held-out set 'three'"):
         trainer.evaluate("three")
     card = (trainer.run.root.parent / "README.md").read_text()

@@ -16,7 +16,12 @@ from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 
 from trl_selfplay.chosen import ChosenTokens, drop_long_rows, load_chosen_rows, tokenize_chosen
-from trl_selfplay.discriminator import build_heldout_rows, measure_heldout
+from trl_selfplay.discriminator import (
+    build_heldout_rows,
+    load_scores,
+    measure_heldout,
+    save_scores,
+)
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.heldout import HeldOutScores, metric_prefixes
 from trl_selfplay.monitor import find_convergence
@@ -220,6 +225,14 @@ class SPINTrainer(DPOTrainer):
                 "; ".join(found),
             )
 
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Leave the parent's placeholder as it is.
+
+        The parent would score it at construction, through a file that a second process looks for
+        in a folder of its own.
+        """
+        return dataset
+
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """Return the summed log-probs of both completions under the model as it is now.
 
@@ -242,10 +255,19 @@ class SPINTrainer(DPOTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
-        """Score the policy on held-out prompts, against the opponent of the round that it ended."""
+        """Score the policy on held-out prompts, against the opponent of the round that it ended.
+
+        What is in `folder` is read back: a run that goes on has other weights than before round 0.
+        """
         if not self.self_play.heldout:
             return None
+        path = None if folder is None else folder / "scores.json"
+        if path is not None and path.exists():
+            return load_scores(path)
         scores = self._score(self.self_play.heldout, "eval")
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        if path is not None and self.is_world_process_zero():
+            save_scores(path, scores)
         for prefix in metric_prefixes(list(self.self_play.heldout), "eval").values():
             if self.is_world_process_zero() and (text := find_convergence(scores.metrics, prefix)):
                 say(f"round {round_index}: {text}")
