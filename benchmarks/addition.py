@@ -214,8 +214,8 @@ def run_arm(arm: str, seed: int) -> dict[str, Any]:
         def play_round(self, round_index: int) -> Any:
             from datasets import Dataset
 
+            from trl_selfplay.funnel import Funnel
             from trl_selfplay.rounds import PlayedRound
-            from trl_selfplay.selection import Funnel
 
             pairs = [pair for part in sums["train"].values() for pair in part]
             rows = [row_of(self.processing_class, f"{a}+{b}=", scratchpad(a, b)) for a, b in pairs]

@@ -33,12 +33,12 @@ from typing import Any
 from datasets import Dataset
 
 from trl_selfplay.demo import demo_arguments, demo_split, load_demo_model_path
+from trl_selfplay.funnel import Funnel, OutcomeCounts
 from trl_selfplay.prompts import load_prompt_rows
 from trl_selfplay.rewards import extract_answer
 from trl_selfplay.rollouts import load_rollouts
 from trl_selfplay.rounds import PlayedRound
 from trl_selfplay.run_folder import find_best_round
-from trl_selfplay.selection import Funnel, OutcomeCounts
 from trl_selfplay.self_play import load_kept
 from trl_selfplay.training_data import training_completion_ids
 from trl_selfplay.weights import load_saved_model

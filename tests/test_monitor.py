@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trl_selfplay.funnel import Funnel, OutcomeCounts
 from trl_selfplay.monitor import (
     best_round,
     is_better,
@@ -13,7 +14,6 @@ from trl_selfplay.monitor import (
     warn_truncation,
     warn_warmup,
 )
-from trl_selfplay.selection import Funnel, OutcomeCounts
 
 
 def test_a_model_that_solves_nothing_is_warned_about_with_the_largest_k() -> None:

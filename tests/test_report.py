@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from trl_selfplay.funnel import Funnel, OutcomeCounts
 from trl_selfplay.report import (
     SamplingProgress,
     forecast,
@@ -18,7 +19,6 @@ from trl_selfplay.report import (
     round_table,
     rounds_markdown,
 )
-from trl_selfplay.selection import Funnel, OutcomeCounts
 
 
 def evaluation(accuracy: float, pass_at_8: float, prefix: str = "eval") -> dict[str, float]:

@@ -10,16 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_selfplay.funnel import Funnel, OutcomeCounts, describe_funnel
+from trl_selfplay.normal_forms import default_normal_form
 from trl_selfplay.rollouts import Rollout
-from trl_selfplay.selection import (
-    Funnel,
-    OutcomeCounts,
-    Selection,
-    default_normal_form,
-    describe_funnel,
-    select,
-    unsolved_prompts,
-)
+from trl_selfplay.selection import Selection, select, unsolved_prompts
 
 
 def make_rollout(

@@ -74,6 +74,7 @@ class Collector:
     accelerator: Accelerator
     seed: int
     reward_threshold: float = 1.0
+    refuses_negative_rewards: bool = False
 
     def collect(
         self,
@@ -125,7 +126,7 @@ class Collector:
                 num_tokens = sum(len(r.completion_ids) for r in rollouts)
                 progress.update(len(rollouts), num_tokens, restored=True)
             if self.scorer is not None and not all(r.is_graded for r in rollouts):
-                rollouts = self._grade(self.scorer, rollouts, by_id)
+                rollouts = self.grade(rollouts, {i: a.row for i, a in by_id.items()})
                 if path is not None:
                     save_rollouts(path, rollouts)
             collected += rollouts
@@ -203,10 +204,17 @@ class Collector:
             )
         return finished
 
-    def _grade(
-        self, scorer: Scorer, rollouts: Sequence[Rollout], by_id: Mapping[str, Assignment]
-    ) -> list[Rollout]:
-        rows = [by_id[r.prompt_id].row for r in rollouts]
+    def grade(self, rollouts: Sequence[Rollout], by_id: Mapping[str, PromptRow]) -> list[Rollout]:
+        """Return the rollouts with their rewards.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: From a reward function, named.
+            ValueError: A reward is negative where rewards are weights.
+        """
+        scorer = self.scorer
+        if scorer is None:
+            raise RuntimeError("there are no reward functions to grade with")
+        rows = [by_id[r.prompt_id] for r in rollouts]
         completions: list[Any] = [
             [{"role": "assistant", "content": r.completion}]
             if row.is_conversational
@@ -219,10 +227,27 @@ class Collector:
             completion_ids=[list(r.completion_ids) for r in rollouts],
             columns={name: [row.columns[name] for row in rows] for name in rows[0].columns},
         )
-        return [
+        graded = [
             replace(r, rewards=rewards, reward=scorer.weighted(rewards))
             for r, rewards in zip(rollouts, scores, strict=True)
         ]
+        if self.refuses_negative_rewards:
+            _check_not_negative(graded, scorer.names)
+        return graded
+
+
+def _check_not_negative(rollouts: Sequence[Rollout], names: Sequence[str]) -> None:
+    for r in rollouts:
+        if r.reward is not None and r.reward < 0.0:
+            scored = {n: s for n, s in zip(names, r.rewards, strict=True) if s is not None}
+            worst = min(scored, key=lambda name: scored[name])
+            raise ValueError(
+                f"a completion has the reward {r.reward:g} ({worst} gave {scored[worst]:g}), and "
+                "loss_weighting='reward' weighs completions by their reward, which must not be "
+                "negative (arXiv 2312.06585, section 3). Shift or clip the reward, or set "
+                f"loss_weighting='filter'. Prompt: {r.prompt[-200:]!r}. Completion: "
+                f"{r.completion[:200]!r}"
+            )
 
 
 def _decode(tokenizer: Any, ids: Sequence[int], **kwargs: Any) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from trl_selfplay.evaluation import binomial_interval
-from trl_selfplay.selection import Funnel
+from trl_selfplay.funnel import Funnel
 
 LITTLE_TO_GAIN = 0.95
 MOST_HINTED = 0.5

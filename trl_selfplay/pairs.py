@@ -14,8 +14,9 @@ from statistics import fmean
 from datasets import Dataset
 
 from trl_selfplay.chosen import ChosenTokens
+from trl_selfplay.funnel import Funnel, Outcome, OutcomeCounts
 from trl_selfplay.rollouts import Rollout
-from trl_selfplay.selection import Funnel, Outcome, OutcomeCounts, Selection
+from trl_selfplay.selection import Selection
 
 # Thresholds are ours: a single token that half of the pairs can be told apart by, a length that
 # tells apart nine of ten. Below this many pairs chance alone gives such numbers.

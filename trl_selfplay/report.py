@@ -15,9 +15,9 @@ from typing import Any, Self
 
 from tqdm.auto import tqdm
 
+from trl_selfplay.funnel import Funnel
 from trl_selfplay.monitor import best_round
 from trl_selfplay.rollouts import Rollout
-from trl_selfplay.selection import Funnel
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-Phase = Literal["train", "hint", "eval"]
+Phase = Literal["train", "hint", "eval", "gold"]
 Finish = Literal["eos", "stop", "length"]
 
 
@@ -26,7 +26,7 @@ class Rollout:
 
     Attributes:
         round_index: The round that sampled it, counted from 0; -1 is the untrained model.
-        phase: "train", "hint" or "eval".
+        phase: "train", "hint", "eval", or "gold" (a human completion, `round_index` -1).
         prompt_id: 128-bit hash of the canonical JSON of (prompt, solution), as 32 hex digits.
         sample_index: Which of the prompt's samples; hinted ones go on at `num_generations`.
         prompt_ids: Tokens that the model was conditioned on, few-shot examples and hint included.

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_selfplay.monitor import warn_warmup
 from trl_selfplay.report import rounds_markdown, say
-from trl_selfplay.run_folder import Run, name_of_weights
+from trl_selfplay.run_folder import Run
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ class RoundCallback(TrainerCallback):
         round_index = run.round_index
         if round_index is None:
             return
-        start = "base" if args.start_from == "base" else name_of_weights(round_index - 1)
+        start = "base" if args.start_from == "base" else run.weights_before(round_index)
         if state.is_world_process_zero:
-            sampled_from = name_of_weights(round_index - 1)
+            sampled_from = run.weights_before(run.sampling_round(round_index))
             source = sampled_from if round_index == 0 else f"{sampled_from}'s model"
             say(
                 f"round {round_index}: sample from {source}, train from {start}, "

@@ -7,26 +7,25 @@ on disk before the next begins, and whatever is found there is not done again:
     samples/, selection.parquet, dataset/ → checkpoint-*/ → model/ → evaluation/ → rounds.jsonl
 """
 
-import gc
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from datasets import Dataset
-from transformers import TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
+from trl_selfplay.diversity import warn_sharpening
 from trl_selfplay.evaluation import paired_difference
+from trl_selfplay.funnel import Funnel, describe_funnel
 from trl_selfplay.heldout import HeldOutScores
 from trl_selfplay.monitor import warn_baseline, warn_hint_share, warn_truncation
+from trl_selfplay.parent_training import free_optimizer, train_on
 from trl_selfplay.report import print_round_table
-from trl_selfplay.rollouts import Rollout
+from trl_selfplay.rollouts import Rollout, load_rollouts
 from trl_selfplay.round_log import RoundCallback, call_round_event, say_where_interrupted
 from trl_selfplay.run_folder import (
     UNTRAINED,
@@ -36,11 +35,9 @@ from trl_selfplay.run_folder import (
     has_stalled,
     last_whole_checkpoint,
     load_lines,
-    name_of_weights,
 )
 from trl_selfplay.run_identity import check_identity
-from trl_selfplay.selection import Funnel, describe_funnel
-from trl_selfplay.weights import load_saved_model, load_trainable, replace_folder, save_trainable
+from trl_selfplay.weights import load_saved_model, load_trainable, save_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +58,8 @@ class PlayedRound:
         metrics: Numbers for the log, with the prefixes play/ and select/.
         rewards: Mean weighted reward, and the mean of each function by name.
         remedy: Why a round of this method is left empty and what to do; "" where rewards decide.
+        details: What else to write down of the round.
+        may_be_skipped: An empty round leaves the weights as they are, and the next one begins.
     """
 
     training_rows: Dataset
@@ -70,6 +69,17 @@ class PlayedRound:
     metrics: dict[str, float]
     rewards: dict[str, float | None]
     remedy: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    may_be_skipped: bool = False
+
+    def as_improve_step(
+        self, grow: int, improve: int, threshold: float, *, may_be_skipped: bool
+    ) -> "PlayedRound":
+        """Return the round as one of several that train on the same samples (ReST)."""
+        # JSON has no infinity.
+        shown = None if threshold == float("-inf") else threshold
+        details = {"grow": grow, "improve": improve, "threshold": shown}
+        return replace(self, details=details, may_be_skipped=may_be_skipped)
 
 
 class RoundTrainer(Protocol):
@@ -95,6 +105,8 @@ def run_rounds(
     trainer: Any,
     train_parent: Callable[..., TrainOutput],
     resume_from_checkpoint: bool | str | None,
+    trial: Any = None,
+    ignore_keys_for_eval: list[str] | None = None,
 ) -> TrainOutput:
     """Run all rounds that are not yet on disk and return the parent's outcome over all of them.
 
@@ -103,12 +115,17 @@ def run_rounds(
         train_parent: The parent class's bound `train`.
         resume_from_checkpoint: True goes on where the output directory's rounds stop, from the
             first unfinished shard or checkpoint; on an empty directory it starts round 0.
+        trial: As `transformers.Trainer.train` takes it; must be None.
+        ignore_keys_for_eval: Likewise; held-out prompts give no logits to leave keys out of.
 
     Raises:
         EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
         FileExistsError: The output directory holds rounds and resuming was not asked for.
-        ValueError: It holds rounds of another configuration, named field by field.
+        ValueError: It holds rounds of another configuration, named field by field, or `trial` was
+            given.
     """
+    if trial is not None:
+        raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
     args, run = trainer.args, trainer.run
     _open_run(trainer, resume_from_checkpoint)
     callback = RoundCallback(trainer)
@@ -119,7 +136,10 @@ def run_rounds(
         with say_where_interrupted(run):
             before = trainer.score_heldout(UNTRAINED, run.folder(UNTRAINED) / "evaluation")
             _report_baseline(run, before)
-            for round_index in range(len(run.lines), args.num_rounds):
+            if run.warm_up_rows is not None and not run.lines:
+                settings = {"output_dir": str(run.warm_up_folder)}
+                train_on(trainer, train_parent, run.warm_up_rows, settings, args.seed)
+            for round_index in range(len(run.lines), args.num_rounds * run.improve_steps):
                 run.round_index = round_index
                 run.steps_before = sum(line["steps"] for line in run.lines)
                 if call_round_event(trainer, "on_round_begin", round_index):
@@ -127,7 +147,7 @@ def run_rounds(
                 started = time.monotonic()
                 played = trainer.play_round(round_index)
                 run.seconds = {"sample": time.monotonic() - started, "train": 0.0}
-                if played.num_examples == 0:
+                if played.num_examples == 0 and not played.may_be_skipped:
                     _handle_empty_round(args, round_index, played)
                     break
                 for warn in (warn_hint_share, warn_truncation):
@@ -221,52 +241,45 @@ def _train_round(
     """Train on the round's rows and keep the outcome; None if that was done before a kill."""
     args, run = trainer.args, trainer.run
     folder = run.folder(round_index)
-    model_folder, state_path = folder / "model", folder / "trainer_state.json"
-    if model_folder.exists():
-        load_saved_model(trainer.model, model_folder)
-        trainer.state = TrainerState.load_from_json(str(state_path))
-        return None
-    if args.start_from == "base" and round_index > 0:
+    is_trained = (folder / "model").exists()
+    has_warmed_up = run.warm_up_rows is not None
+    if args.start_from == "base" and not is_trained and (round_index > 0 or has_warmed_up):
         trainer.reload_initial_weights()
     run.pending_logs.append(played.metrics)
-    checkpoint = last_whole_checkpoint(folder)
-    if checkpoint is not None:
+    if is_trained or last_whole_checkpoint(folder) is not None:
         run.pending_logs.clear()  # logged before the kill
-    trainer.train_dataset = played.training_rows
     run.num_examples = played.num_examples
-    free_optimizer(trainer)
-    # Dropout must not depend on what happened in this process before: a resumed round starts alike.
-    set_seed(args.seed + round_index)
+    rows = played.training_rows
+    if played.num_examples == 0:
+        logger.warning(
+            "round %d selected nothing (%s) and leaves the weights as they are.",
+            round_index,
+            describe_funnel(played.funnel),
+        )
+        rows = None
     started = time.monotonic()
-    with _settings_of_round(args, folder, round_index):
-        output = train_parent(resume_from_checkpoint=checkpoint)
-        run.seconds["train"] = time.monotonic() - started
-        free_optimizer(trainer)
-        temporary = folder / ".model"
-        trainer.save_model(str(temporary))
-    if trainer.is_world_process_zero():
-        trainer.state.save_to_json(str(state_path))
-        replace_folder(temporary, model_folder)
-    trainer.accelerator.wait_for_everyone()
+    output = train_on(
+        trainer,
+        train_parent,
+        rows,
+        _settings_of_round(trainer, round_index),
+        args.seed + round_index,
+    )
+    run.seconds["train"] = time.monotonic() - started
     return output
 
 
-@contextmanager
-def _settings_of_round(args: Any, folder: Path, round_index: int) -> Iterator[None]:
-    """Point the parent at the round's folder and give it the round's own values."""
-    changed = {"output_dir": str(folder), "push_to_hub": False}
-    if args.round_learning_rates is not None:
-        changed["learning_rate"] = args.round_learning_rates[round_index]
-    if args.round_max_steps is not None:
-        changed["max_steps"] = args.round_max_steps[round_index]
-    previous = {name: getattr(args, name) for name in changed}
-    try:
-        for name, value in changed.items():
-            setattr(args, name, value)
-        yield
-    finally:
-        for name, value in previous.items():
-            setattr(args, name, value)
+def _settings_of_round(trainer: Any, round_index: int) -> dict[str, Any]:
+    """Return what the round changes in the parent's arguments: its folder and its own values."""
+    args, run = trainer.args, trainer.run
+    place, improve = divmod(round_index, run.improve_steps)
+    rates, steps = args.round_learning_rates, args.round_max_steps
+    rate = args.learning_rate if rates is None else rates[place]
+    return {
+        "output_dir": str(run.folder(round_index)),
+        "learning_rate": rate * run.improve_rate_factor**improve,
+        "max_steps": args.max_steps if steps is None else steps[place],
+    }
 
 
 def _finish_round(
@@ -283,13 +296,16 @@ def _finish_round(
         gain, standard_error = paired_difference(before.greedy, scores.greedy)
     if scores is not None:
         trainer.log(dict(scores.metrics))
+        _warn_sharpening(run, round_index, getattr(args, "reward_threshold", 1.0))
     rates = [log["learning_rate"] for log in state.log_history if "learning_rate" in log]
     line: dict[str, Any] = {
         "round": round_index,
-        "sampled_from": name_of_weights(round_index - 1),
-        "trained_from": "base" if args.start_from == "base" else name_of_weights(round_index - 1),
+        **played.details,
+        "sampled_from": run.weights_before(run.sampling_round(round_index)),
+        "trained_from": "base" if args.start_from == "base" else run.weights_before(round_index),
         "funnel": played.funnel.to_dict(),
         "rewards": played.rewards,
+        "metrics": {n: v for n, v in played.metrics.items() if n.startswith(("play/", "select/"))},
         "eval": {} if scores is None else scores.metrics,
         "gain": gain,
         "gain_standard_error": standard_error,
@@ -311,6 +327,23 @@ def _finish_round(
         _delete_what_is_done(trainer, round_index)
         print_round_table(run.lines, run.chosen_metric)
     return trainer.control.should_training_stop and state.global_step < state.max_steps
+
+
+def _warn_sharpening(run: Run, round_index: int, threshold: float) -> None:
+    """Compare the first set's held-out samples with those before training, where both are kept."""
+    before, now = (
+        [
+            rollout
+            for path in sorted(folder.glob("*sampled-*.parquet"))
+            if "few_shot_" not in path.name  # the untrained model's other form of the prompt
+            for rollout in load_rollouts(path)
+        ]
+        for folder in (run.folder(i) / "evaluation" for i in (UNTRAINED, round_index))
+    )
+    prompts = {r.prompt_id for r in now}
+    before = [r for r in before if r.prompt_id in prompts]
+    if before and (warning := warn_sharpening(before, now, threshold, round_index)):
+        logger.warning("%s", warning)
 
 
 def _delete_what_is_done(trainer: Any, round_index: int) -> None:
@@ -342,17 +375,3 @@ def _load_chosen_weights(trainer: Any) -> None:
         "the untrained model" if chosen == UNTRAINED else f"round {chosen}",
         last,
     )
-
-
-def free_optimizer(trainer: Any) -> None:
-    """Drop every reference to optimizer and scheduler, so that their memory is free.
-
-    `accelerator.free_memory` alone leaves those that the callback handler holds.
-    """
-    trainer.optimizer = trainer.lr_scheduler = None
-    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
-    trainer.accelerator.free_memory()
-    trainer.model.zero_grad(set_to_none=True)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

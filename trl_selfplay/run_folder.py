@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from trl_selfplay.monitor import best_round, rounds_without_gain
 from trl_selfplay.rollouts import save_text
 
@@ -38,6 +40,9 @@ class Run:
         keeps_initial_weights: Save the initial weights; False where they can be read again from
             the model's own source.
         keeps_every_model: Keep each round's model (adapters), not only the last and the best.
+        improve_steps: Rounds that train on the same samples, those of the first of them (ReST).
+        improve_rate_factor: What the learning rate falls by from one of them to the next.
+        warm_up_rows: What to train on before the first sampling, or None.
     """
 
     root: Path
@@ -46,6 +51,9 @@ class Run:
     keeps_initial_weights: bool
     keeps_every_model: bool
     greater_is_better: bool = True
+    improve_steps: int = 1
+    improve_rate_factor: float = 1.0
+    warm_up_rows: Dataset | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
     round_index: int | None = None
     steps_before: int = 0
@@ -56,6 +64,21 @@ class Run:
     def folder(self, round_index: int) -> Path:
         """Return the folder of a round; that of the untrained model is `before`."""
         return self.root / ("before" if round_index == UNTRAINED else f"round-{round_index:03d}")
+
+    @property
+    def warm_up_folder(self) -> Path:
+        """Where the training before the first sampling lies."""
+        return self.root / "warm-up"
+
+    def sampling_round(self, round_index: int) -> int:
+        """Return the round whose samples a round trains on: itself, but for Improve steps."""
+        return round_index - round_index % self.improve_steps
+
+    def weights_before(self, round_index: int) -> str:
+        """Return what to call the weights that a round finds."""
+        if round_index == 0 and self.warm_up_rows is not None:
+            return "warm-up"
+        return name_of_weights(round_index - 1)
 
     @property
     def initial_weights(self) -> Path:

@@ -11,157 +11,33 @@ hint, what doesn't fit in training goes, then duplicates, and only then a prompt
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any
 
+from trl_selfplay.funnel import Funnel, Outcome, OutcomeCounts
+from trl_selfplay.normal_forms import default_normal_form
 from trl_selfplay.prompts import Prompt
 from trl_selfplay.rollouts import Rollout
 
-Outcome = Literal[
-    "kept",
-    "abstained",
-    "truncated",
-    "failed",
-    "leaked",
-    "too_long",
-    "duplicate",
-    "capped",
-    "identical",
-    "empty",
-]
 LeakFilter = Callable[[Any, str, Any], str | None]
 NormalForm = Callable[[str], Hashable]
-
-_HINTED_PREFIX = "hinted_"
-_REASON_PREFIX = "leak_"
-
-
-@dataclass(frozen=True, slots=True)
-class OutcomeCounts:
-    """How many rollouts came to each outcome, in the order of the steps; they add up to `sampled`.
-
-    Attributes:
-        abstained: No reward function could tell (reward None).
-        truncated: Cut by length, whatever the reward.
-        failed: Reward below the threshold.
-        leaked: Hinted, and quotes the hint instead of reasoning.
-        too_long: Doesn't fit in a training row together with its prompt.
-        duplicate: Equal in normal form to another one of the same prompt.
-        capped: Over the most that are kept of a prompt.
-        kept: To be trained on.
-        identical: SPIN: the data's own completion, which teaches nothing as its opponent.
-        empty: SPIN: nothing but the end.
-    """
-
-    abstained: int = 0
-    truncated: int = 0
-    failed: int = 0
-    leaked: int = 0
-    too_long: int = 0
-    duplicate: int = 0
-    capped: int = 0
-    kept: int = 0
-    identical: int = 0
-    empty: int = 0
-
-    @property
-    def sampled(self) -> int:
-        """All of them."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    @property
-    def finished(self) -> int:
-        """Graded, and ended by the model itself."""
-        return self.sampled - self.abstained - self.truncated
-
-    @property
-    def correct(self) -> int:
-        """Finished, with a reward at the threshold or above."""
-        return self.finished - self.failed
-
-
-@dataclass(frozen=True, slots=True)
-class Funnel:
-    """What one round's selection came to.
-
-    The chain that people read is sampled → finished → correct (all without hint) → rationalized →
-    kept (both kinds).
-
-    Attributes:
-        prompts: Prompts that were sampled.
-        prompts_solved: Those with a correct completion without hint.
-        unhinted: Outcomes of what was sampled without hint.
-        hinted: Outcomes of what was sampled with the answer as hint.
-        leak_reasons: (reason, count) of the leaked ones, sorted by reason.
-    """
-
-    prompts: int
-    prompts_solved: int
-    unhinted: OutcomeCounts
-    hinted: OutcomeCounts = OutcomeCounts()
-    leak_reasons: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def sampled(self) -> int:
-        """Sampled without hint."""
-        return self.unhinted.sampled
-
-    @property
-    def finished(self) -> int:
-        """Of those, graded and ended by the model itself."""
-        return self.unhinted.finished
-
-    @property
-    def correct(self) -> int:
-        """Of those, with a reward at the threshold or above."""
-        return self.unhinted.correct
-
-    @property
-    def rationalized(self) -> int:
-        """Correct with the hint, and not leaked."""
-        return self.hinted.correct - self.hinted.leaked
-
-    @property
-    def kept(self) -> int:
-        """To be trained on, of both kinds."""
-        return self.unhinted.kept + self.hinted.kept
-
-    def to_dict(self) -> dict[str, int]:
-        """Return the counts as one flat mapping; those of hinted rollouts begin with `hinted_`."""
-        return {
-            "prompts": self.prompts,
-            "prompts_solved": self.prompts_solved,
-            "sampled": self.unhinted.sampled,
-            **asdict(self.unhinted),
-            "hinted_sampled": self.hinted.sampled,
-            **{_HINTED_PREFIX + name: count for name, count in asdict(self.hinted).items()},
-            **{_REASON_PREFIX + reason: count for reason, count in self.leak_reasons},
-        }
-
-    @classmethod
-    def from_dict(cls, counts: Mapping[str, int]) -> Self:
-        """Build a funnel from what `to_dict` returned."""
-        names = [field.name for field in fields(OutcomeCounts)]
-        return cls(
-            prompts=counts["prompts"],
-            prompts_solved=counts["prompts_solved"],
-            unhinted=OutcomeCounts(**{name: counts.get(name, 0) for name in names}),
-            hinted=OutcomeCounts(**{n: counts.get(_HINTED_PREFIX + n, 0) for n in names}),
-            leak_reasons=tuple(
-                (key.removeprefix(_REASON_PREFIX), count)
-                for key, count in sorted(counts.items())
-                if key.startswith(_REASON_PREFIX)
-            ),
-        )
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The kept rollouts and every rollout's outcome, both by (prompt_id, sample_index)."""
+    """What a round trains on, and why not on the rest.
+
+    Attributes:
+        kept: Rollouts of the round, by (prompt_id, sample_index).
+        outcomes: Every rollout's outcome, likewise.
+        funnel: Their counts.
+        history: Rollouts of earlier rounds that are trained on as well.
+    """
 
     kept: tuple[Rollout, ...]
     outcomes: tuple[tuple[Rollout, Outcome], ...]
     funnel: Funnel
+    history: tuple[Rollout, ...] = ()
 
 
 def select(
@@ -174,6 +50,9 @@ def select(
     max_per_prompt: int | None,
     fits: Callable[[Rollout], bool] | None,
     seed: int,
+    is_correct: Callable[[Rollout], bool] | None = None,
+    history: Sequence[Rollout] = (),
+    best_first: bool = False,
 ) -> Selection:
     """Select one round's rollouts to train on.
 
@@ -188,6 +67,14 @@ def select(
         max_per_prompt: Most rollouts to keep of a prompt, after deduplication; None keeps all.
         fits: Says whether a rollout fits in a training row; None lets all pass.
         seed: Of the draw under the cap, which depends on nothing but it and the ids.
+        is_correct: Decides instead of `reward_threshold`, on rollouts that were graded and ended
+            by themselves.
+        history: What earlier rounds selected, the newest round first. Those that repeat a newer
+            one are left out, whatever `normal_form`; the others join the new ones before the cap
+            is applied, and are counted apart.
+        best_first: Of duplicates the one with the highest reward stays, and the cap keeps the
+            highest rewards, so that what a higher threshold selects is part of what a lower one
+            does.
 
     Raises:
         ValueError: Two rollouts have the same prompt id and sample index, or one is not graded.
@@ -195,11 +82,16 @@ def select(
     """
     ordered = sorted(rollouts, key=_key)
     _check_records(ordered)
+    if is_correct is None:
+
+        def is_correct(rollout: Rollout) -> bool:
+            return rollout.passes(reward_threshold)
+
     outcomes: dict[tuple[str, int], Outcome] = {}
     leak_reasons: Counter[str] = Counter()
     candidates: dict[str, list[Rollout]] = {}
     for rollout in ordered:
-        outcome = _grade_outcome(rollout, reward_threshold)
+        outcome = _grade_outcome(rollout, is_correct)
         if outcome == "kept" and rollout.hinted and leak_filter is not None:
             reason = _leak_reason(rollout, leak_filter, prompts)
             if reason is not None:
@@ -210,15 +102,34 @@ def select(
         outcomes[_key(rollout)] = outcome
         if outcome == "kept":
             candidates.setdefault(rollout.prompt_id, []).append(rollout)
+    form = normal_form or default_normal_form
+    seen = {(r.prompt_id, form(r.completion)) for same in candidates.values() for r in same}
+    earlier: list[Rollout] = []
+    for rollout in history:
+        if not is_correct(rollout) or (fits is not None and not fits(rollout)):
+            continue
+        if (key := (rollout.prompt_id, form(rollout.completion))) not in seen:
+            seen.add(key)
+            earlier.append(rollout)
+            candidates.setdefault(rollout.prompt_id, []).append(rollout)
+    newest = ordered[0].round_index if ordered else 0
+    dropped: dict[int, Outcome] = {}
     for same_prompt in candidates.values():
+        if best_first:
+            same_prompt.sort(
+                key=lambda r: -(r.reward or 0.0)
+            )  # stable: of equal ones the first stays
         distinct, duplicates = _split_duplicates(same_prompt, normal_form)
-        capped = [] if max_per_prompt is None else _over_cap(distinct, max_per_prompt, seed)
-        outcomes |= {_key(r): "duplicate" for r in duplicates}
-        outcomes |= {_key(r): "capped" for r in capped}
+        capped = _over_cap(distinct, max_per_prompt, seed, newest, best_first)
+        dropped |= {id(r): "duplicate" for r in duplicates}
+        dropped |= {id(r): "capped" for r in capped}
+    outcomes |= {_key(r): dropped[id(r)] for r in ordered if id(r) in dropped}
+    added = tuple(r for r in earlier if id(r) not in dropped)
     return Selection(
         kept=tuple(r for r in ordered if outcomes[_key(r)] == "kept"),
         outcomes=tuple((r, outcomes[_key(r)]) for r in ordered),
-        funnel=_build_funnel(ordered, outcomes, leak_reasons, reward_threshold),
+        funnel=_build_funnel(ordered, outcomes, leak_reasons, len(added)),
+        history=added,
     )
 
 
@@ -240,12 +151,12 @@ def _check_records(ordered: Sequence[Rollout]) -> None:
             )
 
 
-def _grade_outcome(rollout: Rollout, threshold: float) -> Outcome:
+def _grade_outcome(rollout: Rollout, is_correct: Callable[[Rollout], bool]) -> Outcome:
     if rollout.reward is None:
         return "abstained"
     if rollout.is_truncated:
         return "truncated"
-    return "kept" if rollout.reward >= threshold else "failed"
+    return "kept" if is_correct(rollout) else "failed"
 
 
 def _leak_reason(
@@ -259,15 +170,6 @@ def _leak_reason(
             '"mentions_hint" for a completion to drop, or None for one to keep.'
         )
     return reason
-
-
-def default_normal_form(completion: str) -> str:
-    r"""Return a completion lower-cased and with white space folded.
-
-    >>> default_normal_form(" 3 + 4\n= 7. Answer:  7 ")
-    '3 + 4 = 7. answer: 7'
-    """
-    return " ".join(completion.lower().split())
 
 
 def _split_duplicates(
@@ -286,33 +188,48 @@ def _split_duplicates(
     return distinct, duplicates
 
 
-def _over_cap(distinct: Sequence[Rollout], max_per_prompt: int, seed: int) -> list[Rollout]:
+def _over_cap(
+    distinct: Sequence[Rollout],
+    max_per_prompt: int | None,
+    seed: int,
+    round_index: int,
+    best_first: bool,
+) -> list[Rollout]:
     """Return the rollouts of one prompt that are over the cap, drawn by a hash of seed and ids."""
+    if max_per_prompt is None:
+        return []
 
     def lot(rollout: Rollout) -> bytes:
         text = f"{seed}/{rollout.prompt_id}/{rollout.sample_index}"
+        if rollout.round_index != round_index:  # of an earlier round, under an index of its own
+            text += f"/{rollout.round_index}"
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
-    return sorted(distinct, key=lot)[max_per_prompt:]
+    def rank(rollout: Rollout) -> tuple[float, bytes]:
+        return -(rollout.reward or 0.0) if best_first else 0.0, lot(rollout)
+
+    return sorted(distinct, key=rank)[max_per_prompt:]
 
 
 def _build_funnel(
     rollouts: Sequence[Rollout],
     outcomes: Mapping[tuple[str, int], Outcome],
     leak_reasons: Mapping[str, int],
-    reward_threshold: float,
+    num_history: int,
 ) -> Funnel:
     counts: dict[bool, Counter[str]] = {
         hinted: Counter(outcomes[_key(r)] for r in rollouts if r.hinted == hinted)
         for hinted in (False, True)
     }
-    prompts = {r.prompt_id for r in rollouts}
+    wrong = ("abstained", "truncated", "failed")
+    solved = {r.prompt_id for r in rollouts if not r.hinted and outcomes[_key(r)] not in wrong}
     return Funnel(
-        prompts=len(prompts),
-        prompts_solved=len(prompts - unsolved_prompts(rollouts, reward_threshold)),
+        prompts=len({r.prompt_id for r in rollouts}),
+        prompts_solved=len(solved),
         unhinted=OutcomeCounts(**counts[False]),
         hinted=OutcomeCounts(**counts[True]),
         leak_reasons=tuple(sorted(leak_reasons.items())),
+        history=num_history,
     )
 
 
@@ -323,33 +240,5 @@ def unsolved_prompts(rollouts: Collection[Rollout], reward_threshold: float) -> 
 
     Source: STaR, arXiv 2203.14465, Algorithm 1, line 6.
     """
-    solved = {
-        r.prompt_id
-        for r in rollouts
-        if not r.hinted and _grade_outcome(r, reward_threshold) == "kept"
-    }
+    solved = {r.prompt_id for r in rollouts if not r.hinted and r.passes(reward_threshold)}
     return {r.prompt_id for r in rollouts} - solved
-
-
-def describe_funnel(funnel: Funnel) -> str:
-    """Return the funnel as one line: the chain, then what was dropped and why."""
-    names = {"too_long": "too long", "duplicate": "duplicates", "capped": "over the cap"}
-    hinted, unhinted = asdict(funnel.hinted), asdict(funnel.unhinted)
-    dropped = []
-    for name in unhinted:
-        total = unhinted[name] + hinted[name]
-        if name == "kept" or total == 0:
-            continue
-        text = f"{total:,} {names.get(name, name)}"
-        if name == "leaked":
-            text += f" ({', '.join(f'{count:,} {r}' for r, count in funnel.leak_reasons)})"
-        elif hinted[name]:
-            text += f" ({hinted[name]:,} with hint)"
-        dropped.append(text)
-    with_hint = f" + {funnel.hinted.sampled:,} with hint" if funnel.hinted.sampled else ""
-    return (
-        f"{funnel.sampled:,} sampled{with_hint} → {funnel.finished:,} finished → "
-        f"{funnel.correct:,} correct → {funnel.rationalized:,} rationalized → {funnel.kept:,} kept; "
-        f"dropped: {', '.join(dropped) or 'none'}; {funnel.prompts_solved:,} of "
-        f"{funnel.prompts:,} prompts solved without hint"
-    )

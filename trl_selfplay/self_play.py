@@ -8,10 +8,11 @@ call these in the order of their papers.
 import logging
 import random
 import shutil
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from datasets import Dataset
 from trl import pack_dataset
 
 from trl_selfplay.collection import Assignment, Collector
+from trl_selfplay.diversity import diversity_metrics, warn_poorer_samples
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.heldout import HeldOutScores, score_all
 from trl_selfplay.prompts import PromptFormatter, PromptRow, check_lengths
@@ -186,6 +188,21 @@ class SelfPlay:
         disable = self.config.disable_tqdm or not is_main
         return SamplingProgress(total, description, disable=disable, settings=settings)
 
+    def watch_diversity(
+        self,
+        run: Run,
+        rollouts: Sequence[Rollout],
+        normal_form: Callable[[str], Hashable],
+    ) -> dict[str, float]:
+        """Return the numbers of a round's diversity; warn if round 0's samples were richer."""
+        round_index = run.round_index or 0
+        has_first = round_index > 0 and (run.folder(0) / "samples").exists()
+        first = load_samples(run.folder(0)) if has_first else rollouts
+        threshold = self.collector.reward_threshold
+        for warning in warn_poorer_samples(first, rollouts, normal_form, threshold, round_index):
+            logger.warning("%s", warning)
+        return diversity_metrics(first, rollouts, normal_form, threshold)
+
     def training_prompt_ids(self, rows: Sequence[PromptRow]) -> dict[str, tuple[int, ...]]:
         """Return the prompts as trained on: never hinted, few-shot only if configured."""
         few_shot = bool(self.formatter.few_shot_examples) and self.config.few_shot_in_training
@@ -203,14 +220,32 @@ class SelfPlay:
         rollouts: Sequence[Rollout],
         selection: Selection,
         prompt_ids: Mapping[str, tuple[int, ...]],
-        history: Sequence[Rollout],
         round_index: int,
         folder: Path,
+        *,
+        gold: Sequence[Rollout] = (),
+        weighted: bool = False,
+        metrics: Mapping[str, float] = MappingProxyType({}),
     ) -> PlayedRound:
-        """Write the selection down, build the parent's rows and the round's numbers."""
-        examples = [*selection.kept, *history]
+        """Write the selection down, build the parent's rows and the round's numbers.
+
+        Args:
+            rollouts: All of the round.
+            selection: What became of them.
+            prompt_ids: Prompts as trained on.
+            round_index: The round.
+            folder: Of the round.
+            gold: Human completions to train on as well.
+            weighted: Give each row its reward as weight; gold completions without one weigh 1.
+            metrics: What else to log of the round.
+        """
+        examples = [*selection.kept, *selection.history, *gold]
         rows = build_training_rows(
-            examples, prompt_ids, self.eos_token_id, seed=self.config.seed + round_index
+            examples,
+            prompt_ids,
+            self.eos_token_id,
+            seed=self.config.seed + round_index,
+            weighted=weighted,
         )
         if self.config.packing and examples:
             rows = pack_dataset(rows, self.config.max_length, self.config.packing_strategy)
@@ -225,9 +260,10 @@ class SelfPlay:
         return PlayedRound(
             rows,
             len(examples),
-            selection.funnel,
+            replace(selection.funnel, gold=len(gold)),
             tuple(rollouts),
             round_metrics(rollouts, selection, rewards, len(examples))
+            | dict(metrics)
             | {f"play/{n}": v for n, v in self._take_logged().items()},
             rewards,
         )
@@ -249,34 +285,51 @@ def save_selection(path: Path, selection: Selection) -> None:
     )
 
 
+def load_samples(folder: Path) -> list[Rollout]:
+    """Return all rollouts that a round sampled, from its folder.
+
+    Raises:
+        CorruptShardError: A shard can't be read.
+        FileNotFoundError: The round has no samples on disk.
+    """
+    shards = sorted((folder / "samples").glob("*.parquet"))
+    if not shards:
+        raise FileNotFoundError(
+            f"{folder / 'samples'} has no samples of that round, which this one trains on too. "
+            "Bring them back, or set history_rounds=0 in another output_dir."
+        )
+    rollouts = [rollout for path in shards for rollout in load_rollouts(path)]
+    return sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_index))
+
+
+def load_outcomes(folder: Path, outcomes: Collection[str]) -> list[Rollout]:
+    """Return the rollouts of a round that came to one of these outcomes, from its folder.
+
+    Raises:
+        CorruptShardError, FileNotFoundError: As `load_samples`.
+    """
+    rollouts = load_samples(folder)
+    selection = pq.read_table(folder / "selection.parquet").to_pylist()
+    chosen = {(s["prompt_id"], s["sample_index"]) for s in selection if s["outcome"] in outcomes}
+    return [r for r in rollouts if (r.prompt_id, r.sample_index) in chosen]
+
+
 def load_kept(folder: Path) -> list[Rollout]:
     """Return the rollouts that an earlier round kept, from its folder."""
-    selection = pq.read_table(folder / "selection.parquet").to_pylist()
-    kept = {(s["prompt_id"], s["sample_index"]) for s in selection if s["outcome"] == "kept"}
-    rollouts = [r for p in sorted((folder / "samples").glob("*.parquet")) for r in load_rollouts(p)]
-    return sorted(
-        (r for r in rollouts if (r.prompt_id, r.sample_index) in kept),
-        key=lambda r: (r.prompt_id, r.sample_index),
-    )
+    return load_outcomes(folder, ("kept",))
 
 
-def add_history(
-    run: Run,
-    kept: Sequence[Rollout],
-    normal_form: Callable[[str], Hashable],
-    history_rounds: int,
-) -> list[Rollout]:
-    """Return what up to `history_rounds` earlier rounds kept and nothing newer repeats."""
-    seen = {(r.prompt_id, normal_form(r.completion)) for r in kept}
-    added: list[Rollout] = []
-    newest = (run.round_index or 0) - 1
-    for round_index in range(newest, max(newest - history_rounds, -1), -1):
-        for rollout in load_kept(run.folder(round_index)):
-            key = (rollout.prompt_id, normal_form(rollout.completion))
-            if key not in seen:
-                seen.add(key)
-                added.append(rollout)
-    return added
+def load_history(run: Run, rounds: Iterable[int]) -> list[Rollout]:
+    """Return what these rounds selected before the cap, the newest round first.
+
+    Raises:
+        CorruptShardError, FileNotFoundError: As `load_samples`.
+    """
+    return [
+        rollout
+        for round_index in sorted(rounds, reverse=True)
+        for rollout in load_outcomes(run.folder(round_index), ("kept", "capped"))
+    ]
 
 
 def save_rows(folder: Path, rows: Dataset) -> None:

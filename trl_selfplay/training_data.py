@@ -5,6 +5,7 @@ In: selected rollouts and their unhinted training prompts. Out: a dataset of `in
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from datasets import Dataset
 
@@ -29,6 +30,7 @@ def build_training_rows(
     prompt_ids: Mapping[str, tuple[int, ...]],
     eos_token_id: int,
     seed: int,
+    weighted: bool = False,
 ) -> Dataset:
     """Build the dataset of one round, shuffled under `seed`.
 
@@ -39,9 +41,10 @@ def build_training_rows(
         eos_token_id: Added after completions that a stop string ended.
         seed: Of the shuffle. The parent draws the same row order in every round, so the rows
             themselves are put in a new order.
+        weighted: Add the column `weight`: the reward, or 1.0 where nothing was graded.
 
     Returns:
-        Columns `input_ids` and `labels` (-100 on every prompt token).
+        Columns `input_ids` and `labels` (-100 on every prompt token), and `weight` if asked for.
 
     Source: STaR, arXiv 2203.14465, Eq. 2: the gradient is that of log p(rationale, answer | x),
     with x unhinted, so prompt tokens carry no loss.
@@ -52,5 +55,8 @@ def build_training_rows(
         completion = training_completion_ids(rollout, eos_token_id)
         input_ids.append([*prompt, *completion])
         labels.append([*[IGNORE_INDEX] * len(prompt), *completion])
-    rows = Dataset.from_dict({"input_ids": input_ids, "labels": labels})
+    columns: dict[str, list[Any]] = {"input_ids": input_ids, "labels": labels}
+    if weighted:
+        columns["weight"] = [1.0 if r.reward is None else float(r.reward) for r in rollouts]
+    rows = Dataset.from_dict(columns)
     return rows.shuffle(seed=seed).flatten_indices()

@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from trl_selfplay.rewards.answer import extract_answer as extract_answer
     from trl_selfplay.rewards.answer import final_answer as final_answer
     from trl_selfplay.rewards.choice import choice_reward as choice_reward
+    from trl_selfplay.rewards.equations import equations_reward as equations_reward
     from trl_selfplay.rewards.maths import math_reward as math_reward
     from trl_selfplay.rewards.puzzles import puzzle_reward as puzzle_reward
 
 _MODULE_OF = {
     "choice_reward": "choice",
+    "equations_reward": "equations",
     "exact_reward": "answer",
     "extract_answer": "answer",
     "final_answer": "answer",
@@ -21,6 +23,7 @@ _MODULE_OF = {
 }
 __all__ = [
     "choice_reward",
+    "equations_reward",
     "exact_reward",
     "extract_answer",
     "final_answer",

@@ -269,6 +269,7 @@ def build_self_play(
             accelerator=trainer.accelerator,
             seed=args.seed,
             reward_threshold=getattr(args, "reward_threshold", 1.0),
+            refuses_negative_rewards=getattr(args, "loss_weighting", "filter") == "reward",
         ),
         eos_token_ids=collect_eos_token_ids(trainer.model, tokenizer),
         eos_token_id=tokenizer.eos_token_id,
@@ -276,8 +277,13 @@ def build_self_play(
     )
 
 
-def describe_trainer(trainer: Any) -> dict[str, Any]:
-    """Return what makes a trainer's run, see `run_identity.describe_run`."""
+def describe_trainer(trainer: Any, **lists: Sequence[Any]) -> dict[str, Any]:
+    """Return what makes a trainer's run, see `run_identity.describe_run`.
+
+    Args:
+        trainer: The trainer.
+        lists: What else must stay equal, by name.
+    """
     play: SelfPlay = trainer.self_play
     scorer = play.collector.scorer
     examples = [
@@ -295,14 +301,29 @@ def describe_trainer(trainer: Any) -> dict[str, Any]:
             "method": trainer._name,
             "model": trainer.model.config.name_or_path,
             "reward_funcs": None if scorer is None else scorer.names,
-            "few_shot_examples": f"{len(examples)}, "
-            + hashlib.blake2b(repr(examples).encode(), digest_size=8).hexdigest(),
+            **{
+                name: f"{len(values)}, "
+                + hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
+                for name, values in {"few_shot_examples": examples, **lists}.items()
+            },
         },
     )
 
 
-def evaluate_heldout(trainer: Any, eval_dataset: Any, prefix: str) -> dict[str, float]:
+def evaluate_heldout(
+    trainer: Any,
+    eval_dataset: Any = None,
+    ignore_keys: list[str] | None = None,
+    metric_key_prefix: str = "eval",
+) -> dict[str, float]:
     """Answer the parent's `evaluate`: score held-out prompts, log, and tell the callbacks.
+
+    Args:
+        trainer: The trainer.
+        eval_dataset: Prompts and solutions, a dict of such sets, or the name of a set in the
+            trainer's own; None scores all of these.
+        ignore_keys: There are no logits to leave keys out of.
+        metric_key_prefix: What the names of the metrics begin with.
 
     Raises:
         ValueError: There is no held-out set, or none of that name.
@@ -320,8 +341,8 @@ def evaluate_heldout(trainer: Any, eval_dataset: Any, prefix: str) -> dict[str, 
         sets = load_heldout_sets(eval_dataset, play.rows)
     if not sets:
         raise ValueError("evaluate() needs an `eval_dataset` of held-out prompts and solutions.")
-    scores = play.score(sets, prefix=prefix)
-    metrics = {**scores.metrics, f"{prefix}_runtime": round(scores.seconds, 4)}
+    scores = play.score(sets, prefix=metric_key_prefix)
+    metrics = {**scores.metrics, f"{metric_key_prefix}_runtime": round(scores.seconds, 4)}
     trainer.log(dict(metrics))
     trainer.control = trainer.callback_handler.on_evaluate(
         trainer.args, trainer.state, trainer.control, metrics

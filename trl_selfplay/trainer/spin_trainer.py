@@ -156,10 +156,7 @@ class SPINTrainer(DPOTrainer):
         return drop_long_rows(rows, tokens, args.max_length, args.max_completion_length, name)
 
     def train(
-        self,
-        resume_from_checkpoint: bool | str | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Run all rounds; `resume_from_checkpoint=True` goes on where a run in `output_dir` stopped.
 
@@ -169,9 +166,7 @@ class SPINTrainer(DPOTrainer):
             ValueError: It holds rounds of another configuration, or `trial` was given.
             WrongOpponentError: At the first step of a round its margins are not 0.
         """
-        if trial is not None:
-            raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
-        return run_rounds(self, super().train, resume_from_checkpoint)
+        return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Sample y' ~ p_θt(·|x), pair it with the data's y, and score both under p_θt."""

@@ -7,29 +7,29 @@ do in self_play.py.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from trl_selfplay.heldout import HeldOutScores
-from trl_selfplay.prompts import HintFormatter, load_few_shot_examples, load_prompt_rows
+from trl_selfplay.normal_forms import default_normal_form
+from trl_selfplay.prompts import HintFormatter
 from trl_selfplay.rationalization import add_hint, find_leak
 from trl_selfplay.round_log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds import PlayedRound, run_rounds
-from trl_selfplay.selection import default_normal_form, select, unsolved_prompts
-from trl_selfplay.self_play import add_history
+from trl_selfplay.selection import select, unsolved_prompts
+from trl_selfplay.self_play import load_history
 from trl_selfplay.trainer.construction import (
-    build_run,
     build_self_play,
-    check_arguments,
-    default_output_dir,
     describe_trainer,
     evaluate_heldout,
-    load_heldout_sets,
-    load_processing_class,
-    placeholder_dataset,
     reload_initial_weights,
+)
+from trl_selfplay.trainer.sft_construction import (
+    SFTArguments,
+    load_sft_parts,
+    show_parent_parameters,
 )
 from trl_selfplay.trainer.star_config import STaRConfig
 
@@ -78,83 +78,42 @@ class STaRTrainer(SFTTrainer):
 }""",
     }
 
+    @show_parent_parameters
     def __init__(
         self,
         model: Any,
         args: STaRConfig | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        compute_loss_func: Callable[..., Any] | None = None,
-        compute_metrics: Callable[..., Any] | None = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        formatting_func: Callable[..., Any] | None = None,
-        *,
+        *positional: Any,
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
         normal_form: Callable[[str], Hashable] | None = None,
         hint_formatter: HintFormatter | None = None,
         leak_filter: Callable[[Any, str, Any], str | None] | None = None,
+        **named: Unpack[SFTArguments],
     ) -> None:
-        if args is None:
-            args = STaRConfig(default_output_dir(model, "STaR"))
-        check_arguments(
-            args,
-            STaRConfig,
-            model=model,
-            reward_funcs=reward_funcs,
-            peft_config=peft_config,
-            optimizers=optimizers,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            formatting_func=formatting_func,
+        parts = load_sft_parts(
+            STaRConfig, "STaR", model, args, positional, named, reward_funcs, few_shot_examples
         )
-        rows = load_prompt_rows(train_dataset, "train_dataset")
-        heldout = load_heldout_sets(eval_dataset, rows)
-        examples = load_few_shot_examples(few_shot_examples, rows[0].is_conversational)
-        tokenizer = load_processing_class(model, processing_class, args)
-        placeholder = placeholder_dataset(tokenizer)
-        self.run = build_run(args, model, peft_config, list(heldout))
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=placeholder,
-            eval_dataset=placeholder if heldout else None,
-            processing_class=tokenizer,
-            compute_loss_func=compute_loss_func,
-            callbacks=callbacks,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
-        self.eval_dataset = eval_dataset
+        self.run = parts.run
+        super().__init__(**parts.for_parent)
+        self.eval_dataset = parts.eval_dataset
         self.normal_form = normal_form or default_normal_form
         self.leak_filter = leak_filter or find_leak
         self.self_play = build_self_play(
             self,
-            rows,
-            heldout,
-            examples,
+            parts.rows,
+            parts.heldout,
+            parts.examples,
             hint_formatter or add_hint,
             reward_funcs,
             reward_processing_classes,
         )
-        self.self_play.check_longest_prompts(hinted=args.rationalize)
+        self.self_play.check_longest_prompts(hinted=self.args.rationalize)
         self.self_play.warn_unreadable_solutions()
 
     def train(
-        self,
-        resume_from_checkpoint: bool | str | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Run all rounds; `resume_from_checkpoint=True` goes on where a run in `output_dir` stopped.
 
@@ -163,9 +122,7 @@ class STaRTrainer(SFTTrainer):
             FileExistsError: `output_dir` holds rounds and resuming was not asked for.
             ValueError: It holds rounds of another configuration, or `trial` was given.
         """
-        if trial is not None:
-            raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
-        return run_rounds(self, super().train, resume_from_checkpoint)
+        return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Sample, grade, rationalize and select: lines 3 to 6 of Algorithm 1 and D of line 7."""
@@ -176,7 +133,8 @@ class STaRTrainer(SFTTrainer):
             unsolved = unsolved_prompts(rollouts, args.reward_threshold)
             failed = [row for row in rows if row.prompt_id in unsolved]
             rollouts += play.sample(failed, round_index, "hint", folder)  # lines 4 and 6
-        prompt_ids = play.training_prompt_ids(play.rows if args.history_rounds else rows)
+        earlier = range(max(round_index - args.history_rounds, 0), round_index)
+        prompt_ids = play.training_prompt_ids(play.rows if earlier else rows)
         selection = select(
             rollouts,
             reward_threshold=args.reward_threshold,
@@ -186,9 +144,12 @@ class STaRTrainer(SFTTrainer):
             max_per_prompt=args.max_per_prompt,
             fits=lambda rollout: play.fits(rollout, prompt_ids),
             seed=args.seed + round_index,
+            history=load_history(self.run, earlier),
         )
-        history = add_history(self.run, selection.kept, self.normal_form, args.history_rounds)
-        return play.finish(rollouts, selection, prompt_ids, history, round_index, folder)  # line 7
+        metrics = play.watch_diversity(self.run, rollouts, self.normal_form)
+        return play.finish(  # line 7
+            rollouts, selection, prompt_ids, round_index, folder, metrics=metrics
+        )
 
     def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
         """Score the held-out prompts for the record; before round 0 in the few-shot form as well."""
@@ -198,18 +159,14 @@ class STaRTrainer(SFTTrainer):
             self.self_play.heldout, folder=folder, with_few_shot=round_index < 0
         )
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Sample and grade held-out prompts; return `eval_accuracy` (greedy), `eval_pass@k`, ….
 
-        Takes a dataset of prompts and solutions, a dict of them, or the name of a set in the
-        trainer's `eval_dataset`; None scores all of the trainer's own.
+        Takes the parent's arguments: `eval_dataset` (prompts and solutions, a dict of such sets, or
+        the name of a set in the trainer's own; None scores all of these), `ignore_keys`,
+        `metric_key_prefix`.
         """
-        return evaluate_heldout(self, eval_dataset, metric_key_prefix)
+        return evaluate_heldout(self, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the round, and with steps that go on over rounds."""

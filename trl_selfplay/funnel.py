@@ -1,0 +1,180 @@
+"""Counts of what became of a round's rollouts: the funnel from sampled to kept.
+
+In: counts by outcome. Out: records that add up, a flat mapping for rounds.jsonl, one line of text.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, Self
+
+Outcome = Literal[
+    "kept",
+    "abstained",
+    "truncated",
+    "failed",
+    "leaked",
+    "too_long",
+    "duplicate",
+    "capped",
+    "identical",
+    "empty",
+]
+
+_HINTED_PREFIX = "hinted_"
+_REASON_PREFIX = "leak_"
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeCounts:
+    """How many rollouts came to each outcome, in the order of the steps; they add up to `sampled`.
+
+    Attributes:
+        abstained: No reward function could tell (reward None).
+        truncated: Cut by length, whatever the reward.
+        failed: Reward below the threshold.
+        leaked: Hinted, and quotes the hint instead of reasoning.
+        too_long: Doesn't fit in a training row together with its prompt.
+        duplicate: Equal in normal form to another one of the same prompt.
+        capped: Over the most that are kept of a prompt.
+        kept: To be trained on.
+        identical: SPIN: the data's own completion, which teaches nothing as its opponent.
+        empty: SPIN: nothing but the end.
+    """
+
+    abstained: int = 0
+    truncated: int = 0
+    failed: int = 0
+    leaked: int = 0
+    too_long: int = 0
+    duplicate: int = 0
+    capped: int = 0
+    kept: int = 0
+    identical: int = 0
+    empty: int = 0
+
+    @property
+    def sampled(self) -> int:
+        """All of them."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def finished(self) -> int:
+        """Graded, and ended by the model itself."""
+        return self.sampled - self.abstained - self.truncated
+
+    @property
+    def correct(self) -> int:
+        """Finished, with a reward at the threshold or above."""
+        return self.finished - self.failed
+
+
+@dataclass(frozen=True, slots=True)
+class Funnel:
+    """What one round's selection came to.
+
+    The chain that people read is sampled → finished → correct (all without hint) → rationalized →
+    kept (both kinds).
+
+    Attributes:
+        prompts: Prompts that were sampled.
+        prompts_solved: Those with a correct completion without hint.
+        unhinted: Outcomes of what was sampled without hint.
+        hinted: Outcomes of what was sampled with the answer as hint.
+        leak_reasons: (reason, count) of the leaked ones, sorted by reason.
+        history: Completions of earlier rounds that are trained on beside the kept ones.
+        gold: Human completions that are trained on beside them.
+    """
+
+    prompts: int
+    prompts_solved: int
+    unhinted: OutcomeCounts
+    hinted: OutcomeCounts = OutcomeCounts()
+    leak_reasons: tuple[tuple[str, int], ...] = ()
+    history: int = 0
+    gold: int = 0
+
+    @property
+    def sampled(self) -> int:
+        """Sampled without hint."""
+        return self.unhinted.sampled
+
+    @property
+    def finished(self) -> int:
+        """Of those, graded and ended by the model itself."""
+        return self.unhinted.finished
+
+    @property
+    def correct(self) -> int:
+        """Of those, with a reward at the threshold or above."""
+        return self.unhinted.correct
+
+    @property
+    def rationalized(self) -> int:
+        """Correct with the hint, and not leaked."""
+        return self.hinted.correct - self.hinted.leaked
+
+    @property
+    def kept(self) -> int:
+        """To be trained on, of both kinds."""
+        return self.unhinted.kept + self.hinted.kept
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the counts as one flat mapping; those of hinted rollouts begin with `hinted_`."""
+        return {
+            "prompts": self.prompts,
+            "prompts_solved": self.prompts_solved,
+            "sampled": self.unhinted.sampled,
+            **asdict(self.unhinted),
+            "hinted_sampled": self.hinted.sampled,
+            **{_HINTED_PREFIX + name: count for name, count in asdict(self.hinted).items()},
+            **{_REASON_PREFIX + reason: count for reason, count in self.leak_reasons},
+            "history": self.history,
+            "gold": self.gold,
+        }
+
+    @classmethod
+    def from_dict(cls, counts: Mapping[str, int]) -> Self:
+        """Build a funnel from what `to_dict` returned."""
+        names = [field.name for field in fields(OutcomeCounts)]
+        return cls(
+            prompts=counts["prompts"],
+            prompts_solved=counts["prompts_solved"],
+            unhinted=OutcomeCounts(**{name: counts.get(name, 0) for name in names}),
+            hinted=OutcomeCounts(**{n: counts.get(_HINTED_PREFIX + n, 0) for n in names}),
+            leak_reasons=tuple(
+                (key.removeprefix(_REASON_PREFIX), count)
+                for key, count in sorted(counts.items())
+                if key.startswith(_REASON_PREFIX)
+            ),
+            history=counts.get("history", 0),
+            gold=counts.get("gold", 0),
+        )
+
+
+def describe_funnel(funnel: Funnel) -> str:
+    """Return the funnel as one line: the chain, then what was dropped and why."""
+    names = {"too_long": "too long", "duplicate": "duplicates", "capped": "over the cap"}
+    hinted, unhinted = asdict(funnel.hinted), asdict(funnel.unhinted)
+    dropped = []
+    for name in unhinted:
+        total = unhinted[name] + hinted[name]
+        if name == "kept" or total == 0:
+            continue
+        text = f"{total:,} {names.get(name, name)}"
+        if name == "leaked":
+            text += f" ({', '.join(f'{count:,} {r}' for r, count in funnel.leak_reasons)})"
+        elif hinted[name]:
+            text += f" ({hinted[name]:,} with hint)"
+        dropped.append(text)
+    with_hint = f" + {funnel.hinted.sampled:,} with hint" if funnel.hinted.sampled else ""
+    added = "".join(
+        f" + {count:,} {what}"
+        for count, what in ((funnel.history, "of earlier rounds"), (funnel.gold, "gold"))
+        if count
+    )
+    return (
+        f"{funnel.sampled:,} sampled{with_hint} → {funnel.finished:,} finished → "
+        f"{funnel.correct:,} correct → {funnel.rationalized:,} rationalized → {funnel.kept:,} kept{added}; "
+        f"dropped: {', '.join(dropped) or 'none'}; {funnel.prompts_solved:,} of "
+        f"{funnel.prompts:,} prompts solved without hint"
+    )

@@ -1,0 +1,82 @@
+"""Run the parent's own training once: into a folder, resumable, with its memory freed after it.
+
+In: rows that are final, and arguments of the parent that this training changes. Out: `model/` and
+`trainer_state.json` in the folder, and the same weights in the trainer.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerState, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from trl_selfplay.run_folder import last_whole_checkpoint
+from trl_selfplay.weights import load_saved_model, replace_folder
+
+
+def train_on(
+    trainer: Any,
+    train_parent: Callable[..., TrainOutput],
+    rows: Dataset | None,
+    settings: Mapping[str, Any],
+    seed: int,
+) -> TrainOutput | None:
+    """Train on rows (None: not at all) and keep model and state; load them if they are there."""
+    folder = Path(settings["output_dir"])
+    model_folder, state_path = folder / "model", folder / "trainer_state.json"
+    if model_folder.exists():
+        load_saved_model(trainer.model, model_folder)
+        trainer.state = TrainerState.load_from_json(str(state_path))
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    free_optimizer(trainer)
+    # Dropout must not depend on what happened in this process before: a resumed round starts alike.
+    set_seed(seed)
+    output = None
+    with _changed_settings(trainer.args, settings):
+        if rows is None:
+            trainer.state = TrainerState()
+        else:
+            trainer.train_dataset = rows
+            output = train_parent(resume_from_checkpoint=last_whole_checkpoint(folder))
+        free_optimizer(trainer)
+        temporary = folder / ".model"
+        trainer.save_model(str(temporary))
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(state_path))
+        replace_folder(temporary, model_folder)
+    trainer.accelerator.wait_for_everyone()
+    return output
+
+
+@contextmanager
+def _changed_settings(args: Any, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Give the parent other arguments while it trains; nothing is pushed from a round's folder."""
+    changed = {**settings, "push_to_hub": False}
+    previous = {name: getattr(args, name) for name in changed}
+    try:
+        for name, value in changed.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in previous.items():
+            setattr(args, name, value)
+
+
+def free_optimizer(trainer: Any) -> None:
+    """Drop every reference to optimizer and scheduler, so that their memory is free.
+
+    `accelerator.free_memory` alone leaves those that the callback handler holds.
+    """
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    trainer.model.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

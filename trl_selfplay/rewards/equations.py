@@ -1,0 +1,164 @@
+"""Check the arithmetic that a completion writes down, without running any of it.
+
+In: completions with equations, marked as in GSM8K (`<<48/2=24>>`) or in line (`48 / 2 = 24`). Out:
+the equations, and 1.0 or 0.0 for whether all of them hold. Numbers, + - * / and parentheses are
+read by a parser of our own; model text is never evaluated.
+
+Source: RFT, arXiv 2308.01825, section 3.3: paths with a false equation are dropped.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from trl_selfplay.rewards.answer import text_of
+
+_MARKED = re.compile(r"<<([^<>\n]{0,400})>>")
+# A run of arithmetic around "=": digits, operators, parentheses, units that calculators ignore.
+# Bounded, so that a long row of digits takes linear time.
+_IN_LINE = re.compile(
+    r"[-+$€£(\d][-+*/×÷·xX%$€£().,\d \t]{0,120}(?:=[-+*/×÷·xX%$€£().,\d \t]{1,120}){1,20}"
+)
+_TOKEN = re.compile(r"(\d+(?:\.\d+)?|\.\d+)|([-+*/()%])")
+_GROUPED = re.compile(r"(?<=\d),(?=\d{3})")
+_OPERATORS = str.maketrans(
+    {"×": "*", "·": "*", "x": "*", "X": "*", "÷": "/", "$": "", "€": "", "£": ""}
+)
+# The official code's tolerance: models write 1/3 = 0.333.
+_TOLERANCE = Fraction(1, 1000)
+_MOST_DEPTH = 50
+_MOST_DIGITS = 60
+
+
+def find_equations(text: str) -> list[str]:
+    """Return a text's equations in order: the marked ones if there are any, else those in line.
+
+    What stands in line and is no arithmetic, such as "x = 3" or "3, 4 = 7", is left out.
+
+    >>> find_equations("Half is <<48/2=24>>24, together <<48 + 24 = 72>>72.")
+    ['48/2=24', '48 + 24 = 72']
+    >>> find_equations("She has 40 + 32 = 72 clips.")
+    ['40 + 32 = 72']
+    """
+    if marked := _MARKED.findall(text):
+        return [equation for equation in marked if equation.strip()]
+    # A full stop or comma behind the last number ends the sentence, not the number.
+    found = [match.strip(" \t.,xX") for match in _IN_LINE.findall(text)]
+    return [equation for equation in found if _is_readable(equation)]
+
+
+def _is_readable(equation: str) -> bool:
+    try:
+        return len([_value(side) for side in equation.split("=")]) > 1
+    except ZeroDivisionError:
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+def is_true_equation(equation: str) -> bool:
+    """Say whether all sides of an equation are equal, to a thousandth; False if one can't be read.
+
+    >>> is_true_equation("48/2=24"), is_true_equation("2+2=4=5"), is_true_equation("two=2")
+    (True, False, False)
+    """
+    sides = equation.split("=")
+    if len(sides) < 2:
+        return False
+    try:
+        values = [_value(side) for side in sides]
+    except (ValueError, ZeroDivisionError, RecursionError):
+        return False
+    return all(abs(a - b) < _TOLERANCE for a, b in itertools.pairwise(values))
+
+
+def equations_reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Return 1.0 for each completion whose equations all hold, or that has none, else 0.0.
+
+    A marked equation (`<<…>>`) that can't be read counts as false. To ask for the right answer as
+    well, give it beside an answer's reward with `reward_weights=[0.5, 0.5]`, so that only both
+    together reach a threshold of 1.0.
+
+    Source: RFT, arXiv 2308.01825, section 3.3; the official code compares the first two sides of
+    an equation only, here all are.
+    """
+    return [
+        float(all(map(is_true_equation, find_equations(text_of(completion)))))
+        for completion in completions
+    ]
+
+
+def _value(text: str) -> Fraction:
+    """Return the value of an arithmetic expression.
+
+    Raises:
+        ValueError: Anything but numbers, + - * / % and parentheses.
+    """
+    text = _GROUPED.sub("", text.translate(_OPERATORS)).strip()
+    tokens: list[str] = []
+    position = 0
+    while position < len(text):
+        if text[position].isspace():
+            position += 1
+            continue
+        match = _TOKEN.match(text, position)
+        if match is None or len(match[0]) > _MOST_DIGITS:
+            raise ValueError(f"not arithmetic: {text[position : position + 20]!r}")
+        tokens.append(match[0])
+        position = match.end()
+    parser = _Parser(tokens)
+    value = parser.sum()
+    if parser.tokens:
+        raise ValueError(f"not arithmetic: {parser.tokens[0]!r}")
+    return value
+
+
+class _Parser:
+    """Recursive descent: sum = product {± product}; product = factor {×÷ factor}."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.tokens = list(tokens)
+        self.depth = 0
+
+    def _next_is(self, *choices: str) -> bool:
+        return bool(self.tokens) and self.tokens[0] in choices
+
+    def sum(self) -> Fraction:
+        value = self.product()
+        while self._next_is("+", "-"):
+            sign = 1 if self.tokens.pop(0) == "+" else -1
+            value += sign * self.product()
+        return value
+
+    def product(self) -> Fraction:
+        value = self.factor()
+        while self._next_is("*", "/"):
+            if self.tokens.pop(0) == "*":
+                value *= self.factor()
+            else:
+                value /= self.factor()
+        return value
+
+    def factor(self) -> Fraction:
+        if not self.tokens:
+            raise ValueError("an operand is missing")
+        self.depth += 1
+        if self.depth > _MOST_DEPTH:
+            raise ValueError("nested too deep")
+        token = self.tokens.pop(0)
+        if token in "+-":
+            value = self.factor() * (1 if token == "+" else -1)
+        elif token == "(":
+            value = self.sum()
+            if not self._next_is(")"):
+                raise ValueError("a parenthesis is not closed")
+            self.tokens.pop(0)
+        else:
+            value = Fraction(token)  # ValueError for an operator
+        if self._next_is("%"):
+            self.tokens.pop(0)
+            value /= 100
+        self.depth -= 1
+        return value

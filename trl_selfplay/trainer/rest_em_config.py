@@ -1,0 +1,228 @@
+"""Configuration of ReSTEMTrainer, with the settings of three papers as presets."""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from trl import SFTConfig
+
+from trl_selfplay.thresholds import check_thresholds
+from trl_selfplay.trainer.graded_config import GradedConfig
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # ReST^EM, arXiv 2312.06585, section 5: 32 samples a problem at temperature 0.7 with top-k 40,
+    # at most 10 right ones a problem, 3 iterations. Rate, batch and epochs are not reported.
+    "math": {
+        "num_rounds": 3,
+        "num_generations": 32,
+        "max_per_prompt": 10,
+        "temperature": 0.7,
+        "top_k": 40,
+        "start_from": "base",
+    },
+    # ReST, arXiv 2308.08998, section 4 and appendix A: IWSLT 2014, 100 candidates at temperature
+    # 0.8 with at most 128 tokens, rewards in 0..1, first the supervised model, 2 Grow steps with
+    # 3 Improve steps (figure 3's best), the data stays in the mix.
+    "rest": {
+        "num_rounds": 2,
+        "num_generations": 100,
+        "max_per_prompt": None,
+        "temperature": 0.8,
+        "top_k": 0,
+        "max_completion_length": 128,
+        "start_from": "previous",
+        "few_shot_in_training": False,
+        "improve_thresholds": [0.7, 0.8, 0.9],
+        "warm_up_on_gold": True,
+    },
+    # RFT, arXiv 2308.01825, section 3.3, and OFA-Sys/gsm8k-ScRel: 100 paths a question from the
+    # supervised model at temperature 0.7, the base model trained on gold and accepted paths for 3
+    # epochs at 2e-5, batch 128 (here for one process), cosine with 3 % warm-up, length 512.
+    "rft": {
+        "num_rounds": 1,
+        "num_generations": 100,
+        "max_per_prompt": None,
+        "temperature": 0.7,
+        "top_k": 0,
+        "max_completion_length": 256,
+        "start_from": "base",
+        "few_shot_in_training": False,
+        "reward_weights": [0.5, 0.5],
+        "warm_up_on_gold": True,
+        "num_train_epochs": 3,
+        "learning_rate": 2e-5,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 16,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "weight_decay": 0.0,
+        "max_length": 512,
+    },
+}
+
+
+@dataclass
+class ReSTEMConfig(GradedConfig, SFTConfig):
+    """Configuration of `ReSTEMTrainer`: SFTConfig's fields, per round, and those of the outer loop.
+
+    The defaults are ReST^EM's (arXiv 2312.06585): 32 samples a prompt at temperature 0.7 with
+    top-k 40, at most 10 right ones a prompt, each round trained from the base weights, and the
+    round with the best held-out score kept. `ReSTEMConfig.from_paper` gives each paper's settings.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  # as in TRL: read by the parser, not a field
+        *SFTConfig._VALID_DICT_FIELDS,
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    num_generations: int = field(
+        default=32, metadata={"help": "Completions to sample for each prompt."}
+    )
+    temperature: float = field(
+        default=0.7, metadata={"help": "Sampling temperature; 0.0 is greedy decoding."}
+    )
+    top_k: int = field(
+        default=40, metadata={"help": "Sample from this many likeliest tokens; 0 is off."}
+    )
+    max_per_prompt: int | None = field(
+        default=10,
+        metadata={
+            "help": "Most completions to keep of a prompt after deduplication, drawn at random; "
+            "with improve_thresholds those with the highest rewards, so that each Improve step's "
+            "set is part of the one before. None keeps all."
+        },
+    )
+    few_shot_in_training: bool = field(
+        default=True,
+        metadata={
+            "help": "Train and evaluate with the few-shot examples in the prompt, as ReST^EM does, "
+            "and not only sample with them."
+        },
+    )
+    improve_thresholds: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "ReST: the rising thresholds of the Improve steps that follow each Grow step. "
+            "All train on the same samples, those with a reward strictly above the threshold, and "
+            "each goes on from the one before; `num_rounds` counts the Grow steps. -inf as the "
+            "first one selects everything. None trains once a round on what reaches "
+            "reward_threshold."
+        },
+    )
+    threshold_kind: str = field(
+        default="value",
+        metadata={
+            "help": "What improve_thresholds are: rewards, percentiles (0 to 100) of the prompt's "
+            "own rewards, or places between their mean (0) and maximum (1).",
+            "choices": ["value", "percentile", "interpolate"],
+        },
+    )
+    improve_learning_rate_factor: float = field(
+        default=0.5,
+        metadata={
+            "help": "What each Improve step multiplies the learning rate of the one before with. "
+            "ReST lowers it by a factor that it doesn't give."
+        },
+    )
+    loss_weighting: str = field(
+        default="filter",
+        metadata={
+            "help": "'filter' trains on what reaches the threshold, all alike; 'reward' on every "
+            "completion with a reward above 0, weighted with it (arXiv 2312.06585, Eq. 3).",
+            "choices": ["filter", "reward"],
+        },
+    )
+    gold_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Gold completions for each selected one of the model's own, drawn without "
+            "repetition. None trains on each of gold_dataset once a round."
+        },
+    )
+    warm_up_on_gold: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on gold_dataset before the first sampling: ReST's first step, and RFT's "
+            "sampler. start_from='base' still means the weights before it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_improve_steps()
+        self._check_weighting()
+        if self.gold_ratio is not None and self.gold_ratio <= 0.0:
+            raise ValueError(
+                f"gold_ratio={self.gold_ratio}; it must be above 0, or None (each row once)."
+            )
+
+    @property
+    def num_improve_steps(self) -> int:
+        """Improve steps that follow each Grow step; 1 without `improve_thresholds`."""
+        return len(self.improve_thresholds or [None])
+
+    def _check_improve_steps(self) -> None:
+        if not 0.0 < self.improve_learning_rate_factor <= 1.0:
+            raise ValueError(
+                f"improve_learning_rate_factor={self.improve_learning_rate_factor}; it must be "
+                "above 0 and at most 1 (the same learning rate in all Improve steps)."
+            )
+        if self.improve_thresholds is None:
+            return
+        # YAML reads 1e-1 as text, which the parser mends for single numbers but not in lists.
+        self.improve_thresholds = [float(level) for level in self.improve_thresholds]
+        check_thresholds(self.improve_thresholds, self.threshold_kind)
+        if self.start_from != "previous":
+            raise ValueError(
+                f"improve_thresholds with start_from={self.start_from!r}: ReST's Improve steps go "
+                "on from the current weights (arXiv 2308.08998, Algorithm 1). Set "
+                "start_from='previous'."
+            )
+
+    def _check_weighting(self) -> None:
+        if self.loss_weighting not in ("filter", "reward"):
+            raise ValueError(
+                f"loss_weighting={self.loss_weighting!r}; choose one of ('filter', 'reward')."
+            )
+        if self.loss_weighting == "filter":
+            return
+        for name, neutral in (
+            ("packing", False),
+            ("padding_free", False),
+            ("loss_type", "nll"),
+            ("label_smoothing_factor", 0.0),
+        ):
+            if (value := getattr(self, name)) != neutral:
+                raise ValueError(
+                    f"loss_weighting='reward' with {name}={value!r}: the weight belongs to a row "
+                    f"and to its log-likelihood. Set {name}={neutral!r}, or "
+                    "loss_weighting='filter'."
+                )
+
+    @classmethod
+    def from_paper(cls, experiment: str, **overrides: Any) -> Self:
+        """Return a paper's settings.
+
+        "math": ReST^EM on MATH. "rest": ReST on IWSLT 2014, for a reward normalised to 0..1 and
+        with a `gold_dataset`. "rft": RFT on GSM8K, with a `gold_dataset`, two reward functions
+        (`[exact_reward, equations_reward]`: half of the threshold each) and
+        `normal_form=reasoning_path`.
+
+        Args:
+            experiment: See above.
+            **overrides: Fields to set otherwise, such as `output_dir`.
+
+        Raises:
+            ValueError: No such experiment, or more than one round of RFT.
+
+        Source: arXiv 2312.06585, 2308.08998 and 2308.01825.
+        """
+        if experiment not in _PRESETS:
+            raise ValueError(f"no preset {experiment!r}; there are {tuple(_PRESETS)}.")
+        settings = {**_PRESETS[experiment], **overrides}
+        if experiment == "rft" and settings["num_rounds"] != 1:
+            raise ValueError(
+                f"num_rounds={settings['num_rounds']}: RFT is one round (arXiv 2308.01825, section "
+                "3.3). For more rounds take the preset 'math', or ReSTEMConfig itself."
+            )
+        return cls(**settings)
