@@ -47,6 +47,7 @@ FLOW = (
     "opponent",
     "trainer",
     "demo",
+    "demo_style",
 )
 # Parts of TRL that we may import; tests/test_trl_contract.py pins what we use of them.
 TRL_MODULES = {"trl", "trl.models", "trl.rewards"}

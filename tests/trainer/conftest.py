@@ -4,7 +4,14 @@ import pytest
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from trl_selfplay import SPINConfig, SPINTrainer, STaRConfig, STaRTrainer
+from trl_selfplay import (
+    ReSTEMConfig,
+    ReSTEMTrainer,
+    SPINConfig,
+    SPINTrainer,
+    STaRConfig,
+    STaRTrainer,
+)
 from trl_selfplay.weights import trainable_parameters
 
 
@@ -148,6 +155,87 @@ def build_spin(tmp_path, tiny_model, word_tokenizer, answers):
             args=SPINConfig(str(tmp_path / folder), **settings),
             train_dataset=answers(12) if train_dataset is None else train_dataset,
             **arguments,
+        )
+
+    return build
+
+
+def digit_share(completions, **kwargs):
+    """A real-valued reward: the share of a completion's words that are digits."""
+    return [sum(w.isdigit() for w in c.split()) / max(len(c.split()), 1) for c in completions]
+
+
+@pytest.fixture
+def build_rest_em(tmp_path, tiny_model, word_tokenizer, sums):
+    """Return a function that builds a ReSTEMTrainer; keywords that are fields go to the config."""
+
+    def build(folder="run", *, model=None, train_dataset=None, **changes):
+        fields = ReSTEMConfig.__dataclass_fields__
+        settings = {
+            "num_rounds": 2,
+            "num_generations": 4,
+            "temperature": 1.0,
+            "max_completion_length": 8,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": [],
+            "disable_tqdm": True,
+            "activation_checkpointing": False,
+            "use_cpu": True,
+        }
+        settings |= {k: v for k, v in changes.items() if k in fields}
+        arguments = {
+            "reward_funcs": contains_solution,
+            "processing_class": word_tokenizer,
+            **{k: v for k, v in changes.items() if k not in fields},
+        }
+        return ReSTEMTrainer(
+            tiny_model(word_tokenizer) if model is None else model,
+            ReSTEMConfig(str(tmp_path / folder), **settings),
+            train_dataset=sums(12) if train_dataset is None else train_dataset,
+            **arguments,
+        )
+
+    return build
+
+
+@pytest.fixture
+def build_rest(build_rest_em):
+    """The same with ReST's Improve steps and a reward that has degrees."""
+
+    def build(folder="run", **changes):
+        return build_rest_em(
+            folder,
+            **{
+                "improve_thresholds": [0.3, 0.6],
+                "start_from": "previous",
+                "reward_funcs": digit_share,
+                "max_per_prompt": None,
+                "few_shot_in_training": False,
+                **changes,
+            },
+        )
+
+    return build
+
+
+@pytest.fixture
+def gold_answers():
+    """Build human completions for the prompts of `sums`: columns prompt, completion, solution."""
+
+    def build(num_rows=4, first=0):
+        pairs = [divmod(i, 10) for i in range(first, first + num_rows)]
+        return Dataset.from_list(
+            [
+                {
+                    "prompt": f"Q {b} + {a} = ?",
+                    "completion": f" {a} + {b} = {(a + b) % 10}",
+                    "solution": str((a + b) % 10),
+                }
+                for a, b in pairs
+            ]
         )
 
     return build

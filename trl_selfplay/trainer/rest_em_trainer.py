@@ -100,12 +100,16 @@ class ReSTEMTrainer(SFTTrainer):
         parts = load_sft_parts(
             ReSTEMConfig, "ReSTEM", model, args, positional, named, reward_funcs, few_shot_examples
         )
+        if parts.args.loss_weighting == "reward" and parts.for_parent.get("compute_loss_func"):
+            raise ValueError(
+                "loss_weighting='reward' with a `compute_loss_func`: the weights would not reach "
+                "it. Leave one out."
+            )
         self.run = parts.run
         self.run.improve_steps = parts.args.num_improve_steps
         self.run.improve_rate_factor = parts.args.improve_learning_rate_factor
         super().__init__(**parts.for_parent)
         if self.args.loss_weighting == "reward":
-            self._refuse_other_losses()
             self.data_collator = WeightCollator(self.data_collator)
         self.eval_dataset = parts.eval_dataset
         self.normal_form = normal_form or default_normal_form
@@ -251,13 +255,6 @@ class ReSTEMTrainer(SFTTrainer):
                 self.args.max_length,
             )
         return fitting
-
-    def _refuse_other_losses(self) -> None:
-        if self.compute_loss_func is not None:
-            raise ValueError(
-                "loss_weighting='reward' with a `compute_loss_func`: the weights would not reach "
-                "it. Leave one out."
-            )
 
     def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
         """Score the held-out prompts; before round 0 also with few-shot examples."""

@@ -1,0 +1,453 @@
+"""The invariants of ReST^EM (EM-…), ReST (RE-…) and RFT (RF-…), on real runs of a tiny model."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import contains_solution, digit_share
+from datasets import Dataset, load_from_disk
+from peft import LoraConfig
+from trl import SFTTrainer
+
+from trl_selfplay import EmptyRoundError, ReSTEMTrainer
+from trl_selfplay.normal_forms import default_normal_form, reasoning_path
+from trl_selfplay.rewards import equations_reward, exact_reward
+from trl_selfplay.rollouts import load_rollouts
+from trl_selfplay.self_play import load_kept, load_samples
+from trl_selfplay.training_data import training_completion_ids
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 8}
+
+
+def assert_equal(weights, others) -> None:
+    assert weights.keys() == others.keys()
+    for name in weights:
+        assert torch.equal(weights[name], others[name]), name
+
+
+def differs(weights, others) -> bool:
+    return any(not torch.equal(weights[name], others[name]) for name in weights)
+
+
+def read_lines(trainer):
+    return [json.loads(line) for line in trainer.run.lines_path.read_text().splitlines()]
+
+
+def read_rows(trainer, round_index):
+    return load_from_disk(trainer.run.folder(round_index) / "dataset")
+
+
+def test_the_trainer_is_a_direct_subclass_of_its_parent() -> None:
+    assert ReSTEMTrainer.__bases__ == (SFTTrainer,)
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_every_round_trains_from_the_base_weights(build_rest_em, recorder, peft) -> None:
+    """EM-1: bit for bit."""
+    trainer = build_rest_em(
+        num_rounds=3, callbacks=[recorder], peft_config=LoraConfig(**LORA) if peft else None
+    )
+    initial = recorder.copy(trainer.model)
+    trainer.train()
+    assert len(recorder.weights_at_train_begin) == 3
+    for weights in recorder.weights_at_train_begin:
+        assert_equal(weights, initial)
+    assert differs(recorder.weights_at_train_end[1], initial)
+
+
+def test_a_round_samples_with_the_weights_the_last_one_ended_with(build_rest_em, recorder) -> None:
+    """EM-2: the weights while sampling round t are those at the end of round t - 1."""
+    trainer = build_rest_em(num_rounds=3, callbacks=[recorder])
+    initial, while_sampling = recorder.copy(trainer.model), []
+    sample = trainer.self_play.collector.sampler.sample
+
+    def sample_and_record(*args):
+        while_sampling.append(recorder.copy(trainer.model))
+        return sample(*args)
+
+    trainer.self_play.collector.sampler.sample = sample_and_record
+    trainer.train()
+    ends = [initial, *recorder.weights_at_train_end[:2]]
+    assert len(while_sampling) == 3
+    for weights, expected in zip(while_sampling, ends, strict=True):
+        assert_equal(weights, expected)
+
+
+def test_a_prompt_gives_at_most_the_cap_and_all_it_has_below_it(build_rest_em) -> None:
+    """EM-3, EM-4, EM-11: the cap after deduplication; fewer than the cap are all kept."""
+    for cap in (1, 2, None):
+        trainer = build_rest_em(f"cap-{cap}", num_generations=16, max_per_prompt=cap, num_rounds=1)
+        trainer.train()
+        distinct = {}
+        for r in load_samples(trainer.run.folder(0)):
+            if r.passes(1.0):
+                form = default_normal_form(r.completion)
+                distinct.setdefault(r.prompt_id, set()).add(form)
+        expected = {i: len(f) if cap is None else min(cap, len(f)) for i, f in distinct.items()}
+        assert Counter(r.prompt_id for r in load_kept(trainer.run.folder(0))) == expected
+        if cap == 2:
+            assert {1, 2} <= set(expected.values())
+
+
+def test_no_gold_completion_is_trained_on_unless_given(build_rest_em) -> None:
+    """EM-9: every row is a prompt with one of the model's own completions."""
+    trainer = build_rest_em()
+    trainer.train()
+    for t in (0, 1):
+        own = {
+            (*r.prompt_ids, *training_completion_ids(r, trainer.self_play.eos_token_id))
+            for r in load_kept(trainer.run.folder(t))
+        }
+        assert {tuple(ids) for ids in read_rows(trainer, t)["input_ids"]} <= own
+        assert read_lines(trainer)[t]["funnel"]["gold"] == 0
+
+
+def test_history_adds_what_the_newest_rounds_selected_and_nothing_twice(build_rest_em) -> None:
+    """EM-15: of the newest h rounds only, deduplicated, and under one cap."""
+    trainer = build_rest_em(num_rounds=3, history_rounds=1, num_generations=8, max_per_prompt=3)
+    trainer.train()
+    line = read_lines(trainer)[2]
+    texts = [
+        {(r.prompt_id, r.completion) for r in load_samples(trainer.run.folder(t)) if r.passes(1.0)}
+        for t in (0, 1, 2)
+    ]
+    prompts = trainer.self_play.training_prompt_ids(trainer.self_play.rows)
+    by_ids = {ids: i for i, ids in prompts.items()}
+    counts = Counter()
+    decode = trainer.processing_class.decode
+    for row in read_rows(trainer, 2):
+        length = sum(label == -100 for label in row["labels"])
+        prompt_id = by_ids[tuple(row["input_ids"][:length])]
+        text = decode(row["input_ids"][length:], skip_special_tokens=True)
+        assert (prompt_id, text) in texts[2] | texts[1]
+        counts[prompt_id] += 1
+    assert max(counts.values()) <= 3
+    assert line["funnel"]["history"] > 0
+    assert line["examples"] == line["funnel"]["kept"] + line["funnel"]["history"]
+
+
+def test_history_without_the_earlier_samples_is_an_error(build_rest_em) -> None:
+    trainer = build_rest_em(history_rounds=1, num_rounds=1)
+    trainer.train()
+    for path in (trainer.run.folder(0) / "samples").glob("*.parquet"):
+        path.unlink()
+    trainer = build_rest_em(history_rounds=1, num_rounds=2)
+    with pytest.raises(FileNotFoundError, match="history_rounds=0"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+# --- ReST ---
+
+
+def test_an_improve_step_goes_on_from_the_one_before(build_rest, recorder) -> None:
+    """RE-1, RE-13: within a Grow step, and from its last Improve step to the next Grow."""
+    trainer = build_rest(callbacks=[recorder])
+    initial = recorder.copy(trainer.model)
+    trainer.train()
+    assert len(recorder.weights_at_train_begin) == 4
+    ends = [initial, *recorder.weights_at_train_end[:3]]
+    for weights, expected in zip(recorder.weights_at_train_begin, ends, strict=True):
+        assert_equal(weights, expected)
+    lines = read_lines(trainer)
+    assert [(line["grow"], line["improve"], line["threshold"]) for line in lines] == [
+        (0, 0, 0.3), (0, 1, 0.6), (1, 0, 0.3), (1, 1, 0.6),
+    ]  # fmt: skip
+    assert [line["sampled_from"] for line in lines] == ["base", "base", "round 1", "round 1"]
+
+
+def test_improve_steps_share_samples_and_scores_and_are_nested(build_rest) -> None:
+    """RE-2, RE-3: nothing is sampled or graded between them."""
+    events = []
+
+    def reward(completions, **kwargs):
+        events.append("grade")
+        return digit_share(completions)
+
+    trainer = build_rest(reward_funcs=reward, max_per_prompt=2)
+    sampler = trainer.self_play.collector.sampler
+    sample = sampler.sample
+
+    def sample_and_record(*args):
+        events.append("sample")
+        return sample(*args)
+
+    sampler.sample = sample_and_record
+    trainer.train()
+    assert events == ["sample", "grade"] * 2
+    for grow in (0, 2):
+        rows = [
+            Counter(tuple(ids) for ids in read_rows(trainer, t)["input_ids"])
+            for t in (grow, grow + 1)
+        ]
+        assert rows[1] <= rows[0]
+        assert rows[1].total() < rows[0].total()
+        assert not (trainer.run.folder(grow + 1) / "samples").exists()
+
+
+def test_the_learning_rate_falls_by_the_factor_from_one_improve_step_to_the_next(
+    build_rest,
+) -> None:
+    """RE-6, also with a learning rate a Grow step."""
+    trainer = build_rest(
+        improve_learning_rate_factor=0.25,
+        round_learning_rates=[1e-2, 2e-2],
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    rates = [line["learning_rate"] for line in read_lines(trainer)]
+    assert rates == pytest.approx([1e-2, 2.5e-3, 2e-2, 5e-3])
+
+
+def test_gold_passes_the_same_filter_where_thresholds_rise(build_rest, gold_answers) -> None:
+    """RE-7: graded once, and dropped below the threshold. The answers have digits for 2 of 4 words."""
+    graded = []
+
+    def reward(completions, **kwargs):
+        graded.append(len(completions))
+        return digit_share(completions)
+
+    trainer = build_rest(
+        gold_dataset=gold_answers(4), reward_funcs=reward, improve_thresholds=[0.5, 0.7]
+    )
+    trainer.train()
+    gold = load_rollouts(trainer.run.root / "gold.parquet")
+    assert [r.reward for r in gold] == [pytest.approx(3 / 5)] * 4
+    assert [line["funnel"]["gold"] for line in read_lines(trainer)] == [4, 0, 4, 0]
+    assert graded.count(4) == 1
+
+
+def test_an_empty_improve_step_leaves_the_weights_and_is_named(
+    build_rest, recorder, caplog
+) -> None:
+    """RE-10: with "stop" the next Grow step begins, with "raise" the run ends."""
+    trainer = build_rest(
+        improve_thresholds=[0.3, 0.99], on_empty_round="stop", reward_funcs=at_most(0.9),
+        callbacks=[recorder],
+    )  # fmt: skip
+    trainer.train()
+    lines = read_lines(trainer)
+    assert [line["steps"] > 0 for line in lines] == [True, False, True, False]
+    assert "round 1 selected nothing" in caplog.text
+    assert_equal(recorder.weights_at_train_begin[1], recorder.weights_at_train_end[0])
+    trainer = build_rest("raise", improve_thresholds=[0.3, 0.99], reward_funcs=at_most(0.9))
+    with pytest.raises(EmptyRoundError, match="round 1"):
+        trainer.train()
+
+
+def at_most(highest):
+    def reward(completions, **kwargs):
+        return [min(share, highest) for share in digit_share(completions)]
+
+    return reward
+
+
+def test_all_samples_below_the_first_threshold_is_an_empty_round(build_rest) -> None:
+    trainer = build_rest(improve_thresholds=[0.95, 0.99], reward_funcs=at_most(0.9))
+    with pytest.raises(EmptyRoundError, match="round 0"):
+        trainer.train()
+
+
+def test_thresholds_between_rewards_of_0_and_1_warn(build_rest, caplog) -> None:
+    """RE-11."""
+    build_rest(reward_funcs=contains_solution, num_rounds=1).train()
+    assert "all rewards are 0 or 1" in caplog.text
+    assert "0.3, 0.6" in caplog.text
+
+
+def test_no_filter_selects_everything_that_ended(build_rest) -> None:
+    """RE-4: -inf selects rewards of 0 as well."""
+    trainer = build_rest(improve_thresholds=[float("-inf"), 0.6], num_rounds=1, deduplicate=False)
+    trainer.train()
+    samples = [r for r in load_samples(trainer.run.folder(0)) if not r.is_truncated]
+    assert read_lines(trainer)[0]["examples"] == len(samples)
+    assert any(r.reward == 0.0 for r in samples)
+
+
+# --- RFT ---
+
+
+def test_rft_trains_the_base_on_gold_and_accepted_paths(
+    build_rest_em, gold_answers, recorder
+) -> None:
+    """RF-4, RF-5: the sampler is trained on gold, the model from the base; gold once each."""
+    trainer = build_rest_em(
+        num_rounds=1, warm_up_on_gold=True, gold_dataset=gold_answers(5), callbacks=[recorder],
+        normal_form=reasoning_path, few_shot_in_training=False, num_generations=8,
+    )  # fmt: skip
+    initial, while_sampling = recorder.copy(trainer.model), []
+    sample = trainer.self_play.collector.sampler.sample
+
+    def sample_and_record(*args):
+        while_sampling.append(recorder.copy(trainer.model))
+        return sample(*args)
+
+    trainer.self_play.collector.sampler.sample = sample_and_record
+    trainer.train()
+    begin, end = recorder.weights_at_train_begin, recorder.weights_at_train_end
+    assert len(begin) == 2
+    assert_equal(begin[0], initial)
+    assert_equal(while_sampling[0], end[0])
+    assert differs(end[0], initial)
+    assert_equal(begin[1], initial)
+    (line,) = read_lines(trainer)
+    assert (line["sampled_from"], line["trained_from"]) == ("warm-up", "base")
+    rows = Counter(tuple(ids) for ids in read_rows(trainer, 0)["input_ids"])
+    for rollout in trainer.gold.rollouts:
+        assert rows[(*rollout.prompt_ids, *rollout.completion_ids)] >= 1
+    assert sum(rows.values()) == line["funnel"]["kept"] + 5
+
+
+def test_a_ratio_draws_gold_by_the_number_selected(build_rest_em, gold_answers) -> None:
+    trainer = build_rest_em(
+        num_rounds=1, gold_dataset=gold_answers(12), gold_ratio=0.5, num_generations=8
+    )
+    trainer.train()
+    funnel = read_lines(trainer)[0]["funnel"]
+    assert funnel["gold"] == min(round(0.5 * funnel["kept"]), 12)
+
+
+def test_a_path_needs_the_right_answer_and_true_equations(build_rest_em) -> None:
+    """RF-2: with half the weight each only both together reach the threshold."""
+    trainer = build_rest_em(
+        reward_funcs=[exact_reward, equations_reward], reward_weights=[0.5, 0.5], num_rounds=1
+    )
+    scorer = trainer.self_play.collector.scorer
+    completions = ["<<2+2=4>>4. The answer is 4", "<<2+2=5>>4. The answer is 4", "The answer is 5"]
+    scores = scorer.score(
+        prompts=["2 + 2?"] * 3, completions=completions, completion_ids=[[1]] * 3,
+        columns={"solution": ["4"] * 3},
+    )  # fmt: skip
+    assert [scorer.weighted(s) >= 1.0 for s in scores] == [True, False, False]
+
+
+# --- the weighted likelihood ---
+
+
+def loss_and_gradient(trainer, rows):
+    """Return loss and gradients of one optimizer step on rows, through the trainer's own code."""
+    trainer.train_dataset = rows
+    model = trainer.model
+    model.train()
+    loader = iter(trainer.get_train_dataloader())
+    batches, num_items = trainer.get_batch_samples(
+        loader, trainer.args.gradient_accumulation_steps, model.device
+    )
+    trainer.current_gradient_accumulation_steps = len(batches)
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=num_items)
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def weighted_rows(weights, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(3, 20, size=5 + i).tolist() for i in range(len(weights))]
+    labels = [[-100] * 2 + row[2:] for row in ids]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "weight": list(weights)})
+
+
+def build_weighted(build_rest_em, folder, **changes):
+    return build_rest_em(
+        folder, loss_weighting="reward", per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, **changes,
+    )  # fmt: skip
+
+
+def test_weights_of_0_and_1_give_the_gradient_of_the_filter(build_rest_em) -> None:
+    """EM-6."""
+    rows = weighted_rows([1.0, 0.0, 1.0, 0.0])
+    weighted, gradient = loss_and_gradient(build_weighted(build_rest_em, "w"), rows)
+    kept = rows.filter(lambda row: row["weight"] == 1.0).remove_columns("weight")
+    plain = build_rest_em("f", per_device_train_batch_size=2)
+    filtered, expected = loss_and_gradient(plain, kept)
+    assert weighted == pytest.approx(filtered, abs=1e-6)
+    for name in expected:
+        torch.testing.assert_close(gradient[name], expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_the_scale_of_rewards_changes_no_gradient(build_rest_em) -> None:
+    """EM-7: also where the sum of weights is far below one token."""
+    weights = [0.2, 0.9, 0.5, 0.1]
+    results = [
+        loss_and_gradient(
+            build_weighted(build_rest_em, f"s{scale}"), weighted_rows([scale * w for w in weights])
+        )
+        for scale in (1.0, 1e-4)
+    ]
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], atol=1e-6, rtol=1e-4)
+
+
+def test_the_weighted_loss_is_the_sum_over_tokens_by_the_sum_of_weights(build_rest_em) -> None:
+    """EM-10: against NumPy on the model's own logits, under accumulation."""
+    weights = [1.0, 0.5, 0.25, 2.0]
+    rows = weighted_rows(weights)
+    trainer = build_weighted(build_rest_em, "w")
+    loss, _ = loss_and_gradient(trainer, rows)
+    numerator = denominator = 0.0
+    for row in rows:
+        with torch.no_grad():
+            logits = trainer.model(torch.tensor([row["input_ids"]])).logits[0].double().numpy()
+        shifted = logits[:-1] - logits[:-1].max(-1, keepdims=True)
+        log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        targets = np.array(row["labels"][1:])
+        places = np.flatnonzero(targets != -100)
+        numerator -= row["weight"] * log_probs[places, targets[places]].sum()
+        denominator += row["weight"] * len(places)
+    assert loss == pytest.approx(numerator / denominator, abs=1e-6)
+
+
+def test_a_run_weighs_each_row_with_its_reward(build_rest_em) -> None:
+    trainer = build_rest_em(reward_funcs=digit_share, loss_weighting="reward", num_rounds=1)
+    trainer.train()
+    kept = load_kept(trainer.run.folder(0))
+    assert sorted(read_rows(trainer, 0)["weight"]) == sorted(r.reward for r in kept)
+    positive = {
+        r for r in load_samples(trainer.run.folder(0)) if r.reward > 0 and r.finish == "eos"
+    }
+    assert set(kept) <= positive
+    assert len({r.reward for r in kept}) > 2
+
+
+def test_a_negative_reward_can_be_no_weight(build_rest_em) -> None:
+    """EM-8: the error shows prompt, reward and function name."""
+
+    def grumpy_reward(completions, **kwargs):
+        return [-0.5] * len(completions)
+
+    trainer = build_rest_em(reward_funcs=grumpy_reward, loss_weighting="reward")
+    with pytest.raises(ValueError, match=r"grumpy_reward gave -0\.5") as raised:
+        trainer.train()
+    assert "= ?" in str(raised.value)
+    assert list((trainer.run.folder(0) / "samples").glob("*.parquet"))  # nothing is lost
+
+
+def test_gold_of_another_kind_of_prompt_is_refused(build_rest_em) -> None:
+    chat = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}]
+    )
+    with pytest.raises(ValueError, match="gold_dataset"):
+        build_rest_em(gold_dataset=chat)
+
+
+def test_gold_that_is_to_be_graded_needs_a_solution(build_rest, gold_answers) -> None:
+    other = gold_answers(2, first=50).remove_columns("solution")
+    with pytest.raises(ValueError, match="no `solution`"):
+        build_rest(gold_dataset=other)
+
+
+@pytest.mark.parametrize("setting", [{"warm_up_on_gold": True}, {"gold_ratio": 0.5}])
+def test_settings_of_gold_need_a_gold_dataset(build_rest_em, setting) -> None:
+    with pytest.raises(ValueError, match="needs a `gold_dataset`"):
+        build_rest_em(**setting)
+
+
+def test_a_loss_of_the_users_own_can_not_be_weighted(build_rest_em) -> None:
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        build_rest_em(loss_weighting="reward", compute_loss_func=lambda *a, **k: None)
