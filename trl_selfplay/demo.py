@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from datasets import Dataset
 
 from trl_selfplay.report import plot_rounds, print_round_table
+from trl_selfplay.rewards.answer import extract_answer
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +215,61 @@ def recipe_defaults(smoke: bool = False) -> dict[str, Any]:
         "output_dir": "star-demo",
         "reward_funcs": ["exact_reward"],
     }
+
+
+def rest_em_defaults(method: str, smoke: bool = False) -> dict[str, Any]:
+    """Return the demo's settings for ReSTEMTrainer under the names of its recipes' flags.
+
+    Args:
+        method: "rest_em", "rest" or "rft".
+        smoke: Only show that everything works.
+    """
+    shared = {
+        "num_generations": 16,
+        "few_shot_in_training": False,
+        "top_k": 0,
+        "max_per_prompt": 4,
+        "output_dir": f"{method.replace('_', '-')}-demo",
+    }
+    own: dict[str, dict[str, Any]] = {
+        "rest_em": {},
+        "rest": {
+            "num_rounds": 2,
+            "improve_thresholds": [0.6, 0.8],
+            "start_from": "previous",
+            "max_per_prompt": None,
+            "max_steps": 25,
+            "learning_rate": 1e-3,
+        },
+        "rft": {
+            "num_rounds": 1,
+            "warm_up_on_gold": True,
+            "few_shot_rounds": 0,
+            "max_steps": 25,
+        },
+    }
+    smallest = {**SMOKE_SETTINGS, "num_rounds": 1} if smoke else {}
+    return recipe_defaults() | shared | own[method] | smallest
+
+
+def gold_completions(prompts: Dataset) -> Dataset:
+    """Return a worked answer for each of the demo's prompts: columns prompt and completion."""
+    return prompts.map(lambda row: {"completion": worked_answer(row["solution"].split(", ")[::-1])})
+
+
+def position_reward(
+    completions: Sequence[str], solution: Sequence[str], **columns: Any
+) -> list[float]:
+    """Return the share of the words that stand in their right place in the final answer.
+
+    A reward with degrees, for ReST: half of a list in order is worth half.
+    """
+    scores = []
+    for completion, answer in zip(completions, solution, strict=True):
+        words = answer.split(", ")
+        found = (extract_answer(completion) or "").split(", ")
+        scores.append(sum(a == b for a, b in zip(words, found, strict=False)) / len(words))
+    return scores
 
 
 def report_demo(trainer: Any, report_set: Dataset) -> float:

