@@ -1,4 +1,4 @@
-"""A STaR run in a process of its own, which may kill itself with SIGKILL at a chosen moment."""
+"""A STaR or ReST run in a process of its own, which may kill itself with SIGKILL at a chosen moment."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from trl_selfplay import STaRConfig, STaRTrainer
+from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, STaRConfig, STaRTrainer
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,11 @@ class Killer(TrainerCallback):
         self.event("training")
 
 
-def run(folder: str, model: str, rows: str, kill: Kill | None) -> None:
-    """Run, or go on with, two rounds in `folder`; die where `kill` says."""
+def run(folder: str, model: str, rows: str, kill: Kill | None, scorer: str | None = None) -> None:
+    """Run, or go on with, two rounds in `folder`; die where `kill` says.
+
+    With a `scorer` (a reward model's folder) it is ReST: two Improve steps after each sampling.
+    """
     killer = Killer(kill)
 
     def reward(completions: list[str], solution: list[str], **kwargs: Any) -> list[float]:
@@ -59,20 +62,30 @@ def run(folder: str, model: str, rows: str, kill: Kill | None) -> None:
         return [float(s in c.split()) for c, s in zip(completions, solution, strict=True)]
 
     table = json.loads(Path(rows).read_text())
-    trainer = STaRTrainer(
-        model,
-        STaRConfig(
-            folder, num_rounds=2, num_generations=4, temperature=1.0, max_completion_length=8,
-            max_steps=4, save_steps=1, per_device_train_batch_size=4, learning_rate=1e-2,
-            report_to=[], disable_tqdm=True, activation_checkpointing=False, use_cpu=True,
-            num_generations_eval=2, load_best_round_at_end=False, eval_strategy="steps", eval_steps=2,
-        ),
-        train_dataset=Dataset.from_list(table["train"]),
-        eval_dataset=Dataset.from_list(table["heldout"]),
-        reward_funcs=reward,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1),
-        callbacks=[killer],
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "num_rounds": 2, "num_generations": 4, "temperature": 1.0, "max_completion_length": 8,
+        "max_steps": 4, "save_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "report_to": [], "disable_tqdm": True, "activation_checkpointing": False, "use_cpu": True,
+        "num_generations_eval": 2, "load_best_round_at_end": False, "eval_strategy": "steps",
+        "eval_steps": 2,
+    }  # fmt: skip
+    datasets = {
+        "train_dataset": Dataset.from_list(table["train"]),
+        "eval_dataset": Dataset.from_list(table["heldout"]),
+    }
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    if scorer is None:
+        trainer: Any = STaRTrainer(
+            model, STaRConfig(folder, **settings), **datasets, reward_funcs=reward,
+            peft_config=lora, callbacks=[killer],
+        )  # fmt: skip
+    else:
+        rest = {"improve_thresholds": [25.0, 60.0], "threshold_kind": "percentile",
+                "start_from": "previous", "reward_weights": [1.0, 0.0], "top_k": 0}  # fmt: skip
+        trainer = ReSTEMTrainer(
+            model, ReSTEMConfig(folder, **settings, **rest), **datasets,
+            reward_funcs=[scorer, reward], peft_config=lora, callbacks=[killer],
+        )  # fmt: skip
     evaluating = [False]
     play, collector = trainer.self_play, trainer.self_play.collector
     sampler, score = collector.sampler, type(play).score
