@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_selfplay import ReSTEMConfig, demo
 from trl_selfplay.demo import (
     DEMO_SETTINGS,
     NUM_FEW_SHOT,
@@ -158,3 +159,27 @@ def test_the_demo_model_is_converted_once_and_speaks(monkeypatch, tmp_path) -> N
     completion = tokenizer.decode(generated[prompt["input_ids"].shape[1] :])
     assert "Paris" in completion
     assert completion.endswith("<|im_end|>")
+
+
+def test_half_of_the_words_in_place_are_worth_half() -> None:
+    completions = ["Answer: c, b, a", "Answer: c, x, a", "Answer: c, b, a, d", "no marker", ""]
+    scores = demo.position_reward(completions, ["c, b, a"] * 5)
+    assert scores == [1.0, pytest.approx(2 / 3), 0.75, 0.0, 0.0]
+
+
+@needs_task
+def test_gold_completions_end_in_the_solution() -> None:
+    train = demo.demo_split(seed=1).train
+    gold = demo.gold_completions(train)
+    completions, solutions = gold["completion"], gold["solution"]
+    assert exact_reward(completions=completions, solution=solutions) == [1.0] * len(train)
+
+
+@pytest.mark.parametrize("method", ["rest_em", "rest", "rft"])
+def test_the_recipes_defaults_make_a_configuration(method, tmp_path) -> None:
+    names = ReSTEMConfig.__dataclass_fields__
+    for smoke in (False, True):
+        settings = {k: v for k, v in demo.rest_em_defaults(method, smoke).items() if k in names}
+        config = ReSTEMConfig(**{**settings, "output_dir": str(tmp_path)})
+        assert config.improve_thresholds == ([0.6, 0.8] if method == "rest" else None)
+        assert config.warm_up_on_gold is (method == "rft")

@@ -268,7 +268,8 @@ def position_reward(
     for completion, answer in zip(completions, solution, strict=True):
         words = answer.split(", ")
         found = (extract_answer(completion) or "").split(", ")
-        scores.append(sum(a == b for a, b in zip(words, found, strict=False)) / len(words))
+        right = sum(a == b for a, b in zip(words, found, strict=False))
+        scores.append(right / max(len(words), len(found)))
     return scores
 
 
