@@ -33,6 +33,7 @@ def train_on(
         load_saved_model(trainer.model, model_folder)
         trainer.state = TrainerState.load_from_json(str(state_path))
         return None
+    trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     folder.mkdir(parents=True, exist_ok=True)
     free_optimizer(trainer)
     # Dropout must not depend on what happened in this process before: a resumed round starts alike.
