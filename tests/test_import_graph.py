@@ -38,6 +38,7 @@ FLOW = (
     "rounds",
     "self_play",
     "opponent",
+    "thoughts",
     "trainer",
     "demo",
 )

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from trl_selfplay.opponent import WrongOpponentError
     from trl_selfplay.rollouts import Rollout
     from trl_selfplay.rounds import EmptyRoundError
+    from trl_selfplay.trainer.quiet_star_config import QuietSTaRConfig
+    from trl_selfplay.trainer.quiet_star_trainer import QuietSTaRTrainer
     from trl_selfplay.trainer.spin_config import SPINConfig
     from trl_selfplay.trainer.spin_trainer import SPINTrainer
     from trl_selfplay.trainer.star_config import STaRConfig
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "EmptyRoundError",
+    "QuietSTaRConfig",
+    "QuietSTaRTrainer",
     "Rollout",
     "SPINConfig",
     "SPINTrainer",
@@ -30,6 +34,8 @@ __all__ = [
 
 _MODULE_OF = {
     "EmptyRoundError": "trl_selfplay.rounds",
+    "QuietSTaRConfig": "trl_selfplay.trainer.quiet_star_config",
+    "QuietSTaRTrainer": "trl_selfplay.trainer.quiet_star_trainer",
     "Rollout": "trl_selfplay.rollouts",
     "SPINConfig": "trl_selfplay.trainer.spin_config",
     "SPINTrainer": "trl_selfplay.trainer.spin_trainer",
