@@ -57,6 +57,11 @@ def can_think(
     return allowed
 
 
+def predicted_tokens(labels: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return which tokens 1 … S − 1 have a label and text before them, bool (B, S − 1)."""
+    return (labels[:, 1:] != -100) & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+
+
 def num_thinking(allowed: torch.Tensor, fraction: float) -> torch.Tensor:
     """Return how many columns of each row think: the fraction, rounded up, int64 (B,)."""
     return (allowed.sum(1).double() * fraction - 1e-9).ceil().long()

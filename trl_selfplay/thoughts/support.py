@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from trl_selfplay.generation.model_traits import describe_model
 from trl_selfplay.thoughts.attention import thoughts_attend
@@ -34,17 +36,17 @@ def check_model(model: Any) -> None:
             attention function of unknown meaning, or results that differ from an ordinary
             sequence's. The text names the class and the reason.
     """
-    describe_model(model)
     causal_lm = unwrap_causal_lm(model)
     name = type(causal_lm).__name__
-    traits = describe_model(causal_lm)
     config = causal_lm.config.get_text_config()
     remedy = "Use a model of full or sliding-window attention, such as Llama, Qwen or Mistral."
-    if traits.padding == "none":
+    layers = DynamicCache(config=causal_lm.config).layers
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         raise ValueError(
             f"{name} has recurrent or convolutional layers, whose state can't branch into one "
             f"thought a token. {remedy}"
         )
+    traits = describe_model(model)
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(f"{name} has chunked attention, which thoughts don't support. {remedy}")
     attention = causal_lm.config._attn_implementation

@@ -33,6 +33,7 @@ from trl_selfplay.thoughts.sampling import (
     can_think,
     choose_columns,
     num_thinking,
+    predicted_tokens,
     sample_thoughts,
     thought_keys,
 )
@@ -100,6 +101,7 @@ class QuietSTaRTrainer(SFTTrainer):
             _refuse_unused(compute_metrics, compute_loss_func, preprocess_logits_for_metrics)
             processing_class = load_processing_class(model, processing_class, args)
             model, quantization_config = _load_model(model, args, quantization_config)
+            keep_4bit_weights_trainable(model)
             check_model(model)
             _attach(model, processing_class, args, peft_config)
             peft_config = _save_thoughts_too(peft_config)
@@ -121,7 +123,7 @@ class QuietSTaRTrainer(SFTTrainer):
             formatting_func=formatting_func,
         )
         self._barred = tuple(barred_token_ids(self.processing_class))
-        self._num_thinking: torch.Tensor | None = None
+        self._step_counts = torch.zeros(2, dtype=torch.long)  # predicted tokens, thinking columns
         self._batch_index = {"train": 0, "eval": 0}
         if args.num_thoughts:
             self._prepare_model_and_lengths()
@@ -138,9 +140,9 @@ class QuietSTaRTrainer(SFTTrainer):
                 f"router_aux_loss_coef={self.router_aux_loss_coef}: a router's loss would count "
                 "thoughts as text. Set router_aux_loss_coef=0.0."
             )
-        keep_4bit_weights_trainable(self.model)
+        model: Any = self.model
         getattr(causal_lm, ATTRIBUTE).float()  # PEFT gives quantized models bfloat16 ones
-        if switch_dropout_off(self.model):
+        if switch_dropout_off(model):
             logger.warning(
                 "Dropout is switched off in the whole model: thoughts are sampled in one forward "
                 "and scored in another, which would be two policies."
@@ -160,16 +162,21 @@ class QuietSTaRTrainer(SFTTrainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batch_index["train"] = 0
         if self.args.num_thoughts and num_items is not None:
-            counts = [self._count_thinking(batch) for batch in batches]
-            count = torch.tensor(sum(counts), device=device)
-            if self.args.average_tokens_across_devices:
-                count = self.accelerator.gather(count).sum()
-            self._num_thinking = count
+            self._count_step(batches, device)
         return batches, num_items
 
-    def _count_thinking(self, batch: Any) -> int:
-        allowed = can_think(batch["labels"], batch["attention_mask"], self.args.num_ahead_tokens)
-        return int(num_thinking(allowed, self.args.thought_fraction).sum())
+    def _count_step(self, batches: list[Any], device: torch.device) -> None:
+        """Count predicted tokens and thinking columns of a step, over all processes."""
+        counts = torch.zeros(2, dtype=torch.long, device=device)
+        for batch in batches:
+            mask = batch["attention_mask"]
+            allowed = can_think(batch["labels"], mask, self.args.num_ahead_tokens)
+            thinking = num_thinking(allowed, self.args.thought_fraction)
+            labelled = predicted_tokens(batch["labels"], mask)
+            counts += torch.stack([labelled.sum(), thinking.sum()]).to(device)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.gather(counts).view(-1, 2).sum(0)
+        self._step_counts = counts
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent; attention knows thoughts until gradients are computed."""
@@ -213,24 +220,25 @@ class QuietSTaRTrainer(SFTTrainer):
             attention_mask=inputs["attention_mask"],
             thought_batch=batch,
         )
-        labelled = inputs["labels"][:, 1:] != -100
-        num_columns = thinking.columns.shape[1]
+        labelled = predicted_tokens(inputs["labels"], inputs["attention_mask"])
+        width = thinking.columns.shape[1]
         real = thinking.is_real[:, :, None]
-        talk = outputs["talk_log_probs"].unflatten(1, (num_columns, -1))  # (B, U, K, n_true)
+        talk = outputs["talk_log_probs"].unflatten(1, (width, -1))  # (B, U, K, n_true)
         base = base_ahead(outputs["base_log_probs"], thinking.columns, args.num_ahead_tokens)
         base = base * real
-        thought = outputs["thought_log_probs"].unflatten(1, (num_columns, -1))  # (B, U, K)
+        thought = outputs["thought_log_probs"].unflatten(1, (width, -1))  # (B, U, K)
         advantage = advantages(talk.sum(-1), base.sum(-1, keepdim=True), args.reinforce_baseline)
         sums = objective_sums(outputs["base_log_probs"], labelled, talk, thought, advantage)
-        num_tokens, num_thinking = labelled.sum(), thinking.is_real.sum()
+        counts = torch.stack([labelled.sum(), thinking.is_real.sum()])
         if num_items_in_batch is not None:
-            num_tokens, num_thinking = num_items_in_batch, self._num_thinking
+            counts = self._step_counts
+        num_tokens, num_columns = counts.clamp(min=1)
         alpha = args.base_loss_weight
-        text_loss = alpha * sums.base / _at_least_one(num_tokens)
-        text_loss = text_loss + (1.0 - alpha) * sums.talk / _at_least_one(num_thinking)
+        text_loss = alpha * sums.base / num_tokens
+        text_loss = text_loss + (1.0 - alpha) * sums.talk / num_columns
         loss = text_loss
-        if self.model.training and args.thought_length and args.reinforce_weight:
-            policy = sums.policy / _at_least_one(num_thinking)
+        if self._mode() == "train" and args.thought_length and args.reinforce_weight:
+            policy = sums.policy / num_columns
             loss = text_loss + args.reinforce_weight * policy
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -243,7 +251,7 @@ class QuietSTaRTrainer(SFTTrainer):
         in it and the thought's index: not on padding, accumulation or the number of processes.
         """
         args = self.args
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode()
         step = self.state.global_step if mode == "train" else 0
         mask, rows = inputs["attention_mask"], self._row_indices(mode, len(inputs["input_ids"]))
         allowed = can_think(inputs["labels"], mask, args.num_ahead_tokens)
@@ -265,6 +273,10 @@ class QuietSTaRTrainer(SFTTrainer):
                 )
         return thinking, thoughts
 
+    def _mode(self) -> Literal["train", "eval"]:
+        model: Any = self.model
+        return "train" if model.training else "eval"
+
     def _row_indices(self, mode: Literal["train", "eval"], num_rows: int) -> range:
         """Return the rows' places among those of the step (or of the evaluation), all processes."""
         args, accelerator = self.args, self.accelerator
@@ -285,7 +297,7 @@ class QuietSTaRTrainer(SFTTrainer):
             num_ahead_tokens=args.num_ahead_tokens,
             temperature=args.thought_temperature,
             barred=self._barred,
-            scores_thoughts=self.model.training and args.reinforce_weight > 0.0,
+            scores_thoughts=self._mode() == "train" and args.reinforce_weight > 0.0,
         )
 
 
@@ -304,10 +316,6 @@ def add_thoughts_to_forward(causal_lm: Any) -> None:
         return think_and_talk(self, kwargs["input_ids"], kwargs["attention_mask"], thought_batch)
 
     causal_lm.forward = types.MethodType(forward, causal_lm)
-
-
-def _at_least_one(count: Any) -> Any:
-    return torch.as_tensor(count).clamp(min=1)
 
 
 def _refuse_unused(
