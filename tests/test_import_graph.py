@@ -45,6 +45,7 @@ FLOW = (
     "rounds",
     "self_play",
     "opponent",
+    "thoughts",
     "trainer",
     "demo",
     "demo_style",

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from trl_selfplay.opponent import WrongOpponentError
     from trl_selfplay.rollouts import Rollout
     from trl_selfplay.rounds import EmptyRoundError
+    from trl_selfplay.trainer.quiet_star_config import QuietSTaRConfig
+    from trl_selfplay.trainer.quiet_star_trainer import QuietSTaRTrainer
     from trl_selfplay.trainer.rest_em_config import ReSTEMConfig
     from trl_selfplay.trainer.rest_em_trainer import ReSTEMTrainer
     from trl_selfplay.trainer.spin_config import SPINConfig
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "EmptyRoundError",
+    "QuietSTaRConfig",
+    "QuietSTaRTrainer",
     "ReSTEMConfig",
     "ReSTEMTrainer",
     "Rollout",
@@ -34,6 +38,8 @@ __all__ = [
 
 _MODULE_OF = {
     "EmptyRoundError": "trl_selfplay.rounds",
+    "QuietSTaRConfig": "trl_selfplay.trainer.quiet_star_config",
+    "QuietSTaRTrainer": "trl_selfplay.trainer.quiet_star_trainer",
     "ReSTEMConfig": "trl_selfplay.trainer.rest_em_config",
     "ReSTEMTrainer": "trl_selfplay.trainer.rest_em_trainer",
     "Rollout": "trl_selfplay.rollouts",

@@ -1,0 +1,105 @@
+"""QS-23: models that can't think are refused at construction, with the reason."""
+
+import pytest
+import torch
+from tiny_families import FAMILIES, build_family
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from trl_selfplay.thoughts.attention import thoughts_attend
+from trl_selfplay.thoughts.support import check_lengths, check_model, switch_dropout_off
+
+RECURRENT = {
+    "mamba": {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2},
+    "bamba": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 8,
+              "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
+              "attn_layer_indices": [1]},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families_that_can_think_pass(family) -> None:
+    model = build_family(family)
+    model.train()
+    check_model(model)
+    assert model.training
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_model_whose_layers_cannot_think_is_refused(family) -> None:
+    config = AutoConfig.for_model(family, vocab_size=23, **RECURRENT[family])
+    with pytest.raises(ValueError, match=r"Use a model of|Use a model whose forward"):
+        check_model(AutoModelForCausalLM.from_config(config))
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=23, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        check_model(T5ForConditionalGeneration(config))
+
+
+def test_an_attention_function_of_unknown_meaning_is_refused() -> None:
+    AttentionInterface.register("test_odd_attention", lambda *args, **kwargs: None)
+    model = build_family("llama")
+    model.config._attn_implementation = "test_odd_attention"
+    with pytest.raises(ValueError, match="attn_implementation='test_odd_attention'"):
+        check_model(model)
+
+
+def test_attention_sinks_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "gpt_oss", vocab_size=23, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2,
+        num_experts_per_tok=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="attends with s_aux"):
+        check_model(AutoModelForCausalLM.from_config(config).float())
+
+
+def test_a_model_that_counts_positions_its_own_way_is_refused() -> None:
+    """The trial finds what no flag says: here, positions that are ignored."""
+    model = build_family("llama")
+    own = model.base_model.rotary_emb.forward
+
+    def ignoring(x, position_ids):
+        return own(x, torch.arange(x.shape[1])[None].expand_as(position_ids))
+
+    model.base_model.rotary_emb.forward = ignoring
+    with pytest.raises(ValueError, match="gives other logits for a thought"):
+        check_model(model)
+
+
+def test_attention_is_put_back_after_an_error() -> None:
+    """QS-21."""
+    model = build_family("llama")
+    with pytest.raises(IndexError), thoughts_attend(model):
+        model(torch.tensor([[23]]))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_text_and_thought_must_fit_the_models_positions() -> None:
+    """96 positions: 80 of text, a thought of 8 + 2, 3 true tokens, and 3 to spare."""
+    model = build_family("gpt2")
+    check_lengths(model, 83, 8, 4)
+    with pytest.raises(ValueError, match=r"reaches position 97.*Set max_length to at most 83"):
+        check_lengths(model, 84, 8, 4)
+    check_lengths(model, None, 8, 4)
+
+
+def test_dropout_is_switched_off_where_modules_and_functions_have_it() -> None:
+    gpt2 = build_family("gpt2")
+    gpt2.train()
+    ids = torch.arange(2, 12)[None]
+    assert not torch.equal(gpt2(ids).logits, gpt2(ids).logits)
+    assert switch_dropout_off(gpt2) > 0
+    assert torch.equal(gpt2(ids).logits, gpt2(ids).logits)
+    opt = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("opt", vocab_size=23, hidden_size=16, ffn_dim=16, num_hidden_layers=1,
+                             num_attention_heads=2, word_embed_proj_dim=16, dropout=0.5)
+    ).train()  # fmt: skip
+    assert switch_dropout_off(opt) > 0
+    assert torch.equal(opt(ids).logits, opt(ids).logits)
+    assert switch_dropout_off(opt) == 0

@@ -1,0 +1,125 @@
+"""What Quiet-STaR adds to a model: vectors that begin and end a thought, and the mixing head.
+
+In: a causal language model and its tokenizer. Out: one module, attached to the model as
+`quiet_star`, so that optimizer, checkpoints, PEFT and data parallelism treat it like any other.
+Source: Quiet-STaR, arXiv 2403.09629, sections 4.2 to 4.4; shapes from the official code.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+# The attribute's name, also in `modules_to_save` and in saved weights.
+ATTRIBUTE = "quiet_star"
+# Text whose embedding the start and end vectors begin with.
+INITIAL_TEXT = "---"
+# Names that the paper's code gives the two tokens. Thoughts never contain them.
+META_TOKENS = ("<|startthought|>", "<|endthought|>")
+
+
+class ThoughtModule(nn.Module):
+    """The start and end vectors of a thought and the mixing head, in float32.
+
+    A vector is stored divided by `scale`: under Adam, whose steps have the size of the learning
+    rate whatever the gradient, it then moves `scale` times as far in a step.
+
+    Args:
+        hidden_size: d, of the model's last hidden states.
+        initial: Vector (d,) that both ends of a thought begin as.
+        scale: What stored vectors are multiplied by.
+    """
+
+    def __init__(self, hidden_size: int, initial: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        stored = initial.detach().float() / scale
+        self.vectors = nn.Parameter(torch.stack([stored, stored]))  # (2, d): start, end
+        self.head = nn.Sequential(
+            nn.Linear(2 * hidden_size, hidden_size),
+            nn.ReLU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.ReLU(),
+            nn.Linear(hidden_size, 1, bias=False),
+        )
+        last: Any = self.head[-1]
+        nn.init.zeros_(last.weight)
+        self.to(initial.device, torch.float32)
+
+    def start_and_end(self) -> torch.Tensor:
+        """Return the input embeddings that begin and end a thought, float32 (2, d)."""
+        return self.vectors * self.scale
+
+    def forward(self, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
+        """Return the weight w of the thought for states (…, d), float32 (…, 1), unbounded.
+
+        The mixed state is (1 − w)·base + w·thought. As the official code, w multiplies the
+        thought; the paper's equation 2 names the other share w.
+        """
+        with torch.autocast(base.device.type, enabled=False):
+            weight: torch.Tensor = self.head(torch.cat([base, thought], dim=-1).float())
+        return weight
+
+
+def mix(
+    module: Any, base: torch.Tensor, thought: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix states (…, d); return the mixed ones and the weights, float32 (…).
+
+    Mixing before the linear head is mixing logits: p ∝ p_base^(1−w) · p_thought^w. Models that
+    cap their logits get the cap after mixing.
+
+    Source: Quiet-STaR, arXiv 2403.09629, equation 2.
+    """
+    weight = module(base, thought)
+    return base + weight.to(base.dtype) * (thought - base), weight.squeeze(-1)
+
+
+def attach_thought_module(model: Any, tokenizer: Any, scale: float, seed: int) -> None:
+    """Give a causal language model its `quiet_star` module, unless it has one.
+
+    Adapters that were there before are left alone. Nothing else is ever initialised: weights that
+    are loaded later replace these.
+
+    Args:
+        model: A causal language model, not wrapped in PEFT.
+        tokenizer: Tells which embedding the vectors begin with; None takes the mean of all.
+        scale: See `ThoughtModule`.
+        seed: For the mixing head's first layers; the global random state is left as it was.
+    """
+    if hasattr(model, ATTRIBUTE):
+        return
+    embeddings = model.get_input_embeddings()
+    device = embeddings.weight.device
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        initial = _initial_vector(embeddings, tokenizer)
+        hidden_size = model.config.get_text_config().hidden_size
+        module = ThoughtModule(hidden_size, initial.cpu(), scale).to(device)
+    setattr(model, ATTRIBUTE, module)
+
+
+def _initial_vector(embeddings: Any, tokenizer: Any) -> torch.Tensor:
+    """Return the mean embedding of the tokens of "---", or of all tokens if it has none."""
+    ids: list[int] = []
+    if tokenizer is not None:
+        ids = tokenizer(INITIAL_TEXT, add_special_tokens=False)["input_ids"]
+        ids = [i for i in ids if i != tokenizer.unk_token_id]
+    if not ids:
+        return embeddings.weight.float().mean(0)
+    index = torch.tensor(ids, device=embeddings.weight.device)
+    return embeddings(index).float().mean(0)
+
+
+def unwrap_causal_lm(model: Any) -> Any:
+    """Return the causal language model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def barred_token_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of tokens that no thought contains: a tokenizer's own thought tokens."""
+    if tokenizer is None:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    return sorted(vocabulary[token] for token in META_TOKENS if token in vocabulary)

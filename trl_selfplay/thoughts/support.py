@@ -1,0 +1,140 @@
+"""Whether a model can think: read off its class, then tried on a few tokens.
+
+In: a causal language model. Out: an error that says why not. The trial compares thoughts in one
+forward with the same tokens written into an ordinary sequence, so that a model whose attention or
+positions work otherwise than assumed is refused at construction and not trained wrongly.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from trl_selfplay.generation.model_traits import describe_model
+from trl_selfplay.thoughts.attention import thoughts_attend
+from trl_selfplay.thoughts.backbone import embed, last_states, project
+from trl_selfplay.thoughts.layout import ThoughtLayout
+from trl_selfplay.thoughts.mixing import unwrap_causal_lm
+
+logger = logging.getLogger(__name__)
+
+# Attention whose meaning is the softmax that split attention computes.
+_KNOWN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+# Largest difference in logits, relative to their size, that a trial may show.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_TRIAL_TEXT, _TRIAL_BLOCK = 6, 3
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError if the model's thoughts can't be computed in one forward.
+
+    Raises:
+        ValueError: Encoder-decoder, multimodal, recurrent or hybrid layers, chunked attention, an
+            attention function of unknown meaning, or results that differ from an ordinary
+            sequence's. The text names the class and the reason.
+    """
+    causal_lm = unwrap_causal_lm(model)
+    name = type(causal_lm).__name__
+    config = causal_lm.config.get_text_config()
+    remedy = "Use a model of full or sliding-window attention, such as Llama, Qwen or Mistral."
+    layers = DynamicCache(config=causal_lm.config).layers
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        raise ValueError(
+            f"{name} has recurrent or convolutional layers, whose state can't branch into one "
+            f"thought a token. {remedy}"
+        )
+    traits = describe_model(model)
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"{name} has chunked attention, which thoughts don't support. {remedy}")
+    attention = causal_lm.config._attn_implementation
+    if attention not in _KNOWN_ATTENTION:
+        raise ValueError(
+            f"{name} was loaded with attn_implementation={attention!r}. Thoughts replace the "
+            f"attention function, so it must be one of known meaning: {', '.join(_KNOWN_ATTENTION)}."
+        )
+    if not traits.takes_position_ids or not getattr(
+        causal_lm, "_supports_attention_backend", False
+    ):
+        raise ValueError(
+            f"{name} doesn't take position_ids or an attention function through transformers' "
+            f"interfaces, so it can't be told where thoughts stand. {remedy}"
+        )
+    if any(p.device.type == "meta" for p in causal_lm.parameters()):
+        return  # sharded weights can't be tried
+    _try_thoughts(causal_lm, name, remedy)
+
+
+@torch.no_grad()
+def _try_thoughts(model: Any, name: str, remedy: str) -> None:
+    """Compare two thoughts in one forward with two ordinary sequences."""
+    weight = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    count = _TRIAL_TEXT + 2 * _TRIAL_BLOCK
+    ids = torch.randint(model.config.get_text_config().vocab_size, (count,), generator=generator)
+    ids = ids.to(weight.device)
+    text, blocks = ids[:_TRIAL_TEXT], ids[_TRIAL_TEXT:].view(2, _TRIAL_BLOCK)
+    anchors = torch.tensor([[1, _TRIAL_TEXT - 2]], device=weight.device)
+    training = [module.training for module in model.modules()]
+    model.eval()
+    try:
+        mask = torch.ones((1, _TRIAL_TEXT), dtype=torch.bool, device=weight.device)
+        layout = ThoughtLayout(mask, anchors, _TRIAL_TEXT, _TRIAL_BLOCK)
+        try:
+            with thoughts_attend(model):
+                states = last_states(model, embed(model, ids[None]), layout)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} can't compute thoughts: {error} {remedy}") from error
+        ours = project(model, states[0, _TRIAL_TEXT:]).float().unflatten(0, (2, _TRIAL_BLOCK))
+        for block, anchor, logits in zip(blocks, anchors[0].tolist(), ours, strict=True):
+            sequence = torch.cat([text[: anchor + 1], block])[None]
+            naive = model(input_ids=sequence, use_cache=False).logits[0, anchor + 1 :].float()
+            difference = (naive - logits).abs().max().item()
+            size = naive.abs().max().item()
+            if not difference <= _TOLERANCE.get(model.dtype, 1e-1) * max(size, 1.0):
+                raise ValueError(
+                    f"{name} gives other logits for a thought in one forward than for the same "
+                    f"tokens in a sequence (they differ by {difference:.2g}), so its attention, "
+                    f"positions or head work in a way that thoughts don't support. {remedy}"
+                )
+    finally:
+        for module, was_training in zip(model.modules(), training, strict=True):
+            module.training = was_training
+
+
+def check_lengths(
+    model: Any, num_text_tokens: int | None, num_thought_tokens: int, num_ahead_tokens: int
+) -> None:
+    """Raise ValueError if text, thought and tokens ahead don't fit the model's positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or num_text_tokens is None:
+        return
+    extra = num_thought_tokens + 2 + num_ahead_tokens - 1
+    if num_text_tokens + extra > limit:
+        raise ValueError(
+            f"a text of {num_text_tokens} tokens with a thought of {num_thought_tokens} + 2 and "
+            f"{num_ahead_tokens - 1} true tokens after it reaches position "
+            f"{num_text_tokens + extra}, but {type(model).__name__} has {limit} positions. Set "
+            f"max_length to at most {limit - extra}."
+        )
+
+
+def switch_dropout_off(model: nn.Module) -> int:
+    """Set every dropout probability to 0, for good; return how many were above.
+
+    Thoughts are sampled in one forward and scored in another: with dropout these would be two
+    policies.
+    """
+    changed = 0
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            changed += module.p > 0
+            module.p = 0.0
+            continue
+        for name in ("dropout", "attention_dropout", "activation_dropout", "attn_dropout"):
+            if isinstance(value := module.__dict__.get(name), float) and value > 0.0:
+                changed += 1
+                setattr(module, name, 0.0)
+    return changed

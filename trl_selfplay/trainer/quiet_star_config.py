@@ -1,0 +1,182 @@
+"""Configuration of QuietSTaRTrainer, with the published recipe as a preset."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from trl import SFTConfig
+
+from trl_selfplay.thoughts.objective import BASELINES
+from trl_selfplay.trainer.self_play_config import switch_off_bf16_without_gpu
+
+logger = logging.getLogger(__name__)
+
+# Official code of Quiet-STaR, arXiv 2403.09629 (ezelikman/quiet-star, quiet-star-train.py): 12
+# tokens ahead of which 9 are sampled, 4 true tokens, 2 thoughts, 8 sequences of 256 a step.
+_PAPER: dict[str, Any] = {
+    "num_thoughts": 2,
+    "thought_length": 9,
+    "num_ahead_tokens": 4,
+    "max_length": 256,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-6,
+    "weight_decay": 0.001,
+    "warmup_steps": 20,
+    "max_grad_norm": 1.0,
+    "max_steps": 100,
+    "reinforce_weight": 1e6 / 9,
+}
+
+
+@dataclass
+class QuietSTaRConfig(SFTConfig):
+    """Configuration of `QuietSTaRTrainer`: SFTConfig's fields, and those of the thoughts.
+
+    `num_thoughts=0` is plain SFT. The defaults are the method of Quiet-STaR (arXiv 2403.09629) with
+    thoughts of 8 tokens and a REINFORCE weight of 1; `QuietSTaRConfig.from_paper` gives the
+    published recipe.
+    """
+
+    num_thoughts: int = field(
+        default=2,
+        metadata={"help": "Thoughts sampled at each thinking token. 0 is plain SFT."},
+    )
+    thought_length: int = field(
+        default=8,
+        metadata={
+            "help": "Sampled tokens of a thought, between its start and end. 0 leaves those two, "
+            "which are learnt but say nothing: a pause-token control."
+        },
+    )
+    num_ahead_tokens: int = field(
+        default=4,
+        metadata={"help": "Tokens of the text that each thought is to predict."},
+    )
+    thought_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature of sampled thoughts, and of their log-probs in REINFORCE."},
+    )
+    thought_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the tokens that think, drawn anew in each step; cost and memory of "
+            "thoughts fall with it."
+        },
+    )
+    base_loss_weight: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the loss without thoughts; that with thoughts has the rest."},
+    )
+    reinforce_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of REINFORCE on thought tokens. The paper's 1e6 goes with its learning "
+            "rate of 1e-6."
+        },
+    )
+    reinforce_baseline: str = field(
+        default="mean",
+        metadata={
+            "help": "What a thought's reward is compared with: the mean over its token's thoughts, "
+            "worse ones ignored ('mean', the paper's), the likelihood without thought, worse ones "
+            "ignored ('base'), or the mean of the other thoughts, with its sign, which is unbiased "
+            "('leave_one_out').",
+            "choices": list(BASELINES),
+        },
+    )
+    meta_token_scale: float = field(
+        default=100.0,
+        metadata={
+            "help": "The vectors that begin and end a thought move this many times the learning "
+            "rate in a step of Adam."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        switch_off_bf16_without_gpu(self)
+        super().__post_init__()
+        self._check_integers()
+        for name, least, most in (
+            ("thought_fraction", 0.0, 1.0),
+            ("base_loss_weight", 0.0, 1.0),
+            ("reinforce_weight", 0.0, float("inf")),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name}={value}; it must be between {least} and {most}.")
+        if self.thought_fraction == 0.0:
+            raise ValueError("thought_fraction=0.0: no token would think; set num_thoughts=0.")
+        if self.meta_token_scale <= 0.0:
+            raise ValueError(f"meta_token_scale={self.meta_token_scale}; it must be above 0.")
+        if self.reinforce_baseline not in BASELINES:
+            raise ValueError(
+                f"reinforce_baseline={self.reinforce_baseline!r}; choose one of {BASELINES}."
+            )
+        if self.num_thoughts:
+            self._check_thoughts()
+
+    def _check_integers(self) -> None:
+        for name, least in (("num_thoughts", 0), ("thought_length", 0), ("num_ahead_tokens", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}; it must be an integer of at least {least}.")
+
+    def _check_thoughts(self) -> None:
+        if self.thought_length == 0 and self.num_thoughts > 1:
+            raise ValueError(
+                f"num_thoughts={self.num_thoughts} with thought_length=0 would compute copies of "
+                "one thought: set num_thoughts=1."
+            )
+        if self.thought_length > 0 and self.thought_temperature <= 0.0:
+            raise ValueError(
+                f"thought_temperature={self.thought_temperature}; it must be above 0, or all "
+                "thoughts of a token would be the same and none could be preferred."
+            )
+        if (
+            self.num_thoughts == 1
+            and self.thought_length > 0
+            and self.reinforce_weight > 0.0
+            and self.reinforce_baseline != "base"
+        ):
+            raise ValueError(
+                f"num_thoughts=1 with reinforce_baseline={self.reinforce_baseline!r}: a thought "
+                "alone is its own average, so no thought would ever be reinforced. Set "
+                "reinforce_baseline='base', or num_thoughts=2."
+            )
+        if self.packing or self.eval_packing or self.padding_free:
+            raise ValueError(
+                "packing or padding_free puts several texts into one row, where a thought would "
+                "see its neighbours and count positions from the first: set packing=False, "
+                "eval_packing=None and padding_free=False."
+            )
+        if self.loss_type != "nll":
+            raise ValueError(
+                f"loss_type={self.loss_type!r}: thoughts are rewarded by the text's likelihood; "
+                "set loss_type='nll'."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor}; thoughts are rewarded by "
+                "the likelihood of the true tokens alone: set it to 0."
+            )
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel=True replaces the model's forward: leave it out.")
+
+    @classmethod
+    def from_paper(cls, **overrides: Any) -> Self:
+        """Return the published recipe for Mistral 7B.
+
+        It departs from the official code in four places. Thoughts are scored at the temperature
+        they were sampled at, where the code samples at 1 and scores at 3. A thought's log-prob is
+        the sum over its tokens; the code takes the mean, so its weight of 1e6 becomes 1e6 / 9. The
+        loss with thoughts is averaged over all tokens that think; the code divides by the count of
+        losses that aren't zero. A schedule over 100 steps replaces an error that ends the run.
+        One process computes the 8 sequences of a step in two halves.
+
+        Args:
+            **overrides: Fields to set otherwise, such as `output_dir`.
+
+        Source: Quiet-STaR, arXiv 2403.09629, appendix A, and ezelikman/quiet-star.
+        """
+        return cls(**{**_PAPER, **overrides})

@@ -1,0 +1,379 @@
+"""Quiet-STaR: a model learns to think before each token of ordinary text.
+
+In: text, no rewards. Out: the model with a mixing head and vectors that begin and end a thought.
+There is no outer loop: the parent's training runs as it is, with another loss.
+Source: Quiet-STaR, arXiv 2403.09629, Algorithm 1.
+"""
+
+import copy
+import functools
+import logging
+import types
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
+
+from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
+from trl_selfplay.generation.model_traits import sampling_state
+from trl_selfplay.thoughts.attention import thoughts_attend
+from trl_selfplay.thoughts.mixing import (
+    ATTRIBUTE,
+    attach_thought_module,
+    barred_token_ids,
+    unwrap_causal_lm,
+)
+from trl_selfplay.thoughts.objective import advantages, base_ahead, objective_sums
+from trl_selfplay.thoughts.sampling import (
+    SampledThoughts,
+    ThinkingColumns,
+    can_think,
+    choose_columns,
+    num_thinking,
+    predicted_tokens,
+    sample_thoughts,
+    thought_keys,
+)
+from trl_selfplay.thoughts.support import check_lengths, check_model, switch_dropout_off
+from trl_selfplay.thoughts.unrolled import ThoughtBatch, think_and_talk
+from trl_selfplay.trainer.construction import (
+    check_config_class,
+    default_output_dir,
+    load_processing_class,
+)
+from trl_selfplay.trainer.quiet_star_config import QuietSTaRConfig
+
+logger = logging.getLogger(__name__)
+
+
+class QuietSTaRTrainer(SFTTrainer):
+    """Trains a causal language model to think before each token.
+
+    Takes what `trl.SFTTrainer` takes, in its order, with text or tokenized rows.
+
+    Raises:
+        ValueError, TypeError: For a model or arguments that can't work, at construction.
+
+    Source: Quiet-STaR, arXiv 2403.09629, Algorithm 1.
+    """
+
+    args: QuietSTaRConfig
+    _tag_names = ["trl-selfplay", "quiet-star"]  # noqa: RUF012  # as in TRL
+    _name = "Quiet-STaR"
+    _paper = {  # noqa: RUF012  # as in TRL
+        "title": "Quiet-STaR: Language Models Can Teach Themselves to Think Before Speaking",
+        "id": "2403.09629",
+        "citation": """\
+@inproceedings{zelikman2024quietstar,
+    title        = {{Quiet-STaR: Language Models Can Teach Themselves to Think Before Speaking}},
+    author       = {Eric Zelikman and Georges Harik and Yijia Shao and Varuna Jayasiri and Nick Haber and Noah D. Goodman},
+    year         = 2024,
+    booktitle    = {First Conference on Language Modeling},
+    eprint       = {arXiv:2403.09629},
+}""",
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        args: QuietSTaRConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Callable[..., Any] | None = None,
+    ) -> None:
+        if args is None:
+            args = QuietSTaRConfig(default_output_dir(model, "QuietSTaR"))
+        check_config_class(args, QuietSTaRConfig)
+        if args.num_thoughts:
+            _refuse_unused(compute_metrics, compute_loss_func, preprocess_logits_for_metrics)
+            processing_class = load_processing_class(model, processing_class, args)
+            model, quantization_config = _load_model(model, args, quantization_config)
+            keep_4bit_weights_trainable(model)
+            check_model(model)
+            _attach(model, processing_class, args, peft_config)
+            peft_config = _save_thoughts_too(peft_config)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+        self._barred = tuple(barred_token_ids(self.processing_class))
+        self._step_counts = torch.zeros(2, dtype=torch.long)  # predicted tokens, thinking columns
+        self._batch_index = {"train": 0, "eval": 0}
+        if args.num_thoughts:
+            self._prepare_model_and_lengths()
+
+    @property
+    def causal_lm(self) -> Any:
+        """The causal language model without wrappers; its `quiet_star` holds what was added."""
+        return unwrap_causal_lm(self.accelerator.unwrap_model(self.model))
+
+    def _prepare_model_and_lengths(self) -> None:
+        args, causal_lm = self.args, self.causal_lm
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef}: a router's loss would count "
+                "thoughts as text. Set router_aux_loss_coef=0.0."
+            )
+        model: Any = self.model
+        getattr(causal_lm, ATTRIBUTE).float()  # PEFT gives quantized models bfloat16 ones
+        if switch_dropout_off(model):
+            logger.warning(
+                "Dropout is switched off in the whole model: thoughts are sampled in one forward "
+                "and scored in another, which would be two policies."
+            )
+        add_thoughts_to_forward(causal_lm)
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        sets = list(sets.values()) if isinstance(sets, dict) else sets
+        for dataset in [self.train_dataset, *sets]:
+            if dataset is not None:
+                longest = _longest_row(dataset, args.max_length)
+                check_lengths(causal_lm, longest, args.thought_length, args.num_ahead_tokens)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Return the micro-batches of a step, and count the columns that will think in them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batch_index["train"] = 0
+        if self.args.num_thoughts and num_items is not None:
+            self._count_step(batches, device)
+        return batches, num_items
+
+    def _count_step(self, batches: list[Any], device: torch.device) -> None:
+        """Count predicted tokens and thinking columns of a step, over all processes."""
+        counts = torch.zeros(2, dtype=torch.long, device=device)
+        for batch in batches:
+            mask = batch["attention_mask"]
+            allowed = can_think(batch["labels"], mask, self.args.num_ahead_tokens)
+            thinking = num_thinking(allowed, self.args.thought_fraction)
+            labelled = predicted_tokens(batch["labels"], mask)
+            counts += torch.stack([labelled.sum(), thinking.sum()]).to(device)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.gather(counts).view(-1, 2).sum(0)
+        self._step_counts = counts
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the parent; attention knows thoughts until gradients are computed."""
+        if not self.args.num_thoughts:
+            return super().training_step(*args, **kwargs)
+        with thoughts_attend(self.causal_lm):
+            return super().training_step(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as the parent; the same rows think the same thoughts each time."""
+        self._batch_index["eval"] = 0
+        return super().evaluate(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Think at each chosen column, then return the loss of text and thoughts.
+
+        L = α·NLL_base + (1 − α)/n_true·Σ_t NLL_talk,t + λ·L_policy, the last in training only.
+        NLL_base is a mean over labelled tokens, the others over thinking columns and thoughts of
+        the whole step, all accumulated batches and processes included.
+
+        Source: Quiet-STaR, arXiv 2403.09629, equations 6 to 8.
+        """
+        args = self.args
+        if not args.num_thoughts:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs:
+            raise ValueError(
+                "outputs with thoughts are not kept: read the logged metrics, or load the saved "
+                "model with QuietSTaRModel for its logits."
+            )
+        thinking, thoughts = self.think(inputs)
+        batch = self._thought_batch(thinking, thoughts)
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            thought_batch=batch,
+        )
+        labelled = predicted_tokens(inputs["labels"], inputs["attention_mask"])
+        width = thinking.columns.shape[1]
+        real = thinking.is_real[:, :, None]
+        talk = outputs["talk_log_probs"].unflatten(1, (width, -1))  # (B, U, K, n_true)
+        base = base_ahead(outputs["base_log_probs"], thinking.columns, args.num_ahead_tokens)
+        base = base * real
+        thought = outputs["thought_log_probs"].unflatten(1, (width, -1))  # (B, U, K)
+        advantage = advantages(talk.sum(-1), base.sum(-1, keepdim=True), args.reinforce_baseline)
+        sums = objective_sums(outputs["base_log_probs"], labelled, talk, thought, advantage)
+        counts = torch.stack([labelled.sum(), thinking.is_real.sum()])
+        if num_items_in_batch is not None:
+            counts = self._step_counts
+        num_tokens, num_columns = counts.clamp(min=1)
+        alpha = args.base_loss_weight
+        text_loss = alpha * sums.base / num_tokens
+        text_loss = text_loss + (1.0 - alpha) * sums.talk / num_columns
+        loss = text_loss
+        if self._mode() == "train" and args.thought_length and args.reinforce_weight:
+            policy = sums.policy / num_columns
+            loss = text_loss + args.reinforce_weight * policy
+        if args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return loss
+
+    def think(self, inputs: dict[str, Any]) -> tuple[ThinkingColumns, SampledThoughts]:
+        """Choose the batch's thinking columns and sample their thoughts, without gradients.
+
+        Columns and thoughts depend on the seed, the step, a row's place in the step, the position
+        in it and the thought's index: not on padding, accumulation or the number of processes.
+        """
+        args = self.args
+        mode = self._mode()
+        step = self.state.global_step if mode == "train" else 0
+        mask, rows = inputs["attention_mask"], self._row_indices(mode, len(inputs["input_ids"]))
+        allowed = can_think(inputs["labels"], mask, args.num_ahead_tokens)
+        thinking = choose_columns(allowed, mask, args.thought_fraction, args.seed, step, mode, rows)
+        keys = thought_keys(thinking, args.num_thoughts, args.seed, step, mode, rows)
+        with sampling_state(self.model_wrapped, self.accelerator) as model, torch.no_grad():
+            causal_lm = unwrap_causal_lm(model)
+            with self.accelerator.autocast():
+                thoughts = sample_thoughts(
+                    causal_lm,
+                    getattr(causal_lm, ATTRIBUTE).start_and_end()[0],
+                    inputs["input_ids"],
+                    mask,
+                    thinking.columns.repeat_interleave(args.num_thoughts, dim=1),
+                    args.thought_length,
+                    keys,
+                    temperature=args.thought_temperature,
+                    barred=self._barred,
+                )
+        return thinking, thoughts
+
+    def _mode(self) -> Literal["train", "eval"]:
+        model: Any = self.model
+        return "train" if model.training else "eval"
+
+    def _row_indices(self, mode: Literal["train", "eval"], num_rows: int) -> range:
+        """Return the rows' places among those of the step (or of the evaluation), all processes."""
+        args, accelerator = self.args, self.accelerator
+        size = args.per_device_train_batch_size
+        if mode == "eval":
+            size = args.per_device_eval_batch_size
+        index = self._batch_index[mode]
+        self._batch_index[mode] = index + 1
+        first = (index * accelerator.num_processes + accelerator.process_index) * size
+        return range(first, first + num_rows)
+
+    def _thought_batch(self, thinking: ThinkingColumns, thoughts: SampledThoughts) -> ThoughtBatch:
+        args = self.args
+        return ThoughtBatch(
+            anchors=thinking.columns.repeat_interleave(args.num_thoughts, dim=1),
+            tokens=thoughts.tokens,
+            is_real=thinking.is_real.repeat_interleave(args.num_thoughts, dim=1),
+            num_ahead_tokens=args.num_ahead_tokens,
+            temperature=args.thought_temperature,
+            barred=self._barred,
+            scores_thoughts=self._mode() == "train" and args.reinforce_weight > 0.0,
+        )
+
+
+def add_thoughts_to_forward(causal_lm: Any) -> None:
+    """Give a model's forward the keyword `thought_batch`; without it, nothing changes.
+
+    With it the forward returns what `think_and_talk` does. Going through the forward lets wrappers
+    (data parallelism, autocast, adapters) see the whole computation.
+    """
+    original = causal_lm.forward
+
+    @functools.wraps(type(causal_lm).forward)
+    def forward(self: Any, *args: Any, thought_batch: Any = None, **kwargs: Any) -> Any:
+        if thought_batch is None:
+            return original(*args, **kwargs)
+        return think_and_talk(self, kwargs["input_ids"], kwargs["attention_mask"], thought_batch)
+
+    causal_lm.forward = types.MethodType(forward, causal_lm)
+
+
+def _refuse_unused(
+    compute_metrics: Any, compute_loss_func: Any, preprocess_logits_for_metrics: Any
+) -> None:
+    """Raise ValueError for parent arguments that need logits of the whole vocabulary."""
+    for name, value in (
+        ("compute_metrics", compute_metrics),
+        ("compute_loss_func", compute_loss_func),
+        ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` was given, but logits with thoughts are never held for a whole batch. "
+                "Leave it out; losses with and without thoughts are logged."
+            )
+
+
+def _load_model(model: Any, args: Any, quantization_config: Any) -> tuple[Any, Any]:
+    """Load a model that is given by name, as the parent would, so that it can be added to."""
+    if not isinstance(model, str):
+        return model, quantization_config
+    kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+        kwargs.setdefault("device_map", {"": args.device})
+    args.model_init_kwargs = None  # used up; the parent would warn that it ignores them
+    return AutoModelForCausalLM.from_pretrained(model, **kwargs), None
+
+
+def _attach(model: Any, tokenizer: Any, args: Any, peft_config: Any) -> None:
+    causal_lm = unwrap_causal_lm(model)
+    if causal_lm is not model and not hasattr(causal_lm, ATTRIBUTE):
+        raise ValueError(
+            "the model has adapters already, so the mixing head would not be saved with them. Pass "
+            "the base model and `peft_config`."
+        )
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft_config of type {peft_config.peft_type} adds virtual tokens, after which thoughts "
+            "would be misplaced. Use LoRA."
+        )
+    attach_thought_module(causal_lm, tokenizer, args.meta_token_scale, args.seed)
+
+
+def _save_thoughts_too(peft_config: Any) -> Any:
+    """Return a copy of a PEFT configuration that trains and saves the thought module."""
+    if peft_config is None:
+        return None
+    peft_config = copy.deepcopy(peft_config)
+    saved = list(peft_config.modules_to_save or ())
+    peft_config.modules_to_save = [*saved, *({ATTRIBUTE} - set(saved))]
+    return peft_config
+
+
+def _longest_row(dataset: Any, max_length: int | None) -> int | None:
+    """Return the longest row's tokens; of a stream only the limit is known."""
+    if not isinstance(dataset, Dataset):
+        return max_length
+    return max((len(row) for row in dataset["input_ids"]), default=0)
