@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trl_selfplay.opponent import WrongOpponentError
     from trl_selfplay.rollouts import Rollout
     from trl_selfplay.rounds import EmptyRoundError
+    from trl_selfplay.thoughts.model import QuietSTaRModel
     from trl_selfplay.trainer.quiet_star_config import QuietSTaRConfig
     from trl_selfplay.trainer.quiet_star_trainer import QuietSTaRTrainer
     from trl_selfplay.trainer.spin_config import SPINConfig
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EmptyRoundError",
     "QuietSTaRConfig",
+    "QuietSTaRModel",
     "QuietSTaRTrainer",
     "Rollout",
     "SPINConfig",
@@ -35,6 +37,7 @@ __all__ = [
 _MODULE_OF = {
     "EmptyRoundError": "trl_selfplay.rounds",
     "QuietSTaRConfig": "trl_selfplay.trainer.quiet_star_config",
+    "QuietSTaRModel": "trl_selfplay.thoughts.model",
     "QuietSTaRTrainer": "trl_selfplay.trainer.quiet_star_trainer",
     "Rollout": "trl_selfplay.rollouts",
     "SPINConfig": "trl_selfplay.trainer.spin_config",
