@@ -16,9 +16,22 @@ from trl import SFTTrainer
 
 from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
 from trl_selfplay.generation.model_traits import sampling_state
+from trl_selfplay.report import say
 from trl_selfplay.thoughts.attention import thoughts_attend
 from trl_selfplay.thoughts.mixing import ATTRIBUTE, barred_token_ids, unwrap_causal_lm
-from trl_selfplay.thoughts.objective import advantages, base_ahead, objective_sums
+from trl_selfplay.thoughts.objective import (
+    ObjectiveSums,
+    advantages,
+    base_ahead,
+    objective_sums,
+)
+from trl_selfplay.thoughts.observation import (
+    HelpfulThought,
+    ThoughtScores,
+    describe_thoughts,
+    most_helpful,
+    thought_sums,
+)
 from trl_selfplay.thoughts.sampling import (
     SampledThoughts,
     ThinkingColumns,
@@ -131,6 +144,7 @@ class QuietSTaRTrainer(SFTTrainer):
         self._barred = tuple(barred_token_ids(self.processing_class))
         self._step_counts = torch.zeros(2, dtype=torch.long)  # predicted tokens, thinking columns
         self._batch_index = {"train": 0, "eval": 0}
+        self._helpful: list[HelpfulThought] = []
         if args.num_thoughts:
             self._prepare_model_and_lengths()
 
@@ -192,9 +206,16 @@ class QuietSTaRTrainer(SFTTrainer):
             return super().training_step(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as the parent; the same rows think the same thoughts each time."""
-        self._batch_index["eval"] = 0
-        return super().evaluate(*args, **kwargs)
+        """Evaluate as the parent, and print the thoughts of the first batch that helped most.
+
+        The same rows think the same thoughts each time.
+        """
+        self._batch_index["eval"], self._helpful = 0, []
+        metrics = super().evaluate(*args, **kwargs)
+        if self._helpful and self.is_world_process_zero():
+            tokenizer = self.processing_class
+            say(f"thoughts that helped most:\n{describe_thoughts(self._helpful, tokenizer)}")
+        return metrics
 
     def compute_loss(
         self,
@@ -227,28 +248,69 @@ class QuietSTaRTrainer(SFTTrainer):
             thought_batch=batch,
         )
         labelled = predicted_tokens(inputs["labels"], inputs["attention_mask"])
-        width = thinking.columns.shape[1]
-        real = thinking.is_real[:, :, None]
-        talk = outputs["talk_log_probs"].unflatten(1, (width, -1))  # (B, U, K, n_true)
-        base = base_ahead(outputs["base_log_probs"], thinking.columns, args.num_ahead_tokens)
-        base = base * real
-        thought = outputs["thought_log_probs"].unflatten(1, (width, -1))  # (B, U, K)
-        advantage = advantages(talk.sum(-1), base.sum(-1, keepdim=True), args.reinforce_baseline)
-        sums = objective_sums(outputs["base_log_probs"], labelled, talk, thought, advantage)
+        scores = self._score(outputs, thinking)
+        sums = objective_sums(
+            outputs["base_log_probs"], labelled, scores.talk, scores.thought, scores.advantage
+        )
+        self._record(inputs, outputs, thinking, thoughts, scores, sums, labelled.sum())
         counts = torch.stack([labelled.sum(), thinking.is_real.sum()])
         if num_items_in_batch is not None:
             counts = self._step_counts
         num_tokens, num_columns = counts.clamp(min=1)
         alpha = args.base_loss_weight
-        text_loss = alpha * sums.base / num_tokens
-        text_loss = text_loss + (1.0 - alpha) * sums.talk / num_columns
-        loss = text_loss
-        if self._mode() == "train" and args.thought_length and args.reinforce_weight:
-            policy = sums.policy / num_columns
-            loss = text_loss + args.reinforce_weight * policy
+        loss = alpha * sums.base / num_tokens + (1.0 - alpha) * sums.talk / num_columns
+        if batch.scores_thoughts:
+            loss = loss + args.reinforce_weight * sums.policy / num_columns
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
+
+    def _score(self, outputs: dict[str, torch.Tensor], thinking: ThinkingColumns) -> ThoughtScores:
+        """Sort the forward's log-probs by column, and judge each thought."""
+        args, width = self.args, thinking.columns.shape[1]
+        base = base_ahead(outputs["base_log_probs"], thinking.columns, args.num_ahead_tokens)
+        base = base * thinking.is_real[:, :, None]
+        talk = outputs["talk_log_probs"].unflatten(1, (width, -1))  # (B, U, K, n_true)
+        advantage = advantages(talk.sum(-1), base.sum(-1, keepdim=True), args.reinforce_baseline)
+        return ThoughtScores(
+            base=base,
+            talk=talk,
+            thought=outputs["thought_log_probs"].unflatten(1, (width, -1)),
+            advantage=advantage,
+            weights=outputs["weights"].unflatten(1, (width, -1)),
+        )
+
+    @torch.no_grad()
+    def _record(
+        self,
+        inputs: dict[str, Any],
+        outputs: dict[str, torch.Tensor],
+        thinking: ThinkingColumns,
+        thoughts: SampledThoughts,
+        scores: ThoughtScores,
+        sums: ObjectiveSums,
+        num_labelled: torch.Tensor,
+    ) -> None:
+        """Keep the batch's numbers for the log, summed over processes; parent's keys included."""
+        mode, mask = self._mode(), inputs["attention_mask"]
+        rows = thought_sums(scores, sums, num_labelled, thinking, thoughts)
+        labelled = predicted_tokens(inputs["labels"], mask)
+        for name, key in (("entropy", "entropies"), ("mean_token_accuracy", "top1")):
+            rows[name] = torch.stack([(outputs[key] * labelled).sum(), num_labelled.float()])
+        rows["num_tokens"] = torch.stack([mask.sum(), mask.sum()]).float()
+        names = list(rows)
+        totals = self.accelerator.reduce(torch.stack([rows[n] for n in names]), "sum").tolist()
+        for name, (numerator, denominator) in zip(names, totals, strict=True):
+            if name == "num_tokens":
+                self._total_train_tokens += int(numerator) if mode == "train" else 0
+                self._metrics[mode][name] = [self._total_train_tokens]
+            elif denominator:
+                self._metrics[mode][name].append(numerator / denominator)
+        if mode == "eval" and self._batch_index["eval"] == 1:
+            self._helpful = most_helpful(
+                inputs["input_ids"], mask, thinking, thoughts, scores.gains(),
+                self.args.num_ahead_tokens,
+            )  # fmt: skip
 
     def think(self, inputs: dict[str, Any]) -> tuple[ThinkingColumns, SampledThoughts]:
         """Choose the batch's thinking columns and sample their thoughts, without gradients.
@@ -303,7 +365,9 @@ class QuietSTaRTrainer(SFTTrainer):
             num_ahead_tokens=args.num_ahead_tokens,
             temperature=args.thought_temperature,
             barred=self._barred,
-            scores_thoughts=self._mode() == "train" and args.reinforce_weight > 0.0,
+            scores_thoughts=self._mode() == "train"
+            and args.reinforce_weight > 0.0
+            and args.thought_length > 0,
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
