@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trl_selfplay.opponent import WrongOpponentError
     from trl_selfplay.rollouts import Rollout
     from trl_selfplay.rounds import EmptyRoundError
+    from trl_selfplay.thoughts.model import QuietSTaRModel
     from trl_selfplay.trainer.quiet_star_config import QuietSTaRConfig
     from trl_selfplay.trainer.quiet_star_trainer import QuietSTaRTrainer
     from trl_selfplay.trainer.rest_em_config import ReSTEMConfig
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EmptyRoundError",
     "QuietSTaRConfig",
+    "QuietSTaRModel",
     "QuietSTaRTrainer",
     "ReSTEMConfig",
     "ReSTEMTrainer",
@@ -39,6 +41,7 @@ __all__ = [
 _MODULE_OF = {
     "EmptyRoundError": "trl_selfplay.rounds",
     "QuietSTaRConfig": "trl_selfplay.trainer.quiet_star_config",
+    "QuietSTaRModel": "trl_selfplay.thoughts.model",
     "QuietSTaRTrainer": "trl_selfplay.trainer.quiet_star_trainer",
     "ReSTEMConfig": "trl_selfplay.trainer.rest_em_config",
     "ReSTEMTrainer": "trl_selfplay.trainer.rest_em_trainer",

@@ -347,3 +347,23 @@ def test_a_4_bit_base_trains_its_head_and_vectors(tiny_model, word_tokenizer, tm
     trainer.train()
     for name, weight in weights_of(trainer.model).items():
         assert not torch.equal(weight, before[name]), name
+
+
+def test_losses_with_and_without_thoughts_are_logged(quiet_trainer, capsys) -> None:
+    """The parent's keys too; the loss is the sum of its logged parts."""
+    trainer = quiet_trainer(awake=True, eval_rows=random_rows(6, seed=1), reinforce_weight=0.5)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    for name in ("entropy", "mean_token_accuracy", "num_tokens", "thought/helped"):
+        assert name in first
+    parts = 0.5 * first["thought/base_loss"] + 0.5 * first["thought/talk_loss"]
+    assert first["loss"] == pytest.approx(parts + 0.5 * first["thought/policy_loss"], abs=1e-5)
+    assert first["thought/policy_loss"] > 0
+    assert first["num_tokens"] == 4 * 12
+    assert first["thought/weight_min"] < first["thought/weight_p50"] < first["thought/weight_max"]
+    scores = trainer.evaluate()
+    parts = 0.5 * scores["eval_thought/base_loss"] + 0.5 * scores["eval_thought/talk_loss"]
+    assert scores["eval_loss"] == pytest.approx(parts, abs=1e-5)
+    printed = capsys.readouterr().out
+    assert "thoughts that helped most:" in printed
+    assert "nats  …" in printed

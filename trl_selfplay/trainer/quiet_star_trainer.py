@@ -5,28 +5,33 @@ There is no outer loop: the parent's training runs as it is, with another loss.
 Source: Quiet-STaR, arXiv 2403.09629, Algorithm 1.
 """
 
-import copy
-import functools
 import logging
-import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
 from trl_selfplay.generation.model_traits import sampling_state
+from trl_selfplay.report import say
 from trl_selfplay.thoughts.attention import thoughts_attend
-from trl_selfplay.thoughts.mixing import (
-    ATTRIBUTE,
-    attach_thought_module,
-    barred_token_ids,
-    unwrap_causal_lm,
+from trl_selfplay.thoughts.mixing import ATTRIBUTE, barred_token_ids, unwrap_causal_lm
+from trl_selfplay.thoughts.objective import (
+    ObjectiveSums,
+    advantages,
+    base_ahead,
+    objective_sums,
 )
-from trl_selfplay.thoughts.objective import advantages, base_ahead, objective_sums
+from trl_selfplay.thoughts.observation import (
+    HelpfulThought,
+    ThoughtScores,
+    describe_thoughts,
+    most_helpful,
+    thought_sums,
+)
 from trl_selfplay.thoughts.sampling import (
     SampledThoughts,
     ThinkingColumns,
@@ -37,14 +42,28 @@ from trl_selfplay.thoughts.sampling import (
     sample_thoughts,
     thought_keys,
 )
+from trl_selfplay.thoughts.storage import (
+    ThoughtSettings,
+    save_module,
+    save_settings,
+    strip_model_files,
+)
 from trl_selfplay.thoughts.support import check_lengths, check_model, switch_dropout_off
-from trl_selfplay.thoughts.unrolled import ThoughtBatch, think_and_talk
+from trl_selfplay.thoughts.unrolled import ThoughtBatch
 from trl_selfplay.trainer.construction import (
     check_config_class,
     default_output_dir,
     load_processing_class,
 )
 from trl_selfplay.trainer.quiet_star_config import QuietSTaRConfig
+from trl_selfplay.trainer.quiet_star_construction import (
+    add_thoughts_to_forward,
+    attach_thoughts,
+    load_model,
+    longest_row,
+    refuse_unused,
+    save_thoughts_too,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +117,13 @@ class QuietSTaRTrainer(SFTTrainer):
             args = QuietSTaRConfig(default_output_dir(model, "QuietSTaR"))
         check_config_class(args, QuietSTaRConfig)
         if args.num_thoughts:
-            _refuse_unused(compute_metrics, compute_loss_func, preprocess_logits_for_metrics)
+            refuse_unused(compute_metrics, compute_loss_func, preprocess_logits_for_metrics)
             processing_class = load_processing_class(model, processing_class, args)
-            model, quantization_config = _load_model(model, args, quantization_config)
+            model, quantization_config = load_model(model, args, quantization_config)
             keep_4bit_weights_trainable(model)
             check_model(model)
-            _attach(model, processing_class, args, peft_config)
-            peft_config = _save_thoughts_too(peft_config)
+            attach_thoughts(model, processing_class, args, peft_config)
+            peft_config = save_thoughts_too(peft_config)
         super().__init__(
             model=model,
             args=args,
@@ -125,6 +144,7 @@ class QuietSTaRTrainer(SFTTrainer):
         self._barred = tuple(barred_token_ids(self.processing_class))
         self._step_counts = torch.zeros(2, dtype=torch.long)  # predicted tokens, thinking columns
         self._batch_index = {"train": 0, "eval": 0}
+        self._helpful: list[HelpfulThought] = []
         if args.num_thoughts:
             self._prepare_model_and_lengths()
 
@@ -152,7 +172,7 @@ class QuietSTaRTrainer(SFTTrainer):
         sets = list(sets.values()) if isinstance(sets, dict) else sets
         for dataset in [self.train_dataset, *sets]:
             if dataset is not None:
-                longest = _longest_row(dataset, args.max_length)
+                longest = longest_row(dataset, args.max_length)
                 check_lengths(causal_lm, longest, args.thought_length, args.num_ahead_tokens)
 
     def get_batch_samples(
@@ -186,9 +206,16 @@ class QuietSTaRTrainer(SFTTrainer):
             return super().training_step(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as the parent; the same rows think the same thoughts each time."""
-        self._batch_index["eval"] = 0
-        return super().evaluate(*args, **kwargs)
+        """Evaluate as the parent, and print the thoughts of the first batch that helped most.
+
+        The same rows think the same thoughts each time.
+        """
+        self._batch_index["eval"], self._helpful = 0, []
+        metrics = super().evaluate(*args, **kwargs)
+        if self._helpful and self.is_world_process_zero():
+            tokenizer = self.processing_class
+            say(f"thoughts that helped most:\n{describe_thoughts(self._helpful, tokenizer)}")
+        return metrics
 
     def compute_loss(
         self,
@@ -221,28 +248,69 @@ class QuietSTaRTrainer(SFTTrainer):
             thought_batch=batch,
         )
         labelled = predicted_tokens(inputs["labels"], inputs["attention_mask"])
-        width = thinking.columns.shape[1]
-        real = thinking.is_real[:, :, None]
-        talk = outputs["talk_log_probs"].unflatten(1, (width, -1))  # (B, U, K, n_true)
-        base = base_ahead(outputs["base_log_probs"], thinking.columns, args.num_ahead_tokens)
-        base = base * real
-        thought = outputs["thought_log_probs"].unflatten(1, (width, -1))  # (B, U, K)
-        advantage = advantages(talk.sum(-1), base.sum(-1, keepdim=True), args.reinforce_baseline)
-        sums = objective_sums(outputs["base_log_probs"], labelled, talk, thought, advantage)
+        scores = self._score(outputs, thinking)
+        sums = objective_sums(
+            outputs["base_log_probs"], labelled, scores.talk, scores.thought, scores.advantage
+        )
+        self._record(inputs, outputs, thinking, thoughts, scores, sums, labelled.sum())
         counts = torch.stack([labelled.sum(), thinking.is_real.sum()])
         if num_items_in_batch is not None:
             counts = self._step_counts
         num_tokens, num_columns = counts.clamp(min=1)
         alpha = args.base_loss_weight
-        text_loss = alpha * sums.base / num_tokens
-        text_loss = text_loss + (1.0 - alpha) * sums.talk / num_columns
-        loss = text_loss
-        if self._mode() == "train" and args.thought_length and args.reinforce_weight:
-            policy = sums.policy / num_columns
-            loss = text_loss + args.reinforce_weight * policy
+        loss = alpha * sums.base / num_tokens + (1.0 - alpha) * sums.talk / num_columns
+        if batch.scores_thoughts:
+            loss = loss + args.reinforce_weight * sums.policy / num_columns
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
+
+    def _score(self, outputs: dict[str, torch.Tensor], thinking: ThinkingColumns) -> ThoughtScores:
+        """Sort the forward's log-probs by column, and judge each thought."""
+        args, width = self.args, thinking.columns.shape[1]
+        base = base_ahead(outputs["base_log_probs"], thinking.columns, args.num_ahead_tokens)
+        base = base * thinking.is_real[:, :, None]
+        talk = outputs["talk_log_probs"].unflatten(1, (width, -1))  # (B, U, K, n_true)
+        advantage = advantages(talk.sum(-1), base.sum(-1, keepdim=True), args.reinforce_baseline)
+        return ThoughtScores(
+            base=base,
+            talk=talk,
+            thought=outputs["thought_log_probs"].unflatten(1, (width, -1)),
+            advantage=advantage,
+            weights=outputs["weights"].unflatten(1, (width, -1)),
+        )
+
+    @torch.no_grad()
+    def _record(
+        self,
+        inputs: dict[str, Any],
+        outputs: dict[str, torch.Tensor],
+        thinking: ThinkingColumns,
+        thoughts: SampledThoughts,
+        scores: ThoughtScores,
+        sums: ObjectiveSums,
+        num_labelled: torch.Tensor,
+    ) -> None:
+        """Keep the batch's numbers for the log, summed over processes; parent's keys included."""
+        mode, mask = self._mode(), inputs["attention_mask"]
+        rows = thought_sums(scores, sums, num_labelled, thinking, thoughts)
+        labelled = predicted_tokens(inputs["labels"], mask)
+        for name, key in (("entropy", "entropies"), ("mean_token_accuracy", "top1")):
+            rows[name] = torch.stack([(outputs[key] * labelled).sum(), num_labelled.float()])
+        rows["num_tokens"] = torch.stack([mask.sum(), mask.sum()]).float()
+        names = list(rows)
+        totals = self.accelerator.reduce(torch.stack([rows[n] for n in names]), "sum").tolist()
+        for name, (numerator, denominator) in zip(names, totals, strict=True):
+            if name == "num_tokens":
+                self._total_train_tokens += int(numerator) if mode == "train" else 0
+                self._metrics[mode][name] = [self._total_train_tokens]
+            elif denominator:
+                self._metrics[mode][name].append(numerator / denominator)
+        if mode == "eval" and self._batch_index["eval"] == 1:
+            self._helpful = most_helpful(
+                inputs["input_ids"], mask, thinking, thoughts, scores.gains(),
+                self.args.num_ahead_tokens,
+            )  # fmt: skip
 
     def think(self, inputs: dict[str, Any]) -> tuple[ThinkingColumns, SampledThoughts]:
         """Choose the batch's thinking columns and sample their thoughts, without gradients.
@@ -297,83 +365,28 @@ class QuietSTaRTrainer(SFTTrainer):
             num_ahead_tokens=args.num_ahead_tokens,
             temperature=args.thought_temperature,
             barred=self._barred,
-            scores_thoughts=self._mode() == "train" and args.reinforce_weight > 0.0,
+            scores_thoughts=self._mode() == "train"
+            and args.reinforce_weight > 0.0
+            and args.thought_length > 0,
         )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model so that `QuietSTaRModel.from_pretrained` loads it.
 
-def add_thoughts_to_forward(causal_lm: Any) -> None:
-    """Give a model's forward the keyword `thought_batch`; without it, nothing changes.
-
-    With it the forward returns what `think_and_talk` does. Going through the forward lets wrappers
-    (data parallelism, autocast, adapters) see the whole computation.
-    """
-    original = causal_lm.forward
-
-    @functools.wraps(type(causal_lm).forward)
-    def forward(self: Any, *args: Any, thought_batch: Any = None, **kwargs: Any) -> Any:
-        if thought_batch is None:
-            return original(*args, **kwargs)
-        return think_and_talk(self, kwargs["input_ids"], kwargs["attention_mask"], thought_batch)
-
-    causal_lm.forward = types.MethodType(forward, causal_lm)
-
-
-def _refuse_unused(
-    compute_metrics: Any, compute_loss_func: Any, preprocess_logits_for_metrics: Any
-) -> None:
-    """Raise ValueError for parent arguments that need logits of the whole vocabulary."""
-    for name, value in (
-        ("compute_metrics", compute_metrics),
-        ("compute_loss_func", compute_loss_func),
-        ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
-    ):
-        if value is not None:
-            raise ValueError(
-                f"`{name}` was given, but logits with thoughts are never held for a whole batch. "
-                "Leave it out; losses with and without thoughts are logged."
-            )
-
-
-def _load_model(model: Any, args: Any, quantization_config: Any) -> tuple[Any, Any]:
-    """Load a model that is given by name, as the parent would, so that it can be added to."""
-    if not isinstance(model, str):
-        return model, quantization_config
-    kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-        kwargs.setdefault("device_map", {"": args.device})
-    args.model_init_kwargs = None  # used up; the parent would warn that it ignores them
-    return AutoModelForCausalLM.from_pretrained(model, **kwargs), None
-
-
-def _attach(model: Any, tokenizer: Any, args: Any, peft_config: Any) -> None:
-    causal_lm = unwrap_causal_lm(model)
-    if causal_lm is not model and not hasattr(causal_lm, ATTRIBUTE):
-        raise ValueError(
-            "the model has adapters already, so the mixing head would not be saved with them. Pass "
-            "the base model and `peft_config`."
-        )
-    if getattr(peft_config, "is_prompt_learning", False):
-        raise ValueError(
-            f"peft_config of type {peft_config.peft_type} adds virtual tokens, after which thoughts "
-            "would be misplaced. Use LoRA."
-        )
-    attach_thought_module(causal_lm, tokenizer, args.meta_token_scale, args.seed)
-
-
-def _save_thoughts_too(peft_config: Any) -> Any:
-    """Return a copy of a PEFT configuration that trains and saves the thought module."""
-    if peft_config is None:
-        return None
-    peft_config = copy.deepcopy(peft_config)
-    saved = list(peft_config.modules_to_save or ())
-    peft_config.modules_to_save = [*saved, *({ATTRIBUTE} - set(saved))]
-    return peft_config
-
-
-def _longest_row(dataset: Any, max_length: int | None) -> int | None:
-    """Return the longest row's tokens; of a stream only the limit is known."""
-    if not isinstance(dataset, Dataset):
-        return max_length
-    return max((len(row) for row in dataset["input_ids"]), default=0)
+        Model or adapter files hold no thoughts and load without this package; checkpoints keep
+        them, to go on from.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not self.args.num_thoughts or not self.args.should_save:
+            return
+        args, folder = self.args, Path(output_dir or str(self.args.output_dir))
+        settings = ThoughtSettings(args.thought_length, args.thought_temperature, self._barred)
+        extra = {
+            "num_thoughts": args.num_thoughts,
+            "num_ahead_tokens": args.num_ahead_tokens,
+            "steps": self.state.global_step,
+        }
+        save_module(self.causal_lm, folder)
+        save_settings(folder, settings, self.causal_lm, extra)
+        if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            strip_model_files(folder)

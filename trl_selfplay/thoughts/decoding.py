@@ -1,0 +1,193 @@
+"""The next token after a thought: mixed logits of a text's columns, and text that is generated.
+
+In: a text whose keys and values are in memory. Out: logits in which each column has thought, or
+new tokens. A thought is dropped after its column: no later token sees it, as in training.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trl_selfplay.generation.random_streams import gumbel_noise, stream_key, token_words
+from trl_selfplay.generation.token_filters import keep_top_k, keep_top_p
+from trl_selfplay.thoughts.attention import thoughts_attend
+from trl_selfplay.thoughts.backbone import bar, embed, last_states, project
+from trl_selfplay.thoughts.layout import ThoughtLayout, ThoughtMemory, new_text_layout
+from trl_selfplay.thoughts.mixing import ATTRIBUTE, mix
+from trl_selfplay.thoughts.sampling import continue_thoughts
+from trl_selfplay.thoughts.storage import ThoughtSettings
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingOptions:
+    """How thoughts and tokens are chosen.
+
+    Attributes:
+        num_thoughts: Thoughts a token; with several, their probabilities are averaged.
+        thought_temperature: Of the thoughts; 0.0 takes the likeliest tokens.
+        temperature: Of the text; 0.0 takes the likeliest tokens.
+        top_k: Sample from this many likeliest tokens; 0 is off.
+        top_p: Sample from the smallest set of tokens with this mass; 1.0 is off.
+        seed: Of thoughts and text. A thought's noise depends on its position and its index alone,
+            that of the text on the row as well.
+    """
+
+    num_thoughts: int = 1
+    thought_temperature: float = 1.0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@torch.no_grad()
+def think_at(
+    model: Any,
+    settings: ThoughtSettings,
+    options: DecodingOptions,
+    memory: ThoughtMemory,
+    text_mask: torch.Tensor,
+    columns: torch.Tensor,
+    base: torch.Tensor,
+) -> torch.Tensor:
+    """Return the mixed states (B, U, K, d) of some columns after K thoughts each.
+
+    Call it inside `thoughts_attend(model)`, with the text in `memory`.
+
+    Args:
+        model: A causal language model without wrappers, in eval mode.
+        settings: How it thinks.
+        options: How many thoughts, and their noise.
+        memory: Holds the text; its thoughts are overwritten.
+        text_mask: Of all text in memory, bool (B, S).
+        columns: Rising in each row, int64 (B, U).
+        base: The columns' states without thoughts, (B, U, d).
+    """
+    length, num_thoughts = settings.thought_length, options.num_thoughts
+    anchors = columns.repeat_interleave(num_thoughts, dim=1)  # (B, G)
+    start, end = getattr(model, ATTRIBUTE).start_and_end().to(base.dtype)
+    memory.forget_thoughts(capacity=length + 2)
+    positions = (text_mask.long().cumsum(1) - 1).clamp(min=0).gather(1, columns)
+    keys = [
+        stream_key(options.seed, 0, "eval", str(position), s)
+        for row in positions.tolist()
+        for position in row
+        for s in range(num_thoughts)
+    ]
+    rest = [start.expand(*anchors.shape, 1, -1)]
+    if length:
+        thoughts = continue_thoughts(
+            model, start, text_mask, anchors, memory, length, keys,
+            temperature=options.thought_temperature, barred=settings.barred,
+        )  # fmt: skip
+        rest = [embed(model, thoughts.tokens[:, :, -1:])]  # not yet in memory
+    rest.append(end.expand(*anchors.shape, 1, -1))
+    layout = ThoughtLayout(text_mask, anchors, 0, 2, length, memory)
+    after = last_states(model, torch.cat(rest, dim=2).flatten(1, 2), layout)  # (B, G·2, d)
+    after = after.unflatten(1, (anchors.shape[1], 2))[:, :, -1]
+    before = base.repeat_interleave(num_thoughts, dim=1)
+    mixed, _ = mix(getattr(model, ATTRIBUTE), before, after)
+    return mixed.unflatten(1, (columns.shape[1], num_thoughts))
+
+
+def average_logits(model: Any, mixed: torch.Tensor) -> torch.Tensor:
+    """Return logits (…, V) of states after K thoughts (…, K, d), whose probabilities are averaged."""
+    if mixed.shape[-2] == 1:
+        return project(model, mixed.squeeze(-2))
+    log_probs = project(model, mixed).float().log_softmax(-1)
+    return log_probs.logsumexp(-2) - torch.tensor(float(mixed.shape[-2])).log()
+
+
+@torch.no_grad()
+def mixed_logits(
+    model: Any,
+    settings: ThoughtSettings,
+    options: DecodingOptions,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Return the logits of every column after its thoughts, (B, S, V).
+
+    Each column's depend on the text up to it alone.
+    """
+    text_mask, memory = attention_mask.bool(), ThoughtMemory()
+    num_columns = input_ids.shape[1]
+    with thoughts_attend(model):
+        layout = new_text_layout(text_mask, num_columns, memory)
+        base = last_states(model, embed(model, input_ids), layout)
+        columns = torch.arange(num_columns, device=base.device).expand(len(base), -1)
+        mixed = think_at(model, settings, options, memory, text_mask, columns, base)
+    return average_logits(model, mixed)
+
+
+@torch.no_grad()
+def generate_with_thoughts(
+    model: Any,
+    settings: ThoughtSettings,
+    options: DecodingOptions,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    pad_token_id: int,
+    should_stop: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    memory: ThoughtMemory | None = None,
+) -> torch.Tensor:
+    """Continue texts, thinking before each token; return (B, S + new tokens).
+
+    Args:
+        model: A causal language model without wrappers, in eval mode.
+        settings: How it thinks.
+        options: How thoughts and tokens are chosen.
+        input_ids: (B, S); shorter rows are padded on the left.
+        attention_mask: 1 on text, (B, S).
+        max_new_tokens: Most tokens that are added.
+        eos_token_ids: Tokens that end a row.
+        pad_token_id: What rows that have ended are filled with.
+        should_stop: Says of all ids so far which rows end, bool (B,), beside EOS.
+        memory: Takes the text's keys and values; None makes a new one.
+    """
+    memory = ThoughtMemory() if memory is None else memory
+    text_mask, ids = attention_mask.bool(), input_ids
+    words = token_words(model.config.get_text_config().vocab_size, ids.device)
+    stops = torch.tensor(eos_token_ids, dtype=torch.long, device=ids.device)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    row_keys = [stream_key(options.seed, 1, "eval", f"row {b}", 0) for b in range(len(ids))]
+    new = ids
+    with thoughts_attend(model):
+        for step in range(max_new_tokens):
+            layout = new_text_layout(text_mask, new.shape[1], memory)
+            base = last_states(model, embed(model, new), layout)[:, -1:]
+            columns = torch.full((len(ids), 1), ids.shape[1] - 1, device=ids.device)
+            mixed = think_at(model, settings, options, memory, text_mask, columns, base)
+            logits = bar(average_logits(model, mixed)[:, 0].float(), list(settings.barred))
+            new = _choose(logits, options, words, row_keys, step)[:, None]
+            new = new.masked_fill(ended[:, None], pad_token_id)
+            ids = torch.cat([ids, new], dim=1)
+            text_mask = torch.nn.functional.pad(text_mask, (0, 1), value=True)
+            ended |= torch.isin(new[:, 0], stops)
+            if should_stop is not None:
+                ended |= should_stop(ids)
+            if bool(ended.all()):
+                break
+    return ids
+
+
+def _choose(
+    logits: torch.Tensor,
+    options: DecodingOptions,
+    words: torch.Tensor,
+    keys: list[int],
+    step: int,
+) -> torch.Tensor:
+    """Choose the next token of each row from logits (B, V)."""
+    if options.temperature == 0.0:
+        return logits.argmax(-1)
+    logits = logits / options.temperature
+    if options.top_k:
+        logits = keep_top_k(logits, options.top_k)
+    if options.top_p < 1.0:
+        logits = keep_top_p(logits, options.top_p)
+    return (logits + gumbel_noise(words, keys, step)).argmax(-1)

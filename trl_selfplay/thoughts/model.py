@@ -1,0 +1,293 @@
+"""A language model that thinks before each token, to score text, to generate, to save and to load.
+
+In: what QuietSTaRTrainer trained. Out: logits and text in which each token has thought, behind
+the calls that a Hugging Face model answers.
+"""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import PushToHubMixin
+
+from trl_selfplay.generation.model_traits import sampling_state
+from trl_selfplay.thoughts.decoding import (
+    DecodingOptions,
+    generate_with_thoughts,
+    mixed_logits,
+)
+from trl_selfplay.thoughts.mixing import ATTRIBUTE, unwrap_causal_lm
+from trl_selfplay.thoughts.storage import (
+    ThoughtSettings,
+    check_base,
+    load_module,
+    load_settings,
+    save_module,
+    save_settings,
+    strip_model_files,
+)
+from trl_selfplay.thoughts.support import check_model
+
+
+class QuietSTaRModel(nn.Module, PushToHubMixin):
+    """A causal language model, its thought vectors and its mixing head.
+
+    `forward` and `generate` compute no gradients; train with `QuietSTaRTrainer`.
+
+    Example:
+        >>> model = QuietSTaRModel.from_pretrained("quiet-star")  # doctest: +SKIP
+        >>> model.generate(**tokenizer("2 + 2 =", return_tensors="pt"))  # doctest: +SKIP
+
+    Args:
+        model: A causal language model or PEFT model that has a thought module.
+        settings: How it thinks.
+
+    Raises:
+        ValueError: It has no thought module.
+    """
+
+    def __init__(self, model: Any, settings: ThoughtSettings) -> None:
+        super().__init__()
+        causal_lm = unwrap_causal_lm(model)
+        if not hasattr(causal_lm, ATTRIBUTE):
+            raise ValueError(
+                f"{type(causal_lm).__name__} has no thought module. Train it with "
+                "QuietSTaRTrainer, or load a trained one with QuietSTaRModel.from_pretrained."
+            )
+        self.model = model
+        self.settings = settings
+        self.eval()
+
+    @property
+    def causal_lm(self) -> Any:
+        """The causal language model without wrappers."""
+        return unwrap_causal_lm(self.model)
+
+    @property
+    def config(self) -> Any:
+        """The causal language model's configuration."""
+        return self.causal_lm.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The causal language model's generation configuration."""
+        return self.causal_lm.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        embeddings: Any = self.causal_lm.get_input_embeddings()
+        return embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The causal language model's floating-point type."""
+        return self.causal_lm.dtype
+
+    def tie_weights(self) -> None:
+        """Tie the embeddings if the model's configuration says so."""
+        self.causal_lm.tie_weights()
+
+    def can_generate(self) -> bool:
+        """Return True."""
+        return True
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        num_thoughts: int = 1,
+        thought_temperature: float | None = None,
+        seed: int = 0,
+    ) -> CausalLMOutput:
+        """Return the logits of the next token at every position, each after its own thought.
+
+        Args:
+            input_ids: (B, S).
+            attention_mask: 1 on text, (B, S); None if nothing is padding.
+            labels: (B, S), -100 where none; gives the mean loss.
+            num_thoughts: Thoughts a token; with several, logits are log-probs of their average.
+            thought_temperature: None for the one of training; 0.0 takes the likeliest tokens.
+            seed: Of the thoughts.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        options = self._options(num_thoughts, thought_temperature, seed)
+        with sampling_state(self.model, None):
+            logits = mixed_logits(self.causal_lm, self.settings, options, input_ids, mask)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            )
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        stopping_criteria: Any = None,
+        num_thoughts: int = 1,
+        thought_temperature: float | None = None,
+        seed: int = 0,
+        use_cache: bool = True,
+    ) -> torch.Tensor:
+        """Continue texts, thinking before each token; return prompts and new tokens (B, S + new).
+
+        A token costs the forwards of its thought, thought_length + 2, and its own. Shorter prompts
+        are padded on the left.
+
+        Args:
+            input_ids: (B, S).
+            attention_mask: 1 on text, (B, S); None if nothing is padding.
+            max_new_tokens: Most tokens that are added; 20 if neither this nor `max_length` is given.
+            max_length: Most tokens of prompt and continuation.
+            do_sample: Draw tokens instead of taking the likeliest.
+            temperature: Of the text, with `do_sample`.
+            top_k: Sample from this many likeliest tokens; 0 is off.
+            top_p: Sample from the smallest set of tokens with this mass; 1.0 is off.
+            eos_token_id: What ends a row; None takes the generation config's.
+            pad_token_id: What rows that have ended are filled with; None takes the generation
+                config's, or EOS.
+            stopping_criteria: Functions of (ids, scores) that say which rows end.
+            num_thoughts: Thoughts a token; their probabilities are averaged.
+            thought_temperature: None for the one of training; 0.0 takes the likeliest tokens.
+            seed: Of thoughts and text.
+            use_cache: Has no effect: keys and values of the text are always kept.
+        """
+        defaults = self.generation_config
+        eos = defaults.eos_token_id if eos_token_id is None else eos_token_id
+        stops = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        pad = defaults.pad_token_id if pad_token_id is None else pad_token_id
+        if max_new_tokens is None:
+            max_new_tokens = 20 if max_length is None else max_length - input_ids.shape[1]
+        options = self._options(num_thoughts, thought_temperature, seed)
+        if do_sample:
+            options = DecodingOptions(
+                options.num_thoughts, options.thought_temperature, temperature, top_k, top_p, seed
+            )
+        with sampling_state(self.model, None):
+            return generate_with_thoughts(
+                self.causal_lm,
+                self.settings,
+                options,
+                input_ids,
+                torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+                max_new_tokens,
+                stops,
+                pad if pad is not None else stops[0] if stops else 0,
+                None if not stopping_criteria else lambda ids: _any_stops(stopping_criteria, ids),
+            )
+
+    def _options(
+        self, num_thoughts: int, thought_temperature: float | None, seed: int
+    ) -> DecodingOptions:
+        if num_thoughts < 1:
+            raise ValueError(
+                f"num_thoughts={num_thoughts}; at least 1. Without thoughts, use `model.model`."
+            )
+        if thought_temperature is None:
+            thought_temperature = self.settings.thought_temperature
+        return DecodingOptions(num_thoughts, thought_temperature, seed=seed)
+
+    def save_pretrained(
+        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save model or adapter, thought vectors, mixing head and settings to a folder.
+
+        Model files load with transformers or PEFT alone, then without thoughts.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Also push it, to a repository of the folder's name.
+            **kwargs: For the model's own `save_pretrained`.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder, **kwargs)
+        save_module(self.causal_lm, folder)
+        save_settings(folder, self.settings, self.causal_lm, {})
+        strip_model_files(folder)
+        if push_to_hub:
+            self.push_to_hub(folder.name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        base_model: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load what QuietSTaRTrainer or `save_pretrained` saved.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository of the Hub.
+            base_model: For adapters: the base model or its name; None takes the saved name.
+            **kwargs: For `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`
+                and `quantization_config`; float32 if `dtype` is not given.
+
+        Raises:
+            FileNotFoundError: There are no thoughts in the folder.
+            ValueError: The base is another model than the one that was trained.
+        """
+        folder = _local_folder(pretrained_model_name_or_path)
+        kwargs = {"dtype": torch.float32, **kwargs}
+        if not (folder / "quiet_star.json").exists():
+            raise FileNotFoundError(
+                f"{folder} has no quiet_star.json: it was not saved by QuietSTaRTrainer or "
+                "QuietSTaRModel."
+            )
+        settings, content = load_settings(folder)
+        module = load_module(folder, content["meta_token_scale"])
+        adapted = (folder / "adapter_config.json").exists()
+        if isinstance(base_model, nn.Module):
+            model: Any = base_model
+        elif adapted:
+            name = content["base_model"]["name"] if base_model is None else base_model
+            model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(base_model or folder, **kwargs)
+        check_base(model, content, folder)
+        check_model(model)
+        causal_lm = model
+        if adapted and ATTRIBUTE in (PeftConfig.from_pretrained(str(folder)).modules_to_save or ()):
+            setattr(causal_lm, ATTRIBUTE, module.to(model.device))  # of a checkpoint
+            return cls(PeftModel.from_pretrained(model, folder), settings)
+        if adapted:  # before the module is there, for which the adapters have no weights
+            model = PeftModel.from_pretrained(model, folder)
+        setattr(causal_lm, ATTRIBUTE, module.to(causal_lm.device))
+        return cls(model, settings)
+
+
+def _local_folder(name: str | Path) -> Path:
+    """Return a folder as it is, or a Hub repository's after downloading it."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(name)))
+
+
+def _any_stops(criteria: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Ask transformers' stopping criteria, one function or a list, which rows end."""
+    if callable(criteria):
+        stops: torch.Tensor = torch.as_tensor(criteria(ids, None), device=ids.device)
+        return stops.expand(len(ids)) if stops.ndim == 0 else stops.bool()
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for criterion in criteria:
+        ended |= _any_stops(criterion, ids)
+    return ended

@@ -1,0 +1,102 @@
+"""Build a Quiet-STaR trainer: load the model, add what thinks, and refuse what can't work.
+
+In: the constructor's arguments. Out: a model with a thought module, adapters that train and save
+it, and a forward that takes thoughts; or an error that says what to do.
+"""
+
+import copy
+import functools
+import types
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from trl_selfplay.thoughts.mixing import ATTRIBUTE, attach_thought_module, unwrap_causal_lm
+from trl_selfplay.thoughts.unrolled import think_and_talk
+from trl_selfplay.trainer.construction import check_adapters
+
+
+def add_thoughts_to_forward(causal_lm: Any) -> None:
+    """Give a model's forward the keyword `thought_batch`; without it, nothing changes.
+
+    With it the forward returns what `think_and_talk` does. Going through the forward lets wrappers
+    (data parallelism, autocast, adapters) see the whole computation.
+    """
+    original = causal_lm.forward
+
+    @functools.wraps(type(causal_lm).forward)
+    def forward(self: Any, *args: Any, thought_batch: Any = None, **kwargs: Any) -> Any:
+        if thought_batch is None:
+            return original(*args, **kwargs)
+        return think_and_talk(self, kwargs["input_ids"], kwargs["attention_mask"], thought_batch)
+
+    causal_lm.forward = types.MethodType(forward, causal_lm)
+
+
+def refuse_unused(
+    compute_metrics: Any, compute_loss_func: Any, preprocess_logits_for_metrics: Any
+) -> None:
+    """Raise ValueError for parent arguments that need logits of the whole vocabulary."""
+    for name, value in (
+        ("compute_metrics", compute_metrics),
+        ("compute_loss_func", compute_loss_func),
+        ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
+    ):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` was given, but logits with thoughts are never held for a whole batch. "
+                "Leave it out; losses with and without thoughts are logged."
+            )
+
+
+def load_model(model: Any, args: Any, quantization_config: Any) -> tuple[Any, Any]:
+    """Load a model that is given by name, as the parent would, so that it can be added to."""
+    if not isinstance(model, str):
+        return model, quantization_config
+    kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+        kwargs.setdefault("device_map", {"": args.device})
+    args.model_init_kwargs = None  # used up; the parent would warn that it ignores them
+    return AutoModelForCausalLM.from_pretrained(model, **kwargs), None
+
+
+def attach_thoughts(model: Any, tokenizer: Any, args: Any, peft_config: Any) -> None:
+    """Give a model its thought module.
+
+    Raises:
+        ValueError: For adapters with which the module would not be trained or saved.
+    """
+    causal_lm = unwrap_causal_lm(model)
+    check_adapters(model, peft_config)
+    adapters = getattr(model, "peft_config", {}).values() if causal_lm is not model else ()
+    if any(ATTRIBUTE not in (adapter.modules_to_save or ()) for adapter in adapters):
+        raise ValueError(
+            "the model has adapters already, so the mixing head would not be trained and saved with "
+            "them. Pass the base model and `peft_config`, or merge the adapters first."
+        )
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft_config of type {peft_config.peft_type.value} adds virtual tokens, after which thoughts "
+            "would be misplaced. Use LoRA."
+        )
+    attach_thought_module(causal_lm, tokenizer, args.meta_token_scale, args.seed)
+
+
+def save_thoughts_too(peft_config: Any) -> Any:
+    """Return a copy of a PEFT configuration that trains and saves the thought module."""
+    if peft_config is None:
+        return None
+    peft_config = copy.deepcopy(peft_config)
+    saved = list(peft_config.modules_to_save or ())
+    peft_config.modules_to_save = [*saved, *({ATTRIBUTE} - set(saved))]
+    return peft_config
+
+
+def longest_row(dataset: Any, max_length: int | None) -> int | None:
+    """Return the longest row's tokens; of a stream only the limit is known."""
+    if not isinstance(dataset, Dataset):
+        return max_length
+    return max((len(row) for row in dataset["input_ids"]), default=0)
