@@ -38,9 +38,8 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
 
     `forward` and `generate` compute no gradients; train with `QuietSTaRTrainer`.
 
-    Example:
-        >>> model = QuietSTaRModel.from_pretrained("quiet-star")  # doctest: +SKIP
-        >>> model.generate(**tokenizer("2 + 2 =", return_tensors="pt"))  # doctest: +SKIP
+    `QuietSTaRModel.from_pretrained(folder)` loads what `save_pretrained` wrote, and
+    `model.generate(**tokenizer("2 + 2 =", return_tensors="pt"))` thinks before each token.
 
     Args:
         model: A causal language model or PEFT model that has a thought module.
