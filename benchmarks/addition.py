@@ -214,13 +214,13 @@ def run_arm(arm: str, seed: int) -> dict[str, Any]:
         def play_round(self, round_index: int) -> Any:
             from datasets import Dataset
 
-            from trl_selfplay.funnel import Funnel
+            from trl_selfplay.funnel import Funnel, OutcomeCounts
             from trl_selfplay.rounds import PlayedRound
 
             pairs = [pair for part in sums["train"].values() for pair in part]
             rows = [row_of(self.processing_class, f"{a}+{b}=", scratchpad(a, b)) for a, b in pairs]
             dataset = Dataset.from_list(rows).shuffle(seed=seed)
-            return PlayedRound(dataset, len(rows), Funnel(), (), {}, {})
+            return PlayedRound(dataset, len(rows), Funnel(0, 0, OutcomeCounts()), (), {}, {})
 
     started = time.monotonic()
     sums = draw_sums(seed)

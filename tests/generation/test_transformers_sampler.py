@@ -453,6 +453,17 @@ def test_the_batch_size_follows_the_length_and_stays_within_its_bounds(
     assert sampler.suggest_batch_size(10**12, 10) == 1
 
 
+def test_on_a_cpu_keys_and_values_take_no_more_than_small_weights_or_256_mib(
+    build_model, tokenizer
+) -> None:
+    sampler = TransformersSampler(build_model(), tokenizer)
+    config = build_model().config
+    head_dim = config.hidden_size // config.num_attention_heads
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4
+    length = 256 * 2**20 // (a_token * 10)  # ten rows of it
+    assert sampler.suggest_batch_size(length - 10, 10) == 10
+
+
 def test_a_getter_and_an_accelerator_give_the_same_completions(build_model, tokenizer) -> None:
     accelerator = Accelerator(cpu=True)
     model = build_model()

@@ -55,6 +55,10 @@ class BufferedLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Repeat, select or drop rows; the next token finds new room."""
         super().reorder_cache(beam_idx)
+        self.release_buffers()
+
+    def release_buffers(self) -> None:
+        """Let go of the buffers once `keys` and `values` are no longer views of them."""
         self._key_buffer = self._value_buffer = None
 
 
@@ -73,7 +77,7 @@ def keep_columns(cache: DynamicCache, columns: torch.Tensor) -> None:
     layers: list[Any] = cache.layers
     for layer in layers:
         chosen = columns.to(layer.keys.device)
-        layer.keys, layer.values = layer.keys[:, :, chosen], layer.values[:, :, chosen]
+        _replace(layer, layer.keys[:, :, chosen], layer.values[:, :, chosen])
 
 
 def join_caches(first: DynamicCache, second: DynamicCache) -> None:
@@ -84,10 +88,16 @@ def join_caches(first: DynamicCache, second: DynamicCache) -> None:
     layers: list[Any] = first.layers
     others: list[Any] = second.layers
     for layer, other in zip(layers, others, strict=True):
-        layer.keys = _joined(layer.keys, other.keys)
-        layer.values = _joined(layer.values, other.values)
+        _replace(layer, _joined(layer.keys, other.keys), _joined(layer.values, other.values))
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = max(layer.cumulative_length, other.cumulative_length)
+
+
+def _replace(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Set a layer's keys and values; what they were copied from is freed before the next layer's."""
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, BufferedLayer):
+        layer.release_buffers()
 
 
 def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,9 @@ _SHORTEST_SHARED_PREFIX = 16
 # Beyond these, a step's time grows with the batch and throughput no longer does.
 _LARGEST_BATCH_ON_CPU = 64
 _LARGEST_BATCH_ON_DEVICE = 256
+# A step reads all weights once, which more rows share, and each row's keys and values. Once these
+# are more than the weights, a larger batch costs memory and gains little; a GPU has more to gain.
+_LEAST_CACHE_ON_CPU = 256 * 2**20
 # Joining caches copies both; at this share of free places the fuller steps repay it.
 _REFILL_SHARE = 1 / 4
 # The rest stays for the allocator's slack, graders and the prefill's own peaks.
@@ -97,15 +100,16 @@ class TransformersSampler:
         """Return how many sequences of this length (tokens) fit in memory at once, at least 1.
 
         Counts keys and values, the prompt's activations and the logits against half of the memory
-        that is free now.
+        that is free now. On a CPU, keys and values take no more than the weights or 256 MiB.
         """
-        model = self._unwrapped()
+        model, traits = self._unwrapped(), self._traits()
         device = input_device(model)
-        on_cpu = device.type == "cpu"
-        largest = _LARGEST_BATCH_ON_CPU if on_cpu else _LARGEST_BATCH_ON_DEVICE
-        bytes_per_sequence = _bytes_per_sequence(
-            self._traits(), longest_prompt, max_completion_length
-        )
+        largest = _LARGEST_BATCH_ON_DEVICE
+        if device.type == "cpu":
+            cache = max(sum(p.nbytes for p in model.parameters()), _LEAST_CACHE_ON_CPU)
+            length = longest_prompt + max_completion_length
+            largest = min(_LARGEST_BATCH_ON_CPU, cache // (traits.bytes_per_token * length))
+        bytes_per_sequence = _bytes_per_sequence(traits, longest_prompt, max_completion_length)
         fitting = int(_SHARE_OF_FREE_MEMORY * _free_bytes(device)) // bytes_per_sequence
         return max(1, min(largest, fitting))
 
