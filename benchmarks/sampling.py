@@ -2,10 +2,11 @@
 
 The model is the demo's. Both sides sample the same prompts the same number of times at temperature
 1, and every completion has a length fixed beforehand, so both produce the same number of tokens.
-`generate` gets prompts sorted by length and its best of three batch sizes, `num_return_sequences`
-samples each. The arms alternate in one process.
+`generate` gets prompts sorted by length, `num_return_sequences` samples each, and the best of three
+batch sizes, found in a first pass. Ours has the batch size that it would choose itself. The arms
+alternate in one process. Finished shapes are in results/sampling/ and are not measured again:
 
-    python benchmarks/sampling.py --repeats 3
+    OMP_NUM_THREADS=1 python benchmarks/sampling.py --repeats 3
 
 Shapes: the demo's 4-shot prompts with 8 samples each; the same without examples; ragged completions
 (log-normal, mean 48, at most 256 tokens); one sample a prompt.
@@ -17,6 +18,7 @@ import json
 import math
 import platform
 import random
+import re
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -37,14 +39,14 @@ from trl_selfplay.prompts import PromptFormatter, load_few_shot_examples, load_p
 RESULTS = Path(__file__).parent / "results" / "sampling"
 # Prompts, samples a prompt, few-shot examples shown, ragged completions.
 SHAPES = {
-    "4-shot, K = 8": (16, 8, True, False),
-    "0-shot, K = 8": (16, 8, False, False),
-    "0-shot, K = 8, ragged": (16, 8, False, True),
-    "4-shot, K = 1": (64, 1, True, False),
-    "0-shot, K = 1": (64, 1, False, False),
+    "4-shot, K = 8": (8, 8, True, False),
+    "0-shot, K = 8": (8, 8, False, False),
+    "0-shot, K = 8, ragged": (8, 8, False, True),
+    "4-shot, K = 1": (24, 1, True, False),
+    "0-shot, K = 1": (32, 1, False, False),
 }
+GENERATE_BATCHES = (8, 32, 64)
 FIXED_LENGTH, MEAN_LENGTH, MOST_LENGTH = 32, 48, 256
-OUR_BATCH = 64
 
 
 class EndsWhereTold(TokenChooser):
@@ -103,7 +105,8 @@ def sample_ours(
     plain, transformers_sampler.TokenChooser = transformers_sampler.TokenChooser, EndsWhereTold
     try:
         sampler = TransformersSampler(model, tokenizer)
-        return sum(len(c.completion_ids) for _, c in sampler.sample(requests, options, OUR_BATCH))
+        batch_size = sampler.suggest_batch_size(max(map(len, prompts)), max(map(max, lengths)))
+        return sum(len(c.completion_ids) for _, c in sampler.sample(requests, options, batch_size))
     finally:
         transformers_sampler.TokenChooser = plain
 
@@ -230,35 +233,74 @@ def main() -> None:
     split = demo_split(0)
     rows = load_prompt_rows(split.train, "train")
     formatter = PromptFormatter(tokenizer, load_few_shot_examples(split.few_shot, False))
-    record: dict[str, Any] = {"limits": machine_limits(), "shapes": {}}
-    for name, (num_prompts, num_samples, few_shot, ragged) in SHAPES.items():
-        prompts = [formatter.token_ids(row, few_shot=few_shot) for row in rows[:num_prompts]]
-        flat = draw_lengths(num_prompts * num_samples, ragged)
-        lengths = [flat[i * num_samples : (i + 1) * num_samples] for i in range(num_prompts)]
-        arms: dict[str, Callable[[], int]] = {
-            "ours": lambda p=prompts, n=lengths: sample_ours(model, tokenizer, p, n)
-        }
-        for size in (8, 32, 64):
-            arms[f"generate-{size}"] = lambda p=prompts, n=lengths, s=size: sample_by_generate(
-                model, tokenizer, p, n, s
+    for name, shape in SHAPES.items():
+        keep(
+            name,
+            lambda shape=shape: measure_shape(
+                model, tokenizer, formatter, rows, shape, args.repeats
+            ),
+        )
+    limits = keep("limits", machine_limits)
+    keep("shares", lambda: share_of_limits(model, tokenizer, limits))
+    prompts = [formatter.token_ids(row, few_shot=True) for row in rows[:8]]
+    keep("differing", lambda: share_of_differing_tokens(model, tokenizer, prompts))
+    keep("profile", lambda: where_time_goes(model, tokenizer))
+    write_summary(args.repeats)
+
+
+def path_of(name: str) -> Path:
+    """Return where a measurement is kept."""
+    return RESULTS / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
+
+
+def keep(name: str, measure: Callable[[], Any]) -> Any:
+    """Return a measurement from its file; measure and write it first if it isn't there."""
+    path = path_of(name)
+    if not path.exists():
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(measure(), indent=1))
+    found = json.loads(path.read_text())
+    print(name, found, flush=True)
+    return found
+
+
+def measure_shape(
+    model: Any,
+    tokenizer: Any,
+    formatter: PromptFormatter,
+    rows: list[Any],
+    shape: tuple[int, int, bool, bool],
+    repeats: int,
+) -> dict[str, list[float]]:
+    """Return tokens per second of ours and of `generate` at its best batch, `repeats` runs each.
+
+    The first pass runs every batch size of `generate` once; the best goes on.
+    """
+    num_prompts, num_samples, few_shot, ragged = shape
+    prompts = [formatter.token_ids(row, few_shot=few_shot) for row in rows[:num_prompts]]
+    flat = draw_lengths(num_prompts * num_samples, ragged)
+    lengths = [flat[i * num_samples : (i + 1) * num_samples] for i in range(num_prompts)]
+    rates: dict[str, list[float]] = {"ours": []}
+    for size in GENERATE_BATCHES:
+        if size < 2 * num_prompts * num_samples:  # beyond, all go in one batch as before
+            rates[f"generate-{size}"] = [
+                timed(lambda s=size: sample_by_generate(model, tokenizer, prompts, lengths, s))
+            ]
+    best = max((arm for arm in rates if arm != "ours"), key=lambda arm: rates[arm][0])
+    size = int(best.removeprefix("generate-"))
+    for repeat in range(repeats):
+        rates["ours"].append(timed(lambda: sample_ours(model, tokenizer, prompts, lengths)))
+        if repeat > 0:
+            rates[best].append(
+                timed(lambda: sample_by_generate(model, tokenizer, prompts, lengths, size))
             )
-        rates: dict[str, list[float]] = {arm: [] for arm in arms}
-        for _ in range(args.repeats):
-            for arm, run in arms.items():
-                rates[arm].append(timed(run))
-        record["shapes"][name] = rates
-        print(name, {arm: round(median(r), 1) for arm, r in rates.items()}, flush=True)
-    record["shares"] = share_of_limits(model, tokenizer, record["limits"])
-    prompts = [formatter.token_ids(row, few_shot=True) for row in rows[:16]]
-    record["differing"] = share_of_differing_tokens(model, tokenizer, prompts)
-    record["profile"] = where_time_goes(model, tokenizer)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.with_suffix(".json").write_text(json.dumps(record, indent=1))
-    write_summary(record, args.repeats)
+    return rates
 
 
-def write_summary(record: dict[str, Any], repeats: int) -> None:
-    """Write results/sampling.md."""
+def write_summary(repeats: int) -> None:
+    """Write results/sampling.md from what results/sampling/ holds."""
+    names = (*SHAPES, "limits", "shares", "differing", "profile")
+    record = {name: json.loads(path_of(name).read_text()) for name in names}
     versions = ", ".join(f"{n} {version(n)}" for n in ("transformers", "torch"))
     lines = [
         "# The sampler against `generate`",
@@ -266,18 +308,21 @@ def write_summary(record: dict[str, Any], repeats: int) -> None:
         f"SmolLM2-135M-Instruct, float32, {torch.get_num_threads()} threads. {platform.machine()}, "
         f"{platform.system()}; {versions}; seed 0; {datetime.date.today().isoformat()}. Script: "
         f"`benchmarks/sampling.py`. Tokens per second: median [minimum, maximum] of {repeats} "
-        "alternating runs. `generate` has its best of batches of 8, 32 and 64 sequences.",
+        "alternating runs. `generate` has its best of batches of 8, 32 and 64 sequences, each tried once.",
         "",
         "| shape | ours | `generate` | times |",
         "|---|---|---|---|",
     ]
-    for name, rates in record["shapes"].items():
-        best = max((a for a in rates if a != "ours"), key=lambda a: median(rates[a]))
+    for name, (num_prompts, num_samples, *_) in SHAPES.items():
+        rates = record[name]
+        best = max((a for a in rates if a != "ours"), key=lambda a: (len(rates[a]), rates[a][0]))
         cells = [
             f"{median(r):.1f} [{min(r):.1f}, {max(r):.1f}]" for r in (rates["ours"], rates[best])
         ]
         ratio = median(rates["ours"]) / median(rates[best])
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} (batch {best[9:]}) | {ratio:.2f} |")
+        lines.append(
+            f"| {name}, {num_prompts * num_samples} rows | {cells[0]} | {cells[1]} (batch {best[9:]}) | {ratio:.2f} |"
+        )
     limits, shares = record["limits"], record["shares"]
     lines += [
         "",
@@ -286,7 +331,7 @@ def write_summary(record: dict[str, Any], repeats: int) -> None:
         + ", ".join(f"{n} {100 * v:.0f} %" for n, v in shares.items() if "tokens" not in n)
         + ".",
         "",
-        f"Of {16 * 4 * FIXED_LENGTH} tokens sampled alone and again in batches of 64 (4-shot prompts), "
+        f"Of {8 * 4 * FIXED_LENGTH} tokens sampled alone and again in batches of 64 (4-shot prompts), "
         f"{100 * record['differing']:.2f} % differ.",
         "",
         "Time of their own while decoding at batch 64: "

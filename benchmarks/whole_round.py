@@ -1,18 +1,19 @@
 """Time a whole round, sampling to trained adapter, against a script written by hand on TRL.
 
-Both arms do a round in the demo's form: 24 prompts with the few-shot examples, 8 samples each,
-grading, LoRA training for the same steps on the same kept examples (those of the first STaR run).
-The reward asks for an answer in the right form alone, so that a round keeps enough to train on. The hand-written arm calls `generate(num_return_sequences=8)` on prompts sorted by
-length in batches of 8, 32 or 64 sequences and then SFTTrainer; its best batch size counts. Each
-measurement is a process of its own; arms alternate. Finished measurements are kept in the results
-folder and not repeated:
+Both arms do a round in the demo's form: 12 prompts with the few-shot examples, 8 samples each,
+grading, LoRA training for 12 steps on the same kept examples (those of the first STaR run). The
+reward asks for an answer in the right form alone, so that a round keeps enough to train on. The
+hand-written arm calls `generate(num_return_sequences=8)` on prompts sorted by length in batches of
+8, 32 or 64 sequences and then SFTTrainer; its best batch size counts. Each measurement is a process
+of its own; arms alternate. Finished measurements are kept in the results folder and not repeated:
 
-    python benchmarks/whole_round.py --repeats 3
+    OMP_NUM_THREADS=1 python benchmarks/whole_round.py --repeats 3
 """
 
 import argparse
 import datetime
 import json
+import os
 import platform
 import resource
 import statistics
@@ -30,7 +31,7 @@ NUM_GENERATIONS = 8
 SAMPLING = ("temperature", "top_p", "max_completion_length", "stop_strings")
 TRAINING = {
     "learning_rate": 1e-4,
-    "max_steps": 25,
+    "max_steps": 12,
     "per_device_train_batch_size": 4,
     "activation_checkpointing": False,
     "report_to": [],
@@ -178,7 +179,8 @@ def write_summary(num_prompts: int) -> None:
         "# A whole round against a script by hand",
         "",
         f"{num_prompts} prompts × {NUM_GENERATIONS} samples of the demo, float32, LoRA; medians. "
-        f"{platform.machine()}, {platform.system()}, 2 CPU cores; {versions}; "
+        f"{platform.machine()}, {platform.system()}, {os.environ.get('OMP_NUM_THREADS', 'all')} "
+        f"threads; {versions}; "
         f"{datetime.date.today().isoformat()}. Script: `benchmarks/whole_round.py`.",
         "",
         "| arm | runs | wall s | sampling s | training s | peak GiB |",
@@ -206,7 +208,7 @@ def main() -> None:
     """Measure what is missing, in alternation, and write the summary."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--num-prompts", type=int, default=24)
+    parser.add_argument("--num-prompts", type=int, default=12)
     parser.add_argument("--arm", choices=ARMS, help="run one arm here and print its record")
     args = parser.parse_args()
     kept_path = RESULTS / f"rows_of_{args.num_prompts}.json"
