@@ -54,7 +54,7 @@ def read_run(folder: Path):
     return lines, shards
 
 
-def kill_and_resume(resumable, tmp_path, seeds, scorer=None) -> None:
+def kill_and_resume(resumable, tmp_path, seeds, scorer=None, least_kills=4) -> None:
     assert resumable("whole", None, scorer) == 0
     expected = read_run(tmp_path / "whole")
     assert len(expected[0]) == (2 if scorer is None else 4)
@@ -71,7 +71,7 @@ def kill_and_resume(resumable, tmp_path, seeds, scorer=None) -> None:
     for number in sorted({seed // 4 for seed in seeds}):
         assert resumable(f"killed-{number}", None, scorer) == 0
         assert read_run(tmp_path / f"killed-{number}") == expected
-    assert killed >= len(seeds) // 2
+    assert killed >= least_kills
 
 
 @pytest.mark.slow
@@ -99,4 +99,4 @@ def test_rest_with_a_reward_model_killed_in_each_phase_resumes_alike(
 
 @pytest.mark.full
 def test_many_kills_at_random_moments_leave_no_trace(resumable, tmp_path) -> None:
-    kill_and_resume(resumable, tmp_path, range(100, 132))
+    kill_and_resume(resumable, tmp_path, range(100, 132), least_kills=20)
