@@ -98,7 +98,7 @@ def start_folder(args: argparse.Namespace) -> str:
     model = args.model or load_demo_model_path()
     if args.warm_up_steps == 0:
         return model
-    name = f"against-grpo-{args.task}-{args.warm_up_steps}-{args.seed}"
+    name = f"against-grpo-{Path(model).name}-{args.task}-{args.warm_up_steps}-{args.seed}"
     return str(Path(load_demo_model_path()).parent / name)
 
 

@@ -57,7 +57,7 @@ ONE_ROUND = {"num_rounds": 1, "max_steps": TOTAL_STEPS}
 CHANGES: dict[str, dict[str, Any]] = {
     "rest_em": {},
     "rest": {
-        "improve_thresholds": [0.6, 0.8],
+        "improve_thresholds": [0.3, 0.6],  # the first above the mean reward of the samples
         "start_from": "previous",
         "max_per_prompt": None,
         "max_steps": STEPS_A_ROUND // 2,
