@@ -293,17 +293,18 @@ def split_name(name: str) -> tuple[str, float, int]:
     return method, float(rate), int(num)
 
 
-def best_of(args: argparse.Namespace, method: str, nums: list[int]) -> tuple[str, dict[str, Any]]:
-    """Return the run of a method with the best last selection score; ties to the lower rate."""
-    found = [
-        (name, record)
+def best_of(args: argparse.Namespace, method: str, nums: list[int]) -> str | None:
+    """Return the run of a method with the best last selection score; ties to the lower rate.
+
+    None if no run has finished a round.
+    """
+    found = {
+        name: record["points"][-1]["select"]
         for rate in sorted(args.learning_rates)
         for num in nums
         if (record := load(args, name := name_of(method, rate, num))) and record["points"]
-    ]
-    if not found:
-        raise RuntimeError(f"no run of {method} has finished a round")
-    return max(found, key=lambda pair: pair[1]["points"][-1]["select"])
+    }
+    return max(found, key=lambda name: found[name]) if found else None
 
 
 def write_summary(args: argparse.Namespace) -> None:
@@ -344,10 +345,11 @@ def write_summary(args: argparse.Namespace) -> None:
         ("rest_em", [args.num_generations]),
         ("grpo", sorted({args.num_generations, *args.grpo_generations})),
     ):
-        if not any(args.results.glob(f"{method}-*.json")):
+        if (name := best_of(args, method, nums)) is None:
             continue
-        name, record = best_of(args, method, nums)
-        points = ", ".join(f"{p['seconds']:.0f} s {p['report']:.3f}" for p in record["points"])
+        points = ", ".join(
+            f"{p['seconds']:.0f} s {p['report']:.3f}" for p in (load(args, name) or {})["points"]
+        )
         lines.append(f"- {name}: 0 s {origin['report']:.3f}, {points}")
     args.results.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
@@ -387,9 +389,9 @@ def main() -> None:
     for rate in sorted(args.learning_rates, reverse=True):
         for method in ("rest_em", "grpo"):
             run(args, name_of(method, rate, args.num_generations))
-    _, rate, _ = split_name(best_of(args, "grpo", [args.num_generations])[0])
-    for num in args.grpo_generations:
-        run(args, name_of("grpo", rate, num))
+    if best := best_of(args, "grpo", [args.num_generations]):
+        for num in args.grpo_generations:
+            run(args, name_of("grpo", split_name(best)[1], num))
     write_summary(args)
 
 

@@ -240,11 +240,13 @@ def record_path(results: Path, task_name: str, arm: str, seed: int) -> Path:
 def write_summary(results: Path) -> None:
     """Write the table of the records present beside their folder."""
     versions = ", ".join(f"{n} {version(n)}" for n in ("trl", "transformers", "peft", "torch"))
+    paths = sorted(results.glob("*-*.json"))
+    threads = sorted({json.loads(path.read_text())["threads"] for path in paths})
     lines = [
         "# The EM family with its controls",
         "",
         f"SmolLM2-135M-Instruct, LoRA, float32, {TOTAL_STEPS} steps of 4 in every arm. "
-        f"{platform.machine()}, {platform.system()}, one CPU core an arm; {versions}; "
+        f"{platform.machine()}, {platform.system()}, CPU threads {threads}; {versions}; "
         f"{datetime.date.today().isoformat()}. Script: `benchmarks/em_family.py`, which says what "
         f"the arms are. Accuracy is greedy on {NUM_REPORT} held-out prompts; pass@k and the share "
         f"of distinct completions are of {NUM_SAMPLES} samples at temperature 1 (top_p 0.95) on "

@@ -38,6 +38,19 @@ def read_rows(trainer, round_index):
     return load_from_disk(trainer.run.folder(round_index) / "dataset")
 
 
+def record_sampling(trainer, recorder):
+    """Return a list that gets the weights of each call of the sampler."""
+    sampler, weights = trainer.self_play.collector.sampler, []
+    sample = sampler.sample
+
+    def sample_and_record(*args):
+        weights.append(recorder.copy(trainer.model))
+        return sample(*args)
+
+    sampler.sample = sample_and_record
+    return weights
+
+
 def test_the_trainer_is_a_direct_subclass_of_its_parent() -> None:
     assert ReSTEMTrainer.__bases__ == (SFTTrainer,)
 
@@ -59,14 +72,7 @@ def test_every_round_trains_from_the_base_weights(build_rest_em, recorder, peft)
 def test_a_round_samples_with_the_weights_the_last_one_ended_with(build_rest_em, recorder) -> None:
     """EM-2: the weights while sampling round t are those at the end of round t - 1."""
     trainer = build_rest_em(num_rounds=3, callbacks=[recorder])
-    initial, while_sampling = recorder.copy(trainer.model), []
-    sample = trainer.self_play.collector.sampler.sample
-
-    def sample_and_record(*args):
-        while_sampling.append(recorder.copy(trainer.model))
-        return sample(*args)
-
-    trainer.self_play.collector.sampler.sample = sample_and_record
+    initial, while_sampling = recorder.copy(trainer.model), record_sampling(trainer, recorder)
     trainer.train()
     ends = [initial, *recorder.weights_at_train_end[:2]]
     assert len(while_sampling) == 3
@@ -154,6 +160,29 @@ def test_an_improve_step_goes_on_from_the_one_before(build_rest, recorder) -> No
         (0, 0, 0.3), (0, 1, 0.6), (1, 0, 0.3), (1, 1, 0.6),
     ]  # fmt: skip
     assert [line["sampled_from"] for line in lines] == ["base", "base", "round 1", "round 1"]
+
+
+def test_a_grow_step_samples_from_the_last_improve_step_not_from_the_best_one(
+    build_rest, recorder, sums
+) -> None:
+    """RE-13: whatever the held-out score; here the untrained model's, which nothing exceeds."""
+
+    def only_before_training(completions, **kwargs):
+        return [float(not recorder.weights_at_train_end)] * len(completions)
+
+    trainer = build_rest(
+        callbacks=[recorder], eval_dataset=sums(4, first=50), num_generations_eval=0,
+        eval_reward_funcs=only_before_training,
+    )  # fmt: skip
+    initial, while_sampling = recorder.copy(trainer.model), record_sampling(trainer, recorder)
+    trainer.train()
+    ends = recorder.weights_at_train_end
+    # before, Grow 0, after each of its Improve steps, Grow 1, after each of its own
+    expected = [initial, initial, ends[0], ends[1], ends[1], ends[2], ends[3]]
+    for weights, those in zip(while_sampling, expected, strict=True):
+        assert_equal(weights, those)
+    assert differs(ends[1], initial)
+    assert_equal(recorder.copy(trainer.model), initial)  # the best one is loaded at the end
 
 
 def test_improve_steps_share_samples_and_scores_and_are_nested(build_rest) -> None:
@@ -275,14 +304,7 @@ def test_rft_trains_the_base_on_gold_and_accepted_paths(
         num_rounds=1, warm_up_on_gold=True, gold_dataset=gold_answers(5), callbacks=[recorder],
         normal_form=reasoning_path, few_shot_in_training=False, num_generations=8,
     )  # fmt: skip
-    initial, while_sampling = recorder.copy(trainer.model), []
-    sample = trainer.self_play.collector.sampler.sample
-
-    def sample_and_record(*args):
-        while_sampling.append(recorder.copy(trainer.model))
-        return sample(*args)
-
-    trainer.self_play.collector.sampler.sample = sample_and_record
+    initial, while_sampling = recorder.copy(trainer.model), record_sampling(trainer, recorder)
     trainer.train()
     begin, end = recorder.weights_at_train_begin, recorder.weights_at_train_end
     assert len(begin) == 2
