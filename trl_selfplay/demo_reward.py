@@ -8,7 +8,7 @@ errs, as reward models do; held-out prompts are graded by the true scorer.
 import itertools
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 from trl_selfplay.demo import DEMO_SETTINGS, DemoSplit, load_demo_model_path, position_reward
@@ -108,6 +109,7 @@ def train_classifier(rollouts: Sequence[Rollout], seed: int, num_epochs: int) ->
         source, num_labels=1, num_hidden_layers=NUM_LAYERS, problem_type="regression"
     )
     config.pad_token_id = tokenizer.pad_token_id
+    set_seed(seed)  # the head is new
     classifier = AutoModelForSequenceClassification.from_pretrained(source, config=config)
     rows = Dataset.from_list(
         [
@@ -135,7 +137,9 @@ def train_classifier(rollouts: Sequence[Rollout], seed: int, num_epochs: int) ->
     return classifier, tokenizer
 
 
-def share_ordered_alike(judge: RewardModel, rollouts: Sequence[Rollout]) -> tuple[float, int]:
+def share_ordered_alike(
+    judge: Callable[..., Sequence[float | None]], rollouts: Sequence[Rollout]
+) -> tuple[float, int]:
     """Return how often the judge orders two completions of a prompt as their rewards do.
 
     Returns:
