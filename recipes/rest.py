@@ -3,8 +3,9 @@
 # ///
 """Train with ReST (arXiv 2308.08998): a Grow step, then Improve steps with rising thresholds.
 
-Works with any model, dataset and reward that has degrees, or runs the demo, whose reward is the
-share of words in their right place; its held-out prompts count as solved at a reward of 1.
+Works with any model, dataset and reward that has degrees, or runs the demo. Its reward model is made
+first, from the base model's own graded samples of other prompts; held-out prompts are graded by the
+true scorer, so that a misled reward model shows.
 
 The demo needs no hub and no GPU; `--smoke` runs it at its smallest size.
 
@@ -14,7 +15,8 @@ Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
 
     python recipes/rest.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft \
         --dataset_name trl-lib/DeepMath-103K \
-        --reward_model_name_or_path Skywork/Skywork-Reward-V2-Qwen3-0.6B --start_from previous \
+        --reward_model_name_or_path Skywork/Skywork-Reward-V2-Qwen3-0.6B \
+        --eval_reward_funcs math_reward --start_from previous \
         --threshold_kind percentile --improve_thresholds 50 75 90 --max_per_prompt 4 \
         --few_shot_in_training false --output_dir rest
 """
@@ -23,12 +25,15 @@ from functools import partial
 from typing import Any
 
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, demo, script_arguments
+from trl_selfplay.demo_reward import load_demo_reward_model
 
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
     defaults = partial(demo.rest_em_defaults, "rest")
-    return script_arguments.parse_script_arguments(ReSTEMConfig, flags, defaults)
+    return script_arguments.parse_script_arguments(
+        ReSTEMConfig, flags, defaults, script_arguments.JudgedScriptArguments
+    )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -37,15 +42,21 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if sets is None:
         split = demo.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}
-    rewards = script_arguments.load_reward_funcs(script_args)
+    names = script_args.eval_reward_funcs or []
+    true_rewards = [script_arguments.load_reward_func(name) for name in names] or None
     if split:
-        rewards = [demo.position_reward]
+        rewards: Any = load_demo_reward_model(
+            training_args.output_dir, split, training_args.seed, script_args.smoke
+        )
+    else:
+        rewards = script_arguments.load_reward_funcs(script_args)
     trainer = ReSTEMTrainer(
         model_args.model_name_or_path or demo.load_demo_model_path(),
         training_args,
         **sets,
         **script_arguments.model_arguments(training_args, model_args),
         reward_funcs=rewards,
+        eval_reward_funcs=true_rewards,
         few_shot_examples=split and split.few_shot,
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)

@@ -36,6 +36,7 @@ needs_model = pytest.mark.skipif(
 def prompts_by_part(seed):
     split = demo_split(seed)
     sets = {"train": split.train, "select": split.select, "report": split.report}
+    sets["judged"] = split.judged
     parts = {name: [canonical_prompt(p) for p in rows["prompt"]] for name, rows in sets.items()}
     return {**parts, "few_shot": [canonical_prompt(e["prompt"]) for e in split.few_shot]}
 
@@ -54,8 +55,8 @@ def test_no_prompt_is_in_two_parts_or_in_the_parts_of_another_seed() -> None:
             for prompt in prompts:
                 assert prompt not in seen, f"{prompt} is in {seen[prompt]} and {(seed, part)}"
                 seen[prompt] = (seed, part)
-    sizes = NUM_TRAIN + NUM_SELECT + NUM_REPORT + NUM_FEW_SHOT
-    assert len(seen) == 3 * sizes == 3 * (96 + 64 + 200 + 4)
+    sizes = NUM_TRAIN + NUM_SELECT + NUM_REPORT + NUM_FEW_SHOT + demo.NUM_JUDGED
+    assert len(seen) == 3 * sizes == 3 * (96 + 64 + 200 + 4 + 60)
 
 
 @needs_task
@@ -181,5 +182,5 @@ def test_the_recipes_defaults_make_a_configuration(method, tmp_path) -> None:
     for smoke in (False, True):
         settings = {k: v for k, v in demo.rest_em_defaults(method, smoke).items() if k in names}
         config = ReSTEMConfig(**{**settings, "output_dir": str(tmp_path)})
-        assert config.improve_thresholds == ([0.6, 0.8] if method == "rest" else None)
+        assert config.improve_thresholds == ([50.0, 75.0] if method == "rest" else None)
         assert config.warm_up_on_gold is (method == "rft")

@@ -49,6 +49,7 @@ FLOW = (
     "trainer",
     "demo",
     "demo_style",
+    "demo_reward",
     "script_arguments",
 )
 # Parts of TRL that we may import; tests/test_trl_contract.py pins what we use of them.

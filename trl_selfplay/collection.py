@@ -75,6 +75,7 @@ class Collector:
     seed: int
     reward_threshold: float = 1.0
     refuses_negative_rewards: bool = False
+    eval_scorer: Scorer | None = None  # None: held-out prompts are graded like the others
 
     def collect(
         self,
@@ -205,13 +206,14 @@ class Collector:
         return finished
 
     def grade(self, rollouts: Sequence[Rollout], by_id: Mapping[str, PromptRow]) -> list[Rollout]:
-        """Return the rollouts with their rewards.
+        """Return the rollouts, all of one phase, with their rewards.
 
         Raises:
             RuntimeError, ValueError, TypeError: From a reward function, named.
             ValueError: A reward is negative where rewards are weights.
         """
-        scorer = self.scorer
+        is_heldout = self.eval_scorer is not None and rollouts[0].phase == "eval"
+        scorer = self.eval_scorer if is_heldout else self.scorer
         if scorer is None:
             raise RuntimeError("there are no reward functions to grade with")
         rows = [by_id[r.prompt_id] for r in rollouts]
@@ -231,7 +233,7 @@ class Collector:
             replace(r, rewards=rewards, reward=scorer.weighted(rewards))
             for r, rewards in zip(rollouts, scores, strict=True)
         ]
-        if self.refuses_negative_rewards:
+        if self.refuses_negative_rewards and not is_heldout:
             _check_not_negative(graded, scorer.names)
         return graded
 

@@ -24,7 +24,7 @@ from trl_selfplay.rewards.answer import extract_answer
 logger = logging.getLogger(__name__)
 
 TASK = "word_sequence_reversal"
-NUM_TRAIN, NUM_SELECT, NUM_REPORT, NUM_FEW_SHOT = 96, 64, 200, 4
+NUM_TRAIN, NUM_SELECT, NUM_REPORT, NUM_FEW_SHOT, NUM_JUDGED = 96, 64, 200, 4, 60
 # Row i of a reasoning-gym dataset is made from its seed + i, so datasets with neighbouring seeds
 # share nearly all rows. Seeds of runs are this far apart.
 _SEED_STRIDE = 10_000
@@ -79,19 +79,21 @@ DEMO_LORA: dict[str, Any] = {
 class DemoSplit:
     """Disjoint sets of one seed: to train on, to select the best round, to report, to show.
 
-    `train`, `select` and `report` have the columns `prompt` (text) and `solution`.
+    `train`, `select`, `report` and `judged` have the columns `prompt` (text) and `solution`; a
+    reward model learns from samples of `judged`.
     """
 
     train: Dataset
     select: Dataset
     report: Dataset
     few_shot: list[dict[str, Any]]
+    judged: Dataset
 
 
 def demo_split(seed: int = 0, smoke: bool = False) -> DemoSplit:
     """Return the demo's prompts: reverse a list of three or four words.
 
-    All four sets are index ranges of one dataset; a prompt that repeats an earlier one is left out.
+    All sets are index ranges of one dataset; a prompt that repeats an earlier one is left out.
 
     Args:
         seed: Other seeds give other prompts, but for the few that both draw by chance.
@@ -106,7 +108,7 @@ def demo_split(seed: int = 0, smoke: bool = False) -> DemoSplit:
         raise ImportError(
             'The demo\'s task needs reasoning-gym: pip install "trl-selfplay[demo]".'
         ) from error
-    total = NUM_FEW_SHOT + NUM_TRAIN + NUM_SELECT + NUM_REPORT
+    total = NUM_FEW_SHOT + NUM_TRAIN + NUM_SELECT + NUM_REPORT + NUM_JUDGED
     puzzles = reasoning_gym.create_dataset(
         TASK,
         size=total + _SPARE_ROWS,
@@ -119,11 +121,11 @@ def demo_split(seed: int = 0, smoke: bool = False) -> DemoSplit:
     if len(entries) < total:
         raise RuntimeError(f"only {len(entries)} different puzzles for {total}")
     parts, start = [], 0
-    for count in (NUM_FEW_SHOT, NUM_TRAIN, NUM_SELECT, NUM_REPORT):
+    for count in (NUM_FEW_SHOT, NUM_TRAIN, NUM_SELECT, NUM_REPORT, NUM_JUDGED):
         parts.append(entries[start : start + count])
         start += count
     few_shot, *sets = parts
-    train, select, report = (
+    train, select, report, judged = (
         Dataset.from_list(
             [{"prompt": _prompt(entry["question"]), "solution": entry["answer"]} for entry in part]
         )
@@ -143,6 +145,7 @@ def demo_split(seed: int = 0, smoke: bool = False) -> DemoSplit:
             }
             for entry in few_shot
         ],
+        judged,
     )
 
 
@@ -235,7 +238,9 @@ def rest_em_defaults(method: str, smoke: bool = False) -> dict[str, Any]:
         "rest_em": {},
         "rest": {
             "num_rounds": 2,
-            "improve_thresholds": [0.6, 0.8],
+            "improve_thresholds": [50.0, 75.0],
+            "threshold_kind": "percentile",
+            "eval_reward_funcs": ["exact_reward"],
             "start_from": "previous",
             "max_per_prompt": None,
             "max_steps": 25,

@@ -34,8 +34,21 @@ class GradedScriptArguments(trl.ScriptArguments):
     smoke: bool = field(default=False, metadata={"help": "Run the demo at its smallest size."})
 
 
+@dataclass
+class JudgedScriptArguments(GradedScriptArguments):
+    """Arguments of a recipe whose training completions a reward model scores."""
+
+    eval_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "What grades held-out prompts, named as reward_funcs; None: the same."},
+    )
+
+
 def parse_script_arguments(
-    config_class: type, flags: list[str] | None, demo_defaults: Any
+    config_class: type,
+    flags: list[str] | None,
+    demo_defaults: Any,
+    script_class: type = GradedScriptArguments,
 ) -> tuple[Any, ...]:
     """Parse flags and YAML into script, training, model and dataset arguments.
 
@@ -43,8 +56,9 @@ def parse_script_arguments(
         config_class: The trainer's configuration.
         flags: Of the command line; None takes the process's own.
         demo_defaults: `f(smoke)` returns the flags' defaults where no dataset is named.
+        script_class: Of the recipe's own arguments.
     """
-    types: Any = (GradedScriptArguments, config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
+    types: Any = (script_class, config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
     parser = trl.TrlParser(types)
     known = trl.TrlParser(types[::3]).parse_args_and_config(flags, return_remaining_strings=True)
     if not (known[0].dataset_name or known[1].datasets):

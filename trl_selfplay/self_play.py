@@ -26,6 +26,7 @@ from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.heldout import HeldOutScores, score_all
 from trl_selfplay.prompts import PromptFormatter, PromptRow, check_lengths
 from trl_selfplay.report import SamplingProgress, print_completions
+from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts import Phase, Rollout, load_rollouts, save_table
 from trl_selfplay.rounds import PlayedRound
 from trl_selfplay.run_folder import Run
@@ -170,13 +171,9 @@ class SelfPlay:
                 prefix=prefix,
                 with_few_shot=with_few_shot,
             )
-        scores.metrics.update({f"{prefix}_{n}": v for n, v in self._take_logged().items()})
+        logged = _take_logged(self.collector.eval_scorer or self.collector.scorer)
+        scores.metrics.update({f"{prefix}_{n}": v for n, v in logged.items()})
         return scores
-
-    def _take_logged(self) -> dict[str, float]:
-        """Return the numbers that reward functions logged; none where nothing is graded."""
-        scorer = self.collector.scorer
-        return {} if scorer is None else scorer.take_metrics()
 
     def _progress(
         self,
@@ -264,9 +261,14 @@ class SelfPlay:
             tuple(rollouts),
             round_metrics(rollouts, selection, rewards, len(examples))
             | dict(metrics)
-            | {f"play/{n}": v for n, v in self._take_logged().items()},
+            | {f"play/{n}": v for n, v in _take_logged(scorer).items()},
             rewards,
         )
+
+
+def _take_logged(scorer: Scorer | None) -> dict[str, float]:
+    """Return the numbers that reward functions logged; none where nothing is graded."""
+    return {} if scorer is None else scorer.take_metrics()
 
 
 def save_selection(path: Path, selection: Selection) -> None:

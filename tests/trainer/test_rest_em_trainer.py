@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from conftest import contains_solution, digit_share
@@ -39,6 +38,19 @@ def read_rows(trainer, round_index):
     return load_from_disk(trainer.run.folder(round_index) / "dataset")
 
 
+def record_sampling(trainer, recorder):
+    """Return a list that gets the weights of each call of the sampler."""
+    sampler, weights = trainer.self_play.collector.sampler, []
+    sample = sampler.sample
+
+    def sample_and_record(*args):
+        weights.append(recorder.copy(trainer.model))
+        return sample(*args)
+
+    sampler.sample = sample_and_record
+    return weights
+
+
 def test_the_trainer_is_a_direct_subclass_of_its_parent() -> None:
     assert ReSTEMTrainer.__bases__ == (SFTTrainer,)
 
@@ -60,14 +72,7 @@ def test_every_round_trains_from_the_base_weights(build_rest_em, recorder, peft)
 def test_a_round_samples_with_the_weights_the_last_one_ended_with(build_rest_em, recorder) -> None:
     """EM-2: the weights while sampling round t are those at the end of round t - 1."""
     trainer = build_rest_em(num_rounds=3, callbacks=[recorder])
-    initial, while_sampling = recorder.copy(trainer.model), []
-    sample = trainer.self_play.collector.sampler.sample
-
-    def sample_and_record(*args):
-        while_sampling.append(recorder.copy(trainer.model))
-        return sample(*args)
-
-    trainer.self_play.collector.sampler.sample = sample_and_record
+    initial, while_sampling = recorder.copy(trainer.model), record_sampling(trainer, recorder)
     trainer.train()
     ends = [initial, *recorder.weights_at_train_end[:2]]
     assert len(while_sampling) == 3
@@ -155,6 +160,29 @@ def test_an_improve_step_goes_on_from_the_one_before(build_rest, recorder) -> No
         (0, 0, 0.3), (0, 1, 0.6), (1, 0, 0.3), (1, 1, 0.6),
     ]  # fmt: skip
     assert [line["sampled_from"] for line in lines] == ["base", "base", "round 1", "round 1"]
+
+
+def test_a_grow_step_samples_from_the_last_improve_step_not_from_the_best_one(
+    build_rest, recorder, sums
+) -> None:
+    """RE-13: whatever the held-out score; here the untrained model's, which nothing exceeds."""
+
+    def only_before_training(completions, **kwargs):
+        return [float(not recorder.weights_at_train_end)] * len(completions)
+
+    trainer = build_rest(
+        callbacks=[recorder], eval_dataset=sums(4, first=50), num_generations_eval=0,
+        eval_reward_funcs=only_before_training,
+    )  # fmt: skip
+    initial, while_sampling = recorder.copy(trainer.model), record_sampling(trainer, recorder)
+    trainer.train()
+    ends = recorder.weights_at_train_end
+    # before, Grow 0, after each of its Improve steps, Grow 1, after each of its own
+    expected = [initial, initial, ends[0], ends[1], ends[1], ends[2], ends[3]]
+    for weights, those in zip(while_sampling, expected, strict=True):
+        assert_equal(weights, those)
+    assert differs(ends[1], initial)
+    assert_equal(recorder.copy(trainer.model), initial)  # the best one is loaded at the end
 
 
 def test_improve_steps_share_samples_and_scores_and_are_nested(build_rest) -> None:
@@ -276,14 +304,7 @@ def test_rft_trains_the_base_on_gold_and_accepted_paths(
         num_rounds=1, warm_up_on_gold=True, gold_dataset=gold_answers(5), callbacks=[recorder],
         normal_form=reasoning_path, few_shot_in_training=False, num_generations=8,
     )  # fmt: skip
-    initial, while_sampling = recorder.copy(trainer.model), []
-    sample = trainer.self_play.collector.sampler.sample
-
-    def sample_and_record(*args):
-        while_sampling.append(recorder.copy(trainer.model))
-        return sample(*args)
-
-    trainer.self_play.collector.sampler.sample = sample_and_record
+    initial, while_sampling = recorder.copy(trainer.model), record_sampling(trainer, recorder)
     trainer.train()
     begin, end = recorder.weights_at_train_begin, recorder.weights_at_train_end
     assert len(begin) == 2
@@ -322,112 +343,6 @@ def test_a_path_needs_the_right_answer_and_true_equations(build_rest_em) -> None
     assert [scorer.weighted(s) >= 1.0 for s in scores] == [True, False, False]
 
 
-# --- the weighted likelihood ---
-
-
-def loss_and_gradient(trainer, rows):
-    """Return loss and gradients of one optimizer step on rows, through the trainer's own code."""
-    trainer.train_dataset = rows
-    model = trainer.model
-    model.train()
-    loader = iter(trainer.get_train_dataloader())
-    batches, num_items = trainer.get_batch_samples(
-        loader, trainer.args.gradient_accumulation_steps, model.device
-    )
-    trainer.current_gradient_accumulation_steps = len(batches)
-    model.zero_grad()
-    total = 0.0
-    for batch in batches:
-        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=num_items)
-        loss.backward()
-        total += loss.item()
-    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def weighted_rows(weights, seed=0):
-    rng = np.random.default_rng(seed)
-    ids = [rng.integers(3, 20, size=5 + i).tolist() for i in range(len(weights))]
-    labels = [[-100] * 2 + row[2:] for row in ids]
-    return Dataset.from_dict({"input_ids": ids, "labels": labels, "weight": list(weights)})
-
-
-def build_weighted(build_rest_em, folder, **changes):
-    return build_rest_em(
-        folder, loss_weighting="reward", per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, **changes,
-    )  # fmt: skip
-
-
-def test_weights_of_0_and_1_give_the_gradient_of_the_filter(build_rest_em) -> None:
-    """EM-6."""
-    rows = weighted_rows([1.0, 0.0, 1.0, 0.0])
-    weighted, gradient = loss_and_gradient(build_weighted(build_rest_em, "w"), rows)
-    kept = rows.filter(lambda row: row["weight"] == 1.0).remove_columns("weight")
-    plain = build_rest_em("f", per_device_train_batch_size=2)
-    filtered, expected = loss_and_gradient(plain, kept)
-    assert weighted == pytest.approx(filtered, abs=1e-6)
-    for name in expected:
-        torch.testing.assert_close(gradient[name], expected[name], atol=1e-6, rtol=1e-5)
-
-
-def test_the_scale_of_rewards_changes_no_gradient(build_rest_em) -> None:
-    """EM-7: also where the sum of weights is far below one token."""
-    weights = [0.2, 0.9, 0.5, 0.1]
-    results = [
-        loss_and_gradient(
-            build_weighted(build_rest_em, f"s{scale}"), weighted_rows([scale * w for w in weights])
-        )
-        for scale in (1.0, 1e-4)
-    ]
-    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
-    for name, gradient in results[0][1].items():
-        torch.testing.assert_close(gradient, results[1][1][name], atol=1e-6, rtol=1e-4)
-
-
-def test_the_weighted_loss_is_the_sum_over_tokens_by_the_sum_of_weights(build_rest_em) -> None:
-    """EM-10: against NumPy on the model's own logits, under accumulation."""
-    weights = [1.0, 0.5, 0.25, 2.0]
-    rows = weighted_rows(weights)
-    trainer = build_weighted(build_rest_em, "w")
-    loss, _ = loss_and_gradient(trainer, rows)
-    numerator = denominator = 0.0
-    for row in rows:
-        with torch.no_grad():
-            logits = trainer.model(torch.tensor([row["input_ids"]])).logits[0].double().numpy()
-        shifted = logits[:-1] - logits[:-1].max(-1, keepdims=True)
-        log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-        targets = np.array(row["labels"][1:])
-        places = np.flatnonzero(targets != -100)
-        numerator -= row["weight"] * log_probs[places, targets[places]].sum()
-        denominator += row["weight"] * len(places)
-    assert loss == pytest.approx(numerator / denominator, abs=1e-6)
-
-
-def test_a_run_weighs_each_row_with_its_reward(build_rest_em) -> None:
-    trainer = build_rest_em(reward_funcs=digit_share, loss_weighting="reward", num_rounds=1)
-    trainer.train()
-    kept = load_kept(trainer.run.folder(0))
-    assert sorted(read_rows(trainer, 0)["weight"]) == sorted(r.reward for r in kept)
-    positive = {
-        r for r in load_samples(trainer.run.folder(0)) if r.reward > 0 and r.finish == "eos"
-    }
-    assert set(kept) <= positive
-    assert len({r.reward for r in kept}) > 2
-
-
-def test_a_negative_reward_can_be_no_weight(build_rest_em) -> None:
-    """EM-8: the error shows prompt, reward and function name."""
-
-    def grumpy_reward(completions, **kwargs):
-        return [-0.5] * len(completions)
-
-    trainer = build_rest_em(reward_funcs=grumpy_reward, loss_weighting="reward")
-    with pytest.raises(ValueError, match=r"grumpy_reward gave -0\.5") as raised:
-        trainer.train()
-    assert "= ?" in str(raised.value)
-    assert list((trainer.run.folder(0) / "samples").glob("*.parquet"))  # nothing is lost
-
-
 def test_gold_of_another_kind_of_prompt_is_refused(build_rest_em) -> None:
     chat = Dataset.from_list(
         [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}]
@@ -446,8 +361,3 @@ def test_gold_that_is_to_be_graded_needs_a_solution(build_rest, gold_answers) ->
 def test_settings_of_gold_need_a_gold_dataset(build_rest_em, setting) -> None:
     with pytest.raises(ValueError, match="needs a `gold_dataset`"):
         build_rest_em(**setting)
-
-
-def test_a_loss_of_the_users_own_can_not_be_weighted(build_rest_em) -> None:
-    with pytest.raises(ValueError, match="compute_loss_func"):
-        build_rest_em(loss_weighting="reward", compute_loss_func=lambda *a, **k: None)

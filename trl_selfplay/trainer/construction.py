@@ -232,10 +232,12 @@ def build_self_play(
     hint_formatter: HintFormatter | None = None,
     reward_funcs: Any = None,
     reward_processing_classes: Any = None,
+    eval_reward_funcs: Any = None,
 ) -> SelfPlay:
     """Put the stages of a round together for a trainer whose parent has been built.
 
-    Without reward functions completions are sampled and not graded.
+    Without reward functions completions are sampled and not graded; `eval_reward_funcs` grade the
+    held-out ones in place of `reward_funcs`.
     """
     args, tokenizer = trainer.args, trainer.processing_class
     keep_4bit_weights_trainable(trainer.model)
@@ -254,17 +256,12 @@ def build_self_play(
             ),
             scorer=None
             if reward_funcs is None
-            else Scorer(
-                reward_funcs,
-                reward_weights=args.reward_weights,
-                reward_processing_classes=reward_processing_classes,
-                device=trainer.accelerator.device,
-                # As GRPOTrainer, but for the revision, which is the policy's.
-                model_init_kwargs={
-                    k: v for k, v in (args.model_init_kwargs or {}).items() if k != "revision"
-                },
-                get_trainer_state=lambda: trainer.state,
+            else _build_scorer(
+                trainer, reward_funcs, args.reward_weights, reward_processing_classes
             ),
+            eval_scorer=None
+            if eval_reward_funcs is None
+            else _build_scorer(trainer, eval_reward_funcs),
             tokenizer=tokenizer,
             accelerator=trainer.accelerator,
             seed=args.seed,
@@ -277,6 +274,22 @@ def build_self_play(
     )
 
 
+def _build_scorer(
+    trainer: Any, reward_funcs: Any, weights: Any = None, processing_classes: Any = None
+) -> Scorer:
+    return Scorer(
+        reward_funcs,
+        reward_weights=weights,
+        reward_processing_classes=processing_classes,
+        device=trainer.accelerator.device,
+        # As GRPOTrainer, but for the revision, which is the policy's.
+        model_init_kwargs={
+            k: v for k, v in (trainer.args.model_init_kwargs or {}).items() if k != "revision"
+        },
+        get_trainer_state=lambda: trainer.state,
+    )
+
+
 def describe_trainer(trainer: Any, **lists: Sequence[Any]) -> dict[str, Any]:
     """Return what makes a trainer's run, see `run_identity.describe_run`.
 
@@ -285,7 +298,7 @@ def describe_trainer(trainer: Any, **lists: Sequence[Any]) -> dict[str, Any]:
         lists: What else must stay equal, by name.
     """
     play: SelfPlay = trainer.self_play
-    scorer = play.collector.scorer
+    scorer, eval_scorer = play.collector.scorer, play.collector.eval_scorer
     examples = [
         (canonical_prompt(e.prompt), e.completion, str(e.solution))
         for e in play.formatter.few_shot_examples
@@ -301,6 +314,7 @@ def describe_trainer(trainer: Any, **lists: Sequence[Any]) -> dict[str, Any]:
             "method": trainer._name,
             "model": trainer.model.config.name_or_path,
             "reward_funcs": None if scorer is None else scorer.names,
+            "eval_reward_funcs": None if eval_scorer is None else eval_scorer.names,
             **{
                 name: f"{len(values)}, "
                 + hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()

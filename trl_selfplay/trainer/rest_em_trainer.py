@@ -57,6 +57,9 @@ class ReSTEMTrainer(SFTTrainer):
             `trl_selfplay.normal_forms.reasoning_path`.
         gold_dataset: Human completions to mix in: `prompt` and `completion`, or `messages`. With
             `improve_thresholds` they are graded and filtered like the model's own.
+        eval_reward_funcs: Functions that grade held-out completions in place of `reward_funcs`:
+            the true scorer where those are a reward model, whose own score rises also where it is
+            misled. None grades them alike.
 
     Raises:
         ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
@@ -93,6 +96,7 @@ class ReSTEMTrainer(SFTTrainer):
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
         normal_form: Callable[[str], Hashable] | None = None,
         gold_dataset: Any = None,
+        eval_reward_funcs: Any = None,
         **named: Unpack[SFTArguments],
     ) -> None:
         if args is not None and gold_dataset is None:
@@ -120,6 +124,7 @@ class ReSTEMTrainer(SFTTrainer):
             parts.examples,
             reward_funcs=reward_funcs,
             reward_processing_classes=reward_processing_classes,
+            eval_reward_funcs=eval_reward_funcs,
         )
         self.self_play.check_longest_prompts(hinted=False)
         self.self_play.warn_unreadable_solutions()

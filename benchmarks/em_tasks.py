@@ -1,0 +1,130 @@
+"""The tasks of em_family.py and against_grpo.py: prompts, solutions, worked answers.
+
+In: a name and a seed. Out: disjoint sets of prompts of one reasoning-gym task, for a model of 135 M
+parameters, and a reward with degrees. `reversal` is the demo's own task with its own prompts;
+`sums` adds and subtracts three numbers of two digits, step by step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from trl_selfplay import demo
+
+TASKS = {
+    "reversal": "The demo's task: reverse three or four words (word_sequence_reversal)",
+    "sums": "Three numbers of two digits, added and subtracted step by step (chain_sum)",
+}
+NUM_FEW_SHOT, NUM_TRAIN, NUM_OTHER, NUM_SELECT, NUM_REPORT = 4, 32, 64, 64, 200
+# Far from the seeds of demo.py, and from each other: row i of a dataset is made from seed + i.
+_FIRST_SEED, _SEED_STRIDE = 3_000_000, 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Disjoint sets of a task: columns prompt, solution, and completion, the worked answer.
+
+    Attributes:
+        train: To sample from and train on.
+        other: For what is trained before: a start, a reward model.
+        select: To choose settings by.
+        report: To report.
+        few_shot: Examples that stand before a prompt.
+        graded_reward: A reward with degrees.
+        max_completion_length: Tokens that a worked answer never needs all of.
+    """
+
+    train: Dataset
+    other: Dataset
+    select: Dataset
+    report: Dataset
+    few_shot: list[dict[str, Any]]
+    graded_reward: Callable[..., list[float]]
+    max_completion_length: int
+
+
+def load_task(name: str, seed: int) -> Task:
+    """Return a task's sets; other seeds give other prompts."""
+    if name == "reversal":
+        return load_reversal(seed)
+    total = NUM_FEW_SHOT + NUM_TRAIN + NUM_OTHER + NUM_SELECT + NUM_REPORT
+    rows = Dataset.from_list(sums(total, seed))
+    sets, start = [], 0
+    for size in (NUM_FEW_SHOT, NUM_TRAIN, NUM_OTHER, NUM_SELECT, NUM_REPORT):
+        sets.append(rows.select(range(start, start + size)))
+        start += size
+    few_shot, train, other, select, report = sets
+    return Task(
+        train,
+        other,
+        select,
+        report,
+        few_shot=few_shot.to_list(),
+        graded_reward=share_of_lines,
+        max_completion_length=40,
+    )
+
+
+def load_reversal(seed: int) -> Task:
+    """Return the demo's sets, its training prompts divided in two."""
+    split = demo.demo_split(seed)
+    train = demo.gold_completions(split.train)
+    return Task(
+        train.select(range(NUM_TRAIN)),
+        train.select(range(NUM_TRAIN, NUM_TRAIN + NUM_OTHER)),
+        split.select,
+        split.report,
+        split.few_shot,
+        graded_reward=demo.position_reward,
+        max_completion_length=demo.DEMO_SETTINGS["max_completion_length"],
+    )
+
+
+def sums(count: int, seed: int) -> list[dict[str, Any]]:
+    """Return different sums with their worked answers."""
+    import reasoning_gym
+
+    puzzles = reasoning_gym.create_dataset(
+        "chain_sum",
+        size=count + 100,
+        seed=_FIRST_SEED + seed * _SEED_STRIDE,
+        min_terms=3,
+        max_terms=3,
+        min_digits=2,
+        max_digits=2,
+    )
+    expressions = {entry["metadata"]["expression"]: entry["answer"] for entry in puzzles}
+    return [
+        {"prompt": f"{e} =\n", "solution": answer, "completion": worked_sum(e)}
+        for e, answer in list(expressions.items())[:count]
+    ]
+
+
+def worked_sum(expression: str) -> str:
+    r"""Return the steps of a sum, one a line, and the answer.
+
+    >>> worked_sum("42 - 25 - 73")
+    '42 - 25 = 17\n17 - 73 = -56\nAnswer: -56'
+    """
+    first, *rest = expression.split(" ")
+    total, lines = int(first), []
+    for sign, number in zip(rest[::2], rest[1::2], strict=True):
+        following = total + int(number) if sign == "+" else total - int(number)
+        lines.append(f"{total} {sign} {number} = {following}")
+        total = following
+    return "\n".join([*lines, f"Answer: {total}"])
+
+
+def share_of_lines(
+    prompts: Sequence[str], completions: Sequence[str], **columns: Any
+) -> list[float]:
+    """Return the share of lines that are those of the worked sum, in their place."""
+    scores = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        found = completion.strip().splitlines()
+        lines = worked_sum(prompt.removesuffix(" =\n")).splitlines()
+        right = sum(a.strip() == b for a, b in zip(found, lines, strict=False))
+        scores.append(right / max(len(lines), len(found)))
+    return scores
