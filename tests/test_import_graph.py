@@ -16,6 +16,8 @@ MAX_LINES = 400
 # The order in which data passes the modules; each may import those before it. What a trainer's
 # constructor or `train` calls comes before `trainer`; the demo is a user of the trainers.
 FLOW = (
+    "memory",
+    "one_ahead",
     "rollouts",
     "prompts",
     "chosen",
@@ -41,6 +43,7 @@ FLOW = (
     "run_identity",
     "run_folder",
     "round_log",
+    "empty_round",
     "parent_training",
     "rounds",
     "self_play",

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config
 from trl.rewards import think_format_reward
 from trl.scripts.grpo import GRPOScriptArguments
@@ -70,6 +71,23 @@ FLAGS = {
     "4-bit": ["--use_peft", "--lora_target_modules", "all-linear", "--load_in_4bit"],
     "all weights": [],
 }
+
+
+def test_help_explains_every_field_of_the_configuration(star, capsys) -> None:
+    with pytest.raises(SystemExit):
+        star.parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    for name in (*STaRConfig.__dataclass_fields__, "reward_funcs", "lora_r", "smoke"):
+        assert f"--{name}" in text, name
+
+
+def test_prompts_that_are_chat_turns_already_stay_as_they_are(star) -> None:
+    turns = [{"role": "user", "content": "1 + 1?"}]
+    arguments = GradedScriptArguments(chat=True)
+    rows = Dataset.from_list([{"prompt": turns, "solution": "2"}])
+    assert prepare(rows, arguments)[0]["prompt"] == turns
+    plain = Dataset.from_list([{"prompt": "1 + 1?", "solution": "2"}])
+    assert prepare(plain, arguments)[0]["prompt"] == turns
 
 
 @pytest.mark.slow

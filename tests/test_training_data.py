@@ -45,3 +45,10 @@ def test_rows_are_in_a_new_order_each_round_and_the_same_for_one_seed(make_rollo
     ]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2])
+
+
+def test_prompts_are_learnt_where_the_loss_is_not_on_completions_alone(make_rollout) -> None:
+    rollout = make_rollout(completion_ids=(7, EOS), finish="eos")
+    prompts = {rollout.prompt_id: (1, 2)}
+    rows = build_training_rows([rollout], prompts, EOS, seed=0, completion_only=False)
+    assert rows[0]["labels"] == rows[0]["input_ids"] == [1, 2, 7, EOS]

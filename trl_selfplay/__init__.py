@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trl_selfplay.empty_round import EmptyRoundError
     from trl_selfplay.opponent import WrongOpponentError
     from trl_selfplay.rollouts import Rollout
-    from trl_selfplay.rounds import EmptyRoundError
     from trl_selfplay.thoughts.model import QuietSTaRModel
     from trl_selfplay.trainer.quiet_star_config import QuietSTaRConfig
     from trl_selfplay.trainer.quiet_star_trainer import QuietSTaRTrainer

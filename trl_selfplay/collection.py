@@ -8,9 +8,11 @@ finds the plan, reads the shards that are whole and goes on with the first that 
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 from accelerate import Accelerator
@@ -19,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_selfplay.generation.random_streams import stream_key
 from trl_selfplay.generation.sampler import Sampler, SampleRequest, SamplingOptions
+from trl_selfplay.one_ahead import one_ahead
 from trl_selfplay.prompts import PromptRow
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts import (
@@ -90,6 +93,8 @@ class Collector:
     ) -> list[Rollout]:
         """Return the graded rollouts of all assignments, sorted by (prompt_id, sample_index).
 
+        While a shard is graded the next one is sampled, in a thread of its own.
+
         Under several processes each samples every n-th shard, and all return all rollouts.
 
         Args:
@@ -111,30 +116,39 @@ class Collector:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         collected: list[Rollout] = []
         solved: list[bool] = []
-        for index, shard in enumerate(shards):
-            if index % world != rank:
-                continue
-            path = None if folder is None else folder / f"{prefix}{index:05d}.parquet"
-            chosen = [by_id[prompt_id] for prompt_id in shard.prompt_ids]
-            rollouts = _load_finished(path, chosen)
-            if rollouts is None:
-                rollouts = self._sample(
-                    chosen, options, shard.batch_size, round_index, phase, progress
-                )
-                if path is not None:
-                    save_rollouts(path, rollouts)
-            else:
-                num_tokens = sum(len(r.completion_ids) for r in rollouts)
-                progress.update(len(rollouts), num_tokens, restored=True)
-            if self.scorer is not None and not all(r.is_graded for r in rollouts):
-                rollouts = self.grade(rollouts, {i: a.row for i, a in by_id.items()})
-                if path is not None:
-                    save_rollouts(path, rollouts)
-            collected += rollouts
-            if self.scorer is not None:
-                passed = {r.prompt_id for r in rollouts if r.passes(self.reward_threshold)}
-                solved += [prompt_id in passed for prompt_id in shard.prompt_ids]
-                progress.set_solved(sum(solved) / len(solved))
+        rows = {prompt_id: a.row for prompt_id, a in by_id.items()}
+        stop = Event()
+
+        def sample_shards() -> Iterator[tuple[Shard, Path | None, list[Rollout]]]:
+            for index, shard in enumerate(shards):
+                if index % world != rank:
+                    continue
+                path = None if folder is None else folder / f"{prefix}{index:05d}.parquet"
+                chosen = [by_id[prompt_id] for prompt_id in shard.prompt_ids]
+                rollouts = _load_finished(path, chosen)
+                if rollouts is None:
+                    rollouts = self._sample(
+                        chosen, options, shard.batch_size, round_index, phase, progress, stop
+                    )
+                    if path is not None:
+                        save_rollouts(path, rollouts)
+                else:
+                    num_tokens = sum(len(r.completion_ids) for r in rollouts)
+                    progress.update(len(rollouts), num_tokens, restored=True)
+                yield shard, path, rollouts
+
+        # Reward functions stay in the main thread: those with timeouts by signal need it.
+        with closing(one_ahead(sample_shards(), stop)) as sampled:
+            for shard, path, rollouts in sampled:
+                if self.scorer is not None and not all(r.is_graded for r in rollouts):
+                    rollouts = self.grade(rollouts, rows)
+                    if path is not None:
+                        save_rollouts(path, rollouts)
+                collected += rollouts
+                if self.scorer is not None:
+                    passed = {r.prompt_id for r in rollouts if r.passes(self.reward_threshold)}
+                    solved += [prompt_id in passed for prompt_id in shard.prompt_ids]
+                    progress.set_solved(sum(solved) / len(solved))
         if world > 1:
             collected = gather_object(collected)
         return sorted(collected, key=lambda r: (r.prompt_id, r.sample_index))
@@ -168,6 +182,7 @@ class Collector:
         round_index: int,
         phase: Phase,
         progress: Progress,
+        stop: Event,
     ) -> list[Rollout]:
         wanted = [(a, index) for a in assignments for index in a.sample_indices]
         requests = [
@@ -180,6 +195,8 @@ class Collector:
         prompt_texts = {a.row.prompt_id: _decode(self.tokenizer, a.prompt_ids) for a in assignments}
         rollouts: list[Rollout | None] = [None] * len(wanted)
         for request_index, sampled in self.sampler.sample(requests, options, batch_size):
+            if stop.is_set():
+                break
             assignment, sample_index = wanted[request_index]
             text_ids = sampled.completion_ids
             if sampled.finish == "eos":

@@ -4,17 +4,16 @@ In: rows that are final, and arguments of the parent that this training changes.
 `trainer_state.json` in the folder, and the same weights in the trainer.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
+from trl_selfplay.memory import return_freed_memory
 from trl_selfplay.run_folder import last_whole_checkpoint
 from trl_selfplay.weights import load_saved_model, replace_folder
 
@@ -78,6 +77,4 @@ def free_optimizer(trainer: Any) -> None:
     trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
     trainer.accelerator.free_memory()
     trainer.model.zero_grad(set_to_none=True)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return_freed_memory()

@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.diversity import warn_sharpening
+from trl_selfplay.empty_round import handle_empty_round
 from trl_selfplay.evaluation import paired_difference
 from trl_selfplay.funnel import Funnel, describe_funnel
 from trl_selfplay.heldout import HeldOutScores
@@ -40,10 +41,6 @@ from trl_selfplay.run_identity import check_identity
 from trl_selfplay.weights import load_saved_model, load_trainable, save_trainable
 
 logger = logging.getLogger(__name__)
-
-
-class EmptyRoundError(RuntimeError):
-    """A round kept nothing to train on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +133,15 @@ def run_rounds(
         with say_where_interrupted(run):
             before = trainer.score_heldout(UNTRAINED, run.folder(UNTRAINED) / "evaluation")
             _report_baseline(run, before)
+            _load_newest_weights(trainer)
             if run.warm_up_rows is not None and not run.lines:
                 settings = {"output_dir": str(run.warm_up_folder)}
                 train_on(trainer, train_parent, run.warm_up_rows, settings, args.seed)
-            for round_index in range(len(run.lines), args.num_rounds * run.improve_steps):
+            first = len(run.lines)
+            end = args.num_rounds * run.improve_steps
+            if has_stalled(run, args.stop_after_rounds_without_gain):  # before it was interrupted
+                end = first
+            for round_index in range(first, end):
                 run.round_index = round_index
                 run.steps_before = sum(line["steps"] for line in run.lines)
                 if call_round_event(trainer, "on_round_begin", round_index):
@@ -148,7 +150,7 @@ def run_rounds(
                 played = trainer.play_round(round_index)
                 run.seconds = {"sample": time.monotonic() - started, "train": 0.0}
                 if played.num_examples == 0 and not played.may_be_skipped:
-                    _handle_empty_round(args, round_index, played)
+                    handle_empty_round(args, round_index, played)
                     break
                 for warn in (warn_hint_share, warn_truncation):
                     if warning := warn(played.funnel, round_index):
@@ -162,7 +164,7 @@ def run_rounds(
                 if has_stalled(run, args.stop_after_rounds_without_gain):
                     break
     finally:
-        run.round_index = None
+        run.round_index, run.steps_before = None, 0
         trainer.remove_callback(callback)
         free_optimizer(trainer)
     _load_chosen_weights(trainer)
@@ -177,7 +179,7 @@ def run_rounds(
 
 
 def _open_run(trainer: Any, resume: bool | str | None) -> None:
-    """Find out what is on disk, refuse what doesn't fit, and put the newest weights in place."""
+    """Find out what is on disk, refuse what doesn't fit, and put the initial weights in place."""
     args, run = trainer.args, trainer.run
     if isinstance(resume, str):
         if Path(resume).resolve() != Path(args.output_dir).resolve():
@@ -201,11 +203,32 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
     trainer.accelerator.wait_for_everyone()
     if has_initial_weights:
         load_trainable(trainer.model, run.initial_weights)
+    elif run.was_opened:  # this process has trained, and its source has the weights from before
+        trainer.reload_initial_weights()
     elif run.keeps_initial_weights and trainer.is_world_process_zero():
         save_trainable(trainer.model, run.initial_weights)
+    run.was_opened = True
     trainer.accelerator.wait_for_everyone()
-    if run.lines:
-        load_saved_model(trainer.model, run.folder(len(run.lines) - 1) / "model")
+
+
+def _load_newest_weights(trainer: Any) -> None:
+    """Put the weights of the last finished round in place.
+
+    Raises:
+        FileNotFoundError: They are gone, and the next round needs them.
+    """
+    run = trainer.run
+    if not run.lines:
+        return
+    newest = len(run.lines) - 1
+    folder = run.folder(newest) / "model"
+    if folder.exists():
+        load_saved_model(trainer.model, folder)
+    elif not (run.folder(newest + 1) / "model").exists():  # that round is trained, and goes on
+        raise FileNotFoundError(
+            f"{folder} is gone, and round {newest + 1} begins with the weights in it. Bring it back, "
+            "or start anew in another output_dir."
+        )
 
 
 def _report_baseline(run: Run, before: HeldOutScores | None) -> None:
@@ -214,25 +237,6 @@ def _report_baseline(run: Run, before: HeldOutScores | None) -> None:
     run.pending_logs.append(dict(before.metrics))
     if warning := warn_baseline(before.metrics):
         logger.warning("before round 0: %s", warning)
-
-
-def _handle_empty_round(args: Any, round_index: int, played: PlayedRound) -> None:
-    examples = "\n".join(
-        f"--- {r.prompt[-200:]!r}\n    → {r.completion[:300]!r} (finish {r.finish}, reward {r.reward})"
-        for r in played.rollouts[:3]
-    )
-    remedy = played.remedy or (
-        "A wrong answer format is the usual reason; compare these completions with what the reward "
-        "functions expect. Show the format with few_shot_examples, sample more (num_generations, "
-        "temperature), raise max_completion_length, or lower reward_threshold."
-    )
-    message = (
-        f"round {round_index} kept nothing to train on: {describe_funnel(played.funnel)}. {remedy} "
-        f"Completions:\n{examples}"
-    )
-    if args.on_empty_round == "raise":
-        raise EmptyRoundError(message)
-    logger.warning("stopping: %s", message)
 
 
 def _train_round(
@@ -326,11 +330,11 @@ def _finish_round(
     if trainer.is_world_process_zero():
         _delete_what_is_done(trainer, round_index)
         print_round_table(run.lines, run.chosen_metric)
-    return trainer.control.should_training_stop and state.global_step < state.max_steps
+    return state.global_step < state.max_steps  # also where a kill came after it was trained
 
 
 def _warn_sharpening(run: Run, round_index: int, threshold: float) -> None:
-    """Compare the first set's held-out samples with those before training, where both are kept."""
+    """Compare held-out samples with those before training, where both are kept."""
     before, now = (
         [
             rollout
@@ -349,8 +353,9 @@ def _warn_sharpening(run: Run, round_index: int, threshold: float) -> None:
 def _delete_what_is_done(trainer: Any, round_index: int) -> None:
     """Delete a finished round's checkpoints and, for full fine-tuning, models nobody needs."""
     run = trainer.run
-    for checkpoint in run.folder(round_index).glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for index in range(round_index + 1):  # earlier ones too: a kill may have come in between
+        for checkpoint in run.folder(index).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
     if not run.keeps_every_model:
         needed = {round_index, find_best_round(run)}
         for index in range(round_index):

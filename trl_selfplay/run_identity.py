@@ -52,6 +52,18 @@ def describe_run(
     return fields | datasets | {name: str(value) for name, value in other.items()}
 
 
+def describe_adapters(model: Any) -> dict[str, Any]:
+    """Return the PEFT configurations, without where the base lies."""
+    return {
+        name: {
+            key: sorted(value) if isinstance(value, set) else str(value)
+            for key, value in sorted(config.to_dict().items())
+            if key not in ("base_model_name_or_path", "revision", "inference_mode")
+        }
+        for name, config in getattr(model, "peft_config", {}).items()
+    }
+
+
 def check_identity(described: Mapping[str, Any], path: Path, num_finished: int) -> None:
     """Compare with what is on disk, or write it down for the first time.
 

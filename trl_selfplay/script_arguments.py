@@ -60,7 +60,9 @@ def parse_script_arguments(
     """
     types: Any = (script_class, config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
     parser = trl.TrlParser(types)
-    known = trl.TrlParser(types[::3]).parse_args_and_config(flags, return_remaining_strings=True)
+    # Help is for the whole parser below to give.
+    given = [f for f in (sys.argv[1:] if flags is None else flags) if f not in ("-h", "--help")]
+    known = trl.TrlParser(types[::3]).parse_args_and_config(given, return_remaining_strings=True)
     if not (known[0].dataset_name or known[1].datasets):
         parser.set_defaults_with_config(**demo_defaults(known[0].smoke))
     return parser.parse_args_and_config(flags)
@@ -98,7 +100,13 @@ def prepare(dataset: Any, script_args: GradedScriptArguments) -> Any:
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
     if not script_args.chat:
         return dataset
-    return dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    return dataset.map(
+        lambda row: (
+            {"prompt": [{"role": "user", "content": row["prompt"]}]}
+            if isinstance(row["prompt"], str)
+            else {}
+        )
+    )
 
 
 def load_sets(script_args: GradedScriptArguments, dataset_args: Any) -> dict[str, Any] | None:
@@ -106,6 +114,12 @@ def load_sets(script_args: GradedScriptArguments, dataset_args: Any) -> dict[str
 
     The keys are those of SFTTrainer: `train_dataset` and `eval_dataset`.
     """
+    if script_args.dataset_streaming:
+        raise ValueError(
+            "dataset_streaming=True: rounds come back to the same prompts, so the set must be "
+            "finite. Leave it out; for a part of a large set give `datasets` in a YAML file, with "
+            "`split: train[:1000]`."
+        )
     if dataset_args.datasets:
         sets = trl.get_dataset(dataset_args)
     elif script_args.dataset_name:

@@ -6,6 +6,7 @@ call these in the order of their papers.
 """
 
 import logging
+import math
 import random
 import shutil
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from trl_selfplay.heldout import HeldOutScores, score_all
 from trl_selfplay.prompts import PromptFormatter, PromptRow, check_lengths
 from trl_selfplay.report import SamplingProgress, print_completions
 from trl_selfplay.rewards.scoring import Scorer
-from trl_selfplay.rollouts import Phase, Rollout, load_rollouts, save_table
+from trl_selfplay.rollouts import CorruptShardError, Phase, Rollout, load_rollouts, save_table
 from trl_selfplay.rounds import PlayedRound
 from trl_selfplay.run_folder import Run
 from trl_selfplay.selection import Selection
@@ -71,9 +72,11 @@ class SelfPlay:
         for name, rows in {"train_dataset": self.rows, **self.heldout}.items():
             longest = sorted(rows, key=lambda r: len(str(r.prompt)), reverse=True)
             longest = longest[:_CHECKED_AT_CONSTRUCTION]
+            # Held-out prompts are shown with the examples before round 0.
             few_shot = bool(self.formatter.few_shot_examples) and (
                 self.config.few_shot_in_training
-                or (name == "train_dataset" and self.config.few_shot_rounds != 0)
+                or name != "train_dataset"
+                or self.config.few_shot_rounds != 0
             )
             self._prompt_ids(
                 longest, few_shot, hinted and name == "train_dataset", name or "eval_dataset"
@@ -104,7 +107,7 @@ class SelfPlay:
         check_lengths(
             rows,
             [len(i) for i in ids],
-            self.config.max_completion_length,
+            build_sampling_options(self.config, ()).max_completion_length,
             self.context_length,
             name,
         )
@@ -183,7 +186,8 @@ class SelfPlay:
     ) -> SamplingProgress:
         is_main = self.collector.accelerator.is_main_process
         disable = self.config.disable_tqdm or not is_main
-        return SamplingProgress(total, description, disable=disable, settings=settings)
+        share = math.ceil(total / self.collector.accelerator.num_processes)
+        return SamplingProgress(share, description, disable=disable, settings=settings)
 
     def watch_diversity(
         self,
@@ -193,8 +197,12 @@ class SelfPlay:
     ) -> dict[str, float]:
         """Return the numbers of a round's diversity; warn if round 0's samples were richer."""
         round_index = run.round_index or 0
-        has_first = round_index > 0 and (run.folder(0) / "samples").exists()
-        first = load_samples(run.folder(0)) if has_first else rollouts
+        first: Sequence[Rollout] = rollouts
+        if round_index > 0:
+            try:
+                first = load_samples(run.folder(0))
+            except (CorruptShardError, FileNotFoundError) as error:
+                logger.warning("diversity isn't compared with round 0's: %s", error)
         threshold = self.collector.reward_threshold
         for warning in warn_poorer_samples(first, rollouts, normal_form, threshold, round_index):
             logger.warning("%s", warning)
@@ -243,6 +251,7 @@ class SelfPlay:
             self.eos_token_id,
             seed=self.config.seed + round_index,
             weighted=weighted,
+            completion_only=self.config.completion_only_loss is not False,
         )
         if self.config.packing and examples:
             rows = pack_dataset(rows, self.config.max_length, self.config.packing_strategy)

@@ -31,6 +31,7 @@ def build_training_rows(
     eos_token_id: int,
     seed: int,
     weighted: bool = False,
+    completion_only: bool = True,
 ) -> Dataset:
     """Build the dataset of one round, shuffled under `seed`.
 
@@ -41,10 +42,11 @@ def build_training_rows(
         eos_token_id: Added after completions that a stop string ended.
         seed: Of the shuffle. The parent draws the same row order in every round, so the rows
             themselves are put in a new order.
+        completion_only: Learn the completions alone, or prompts as well.
         weighted: Add the column `weight`: the reward, or 1.0 where nothing was graded.
 
     Returns:
-        Columns `input_ids` and `labels` (-100 on every prompt token), and `weight` if asked for.
+        Columns `input_ids` and `labels` (-100 on prompt tokens that aren't learnt), and `weight` if asked for.
 
     Source: STaR, arXiv 2203.14465, Eq. 2: the gradient is that of log p(rationale, answer | x),
     with x unhinted, so prompt tokens carry no loss.
@@ -54,7 +56,8 @@ def build_training_rows(
         prompt = prompt_ids[rollout.prompt_id]
         completion = training_completion_ids(rollout, eos_token_id)
         input_ids.append([*prompt, *completion])
-        labels.append([*[IGNORE_INDEX] * len(prompt), *completion])
+        learnt = [IGNORE_INDEX] * len(prompt) if completion_only else prompt
+        labels.append([*learnt, *completion])
     columns: dict[str, list[Any]] = {"input_ids": input_ids, "labels": labels}
     if weighted:
         columns["weight"] = [1.0 if r.reward is None else float(r.reward) for r in rollouts]

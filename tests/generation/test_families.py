@@ -280,9 +280,10 @@ def test_freed_places_are_filled_so_that_fewer_steps_are_needed(build, tokenizer
     assert max(rows_by_step) <= 8
 
 
-def test_the_cache_grows_no_longer_than_one_row_needs(build, tokenizer) -> None:
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_the_cache_grows_no_longer_than_one_row_needs(build, tokenizer, family) -> None:
     """Columns that only finished rows could see are dropped."""
-    model = build("llama")
+    model = build(family)
     lengths: list[int] = []
     model.model.layers[0].self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["past_key_values"].get_seq_length()),

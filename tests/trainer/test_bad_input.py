@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from trl_selfplay import STaRConfig, rollouts
+from trl_selfplay import EmptyRoundError, STaRConfig, rollouts
 from trl_selfplay.rollouts import load_rollouts
 
 
@@ -280,3 +280,35 @@ def test_ctrl_c_stops_cleanly_and_the_run_goes_on(build_star, sums, phase, caplo
     for line in (resumed.run.lines[0], whole.run.lines[0]):
         line.pop("seconds")
     assert resumed.run.lines == whole.run.lines
+
+
+def test_reward_functions_of_which_one_alone_would_do_are_refused(build_star) -> None:
+    def in_form(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    def right(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match=r"2 reward functions .* Set reward_threshold=2.0"):
+        build_star(reward_funcs=[right, in_form])
+    build_star("a", reward_funcs=[right, in_form], reward_threshold=2.0)
+    build_star("b", reward_funcs=[right, in_form], reward_weights=[1.0, 0.0])
+    build_star("c", reward_funcs=[in_form])
+
+
+def test_greedy_copies_by_generation_kwargs_are_refused(build_star) -> None:
+    with pytest.raises(ValueError, match="copies of one completion"):
+        build_star(generation_kwargs={"temperature": 0.0})
+
+
+def test_completions_that_overrun_the_context_by_generation_kwargs_are_refused(build_star) -> None:
+    with pytest.raises(ValueError, match="100000"):
+        build_star(generation_kwargs={"max_new_tokens": 100_000})
+
+
+def test_only_too_long_completions_name_the_length(build_star) -> None:
+    trainer = build_star(
+        max_length=6, reward_funcs=lambda completions, **_: [1.0] * len(completions)
+    )
+    with pytest.raises(EmptyRoundError, match="longer than max_length=6 with their prompts"):
+        trainer.train()

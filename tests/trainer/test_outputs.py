@@ -63,14 +63,49 @@ def test_full_fine_tuning_keeps_the_last_and_the_best_model_alone(build_star) ->
 
 
 def test_early_stopping_and_the_best_checkpoint_work_inside_a_round(build_star, sums) -> None:
+    """With a rate of 0 no evaluation is better than the first, so the third ends the training."""
     trainer = build_star(
-        num_rounds=1, max_steps=6, eval_dataset=sums(4, first=90), eval_strategy="steps",
-        eval_steps=1, save_steps=1, load_best_model_at_end=True,
+        num_rounds=2, max_steps=6, eval_dataset=sums(4, first=90), eval_strategy="steps",
+        eval_steps=1, save_steps=1, load_best_model_at_end=True, learning_rate=0.0,
         metric_for_best_model="eval_pass@1", callbacks=[EarlyStoppingCallback(2)],
     )  # fmt: skip
     trainer.train()
-    assert trainer.run.lines[0]["steps"] <= 6
-    assert any("eval_pass@1" in entry for entry in trainer.state.log_history)
+    assert [line["steps"] for line in trainer.run.lines] == [3]  # and with it the run
+    scores = [entry["eval_pass@1"] for entry in trainer.state.log_history if "eval_pass@1" in entry]
+    assert len(scores) >= 3
+    assert len(set(scores)) == 1
+
+
+def test_several_held_out_sets_are_evaluated_inside_a_round(build_star, sums) -> None:
+    """The parent looks up the metric of the first set, whose name may be that of a metric."""
+    sets = {"acc": sums(4, first=90), "b": sums(4, first=80)}
+    trainer = build_star(
+        eval_dataset=sets, num_rounds=1, max_steps=2, eval_strategy="steps", eval_steps=1,
+        save_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.run.chosen_metric == "eval_acc_accuracy"
+    assert trainer.run.lines[0]["eval"].keys() >= {"eval_acc_accuracy", "eval_b_accuracy"}
+
+
+def test_held_out_prompts_that_nothing_can_grade_leave_the_round_going(build_star, sums) -> None:
+    def abstains_on_held_out(prompts, completions, **kwargs):
+        train = {row["prompt"] for row in sums(12)}
+        return [1.0 if prompt in train else None for prompt in prompts]
+
+    trainer = build_star(
+        eval_dataset=sums(4, first=90), reward_funcs=abstains_on_held_out, num_rounds=1,
+        max_steps=2, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.run.lines[0]["steps"] == 2
+
+
+def test_logs_after_training_stand_at_the_last_step(build_star, sums, recorder) -> None:
+    trainer = build_star(eval_dataset=sums(4, first=90), callbacks=[recorder])
+    trainer.train()
+    trainer.evaluate(metric_key_prefix="eval_later")
+    assert recorder.logs[-1]["step"] == 6
 
 
 def test_completions_are_printed_with_their_rewards_on_request(build_star, capsys) -> None:

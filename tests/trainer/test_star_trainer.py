@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from trl_selfplay import EmptyRoundError, STaRTrainer
 from trl_selfplay.generation.sampler import SampledCompletion
 from trl_selfplay.rollouts import load_rollouts
-from trl_selfplay.self_play import load_kept
+from trl_selfplay.self_play import load_kept, load_samples
 from trl_selfplay.training_data import build_training_rows
 from trl_selfplay.weights import trainable_parameters
 
@@ -138,6 +139,21 @@ def test_the_order_of_the_dataset_has_no_influence(build_star, sums) -> None:
     assert selected[0] == selected[1]
 
 
+def test_greedy_completions_do_not_depend_on_the_order_of_rows(build_star, sums) -> None:
+    """ST-9, its second half."""
+    greedy = []
+    for folder, dataset in (("a", sums(12)), ("b", sums(12).shuffle(seed=3))):
+        trainer = build_star(
+            folder, train_dataset=dataset, num_generations=1, temperature=0.0, num_rounds=1,
+            reward_funcs=lambda completions, **_: [1.0] * len(completions),
+        )  # fmt: skip
+        trainer.train()
+        rollouts = load_samples(trainer.run.folder(0))
+        greedy.append({r.prompt_id: r.completion_ids for r in rollouts})
+    assert len(greedy[0]) == 12
+    assert greedy[0] == greedy[1]
+
+
 def test_optimizer_and_schedule_are_new_in_every_round(build_star, recorder) -> None:
     """ST-12."""
     build_star(callbacks=[recorder], num_rounds=3, lr_scheduler_type="linear").train()
@@ -163,25 +179,67 @@ def test_earlier_rounds_are_trained_on_only_if_asked(build_star, history_rounds)
     assert len(rows) == len(kept[1]) + history_rounds * len(new_in_first)
 
 
-def test_failed_attempts_change_no_gradient(build_star) -> None:
-    """ST-15: the rows trained on are the same whatever a failed completion says."""
-    datasets = []
-    for folder, noise in (("a", ""), ("b", " yes no so")):
-        trainer = build_star(folder, num_rounds=1, rationalize=False)
-        collector = trainer.self_play.collector
-        decode = collector.tokenizer.decode
+def has_a_seven(completions, **kwargs):
+    return [float("7" in c.split()) for c in completions]
 
-        def spoil(ids, decode=decode, noise=noise, **kwargs):
-            text = decode(ids, **kwargs)
-            return text if "7" in text.split() else text + noise
 
-        collector.tokenizer.decode = spoil
-        try:
-            trainer.train()
-        finally:
-            collector.tokenizer.decode = decode
+class Spoiled:
+    """A sampler whose completions without a 7 come out as other tokens without a 7."""
+
+    def __init__(self, sampler, tokenizer, word) -> None:
+        self.sampler, self.decode = sampler, tokenizer.decode
+        self.token = tokenizer(word)["input_ids"][-1]
+
+    def suggest_batch_size(self, *lengths):
+        return self.sampler.suggest_batch_size(*lengths)
+
+    def sample(self, *args):
+        for index, sampled in self.sampler.sample(*args):
+            ids = sampled.completion_ids
+            if "7" not in self.decode(list(ids)).split():
+                ids = (self.token,) * (len(ids) - 1) + ids[-1:]
+            yield index, replace(sampled, completion_ids=ids)
+
+
+def test_failed_completions_change_nothing_that_is_learnt(build_star) -> None:
+    """ST-15: rows and weights are the same whatever tokens a failed completion has."""
+    datasets, weights, failed = [], [], []
+    for folder, word in (("a", None), ("b", "yes")):
+        trainer = build_star(folder, num_rounds=1, rationalize=False, reward_funcs=has_a_seven)
+        play = trainer.self_play
+        if word is not None:
+            sampler = Spoiled(play.collector.sampler, trainer.processing_class, word)
+            trainer.self_play = replace(play, collector=replace(play.collector, sampler=sampler))
+        trainer.train()
         datasets.append(load_from_disk(trainer.run.folder(0) / "dataset").to_list())
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+        rollouts = load_samples(trainer.run.folder(0))
+        failed.append([r.completion_ids for r in rollouts if not r.passes(1.0)])
+    assert failed[0] != failed[1]
+    assert len(datasets[0]) > 0
     assert datasets[0] == datasets[1]
+    assert_equal(*weights)
+
+
+def test_a_round_that_keeps_nothing_leaves_what_the_round_before_learnt(
+    build_star, recorder
+) -> None:
+    """ST-16, after weights have changed."""
+    calls = []
+
+    def only_at_first(completions, **kwargs):
+        calls.append(len(completions))
+        return [float(len(calls) == 1)] * len(completions)
+
+    trainer = build_star(
+        reward_funcs=only_at_first, callbacks=[recorder], rationalize=False, on_empty_round="stop"
+    )
+    initial = recorder.copy(trainer.model)
+    trainer.train()
+    assert len(trainer.run.lines) == 1
+    learnt = recorder.copy(trainer.model)
+    assert_equal(learnt, recorder.weights_at_train_end[0])
+    assert any(not torch.equal(learnt[n], initial[n]) for n in initial)
 
 
 def never(completions, **kwargs):

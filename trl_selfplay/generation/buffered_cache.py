@@ -80,6 +80,22 @@ def keep_columns(cache: DynamicCache, columns: torch.Tensor) -> None:
         _replace(layer, layer.keys[:, :, chosen], layer.values[:, :, chosen])
 
 
+def drop_leading(cache: DynamicCache, count: int) -> None:
+    """Drop the oldest `count` cached tokens, which every row masks; attention layers only.
+
+    A layer with a sliding window holds its newest tokens alone, and counts the others.
+    """
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        first = count
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length -= count
+            first = max(layer.keys.shape[-2] - layer.cumulative_length, 0)
+        _replace(
+            layer, layer.keys[:, :, first:].contiguous(), layer.values[:, :, first:].contiguous()
+        )
+
+
 def join_caches(first: DynamicCache, second: DynamicCache) -> None:
     """Add the rows of `second` to `first`, the shorter of both padded with zeros on the left.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from trl_selfplay.generation.buffered_cache import join_caches, keep_columns
+from trl_selfplay.generation.buffered_cache import drop_leading, join_caches, keep_columns
 from trl_selfplay.generation.causal_forward import CausalForward
 from trl_selfplay.generation.random_streams import gumbel_noise, token_words
 from trl_selfplay.generation.sampler import SampledCompletion, SampleRequest, SamplingOptions
@@ -202,6 +202,11 @@ class DecodeBatch:
             if not seen.all():
                 keep_columns(self._cache, seen)
                 masks[0] = masks[0][:, seen]
+        else:  # windows count columns, so only the leading ones can go
+            leading = int(masks[0].any(dim=0).int().argmax())
+            if leading > 0:
+                drop_leading(self._cache, leading)
+                masks[0] = masks[0][:, leading:]
         self._length = max(mask.shape[1] for mask in masks)
         room = self._options.max_completion_length
         # A finished row stays for some steps: its place is still written to.

@@ -6,7 +6,6 @@ is computed once a call where padding may stand behind it: with full attention, 
 longer than the sliding windows. Models with recurrent layers take rows of equal length alone.
 """
 
-import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from trl_selfplay.generation.model_traits import (
     sampling_state,
 )
 from trl_selfplay.generation.sampler import SampledCompletion, SampleRequest, SamplingOptions
+from trl_selfplay.memory import return_freed_memory
 
 __all__ = [
     "TransformersSampler",
@@ -95,6 +95,7 @@ class TransformersSampler:
         self._pad_token_id = 0 if pad_token_id is None else pad_token_id
         self._token_ids = frozenset(tokenizer.get_vocab().values())
         self._described: tuple[nn.Module, ModelTraits] | None = None
+        self._fitting: tuple[int, int] | None = None  # batch size and length after running out
 
     def suggest_batch_size(self, longest_prompt: int, max_completion_length: int) -> int:
         """Return how many sequences of this length (tokens) fit in memory at once, at least 1.
@@ -159,6 +160,8 @@ class TransformersSampler:
             forward = CausalForward(model, traits, autocast)
             chooser = TokenChooser(options, self._token_ids)
             longest = len(requests[order[0]].prompt_ids) + options.max_completion_length
+            if self._fitting is not None and longest >= self._fitting[1]:
+                batch_size = min(batch_size, self._fitting[0])
             prefix = None
             if traits.padding == "inside" or (traits.window or 0) >= longest:
                 with torch.no_grad():
@@ -177,6 +180,7 @@ class TransformersSampler:
                     if not _is_out_of_memory(error) or len(started) == 1:
                         raise
                     batch_size = len(started) // 2
+                    self._fitting = (batch_size, longest)
                     logger.warning(
                         "out of memory with %d sequences at once; going on with %d.",
                         len(started),
@@ -185,7 +189,7 @@ class TransformersSampler:
                 # The unfinished ones are sampled again: their streams give the same tokens.
                 waiting.extendleft(reversed(started))
                 if started:
-                    _release_memory()
+                    return_freed_memory()
 
     def _decode(
         self,
@@ -298,15 +302,8 @@ def _bytes_per_sequence(
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or (
-        "can't allocate memory" in text or "out of memory" in text
-    )
-
-
-def _release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs)
 
 
 def _free_bytes(device: torch.device) -> int:

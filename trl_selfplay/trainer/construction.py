@@ -6,6 +6,7 @@ those that the rounds need.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerBase
 
 from trl_selfplay.collection import Collector
-from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.generation.transformers_sampler import (
     TransformersSampler,
     check_generation_config,
@@ -32,7 +32,7 @@ from trl_selfplay.prompts import (
 )
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.run_folder import Run
-from trl_selfplay.run_identity import describe_run
+from trl_selfplay.run_identity import describe_adapters, describe_run
 from trl_selfplay.self_play import SelfPlay
 from trl_selfplay.weights import check_peft_config, copy_into, load_trainable
 
@@ -62,8 +62,6 @@ def check_arguments(
         )
     check_adapters(model, peft_config)
     refuse_unused_arguments(**unused, args=args)
-    # Also raises for unknown generation_kwargs.
-    build_sampling_options(args, ())
     if settings.packing and settings.max_length is None:
         raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
 
@@ -199,8 +197,10 @@ def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[s
     metric = metric if metric.startswith("eval_") else f"eval_{metric}"
     if heldout_names and heldout_names[0]:  # the first of several sets chooses
         prefix = metric_prefixes(heldout_names, "eval")[heldout_names[0]]
-        if not metric.startswith(prefix):
+        if not metric.startswith(f"{prefix}_"):
             metric = metric.replace("eval", prefix, 1)
+    if heldout_names:
+        args.metric_for_best_model = metric  # the parent looks it up among what `evaluate` returns
     uses_peft = peft_config is not None or hasattr(model, "peft_config")
     loads_best = args.load_best_round_at_end
     if loads_best and not heldout_names:
@@ -313,6 +313,7 @@ def describe_trainer(trainer: Any, **lists: Sequence[Any]) -> dict[str, Any]:
         {
             "method": trainer._name,
             "model": trainer.model.config.name_or_path,
+            "peft_config": describe_adapters(trainer.model),
             "reward_funcs": None if scorer is None else scorer.names,
             "eval_reward_funcs": None if eval_scorer is None else eval_scorer.names,
             **{
@@ -357,6 +358,9 @@ def evaluate_heldout(
         raise ValueError("evaluate() needs an `eval_dataset` of held-out prompts and solutions.")
     scores = play.score(sets, prefix=metric_key_prefix)
     metrics = {**scores.metrics, f"{metric_key_prefix}_runtime": round(scores.seconds, 4)}
+    chosen = trainer.run.chosen_metric
+    if eval_dataset is None and metric_key_prefix == "eval" and chosen is not None:
+        metrics.setdefault(chosen, math.nan)  # nothing could be graded; the parent looks it up
     trainer.log(dict(metrics))
     trainer.control = trainer.callback_handler.on_evaluate(
         trainer.args, trainer.state, trainer.control, metrics

@@ -135,6 +135,7 @@ class ReSTEMTrainer(SFTTrainer):
                 self._prompt_ids(parts.rows),
                 self.self_play.eos_token_id,
                 seed=self.args.seed,
+                completion_only=self.args.completion_only_loss is not False,
             )
 
     def train(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
+from trl_selfplay.generation.sampler import build_sampling_options
+
 logger = logging.getLogger(__name__)
 
 
@@ -181,7 +183,8 @@ def check_self_play_config(config: Any) -> None:
     for name in ("temperature", "temperature_eval"):
         if getattr(config, name) < 0.0:
             raise ValueError(f"{name}={getattr(config, name)}; it must be 0.0 (greedy) or above.")
-    if config.temperature == 0.0 and config.num_generations > 1:
+    options = build_sampling_options(config, ())  # with generation_kwargs laid over
+    if options.temperature == 0.0 and config.num_generations > 1:
         raise ValueError(
             f"num_generations={config.num_generations} with temperature=0.0: greedy decoding would "
             "give copies of one completion. Set temperature above 0 (0.7 to 1.0 are usual) or "

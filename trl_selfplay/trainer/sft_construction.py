@@ -111,6 +111,7 @@ def load_sft_parts(
         peft_config=peft_config,
         **unused,
     )
+    _check_threshold(args, reward_funcs)
     rows = load_prompt_rows(given.get("train_dataset"), "train_dataset")
     heldout = load_heldout_sets(given.get("eval_dataset"), rows)
     tokenizer = load_processing_class(model, given.get("processing_class"), args)
@@ -131,6 +132,22 @@ def load_sft_parts(
             "eval_dataset": placeholder if heldout else None,
         },
     )
+
+
+def _check_threshold(args: Any, reward_funcs: Any) -> None:
+    """Refuse several reward functions, each weighing 1.0, where any one alone reaches 1.0."""
+    several = isinstance(reward_funcs, list | tuple) and len(reward_funcs) > 1
+    by_threshold = (
+        getattr(args, "improve_thresholds", None) is None
+        and getattr(args, "loss_weighting", "filter") == "filter"
+    )
+    if several and by_threshold and args.reward_weights is None and args.reward_threshold == 1.0:
+        raise ValueError(
+            f"{len(reward_funcs)} reward functions with weights of 1.0 and reward_threshold=1.0: "
+            "one of them alone would make a completion correct, a reward for the format for "
+            f"example. Set reward_threshold={float(len(reward_funcs))} if all must be met, or say "
+            "with reward_weights which of them count (1.0 and 0.0 for answer and format)."
+        )
 
 
 def show_parent_parameters(init: Callable[..., None]) -> Callable[..., None]:

@@ -22,7 +22,6 @@ from trl_selfplay.discriminator import (
     measure_heldout,
     save_scores,
 )
-from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.heldout import HeldOutScores, metric_prefixes
 from trl_selfplay.monitor import find_convergence
 from trl_selfplay.opponent import check_opponent, score_pairs, store_opponent
@@ -107,15 +106,12 @@ class SPINTrainer(DPOTrainer):
         _refuse_unused(ref_model, compute_metrics)
         refuse_optimizers(optimizers)
         check_adapters(model, peft_config)
-        build_sampling_options(args, ())  # raises for unknown generation_kwargs
         rows = load_chosen_rows(train_dataset, "train_dataset")
         heldout = load_heldout_sets(eval_dataset, rows, load_chosen_rows)
         tokenizer = load_processing_class(model, processing_class, args)
         # One row for the parent to be built on; no round ever trains on it.
         placeholder = Dataset.from_list([{"prompt": "?", "chosen": " yes", "rejected": " no"}])
         self.run = build_run(args, model, peft_config, list(heldout))
-        if self.run.chosen_metric is not None:  # with the name of the first of several sets
-            args.metric_for_best_model = self.run.chosen_metric
         uses_peft = peft_config is not None or hasattr(model, "peft_config")
         had_ref_adapter = "ref" in getattr(model, "peft_config", {})
         # The parent loads no second model if it may precompute (plain model) or has adapters to

@@ -1,0 +1,98 @@
+"""What a run does when it is taken up again in odd places: ended, damaged, or changed."""
+
+import json
+import logging
+
+import pytest
+from peft import LoraConfig
+
+from trl_selfplay.run_folder import UNTRAINED
+
+LORA = {"target_modules": ["q_proj", "v_proj"]}
+
+
+def read_eval(folder, prefix):
+    return {
+        p.name: p.read_bytes() for p in sorted((folder / "evaluation").glob(f"{prefix}*.parquet"))
+    }
+
+
+def test_a_run_that_stopped_without_gain_does_not_go_on(build_star, sums) -> None:
+    changes = {
+        "eval_dataset": sums(4, first=90), "stop_after_rounds_without_gain": 1, "num_rounds": 4,
+        "learning_rate": 0.0,
+    }  # fmt: skip
+    trainer = build_star(**changes)
+    trainer.train()
+    assert len(trainer.run.lines) == 1
+    again = build_star(**changes)
+    again.train(resume_from_checkpoint=True)
+    assert len(again.run.lines) == 1
+    longer = build_star(**{**changes, "stop_after_rounds_without_gain": 2})
+    longer.train(resume_from_checkpoint=True)
+    assert len(longer.run.lines) == 2
+
+
+def test_a_damaged_baseline_is_sampled_again_from_the_untrained_model(build_star, sums) -> None:
+    heldout = {"eval_dataset": sums(8, first=80), "learning_rate": 0.1}
+    trainer = build_star(num_rounds=1, **heldout)
+    trainer.train()
+    before, after = trainer.run.folder(UNTRAINED), trainer.run.folder(0)
+    whole = read_eval(before, "greedy")
+    assert whole != read_eval(after, "greedy")
+    for path in (before / "evaluation").glob("greedy*.parquet"):
+        path.write_bytes(b"damaged")
+    build_star(num_rounds=2, **heldout).train(resume_from_checkpoint=True)
+    assert read_eval(before, "greedy") == whole
+
+
+def test_a_damaged_first_round_costs_later_ones_a_comparison_alone(build_star, caplog) -> None:
+    trainer = build_star(num_rounds=1)
+    trainer.train()
+    for path in (trainer.run.folder(0) / "samples").glob("*.parquet"):
+        path.write_bytes(b"damaged")
+    longer = build_star(num_rounds=2)
+    with caplog.at_level(logging.WARNING):
+        longer.train(resume_from_checkpoint=True)
+    assert len(longer.run.lines) == 2
+    assert caplog.text.count("isn't compared with round 0's") == 1
+
+
+def test_another_peft_configuration_is_another_run(build_star) -> None:
+    build_star(num_rounds=1, peft_config=LoraConfig(r=4, lora_alpha=8, **LORA)).train()
+    other = build_star(num_rounds=2, peft_config=LoraConfig(r=4, lora_alpha=64, **LORA))
+    with pytest.raises(ValueError, match=r"peft_config: .*'lora_alpha': '8'"):
+        other.train(resume_from_checkpoint=True)
+    same = build_star(num_rounds=2, peft_config=LoraConfig(r=4, lora_alpha=8, **LORA))
+    same.train(resume_from_checkpoint=True)
+    assert len(same.run.lines) == 2
+
+
+def test_weights_that_are_gone_are_named_before_anything_is_sampled(build_star) -> None:
+    trainer = build_star(num_rounds=1)
+    trainer.train()
+    model = trainer.run.folder(0) / "model"
+    model.rename(model.with_name("elsewhere"))
+    with pytest.raises(FileNotFoundError, match=r"round-000/model is gone, and round 1 begins"):
+        build_star(num_rounds=2).train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_that_a_kill_left_are_swept_by_a_later_round(build_star) -> None:
+    trainer = build_star(num_rounds=1)
+    trainer.train()
+    left = trainer.run.folder(0) / "checkpoint-3"
+    left.mkdir()
+    build_star(num_rounds=2).train(resume_from_checkpoint=True)
+    assert not left.exists()
+
+
+def test_training_cut_short_by_a_callback_ends_the_run_also_after_a_kill(build_star) -> None:
+    """The kill comes after the model was saved and before the round was written down."""
+    trainer = build_star(num_rounds=1, max_steps=3)
+    trainer.train()
+    state = trainer.run.folder(0) / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"global_step": 1}))
+    trainer.run.lines_path.unlink()
+    resumed = build_star(num_rounds=3, max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert [line["steps"] for line in resumed.run.lines] == [1]

@@ -1,0 +1,22 @@
+"""Give back the memory of tensors that are gone: to the accelerator, and on a CPU to the system."""
+
+import ctypes
+import gc
+import sys
+
+import torch
+
+
+def return_freed_memory() -> None:
+    """Collect garbage, empty the accelerator's cache, and let the C library give back free pages.
+
+    glibc keeps what large tensors leave between small ones: after sampling with SmolLM2-135M about
+    0.4 GiB, on top of which training would then grow.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries lack it
+        if trim is not None:
+            trim(0)
