@@ -15,8 +15,9 @@ the data's completions; the share of pairs in which the policy tells the data fr
 the round; the share of greedy completions with the right result in the data's style. The fine-tuned
 arms are scored where they have taken the steps, or the seconds, that spin had taken by then.
 
-Learning rates are tuned on a seed that isn't reported, by the held-out log-probability at the end:
-one grid for spin, whose rate base_opponent and greedy share, and one for each fine-tuned arm.
+The learning rate of each fine-tuned arm is tuned on a seed that isn't reported, by the held-out
+log-probability at the end; the recipe's settings, which the other arms share, were found on that
+seed in a handful of runs.
 Seconds are CPU seconds of the process without those for held-out scores. An arm, seed and rate is a
 process of its own and a file under results/spin; what is there is not run again:
 
@@ -50,11 +51,7 @@ from trl_selfplay.weights import copy_into
 RESULTS = Path(__file__).parent / "results" / "spin"
 ARMS = ("spin", "sft_steps", "sft_time", "base_opponent", "greedy")
 TUNING_SEED = 100
-RATES = {
-    "spin": (5e-4, 1e-3, 2e-3),
-    "sft_steps": (5e-4, 1e-3, 2e-3, 4e-3),
-    "sft_time": (5e-4, 1e-3, 2e-3, 4e-3),
-}
+RATES = {"sft_steps": (5e-4, 1e-3, 2e-3), "sft_time": (5e-4, 1e-3, 2e-3)}
 
 
 class TimedTrainer(SPINTrainer):
@@ -107,14 +104,14 @@ class BaseOpponentTrainer(TimedTrainer):
             self.measures = False
 
 
-def build_trainer(arm: str, seed: int, rate: float) -> tuple[Any, list[dict[str, Any]]]:
+def build_trainer(arm: str, seed: int) -> tuple[Any, list[dict[str, Any]]]:
     """Return the arm's trainer with the recipe's settings, and the held-out rows."""
     settings = {
         name: value
         for name, value in demo_style.STYLE_SETTINGS.items()
         if name in SPINConfig.__dataclass_fields__
     }
-    settings |= {"output_dir": tempfile.mkdtemp(), "seed": seed, "learning_rate": rate}
+    settings |= {"output_dir": tempfile.mkdtemp(), "seed": seed}
     settings |= {"load_best_round_at_end": False, "disable_tqdm": True}
     if arm == "greedy":
         settings["temperature"] = 0.0
@@ -156,9 +153,9 @@ class AfterRounds(TrainerCallback):
         )
 
 
-def run_spin(arm: str, seed: int, rate: float) -> dict[str, Any]:
+def run_spin(arm: str, seed: int) -> dict[str, Any]:
     """Train one of the arms that play; return their scores by round."""
-    trainer, rows = build_trainer(arm, seed, rate)
+    trainer, rows = build_trainer(arm, seed)
     after = AfterRounds(trainer, rows)
     trainer.add_callback(after)
     before = demo_style.share_right(trainer, rows)
@@ -194,11 +191,13 @@ def run_sft(arm: str, seed: int, rate: float) -> dict[str, Any]:
     """Fine-tune on the data's completions; return the scores where spin's rounds ended."""
     spin = load("spin", seed)["rounds"]
     steps = [entry["steps"] for entry in spin]
+    if seed == TUNING_SEED:  # only the end chooses a rate
+        spin, steps = spin[-1:], steps[-1:]
     if arm == "sft_time":
         of_steps = load("sft_steps", seed)["rounds"][-1]
         seconds_a_step = of_steps["seconds"] / of_steps["steps"]
         steps = [max(1, round(entry["seconds"] / seconds_a_step)) for entry in spin]
-    scorer, rows = build_trainer("spin", seed, rate)
+    scorer, rows = build_trainer("spin", seed)
     args = scorer.args
 
     def score(model: Any) -> dict[str, Any]:
@@ -235,21 +234,21 @@ def run_sft(arm: str, seed: int, rate: float) -> dict[str, Any]:
     return {"rounds": at_steps.rounds}
 
 
-def record_path(arm: str, seed: int, rate: float) -> Path:
-    """Return where the record of an arm, seed and rate is kept."""
-    return RESULTS / f"{arm}-{seed}-{rate:g}.json"
+def record_path(arm: str, seed: int, rate: float | None = None) -> Path:
+    """Return where the record of an arm and seed is kept, and of a learning rate that was tuned."""
+    return RESULTS / f"{arm}-{seed}{'' if rate is None else f'-{rate:g}'}.json"
 
 
-def best_rate(arm: str) -> float:
-    """Return the rate of the arm's grid with the best held-out log-probability on the tuning seed."""
-    grid = RATES[arm if arm in RATES else "spin"]
-    name = arm if arm in RATES else "spin"
-    paths = {rate: record_path(name, TUNING_SEED, rate) for rate in grid}
+def best_rate(arm: str) -> float | None:
+    """Return the rate with the best held-out log-probability on the tuning seed, for tuned arms."""
+    if arm not in RATES:
+        return None
+    paths = {rate: record_path(arm, TUNING_SEED, rate) for rate in RATES[arm]}
     missing = [rate for rate, path in paths.items() if not path.exists()]
     if missing:
-        raise SystemExit(f"{name} is not tuned at {missing}: run this script with --tune first.")
+        raise SystemExit(f"{arm} is not tuned at {missing}: run this script with --tune first.")
     scores = {r: json.loads(p.read_text())["rounds"][-1] for r, p in paths.items()}
-    return max(grid, key=lambda rate: scores[rate]["eval"]["eval_logps"])
+    return max(scores, key=lambda rate: scores[rate]["eval"]["eval_logps"])
 
 
 def load(arm: str, seed: int) -> dict[str, Any]:
@@ -268,7 +267,8 @@ def write_summary() -> None:
         "",
         f"SmolLM2-135M-Instruct, LoRA, float32; {settings['num_prompts_per_round']} prompts and "
         f"{settings['max_steps']} steps of {settings['per_device_train_batch_size']} pairs a round, "
-        f"beta 0.1. {platform.machine()}, {platform.system()}, one thread; {versions}; seeds "
+        f"beta {settings['round_betas']} and learning rate {settings['round_learning_rates']} by "
+        f"round. {platform.machine()}, {platform.system()}, one thread; {versions}; seeds "
         f"{seeds}; {datetime.date.today().isoformat()}. Script: `benchmarks/spin.py`. Scores on "
         f"{demo_style.NUM_HELD_OUT} held-out questions that chose nothing; mean [minimum, maximum] "
         "over seeds. Log-probability: nats a token of the data's completions. Win rate: against the "
@@ -308,8 +308,8 @@ def write_summary() -> None:
             )
     text += [
         "",
-        f"Learning rates, by held-out log-probability at the end on seed {TUNING_SEED} (not reported "
-        "above); base_opponent and greedy share spin's:",
+        f"Learning rates by held-out log-probability at the end on seed {TUNING_SEED}, which isn't "
+        "reported above (the other arms have the recipe's):",
         "",
     ]
     for arm, grid in RATES.items():
@@ -343,11 +343,12 @@ def spread(values: list[float]) -> str:
     return f"{fmean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
-def run_missing(arm: str, seed: int, rate: float) -> None:
+def run_missing(arm: str, seed: int, rate: float | None) -> None:
     """Run an arm, seed and rate in a process of its own, unless its record is there."""
     if not record_path(arm, seed, rate).exists():
         command = [sys.executable, __file__, "--here", "--arms", arm, "--seeds", str(seed)]
-        subprocess.run([*command, "--rate", str(rate)], check=True)
+        command += [] if rate is None else ["--rate", str(rate)]
+        subprocess.run(command, check=True)
     write_summary()
 
 
@@ -358,15 +359,15 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tune", action="store_true", help="run the grids on the tuning seed")
     parser.add_argument("--here", action="store_true", help="run one arm and seed in this process")
-    parser.add_argument("--rate", type=float, help="its learning rate")
+    parser.add_argument("--rate", type=float, help="learning rate of a fine-tuned arm")
     args = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if args.here:
         arm, seed = args.arms[0], args.seeds[0]
-        run = run_sft if arm in ("sft_steps", "sft_time") else run_spin
-        record = run(arm, seed, args.rate)
+        record = run_spin(arm, seed) if args.rate is None else run_sft(arm, seed, args.rate)
         record_path(arm, seed, args.rate).write_text(json.dumps(record, indent=1))
     elif args.tune:
+        run_missing("spin", TUNING_SEED, None)
         for arm, grid in RATES.items():
             for rate in grid:
                 run_missing(arm, TUNING_SEED, rate)

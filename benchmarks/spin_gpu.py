@@ -53,7 +53,7 @@ def build_rows(num_prompts: int, vocab_size: int) -> Dataset:
     rng = random.Random(0)
 
     def words(count: int) -> str:
-        return " ".join(f"t{rng.randrange(2, vocab_size)}" for _ in range(count))
+        return " ".join(f"t{rng.randrange(10, vocab_size)}" for _ in range(count))
 
     return Dataset.from_list(
         [
