@@ -7,7 +7,7 @@ from trl_selfplay.demo_style import NUM_HELD_OUT, NUM_TRAIN, build_questions, st
 
 def test_training_and_held_out_questions_are_disjoint_and_all_different() -> None:
     train, test, rows = style_split(seed=3)
-    questions = [messages[0]["content"] for part in (train, test) for messages in part["messages"]]
+    questions = [messages[1]["content"] for part in (train, test) for messages in part["messages"]]
     assert (len(train), len(test)) == (NUM_TRAIN, NUM_HELD_OUT)
     assert len(rows) == NUM_HELD_OUT
     assert len(set(questions)) == len(questions)
@@ -16,7 +16,7 @@ def test_training_and_held_out_questions_are_disjoint_and_all_different() -> Non
 def test_the_result_ends_the_answer_and_is_right_for_arithmetic() -> None:
     checked = 0
     for row in build_questions(100, seed=0):
-        question, answer = (message["content"] for message in row["messages"])
+        question, answer = (message["content"] for message in row["messages"][1:])
         assert answer.endswith(f"Result: {row['result']}.")
         words = question.rstrip("?").split()
         if "plus" in words or "minus" in words:

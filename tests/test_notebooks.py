@@ -42,4 +42,4 @@ def test_a_notebook_runs_at_smoke_size(path, tmp_path, monkeypatch) -> None:
     )
     client.execute()
     scores = notebook.cells[-1].outputs[-1]["data"]["text/plain"]
-    assert ("share right after" if path.stem == "spin" else "eval_report_accuracy") in scores
+    assert ("right opponent" if path.stem == "spin" else "eval_report_accuracy") in scores

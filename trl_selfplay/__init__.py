@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "EmptyRoundError": "trl_selfplay.rounds",
+    "EmptyRoundError": "trl_selfplay.empty_round",
     "QuietSTaRConfig": "trl_selfplay.trainer.quiet_star_config",
     "QuietSTaRModel": "trl_selfplay.thoughts.model",
     "QuietSTaRTrainer": "trl_selfplay.trainer.quiet_star_trainer",

@@ -15,40 +15,50 @@ from datasets import Dataset
 from trl_selfplay.generation.sampler import SampleRequest, build_sampling_options
 from trl_selfplay.report import plot_rounds
 
-# SPINConfig's fields for the demo. The paper fine-tunes all weights of a 7B model at 5e-7; LoRA on
-# a model of this size needs a rate that is far higher. Chosen, not tuned.
+# SPINConfig's fields for the demo, small enough for minutes on one core. The paper fine-tunes all
+# weights of a 7B model at 5e-7; LoRA on a model of this size needs a rate that is far higher. As
+# there, the rate falls and beta rises over the rounds: at beta 0.1 throughout, a round in which data
+# and opponent are already close overshoots (seed 100: -0.37 nats a token before, -1.98 after).
 STYLE_SETTINGS: dict[str, Any] = {
     "output_dir": "spin-demo",
     "num_rounds": 3,
-    "max_completion_length": 64,
-    "max_length": 192,
-    "max_steps": 40,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 2e-4,
-    "logging_steps": 10,
+    "num_prompts_per_round": 24,
+    # Twice the data's completions: a quarter of the untrained model's are longer and lost.
+    "max_completion_length": 40,
+    "max_length": 128,
+    "max_steps": 12,
+    "per_device_train_batch_size": 2,
+    "round_learning_rates": [1e-3, 5e-4, 2.5e-4],
+    "round_betas": [0.1, 0.5, 2.0],
+    "logging_steps": 4,
     "save_strategy": "no",
     "report_to": [],
     "activation_checkpointing": False,
-    "use_peft": True,
-    "lora_r": 16,
+}
+STYLE_LORA: dict[str, Any] = {
+    "r": 16,
     "lora_alpha": 32,
     "lora_dropout": 0.0,
-    "lora_target_modules": "all-linear",
+    "target_modules": "all-linear",
 }
+# In place of the system message of the model's template, which is longer and has it ramble.
+SYSTEM = "Answer in a few words."
 _SMOKE_SETTINGS: dict[str, Any] = {
     "num_rounds": 2,
+    "round_learning_rates": [1e-3, 5e-4],
+    "round_betas": [0.1, 0.5],
     "max_steps": 2,
     "num_prompts_per_round": 8,
     "on_empty_round": "stop",
 }
-NUM_TRAIN, NUM_HELD_OUT, _NUM_HELD_OUT_SMOKE = 128, 48, 8
+NUM_TRAIN, NUM_HELD_OUT, _NUM_HELD_OUT_SMOKE = 128, 24, 8
 
 
 def build_questions(count: int, seed: int) -> list[dict[str, Any]]:
     """Return different questions with answers in one style: given, one step, the result.
 
     Returns:
-        Rows with `messages` (a user and an assistant turn) and `result`.
+        Rows with `messages` (system, user and assistant) and `result`.
     """
     rng = random.Random(seed)
     words = [
@@ -86,6 +96,7 @@ def build_questions(count: int, seed: int) -> list[dict[str, Any]]:
         completion = f"Given: {given}. Step: {step}. Result: {result}."
         rows[question] = {
             "messages": [
+                {"role": "system", "content": SYSTEM},
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": completion},
             ],
@@ -112,7 +123,8 @@ def style_split(seed: int, smoke: bool = False) -> tuple[Dataset, Dataset, list[
 
 def recipe_defaults(smoke: bool = False) -> dict[str, Any]:
     """Return the demo's settings under the names of a recipe's flags, to be its defaults."""
-    return STYLE_SETTINGS | (_SMOKE_SETTINGS if smoke else {})
+    lora = {f"lora_{key.removeprefix('lora_')}": value for key, value in STYLE_LORA.items()}
+    return {**STYLE_SETTINGS, **(_SMOKE_SETTINGS if smoke else {}), **lora, "use_peft": True}
 
 
 def share_right(trainer: Any, rows: Sequence[Mapping[str, Any]]) -> float:
@@ -126,7 +138,7 @@ def share_right(trainer: Any, rows: Sequence[Mapping[str, Any]]) -> float:
     options = build_sampling_options(trainer.args, play.eos_token_ids, temperature=0.0)
     prompts = [
         tokenizer.apply_chat_template(
-            row["messages"][:1], add_generation_prompt=True, return_dict=False
+            row["messages"][:-1], add_generation_prompt=True, return_dict=False
         )
         for row in rows
     ]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -23,35 +24,44 @@ def run(folder, model, phase="none", count=0, peft="lora", launcher=()) -> int:
 
 
 def read_run(folder):
+    """What must be equal: lines without seconds, pairs with log-probs, the losses of all steps."""
     lines = [json.loads(x) for x in (folder / "_rounds/rounds.jsonl").read_text().splitlines()]
     for line in lines:
         del line["seconds"]
+    rounds = [folder / f"_rounds/round-{t:03d}" for t in range(3)]
     rows = [
         load_from_disk(str(path)).to_list()
-        for t in range(3)
-        for path in (folder / f"_rounds/round-{t:03d}" / p for p in ("dataset", "evaluation/pairs"))
+        for one in rounds
+        for path in (one / "dataset", one / "evaluation/pairs")
     ]
-    return lines, rows
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_pairs_log_probs_and_scores(
-    tmp_path, saved_tiny_model
-) -> None:
-    """SP-12: SIGKILL while sampling, while scoring the opponent, while training."""
-    assert run(tmp_path / "whole", saved_tiny_model) == 0
-    expected = read_run(tmp_path / "whole")
-    for phase, count in (("sampling", 30), ("scoring", 16), ("training", 4)):
-        folder = tmp_path / phase
-        assert run(folder, saved_tiny_model, phase, count) == -signal.SIGKILL
-        assert run(folder, saved_tiny_model) == 0
-        assert read_run(folder) == expected
+    logs = [json.loads((one / "trainer_state.json").read_text())["log_history"] for one in rounds]
+    losses = [[(log["step"], log["loss"]) for log in one if "loss" in log] for one in logs]
+    assert [len(one) for one in losses] == [3, 3, 3]
+    return lines, rows, losses
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peft", ["lora", "full"])
+def test_a_killed_run_resumes_to_the_same_pairs_log_probs_and_losses(
+    tmp_path, saved_tiny_model, peft
+) -> None:
+    """SP-12: SIGKILL while sampling, scoring the opponent, training, measuring, and at any time."""
+    assert run(tmp_path / "whole", saved_tiny_model, peft=peft) == 0
+    expected = read_run(tmp_path / "whole")
+    late = random.Random(peft).uniform(0.5, 3.0)  # of the seconds after construction
+    moments = [("sampling", 30), ("scoring", 16), ("training", 4), ("measuring", 4), ("any", late)]
+    for phase, count in moments:
+        folder = tmp_path / phase
+        code = run(folder, saved_tiny_model, phase, count, peft)
+        assert code == -signal.SIGKILL or (phase == "any" and code == 0)
+        assert run(folder, saved_tiny_model, peft=peft) == 0
+        assert read_run(folder) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", ["lora", "full", "user", "nf4"])
 def test_two_processes_begin_every_round_at_ln_2(tmp_path, saved_tiny_model, peft) -> None:
-    """SP-1, with rows, samples and log-probs shared between the processes."""
+    """SP-1 under gradient accumulation, with rows, samples and log-probs shared between them."""
     for folder, launcher in (("one", ()), ("two", TORCHRUN)):
         code = run(tmp_path / folder, saved_tiny_model, peft=peft, launcher=launcher)
         assert code == 0

@@ -260,6 +260,20 @@ def test_held_out_prompts_that_are_trained_on_are_refused(build_spin, answers) -
         build_spin(eval_dataset=answers(1))
 
 
+def test_a_policy_that_generates_only_eos_is_told(build_spin, tiny_model, word_tokenizer) -> None:
+    model = tiny_model(word_tokenizer)
+    # With one embedding for all tokens every position has the same hidden state, which the row of
+    # EOS then answers to.
+    embeddings, head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
+    embeddings[:] = embeddings[3]
+    state = model.model(input_ids=torch.tensor([[3, 4]])).last_hidden_state[0, -1].detach()
+    head.zero_()
+    head[word_tokenizer.eos_token_id] = 50.0 * state / state.norm()
+    with pytest.raises(EmptyRoundError, match="12 empty") as error:
+        build_spin(model=model).train()
+    assert "ends at once" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("ids", "finish", "what"),
     [((1,), "eos", "12 empty"), ((5, 5), "length", "12 truncated")],

@@ -1,13 +1,16 @@
 """SPIN's invariants, on real runs of a tiny model."""
 
 import math
+import multiprocessing
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig, TrainerCallback
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import DPOTrainer
 
 from trl_selfplay import SPINTrainer, WrongOpponentError
@@ -122,10 +125,10 @@ def assert_close(found, expected, relative) -> None:
     assert difference <= relative * size
 
 
-@pytest.mark.parametrize("case", ["full", "lora", "nf4"])
+@pytest.mark.parametrize("case", ["full", "lora", "user", "nf4"])
 def test_another_opponent_does_not_begin_at_ln_2(build_case, case) -> None:
-    """SP-2: against round 0's opponent (the base, the checkpoint on disk) round 1 would begin
-    elsewhere, and the check at run time says so."""
+    """SP-2: against round 0's opponent (the base, the checkpoint on disk, the user's adapter as it
+    came) round 1 would begin elsewhere, and the check at run time says so."""
     trainer = build_case(case, num_rounds=1, max_steps=12, learning_rate=2e-2)
     trainer.train()
     stale = batch_of(trainer, rows_of(trainer, 0))
@@ -228,6 +231,54 @@ def test_the_opponent_is_the_policy_that_the_last_round_ended_with(build_case, c
                 logps = summed_logps(other, rows, f"{side}_ids")
                 assert logps.tolist() == pytest.approx(list(rows[f"ref_{side}_logps"]), abs=1e-4)
     assert len(keep.ended) == 2
+
+
+def score_from_disk(base, folder, rows, queue) -> None:
+    """What a fresh process needs: the weights that a round saved, and plain transformers."""
+    model = AutoModelForCausalLM.from_pretrained(base if base else folder, dtype=torch.float32)
+    model = (PeftModel.from_pretrained(model, folder) if base else model).eval()
+    with torch.no_grad():
+        queue.put([summed_logps(model, rows, f"{s}_ids").tolist() for s in ("chosen", "rejected")])
+
+
+class CopyModel(TrainerCallback):
+    """Copies the first round's saved weights: full fine-tuning keeps the last round's alone."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def on_round_end(self, args, state, control, round_index, **kwargs):
+        if round_index == 0:
+            shutil.copytree(Path(args.output_dir) / "_rounds/round-000/model", self.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["full-path", "lora"])
+def test_a_fresh_process_finds_the_stored_log_probs_from_the_saved_weights(
+    build_spin, build_case, tiny_model, word_tokenizer, tmp_path, case
+) -> None:
+    """SP-5, with nothing of the run but the files of the round before."""
+    base, saved = tmp_path / "base", tmp_path / "after-round-0"
+    tiny_model(word_tokenizer, hidden_size=64, intermediate_size=128).save_pretrained(base)
+    trainer = build_case(case, num_rounds=2, callbacks=[CopyModel(saved)])
+    trainer.train()
+    context = multiprocessing.get_context("spawn")
+    stale = []
+    for round_index in (0, 1):
+        rows = rows_of(trainer, round_index)
+        adapter_base = str(base) if case == "lora" else None
+        queue = context.Queue()
+        child = context.Process(
+            target=score_from_disk, args=(adapter_base, str(saved), rows.to_list(), queue)
+        )
+        child.start()
+        logps = queue.get(timeout=120)
+        child.join()
+        stored = [rows[f"ref_{side}_logps"] for side in ("chosen", "rejected")]
+        stale.append(max(abs(a - b) for x, y in zip(logps, stored, strict=True)
+                         for a, b in zip(x, y, strict=True)))  # fmt: skip
+    assert stale[1] < 1e-4  # round 1's opponent is what round 0 saved
+    assert stale[0] > 1e-2  # and round 0's is not
 
 
 def test_a_sampled_completion_has_the_log_prob_it_was_sampled_with(build_spin) -> None:
