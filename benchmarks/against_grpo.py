@@ -8,16 +8,16 @@ Seconds are those of sampling, grading and training: neither loading nor evaluat
 memory.
 
 The start is the model after a few steps on worked answers of other prompts, since a model that is
-never right teaches neither. ReST^EM samples with the sampler of this package, GRPO with
-`generate`, as each does by default. Each run is a process of its own and a file under
-results/against_grpo; what is there is not run again. About an hour on one core:
+never right teaches neither. ReST^EM samples with this package's sampler, GRPO with `generate`, as
+each does by default. Each run is a process of its own and a file under results/against_grpo; what
+is there is not run again. About an hour on one core:
 
     OMP_NUM_THREADS=1 python benchmarks/against_grpo.py
 
-At full size, on one GPU (any dataset with the columns prompt and solution):
+At full size, on one GPU (any dataset with the columns prompt, text or chat, and solution):
 
     python benchmarks/against_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --warm-up-steps 0 \
-        --dataset trl-lib/DeepMath-103K --reward math_reward --chat --max-completion-length 1024 \
+        --dataset trl-lib/DeepMath-103K --reward math_reward --max-completion-length 1024 \
         --num-prompts 1024 --num-generations 8 --num-rounds 3 --num-select 256 --num-report 512 \
         --grpo-batch 64 --rest-em-batch 16 --rest-em-steps 128 --grpo-generations 4 8 16 \
         --use-vllm --results against_grpo_gpu
@@ -41,7 +41,6 @@ from trl_selfplay.rollouts import save_text
 
 RESULTS = Path(__file__).parent / "results" / "against_grpo"
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-# Of every training.
 TRAINING: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "logging_steps": 1000,
@@ -75,10 +74,6 @@ def load_rows(args: argparse.Namespace) -> dict[str, Any]:
                 f"there are {len(sets[name])} prompts to {name}; {size} were asked for"
             )
         sets[name] = sets[name].select(range(size)).select_columns(["prompt", "solution"])
-        if args.chat:
-            sets[name] = sets[name].map(
-                lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]}
-            )
     return sets
 
 
@@ -139,21 +134,23 @@ def make_start(args: argparse.Namespace) -> dict[str, Any]:
         )
         if args.warm_up_steps:
             trainer.train()
-        scores = score_sets(trainer, rows, args)
+        scores = score_sets(trainer, rows, args, args.num_rounds)
     if args.warm_up_steps:
         trainer.model.merge_and_unload().save_pretrained(start_folder(args))
         tokenizer.save_pretrained(start_folder(args))
     return {"points": [{"samples": 0, "seconds": 0.0, **scores}]}
 
 
-def score_sets(trainer: Any, rows: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
-    """Return the accuracy on the selection and the report prompts."""
+def score_sets(
+    trainer: Any, rows: dict[str, Any], args: argparse.Namespace, rounds: int
+) -> dict[str, float]:
+    """Return the accuracy on the report prompts, after all rounds on the selection prompts too."""
     from trl_selfplay.script_arguments import load_reward_func
 
     reward = load_reward_func(args.reward)
     return {
         name: held_out_accuracy(trainer, rows[name], args.max_completion_length, reward)
-        for name in ("select", "report")
+        for name in (("select", "report") if rounds == args.num_rounds else ("report",))
     }
 
 
@@ -169,7 +166,7 @@ def run_method(args: argparse.Namespace, method: str, rate: float, num: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         build = build_rest_em if method == "rest_em" else build_grpo
         trainer, steps = build(args, rows, rate, num, folder)
-        curve = Curve(lambda: score_sets(trainer, rows, args), steps, samples)
+        curve = Curve(lambda rounds: score_sets(trainer, rows, args, rounds), steps, samples)
         trainer.add_callback(curve)
         curve.start()
         trainer.train()
@@ -225,8 +222,8 @@ def build_grpo(
 
     from trl_selfplay.script_arguments import load_reward_func
 
-    steps, rest = divmod(args.num_prompts * args.num_generations, args.grpo_batch)
-    if rest or args.grpo_batch % num:
+    steps, left = divmod(args.num_prompts * args.num_generations, args.grpo_batch)
+    if left or args.grpo_batch % num:
         raise ValueError(
             f"--grpo-batch {args.grpo_batch} must divide the {args.num_prompts} x "
             f"{args.num_generations} completions of a round, and be divisible by {num} completions "
@@ -296,13 +293,14 @@ def split_name(name: str) -> tuple[str, float, int]:
 def best_of(args: argparse.Namespace, method: str, nums: list[int]) -> str | None:
     """Return the run of a method with the best last selection score; ties to the lower rate.
 
-    None if no run has finished a round.
+    None if no run has finished all rounds.
     """
     found = {
         name: record["points"][-1]["select"]
         for rate in sorted(args.learning_rates)
         for num in nums
-        if (record := load(args, name := name_of(method, rate, num))) and record["points"]
+        if (record := load(args, name := name_of(method, rate, num)))
+        and "select" in (record["points"] or [{}])[-1]
     }
     return max(found, key=lambda name: found[name]) if found else None
 
@@ -334,10 +332,10 @@ def write_summary(args: argparse.Namespace) -> None:
     for path in sorted(args.results.glob("*-*.json")):
         record = json.loads(path.read_text())
         method, rate, num = split_name(path.stem)
-        last = record["points"][-1] if record["points"] else None
-        scores = f"{last['select']:.3f} | {last['report']:.3f}" if last else "no round | no round"
+        last = record["points"][-1] if record["points"] else origin
+        selection = f"{last['select']:.3f}" if "select" in last else "stopped early"
         lines.append(
-            f"| {method} | {rate:g} | {num} | {scores} | {last['seconds'] if last else 0:.0f} | "
+            f"| {method} | {rate:g} | {num} | {selection} | {last['report']:.3f} | {last['seconds']:.0f} | "
             f"{record['steps']} | {record['peak_gib']:.2f} |"
         )
     lines += ["", "The best of each by the selection prompts; report accuracy by seconds:", ""]
@@ -361,20 +359,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="id or folder; the demo's by default")
     parser.add_argument("--dataset", help="id or folder; with columns prompt and solution")
-    parser.add_argument("--chat", action="store_true", help="make the prompts chat turns")
     parser.add_argument("--reward", default="exact_reward")
-    parser.add_argument("--warm-up-steps", type=int, default=12)
-    parser.add_argument("--num-prompts", type=int, default=24)
+    parser.add_argument("--warm-up-steps", type=int, default=8)
+    parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--num-generations", type=int, default=4)
     parser.add_argument("--num-rounds", type=int, default=3)
     parser.add_argument("--num-select", type=int, default=32)
     parser.add_argument("--num-report", type=int, default=64)
     parser.add_argument("--max-completion-length", type=int, default=36)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-6, 1e-5, 1e-4, 1e-3])
-    parser.add_argument("--grpo-generations", type=int, nargs="*", default=[8, 16])
-    parser.add_argument("--grpo-batch", type=int, default=16, help="completions a step")
+    parser.add_argument("--grpo-generations", type=int, nargs="*", default=[2, 8])
+    parser.add_argument("--grpo-batch", type=int, default=8, help="completions a step")
     parser.add_argument("--rest-em-batch", type=int, default=4, help="examples a step")
-    parser.add_argument("--rest-em-steps", type=int, default=16, help="steps a round")
+    parser.add_argument("--rest-em-steps", type=int, default=12, help="steps a round")
     parser.add_argument("--use-vllm", action="store_true", help="GRPO samples with vLLM")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--here", help="run this one in this process")

@@ -5,6 +5,7 @@ the trainer itself does.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ class Curve(TrainerCallback):
     """Scores held-out prompts at the end of each round, with the clock and the memory stopped.
 
     Args:
-        score: Returns the scores of a point.
+        score: Returns the scores after so many rounds.
         steps: Optimizer steps of a round; None where the trainer itself tells of rounds.
         samples: Completions sampled in a round.
     """
 
-    def __init__(self, score: Any, steps: int | None, samples: int) -> None:
+    def __init__(
+        self, score: Callable[[int], dict[str, float]], steps: int | None, samples: int
+    ) -> None:
         self.score, self.steps, self.samples = score, steps, samples
         self.points: list[dict[str, float]] = []
         self.memory, self.peak_gib, self.seconds = PeakMemory(), 0.0, 0.0
@@ -68,8 +71,9 @@ class Curve(TrainerCallback):
 
     def _add_point(self) -> None:
         self.stop()
-        number = (len(self.points) + 1) * self.samples
-        self.points.append({"samples": number, "seconds": self.seconds, **self.score()})
+        rounds = len(self.points) + 1
+        point = {"samples": rounds * self.samples, "seconds": self.seconds}
+        self.points.append({**point, **self.score(rounds)})
         self.start()
 
 
@@ -96,7 +100,7 @@ def held_out_accuracy(trainer: Any, rows: Any, max_completion_length: int, rewar
         for prompt in rows["prompt"]
     ]
     longest = max(len(r.prompt_ids) for r in requests)
-    batch_size = min(32, sampler.suggest_batch_size(longest, max_completion_length))
+    batch_size = min(64, sampler.suggest_batch_size(longest, max_completion_length))
     texts, ended = [""] * len(requests), [False] * len(requests)
     for index, sampled in sampler.sample(requests, options, batch_size):
         texts[index] = tokenizer.decode(sampled.completion_ids, skip_special_tokens=True)
