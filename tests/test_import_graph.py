@@ -53,6 +53,8 @@ FLOW = (
     "demo",
     "demo_style",
     "demo_reward",
+    "demo_pointers",
+    "pointer_scores",
     "script_arguments",
 )
 # Parts of TRL that we may import; tests/test_trl_contract.py pins what we use of them.

