@@ -186,7 +186,7 @@ def pretrain(folder: str | Path, seed: int, smoke: bool = False) -> None:
             processing_class=tokenizer,
         )
         trainer.train()
-        trainer.model.save_pretrained(folder)
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -145,7 +145,7 @@ def test_greedy_completions_do_not_depend_on_the_order_of_rows(build_star, sums)
     for folder, dataset in (("a", sums(12)), ("b", sums(12).shuffle(seed=3))):
         trainer = build_star(
             folder, train_dataset=dataset, num_generations=1, temperature=0.0, num_rounds=1,
-            reward_funcs=lambda completions, **_: [1.0] * len(completions),
+            on_empty_round="stop",
         )  # fmt: skip
         trainer.train()
         rollouts = load_samples(trainer.run.folder(0))
@@ -177,6 +177,32 @@ def test_earlier_rounds_are_trained_on_only_if_asked(build_star, history_rounds)
     assert new_in_first
     rows = load_from_disk(trainer.run.folder(1) / "dataset")
     assert len(rows) == len(kept[1]) + history_rounds * len(new_in_first)
+
+
+@pytest.mark.parametrize("few_shot_in_training", [False, True])
+def test_no_prompt_token_of_a_batch_is_learnt(build_star, few_shot_in_training) -> None:
+    """ST-14, as the parent's collator hands it over; few-shot text is prompt."""
+    shot = {"prompt": "Q 8 + 1 = ?", "completion": " so 8 + 1 = 9", "solution": "9"}
+    trainer = build_star(
+        num_rounds=1, few_shot_examples=[shot], few_shot_in_training=few_shot_in_training,
+        rationalize=False, reward_funcs=lambda completions, **_: [1.0] * len(completions),
+    )  # fmt: skip
+    trainer.train()
+    play = trainer.self_play
+    prompts = play.training_prompt_ids(play.rows)
+    shown = len(trainer.processing_class(shot["completion"])["input_ids"])
+    kept = {(*prompts[r.prompt_id], *r.completion_ids): r for r in load_kept(trainer.run.folder(0))}
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    assert len(batch["labels"]) == len(kept) > 1
+    for ids, labels, mask in zip(
+        batch["input_ids"].tolist(), batch["labels"].tolist(), batch["attention_mask"], strict=True
+    ):
+        length = int(mask.sum())
+        rollout = kept[tuple(ids[:length])]
+        prompt = prompts[rollout.prompt_id]
+        assert (len(prompt) > shown + 5) == few_shot_in_training
+        expected = [-100] * len(prompt) + list(rollout.completion_ids)
+        assert labels == expected + [-100] * (len(labels) - length)
 
 
 def has_a_seven(completions, **kwargs):

@@ -87,10 +87,10 @@ def drop_leading(cache: DynamicCache, count: int) -> None:
     """
     layers: list[Any] = cache.layers
     for layer in layers:
-        first = count
+        keys, first = layer.keys, count
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length -= count
-            first = max(layer.keys.shape[-2] - layer.cumulative_length, 0)
+            first = max(keys.shape[-2] - layer.cumulative_length, 0)
         _replace(
             layer, layer.keys[:, :, first:].contiguous(), layer.values[:, :, first:].contiguous()
         )
