@@ -4,7 +4,7 @@
 """Train with Quiet-STaR (arXiv 2403.09629) on a model and a text dataset of your choice, or run the demo.
 
 The demo needs no hub and no GPU: a model of two layers is pre-trained on lines of which some show
-their steps, and then learns to think on lines that don't. One CPU core, MINUTES; `--smoke` in one.
+their steps, and then learns to think on lines that don't. `--smoke` runs it at its smallest size.
 
     python recipes/quiet_star.py
 
