@@ -209,6 +209,9 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
         save_trainable(trainer.model, run.initial_weights)
     run.was_opened = True
     trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.num_processes > 1 and run.initial_weights.exists():
+        # An adapter that each process drew for itself: DDP would make them equal only in training.
+        load_trainable(trainer.model, run.initial_weights)
 
 
 def _load_newest_weights(trainer: Any) -> None:

@@ -57,6 +57,8 @@ def model_arguments(path: str, peft: str) -> dict[str, Any]:
     """Return what the trainer takes in one of the cases of fine-tuning."""
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
     if peft == "user":
+        # Another adapter in each process: the trainer takes that of the first.
+        torch.manual_seed(1 + int(os.environ.get("RANK", "0")))
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), lora)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in model.named_parameters():
