@@ -26,7 +26,14 @@ from typing import Any
 import trl
 from datasets import load_dataset
 
-from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer, demo, demo_pointers, pointer_scores
+from trl_selfplay import (
+    QuietSTaRConfig,
+    QuietSTaRTrainer,
+    demo,
+    demo_pointers,
+    pointer_scores,
+    script_arguments,
+)
 
 
 @dataclass
@@ -39,13 +46,12 @@ class QuietSTaRScriptArguments(trl.ScriptArguments):
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
-    types = (QuietSTaRScriptArguments, QuietSTaRConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
-    parser = trl.TrlParser(types)
-    known = trl.TrlParser(types[::3]).parse_args_and_config(flags, return_remaining_strings=True)
-    if not (known[0].dataset_name or known[1].datasets):
-        defaults = demo_pointers.recipe_defaults(known[0].smoke, known[0].smollm2)
-        parser.set_defaults_with_config(**defaults)
-    return parser.parse_args_and_config(flags)
+    return script_arguments.parse_script_arguments(
+        QuietSTaRConfig,
+        flags,
+        lambda script: demo_pointers.recipe_defaults(script.smoke, script.smollm2),
+        QuietSTaRScriptArguments,
+    )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -69,16 +75,12 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         elif model is None:
             model = folder / "pretrained"
             demo_pointers.pretrain(model, training_args.seed, script_args.smoke)
-    loading = {"revision": model_args.model_revision, "dtype": model_args.dtype}
-    loading["attn_implementation"] = model_args.attn_implementation
-    training_args.model_init_kwargs = loading | (training_args.model_init_kwargs or {})
     trainer = QuietSTaRTrainer(
         str(model),
         args=training_args,
         train_dataset=train,
         eval_dataset=test,
-        quantization_config=trl.get_quantization_config(model_args),
-        peft_config=trl.get_peft_config(model_args),
+        **script_arguments.model_arguments(training_args, model_args),
     )
     before = pointer_scores.score_answers(trainer, lines)
     resume = training_args.resume_from_checkpoint
@@ -87,6 +89,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     pointer_scores.report_thoughts(trainer, lines, before)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
 
 
 if __name__ == "__main__":

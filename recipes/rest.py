@@ -21,7 +21,6 @@ Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
         --few_shot_in_training false --output_dir rest
 """
 
-from functools import partial
 from typing import Any
 
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, demo, script_arguments
@@ -30,9 +29,11 @@ from trl_selfplay.demo_reward import load_demo_reward_model
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
-    defaults = partial(demo.rest_em_defaults, "rest")
     return script_arguments.parse_script_arguments(
-        ReSTEMConfig, flags, defaults, script_arguments.JudgedScriptArguments
+        ReSTEMConfig,
+        flags,
+        lambda script: demo.rest_em_defaults("rest", script.smoke),
+        script_arguments.JudgedScriptArguments,
     )
 
 

@@ -14,7 +14,6 @@ Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
         --few_shot_in_training false --output_dir rest-em
 """
 
-from functools import partial
 from typing import Any
 
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, demo, script_arguments
@@ -22,8 +21,9 @@ from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, demo, script_arguments
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
-    defaults = partial(demo.rest_em_defaults, "rest_em")
-    return script_arguments.parse_script_arguments(ReSTEMConfig, flags, defaults)
+    return script_arguments.parse_script_arguments(
+        ReSTEMConfig, flags, lambda script: demo.rest_em_defaults("rest_em", script.smoke)
+    )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:

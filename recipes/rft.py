@@ -17,7 +17,6 @@ Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
         --max_per_prompt 100 --warm_up_on_gold --few_shot_in_training false --output_dir rft
 """
 
-from functools import partial
 from typing import Any
 
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, demo, script_arguments
@@ -26,8 +25,9 @@ from trl_selfplay.normal_forms import reasoning_path
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
-    defaults = partial(demo.rest_em_defaults, "rft")
-    return script_arguments.parse_script_arguments(ReSTEMConfig, flags, defaults)
+    return script_arguments.parse_script_arguments(
+        ReSTEMConfig, flags, lambda script: demo.rest_em_defaults("rft", script.smoke)
+    )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:

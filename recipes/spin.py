@@ -24,7 +24,7 @@ from typing import Any
 import trl
 from datasets import load_dataset
 
-from trl_selfplay import SPINConfig, SPINTrainer, demo, demo_style
+from trl_selfplay import SPINConfig, SPINTrainer, demo, demo_style, script_arguments
 
 
 @dataclass
@@ -36,12 +36,12 @@ class SPINScriptArguments(trl.ScriptArguments):
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
-    types = (SPINScriptArguments, SPINConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
-    parser = trl.TrlParser(types)
-    known = trl.TrlParser(types[::3]).parse_args_and_config(flags, return_remaining_strings=True)
-    if not (known[0].dataset_name or known[1].datasets):
-        parser.set_defaults_with_config(**demo_style.recipe_defaults(known[0].smoke))
-    return parser.parse_args_and_config(flags)
+    return script_arguments.parse_script_arguments(
+        SPINConfig,
+        flags,
+        lambda script: demo_style.recipe_defaults(script.smoke),
+        SPINScriptArguments,
+    )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -57,16 +57,12 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         )
     else:
         train, test, heldout = demo_style.style_split(training_args.seed, script_args.smoke)
-    loading = {"revision": model_args.model_revision, "dtype": model_args.dtype}
-    loading["attn_implementation"] = model_args.attn_implementation
-    training_args.model_init_kwargs = loading | (training_args.model_init_kwargs or {})
     trainer = SPINTrainer(
         model_args.model_name_or_path or demo.load_demo_model_path(),
         args=training_args,
         train_dataset=train,
         eval_dataset=test,
-        quantization_config=trl.get_quantization_config(model_args),
-        peft_config=trl.get_peft_config(model_args),
+        **script_arguments.model_arguments(training_args, model_args),
     )
     before = demo_style.share_right(trainer, heldout)
     resume = training_args.resume_from_checkpoint

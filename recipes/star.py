@@ -21,7 +21,9 @@ from trl_selfplay import STaRConfig, STaRTrainer, demo, script_arguments
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
-    return script_arguments.parse_script_arguments(STaRConfig, flags, demo.recipe_defaults)
+    return script_arguments.parse_script_arguments(
+        STaRConfig, flags, lambda script: demo.recipe_defaults(script.smoke)
+    )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:

@@ -137,11 +137,9 @@ def run_rounds(
             if run.warm_up_rows is not None and not run.lines:
                 settings = {"output_dir": str(run.warm_up_folder)}
                 train_on(trainer, train_parent, run.warm_up_rows, settings, args.seed)
-            first = len(run.lines)
-            end = args.num_rounds * run.improve_steps
-            if has_stalled(run, args.stop_after_rounds_without_gain):  # before it was interrupted
-                end = first
-            for round_index in range(first, end):
+            for round_index in range(len(run.lines), args.num_rounds * run.improve_steps):
+                if has_stalled(run, args.stop_after_rounds_without_gain):
+                    break
                 run.round_index = round_index
                 run.steps_before = sum(line["steps"] for line in run.lines)
                 if call_round_event(trainer, "on_round_begin", round_index):
@@ -160,8 +158,6 @@ def run_rounds(
                 scores = trainer.score_heldout(round_index, run.folder(round_index) / "evaluation")
                 stopped = _finish_round(trainer, round_index, played, before, scores)
                 if call_round_event(trainer, "on_round_end", round_index) or stopped:
-                    break
-                if has_stalled(run, args.stop_after_rounds_without_gain):
                     break
     finally:
         run.round_index, run.steps_before = None, 0
@@ -201,15 +197,14 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
     if trainer.is_world_process_zero():
         check_identity(trainer.describe_run(), run.root / "config.json", len(run.lines))
     trainer.accelerator.wait_for_everyone()
-    if has_initial_weights:
-        load_trainable(trainer.model, run.initial_weights)
-    elif run.was_opened:  # this process has trained, and its source has the weights from before
+    if has_initial_weights or run.was_opened:  # training, here or elsewhere, has changed them
         trainer.reload_initial_weights()
     elif run.keeps_initial_weights and trainer.is_world_process_zero():
         save_trainable(trainer.model, run.initial_weights)
     run.was_opened = True
     trainer.accelerator.wait_for_everyone()
-    if trainer.accelerator.num_processes > 1 and run.initial_weights.exists():
+    is_new = not has_initial_weights and run.initial_weights.exists()
+    if trainer.accelerator.num_processes > 1 and is_new:
         # An adapter that each process drew for itself: DDP would make them equal only in training.
         load_trainable(trainer.model, run.initial_weights)
 

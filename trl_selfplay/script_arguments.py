@@ -1,4 +1,4 @@
-"""What the recipes of graded trainers share: flags, datasets by name, reward functions by name.
+"""What the recipes share: flags, datasets by name, reward functions by name.
 
 In: parsed flags, those of TRL's GRPO script and a few more. Out: datasets with the columns that
 the trainers read, reward functions, and keyword arguments for loading the model.
@@ -55,7 +55,7 @@ def parse_script_arguments(
     Args:
         config_class: The trainer's configuration.
         flags: Of the command line; None takes the process's own.
-        demo_defaults: `f(smoke)` returns the flags' defaults where no dataset is named.
+        demo_defaults: `f(script_args)` returns the flags' defaults where no dataset is named.
         script_class: Of the recipe's own arguments.
     """
     types: Any = (script_class, config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
@@ -64,7 +64,7 @@ def parse_script_arguments(
     given = [f for f in (sys.argv[1:] if flags is None else flags) if f not in ("-h", "--help")]
     known = trl.TrlParser(types[::3]).parse_args_and_config(given, return_remaining_strings=True)
     if not (known[0].dataset_name or known[1].datasets):
-        parser.set_defaults_with_config(**demo_defaults(known[0].smoke))
+        parser.set_defaults_with_config(**demo_defaults(known[0]))
     return parser.parse_args_and_config(flags)
 
 
