@@ -50,8 +50,8 @@ ARMS = ("full", "no_reinforce", "swapped", "pause", "sft", "sft_time")
 NUM_SCORED = 600
 # Share of the tokens that count as hard.
 HARD = 0.25
-# Steps of `sft_time` from which its speed is read before its number of steps is set.
-NUM_TIMED = 30
+# Steps of two runs from which the speed of `sft_time` is read before its number of steps is set.
+NUM_TIMED = (30, 230)
 
 
 def checkpoint(seed: int) -> Path:
@@ -103,7 +103,7 @@ def true_steps(tokenizer: Any, lines: list[dict[str, Any]], tokens: torch.Tensor
     return tokens
 
 
-def train(arm: str, seed: int, reinforce_weight: float | None = None) -> tuple[Any, dict[str, Any]]:
+def train(arm: str, seed: int) -> tuple[Any, dict[str, Any]]:
     """Train an arm; return its trainer, and its seconds and steps."""
     rows = train_rows(seed)
     changes: dict[str, Any] = {"seed": seed, "output_dir": tempfile.mkdtemp(), "disable_tqdm": True}
@@ -111,7 +111,6 @@ def train(arm: str, seed: int, reinforce_weight: float | None = None) -> tuple[A
     if arm in ("sft", "sft_time"):
         cls, config = SFTTrainer, SFTConfig
         settings = {k: v for k, v in settings.items() if k in SFTConfig.__dataclass_fields__}
-        settings["bf16"] = False
         if arm == "sft_time":
             settings["max_steps"] = steps_in(load(f"full-{seed}")["seconds"], seed)
     else:
@@ -121,8 +120,6 @@ def train(arm: str, seed: int, reinforce_weight: float | None = None) -> tuple[A
             settings["reinforce_weight"] = 0.0
         if arm == "pause":  # more thoughts would be copies of one
             settings["num_thoughts"] = 1
-        if reinforce_weight is not None:
-            settings["reinforce_weight"] = reinforce_weight
     trainer = cls(
         AutoModelForCausalLM.from_pretrained(checkpoint(seed)),
         config(**settings),
@@ -144,30 +141,36 @@ def train_rows(seed: int) -> Any:
 
 
 def steps_in(seconds: float, seed: int) -> int:
-    """Return how many steps of SFT fit a time, from a short run."""
-    rows = train_rows(seed)
+    """Return how many steps of SFT fit a time: what a step takes between a short and a longer run."""
+    short, longer = (sft_seconds(steps, seed) for steps in NUM_TIMED)
+    step = (longer - short) / (NUM_TIMED[1] - NUM_TIMED[0])
+    return max(1, int((seconds - short) / step) + NUM_TIMED[0])
+
+
+def sft_seconds(steps: int, seed: int) -> float:
+    """Return the seconds that some steps of SFT take from the checkpoint, set-up included."""
     settings = {k: v for k, v in demo.SETTINGS.items() if k in SFTConfig.__dataclass_fields__}
-    settings |= {"max_steps": NUM_TIMED, "output_dir": tempfile.mkdtemp(), "bf16": False}
+    settings |= {"max_steps": steps, "output_dir": tempfile.mkdtemp(), "disable_tqdm": True}
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(checkpoint(seed)),
-        SFTConfig(**settings, disable_tqdm=True),
-        train_dataset=rows,
+        SFTConfig(**settings),
+        train_dataset=train_rows(seed),
         processing_class=AutoTokenizer.from_pretrained(checkpoint(seed)),
     )
     started = time.monotonic()
     trainer.train()
-    return max(1, int(seconds * NUM_TIMED / (time.monotonic() - started)))
+    return time.monotonic() - started
 
 
-def run_arm(arm: str, seed: int, reinforce_weight: float | None = None) -> dict[str, Any]:
+def run_arm(arm: str, seed: int) -> dict[str, Any]:
     """Train one arm; return its scores on held-out lines, in each way of thinking that it has."""
-    lines = demo.build_lines(NUM_SCORED, 3_000_000 + seed)
+    lines = demo.heldout_lines(NUM_SCORED, seed)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint(seed))
     encoded = pointer_scores.encode_lines(tokenizer, lines)
     initial = AutoModelForCausalLM.from_pretrained(checkpoint(seed)).eval()
     first = pointer_scores.score_lines(initial, encoded, None)
     hard = hardest(first.nll, encoded.is_real)
-    trainer, record = train(arm, seed, reinforce_weight)
+    trainer, record = train(arm, seed)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     ways: dict[str, Any] = {
         "initial": first,

@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoTokenizer
 
 import trl_selfplay
-from trl_selfplay import STaRConfig
+from trl_selfplay import QuietSTaRConfig, STaRConfig
 
 ROOT = Path(__file__).parent.parent
 CHAT_TEMPLATE = "{% for m in messages %} {{ m.content }} <eos> {% endfor %}"
@@ -53,11 +53,11 @@ def test_a_python_block_compiles(block) -> None:
 
 def test_the_pages_have_an_example_and_a_diff_for_each_kind_of_script() -> None:
     assert len(blocks("README.md", "python")) >= 1
-    assert len(DIFFS) == 3
+    assert len(DIFFS) == 4
 
 
 @pytest.mark.parametrize(
-    "script", OUR_SCRIPTS, ids=["example", "from GRPO", "from SFT", "from DPO"]
+    "script", OUR_SCRIPTS, ids=["example", "from GRPO", "from SFT", "from DPO", "SFT to Quiet-STaR"]
 )
 def test_a_script_of_the_readme_builds_its_trainer(
     script, saved_tiny_model, sums, monkeypatch, tmp_path
@@ -71,6 +71,8 @@ def test_a_script_of_the_readme_builds_its_trainer(
         if args[0] == "openai/gsm8k":  # question, answer, as there
             rows = rows.rename_columns({"prompt": "question", "solution": "answer"})
             rows = rows.map(lambda row: {"answer": f"because #### {row['answer']}"})
+        if args[0] == "open-web-math/open-web-math":  # one column of those there
+            rows = rows.map(lambda row: {"text": row["prompt"] * 8}, remove_columns=rows.features)
         if args[0] == "trl-lib/ultrafeedback_binarized":  # chosen, rejected: whole conversations
             rows = rows.map(
                 lambda row: {
@@ -86,17 +88,25 @@ def test_a_script_of_the_readme_builds_its_trainer(
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
     build, _, _ = script.partition("trainer.train()")
-    small = build.replace("Qwen/Qwen2.5-0.5B-Instruct", str(saved_tiny_model))
+    small = re.sub(r"Qwen/Qwen2\.5-0\.5B(-Instruct)?", str(saved_tiny_model), build)
     tokenizer = AutoTokenizer.from_pretrained(saved_tiny_model)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(saved_tiny_model)
-    for name in ("STaRConfig(", "SPINConfig("):
-        small = small.replace(name, f"{name}max_completion_length=8, report_to=[], use_cpu=True, ")
-    assert small.count("max_completion_length=8") == 1
+    small, configs = re.subn(
+        r"\b((?:STaR|SPIN)Config\()",
+        r"\1max_completion_length=8, report_to=[], use_cpu=True, ",
+        small,
+    )
+    small, thinking = re.subn(r"(QuietSTaRConfig\()", r"\1report_to=[], use_cpu=True, ", small)
+    small = small.replace("max_length=256", "max_length=32")
+    assert configs + thinking == 1
     namespace: dict[str, object] = {}
     exec(compile(small, "README.md", "exec"), namespace)
     assert len(asked) == 1
     trainer = namespace["trainer"]
+    if thinking:
+        assert isinstance(trainer, trl_selfplay.QuietSTaRTrainer)
+        return
     assert isinstance(trainer, trl_selfplay.STaRTrainer | trl_selfplay.SPINTrainer)
     solutions = [row.solution for row in trainer.self_play.rows]
     if isinstance(trainer, trl_selfplay.SPINTrainer):
@@ -171,10 +181,14 @@ def test_the_map_of_contributing_names_every_module() -> None:
             assert f"{path.name}/" in picture
 
 
-def test_the_table_of_fields_has_the_defaults_of_the_config() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| ", (ROOT / "README.md").read_text(), re.M)
-    defaults = {field.name: field.default for field in fields(STaRConfig)}
-    assert len(rows) >= 10
+@pytest.mark.parametrize("config", [STaRConfig, QuietSTaRConfig])
+def test_a_table_of_fields_has_the_defaults_of_the_config(config) -> None:
+    text = (ROOT / "README.md").read_text()
+    tables = [re.findall(r"^\| `(\w+)` \| `(.+?)` \| ", t, re.M) for t in text.split("\n\n")]
+    first = {STaRConfig: "num_rounds", QuietSTaRConfig: "num_thoughts"}[config]
+    (rows,) = [table for table in tables if table and table[0][0] == first]
+    defaults = {field.name: field.default for field in fields(config)}
+    assert len(rows) >= 9
     assert {name: ast.literal_eval(value) for name, value in rows} == {
         name: defaults.get(name, "not a field") for name, _ in rows
     }

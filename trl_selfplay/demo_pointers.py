@@ -80,10 +80,15 @@ SETTINGS: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": [],
     "activation_checkpointing": False,
+    # A model of this size is as fast without a GPU, and is pre-trained in the same process.
+    "use_cpu": True,
+    "bf16": False,
 }
 # A step of these takes 25 s on one CPU core.
 _SMOLLM2_SETTINGS: dict[str, Any] = {
     "output_dir": "quiet-star-smollm2",
+    "use_cpu": False,
+    "bf16": None,
     "max_steps": 36,
     "per_device_train_batch_size": 4,
     "logging_steps": 4,
@@ -199,15 +204,21 @@ def token_rows(tokenizer: Any, lines: Sequence[dict[str, Any]]) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def heldout_lines(count: int, seed: int) -> list[dict[str, Any]]:
+    """Return lines whose prompts a seed's model meets neither in pre-training nor in training."""
+    pretraining = build_lines(NUM_PRETRAINING, _PRETRAINING_SEED + seed, REMARKS)
+    seen = {line["prompt"] for line in (*pretraining, *build_lines(NUM_TRAIN, seed))}
+    lines = build_lines(2 * count, _HELD_OUT_SEED + seed)
+    return [line for line in lines if line["prompt"] not in seen][:count]
+
+
 def pointer_split(seed: int, smoke: bool = False) -> tuple[Dataset, Dataset, list[dict[str, Any]]]:
     """Return lines to train on and held-out ones as datasets, and the held-out ones with their hops.
 
     No line shows its steps. Columns: `prompt` and `completion`.
     """
-    count = 64 if smoke else NUM_TRAIN
-    heldout = build_lines(16 if smoke else NUM_HELD_OUT, _HELD_OUT_SEED + seed)
-    seen = {line["prompt"] for line in heldout}
-    lines = [line for line in build_lines(count, seed) if line["prompt"] not in seen]
+    lines = build_lines(64 if smoke else NUM_TRAIN, seed)
+    heldout = heldout_lines(16 if smoke else NUM_HELD_OUT, seed)
     train, test = (
         Dataset.from_list([{k: line[k] for k in ("prompt", "completion")} for line in part])
         for part in (lines, heldout)

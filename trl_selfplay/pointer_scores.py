@@ -27,7 +27,7 @@ _PICTURE_TOKENS = 200
 
 @dataclass(frozen=True, slots=True)
 class EncodedLines:
-    """Lines as tokens, padded on the right.
+    """Lines as tokens, padded on the right, on the CPU.
 
     Attributes:
         ids: int64 (B, S).
@@ -46,6 +46,12 @@ class EncodedLines:
     is_answer: torch.Tensor
     hops: torch.Tensor
     candidates: torch.Tensor
+
+    def part(self, first: int, count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Return ids, mask, columns and is_real of some lines, on a device."""
+        rows = slice(first, first + count)
+        tensors = (self.ids, self.mask, self.columns, self.is_real)
+        return tuple(tensor[rows].to(device) for tensor in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +101,7 @@ def think_about(
     seed: int = 0,
     rows: int = 64,
 ) -> torch.Tensor:
-    """Sample thoughts before each completion token, int64 (B, U·K, n).
+    """Sample thoughts before each completion token, int64 (B, U·K, n), on the CPU.
 
     Args:
         causal_lm: A model with a thought module, in eval mode.
@@ -106,19 +112,17 @@ def think_about(
         rows: Lines at a time.
     """
     start = getattr(causal_lm, ATTRIBUTE).start_and_end()[0]
-    parts = []
+    device, parts = start.device, []
     for first in range(0, len(lines.ids), rows):
-        part = slice(first, first + rows)
-        columns = lines.columns[part]
-        thinking = ThinkingColumns(columns, lines.is_real[part], columns)
+        ids, mask, columns, is_real = lines.part(first, rows, device)
+        thinking = ThinkingColumns(columns, is_real, columns)
         places = range(first, first + len(columns))
         sampled = sample_thoughts(
-            causal_lm, start, lines.ids[part], lines.mask[part],
-            columns.repeat_interleave(num_thoughts, dim=1), settings.thought_length,
-            thought_keys(thinking, num_thoughts, seed, 0, "eval", places),
+            causal_lm, start, ids, mask, columns.repeat_interleave(num_thoughts, dim=1),
+            settings.thought_length, thought_keys(thinking, num_thoughts, seed, 0, "eval", places),
             temperature=settings.thought_temperature, barred=settings.barred,
         )  # fmt: skip
-        parts.append(sampled.tokens)
+        parts.append(sampled.tokens.cpu())
     return torch.cat(parts)
 
 
@@ -134,19 +138,21 @@ def score_lines(
         thoughts: (B, U·K, n), or None.
         rows: Lines at a time.
     """
+    device = causal_lm.get_input_embeddings().weight.device
+    candidates = lines.candidates.to(device)
     nll, right = [], []
     for first in range(0, len(lines.ids), rows):
-        part = slice(first, first + rows)
-        ids, mask, columns = lines.ids[part], lines.mask[part], lines.columns[part]
+        ids, mask, columns, _ = lines.part(first, rows, device)
         if thoughts is None:
             logits = gather_columns(causal_lm(input_ids=ids, attention_mask=mask).logits, columns)
             log_probs = logits.float().log_softmax(-1)  # (B, U, V)
         else:
-            log_probs = _mixed_log_probs(causal_lm, ids, mask, columns, thoughts[part])
+            given = thoughts[first : first + rows].to(device)
+            log_probs = _mixed_log_probs(causal_lm, ids, mask, columns, given)
         targets = ids.gather(1, columns + 1)
-        nll.append(-log_probs.gather(-1, targets[..., None]).squeeze(-1))
-        likeliest = log_probs[..., lines.candidates].argmax(-1)
-        right.append(lines.candidates[likeliest] == targets)
+        nll.append(-log_probs.gather(-1, targets[..., None]).squeeze(-1).cpu())
+        likeliest = log_probs[..., candidates].argmax(-1)
+        right.append((candidates[likeliest] == targets).cpu())
     return LineScores(torch.cat(nll), torch.cat(right))
 
 

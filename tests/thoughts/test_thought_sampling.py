@@ -152,7 +152,7 @@ def test_a_tokenizers_own_thought_tokens_are_barred(word_tokenizer) -> None:
 
 def test_the_head_has_the_papers_shape_and_no_bound() -> None:
     d = 16
-    module = ThoughtModule(d, torch.zeros(d), 100.0)
+    module = ThoughtModule(torch.zeros(d), 100.0)
     assert sum(p.numel() for p in module.head.parameters()) == 3 * d * d + 3 * d
     states = torch.randn(2, 3, d, dtype=torch.bfloat16)
     assert module(states, states).dtype == torch.float32

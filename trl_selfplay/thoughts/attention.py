@@ -254,7 +254,7 @@ def thought_attention(
     used = [key for key in _UNSUPPORTED if kwargs.get(key) is not None]
     if used:
         raise ValueError(f"{name} attends with {', '.join(used)}, which thoughts don't support.")
-    thought_layout.calls += 1
+    thought_layout.windows.append(sliding_window)
     out = attend(
         query,
         key,

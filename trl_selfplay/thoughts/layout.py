@@ -77,7 +77,8 @@ class ThoughtLayout:
         block_length: L.
         block_start: Tokens of each block that `memory` holds already.
         memory: Keys and values of earlier forwards, or None.
-        calls: How many layers have used this layout, counted by attention.
+        windows: The sliding window, or None, of each layer that has used this layout, added by
+            attention.
     """
 
     text_mask: torch.Tensor
@@ -86,7 +87,7 @@ class ThoughtLayout:
     block_length: int = 0
     block_start: int = 0
     memory: ThoughtMemory | None = None
-    calls: int = 0
+    windows: list[int | None] = field(default_factory=list)
     _masks: dict[tuple[str, int | None], torch.Tensor | None] = field(default_factory=dict)
     _reach: list[int] | None = None
 

@@ -26,14 +26,14 @@ class ThoughtModule(nn.Module):
     rate whatever the gradient, it then moves `scale` times as far in a step.
 
     Args:
-        hidden_size: d, of the model's last hidden states.
-        initial: Vector (d,) that both ends of a thought begin as.
+        initial: Vector (d,) that both ends of a thought begin as, as wide as the model's states.
         scale: What stored vectors are multiplied by.
     """
 
-    def __init__(self, hidden_size: int, initial: torch.Tensor, scale: float) -> None:
+    def __init__(self, initial: torch.Tensor, scale: float) -> None:
         super().__init__()
         self.scale = scale
+        hidden_size = len(initial)
         stored = initial.detach().float() / scale
         self.vectors = nn.Parameter(torch.stack([stored, stored]))  # (2, d): start, end
         self.head = nn.Sequential(
@@ -95,8 +95,7 @@ def attach_thought_module(model: Any, tokenizer: Any, scale: float, seed: int) -
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         initial = _initial_vector(embeddings, tokenizer)
-        hidden_size = model.config.get_text_config().hidden_size
-        module = ThoughtModule(hidden_size, initial.cpu(), scale).to(device)
+        module = ThoughtModule(initial.cpu(), scale).to(device)
     setattr(model, ATTRIBUTE, module)
 
 

@@ -30,7 +30,7 @@ from trl_selfplay.thoughts.storage import (
     save_settings,
     strip_model_files,
 )
-from trl_selfplay.thoughts.support import check_model
+from trl_selfplay.thoughts.support import check_lengths, check_model
 
 
 class QuietSTaRModel(nn.Module, PushToHubMixin):
@@ -114,8 +114,12 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
             num_thoughts: Thoughts a token; with several, logits are log-probs of their average.
             thought_temperature: None for the one of training; 0.0 takes the likeliest tokens.
             seed: Of the thoughts.
+
+        Raises:
+            ValueError: Text and thought don't fit the model's positions.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._check_positions(int(mask.sum(1).max()))
         options = self._options(num_thoughts, thought_temperature, seed)
         with sampling_state(self.model, None):
             logits = mixed_logits(self.causal_lm, self.settings, options, input_ids, mask)
@@ -167,13 +171,25 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
             thought_temperature: None for the one of training; 0.0 takes the likeliest tokens.
             seed: Of thoughts and text.
             use_cache: Has no effect: keys and values of the text are always kept.
+
+        Raises:
+            ValueError: A prompt is padded on the right, or text and thought don't fit the model's
+                positions.
         """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not mask[:, -1].all():
+            raise ValueError(
+                "attention_mask ends in 0, so a prompt is padded on the right, where its "
+                "continuation should stand. Set tokenizer.padding_side='left'."
+            )
         defaults = self.generation_config
         eos = defaults.eos_token_id if eos_token_id is None else eos_token_id
         stops = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         pad = defaults.pad_token_id if pad_token_id is None else pad_token_id
         if max_new_tokens is None:
             max_new_tokens = 20 if max_length is None else max_length - input_ids.shape[1]
+        # The last new token is not thought after.
+        self._check_positions(int(mask.sum(1).max()) + max_new_tokens - 1)
         options = self._options(num_thoughts, thought_temperature, seed)
         if do_sample:
             options = DecodingOptions(
@@ -185,12 +201,15 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
                 self.settings,
                 options,
                 input_ids,
-                torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+                mask,
                 max_new_tokens,
                 stops,
                 pad if pad is not None else stops[0] if stops else 0,
                 None if not stopping_criteria else lambda ids: _any_stops(stopping_criteria, ids),
             )
+
+    def _check_positions(self, num_text_tokens: int) -> None:
+        check_lengths(self.causal_lm, num_text_tokens, self.settings.thought_length, 1)
 
     def _options(
         self, num_thoughts: int, thought_temperature: float | None, seed: int
@@ -237,13 +256,16 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
             pretrained_model_name_or_path: A folder, or a repository of the Hub.
             base_model: For adapters: the base model or its name; None takes the saved name.
             **kwargs: For `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`
-                and `quantization_config`; float32 if `dtype` is not given.
+                and `quantization_config`; float32 if `dtype` is not given. `revision` is that of
+                the repository named first; an adapter's base is loaded as of the revision that it
+                was trained on.
 
         Raises:
             FileNotFoundError: There are no thoughts in the folder.
             ValueError: The base is another model than the one that was trained.
         """
-        folder = _local_folder(pretrained_model_name_or_path)
+        hub = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
+        folder = _local_folder(pretrained_model_name_or_path, hub)
         kwargs = {"dtype": torch.float32, **kwargs}
         if not (folder / "quiet_star.json").exists():
             raise FileNotFoundError(
@@ -253,10 +275,14 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
         settings, content = load_settings(folder)
         module = load_module(folder, content["meta_token_scale"])
         adapted = (folder / "adapter_config.json").exists()
+        kwargs.pop("revision", None)
         if isinstance(base_model, nn.Module):
             model: Any = base_model
         elif adapted:
-            name = content["base_model"]["name"] if base_model is None else base_model
+            saved = content["base_model"]
+            name = saved["name"] if base_model is None else base_model
+            if name == saved["name"] and saved["revision"] and not Path(name).is_dir():
+                kwargs["revision"] = saved["revision"]
             model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
         else:
             model = AutoModelForCausalLM.from_pretrained(base_model or folder, **kwargs)
@@ -272,13 +298,13 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
         return cls(model, settings)
 
 
-def _local_folder(name: str | Path) -> Path:
+def _local_folder(name: str | Path, hub: dict[str, Any]) -> Path:
     """Return a folder as it is, or a Hub repository's after downloading it."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(name)))
+    return Path(snapshot_download(str(name), **hub))
 
 
 def _any_stops(criteria: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -99,8 +99,7 @@ def load_module(folder: Path, scale: float) -> ThoughtModule:
             "QuietSTaRModel, or that file was not copied along."
         )
     weights = load_file(path)
-    hidden_size = weights["vectors"].shape[1]
-    module = ThoughtModule(hidden_size, torch.zeros(hidden_size), scale)
+    module = ThoughtModule(torch.zeros_like(weights["vectors"][0]), scale)
     module.load_state_dict(weights, strict=True)
     return module
 

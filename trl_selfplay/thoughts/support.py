@@ -85,6 +85,12 @@ def _try_thoughts(model: Any, name: str, remedy: str) -> None:
         try:
             with thoughts_attend(model):
                 states = last_states(model, embed(model, ids[None]), layout)
+                _check_windows(model, layout)
+            if states.shape[-1] != weight.shape[1]:
+                raise ValueError(
+                    f"its states have width {states.shape[-1]} and its embeddings "
+                    f"{weight.shape[1]}, which the mixing head and the vectors of thoughts share."
+                )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} can't compute thoughts: {error} {remedy}") from error
         ours = project(model, states[0, _TRIAL_TEXT:]).float().unflatten(0, (2, _TRIAL_BLOCK))
@@ -102,6 +108,18 @@ def _try_thoughts(model: Any, name: str, remedy: str) -> None:
     finally:
         for module, was_training in zip(model.modules(), training, strict=True):
             module.training = was_training
+
+
+def _check_windows(model: Any, layout: ThoughtLayout) -> None:
+    """Raise ValueError if layers have a sliding window of which their attention wasn't told."""
+    layers = DynamicCache(config=model.config).layers
+    windowed = sum(layer.is_sliding for layer in layers)
+    told = sum(window is not None for window in layout.windows)
+    if told < windowed:
+        raise ValueError(
+            f"{windowed} of its layers have a sliding window, and {told} hand it on to their "
+            "attention function, so thoughts would see more than the text does."
+        )
 
 
 def check_lengths(
@@ -133,7 +151,13 @@ def switch_dropout_off(model: nn.Module) -> int:
             changed += module.p > 0
             module.p = 0.0
             continue
-        for name in ("dropout", "attention_dropout", "activation_dropout", "attn_dropout"):
+        for name in (
+            "dropout",
+            "attention_dropout",
+            "activation_dropout",
+            "attn_dropout",
+            "layerdrop",
+        ):
             if isinstance(value := module.__dict__.get(name), float) and value > 0.0:
                 changed += 1
                 setattr(module, name, 0.0)

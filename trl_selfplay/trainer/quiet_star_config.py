@@ -25,7 +25,6 @@ _PAPER: dict[str, Any] = {
     "warmup_steps": 20,
     "max_grad_norm": 1.0,
     "max_steps": 100,
-    "reinforce_weight": 1e6 / 9,
 }
 
 
@@ -162,16 +161,28 @@ class QuietSTaRConfig(SFTConfig):
             )
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel=True replaces the model's forward: leave it out.")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha}: thoughts are sampled without this "
+                "noise and would be scored with it, which would be two policies. Leave it out."
+            )
+        if self.num_thoughts == 1 and self.reinforce_baseline == "leave_one_out":
+            raise ValueError(
+                "num_thoughts=1 with reinforce_baseline='leave_one_out': there is no other thought "
+                "to compare with. Set num_thoughts=2, or another baseline."
+            )
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> Self:
         """Return the published recipe for Mistral 7B.
 
-        It departs from the official code in four places. Thoughts are scored at the temperature
+        It departs from the official code in five places. Thoughts are scored at the temperature
         they were sampled at, where the code samples at 1 and scores at 3. A thought's log-prob is
-        the sum over its tokens; the code takes the mean, so its weight of 1e6 becomes 1e6 / 9. The
+        the sum over its tokens; the code takes the mean, so its weight of 1e6 becomes
+        1e6 / thought_length. The
         loss with thoughts is averaged over all tokens that think; the code divides by the count of
         losses that aren't zero. A schedule over 100 steps replaces an error that ends the run.
+        Weights are float32, with bfloat16 in forwards on a GPU; the code's are bfloat16.
         One process computes the 8 sequences of a step in two halves.
 
         Args:
@@ -179,4 +190,6 @@ class QuietSTaRConfig(SFTConfig):
 
         Source: Quiet-STaR, arXiv 2403.09629, appendix A, and ezelikman/quiet-star.
         """
-        return cls(**{**_PAPER, **overrides})
+        settings = {**_PAPER, **overrides}
+        weight = 1e6 / max(1, settings["thought_length"])
+        return cls(**{"reinforce_weight": weight, **settings})

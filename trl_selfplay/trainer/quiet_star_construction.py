@@ -13,8 +13,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from trl_selfplay.thoughts.mixing import ATTRIBUTE, attach_thought_module, unwrap_causal_lm
+from trl_selfplay.thoughts.sampling import can_think, predicted_tokens
 from trl_selfplay.thoughts.unrolled import think_and_talk
 from trl_selfplay.trainer.construction import check_adapters
+
+_ROWS_AT_A_TIME = 64
 
 
 def add_thoughts_to_forward(causal_lm: Any) -> None:
@@ -23,12 +26,13 @@ def add_thoughts_to_forward(causal_lm: Any) -> None:
     With it the forward returns what `think_and_talk` does. Going through the forward lets wrappers
     (data parallelism, autocast, adapters) see the whole computation.
     """
-    original = causal_lm.forward
+    # Looked up on the model, so that a copy of it computes with its own weights.
+    causal_lm.forward_without_thoughts = causal_lm.forward
 
     @functools.wraps(type(causal_lm).forward)
     def forward(self: Any, *args: Any, thought_batch: Any = None, **kwargs: Any) -> Any:
         if thought_batch is None:
-            return original(*args, **kwargs)
+            return self.forward_without_thoughts(*args, **kwargs)
         return think_and_talk(self, kwargs["input_ids"], kwargs["attention_mask"], thought_batch)
 
     causal_lm.forward = types.MethodType(forward, causal_lm)
@@ -48,6 +52,37 @@ def refuse_unused(
                 f"`{name}` was given, but logits with thoughts are never held for a whole batch. "
                 "Leave it out; losses with and without thoughts are logged."
             )
+
+
+def refuse_replicas(args: Any) -> None:
+    """Raise ValueError where the parent would copy the model to several GPUs of one process."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs, over which it would split a batch without its "
+            "thoughts. Start the script with torchrun or accelerate launch, or let it see one GPU "
+            "with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def refuse_rows_without_room(dataset: Any, collate: Any, num_ahead_tokens: int) -> None:
+    """Raise ValueError if no row of a training set has room for a thought; streams aren't read."""
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return
+    most = 0
+    for rows in dataset.iter(_ROWS_AT_A_TIME):
+        names = list(rows)
+        batch = collate(
+            [dict(zip(names, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+        )
+        labels, mask = batch["labels"], batch["attention_mask"]
+        if can_think(labels, mask, num_ahead_tokens).any():
+            return
+        most = max(most, int(predicted_tokens(labels, mask).sum(1).max()))
+    raise ValueError(
+        f"no row of train_dataset has room for a thought: one stands before num_ahead_tokens="
+        f"{num_ahead_tokens} tokens of a completion, and the longest has {most}. Set "
+        f"num_ahead_tokens={max(1, most)} or less, or completion_only_loss=False."
+    )
 
 
 def load_model(model: Any, args: Any, quantization_config: Any) -> tuple[Any, Any]:

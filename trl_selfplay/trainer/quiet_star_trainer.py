@@ -6,6 +6,7 @@ Source: Quiet-STaR, arXiv 2403.09629, Algorithm 1.
 """
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +62,8 @@ from trl_selfplay.trainer.quiet_star_construction import (
     attach_thoughts,
     load_model,
     longest_row,
+    refuse_replicas,
+    refuse_rows_without_room,
     refuse_unused,
     save_thoughts_too,
 )
@@ -117,6 +120,7 @@ class QuietSTaRTrainer(SFTTrainer):
             args = QuietSTaRConfig(default_output_dir(model, "QuietSTaR"))
         check_config_class(args, QuietSTaRConfig)
         if args.num_thoughts:
+            refuse_replicas(args)
             refuse_unused(compute_metrics, compute_loss_func, preprocess_logits_for_metrics)
             processing_class = load_processing_class(model, processing_class, args)
             model, quantization_config = load_model(model, args, quantization_config)
@@ -174,6 +178,7 @@ class QuietSTaRTrainer(SFTTrainer):
             if dataset is not None:
                 longest = longest_row(dataset, args.max_length)
                 check_lengths(causal_lm, longest, args.thought_length, args.num_ahead_tokens)
+        refuse_rows_without_room(self.train_dataset, self.data_collator, args.num_ahead_tokens)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -388,5 +393,5 @@ class QuietSTaRTrainer(SFTTrainer):
         }
         save_module(self.causal_lm, folder)
         save_settings(folder, settings, self.causal_lm, extra)
-        if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        if not re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
             strip_model_files(folder)
