@@ -153,14 +153,15 @@ def official_bytes(size: int, length: int, ahead: int = NUM_AHEAD, width: int = 
 
     Keys and values are concatenated in each pass and each copy is kept: S(N + 1)(N + 2)/2 tokens
     with N = n + 1 + n_true passes after the first. Each pass keeps logits of all columns twice
-    (themselves and their log-probs), and its mask. Activations of the layers are left out.
+    (themselves and their log-probs); of the masks the last one. Activations of the layers are left
+    out.
     """
     passes = length + 2 + ahead  # N + 1
     entries = NUM_THOUGHTS * size * passes * (passes + 1) // 2
     kv_width = SIZES["hidden_size"] * SIZES["num_key_value_heads"] // SIZES["num_attention_heads"]
     keys_and_values = 2 * SIZES["num_hidden_layers"] * kv_width * entries * width
     logits = 2 * NUM_THOUGHTS * size * passes * SIZES["vocab_size"] * 4
-    masks = size * size * passes * (passes + 1) // 2 * width
+    masks = size * size * passes * width
     return keys_and_values + logits + masks
 
 
@@ -230,6 +231,8 @@ def write_summary() -> None:
                 continue
             ours, dense = pair[0], pair[1]
             differences.append(abs(ours["loss"] - dense["loss"]))
+            if differences[-1] > 1e-4:
+                raise RuntimeError(f"S={size}, n={length}: losses {ours['loss']}, {dense['loss']}")
             text.append(
                 f"| {size} | {length} | {ours['seconds']:.2f} | {dense['seconds']:.2f} | "
                 f"{dense['seconds'] / ours['seconds']:.2f} | {ours['bytes'] / 2**20:.0f} | "

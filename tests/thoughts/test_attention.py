@@ -1,6 +1,6 @@
 import pytest
 import torch
-from naive import dense_mask
+from naive_thoughts import dense_mask
 
 from trl_selfplay.thoughts import attention
 from trl_selfplay.thoughts.attention import attend

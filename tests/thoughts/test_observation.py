@@ -1,6 +1,6 @@
 import pytest
 import torch
-from naive import naive_scores
+from naive_thoughts import naive_scores
 
 from trl_selfplay import QuietSTaRModel
 from trl_selfplay.thoughts.mixing import ATTRIBUTE

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from naive import dense_mask, logits_of, naive_scores, states_of
+from naive_thoughts import dense_mask, logits_of, naive_scores, states_of
 from tiny_families import FAMILIES
 
 from trl_selfplay.generation.random_streams import gumbel_noise, token_words

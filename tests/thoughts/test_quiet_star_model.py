@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from naive import logits_of, naive_scores, states_of
+from naive_thoughts import logits_of, naive_scores, states_of
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MaxLengthCriteria, StoppingCriteriaList
@@ -133,6 +133,29 @@ def test_rows_end_with_eos_or_a_stopping_criterion(family_model, text) -> None:
     assert (ended[0, 13 + first :] == 0).all()
     criteria = StoppingCriteriaList([MaxLengthCriteria(14)])
     assert model.generate(text.ids, max_length=20, stopping_criteria=criteria).shape == (2, 14)
+
+
+def test_prompts_padded_on_the_right_are_refused(family_model, text) -> None:
+    """They would go on from padding."""
+    model = QuietSTaRModel(family_model(), SETTINGS)
+    mask = torch.ones_like(text.ids)
+    mask[1, -2:] = 0
+    with pytest.raises(ValueError, match="padding_side='left'"):
+        model.generate(text.ids, mask)
+    assert model(text.ids, mask).logits.isfinite().all()  # scoring takes either side
+
+
+@torch.no_grad()
+def test_texts_and_their_thoughts_must_fit_the_positions(family_model) -> None:
+    """96 positions, thoughts of 3 + 2 tokens."""
+    model = QuietSTaRModel(family_model("gpt2"), SETTINGS)
+    ids = torch.full((1, 92), 3)
+    assert model(ids[:, :91]).logits.shape[1] == 91
+    with pytest.raises(ValueError, match="Set max_length to at most 91"):
+        model(ids)
+    assert model.generate(ids[:, :90], max_new_tokens=2, eos_token_id=[]).shape[1] == 92
+    with pytest.raises(ValueError, match="Set max_length to at most 91"):
+        model.generate(ids[:, :90], max_new_tokens=3)
 
 
 @pytest.fixture

@@ -5,7 +5,10 @@ import torch
 from tiny_families import FAMILIES, build_family
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from trl_selfplay import QuietSTaRModel
 from trl_selfplay.thoughts.attention import thoughts_attend
+from trl_selfplay.thoughts.mixing import ATTRIBUTE, attach_thought_module
+from trl_selfplay.thoughts.storage import ThoughtSettings
 from trl_selfplay.thoughts.support import check_lengths, check_model, switch_dropout_off
 
 RECURRENT = {
@@ -103,3 +106,31 @@ def test_dropout_is_switched_off_where_modules_and_functions_have_it() -> None:
     assert switch_dropout_off(opt) > 0
     assert torch.equal(opt(ids).logits, opt(ids).logits)
     assert switch_dropout_off(opt) == 0
+
+
+def test_a_sliding_window_that_attention_is_not_told_is_refused() -> None:
+    """QS-23: Qwen2-MoE has its window in the mask alone, which thoughts don't read."""
+    sizes = {
+        "sliding_window": 12,
+        "max_window_layers": 28,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+    }
+    windowed = build_family("qwen2_moe", use_sliding_window=True, **sizes)
+    with pytest.raises(ValueError, match="layers have a sliding window, and 0 hand it on"):
+        check_model(windowed)
+    check_model(build_family("qwen2_moe", use_sliding_window=False, **sizes))
+
+
+def test_states_narrower_than_the_layers_have_a_head_of_their_width() -> None:
+    model = build_family(
+        "opt", word_embed_proj_dim=16, ffn_dim=48, do_layer_norm_before=True, layerdrop=0.2
+    )
+    check_model(model)
+    attach_thought_module(model, None, 100.0, seed=0)
+    assert getattr(model, ATTRIBUTE).vectors.shape == (2, 16)
+    ids = torch.randint(2, 23, (1, 8), generator=torch.Generator().manual_seed(0))
+    thinking = QuietSTaRModel(model, ThoughtSettings(thought_length=2))
+    torch.testing.assert_close(thinking(ids).logits, model(ids).logits)  # a fresh head
+    assert switch_dropout_off(model)
+    assert model.model.decoder.layerdrop == 0.0

@@ -31,7 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def build_family(family: str, seed: int = 0, **changes: Any) -> Any:
     """Build a random float32 model of a family, in eval mode."""
-    settings = {"model_type": family, **_SIZES, **FAMILIES[family], **changes}
+    settings = {"model_type": family, **_SIZES, **FAMILIES.get(family, {}), **changes}
     if settings["model_type"] == "gpt2":
         settings = {k: v for k, v in settings.items() if k not in _SIZES or "token_id" in k}
         settings["vocab_size"] = VOCAB

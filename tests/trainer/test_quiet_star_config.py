@@ -40,6 +40,11 @@ def test_the_defaults_are_those_of_the_method() -> None:
         ({"padding_free": True, "max_length": None}, "a thought would see its neighbours"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+        (
+            {"num_thoughts": 1, "reinforce_weight": 0.0, "reinforce_baseline": "leave_one_out"},
+            "there is no other thought",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_named(changes, message) -> None:
@@ -67,3 +72,6 @@ def test_the_papers_recipe() -> None:
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 8
     assert (config.max_length, config.learning_rate, config.max_steps) == (256, 1e-6, 7)
     assert config.reinforce_weight * config.thought_length == pytest.approx(1e6)
+    shorter = QuietSTaRConfig.from_paper(**BASE, thought_length=5)
+    assert shorter.reinforce_weight == pytest.approx(2e5)
+    assert QuietSTaRConfig.from_paper(**BASE, reinforce_weight=3.0).reinforce_weight == 3.0

@@ -1,13 +1,17 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from naive_thoughts import naive_scores
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from trl import SFTConfig, SFTTrainer
 
 from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer
 from trl_selfplay.thoughts.mixing import ATTRIBUTE
+from trl_selfplay.trainer.quiet_star_construction import refuse_replicas
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
 
@@ -249,7 +253,8 @@ def test_evaluation_repeats_itself_and_thinks_in_eval_mode(quiet_trainer) -> Non
 
 def test_a_step_without_room_for_thoughts_is_plain_text(quiet_trainer) -> None:
     """Rows of two tokens have no column with two tokens after it."""
-    trainer = quiet_trainer(awake=True, rows=random_rows(length=2))
+    rows = concatenate_datasets([random_rows(4, length=2), random_rows(4)])
+    trainer = quiet_trainer(awake=True, rows=rows)
     loss, grads = step_gradients(trainer, batch_of(trainer))
     batch = batch_of(trainer)
     with torch.no_grad():
@@ -258,6 +263,92 @@ def test_a_step_without_room_for_thoughts_is_plain_text(quiet_trainer) -> None:
     assert loss == pytest.approx(0.5 * nll.item(), abs=1e-5)
     assert all(torch.isfinite(g).all() for g in grads.values())
     assert any(ATTRIBUTE in n for n in grads)  # as data parallelism needs it
+
+
+@pytest.mark.parametrize(
+    ("baseline", "temperature"),
+    [("mean", 0.7), ("leave_one_out", 1.0), ("base", 1.3)],
+)
+def test_loss_and_gradients_are_those_of_one_thought_at_a_time(
+    quiet_trainer, baseline, temperature
+) -> None:
+    """QS-7, QS-8, QS-10: equations 6 to 8 by hand, of rows with and without labels."""
+    alpha, weight, ahead, count = 0.3, 2.0, 2, 3
+    rows = Dataset.from_dict(
+        {
+            "input_ids": [[3, 9, 5, 6, 17, 8, 4], [4, 5, 11, 7, 3]],
+            "labels": [[-100, -100, -100, 6, 17, 8, 4], [4, 5, 11, 7, 3]],
+        }
+    )
+    trainer = quiet_trainer(
+        awake=True, rows=rows, num_thoughts=count, base_loss_weight=alpha, reinforce_weight=weight,
+        reinforce_baseline=baseline, thought_temperature=temperature,
+    )  # fmt: skip
+    batch = batch_of(trainer, 2)
+    loss, grads = step_gradients(trainer, batch)
+    trainer._batch_index["train"] = 0
+    thinking, thoughts = trainer.think(batch)
+    assert thinking.columns.tolist() == [[2, 3, 4], [0, 1, 2]]
+
+    model, base, talk, policy = trainer.causal_lm, [], [], []
+    for b, row in enumerate(rows):
+        ids = torch.tensor(row["input_ids"])
+        log_probs = model(ids[None]).logits[0].log_softmax(-1)
+        labels = row["labels"]
+        base += [-log_probs[j - 1, ids[j]] for j in range(1, len(ids)) if labels[j] != -100]
+        for u, column in enumerate(thinking.columns[b].tolist()):
+            scores = [
+                naive_scores(
+                    model, ids, column, thoughts.tokens[b, u * count + k], ahead, temperature
+                )
+                for k in range(count)
+            ]
+            rewards = torch.stack([s.talk.sum() for s in scores]).detach()
+            plain = sum(log_probs[column + t, ids[column + 1 + t]] for t in range(ahead)).detach()
+            compared = {
+                "mean": (rewards - rewards.mean()).clamp(min=0),
+                "leave_one_out": rewards - (rewards.sum() - rewards) / (count - 1),
+                "base": (rewards - plain).clamp(min=0),
+            }[baseline]
+            talk += [-s.talk.mean() for s in scores]
+            policy += [-a * s.thought.sum() for a, s in zip(compared, scores, strict=True)]
+    expected = (
+        alpha * torch.stack(base).mean()
+        + (1 - alpha) * torch.stack(talk).mean()
+        + weight * torch.stack(policy).mean()
+    )
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    trainer.model.zero_grad()
+    expected.backward()
+    naive = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    assert_equal_gradients(grads, naive, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_rows_without_room_for_a_thought_are_refused(quiet_trainer, length) -> None:
+    """Before the first step: four tokens ahead, and at most `length` with a label."""
+    rows = Dataset.from_dict(
+        {
+            "input_ids": [[3, 4, 5, 6, 7, 8]] * 3,
+            "labels": [[-100] * (6 - length) + [7] * length] * 3,
+        }
+    )
+    with pytest.raises(ValueError, match=f"Set num_ahead_tokens={length} or less"):
+        quiet_trainer(rows=rows, num_ahead_tokens=4)
+
+
+def test_one_process_with_several_gpus_is_refused() -> None:
+    with pytest.raises(ValueError, match="one process sees 2 GPUs"):
+        refuse_replicas(SimpleNamespace(n_gpu=2))
+    refuse_replicas(SimpleNamespace(n_gpu=1))
+
+
+def test_only_a_checkpoint_keeps_the_thoughts_in_its_model_file(quiet_trainer, tmp_path) -> None:
+    trainer = quiet_trainer()
+    for name, keeps in (("checkpoint-3", True), ("checkpoints", False)):
+        trainer.save_model(str(tmp_path / name))
+        with safe_open(tmp_path / name / "model.safetensors", "pt") as file:
+            assert any(ATTRIBUTE in key for key in file.keys()) is keeps  # noqa: SIM118
 
 
 def test_tied_embeddings_and_own_thought_tokens_work(tiny_model, word_tokenizer, quiet_trainer):

@@ -113,7 +113,7 @@ def _try_thoughts(model: Any, name: str, remedy: str) -> None:
 def _check_windows(model: Any, layout: ThoughtLayout) -> None:
     """Raise ValueError if layers have a sliding window of which their attention wasn't told."""
     layers = DynamicCache(config=model.config).layers
-    windowed = sum(layer.is_sliding for layer in layers)
+    windowed = sum(bool(getattr(layer, "is_sliding", False)) for layer in layers)
     told = sum(window is not None for window in layout.windows)
     if told < windowed:
         raise ValueError(

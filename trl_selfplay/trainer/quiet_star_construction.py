@@ -26,13 +26,12 @@ def add_thoughts_to_forward(causal_lm: Any) -> None:
     With it the forward returns what `think_and_talk` does. Going through the forward lets wrappers
     (data parallelism, autocast, adapters) see the whole computation.
     """
-    # Looked up on the model, so that a copy of it computes with its own weights.
-    causal_lm.forward_without_thoughts = causal_lm.forward
+    original = causal_lm.forward
 
     @functools.wraps(type(causal_lm).forward)
     def forward(self: Any, *args: Any, thought_batch: Any = None, **kwargs: Any) -> Any:
         if thought_batch is None:
-            return self.forward_without_thoughts(*args, **kwargs)
+            return original(*args, **kwargs)
         return think_and_talk(self, kwargs["input_ids"], kwargs["attention_mask"], thought_batch)
 
     causal_lm.forward = types.MethodType(forward, causal_lm)
