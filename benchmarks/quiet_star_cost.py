@@ -132,9 +132,10 @@ def dense_step(model: Any, ids: torch.Tensor, length: int, ahead: int = NUM_AHEA
         tokens = (log_probs.detach() + noise).argmax(-1)
         own.append(log_probs.gather(-1, tokens[..., None])[:, :width, 0])
         embeddings = embed(tokens)
+    run(embeddings, 1 + length)  # a thought's last token, which what follows attends to
     embeddings, talk = end.expand(*rows.shape, -1), []
     for t in range(ahead):
-        after = run(embeddings, 1 + length + t)[:, :width]
+        after = run(embeddings, 2 + length + t)[:, :width]
         mixed, _ = mix(module, text[:, t : t + width], after)
         log_probs = head(mixed).float().log_softmax(-1)
         targets = rows[:, 1 + t : 1 + t + width, None]
