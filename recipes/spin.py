@@ -12,7 +12,7 @@ at its smallest size.
 Anything else takes the flags of TRL's DPO script, or `--config file.yaml`. The dataset has the
 columns `prompt` and `completion`, `messages`, or `prompt` and `chosen`; in 4 bits on one GPU:
 
-    python recipes/spin.py --model_name_or_path alignment-handbook/zephyr-7b-sft-qlora \
+    python recipes/spin.py --model_name_or_path alignment-handbook/zephyr-7b-sft-full \
         --dataset_name HuggingFaceH4/ultrachat_200k --dataset_train_split 'train_sft[:5000]' \
         --dataset_test_split 'test_sft[:200]' --use_peft --lora_target_modules all-linear \
         --load_in_4bit --dtype bfloat16 --learning_rate 5e-6 --output_dir spin

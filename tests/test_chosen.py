@@ -94,6 +94,22 @@ def test_what_a_template_adds_after_eos_is_left_out(chat_tokenizer) -> None:
     assert tokenizer.decode(list(tokens.chosen_ids)) == "yo<eos>"
 
 
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_of_two_ends_that_a_template_writes_the_first_counts(chat_tokenizer, between) -> None:
+    """SP-9: the policy stops at the first; one inside the text is the data's own."""
+    chat_tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(
+        "<eos>{% endfor", f"<end>{between}<eos>{{% endfor"
+    )
+    end = chat_tokenizer.convert_tokens_to_ids("<end>")
+    for text in ("yo", "yo<end>yo"):
+        rows = load({"messages": [USER, {"role": "assistant", "content": text}]})
+        (tokens,) = tokenize_chosen(
+            PromptFormatter(chat_tokenizer), rows, (end, chat_tokenizer.eos_token_id), end, "train"
+        ).values()
+        assert chat_tokenizer.decode(list(tokens.chosen_ids)) == f"{text}<end>"
+
+
 def test_a_template_that_renders_the_prompt_otherwise_is_refused(chat_tokenizer) -> None:
     """SP-8."""
     chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(

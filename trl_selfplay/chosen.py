@@ -154,10 +154,21 @@ def tokenize_chosen(
             completion = _chat_completion(formatter, row, prompt_ids, name)
         else:
             completion = _text_completion(formatter, row, prompt_ids)
-        ends = [i for i, token in enumerate(completion) if token in set(eos_token_ids)]
-        chosen = completion[: ends[-1] + 1] if ends else [*completion, eos_token_id]
+        end = _find_end(formatter.tokenizer, completion, eos_token_ids)
+        chosen = [*completion, eos_token_id] if end is None else completion[: end + 1]
         tokens[row.prompt_id] = ChosenTokens(prompt_ids, tuple(chosen))
     return tokens
+
+
+def _find_end(tokenizer: Any, completion: list[int], eos_token_ids: Sequence[int]) -> int | None:
+    """Return the place of the first EOS after the text, None without; a template may write several."""
+    ends = [i for i, token in enumerate(completion) if token in set(eos_token_ids)]
+    if not ends:
+        return None
+    end = ends.pop()
+    while ends and not tokenizer.decode(completion[ends[-1] + 1 : end]).strip():
+        end = ends.pop()
+    return end
 
 
 def _text_completion(

@@ -8,7 +8,7 @@ Source: SPIN, arXiv 2401.01335, equation 4.7: the reference is p_θt, which equa
 of round t, so every margin is 0 there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,19 @@ class WrongOpponentError(RuntimeError):
     """The stored log-probs are not those of the policy that enters the round."""
 
 
-def score_pairs(trainer: Any, rows: Dataset) -> list[tuple[float, float]]:
-    """Return (log p(chosen), log p(rejected)) of each row under the model as it is now.
+def score_pairs(
+    trainer: Any, rows: Dataset, log_probs: Callable[[Any, dict[str, Any]], Any]
+) -> list[tuple[float, float]]:
+    """Return (log p(chosen), log p(rejected)) of each row.
 
-    Sums over the completion's tokens, in nats, in eval mode, with adapters enabled, through the
-    parent's own collator and forward. Under several processes each scores its share and all return
-    all.
+    Sums over the completion's tokens, in nats, in eval mode, through the parent's own collator.
+    Under several processes each scores its share and all return all.
 
     Args:
         trainer: A `SPINTrainer`; its model, modes and adapters stay as they are.
         rows: With `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        log_probs: Scores a batch: the trainer's `compute_policy_log_probs` or
+            `compute_ref_log_probs`.
     """
     args, accelerator = trainer.args, trainer.accelerator
     size = args.precompute_ref_batch_size or args.per_device_train_batch_size
@@ -58,7 +61,7 @@ def score_pairs(trainer: Any, rows: Dataset) -> list[tuple[float, float]]:
         for indices in batches[accelerator.process_index :: accelerator.num_processes]:
             batch = trainer.data_collator([examples[i] for i in indices])
             batch = send_to_device(dict(batch), accelerator.device)
-            chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
+            chosen, rejected = log_probs(trainer.model, batch)
             scored += zip(indices, chosen.tolist(), rejected.tolist(), strict=True)
     if accelerator.num_processes > 1:
         scored = gather_object(scored)
@@ -77,7 +80,7 @@ def store_opponent(trainer: Any, rows: Dataset, folder: Path) -> Dataset:
     """
     if folder.exists():
         return load_from_disk(str(folder))
-    logps = score_pairs(trainer, rows)
+    logps = score_pairs(trainer, rows, trainer.compute_ref_log_probs)
     for column, values in zip(
         _COLUMNS, zip(*logps, strict=True) if logps else ((), ()), strict=True
     ):
@@ -131,7 +134,7 @@ def check_opponent(trainer: Any, model: Any, inputs: Mapping[str, Any], round_in
 
 
 def _rescore(trainer: Any, model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    return torch.cat(trainer.compute_ref_log_probs(model, inputs)).float()
+    return torch.cat(trainer.compute_policy_log_probs(model, inputs)).float()
 
 
 def _is_float32(trainer: Any) -> bool:

@@ -31,6 +31,20 @@ def test_the_papers_recipe(tmp_path, caplog) -> None:
     assert config.get_warmup_steps(1000) == 100
     longer = SPINConfig.from_paper(output_dir=str(tmp_path), use_cpu=True, num_rounds=6)
     assert longer.round_betas == [0.1, 0.1, 0.1, 5.0, 5.0, 5.0]
+    scaled = SPINConfig.from_paper(
+        output_dir=str(tmp_path), use_cpu=True, learning_rate=5e-6, beta=0.05
+    )
+    assert scaled.round_learning_rates == pytest.approx([5e-6, 5e-6, 1e-6, 1e-6])
+    assert scaled.round_betas == pytest.approx([0.05, 0.05, 0.05, 2.5])
+
+
+def test_generation_kwargs_that_change_the_opponent_are_warned_of(tmp_path, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        SPINConfig(str(tmp_path), use_cpu=True, generation_kwargs={"top_p": 1.0})
+    assert "another distribution" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        SPINConfig(str(tmp_path), use_cpu=True, generation_kwargs={"temperature": 0.5})
+    assert "temperature=0.5: the opponent is sampled from another distribution" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -40,6 +54,7 @@ def test_the_papers_recipe(tmp_path, caplog) -> None:
         ({"start_from": "base"}, "the policy as it enters"),
         ({"disable_dropout": False}, "margins don't begin at 0"),
         ({"stop_strings": ["\n"]}, "without EOS"),
+        ({"generation_kwargs": {"eos_token_id": 3}}, "has eos_token_id=3"),
         ({"round_betas": [0.1, 0.1]}, "round_betas has 2 values for num_rounds=3"),
         ({"round_betas": [0.1] * 4}, "round_betas has 4 values"),
         ({"round_betas": [0.1, 0.0, 1.0]}, "must be above 0"),

@@ -55,7 +55,7 @@ def test_the_gradient_vanishes_where_the_policy_is_the_data(build_spin, word_tok
 
 
 def test_data_that_the_policy_wrote_leave_it_where_it_is(
-    build_spin, answers, word_tokenizer, caplog
+    build_spin, answers, word_tokenizer, capsys
 ) -> None:
     """SP-16: held-out pairs can't be told apart, and the run says converged."""
     prompts = Dataset.from_list(
@@ -66,19 +66,22 @@ def test_data_that_the_policy_wrote_leave_it_where_it_is(
     rollouts = [r for r in writer.play_round(0).rollouts if r.finish == "eos" and r.completion]
     written = [{"prompt": r.prompt, "completion": f" {r.completion}"} for r in rollouts]
     train, heldout = Dataset.from_list(written[:80]), Dataset.from_list(written[80:])
-    settings = {"num_rounds": 1, "max_steps": 4, "learning_rate": 1e-4, "max_length": 128}
+    settings = {"num_rounds": 1, "max_steps": 4, "learning_rate": 1e-3, "max_length": 128}
     trainer = build_spin("same", train_dataset=train, eval_dataset=heldout, **settings)
     trainer.train()
     (line,) = trainer.run.lines
     assert line["eval"]["eval_win_rate_low"] <= 0.5 <= line["eval"]["eval_win_rate_high"]
     assert abs(line["gain"]) < 0.02
     assert abs(line["eval"]["eval_distance"]) < 0.01
+    assert line["eval"]["eval_pairs"] >= 20
+    assert "round 0: converged" in capsys.readouterr().out
 
     others = answers(60)
     trainer = build_spin("other", train_dataset=others.select(range(40)),
                          eval_dataset=others.select(range(40, 60)),
-                         **{**settings, "learning_rate": 1e-3})  # fmt: skip
+                         **settings)  # fmt: skip
     trainer.train()
+    assert "converged" not in capsys.readouterr().out
     (line,) = trainer.run.lines
     assert line["eval"]["eval_win_rate"] > 0.9
     assert line["eval"]["eval_margin"] > 0

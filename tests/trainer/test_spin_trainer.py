@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import DPOTrainer
 
-from trl_selfplay import SPINTrainer, WrongOpponentError
+from trl_selfplay import EmptyRoundError, SPINConfig, SPINTrainer, WrongOpponentError
 from trl_selfplay.generation.random_streams import stream_key
 from trl_selfplay.generation.sampler import SampleRequest, build_sampling_options
 from trl_selfplay.opponent import check_opponent, store_opponent
@@ -143,6 +143,72 @@ def test_another_opponent_does_not_begin_at_ln_2(build_case, case) -> None:
         LN_2, abs=1e-5
     )
     check_opponent(trainer, trainer.model, fresh, 1)
+
+
+class AgainstTheBase(SPINTrainer):
+    """Compares with the model without adapters throughout."""
+
+    def compute_ref_log_probs(self, model, inputs):
+        with self.accelerator.unwrap_model(self.model).disable_adapter():
+            return self.compute_policy_log_probs(model, inputs)
+
+
+def test_another_opponent_can_be_set_and_the_policy_is_still_measured(
+    tiny_model, word_tokenizer, answers, tmp_path
+) -> None:
+    args = SPINConfig(
+        str(tmp_path / "run"), num_rounds=2, max_completion_length=64, max_steps=3, use_cpu=True,
+        per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], disable_tqdm=True,
+        load_best_round_at_end=False,
+    )  # fmt: skip
+    trainer = AgainstTheBase(
+        trained_adapter(tiny_model(word_tokenizer)), args=args, train_dataset=answers(12),
+        eval_dataset=answers(20).select(range(12, 20)), processing_class=word_tokenizer,
+    )  # fmt: skip
+    trainer.train()  # its margins don't begin at 0, which is no error here
+    first, second = (line["eval"]["eval_logps"] for line in trainer.run.lines)
+    assert abs(first - second) > 1e-3
+    rows = rows_of(trainer, 1)
+    with trainer.model.disable_adapter():
+        base = summed_logps(trainer.model, rows, "chosen_ids")
+    torch.testing.assert_close(torch.tensor(rows["ref_chosen_logps"]).double(), base, atol=1e-4, rtol=0)  # fmt: skip
+
+
+def test_adapters_that_would_not_train_are_refused(
+    build_spin, tiny_model, word_tokenizer, tmp_path
+) -> None:
+    """Before anything is sampled: as loaded for inference, under another name, or replaced."""
+    trained_adapter(tiny_model(word_tokenizer)).save_pretrained(tmp_path / "adapter")
+    tiny_model(word_tokenizer).save_pretrained(tmp_path / "base")
+    frozen = PeftModel.from_pretrained(tiny_model(word_tokenizer), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="no weight of the model is trainable"):
+        build_spin(model=frozen)
+    named = PeftModel.from_pretrained(
+        tiny_model(word_tokenizer), tmp_path / "adapter", adapter_name="style", is_trainable=True
+    )
+    with pytest.raises(ValueError, match=r"named \['style'\]"):
+        build_spin(model=named)
+    loaded = tiny_model(word_tokenizer)
+    loaded.load_adapter(str(tmp_path / "adapter"))
+    with (
+        pytest.raises(ValueError, match="a folder that holds an adapter"),
+        pytest.warns(UserWarning, match="a second time"),
+    ):
+        build_spin(model=loaded, peft_config=lora())
+
+
+class OneToken(TrainerCallback):
+    """Leaves the second round no room for a completion."""
+
+    def on_round_begin(self, args, state, control, round_index, **kwargs):
+        if round_index == 1:
+            args.max_completion_length = 1
+
+
+def test_a_round_with_earlier_pairs_alone_is_empty(build_spin) -> None:
+    trainer = build_spin(history_rounds=1, callbacks=[OneToken()])
+    with pytest.raises(EmptyRoundError, match="round 1"):
+        trainer.train()
 
 
 class MoveWeights(TrainerCallback):
@@ -310,9 +376,18 @@ def test_the_opponent_does_not_move_inside_a_round(build_case, case) -> None:
     assert list(trainer.model.peft_config) == ["default"]
     frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters()
               if not p.requires_grad}  # fmt: skip
-    before = trainer.play_round(0).training_rows.to_list()
+    entered = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
-    assert rows_of(trainer, 0).to_list() == before
+    rows = rows_of(trainer, 0)
+    with torch.no_grad():  # what the round ended with, then what entered it
+        moved = trainer.compute_policy_log_probs(trainer.model, batch_of(trainer, rows))[0]
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(entered[name])
+        opponent = trainer.compute_policy_log_probs(trainer.model, batch_of(trainer, rows))[0]
+    stored = torch.tensor(rows["ref_chosen_logps"][:4])
+    torch.testing.assert_close(opponent.cpu(), stored, atol=1e-4, rtol=0)
+    assert (moved.cpu() - stored).abs().max() > 1e-2
     parameters = dict(trainer.model.named_parameters())
     assert all(torch.equal(parameters[n], p) for n, p in frozen.items())
     assert keep.optimized[0] == {id(p) for p in parameters.values() if p.requires_grad}

@@ -82,6 +82,23 @@ def check_adapters(model: Any, peft_config: Any) -> None:
         check_peft_config(existing)
 
 
+def check_trainable(model: Any) -> None:
+    """Raise ValueError if nothing would train, or if new adapters have replaced trained ones."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "no weight of the model is trainable, so no round would change it. An adapter is loaded "
+            "for training with PeftModel.from_pretrained(base, path, is_trainable=True)."
+        )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base is not model and getattr(base, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "the model was loaded from a folder that holds an adapter, and `peft_config` put a new "
+            "one in its place, so the trained one would be lost. Merge it into its base first, or "
+            "leave `peft_config` out and pass PeftModel.from_pretrained(base, path, "
+            "is_trainable=True)."
+        )
+
+
 def refuse_optimizers(optimizers: tuple[Any, Any]) -> None:
     """Raise ValueError for optimizer objects, which would serve the first round only."""
     if any(part is not None for part in optimizers or ()):
@@ -241,6 +258,7 @@ def build_self_play(
     """
     args, tokenizer = trainer.args, trainer.processing_class
     keep_4bit_weights_trainable(trainer.model)
+    check_trainable(trainer.model)
     check_generation_config(trainer.model.generation_config)
     text_config = trainer.model.config.get_text_config()
     return SelfPlay(

@@ -96,8 +96,15 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
                 f"stop_strings={self.stop_strings!r}: the opponent's completions would end without "
                 "EOS and the data's with it, which tells them apart. Leave it out."
             )
+        given: Any = self.generation_kwargs or {}  # text has become a dict by now
+        if "eos_token_id" in given:
+            raise ValueError(
+                f"generation_kwargs has eos_token_id={given['eos_token_id']}: the "
+                "opponent's completions would end otherwise than the data's, which tells them "
+                "apart. Set it in the model's generation config."
+            )
         self._check_betas()
-        self._warn_off_policy()
+        self._warn_off_policy(given)
 
     def _check_betas(self) -> None:
         if self.round_betas is not None:
@@ -112,9 +119,11 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
             if beta <= 0.0:
                 raise ValueError(f"beta={beta}; it must be above 0, or no pair would teach.")
 
-    def _warn_off_policy(self) -> None:
+    def _warn_off_policy(self, generation_kwargs: dict[str, Any]) -> None:
+        options = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        options |= generation_kwargs
         changed = [
-            f"{name}={getattr(self, name)}"
+            f"{name}={options[name]}"
             for name, neutral in (
                 ("temperature", (1.0,)),
                 ("top_p", (1.0,)),
@@ -122,7 +131,7 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
                 ("min_p", (None, 0.0)),
                 ("repetition_penalty", (1.0,)),
             )
-            if getattr(self, name) not in neutral
+            if options[name] not in neutral
         ]
         if changed:
             logger.warning(
@@ -148,16 +157,15 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
 
         Args:
             **overrides: Fields to set otherwise, such as `output_dir`. More than 4 rounds repeat
-                the last round's learning rate and beta.
+                the last round's learning rate and beta. `learning_rate` and `beta` are those of
+                round 0, from which the other rounds' keep their proportion.
 
         Source: SPIN, arXiv 2401.01335, section 6.1, and the configs of uclaml/SPIN.
         """
         num_rounds = overrides.get("num_rounds", len(_PAPER_BETAS))
-        last = len(_PAPER_BETAS) - 1
-        per_round = {
-            "round_learning_rates": [
-                _PAPER_LEARNING_RATES[min(t, last)] for t in range(num_rounds)
-            ],
-            "round_betas": [_PAPER_BETAS[min(t, last)] for t in range(num_rounds)],
-        }
+        per_round = {}
+        for name, schedule in (("learning_rate", _PAPER_LEARNING_RATES), ("beta", _PAPER_BETAS)):
+            scale = overrides.get(name, schedule[0]) / schedule[0]
+            values = [schedule[min(t, len(schedule) - 1)] * scale for t in range(num_rounds)]
+            per_round[f"round_{name}s"] = values
         return cls(**{**_PAPER, **per_round, "num_rounds": num_rounds, **overrides})

@@ -22,6 +22,7 @@ from trl_selfplay.discriminator import (
     measure_heldout,
     save_scores,
 )
+from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.heldout import HeldOutScores, metric_prefixes
 from trl_selfplay.monitor import find_convergence
 from trl_selfplay.opponent import check_opponent, score_pairs, store_opponent
@@ -106,6 +107,7 @@ class SPINTrainer(DPOTrainer):
         _refuse_unused(ref_model, compute_metrics)
         refuse_optimizers(optimizers)
         check_adapters(model, peft_config)
+        _refuse_named_adapters(model)
         rows = load_chosen_rows(train_dataset, "train_dataset")
         heldout = load_heldout_sets(eval_dataset, rows, load_chosen_rows)
         tokenizer = load_processing_class(model, processing_class, args)
@@ -149,7 +151,8 @@ class SPINTrainer(DPOTrainer):
         play, args = self.self_play, self.args
         tokens = tokenize_chosen(play.formatter, rows, play.eos_token_ids, play.eos_token_id, name)
         self.chosen |= tokens
-        return drop_long_rows(rows, tokens, args.max_length, args.max_completion_length, name)
+        most = build_sampling_options(args, ()).max_completion_length
+        return drop_long_rows(rows, tokens, args.max_length, most, name)
 
     def train(
         self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
@@ -184,7 +187,7 @@ class SPINTrainer(DPOTrainer):
         self._play_heldout(round_index, folder)
         return PlayedRound(
             training_rows,
-            len(training_rows),
+            len(training_rows) if selection.kept else 0,  # earlier rounds' pairs alone are no round
             selection.funnel,
             tuple(rollouts),
             pair_metrics(rollouts, selection, self.chosen, len(training_rows)),
@@ -225,6 +228,14 @@ class SPINTrainer(DPOTrainer):
         return dataset
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Return the opponent's summed log-probs of both completions, asked once a round.
+
+        The opponent is the policy as it enters the round. A subclass may return those of another,
+        which the loss then compares with; margins then don't begin at 0, and aren't checked.
+        """
+        return self.compute_policy_log_probs(model, inputs)
+
+    def compute_policy_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """Return the summed log-probs of both completions under the model as it is now.
 
         The parent switches adapters off (or to "ref") unless it has a reference model. Here the
@@ -240,7 +251,8 @@ class SPINTrainer(DPOTrainer):
         """Check the opponent before the first step of a fresh round, then train as the parent."""
         round_index = self.run.round_index
         if round_index is not None and self._checked_round != round_index:
-            if self.state.global_step == 0:  # else the round goes on from a checkpoint
+            own = type(self).compute_ref_log_probs is SPINTrainer.compute_ref_log_probs
+            if own and self.state.global_step == 0:  # else it goes on from a checkpoint
                 check_opponent(self, model, inputs, round_index)
             self._checked_round = round_index
         return super().training_step(model, inputs, *args, **kwargs)
@@ -272,9 +284,8 @@ class SPINTrainer(DPOTrainer):
             pairs = self._heldout_pairs.get(name)
             if pairs is None or sets[name] is not self.self_play.heldout.get(name):
                 pairs = build_heldout_rows(sets[name], self.chosen, ())
-            measured, per_prompt = measure_heldout(
-                pairs, score_pairs(self, pairs), self.beta, set_prefix
-            )
+            logps = score_pairs(self, pairs, self.compute_policy_log_probs)
+            measured, per_prompt = measure_heldout(pairs, logps, self.beta, set_prefix)
             metrics |= measured
             first = per_prompt if first is None else first
         return HeldOutScores(metrics, first or {}, time.monotonic() - started)
@@ -330,6 +341,16 @@ class SPINTrainer(DPOTrainer):
     def describe_run(self) -> dict[str, Any]:
         """Return what must stay equal over all processes of one run."""
         return describe_trainer(self)
+
+
+def _refuse_named_adapters(model: Any) -> None:
+    """Raise ValueError for adapters of which the parent would not find the one that it copies."""
+    adapters = list(getattr(model, "peft_config", {}))
+    if adapters and "default" not in adapters:
+        raise ValueError(
+            f"the model's adapters are named {adapters}; TRL's DPOTrainer takes the one named "
+            "'default'. Load it with PeftModel.from_pretrained(base, path, is_trainable=True)."
+        )
 
 
 def _refuse_unused(ref_model: Any, compute_metrics: Any) -> None:
