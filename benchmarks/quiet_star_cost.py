@@ -2,6 +2,7 @@
 
 - split: a step of QuietSTaRTrainer: thoughts sampled without gradients, one forward with gradients
   over text and thoughts, attention split into text and own tokens.
+- recomputed: the same with activations recomputed in the backward pass, the trainer's default.
 - dense: the official code's scheme on the same model: a pass for each token of the thoughts over
   all columns, one growing cache and one growing mask, gradients through all passes, text and all
   repeated for each thought. Its head isn't the official one's fourfold copy in float32, and it
@@ -9,15 +10,18 @@
 - official, estimated: the bytes of what the official code keeps for the backward pass on this
   model, by formula: keys and values copied in each pass, masks, logits of each pass.
 
-Both steps draw the same thoughts and give the same loss, which is checked. A cell is a process of
+All steps draw the same thoughts and give the same loss, which is checked. The vocabulary is 16 or
+64 times the width: 85 times in SmolLM2-135M, 170 times in Qwen2.5-0.5B. A cell is a process of
 its own, for its peak, and a file under results/quiet_star_cost/; what is there is not measured
 again. Arms alternate:
 
     python benchmarks/quiet_star_cost.py
+    python benchmarks/quiet_star_cost.py --vocabularies 8192 --lengths 12
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import resource
@@ -46,11 +50,11 @@ from trl_selfplay.thoughts.sampling import (
 from trl_selfplay.thoughts.unrolled import ThoughtBatch, think_and_talk
 
 RESULTS = Path(__file__).parent / "results" / "quiet_star_cost"
-ARMS = ("split", "dense")
+ARMS = ("split", "recomputed", "dense")
+VOCABULARIES = (2048, 8192)
 TEXT_LENGTHS, THOUGHT_LENGTHS = (64, 128, 256, 512), (4, 8, 12)
 NUM_THOUGHTS, NUM_AHEAD = 2, 4
 SIZES: dict[str, int] = {
-    "vocab_size": 2048,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -62,10 +66,11 @@ SIZES: dict[str, int] = {
 LEAST_STEPS, LEAST_SECONDS = 2, 1.0
 
 
-def build_model(seed: int = 0) -> Any:
+def build_model(vocabulary: int, seed: int = 0) -> Any:
     """Return a random model whose mixing head has left zero, as after some training."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, bos_token_id=None, eos_token_id=None)).eval()
+    config = LlamaConfig(**SIZES, vocab_size=vocabulary, bos_token_id=None, eos_token_id=None)
+    model = LlamaForCausalLM(config).eval()
     attach_thought_module(model, None, scale=100.0, seed=seed)
     torch.nn.init.normal_(getattr(model, ATTRIBUTE).head[-1].weight, std=0.3)
     return model
@@ -78,7 +83,8 @@ def split_step(model: Any, ids: torch.Tensor, length: int, ahead: int = NUM_AHEA
     anchors = thinking.columns.repeat_interleave(NUM_THOUGHTS, dim=1)
     start = getattr(model, ATTRIBUTE).start_and_end()[0].detach()
     keys = thought_keys(thinking, NUM_THOUGHTS, 0, 0, "train", [0])
-    thoughts = sample_thoughts(model, start, ids, mask, anchors, length, keys)
+    thoughts = sample_thoughts(model.eval(), start, ids, mask, anchors, length, keys)
+    model.train()  # where recomputing is switched on; there is no dropout
     real = torch.ones_like(anchors, dtype=torch.bool)
     with thoughts_attend(model):  # over the backward pass, as in a training step
         outputs = think_and_talk(
@@ -149,7 +155,9 @@ def dense_step(model: Any, ids: torch.Tensor, length: int, ahead: int = NUM_AHEA
     return loss.item()
 
 
-def official_bytes(size: int, length: int, ahead: int = NUM_AHEAD, width: int = 4) -> int:
+def official_bytes(
+    vocabulary: int, size: int, length: int, ahead: int = NUM_AHEAD, width: int = 4
+) -> int:
     """Return the bytes that the official code would keep for the backward pass on this model.
 
     Keys and values are concatenated in each pass and each copy is kept: S(N + 1)(N + 2)/2 tokens
@@ -161,7 +169,7 @@ def official_bytes(size: int, length: int, ahead: int = NUM_AHEAD, width: int = 
     entries = NUM_THOUGHTS * size * passes * (passes + 1) // 2
     kv_width = SIZES["hidden_size"] * SIZES["num_key_value_heads"] // SIZES["num_attention_heads"]
     keys_and_values = 2 * SIZES["num_hidden_layers"] * kv_width * entries * width
-    logits = 2 * NUM_THOUGHTS * size * passes * SIZES["vocab_size"] * 4
+    logits = 2 * NUM_THOUGHTS * size * passes * vocabulary * 4
     masks = size * size * passes * width
     return keys_and_values + logits + masks
 
@@ -171,12 +179,14 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(arm: str, size: int, length: int) -> dict[str, Any]:
+def measure(arm: str, vocabulary: int, size: int, length: int) -> dict[str, Any]:
     """Time steps of one cell in this process; the peak is what a step adds to the built model."""
     torch.set_num_threads(1)
-    model = build_model()
-    ids = torch.randint(SIZES["vocab_size"], (1, size), generator=torch.Generator().manual_seed(1))
-    step = split_step if arm == "split" else dense_step
+    model = build_model(vocabulary)
+    ids = torch.randint(vocabulary, (1, size), generator=torch.Generator().manual_seed(1))
+    step = dense_step if arm == "dense" else split_step
+    if arm == "recomputed":
+        model.gradient_checkpointing_enable()
     step(model, ids[:, : NUM_AHEAD + 4], 1)  # what is set up once, gradients included
     before = peak_bytes()
     seconds: list[float] = []
@@ -194,13 +204,12 @@ def exponent(sizes: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def load_cells() -> dict[tuple[str, int, int], dict[str, float]]:
-    """Return medians over repeats of the cells that were measured, by (arm, S, n)."""
+def load_cells(vocabulary: int) -> dict[tuple[str, int, int], dict[str, float]]:
+    """Return medians over repeats of a vocabulary's cells, by (arm, S, n)."""
     found: dict[tuple[str, int, int], list[dict[str, float]]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        arm, size, length, _ = path.stem.split("-")
-        record = json.loads(path.read_text())
-        found.setdefault((arm, int(size), int(length)), []).append(record)
+    for path in sorted(RESULTS.glob(f"*-{vocabulary}-*-*-*.json")):
+        arm, _, size, length, _ = path.stem.split("-")
+        found.setdefault((arm, int(size), int(length)), []).append(json.loads(path.read_text()))
     return {
         cell: {k: median(r[k] for r in records) for k in records[0]}
         for cell, records in found.items()
@@ -209,76 +218,87 @@ def load_cells() -> dict[tuple[str, int, int], dict[str, float]]:
 
 def write_summary() -> None:
     """Write results/quiet_star_cost.md from the cells present."""
-    cells = load_cells()
     versions = ", ".join(f"{n} {version(n)}" for n in ("transformers", "torch"))
     text = [
         "# What thoughts cost",
         "",
-        f"Llama of {SIZES['num_hidden_layers']} layers, width {SIZES['hidden_size']}, vocabulary "
-        f"{SIZES['vocab_size']}; one text, {NUM_THOUGHTS} thoughts a token, {NUM_AHEAD} tokens ahead, "
-        f"float32, random weights of seed 0. {platform.machine()}, {platform.system()}, 1 CPU thread; "
-        f"{versions}; {datetime.date.today().isoformat()}. Script: `benchmarks/quiet_star_cost.py`, "
-        "which says what the arms are. Seconds a step, medians; memory is what a step adds at its "
-        "peak.",
-        "",
-        "| S | thought | split s | dense s | times | split MiB | dense MiB | share | official, estimated MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"Llama of {SIZES['num_hidden_layers']} layers, width {SIZES['hidden_size']}; one text, "
+        f"{NUM_THOUGHTS} thoughts a token, {NUM_AHEAD} tokens ahead, float32, random weights of seed "
+        f"0. {platform.machine()}, {platform.system()}, 1 CPU thread; {versions}; "
+        f"{datetime.date.today().isoformat()}. Script: `benchmarks/quiet_star_cost.py`, which says "
+        "what the arms are. Seconds a step, medians; memory is what a step adds at its peak, in MiB.",
     ]
-    differences = []
-    for size in TEXT_LENGTHS:
-        for length in THOUGHT_LENGTHS:
-            pair = [cells.get((arm, size, length)) for arm in ARMS]
-            if pair[0] is None or pair[1] is None:
-                continue
-            ours, dense = pair[0], pair[1]
-            differences.append(abs(ours["loss"] - dense["loss"]))
-            if differences[-1] > 1e-4:
-                raise RuntimeError(f"S={size}, n={length}: losses {ours['loss']}, {dense['loss']}")
-            text.append(
-                f"| {size} | {length} | {ours['seconds']:.2f} | {dense['seconds']:.2f} | "
-                f"{dense['seconds'] / ours['seconds']:.2f} | {ours['bytes'] / 2**20:.0f} | "
-                f"{dense['bytes'] / 2**20:.0f} | {ours['bytes'] / dense['bytes']:.2f} | "
-                f"{official_bytes(size, length) / 2**20:.0f} |"
-            )
-    text += ["", "Exponent of growth in S, of seconds and of memory; attention's is 2:", ""]
-    text += ["| thought | split s | dense s | split MiB | dense MiB |", "|---|---|---|---|---|"]
-    for length in THOUGHT_LENGTHS:
-        sizes = [s for s in TEXT_LENGTHS if all((arm, s, length) in cells for arm in ARMS)]
-        if len(sizes) > 1:
-            slopes = [
-                exponent(sizes, [cells[arm, s, length][key] for s in sizes])
-                for key in ("seconds", "bytes")
-                for arm in ARMS
-            ]
-            text.append(f"| {length} | {' | '.join(f'{slope:.2f}' for slope in slopes)} |")
-    if differences:
-        text += ["", f"Largest difference of the two losses: {max(differences):.1e}."]
+    for vocabulary in VOCABULARIES:
+        cells = load_cells(vocabulary)
+        text += ["", f"## Vocabulary of {vocabulary}", ""]
+        text += describe_cells(vocabulary, cells) if cells else ["Not measured."]
     RESULTS.with_suffix(".md").write_text("\n".join(text) + "\n")
+
+
+def describe_cells(
+    vocabulary: int, cells: dict[tuple[str, int, int], dict[str, float]]
+) -> list[str]:
+    """Return a vocabulary's tables: the cells, and how they grow."""
+    columns = [f"{arm} {unit}" for unit in ("s", "MiB") for arm in ARMS]
+    text = [
+        f"| S | thought | {' | '.join(columns)} | official, estimated MiB | dense / split s | "
+        "split / dense MiB | recomputed / dense MiB |",
+        "|---" * (6 + len(columns)) + "|",
+    ]
+    largest = 0.0
+    for size, length in sorted({cell[1:] for cell in cells}):
+        found = {arm: cells.get((arm, size, length)) for arm in ARMS}
+        losses = [record["loss"] for record in found.values() if record]
+        largest = max(largest, max(losses) - min(losses))
+        if largest > 1e-4:
+            raise RuntimeError(f"vocabulary {vocabulary}, S={size}, n={length}: losses {losses}")
+        values = [f"{r['seconds']:.2f}" if r else "" for r in found.values()]
+        values += [f"{r['bytes'] / 2**20:.0f}" if r else "" for r in found.values()]
+        values.append(f"{official_bytes(vocabulary, size, length) / 2**20:.0f}")
+        for one, two, key in (
+            ("dense", "split", "seconds"), ("split", "dense", "bytes"), ("recomputed", "dense", "bytes"),
+        ):  # fmt: skip
+            above, below = found[one], found[two]
+            values.append(f"{above[key] / below[key]:.2f}" if above and below else "")
+        text.append(f"| {size} | {length} | {' | '.join(values)} |")
+    text += ["", "Exponent of growth in S, of seconds and of memory; attention's is 2:", ""]
+    text += [f"| thought | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for length in sorted({cell[2] for cell in cells}):
+        slopes = []
+        for key in ("seconds", "bytes"):
+            for arm in ARMS:
+                sizes = sorted(s for a, s, n in cells if (a, n) == (arm, length))
+                values = [cells[arm, s, length][key] for s in sizes]
+                slopes.append(f"{exponent(sizes, values):.2f}" if len(sizes) > 1 else "")
+        text.append(f"| {length} | {' | '.join(slopes)} |")
+    return [*text, "", f"Largest difference of the losses: {largest:.1e}."]
 
 
 def main() -> None:
     """Measure what is missing, in alternation, and write the summary."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=list(VOCABULARIES[:1]))
     parser.add_argument("--sizes", type=int, nargs="+", default=list(TEXT_LENGTHS))
-    parser.add_argument("--cell", nargs=3, help="measure ARM S N here and print the record")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(THOUGHT_LENGTHS))
+    parser.add_argument("--cell", nargs=4, help="measure ARM V S N here and print the record")
     args = parser.parse_args()
     if args.cell:
-        arm, size, length = args.cell
-        print(json.dumps(measure(arm, int(size), int(length))))
+        arm, *numbers = args.cell
+        print(json.dumps(measure(arm, *map(int, numbers))))
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for repeat in range(args.repeats):
-        for size in args.sizes:
-            for length in THOUGHT_LENGTHS:
-                for arm in ARMS if repeat % 2 == 0 else ARMS[::-1]:
-                    path = RESULTS / f"{arm}-{size}-{length}-{repeat}.json"
-                    if path.exists():
-                        continue
-                    command = [sys.executable, __file__, "--cell", arm, str(size), str(length)]
-                    done = subprocess.run(command, check=True, capture_output=True, text=True)
-                    path.write_text(done.stdout.strip().splitlines()[-1])
-                    write_summary()
+    grid = itertools.product(range(args.repeats), args.vocabularies, args.sizes, args.lengths)
+    for repeat, vocabulary, size, length in grid:
+        for arm in ARMS if repeat % 2 == 0 else ARMS[::-1]:
+            path = RESULTS / f"{arm}-{vocabulary}-{size}-{length}-{repeat}.json"
+            if path.exists():
+                continue
+            cell = [arm, str(vocabulary), str(size), str(length)]
+            command = [sys.executable, __file__, "--cell", *cell]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            path.write_text(done.stdout.strip().splitlines()[-1])
+            write_summary()
     write_summary()
 
 

@@ -51,7 +51,7 @@ from trl_selfplay.weights import copy_into
 RESULTS = Path(__file__).parent / "results" / "spin"
 ARMS = ("spin", "sft_steps", "sft_time", "base_opponent", "greedy")
 TUNING_SEED = 100
-RATES = {"sft_steps": (5e-4, 1e-3, 2e-3), "sft_time": (5e-4, 1e-3, 2e-3)}
+RATES = dict.fromkeys(("sft_steps", "sft_time"), (1.25e-4, 2.5e-4, 5e-4, 1e-3))
 
 
 class TimedTrainer(SPINTrainer):
@@ -274,16 +274,16 @@ def write_summary() -> None:
         "over seeds. Log-probability: nats a token of the data's completions. Win rate: against the "
         "opponent of the round. Right: greedy, right result in the data's style.",
         "",
-        "| arm | after round | seeds | log-probability | win rate | right | steps | CPU seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| arm | after round | seeds | log-probability | win rate | right | pairs trained on, measured | steps | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     before = [record["before"] for record in found["spin"].values()]
     logps = spread([b["eval"]["eval_logps"] for b in before])
     right = spread([b["right"] for b in before])
-    text.append(f"| untrained | | {len(before)} | {logps} | | {right} | | |")
+    text.append(f"| untrained | | {len(before)} | {logps} | | {right} | | | |")
     for arm, records in found.items():
         if not records:
-            text.append(f"| {arm} | | not measured | | | | | |")
+            text.append(f"| {arm} | | not measured | | | | | | |")
         for index in range(max((len(r["rounds"]) for r in records.values()), default=0)):
             entries = [r["rounds"][index] for r in records.values() if len(r["rounds"]) > index]
             wins = [e["eval"]["eval_win_rate"] for e in entries if "eval_win_rate" in e["eval"]]
@@ -291,6 +291,7 @@ def write_summary() -> None:
                 f"| {arm} | {index} | {len(entries)} | "
                 f"{spread([e['eval']['eval_logps'] for e in entries])} | "
                 f"{spread(wins) if wins else ''} | {spread([e['right'] for e in entries])} | "
+                f"{describe_pairs(entries)} | "
                 f"{fmean(e['steps'] for e in entries):.0f} | "
                 f"{fmean(e['seconds'] for e in entries):.0f} |"
             )
@@ -334,6 +335,14 @@ def reported(arm: str) -> dict[int, dict[str, Any]]:
         if seed != TUNING_SEED:
             records[seed] = json.loads(path.read_text())
     return records
+
+
+def describe_pairs(entries: list[dict[str, Any]]) -> str:
+    """Return how many pairs a round was trained and measured on, means over seeds."""
+    if not all("examples" in entry for entry in entries):
+        return ""
+    trained = fmean(entry["examples"] for entry in entries)
+    return f"{trained:.0f}, {fmean(entry['eval']['eval_pairs'] for entry in entries):.0f}"
 
 
 def spread(values: list[float]) -> str:

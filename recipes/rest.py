@@ -17,7 +17,7 @@ Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
         --dataset_name trl-lib/DeepMath-103K \
         --reward_model_name_or_path Skywork/Skywork-Reward-V2-Qwen3-0.6B \
         --eval_reward_funcs math_reward --start_from previous \
-        --threshold_kind percentile --improve_thresholds 50 75 90 --max_per_prompt 4 \
+        --threshold_kind percentile --improve_thresholds 50 75 90 --max_per_prompt 32 \
         --few_shot_in_training false --output_dir rest
 """
 

@@ -57,13 +57,12 @@ def load_chosen_rows(dataset: Any, name: str) -> list[PromptRow]:
     if form is None:
         raise ValueError(
             f"`{name}` has no completions to learn from; its columns are {dataset.column_names}. "
-            "SPIN needs the data's completion for each prompt: the columns `prompt` and "
+            "Each prompt needs the data's completion: the columns `prompt` and "
             "`completion`, `messages` that end with an assistant turn, or `prompt` and `chosen`."
         )
     if "rejected" in columns:
         logger.warning(
-            "%s: the column `rejected` is not used; SPIN's rejected completions are those that the "
-            "model itself samples in each round.",
+            "%s: the column `rejected` is not used; only the data's own completions are.",
             name,
         )
     if len(dataset) == 0:
@@ -116,8 +115,8 @@ def _split(
             )
     if not isinstance(text, str) or not text.strip():
         raise ValueError(
-            f"{where}: the completion is {text!r}. SPIN raises the probability of the data's "
-            "completions: drop rows that have none."
+            f"{where}: the completion is {text!r}. The data's completions are learnt from: drop "
+            "rows that have none."
         )
     return prompt, completion
 

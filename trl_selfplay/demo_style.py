@@ -22,9 +22,9 @@ from trl_selfplay.report import plot_rounds
 STYLE_SETTINGS: dict[str, Any] = {
     "output_dir": "spin-demo",
     "num_rounds": 3,
-    "num_prompts_per_round": 24,
-    # Twice the data's completions: a quarter of the untrained model's are longer and lost.
-    "max_completion_length": 40,
+    "num_prompts_per_round": 32,
+    # Almost three times the data's completions: the untrained model's that are longer are lost.
+    "max_completion_length": 56,
     "max_length": 128,
     "max_steps": 12,
     "per_device_train_batch_size": 2,
@@ -51,7 +51,7 @@ _SMOKE_SETTINGS: dict[str, Any] = {
     "num_prompts_per_round": 8,
     "on_empty_round": "stop",
 }
-NUM_TRAIN, NUM_HELD_OUT, _NUM_HELD_OUT_SMOKE = 128, 24, 8
+NUM_TRAIN, NUM_HELD_OUT, _NUM_HELD_OUT_SMOKE = 128, 32, 8
 
 
 def build_questions(count: int, seed: int) -> list[dict[str, Any]]:

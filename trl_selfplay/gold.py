@@ -8,7 +8,7 @@ RFT, arXiv 2308.01825, section 3.3 (gold completions and accepted samples togeth
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +70,21 @@ def load_gold(
     rows: dict[str, PromptRow] = {}
     counts: dict[str, int] = {}
     for row in chosen:
-        prompt_row = twins.get(canonical_prompt(row.prompt)) or _own_row(dataset, row)
+        prompt_row = twins.get(canonical_prompt(row.prompt)) or _own_row(
+            dataset, row, train_rows[0].columns
+        )
         if needs_solutions and prompt_row.solution is None:
             raise ValueError(
                 f"`{name}` row {row.row_index} has a prompt that is not in `train_dataset`, and no "
                 "`solution`: with improve_thresholds gold completions are graded like any other. "
                 "Add the column `solution`, or leave such rows out."
+            )
+        missing = sorted(train_rows[0].columns.keys() - prompt_row.columns.keys())
+        if needs_solutions and missing:
+            raise ValueError(
+                f"`{name}` row {row.row_index} has a prompt that is not in `train_dataset`, and not "
+                f"its columns {missing}, which the reward functions get. Add them, or leave such "
+                "rows out."
             )
         prompt_id = prompt_row.prompt_id
         rows[prompt_id] = prompt_row
@@ -99,11 +108,11 @@ def load_gold(
     return Gold(tuple(sorted(rollouts, key=lambda r: (r.prompt_id, -r.sample_index))), rows)
 
 
-def _own_row(dataset: Dataset, row: PromptRow) -> PromptRow:
+def _own_row(dataset: Dataset, row: PromptRow, train_columns: Collection[str]) -> PromptRow:
     """Return the row of a prompt that is no training prompt."""
     record = dataset[row.row_index]
     solution = record.get("solution")
-    columns = {key: value for key, value in record.items() if key != "prompt"}
+    columns = {k: v for k, v in record.items() if k in train_columns}
     prompt_id = hash_prompt(row.prompt, solution)
     return PromptRow(prompt_id, row.prompt, solution, columns, row.row_index)
 
@@ -119,7 +128,10 @@ def grade_gold(gold: Gold, collector: Collector) -> list[Rollout]:
 def draw_gold(
     rollouts: Sequence[Rollout], ratio: float | None, num_selected: int, seed: int
 ) -> list[Rollout]:
-    """Return the gold completions that a round trains on, none of them twice.
+    """Return the gold completions that a round trains on, none of them twice, the best first.
+
+    Of equally good ones a lot decides that depends on nothing but the seed and the completion, so
+    that what a higher threshold of ReST draws is part of what a lower one does.
 
     Args:
         rollouts: Those to draw from.
@@ -129,5 +141,9 @@ def draw_gold(
     """
     if ratio is None or (count := round(ratio * num_selected)) >= len(rollouts):
         return list(rollouts)
-    ordered = sorted(rollouts, key=lambda r: (r.prompt_id, -r.sample_index))
-    return random.Random(f"gold/{seed}").sample(ordered, count)
+
+    def rank(rollout: Rollout) -> tuple[float, float]:
+        lot = random.Random(f"gold/{seed}/{rollout.prompt_id}/{rollout.sample_index}").random()
+        return -(rollout.reward or 0.0), lot
+
+    return sorted(rollouts, key=rank)[:count]

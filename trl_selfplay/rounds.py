@@ -195,7 +195,8 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
     has_initial_weights = run.initial_weights.exists()
     trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     if trainer.is_world_process_zero():
-        check_identity(trainer.describe_run(), run.root / "config.json", len(run.lines))
+        begun = -(-len(run.lines) // run.improve_steps)  # Grow steps, by which values are given
+        check_identity(trainer.describe_run(), run.root / "config.json", begun)
     trainer.accelerator.wait_for_everyone()
     if has_initial_weights or run.was_opened:  # training, here or elsewhere, has changed them
         trainer.reload_initial_weights()
@@ -299,7 +300,6 @@ def _finish_round(
     if scores is not None:
         trainer.log(dict(scores.metrics))
         _warn_sharpening(run, round_index, getattr(args, "reward_threshold", 1.0))
-    rates = [log["learning_rate"] for log in state.log_history if "learning_rate" in log]
     line: dict[str, Any] = {
         "round": round_index,
         **played.details,
@@ -317,7 +317,7 @@ def _finish_round(
         },
         "examples": played.num_examples,
         "steps": state.global_step,
-        "learning_rate": max(rates, default=args.learning_rate),
+        "learning_rate": _settings_of_round(trainer, round_index)["learning_rate"],
     }
     if round_index == 0 and before is not None:
         line["eval_before"] = before.metrics

@@ -70,7 +70,7 @@ def check_identity(described: Mapping[str, Any], path: Path, num_finished: int) 
     Args:
         described: From `describe_run`.
         path: Of the record.
-        num_finished: Rounds that are finished; per-round values before that must not change.
+        num_finished: Rounds whose values were used; per-round values before that must not change.
 
     Raises:
         ValueError: With each differing field, its value on disk and its value now.

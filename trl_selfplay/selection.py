@@ -52,6 +52,7 @@ def select(
     seed: int,
     is_correct: Callable[[Rollout], bool] | None = None,
     history: Sequence[Rollout] = (),
+    beside: Sequence[Rollout] = (),
     best_first: bool = False,
 ) -> Selection:
     """Select one round's rollouts to train on.
@@ -72,6 +73,8 @@ def select(
         history: What earlier rounds selected, the newest round first. Those that repeat a newer
             one are left out, whatever `normal_form`; the others join the new ones before the cap
             is applied, and are counted apart.
+        beside: What is trained on in any case; a rollout with the normal form of one of these, of
+            its prompt, is a duplicate.
         best_first: Of duplicates the one with the highest reward stays, and the cap keeps the
             highest rewards, so that what a higher threshold selects is part of what a lower one
             does.
@@ -104,11 +107,13 @@ def select(
             candidates.setdefault(rollout.prompt_id, []).append(rollout)
     form = normal_form or default_normal_form
     seen = {(r.prompt_id, form(r.completion)) for same in candidates.values() for r in same}
+    given = {(r.prompt_id, form(r.completion)) for r in beside} if normal_form else set()
     earlier: list[Rollout] = []
     for rollout in history:
         if not is_correct(rollout) or (fits is not None and not fits(rollout)):
             continue
-        if (key := (rollout.prompt_id, form(rollout.completion))) not in seen:
+        key = (rollout.prompt_id, form(rollout.completion))
+        if key not in seen or (best_first and normal_form):  # among duplicates the best stays
             seen.add(key)
             earlier.append(rollout)
             candidates.setdefault(rollout.prompt_id, []).append(rollout)
@@ -120,8 +125,10 @@ def select(
                 key=lambda r: -(r.reward or 0.0)
             )  # stable: of equal ones the first stays
         distinct, duplicates = _split_duplicates(same_prompt, normal_form)
+        repeats = [r for r in distinct if (r.prompt_id, form(r.completion)) in given]
+        distinct = [r for r in distinct if r not in repeats]
         capped = _over_cap(distinct, max_per_prompt, seed, newest, best_first)
-        dropped |= {id(r): "duplicate" for r in duplicates}
+        dropped |= {id(r): "duplicate" for r in (*duplicates, *repeats)}
         dropped |= {id(r): "capped" for r in capped}
     outcomes |= {_key(r): dropped[id(r)] for r in ordered if id(r) in dropped}
     added = tuple(r for r in earlier if id(r) not in dropped)

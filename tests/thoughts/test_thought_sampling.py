@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from trl_selfplay.thoughts.backbone import token_log_probs
+from trl_selfplay.thoughts.backbone import describe_predictions, token_log_probs
 from trl_selfplay.thoughts.mixing import ATTRIBUTE, ThoughtModule, barred_token_ids
 from trl_selfplay.thoughts.sampling import (
     can_think,
@@ -112,12 +112,13 @@ def test_log_probs_do_not_depend_on_how_many_logits_exist_at_once(rows, family_m
     logits = torch.tanh(model.get_output_embeddings()(states) / 2.0) * 2.0 / 0.7
     logits = logits.index_fill(1, torch.tensor([12]), float("-inf"))
     dense = logits.log_softmax(-1)
-    torch.testing.assert_close(ours[0], dense[torch.arange(10), targets])
-    assert torch.equal(ours[2], logits.argmax(-1) == targets)
-    p = dense.exp()
-    torch.testing.assert_close(ours[1], -(p * dense.nan_to_num(neginf=0.0)).sum(-1))
+    torch.testing.assert_close(ours, dense[torch.arange(10), targets])
+    entropies, hits = describe_predictions(model, states, targets)
+    plain = (torch.tanh(model.get_output_embeddings()(states) / 2.0) * 2.0).log_softmax(-1)
+    assert torch.equal(hits, plain.argmax(-1) == targets)
+    torch.testing.assert_close(entropies, -(plain.exp() * plain).sum(-1))
     weight = model.get_output_embeddings().weight
-    mine = torch.autograd.grad(ours[0].sum(), [states, weight], retain_graph=True)
+    mine = torch.autograd.grad(ours.sum(), [states, weight], retain_graph=True)
     other = torch.autograd.grad(dense[torch.arange(10), targets].sum(), [states, weight])
     for a, b in zip(mine, other, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -277,11 +277,17 @@ def test_all_samples_below_the_first_threshold_is_an_empty_round(build_rest) -> 
         trainer.train()
 
 
-def test_thresholds_between_rewards_of_0_and_1_warn(build_rest, caplog) -> None:
-    """RE-11."""
+def test_improve_steps_that_repeat_each_other_warn(build_rest, caplog) -> None:
+    """RE-11: here because all rewards are 0 or 1."""
     build_rest(reward_funcs=contains_solution, num_rounds=1).train()
-    assert "all rewards are 0 or 1" in caplog.text
-    assert "0.3, 0.6" in caplog.text
+    assert "round 1: this Improve step selects the same" in caplog.text
+
+
+def test_improve_steps_that_differ_do_not_warn(build_rest, caplog) -> None:
+    """RE-11: no filter and then one, though all rewards are 0 or 1."""
+    levels = [float("-inf"), 0.5]
+    build_rest(reward_funcs=contains_solution, num_rounds=1, improve_thresholds=levels).train()
+    assert "selects the same" not in caplog.text
 
 
 def test_no_filter_selects_everything_that_ended(build_rest) -> None:
@@ -316,7 +322,7 @@ def test_rft_trains_the_base_on_gold_and_accepted_paths(
     assert (line["sampled_from"], line["trained_from"]) == ("warm-up", "base")
     rows = Counter(tuple(ids) for ids in read_rows(trainer, 0)["input_ids"])
     for rollout in trainer.gold.rollouts:
-        assert rows[(*rollout.prompt_ids, *rollout.completion_ids)] >= 1
+        assert rows[(*rollout.prompt_ids, *rollout.completion_ids)] == 1
     assert sum(rows.values()) == line["funnel"]["kept"] + 5
 
 

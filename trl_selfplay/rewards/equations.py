@@ -22,6 +22,8 @@ _IN_LINE = re.compile(
     r"[-+$€£(\d][-+*/×÷·xX%$€£().,\d \t]{0,120}(?:=[-+*/×÷·xX%$€£().,\d \t]{1,120}){1,20}"
 )
 _TOKEN = re.compile(r"(\d+(?:\.\d+)?|\.\d+)|([-+*/()%])")
+_SENTENCE_END = re.compile(r"[.,](?=\s)")
+_COMPUTES = re.compile(r"[\d)%]\s*[-+*/×÷·xX]")
 _GROUPED = re.compile(r"(?<=\d),(?=\d{3})")
 _OPERATORS = str.maketrans(
     {"×": "*", "·": "*", "x": "*", "X": "*", "÷": "/", "$": "", "€": "", "£": ""}
@@ -41,12 +43,25 @@ def find_equations(text: str) -> list[str]:
     ['48/2=24', '48 + 24 = 72']
     >>> find_equations("She has 40 + 32 = 72 clips.")
     ['40 + 32 = 72']
+    >>> find_equations("40 + 32 = 72, 72 - 10 = 60.")
+    ['40 + 32 = 72', '72 - 10 = 60']
     """
     if marked := _MARKED.findall(text):
         return [equation for equation in marked if equation.strip()]
+    found: list[str] = []
+    for match in _IN_LINE.findall(text):
+        equation = _trim(match)
+        if _is_readable(equation):
+            found.append(equation)
+        else:  # several equations, or a list of numbers before one
+            parts = map(_trim, _SENTENCE_END.split(match))
+            found += [p for p in parts if _is_readable(p) and _COMPUTES.search(p)]
+    return found
+
+
+def _trim(equation: str) -> str:
     # A full stop or comma behind the last number ends the sentence, not the number.
-    found = [match.strip(" \t.,xX") for match in _IN_LINE.findall(text)]
-    return [equation for equation in found if _is_readable(equation)]
+    return equation.strip(" \t.,xX")
 
 
 def _is_readable(equation: str) -> bool:

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trl_selfplay.thoughts.layout import ThoughtLayout
 
-# Logits that exist at once, in elements: 64 MiB in float32 on a CPU, 512 MiB elsewhere.
-CPU_CHUNK_LOGITS = 1 << 24
+# Logits that exist at once, in elements: 4 MiB in float32 on a CPU, 512 MiB elsewhere.
+CPU_CHUNK_LOGITS = 1 << 20
 DEVICE_CHUNK_LOGITS = 1 << 27
 
 
@@ -76,8 +76,8 @@ def token_log_probs(
     temperature: float = 1.0,
     barred: list[int] | None = None,
     rows: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Score tokens from the states that predict them.
+) -> torch.Tensor:
+    """Return the log-probs of tokens from the states that predict them, float32 (N,).
 
     Logits are computed for some rows at a time, and again in the backward pass.
 
@@ -88,10 +88,6 @@ def token_log_probs(
         temperature: What logits are divided by.
         barred: Tokens that are left out of the distribution.
         rows: Rows at a time; None chooses by the vocabulary's size.
-
-    Returns:
-        Log-probs of the targets, float32 (N,); without gradients the distributions' entropies in
-        nats, float32 (N,), and whether the target is the likeliest token, bool (N,).
     """
     config = model.config.get_text_config()
     rows = chunk_rows(config.vocab_size, states.device) if rows is None else rows
@@ -105,20 +101,35 @@ def token_log_probs(
             )
         else:
             parts.append(_score(*arguments))
-    log_probs, entropies, tops = (torch.cat(p) for p in zip(*parts, strict=True))
-    return log_probs, entropies, tops
+    return torch.cat(parts)
 
 
 def _score(
     model: Any, states: torch.Tensor, targets: torch.Tensor, temperature: float, barred: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-probs, entropies and hits of one chunk."""
+) -> torch.Tensor:
+    """Return the log-probs of one chunk."""
     logits = bar(project(model, states).float() / temperature, barred)
-    log_probs = logits.log_softmax(-1)
-    with torch.no_grad():
-        entropies = entropy(log_probs)
-        tops = logits.argmax(-1) == targets
-    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropies, tops
+    return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+@torch.no_grad()
+def describe_predictions(
+    model: Any, states: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the entropies of predictions in nats, float32 (N,), and whether they hit, bool (N,).
+
+    Args:
+        model: A causal language model without wrappers.
+        states: (N, d).
+        targets: Token ids, int64 (N,), which the likeliest token hits or not.
+    """
+    rows = chunk_rows(model.config.get_text_config().vocab_size, states.device)
+    entropies, hits = [], []
+    for first in range(0, max(len(states), 1), rows):
+        logits = project(model, states[first : first + rows]).float()
+        entropies.append(entropy(logits.log_softmax(-1)))
+        hits.append(logits.argmax(-1) == targets[first : first + rows])
+    return torch.cat(entropies), torch.cat(hits)
 
 
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trl_selfplay.thoughts.attention import thoughts_attend
-from trl_selfplay.thoughts.backbone import embed, last_states, token_log_probs
+from trl_selfplay.thoughts.backbone import describe_predictions, embed, last_states, token_log_probs
 from trl_selfplay.thoughts.layout import ThoughtLayout
 from trl_selfplay.thoughts.mixing import ATTRIBUTE, mix
 
@@ -105,25 +105,27 @@ def think_and_talk(
         states = unroll(model, input_ids, attention_mask, batch)
     real_text = attention_mask.bool()
     scored = real_text[:, :-1] & real_text[:, 1:]  # (B, S − 1)
-    base = token_log_probs(model, states.text[:, :-1][scored], input_ids[:, 1:][scored])
+    predicting, following = states.text[:, :-1][scored], input_ids[:, 1:][scored]
+    base = token_log_probs(model, predicting, following)
+    entropies, hits = describe_predictions(model, predicting, following)
     steps = torch.arange(n_true, device=input_ids.device)
     columns = batch.anchors[:, :, None] + steps  # (B, G, n_true)
     before = gather_columns(states.text, columns)
     after = states.blocks[:, :, num_thought_tokens + 1 :]  # from the end token on
     mixed, weights = mix(getattr(model, ATTRIBUTE), before, after)
     real = batch.is_real[:, :, None].expand(-1, -1, n_true)
-    talk, *_ = token_log_probs(model, mixed[real], gather_columns(input_ids, columns + 1)[real])
+    talk = token_log_probs(model, mixed[real], gather_columns(input_ids, columns + 1)[real])
     outputs = {
-        "base_log_probs": _scatter(base[0], scored),
-        "entropies": _scatter(base[1], scored),
-        "top1": _scatter(base[2].float(), scored),
+        "base_log_probs": _scatter(base, scored),
+        "entropies": _scatter(entropies, scored),
+        "top1": _scatter(hits.float(), scored),
         "talk_log_probs": _scatter(talk, real),
         "weights": weights * real,
     }
     thought = weights.new_zeros(batch.anchors.shape)
     if batch.scores_thoughts and num_thought_tokens:
         real = batch.is_real[:, :, None].expand(-1, -1, num_thought_tokens)
-        own, *_ = token_log_probs(
+        own = token_log_probs(
             model,
             states.blocks[:, :, :num_thought_tokens][real],
             batch.tokens[real],

@@ -186,20 +186,36 @@ def load_heldout_sets(
     if eval_dataset is None:
         return {}
     named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    trained_on = {canonical_prompt(row.prompt): row for row in train_rows}
-    sets = {}
-    for name, dataset in named.items():
-        label = f"eval_dataset[{name!r}]" if name else "eval_dataset"
-        sets[name] = load_rows(dataset, label)
-        shared = [row for row in sets[name] if canonical_prompt(row.prompt) in trained_on]
+    sets = {name: load_rows(dataset, _heldout_label(name)) for name, dataset in named.items()}
+    refuse_seen_heldout(sets, train_rows, "train_dataset")
+    return sets
+
+
+def _heldout_label(name: str) -> str:
+    return f"eval_dataset[{name!r}]" if name else "eval_dataset"
+
+
+def refuse_seen_heldout(
+    sets: Mapping[str, Sequence[PromptRow]], rows: Sequence[PromptRow], source: str
+) -> None:
+    """Raise ValueError if a held-out prompt is among those that are trained on.
+
+    Args:
+        sets: Held-out prompts by name.
+        rows: Those trained on.
+        source: What to call the dataset that they are from.
+    """
+    trained_on = {canonical_prompt(row.prompt): row for row in rows}
+    for name, heldout in sets.items():
+        label = _heldout_label(name)
+        shared = [row for row in heldout if canonical_prompt(row.prompt) in trained_on]
         if shared:
             twin = trained_on[canonical_prompt(shared[0].prompt)]
             raise ValueError(
-                f"{len(shared)} of {len(sets[name])} prompts of `{label}` are in `train_dataset` "
+                f"{len(shared)} of {len(heldout)} prompts of `{label}` are in `{source}` "
                 f"as well (row {shared[0].row_index} is row {twin.row_index} there). A held-out "
                 "score on them means nothing: remove them from one of the two."
             )
-    return sets
 
 
 def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[str]) -> Run:

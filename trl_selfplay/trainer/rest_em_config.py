@@ -148,6 +148,10 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        has_degrees = self.improve_thresholds is not None or self.loss_weighting == "reward"
+        if has_degrees and self.metric_for_best_model is None:
+            # A real-valued reward need never reach the threshold that accuracy counts by.
+            self.metric_for_best_model = "eval_mean_reward"
         super().__post_init__()
         self._check_improve_steps()
         self._check_weighting()

@@ -24,8 +24,8 @@ from trl_selfplay.rollouts import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.round_log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds import PlayedRound, run_rounds
 from trl_selfplay.row_weights import WEIGHT, WeightCollator, normalize_weights, weigh_log_probs
-from trl_selfplay.selection import select
-from trl_selfplay.self_play import load_history, load_samples
+from trl_selfplay.selection import Selection, select
+from trl_selfplay.self_play import load_history, load_kept, load_samples
 from trl_selfplay.thresholds import above_threshold
 from trl_selfplay.trainer import construction
 from trl_selfplay.trainer.rest_em_config import ReSTEMConfig
@@ -162,6 +162,8 @@ class ReSTEMTrainer(SFTTrainer):
         history, gold = load_history(self.run, earlier), self._score_gold()
         prompt_ids = self._prompt_ids(play.rows if earlier else rows)
         is_selected = self._selection_rule(round_index - grow, [*rollouts, *history, *gold])
+        if args.improve_thresholds is not None:
+            gold = [rollout for rollout in gold if is_selected(rollout)]
         selection = select(
             rollouts,
             reward_threshold=args.reward_threshold,
@@ -174,9 +176,8 @@ class ReSTEMTrainer(SFTTrainer):
             is_correct=is_selected,
             history=history,
             best_first=args.improve_thresholds is not None,
+            beside=gold if args.gold_ratio is None and args.loss_weighting == "filter" else (),
         )
-        if args.improve_thresholds is not None:
-            gold = [rollout for rollout in gold if is_selected(rollout)]
         num_own = len(selection.kept) + len(selection.history)
         gold = draw_gold(self._fitting(gold), args.gold_ratio, num_own, args.seed + grow)
         played = play.finish(
@@ -189,6 +190,7 @@ class ReSTEMTrainer(SFTTrainer):
             weighted=args.loss_weighting == "reward",
             metrics=play.watch_diversity(self.run, rollouts, self.normal_form),
         )
+        self._warn_repeated(selection, round_index - grow, round_index)
         return self._describe_improve(played, round_index - grow, grow)
 
     def _selection_rule(
@@ -205,18 +207,26 @@ class ReSTEMTrainer(SFTTrainer):
             return lambda rollout: rollout.passes(args.reward_threshold)
         return lambda rollout: not rollout.is_truncated and is_above(rollout)
 
+    def _warn_repeated(self, selection: Selection, improve: int, round_index: int) -> None:
+        """Warn of an Improve step that selects what the one before it did."""
+        if improve == 0 or not selection.kept:
+            return
+        before = load_kept(self.run.folder(round_index - 1))
+        if {(r.prompt_id, r.sample_index) for r in before if r.round_index >= 0} == {
+            (r.prompt_id, r.sample_index) for r in (*selection.kept, *selection.history)
+        }:
+            logger.warning(
+                "round %d: this Improve step selects the same %d completions as the one before, so "
+                "it repeats it. Use thresholds that are further apart, a reward that has more "
+                "degrees, or a higher max_per_prompt.",
+                round_index,
+                len(before),
+            )
+
     def _describe_improve(self, played: PlayedRound, improve: int, grow: int) -> PlayedRound:
         args = self.args
         if args.improve_thresholds is None:
             return played
-        distinct = {rollout.reward for rollout in played.rollouts}
-        if improve == 1 and distinct <= {0.0, 1.0, None} and args.threshold_kind == "value":
-            logger.warning(
-                "all rewards are 0 or 1: thresholds between them (%s) select the same completions, "
-                "so these Improve steps repeat each other. Use one threshold, or a reward that has "
-                "degrees.",
-                ", ".join(f"{level:g}" for level in args.improve_thresholds if 0.0 <= level < 1.0),
-            )
         return played.as_improve_step(
             grow // self.run.improve_steps, improve, args.improve_thresholds[improve],
             may_be_skipped=improve > 0 and args.on_empty_round == "stop",
@@ -226,7 +236,7 @@ class ReSTEMTrainer(SFTTrainer):
         if gold_dataset is None:
             return Gold((), {})
         play = self.self_play
-        return load_gold(
+        gold = load_gold(
             gold_dataset,
             play.rows,
             play.formatter,
@@ -234,6 +244,8 @@ class ReSTEMTrainer(SFTTrainer):
             play.eos_token_id,
             needs_solutions=self.args.improve_thresholds is not None,
         )
+        construction.refuse_seen_heldout(play.heldout, list(gold.rows.values()), "gold_dataset")
+        return gold
 
     def _score_gold(self) -> list[Rollout]:
         """Return the gold completions, graded once a run if thresholds are to filter them."""
