@@ -1,7 +1,7 @@
 """ReST^EM against TRL's GRPOTrainer: held-out accuracy against seconds, and peak memory.
 
 Both start from the same weights, sample as often (prompts x completions x rounds) for the same
-prompts with the same reward, temperature 1 and LoRA, and each has its learning rate chosen on the
+prompts with the same reward (0 for a cut completion), temperature 1 and LoRA, and each has its learning rate chosen on the
 selection prompts from the same ones; GRPO also its number of completions a prompt, at its best
 learning rate. The curve on the report prompts, which choose nothing, is reported whoever wins.
 Seconds are those of sampling, grading and training: neither loading nor evaluation counts, nor its
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from em_tasks import load_task, train_start
 from held_out_curve import Curve, held_out_accuracy
 
 from trl_selfplay.rollouts import save_text
@@ -54,8 +55,6 @@ TRAINING: dict[str, Any] = {
 def load_rows(args: argparse.Namespace) -> dict[str, Any]:
     """Return the training, selection and report prompts, and the worked answers of others."""
     if args.dataset is None:
-        from em_tasks import load_task
-
         task = load_task(args.task, args.seed)
         sets = {"train": task.train, "select": task.select, "report": task.report}
         sets["other"] = task.other
@@ -100,44 +99,18 @@ def start_folder(args: argparse.Namespace) -> str:
 def make_start(args: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune on worked answers of other prompts, merge, save; return the start's scores."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
 
     from trl_selfplay.demo import load_demo_model_path
 
     rows = load_rows(args)
     source = args.model or load_demo_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    eos = tokenizer.eos_token_id
-    examples = [{"input_ids": [eos, eos], "labels": [-100, eos]}]  # for the constructor
-    if args.warm_up_steps:
-        examples = []
-        for row in rows["other"]:
-            prompt = tokenizer(row["prompt"])["input_ids"]
-            ids = [*tokenizer(row["completion"])["input_ids"], eos]
-            examples.append({"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids})
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
-            AutoModelForCausalLM.from_pretrained(source, dtype=dtype()),
-            SFTConfig(
-                folder,
-                max_steps=args.warm_up_steps,
-                learning_rate=1e-3,
-                per_device_train_batch_size=4,
-                seed=args.seed,
-                bf16=torch.cuda.is_available(),
-                **TRAINING,
-            ),
-            train_dataset=Dataset.from_list(examples),
-            processing_class=tokenizer,
-            peft_config=lora(),
-        )
-        if args.warm_up_steps:
-            trainer.train()
-        scores = score_sets(trainer, rows, args, args.num_rounds)
+    any_row = [{"prompt": "?", "completion": "!"}]  # for a constructor whose trainer doesn't train
+    other = rows.get("other") or Dataset.from_list(any_row)
+    trainer = train_start(source, other, args.warm_up_steps, args.seed, dtype())
+    scores = score_sets(trainer, rows, args, args.num_rounds)
     if args.warm_up_steps:
         trainer.model.merge_and_unload().save_pretrained(start_folder(args))
-        tokenizer.save_pretrained(start_folder(args))
+        trainer.processing_class.save_pretrained(start_folder(args))
     return {"points": [{"samples": 0, "seconds": 0.0, **scores}]}
 
 
@@ -231,7 +204,7 @@ def build_grpo(
         )
     trainer = GRPOTrainer(
         start_folder(args),
-        reward_funcs=load_reward_func(args.reward),
+        reward_funcs=reward_if_ended(load_reward_func(args.reward), start_folder(args)),
         args=GRPOConfig(
             folder,
             num_generations=num,
@@ -250,6 +223,22 @@ def build_grpo(
         peft_config=lora(),
     )
     return trainer, steps
+
+
+def reward_if_ended(reward: Any, model: str) -> Any:
+    """Return the reward, 0 for completions that were cut, as ReST^EM and the held-out scores see it."""
+    from transformers import AutoTokenizer
+
+    eos = AutoTokenizer.from_pretrained(model).eos_token_id
+
+    def ended_reward(completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+        scores = reward(completions=completions, completion_ids=completion_ids, **columns)
+        return [
+            float(score or 0.0) if ids[-1:] == [eos] else 0.0
+            for score, ids in zip(scores, completion_ids, strict=True)
+        ]
+
+    return ended_reward
 
 
 def name_of(method: str, rate: float, num: int) -> str:

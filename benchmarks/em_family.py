@@ -1,19 +1,21 @@
 """Do ReST^EM, ReST and RFT help, and is it the filter that does? With controls, on two tasks.
 
-The tasks are in em_tasks.py: 32 training prompts. Every arm that trains has the same LoRA and the
-same number of optimizer steps in all (32 of 4 examples); the first five sample as often (512
-times):
+The tasks are in em_tasks.py: 32 training prompts. Every arm begins with the model after 8 steps on
+worked answers of other prompts, the "start", since SmolLM2 itself is hardly ever right. Every arm
+that trains has the same LoRA, and its reported weights are 32 optimizer steps of 4 examples away
+from the start; the first five sample as often (512 times):
 
-- rest_em: 2 rounds of 8 samples a prompt, each trained from the base.
-- rest: 2 Grow steps of 8 samples a prompt, each followed by 2 Improve steps that go on; the reward
+- rest_em: 2 rounds of 8 samples a prompt, each trained from the start.
+- rest: 2 Grow steps of 8 samples a prompt, each followed by 2 Improve steps of 8 training steps
+  that go on, at half of the others' learning rate and half of that again in the second; the reward
   has degrees, those of the task. Without ReST's first step on human data.
-- rft: one round of 16 samples a prompt from a model fine-tuned on gold for half of the steps; the
-  base is fine-tuned on gold and on what was right for the other half.
+- rft: one round of 16 samples a prompt from a model fine-tuned on gold; the start is fine-tuned on
+  gold and on what was right in another form.
 - unfiltered: rest_em trained on everything that ended by itself, right or wrong.
-- one_round_all_samples: ReST^EM's one round with the samples and steps of both.
-- round0_data: what rest_em's first round kept, trained on for the steps of both rounds.
-- gold: worked answers of the training prompts, trained on for the steps of both rounds.
-- untrained: the base with four examples in the prompt, and without.
+- one_round_all_samples: ReST^EM's one round with the samples of both.
+- round0_data: what rest_em's first round kept, trained on once more with another order of rows.
+- gold: worked answers of the training prompts.
+- untrained: the start, with four examples in the prompt and without.
 
 No held-out prompt chooses anything: scores are those of the last round, and of each round on the
 way there. pass@k is of 8 samples at temperature 1. An arm, task and seed is a process of its own
@@ -39,7 +41,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from em_tasks import TASKS, load_task
+from em_tasks import START_RATE, TASKS, load_start, load_task
 
 from trl_selfplay.rollouts import save_text
 
@@ -49,10 +51,9 @@ ARMS = (
     "rest_em", "rest", "rft", "unfiltered", "one_round_all_samples", "round0_data", "gold",
     "untrained",
 )  # fmt: skip
-NUM_ROUNDS, NUM_GENERATIONS, STEPS_A_ROUND, MAX_PER_PROMPT = 2, 8, 16, 4
-TOTAL_STEPS = NUM_ROUNDS * STEPS_A_ROUND
+NUM_ROUNDS, NUM_GENERATIONS, STEPS, MAX_PER_PROMPT = 2, 8, 32, 4
+START_STEPS = 8
 NUM_REPORT, NUM_SAMPLED, NUM_SAMPLES = 64, 16, 8
-ONE_ROUND = {"num_rounds": 1, "max_steps": TOTAL_STEPS}
 # What each arm changes in rest_em's settings.
 CHANGES: dict[str, dict[str, Any]] = {
     "rest_em": {},
@@ -60,25 +61,23 @@ CHANGES: dict[str, dict[str, Any]] = {
         "improve_thresholds": [0.3, 0.6],  # the first above the mean reward of the samples
         "start_from": "previous",
         "max_per_prompt": None,
-        "max_steps": STEPS_A_ROUND // 2,
+        "max_steps": STEPS // (2 * NUM_ROUNDS),
         "learning_rate": 1e-3,
     },
     "rft": {
         "num_rounds": 1,
         "num_generations": NUM_ROUNDS * NUM_GENERATIONS,
-        "max_steps": TOTAL_STEPS // 2,
         "warm_up_on_gold": True,
-        "few_shot_rounds": 0,
         "max_per_prompt": None,
     },
     "unfiltered": {"reward_threshold": 0.0},
     "one_round_all_samples": {
-        **ONE_ROUND,
+        "num_rounds": 1,
         "num_generations": NUM_ROUNDS * NUM_GENERATIONS,
         "max_per_prompt": NUM_ROUNDS * MAX_PER_PROMPT,
     },
-    "round0_data": ONE_ROUND,
-    "gold": ONE_ROUND,
+    "round0_data": {"num_rounds": 1},
+    "gold": {"num_rounds": 1},
     "untrained": {},
 }
 
@@ -101,7 +100,8 @@ def build_trainer(
         "num_rounds": NUM_ROUNDS,
         "num_generations": NUM_GENERATIONS,
         "max_per_prompt": MAX_PER_PROMPT,
-        "max_steps": STEPS_A_ROUND,
+        "max_steps": STEPS,
+        "few_shot_rounds": 0,
         "top_k": 0,
         "max_completion_length": task.max_completion_length,
         "on_empty_round": "stop",
@@ -116,7 +116,7 @@ def build_trainer(
     if arm == "rft":
         arguments["normal_form"] = reasoning_path
     trainer = trainer_class(arm, record_path(results, task_name, "rest_em", seed), seed)(
-        demo.load_demo_model_path(),
+        load_start(task_name, seed, START_STEPS),
         ReSTEMConfig(**settings),
         train_dataset=task.train.select_columns(["prompt", "solution"]),
         few_shot_examples=task.few_shot,
@@ -245,7 +245,8 @@ def write_summary(results: Path) -> None:
     lines = [
         "# The EM family with its controls",
         "",
-        f"SmolLM2-135M-Instruct, LoRA, float32, {TOTAL_STEPS} steps of 4 in every arm. "
+        f"SmolLM2-135M-Instruct after {START_STEPS} steps at {START_RATE:g} on worked answers of "
+        f"other prompts; LoRA, float32; {STEPS} steps of 4 lead to the weights of every arm. "
         f"{platform.machine()}, {platform.system()}, CPU threads {threads}; {versions}; "
         f"{datetime.date.today().isoformat()}. Script: `benchmarks/em_family.py`, which says what "
         f"the arms are. Accuracy is greedy on {NUM_REPORT} held-out prompts; pass@k and the share "
@@ -272,21 +273,22 @@ def describe_task(records: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
     """Return a task's tables: over seeds, and by round."""
     names = ("accuracy", "pass@1", f"pass@{NUM_SAMPLES}", "distinct")
     lines = [
-        f"| arm | seeds | {' | '.join(names)} | training minutes |",
-        "|---|---|---|---|---|---|---|",
+        f"| arm | seeds | {' | '.join(names)} | learning rate | minutes of sampling and training |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
         found = [r for (a, _), r in records.items() if a == arm]
         if not found:
-            lines.append(f"| {arm} | 0 | not measured | | | | |")
+            lines.append(f"| {arm} | 0 | not measured | | | | | |")
             continue
         cells = " | ".join(spread([r["by_round"][-1][n] for r in found]) for n in names)
         minutes = fmean(r["train_minutes"] for r in found)
-        lines.append(f"| {arm} | {len(found)} | {cells} | {minutes:.1f} |")
+        rates = {f"{line['learning_rate']:g}": None for r in found for line in r["lines"]}
+        lines.append(f"| {arm} | {len(found)} | {cells} | {', '.join(rates)} | {minutes:.1f} |")
         if arm == "untrained":
-            lines[-1] = f"| {arm} | {len(found)} | {cells} | |"
+            lines[-1] = f"| {arm} | {len(found)} | {cells} | | |"
             cells = " | ".join(spread([r["few_shot"][n] for r in found]) for n in names)
-            lines.append(f"| {arm}, four examples in the prompt | {len(found)} | {cells} | |")
+            lines.append(f"| {arm}, four examples in the prompt | {len(found)} | {cells} | | |")
     lines += [
         "",
         "By round (of ReST by Grow step), each seed. Selected: examples that a training saw.",

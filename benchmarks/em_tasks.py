@@ -1,12 +1,15 @@
-"""The tasks of em_family.py and against_grpo.py: prompts, solutions, worked answers.
+"""The tasks of em_family.py and against_grpo.py, and the weights that their runs start from.
 
 In: a name and a seed. Out: disjoint sets of prompts of one reasoning-gym task, for a model of 135 M
 parameters, and a reward with degrees. `reversal` is the demo's own task with its own prompts;
 `sums` adds and subtracts three numbers of two digits, step by step.
 """
 
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -20,6 +23,9 @@ TASKS = {
 NUM_FEW_SHOT, NUM_TRAIN, NUM_OTHER, NUM_SELECT, NUM_REPORT = 4, 32, 64, 64, 200
 # Far from the seeds of demo.py, and from each other: row i of a dataset is made from seed + i.
 _FIRST_SEED, _SEED_STRIDE = 3_000_000, 10_000
+
+
+START_RATE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +134,58 @@ def share_of_lines(
         right = sum(a.strip() == b for a, b in zip(found, lines, strict=False))
         scores.append(right / max(len(lines), len(found)))
     return scores
+
+
+def train_start(source: str, rows: Dataset, steps: int, seed: int, dtype: str = "float32") -> Any:
+    """Fine-tune a model for a few steps on worked answers; return the trainer.
+
+    A model that is never right teaches no method anything.
+
+    Args:
+        source: The model's name or folder.
+        rows: Columns prompt and completion.
+        steps: Steps of 4 rows, at a constant learning rate of `START_RATE`; 0 trains nothing.
+        seed: Of the order of rows and of the adapter.
+        dtype: Of the weights.
+    """
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    eos = tokenizer.eos_token_id
+    examples = []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = [*tokenizer(row["completion"])["input_ids"], eos]
+        examples.append({"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids})
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(source, dtype=dtype),
+            SFTConfig(
+                folder, max_steps=max(steps, 1), learning_rate=START_RATE, seed=seed,
+                per_device_train_batch_size=4, lr_scheduler_type="constant", save_strategy="no",
+                report_to=[], disable_tqdm=True, activation_checkpointing=False,
+                bf16=torch.cuda.is_available(),
+            ),
+            train_dataset=Dataset.from_list(examples),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**demo.DEMO_LORA),
+        )  # fmt: skip
+        if steps:
+            trainer.train()
+    return trainer
+
+
+def load_start(task_name: str, seed: int, steps: int) -> str:
+    """Return the folder of a task's start, made once and kept in the user's cache."""
+    source = Path(demo.load_demo_model_path())
+    folder = source.parent / f"start-{source.name}-{task_name}-{steps}-{seed}"
+    if not folder.exists():
+        trainer = train_start(str(source), load_task(task_name, seed).other, steps, seed)
+        with tempfile.TemporaryDirectory(dir=source.parent) as temporary:
+            trainer.model.merge_and_unload().save_pretrained(temporary)
+            trainer.processing_class.save_pretrained(temporary)
+            shutil.copytree(temporary, folder)
+    return str(folder)

@@ -344,3 +344,31 @@ def test_a_described_funnel_names_every_loss_on_one_line() -> None:
         "20 mentions_hint), 2 too long, 8 duplicates, 5 over the cap; 40 of 100 prompts solved "
         "without hint"
     )
+
+
+def test_what_a_higher_threshold_selects_is_part_of_what_a_lower_one_does_with_history() -> None:
+    """RE-3: an older, better completion is not lost to a new one of the same form."""
+    new = [make_rollout(0, "same path", 0.5), make_rollout(1, "other", 0.7)]
+    old = [make_rollout(5, "Same  path", 0.9, round_index=-1)]
+    selected = []
+    for threshold in (0.3, 0.6):
+        selection = select(
+            new, reward_threshold=1.0, leak_filter=None, prompts={}, seed=0, history=old,
+            normal_form=default_normal_form, max_per_prompt=None, fits=None, best_first=True,
+            is_correct=lambda r, t=threshold: r.reward > t,
+        )  # fmt: skip
+        rollouts = (*selection.kept, *selection.history)
+        selected.append({(r.round_index, r.sample_index) for r in rollouts})
+    assert selected == [{(-1, 5), (0, 1)}] * 2
+
+
+def test_what_is_trained_on_anyway_is_no_news() -> None:
+    """RF-5: a completion in the form of a gold one is a duplicate, if duplicates are dropped."""
+    gold = [make_rollout(-1, "Gold  path"), make_rollout(-2, "gold path 2", prompt_id="p1")]
+    rollouts = [make_rollout(0, "gold path"), make_rollout(1, "gold path 2")]
+    for form, kept in ((default_normal_form, [1]), (None, [0, 1])):
+        selection = select(
+            rollouts, reward_threshold=1.0, leak_filter=None, prompts={}, seed=0,
+            normal_form=form, max_per_prompt=None, fits=None, beside=gold,
+        )  # fmt: skip
+        assert [r.sample_index for r in selection.kept] == kept

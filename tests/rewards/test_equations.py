@@ -51,6 +51,15 @@ def test_a_false_equation_drops_a_completion_with_the_right_answer() -> None:
     assert equations_reward(completions) == [1.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("between", [". ", ", ", "; ", ".\n", " so "])
+def test_of_several_equations_in_line_each_is_read(between) -> None:
+    """RF-2: whatever stands between them; a list of numbers is none."""
+    assert find_equations(f"3 + 4 = 7{between}2 + 2 = 5.") == ["3 + 4 = 7", "2 + 2 = 5"]
+    assert equations_reward([f"3 + 4 = 7{between}2 + 2 = 5"]) == [0.0]
+    assert equations_reward([f"1,200 + 0.5 = 1,200.5{between}2 + 2 = 4"]) == [1.0]
+    assert find_equations("the numbers 3, 4 = 7 in all") == []
+
+
 def test_model_text_is_never_run(tmp_path) -> None:
     """RF-3."""
     proof = tmp_path / "ran"

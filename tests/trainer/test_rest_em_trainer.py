@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft import LoraConfig
 from trl import SFTTrainer
 
 from trl_selfplay import EmptyRoundError, ReSTEMTrainer
+from trl_selfplay.gold import draw_gold
 from trl_selfplay.normal_forms import default_normal_form, reasoning_path
 from trl_selfplay.rewards import equations_reward, exact_reward
 from trl_selfplay.rollouts import load_rollouts
@@ -226,6 +228,52 @@ def test_the_learning_rate_falls_by_the_factor_from_one_improve_step_to_the_next
     trainer.train()
     rates = [line["learning_rate"] for line in read_lines(trainer)]
     assert rates == pytest.approx([1e-2, 2.5e-3, 2e-2, 5e-3])
+
+
+def test_values_of_later_grow_steps_may_change_on_resume(build_rest) -> None:
+    """RE-6: they count Grow steps, of which each has two Improve steps here."""
+    first = {"improve_learning_rate_factor": 0.5, "num_rounds": 1}
+    build_rest(round_learning_rates=[1e-2], **first).train()
+    trainer = build_rest(round_learning_rates=[1e-2, 4e-3], **{**first, "num_rounds": 2})
+    trainer.train(resume_from_checkpoint=True)
+    rates = [line["learning_rate"] for line in read_lines(trainer)]
+    assert rates == pytest.approx([1e-2, 5e-3, 4e-3, 2e-3])
+
+
+def test_gold_draws_are_nested(build_rest, gold_answers) -> None:
+    """RE-3: what a higher threshold draws is part of what a lower one does."""
+    gold = [replace(r, reward=i / 10) for i, r in enumerate(
+        build_rest(gold_dataset=gold_answers(10)).gold.rollouts)]  # fmt: skip
+    for seed in range(20):
+        lower, higher = (
+            {r.prompt_id for r in draw_gold([g for g in gold if g.reward > t], 0.5, n, seed)}
+            for t, n in ((0.2, 8), (0.4, 6))
+        )
+        assert len(lower) == 4
+        assert higher < lower
+    ties = [replace(r, reward=1.0) for r in gold]
+    first = {r.prompt_id for r in draw_gold(ties, 0.5, 8, 0)}
+    assert {r.prompt_id for r in draw_gold(ties, 0.5, 4, 0)} < first
+
+
+def test_gold_of_held_out_prompts_is_refused(build_rest_em, gold_answers) -> None:
+    heldout = gold_answers(3, first=50).select_columns(["prompt", "solution"])
+    with pytest.raises(ValueError, match=r"2 of 3 prompts of `eval_dataset` are in `gold_dataset`"):
+        build_rest_em(gold_dataset=gold_answers(2, first=50), eval_dataset=heldout)
+
+
+def test_gold_partly_of_other_prompts_is_graded_with_the_training_columns(
+    build_rest, gold_answers
+) -> None:
+    trainer = build_rest(gold_dataset=gold_answers(60), num_rounds=1)
+    trainer.train()
+    assert len(load_rollouts(trainer.run.root / "gold.parquet")) == 60
+
+
+def test_where_rewards_have_degrees_the_mean_reward_chooses_the_round(build_rest) -> None:
+    assert build_rest().args.metric_for_best_model == "eval_mean_reward"
+    chosen = build_rest(metric_for_best_model="eval_accuracy")
+    assert chosen.args.metric_for_best_model == "eval_accuracy"
 
 
 def test_gold_passes_the_same_filter_where_thresholds_rise(build_rest, gold_answers) -> None:
