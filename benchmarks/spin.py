@@ -51,7 +51,7 @@ from trl_selfplay.weights import copy_into
 RESULTS = Path(__file__).parent / "results" / "spin"
 ARMS = ("spin", "sft_steps", "sft_time", "base_opponent", "greedy")
 TUNING_SEED = 100
-RATES = dict.fromkeys(("sft_steps", "sft_time"), (1.25e-4, 2.5e-4, 5e-4, 1e-3))
+RATES = dict.fromkeys(("sft_steps", "sft_time"), (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3))
 
 
 class TimedTrainer(SPINTrainer):

@@ -7,7 +7,7 @@ those that the rounds need.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from trl_selfplay.prompts import (
     PromptFormatter,
     PromptRow,
     canonical_prompt,
-    load_prompt_rows,
+    load_heldout_sets,
 )
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.run_folder import Run
@@ -171,51 +171,6 @@ def placeholder_dataset(tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Return one final row for the parent to be built on; no round ever trains on it."""
     eos = tokenizer.eos_token_id
     return Dataset.from_dict({"input_ids": [[eos, eos]], "labels": [[-100, eos]]})
-
-
-def load_heldout_sets(
-    eval_dataset: Any,
-    train_rows: list[PromptRow],
-    load_rows: Callable[[Any, str], list[PromptRow]] = load_prompt_rows,
-) -> dict[str, list[PromptRow]]:
-    """Return the held-out sets by name ("" for a single one), none of them seen in training.
-
-    Raises:
-        ValueError: A held-out prompt is also a training prompt, whatever its solution.
-    """
-    if eval_dataset is None:
-        return {}
-    named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    sets = {name: load_rows(dataset, _heldout_label(name)) for name, dataset in named.items()}
-    refuse_seen_heldout(sets, train_rows, "train_dataset")
-    return sets
-
-
-def _heldout_label(name: str) -> str:
-    return f"eval_dataset[{name!r}]" if name else "eval_dataset"
-
-
-def refuse_seen_heldout(
-    sets: Mapping[str, Sequence[PromptRow]], rows: Sequence[PromptRow], source: str
-) -> None:
-    """Raise ValueError if a held-out prompt is among those that are trained on.
-
-    Args:
-        sets: Held-out prompts by name.
-        rows: Those trained on.
-        source: What to call the dataset that they are from.
-    """
-    trained_on = {canonical_prompt(row.prompt): row for row in rows}
-    for name, heldout in sets.items():
-        label = _heldout_label(name)
-        shared = [row for row in heldout if canonical_prompt(row.prompt) in trained_on]
-        if shared:
-            twin = trained_on[canonical_prompt(shared[0].prompt)]
-            raise ValueError(
-                f"{len(shared)} of {len(heldout)} prompts of `{label}` are in `{source}` "
-                f"as well (row {shared[0].row_index} is row {twin.row_index} there). A held-out "
-                "score on them means nothing: remove them from one of the two."
-            )
 
 
 def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[str]) -> Run:

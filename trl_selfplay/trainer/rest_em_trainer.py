@@ -19,7 +19,7 @@ from trl import SFTTrainer
 from trl_selfplay.gold import Gold, draw_gold, grade_gold, load_gold
 from trl_selfplay.heldout import HeldOutScores
 from trl_selfplay.normal_forms import default_normal_form
-from trl_selfplay.prompts import PromptRow
+from trl_selfplay.prompts import PromptRow, refuse_seen_heldout
 from trl_selfplay.rollouts import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.round_log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds import PlayedRound, run_rounds
@@ -244,7 +244,7 @@ class ReSTEMTrainer(SFTTrainer):
             play.eos_token_id,
             needs_solutions=self.args.improve_thresholds is not None,
         )
-        construction.refuse_seen_heldout(play.heldout, list(gold.rows.values()), "gold_dataset")
+        refuse_seen_heldout(play.heldout, list(gold.rows.values()), "gold_dataset")
         return gold
 
     def _score_gold(self) -> list[Rollout]:

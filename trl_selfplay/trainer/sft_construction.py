@@ -11,13 +11,18 @@ from typing import Any, TypedDict
 
 from trl import SFTTrainer
 
-from trl_selfplay.prompts import FewShotExample, PromptRow, load_few_shot_examples, load_prompt_rows
+from trl_selfplay.prompts import (
+    FewShotExample,
+    PromptRow,
+    load_few_shot_examples,
+    load_heldout_sets,
+    load_prompt_rows,
+)
 from trl_selfplay.run_folder import Run
 from trl_selfplay.trainer.construction import (
     build_run,
     check_arguments,
     default_output_dir,
-    load_heldout_sets,
     load_processing_class,
     placeholder_dataset,
 )

@@ -27,7 +27,7 @@ from trl_selfplay.heldout import HeldOutScores, metric_prefixes
 from trl_selfplay.monitor import find_convergence
 from trl_selfplay.opponent import check_opponent, score_pairs, store_opponent
 from trl_selfplay.pairs import build_pair_rows, find_giveaways, pair_metrics, select_pairs
-from trl_selfplay.prompts import PromptRow
+from trl_selfplay.prompts import PromptRow, load_heldout_sets
 from trl_selfplay.report import print_completions, say
 from trl_selfplay.round_log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds import PlayedRound, run_rounds
@@ -39,7 +39,6 @@ from trl_selfplay.trainer.construction import (
     check_config_class,
     default_output_dir,
     describe_trainer,
-    load_heldout_sets,
     load_processing_class,
     refuse_optimizers,
     reload_initial_weights,
