@@ -78,9 +78,9 @@ def main(folder: str, model: str, phase: str, count: str, peft: str = "lora") ->
     witness = Witness(phase, float(count))
 
     class WatchedTrainer(SPINTrainer):
-        def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        def compute_policy_log_probs(self, model: Any, inputs: Any) -> Any:
             witness.event("measuring" if witness.measures else "scoring")
-            return super().compute_ref_log_probs(model, inputs)
+            return super().compute_policy_log_probs(model, inputs)
 
         def score_heldout(self, round_index: int, folder: Path | None) -> Any:
             witness.measures = True
