@@ -1,9 +1,10 @@
 """ReST^EM against TRL's GRPOTrainer: held-out accuracy against seconds, and peak memory.
 
 Both start from the same weights, sample as often (prompts x completions x rounds) for the same
-prompts with the same reward (0 for a cut completion), temperature 1 and LoRA, and each has its learning rate chosen on the
-selection prompts from the same ones; GRPO also its number of completions a prompt, at its best
-learning rate. The curve on the report prompts, which choose nothing, is reported whoever wins.
+prompts with the same reward (0 for a cut completion), temperature 1 and LoRA, and each has its
+learning rate chosen on the selection prompts from the same ones; GRPO also its number of
+completions a prompt, at its best learning rate. The curve on the report prompts, which choose
+nothing, is reported whoever wins.
 Seconds are those of sampling, grading and training: neither loading nor evaluation counts, nor its
 memory.
 

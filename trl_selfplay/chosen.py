@@ -161,7 +161,7 @@ def tokenize_chosen(
 
 def _find_end(tokenizer: Any, completion: list[int], eos_token_ids: Sequence[int]) -> int | None:
     """Return the place of the first EOS after the text, None without; a template may write several."""
-    ends = [i for i, token in enumerate(completion) if token in set(eos_token_ids)]
+    ends = [i for i, token in enumerate(completion) if token in eos_token_ids]
     if not ends:
         return None
     end = ends.pop()

@@ -107,7 +107,9 @@ def select(
             candidates.setdefault(rollout.prompt_id, []).append(rollout)
     form = normal_form or default_normal_form
     seen = {(r.prompt_id, form(r.completion)) for same in candidates.values() for r in same}
-    given = {(r.prompt_id, form(r.completion)) for r in beside} if normal_form else set()
+    given: dict[str, set[Hashable]] = {}
+    for rollout in beside:
+        given.setdefault(rollout.prompt_id, set()).add(form(rollout.completion))
     earlier: list[Rollout] = []
     for rollout in history:
         if not is_correct(rollout) or (fits is not None and not fits(rollout)):
@@ -119,16 +121,16 @@ def select(
             candidates.setdefault(rollout.prompt_id, []).append(rollout)
     newest = ordered[0].round_index if ordered else 0
     dropped: dict[int, Outcome] = {}
-    for same_prompt in candidates.values():
+    for prompt_id, same_prompt in candidates.items():
         if best_first:
             same_prompt.sort(
                 key=lambda r: -(r.reward or 0.0)
             )  # stable: of equal ones the first stays
-        distinct, duplicates = _split_duplicates(same_prompt, normal_form)
-        repeats = [r for r in distinct if (r.prompt_id, form(r.completion)) in given]
-        distinct = [r for r in distinct if r not in repeats]
+        distinct, duplicates = _split_duplicates(
+            same_prompt, normal_form, given.get(prompt_id, set())
+        )
         capped = _over_cap(distinct, max_per_prompt, seed, newest, best_first)
-        dropped |= {id(r): "duplicate" for r in (*duplicates, *repeats)}
+        dropped |= {id(r): "duplicate" for r in duplicates}
         dropped |= {id(r): "capped" for r in capped}
     outcomes |= {_key(r): dropped[id(r)] for r in ordered if id(r) in dropped}
     added = tuple(r for r in earlier if id(r) not in dropped)
@@ -180,12 +182,15 @@ def _leak_reason(
 
 
 def _split_duplicates(
-    same_prompt: Sequence[Rollout], normal_form: NormalForm | None
+    same_prompt: Sequence[Rollout], normal_form: NormalForm | None, given: set[Hashable]
 ) -> tuple[list[Rollout], list[Rollout]]:
-    """Split one prompt's rollouts, in order of their indices, into first ones and repeats."""
+    """Split one prompt's rollouts, in order of their indices, into first ones and repeats.
+
+    What has one of the `given` forms repeats it.
+    """
     if normal_form is None:
         return list(same_prompt), []
-    seen: set[Hashable] = set()
+    seen = set(given)
     distinct: list[Rollout] = []
     duplicates: list[Rollout] = []
     for rollout in same_prompt:

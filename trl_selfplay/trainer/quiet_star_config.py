@@ -179,9 +179,9 @@ class QuietSTaRConfig(SFTConfig):
         It departs from the official code in five places. Thoughts are scored at the temperature
         they were sampled at, where the code samples at 1 and scores at 3. A thought's log-prob is
         the sum over its tokens; the code takes the mean, so its weight of 1e6 becomes
-        1e6 / thought_length. The
-        loss with thoughts is averaged over all tokens that think; the code divides by the count of
-        losses that aren't zero. A schedule over 100 steps replaces an error that ends the run.
+        1e6 / thought_length. The loss with thoughts is averaged over all tokens that think; the
+        code divides by the count of losses that aren't zero. A schedule over 100 steps replaces an
+        error that ends the run.
         Weights are float32, with bfloat16 in forwards on a GPU; the code's are bfloat16.
         One process computes the 8 sequences of a step in two halves.
 

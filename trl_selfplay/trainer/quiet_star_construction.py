@@ -68,11 +68,9 @@ def refuse_rows_without_room(dataset: Any, collate: Any, num_ahead_tokens: int) 
     if not isinstance(dataset, Dataset) or not len(dataset):
         return
     most = 0
-    for rows in dataset.iter(_ROWS_AT_A_TIME):
-        names = list(rows)
-        batch = collate(
-            [dict(zip(names, row, strict=True)) for row in zip(*rows.values(), strict=True)]
-        )
+    for first in range(0, len(dataset), _ROWS_AT_A_TIME):
+        rows = range(first, min(first + _ROWS_AT_A_TIME, len(dataset)))
+        batch = collate(dataset.select(rows).to_list())
         labels, mask = batch["labels"], batch["attention_mask"]
         if can_think(labels, mask, num_ahead_tokens).any():
             return

@@ -211,16 +211,20 @@ class ReSTEMTrainer(SFTTrainer):
         """Warn of an Improve step that selects what the one before it did."""
         if improve == 0 or not selection.kept:
             return
-        before = load_kept(self.run.folder(round_index - 1))
-        if {(r.prompt_id, r.sample_index) for r in before if r.round_index >= 0} == {
-            (r.prompt_id, r.sample_index) for r in (*selection.kept, *selection.history)
-        }:
+        before, now = (
+            {(r.round_index, r.prompt_id, r.sample_index) for r in rollouts if r.phase != "gold"}
+            for rollouts in (
+                load_kept(self.run.folder(round_index - 1)),
+                (*selection.kept, *selection.history),
+            )
+        )
+        if before == now:
             logger.warning(
                 "round %d: this Improve step selects the same %d completions as the one before, so "
                 "it repeats it. Use thresholds that are further apart, a reward that has more "
                 "degrees, or a higher max_per_prompt.",
                 round_index,
-                len(before),
+                len(now),
             )
 
     def _describe_improve(self, played: PlayedRound, improve: int, grow: int) -> PlayedRound:

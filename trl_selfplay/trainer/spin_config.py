@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from trl import DPOConfig
 
+from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.trainer.self_play_config import (
     SelfPlayConfig,
     check_self_play_config,
@@ -104,7 +105,7 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
                 "apart. Set it in the model's generation config."
             )
         self._check_betas()
-        self._warn_off_policy(given)
+        self._warn_off_policy()
 
     def _check_betas(self) -> None:
         if self.round_betas is not None:
@@ -119,11 +120,10 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
             if beta <= 0.0:
                 raise ValueError(f"beta={beta}; it must be above 0, or no pair would teach.")
 
-    def _warn_off_policy(self, generation_kwargs: dict[str, Any]) -> None:
-        options = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        options |= generation_kwargs
+    def _warn_off_policy(self) -> None:
+        options = build_sampling_options(self, ())  # with generation_kwargs laid over
         changed = [
-            f"{name}={options[name]}"
+            f"{name}={getattr(options, name)}"
             for name, neutral in (
                 ("temperature", (1.0,)),
                 ("top_p", (1.0,)),
@@ -131,7 +131,7 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
                 ("min_p", (None, 0.0)),
                 ("repetition_penalty", (1.0,)),
             )
-            if options[name] not in neutral
+            if getattr(options, name) not in neutral
         ]
         if changed:
             logger.warning(
