@@ -39,11 +39,14 @@ def train_on(
     set_seed(seed)
     output = None
     with _changed_settings(trainer.args, settings):
+        checkpoint = last_whole_checkpoint(folder)
         if rows is None:
             trainer.state = TrainerState()
+        elif checkpoint is not None and _is_last(checkpoint):
+            _load_last(trainer, checkpoint)
         else:
             trainer.train_dataset = rows
-            output = train_parent(resume_from_checkpoint=last_whole_checkpoint(folder))
+            output = train_parent(resume_from_checkpoint=checkpoint)
         free_optimizer(trainer)
         temporary = folder / ".model"
         trainer.save_model(str(temporary))
@@ -52,6 +55,21 @@ def train_on(
         replace_folder(temporary, model_folder)
     trainer.accelerator.wait_for_everyone()
     return output
+
+
+def _is_last(checkpoint: str) -> bool:
+    """Say whether no step is left: resumed there, the parent would take one more all the same."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    return state.global_step >= state.max_steps
+
+
+def _load_last(trainer: Any, checkpoint: str) -> None:
+    """Put in place what the parent would have ended with."""
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best is not None:
+        checkpoint = str(Path(checkpoint).with_name(Path(best).name))
+    load_saved_model(trainer.model, Path(checkpoint))
 
 
 @contextmanager

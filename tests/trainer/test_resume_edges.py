@@ -4,7 +4,9 @@ import json
 import logging
 
 import pytest
+import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_selfplay.run_folder import UNTRAINED
 
@@ -96,3 +98,47 @@ def test_training_cut_short_by_a_callback_ends_the_run_also_after_a_kill(build_s
     resumed = build_star(num_rounds=3, max_steps=3)
     resumed.train(resume_from_checkpoint=True)
     assert [line["steps"] for line in resumed.run.lines] == [1]
+
+
+class StopAtTrainEnd(TrainerCallback):
+    """Breaks the run off after a round's last checkpoint, before its model is saved."""
+
+    def on_train_end(self, *args, **kwargs) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("loads_best", [False, True])
+def test_a_run_ended_at_its_last_checkpoint_takes_no_further_step(
+    build_star, sums, loads_best
+) -> None:
+    """The parent itself, resumed at max_steps amid an epoch, would take one more."""
+    changes = {"num_rounds": 1, "max_steps": 3, "save_steps": 1, "per_device_train_batch_size": 1}
+    if loads_best:
+        changes |= {
+            "eval_dataset": sums(4, first=90), "eval_strategy": "steps", "eval_steps": 1,
+            "load_best_model_at_end": True, "metric_for_best_model": "eval_truncated",
+        }  # fmt: skip
+    whole = build_star(folder="whole", **changes)
+    whole.train()
+    broken = build_star(folder="broken", **changes)
+    broken.add_callback(StopAtTrainEnd())
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    last = broken.run.folder(0) / "checkpoint-3/trainer_state.json"
+    state = json.loads(last.read_text())
+    assert state["epoch"] % 1 != 0
+    if loads_best:  # another than the last, whatever the scores were
+        state["best_model_checkpoint"] = str(last.parent.with_name("checkpoint-1"))
+        last.write_text(json.dumps(state))
+        expected = load_model(last.parent.with_name("checkpoint-1"))
+    else:
+        expected = load_model(whole.run.folder(0) / "model")
+    resumed = build_star(folder="broken", **changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.run.lines[0]["steps"] == 3
+    found = load_model(resumed.run.folder(0) / "model")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def load_model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
