@@ -37,8 +37,13 @@ from trl_selfplay.run_folder import (
     last_whole_checkpoint,
     load_lines,
 )
-from trl_selfplay.run_identity import check_identity
-from trl_selfplay.weights import load_saved_model, load_trainable, save_trainable
+from trl_selfplay.run_identity import check_identity, describe_trainer
+from trl_selfplay.weights import (
+    load_saved_model,
+    load_trainable,
+    reload_initial_weights,
+    save_trainable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +95,6 @@ class RoundTrainer(Protocol):
 
     def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
         """Score held-out prompts, keeping the rollouts in `folder`; None without a held-out set."""
-
-    def reload_initial_weights(self) -> None:
-        """Set the trainable weights back to what they were before round 0."""
-
-    def describe_run(self) -> dict[str, Any]:
-        """Return what must stay equal over all processes of one run."""
 
 
 def run_rounds(
@@ -196,10 +195,10 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
     trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     if trainer.is_world_process_zero():
         begun = -(-len(run.lines) // run.improve_steps)  # Grow steps, by which values are given
-        check_identity(trainer.describe_run(), run.root / "config.json", begun)
+        check_identity(describe_trainer(trainer), run.root / "config.json", begun)
     trainer.accelerator.wait_for_everyone()
     if has_initial_weights or run.was_opened:  # training, here or elsewhere, has changed them
-        trainer.reload_initial_weights()
+        reload_initial_weights(trainer.model, args, run.initial_weights)
     elif run.keeps_initial_weights and trainer.is_world_process_zero():
         save_trainable(trainer.model, run.initial_weights)
     run.was_opened = True
@@ -247,7 +246,7 @@ def _train_round(
     is_trained = (folder / "model").exists()
     has_warmed_up = run.warm_up_rows is not None
     if args.start_from == "base" and not is_trained and (round_index > 0 or has_warmed_up):
-        trainer.reload_initial_weights()
+        reload_initial_weights(trainer.model, args, run.initial_weights)
     run.pending_logs.append(played.metrics)
     if is_trained or last_whole_checkpoint(folder) is not None:
         run.pending_logs.clear()  # logged before the kill
@@ -363,14 +362,14 @@ def _delete_what_is_done(trainer: Any, round_index: int) -> None:
 
 def _load_chosen_weights(trainer: Any) -> None:
     """Put the best round's weights in place where that was asked for."""
-    run = trainer.run
+    args, run = trainer.args, trainer.run
     if not run.lines or not run.loads_best_round:
         return
     chosen, last = find_best_round(run), len(run.lines) - 1
     if chosen == last:
         return
     if chosen == UNTRAINED:
-        trainer.reload_initial_weights()
+        reload_initial_weights(trainer.model, args, run.initial_weights)
     else:
         load_saved_model(trainer.model, run.folder(chosen) / "model")
     logger.warning(

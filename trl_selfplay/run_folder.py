@@ -43,6 +43,7 @@ class Run:
         improve_steps: Rounds that train on the same samples, those of the first of them (ReST).
         improve_rate_factor: What the learning rate falls by from one of them to the next.
         warm_up_rows: What to train on before the first sampling, or None.
+        identity: What the method adds to what must stay equal over the run's processes, by name.
         was_opened: This process has begun a run before.
     """
 
@@ -61,6 +62,7 @@ class Run:
     pending_logs: list[dict[str, float]] = field(default_factory=list)
     num_examples: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
     was_opened: bool = False
 
     def folder(self, round_index: int) -> Path:

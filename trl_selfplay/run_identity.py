@@ -6,10 +6,11 @@ error that names what differs: rounds of two configurations in one directory wou
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_selfplay.prompts import canonical_prompt
 from trl_selfplay.rollouts import save_text
 
 # Fields that may change between a run and its resumption: how fast, how often, how loud and where
@@ -50,6 +51,43 @@ def describe_run(
         for name, ids in ((name, list(ids)) for name, ids in prompt_ids.items())
     }
     return fields | datasets | {name: str(value) for name, value in other.items()}
+
+
+def describe_trainer(trainer: Any) -> dict[str, Any]:
+    """Return what makes a trainer's run, see `describe_run`; its method adds `run.identity`."""
+    play = trainer.self_play
+    scorer, eval_scorer = play.collector.scorer, play.collector.eval_scorer
+    examples = [
+        (canonical_prompt(e.prompt), e.completion, str(e.solution))
+        for e in play.formatter.few_shot_examples
+    ]
+    sets = {f"eval_dataset {name}".strip(): rows for name, rows in play.heldout.items()}
+    return describe_run(
+        trainer.args.to_dict(),
+        {
+            name: [row.prompt_id for row in rows]
+            for name, rows in {"train_dataset": play.rows, **sets}.items()
+        },
+        {
+            "method": trainer._name,
+            "model": trainer.model.config.name_or_path,
+            "peft_config": describe_adapters(trainer.model),
+            "reward_funcs": None if scorer is None else scorer.names,
+            "eval_reward_funcs": None if eval_scorer is None else eval_scorer.names,
+            "few_shot_examples": summarize(examples),
+            **trainer.run.identity,
+        },
+    )
+
+
+def summarize(values: Sequence[Any]) -> str:
+    """Return how many values there are and a digest of them."""
+    return f"{len(values)}, {hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()}"
+
+
+def name_function(function: Any) -> str:
+    """Return what to know a function by in another process."""
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def describe_adapters(model: Any) -> dict[str, Any]:

@@ -65,6 +65,24 @@ def load_trainable(model: nn.Module, path: Path) -> None:
     copy_into(model, load_file(path), str(path))
 
 
+def reload_initial_weights(model: Any, args: Any, saved: Path) -> None:
+    """Set the trainable weights back to what they were before round 0.
+
+    Args:
+        model: The trainer's model.
+        args: Its arguments, which say how the model was loaded.
+        saved: Where `save_trainable` wrote them; if it didn't, they are read from their source.
+    """
+    if saved.exists():
+        load_trainable(model, saved)
+        return
+    source = model.config.name_or_path
+    kwargs = {**(args.model_init_kwargs or {}), "dtype": "auto", "device_map": "cpu"}
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    loaded = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    copy_into(model, dict(loaded.named_parameters()), source)
+
+
 @torch.no_grad()
 def copy_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Copy tensors into the model's trainable parameters of the same names.

@@ -5,14 +5,13 @@ gets in place of the user's (one placeholder row, since the real rows are made r
 those that the rounds need.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from trl_selfplay.collection import Collector
 from trl_selfplay.generation.transformers_sampler import (
@@ -27,14 +26,12 @@ from trl_selfplay.prompts import (
     HintFormatter,
     PromptFormatter,
     PromptRow,
-    canonical_prompt,
     load_heldout_sets,
 )
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.run_folder import Run
-from trl_selfplay.run_identity import describe_adapters, describe_run
 from trl_selfplay.self_play import SelfPlay
-from trl_selfplay.weights import check_peft_config, copy_into, load_trainable
+from trl_selfplay.weights import check_peft_config
 
 
 def default_output_dir(model: Any, method: str) -> str:
@@ -279,41 +276,6 @@ def _build_scorer(
     )
 
 
-def describe_trainer(trainer: Any, **lists: Sequence[Any]) -> dict[str, Any]:
-    """Return what makes a trainer's run, see `run_identity.describe_run`.
-
-    Args:
-        trainer: The trainer.
-        lists: What else must stay equal, by name.
-    """
-    play: SelfPlay = trainer.self_play
-    scorer, eval_scorer = play.collector.scorer, play.collector.eval_scorer
-    examples = [
-        (canonical_prompt(e.prompt), e.completion, str(e.solution))
-        for e in play.formatter.few_shot_examples
-    ]
-    sets = {f"eval_dataset {name}".strip(): rows for name, rows in play.heldout.items()}
-    return describe_run(
-        trainer.args.to_dict(),
-        {
-            name: [row.prompt_id for row in rows]
-            for name, rows in {"train_dataset": play.rows, **sets}.items()
-        },
-        {
-            "method": trainer._name,
-            "model": trainer.model.config.name_or_path,
-            "peft_config": describe_adapters(trainer.model),
-            "reward_funcs": None if scorer is None else scorer.names,
-            "eval_reward_funcs": None if eval_scorer is None else eval_scorer.names,
-            **{
-                name: f"{len(values)}, "
-                + hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
-                for name, values in {"few_shot_examples": examples, **lists}.items()
-            },
-        },
-    )
-
-
 def evaluate_heldout(
     trainer: Any,
     eval_dataset: Any = None,
@@ -355,15 +317,3 @@ def evaluate_heldout(
         trainer.args, trainer.state, trainer.control, metrics
     )
     return metrics
-
-
-def reload_initial_weights(trainer: Any) -> None:
-    """Copy the weights from before round 0 into the model: from `_rounds/initial`, or its source."""
-    if trainer.run.initial_weights.exists():
-        load_trainable(trainer.model, trainer.run.initial_weights)
-        return
-    source = trainer.model.config.name_or_path
-    kwargs = {**(trainer.args.model_init_kwargs or {}), "dtype": "auto", "device_map": "cpu"}
-    kwargs.setdefault("trust_remote_code", trainer.args.trust_remote_code)
-    loaded = AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    copy_into(trainer.model, dict(loaded.named_parameters()), source)

@@ -24,6 +24,7 @@ from trl_selfplay.rollouts import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.round_log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds import PlayedRound, run_rounds
 from trl_selfplay.row_weights import WEIGHT, WeightCollator, normalize_weights, weigh_log_probs
+from trl_selfplay.run_identity import name_function, summarize
 from trl_selfplay.selection import Selection, select
 from trl_selfplay.self_play import load_history, load_kept, load_samples
 from trl_selfplay.thresholds import above_threshold
@@ -129,6 +130,12 @@ class ReSTEMTrainer(SFTTrainer):
         self.self_play.check_longest_prompts(hinted=False)
         self.self_play.warn_unreadable_solutions()
         self.gold = self._load_gold(gold_dataset)
+        self.run.identity |= {
+            "normal_form": name_function(self.normal_form),
+            "gold_dataset": summarize(
+                sorted((r.prompt_id, r.completion) for r in self.gold.rollouts)
+            ),
+        }
         if self.args.warm_up_on_gold:
             self.run.warm_up_rows = build_training_rows(
                 self._fitting(self.gold.rollouts),
@@ -322,15 +329,6 @@ class ReSTEMTrainer(SFTTrainer):
         """Write TRL's model card, and what each round came to."""
         super().create_model_card(*args, **kwargs)
         add_rounds_to_card(self)
-
-    def describe_run(self) -> dict[str, Any]:
-        """Return what must stay equal over all processes of one run."""
-        gold = sorted((r.prompt_id, r.completion) for r in self.gold.rollouts)
-        return construction.describe_trainer(self, gold_dataset=gold)
-
-    def reload_initial_weights(self) -> None:
-        """Set the trainable weights back to what they were before round 0."""
-        construction.reload_initial_weights(self)
 
 
 def _refuse_without_gold(args: Any) -> None:

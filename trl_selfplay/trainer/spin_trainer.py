@@ -38,10 +38,8 @@ from trl_selfplay.trainer.construction import (
     check_adapters,
     check_config_class,
     default_output_dir,
-    describe_trainer,
     load_processing_class,
     refuse_optimizers,
-    reload_initial_weights,
 )
 from trl_selfplay.trainer.spin_config import SPINConfig
 
@@ -289,6 +287,10 @@ class SPINTrainer(DPOTrainer):
             first = per_prompt if first is None else first
         return HeldOutScores(metrics, first or {}, time.monotonic() - started)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the round, and with steps that go on over rounds."""
+        log_with_round(self, super().log, logs, start_time)
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -324,22 +326,10 @@ class SPINTrainer(DPOTrainer):
         )
         return metrics
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the round, and with steps that go on over rounds."""
-        log_with_round(self, super().log, logs, start_time)
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card, and what each round came to."""
         super().create_model_card(*args, **kwargs)
         add_rounds_to_card(self)
-
-    def reload_initial_weights(self) -> None:
-        """Set the trainable weights back to what they were before round 0."""
-        reload_initial_weights(self)
-
-    def describe_run(self) -> dict[str, Any]:
-        """Return what must stay equal over all processes of one run."""
-        return describe_trainer(self)
 
 
 def _refuse_named_adapters(model: Any) -> None:

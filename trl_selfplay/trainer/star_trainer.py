@@ -18,13 +18,12 @@ from trl_selfplay.prompts import HintFormatter
 from trl_selfplay.rationalization import add_hint, find_leak
 from trl_selfplay.round_log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds import PlayedRound, run_rounds
+from trl_selfplay.run_identity import name_function
 from trl_selfplay.selection import select, unsolved_prompts
 from trl_selfplay.self_play import load_history
 from trl_selfplay.trainer.construction import (
     build_self_play,
-    describe_trainer,
     evaluate_heldout,
-    reload_initial_weights,
 )
 from trl_selfplay.trainer.sft_construction import (
     SFTArguments,
@@ -99,6 +98,7 @@ class STaRTrainer(SFTTrainer):
         super().__init__(**parts.for_parent)
         self.eval_dataset = parts.eval_dataset
         self.normal_form = normal_form or default_normal_form
+        self.run.identity["normal_form"] = name_function(self.normal_form)
         self.leak_filter = leak_filter or find_leak
         self.self_play = build_self_play(
             self,
@@ -151,6 +151,10 @@ class STaRTrainer(SFTTrainer):
             rollouts, selection, prompt_ids, round_index, folder, metrics=metrics
         )
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the round, and with steps that go on over rounds."""
+        log_with_round(self, super().log, logs, start_time)
+
     def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
         """Score the held-out prompts for the record; before round 0 in the few-shot form as well."""
         if not self.self_play.heldout:
@@ -168,19 +172,7 @@ class STaRTrainer(SFTTrainer):
         """
         return evaluate_heldout(self, *args, **kwargs)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the round, and with steps that go on over rounds."""
-        log_with_round(self, super().log, logs, start_time)
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card, and what each round came to."""
         super().create_model_card(*args, **kwargs)
         add_rounds_to_card(self)
-
-    def reload_initial_weights(self) -> None:
-        """Set the trainable weights back to what they were before round 0."""
-        reload_initial_weights(self)
-
-    def describe_run(self) -> dict[str, Any]:
-        """Return what must stay equal over all processes of one run."""
-        return describe_trainer(self)
