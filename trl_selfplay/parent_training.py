@@ -30,7 +30,7 @@ def train_on(
     model_folder, state_path = folder / "model", folder / "trainer_state.json"
     if model_folder.exists():
         load_saved_model(trainer.model, model_folder)
-        trainer.state = TrainerState.load_from_json(str(state_path))
+        trainer.state = _load_state(trainer, state_path)
         return None
     trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,10 +41,8 @@ def train_on(
     with _changed_settings(trainer.args, settings):
         checkpoint = last_whole_checkpoint(folder)
         if rows is None:
-            trainer.state = TrainerState()
-        elif checkpoint is not None and _is_last(checkpoint):
-            _load_last(trainer, checkpoint)
-        else:
+            trainer.state = _load_state(trainer, None)
+        elif checkpoint is None or not _load_if_last(trainer, Path(checkpoint)):
             trainer.train_dataset = rows
             output = train_parent(resume_from_checkpoint=checkpoint)
         free_optimizer(trainer)
@@ -57,19 +55,30 @@ def train_on(
     return output
 
 
-def _is_last(checkpoint: str) -> bool:
-    """Say whether no step is left: resumed there, the parent would take one more all the same."""
-    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    return state.global_step >= state.max_steps
+def _load_if_last(trainer: Any, checkpoint: Path) -> bool:
+    """Put in place what the parent would have ended with, if no step is left after a checkpoint.
+
+    The parent, resumed there amid an epoch, would take one more step.
+    """
+    state = _load_state(trainer, checkpoint / "trainer_state.json")
+    max_steps = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
+    if state.global_step < max_steps:
+        return False
+    state.max_steps = max_steps  # steps of a round that hasn't ended may have changed
+    trainer.state = state
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        best = checkpoint.with_name(Path(state.best_model_checkpoint).name)
+        checkpoint = best if best.is_dir() else checkpoint
+    load_saved_model(trainer.model, checkpoint)
+    return True
 
 
-def _load_last(trainer: Any, checkpoint: str) -> None:
-    """Put in place what the parent would have ended with."""
-    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    best = trainer.state.best_model_checkpoint
-    if trainer.args.load_best_model_at_end and best is not None:
-        checkpoint = str(Path(checkpoint).with_name(Path(best).name))
-    load_saved_model(trainer.model, Path(checkpoint))
+def _load_state(trainer: Any, path: Path | None) -> TrainerState:
+    """Return a state as it was saved (None: a new one), and as this process's own."""
+    state = TrainerState() if path is None else TrainerState.load_from_json(str(path))
+    state.is_world_process_zero = trainer.is_world_process_zero()
+    state.is_local_process_zero = trainer.is_local_process_zero()
+    return state
 
 
 @contextmanager

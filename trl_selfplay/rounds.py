@@ -85,10 +85,11 @@ class PlayedRound:
 
 
 class RoundTrainer(Protocol):
-    """What `run_rounds` needs beside the interface of `transformers.Trainer`."""
+    """What `run_rounds` needs beside the interface of TRL's trainers."""
 
     args: Any
     run: Run
+    self_play: Any
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Sample, grade and select."""

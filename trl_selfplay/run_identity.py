@@ -87,7 +87,8 @@ def summarize(values: Sequence[Any]) -> str:
 
 def name_function(function: Any) -> str:
     """Return what to know a function by in another process."""
-    return getattr(function, "__qualname__", type(function).__qualname__)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"  # str.upper has no module
 
 
 def describe_adapters(model: Any) -> dict[str, Any]:

@@ -70,6 +70,20 @@ def test_another_peft_configuration_is_another_run(build_star) -> None:
     assert len(same.run.lines) == 2
 
 
+def shorten(prompt, solution):
+    return f"{prompt} {solution}"
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("normal_form", str.upper), ("hint_formatter", shorten), ("leak_filter", min)],
+)
+def test_another_function_that_selects_or_hints_is_another_run(build_star, name, function) -> None:
+    build_star(num_rounds=1).train()
+    with pytest.raises(ValueError, match=rf"{name}: 'trl_selfplay\..* now"):
+        build_star(num_rounds=2, **{name: function}).train(resume_from_checkpoint=True)
+
+
 def test_weights_that_are_gone_are_named_before_anything_is_sampled(build_star) -> None:
     trainer = build_star(num_rounds=1)
     trainer.train()

@@ -1,4 +1,4 @@
-"""Two processes share the sampling, and come to the samples and weights that one comes to."""
+"""Two processes share the sampling, and come to the samples and weights of one in round 0."""
 
 import json
 import os

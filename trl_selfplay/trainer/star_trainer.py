@@ -98,14 +98,19 @@ class STaRTrainer(SFTTrainer):
         super().__init__(**parts.for_parent)
         self.eval_dataset = parts.eval_dataset
         self.normal_form = normal_form or default_normal_form
-        self.run.identity["normal_form"] = name_function(self.normal_form)
         self.leak_filter = leak_filter or find_leak
+        hint_formatter = hint_formatter or add_hint
+        self.run.identity |= {
+            "normal_form": name_function(self.normal_form),
+            "hint_formatter": name_function(hint_formatter),
+            "leak_filter": name_function(self.leak_filter),
+        }
         self.self_play = build_self_play(
             self,
             parts.rows,
             parts.heldout,
             parts.examples,
-            hint_formatter or add_hint,
+            hint_formatter,
             reward_funcs,
             reward_processing_classes,
         )
