@@ -1,7 +1,7 @@
 """ReST^EM against TRL's GRPOTrainer: held-out accuracy against seconds, and peak memory.
 
 Both start from the same weights, sample as often (prompts x completions x rounds) for the same
-prompts with the same reward (0 for a cut completion), temperature 1 and LoRA, and each has its
+prompts with the same reward (0 for a completion that doesn't end), temperature 1 and LoRA, and each has its
 learning rate chosen on the selection prompts from the same ones; GRPO also its number of
 completions a prompt, at its best learning rate. The curve on the report prompts, which choose
 nothing, is reported whoever wins.
@@ -9,8 +9,8 @@ Seconds are those of sampling, grading and training: neither loading nor evaluat
 memory.
 
 The start is the model after a few steps on worked answers of other prompts, since a model that is
-never right teaches neither. ReST^EM samples with this package's sampler, GRPO with `generate`, as
-each does by default. Each run is a process of its own and a file under results/against_grpo; what
+never right teaches neither. ReST^EM samples with this package's sampler; GRPO with `generate`, or
+with --use-vllm, where its peak memory is that which vLLM reserves. Each run is a process of its own and a file under results/against_grpo; what
 is there is not run again. About an hour on one core:
 
     OMP_NUM_THREADS=1 python benchmarks/against_grpo.py
@@ -228,14 +228,16 @@ def build_grpo(
 
 def reward_if_ended(reward: Any, model: str) -> Any:
     """Return the reward, 0 for completions that were cut, as ReST^EM and the held-out scores see it."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
-    eos = AutoTokenizer.from_pretrained(model).eos_token_id
+    listed = GenerationConfig.from_pretrained(model).eos_token_id
+    ends = {AutoTokenizer.from_pretrained(model).eos_token_id}
+    ends |= set(listed) if isinstance(listed, list) else {listed}
 
     def ended_reward(completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
         scores = reward(completions=completions, completion_ids=completion_ids, **columns)
         return [
-            float(score or 0.0) if ids[-1:] == [eos] else 0.0
+            float(score or 0.0) if ids and ids[-1] in ends else 0.0
             for score, ids in zip(scores, completion_ids, strict=True)
         ]
 
@@ -248,9 +250,24 @@ def name_of(method: str, rate: float, num: int) -> str:
 
 
 def load(args: argparse.Namespace, name: str) -> dict[str, Any] | None:
-    """Return a finished run."""
+    """Return a finished run.
+
+    Raises:
+        ValueError: It was made with other settings.
+    """
     path = args.results / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    free = ("here", "results", "learning_rates", "grpo_generations")
+    differing = {
+        key: (value, now)
+        for key, value in record["settings"].items()
+        if (now := getattr(args, key, None)) != value and key not in free
+    }
+    if differing:
+        raise ValueError(f"{path} was made with other settings: {differing}. Choose --results.")
+    return record
 
 
 def run(args: argparse.Namespace, name: str) -> None:

@@ -3,17 +3,19 @@
 The tasks are in em_tasks.py: 32 training prompts. Every arm begins with the model after 8 steps on
 worked answers of other prompts, the "start", since SmolLM2 itself is hardly ever right. Every arm
 that trains has the same LoRA, and its reported weights are 32 optimizer steps of 4 examples away
-from the start; the first five sample as often (512 times):
+from the start, but for round0_data; the first five sample as often (512 times):
 
 - rest_em: 2 rounds of 8 samples a prompt, each trained from the start.
 - rest: 2 Grow steps of 8 samples a prompt, each followed by 2 Improve steps of 8 training steps
-  that go on, at half of the others' learning rate and half of that again in the second; the reward
-  has degrees, those of the task. Without ReST's first step on human data.
+  that go on, at half of the learning rate in the second; the reward has degrees, those of the task,
+  and completions above the median, then the upper quartile of their prompt's rewards are trained
+  on. Without ReST's first step on human data.
 - rft: one round of 16 samples a prompt from a model fine-tuned on gold; the start is fine-tuned on
   gold and on what was right in another form.
 - unfiltered: rest_em trained on everything that ended by itself, right or wrong.
 - one_round_all_samples: ReST^EM's one round with the samples of both.
-- round0_data: what rest_em's first round kept, trained on once more with another order of rows.
+- round0_data: what rest_em's first round kept, trained on for the steps of both rounds, 64. What
+  32 steps on it come to is rest_em's first round.
 - gold: worked answers of the training prompts.
 - untrained: the start, with four examples in the prompt and without.
 
@@ -58,11 +60,11 @@ NUM_REPORT, NUM_SAMPLED, NUM_SAMPLES = 64, 16, 8
 CHANGES: dict[str, dict[str, Any]] = {
     "rest_em": {},
     "rest": {
-        "improve_thresholds": [0.3, 0.6],  # the first above the mean reward of the samples
+        "improve_thresholds": [50.0, 75.0],
+        "threshold_kind": "percentile",
         "start_from": "previous",
         "max_per_prompt": None,
         "max_steps": STEPS // (2 * NUM_ROUNDS),
-        "learning_rate": 1e-3,
     },
     "rft": {
         "num_rounds": 1,
@@ -76,7 +78,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_generations": NUM_ROUNDS * NUM_GENERATIONS,
         "max_per_prompt": NUM_ROUNDS * MAX_PER_PROMPT,
     },
-    "round0_data": {"num_rounds": 1},
+    "round0_data": {"num_rounds": 1, "max_steps": NUM_ROUNDS * STEPS},
     "gold": {"num_rounds": 1},
     "untrained": {},
 }
@@ -195,6 +197,7 @@ def score(trainer: Any, rows: Sequence[Any], few_shot: bool = False) -> dict[str
     from trl_selfplay.diversity import distinct_correct, distinct_ratios
     from trl_selfplay.evaluation import summarize_heldout
     from trl_selfplay.heldout import score_prompts
+    from trl_selfplay.normal_forms import default_normal_form
     from trl_selfplay.report import SamplingProgress
 
     play, args = trainer.self_play, trainer.args
@@ -212,8 +215,8 @@ def score(trainer: Any, rows: Sequence[Any], few_shot: bool = False) -> dict[str
             )[1]  # fmt: skip
     metrics = summarize_heldout(rollouts, reward_threshold=1.0, prefix="report")
     sampled = [r for r in rollouts if r.sample_index > 0]
-    metrics["report_distinct"] = fmean(distinct_ratios(sampled, trainer.normal_form).values())
-    correct, _ = distinct_correct(sampled, sampled, trainer.normal_form, 1.0)
+    metrics["report_distinct"] = fmean(distinct_ratios(sampled, default_normal_form).values())
+    correct, _ = distinct_correct(sampled, sampled, default_normal_form, 1.0)
     if correct:
         metrics["report_distinct_correct"] = fmean(correct.values())
     return {name.removeprefix("report_"): value for name, value in metrics.items()}
@@ -246,13 +249,15 @@ def write_summary(results: Path) -> None:
         "# The EM family with its controls",
         "",
         f"SmolLM2-135M-Instruct after {START_STEPS} steps at {START_RATE:g} on worked answers of "
-        f"other prompts; LoRA, float32; {STEPS} steps of 4 lead to the weights of every arm. "
+        f"other prompts; LoRA, float32; {STEPS} steps of 4 lead to the weights of every arm, "
+        f"{NUM_ROUNDS * STEPS} to those of round0_data. "
         f"{platform.machine()}, {platform.system()}, CPU threads {threads}; {versions}; "
         f"{datetime.date.today().isoformat()}. Script: `benchmarks/em_family.py`, which says what "
         f"the arms are. Accuracy is greedy on {NUM_REPORT} held-out prompts; pass@k and the share "
         f"of distinct completions are of {NUM_SAMPLES} samples at temperature 1 (top_p 0.95) on "
         f"{NUM_SAMPLED} of them. Nothing was chosen by held-out prompts: the last round counts. "
-        "One seed's standard error is up to 0.06 for accuracy and 0.12 for pass@8.",
+        "Held-out prompts alone make one seed's standard error up to 0.06 for accuracy and 0.12 for "
+        "pass@8; the start and the samples add to that.",
     ]
     for task_name in TASKS:
         records = {
@@ -302,7 +307,11 @@ def describe_task(records: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
         cells = " | ".join(
             ", ".join(f"{scores[name]:.2f}" for scores in record["by_round"]) for name in names
         )
-        selected = ", ".join(str(line["examples"]) for line in record["lines"])
+        selected = ", ".join(
+            f"{line['examples']}" + (f" ({gold} of them gold)" if gold else "")
+            for line in record["lines"]
+            for gold in [line["funnel"]["gold"]]
+        )
         lines.append(f"| {arm} | {seed} | {cells} | {selected or 'nothing'} |")
     return lines
 

@@ -5,7 +5,6 @@ parameters, and a reward with degrees. `reversal` is the demo's own task with it
 `sums` adds and subtracts three numbers of two digits, step by step.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -184,8 +183,8 @@ def load_start(task_name: str, seed: int, steps: int) -> str:
     folder = source.parent / f"start-{source.name}-{task_name}-{steps}-{seed}"
     if not folder.exists():
         trainer = train_start(str(source), load_task(task_name, seed).other, steps, seed)
-        with tempfile.TemporaryDirectory(dir=source.parent) as temporary:
-            trainer.model.merge_and_unload().save_pretrained(temporary)
-            trainer.processing_class.save_pretrained(temporary)
-            shutil.copytree(temporary, folder)
+        temporary = Path(tempfile.mkdtemp(dir=source.parent))
+        trainer.model.merge_and_unload().save_pretrained(temporary)
+        trainer.processing_class.save_pretrained(temporary)
+        temporary.rename(folder)
     return str(folder)

@@ -7,8 +7,9 @@ Arms, each with the recipe's model, questions and settings (`demo_style.STYLE_SE
   completions a step.
 - sft_time: the same for as many seconds as spin took to sample, to score the opponent and to train.
 - base_opponent: spin with the untrained model as opponent in the loss throughout, which is what
-  TRL compares with under a new PEFT configuration; the samples are the policy's own.
-- greedy: spin with greedy completions as the published recipe has them.
+  TRL compares with under a new PEFT configuration; the samples are the policy's own. At spin's
+  betas its loss is next to 0 after the first round, and so are its steps.
+- base_opponent_01: the same at beta 0.1, DPO's default, in all rounds.
 
 Scores after each round, on held-out questions that chose nothing: mean log-probability a token of
 the data's completions; the share of pairs in which the policy tells the data from the opponent of
@@ -17,7 +18,7 @@ arms are scored where they have taken the steps, or the seconds, that spin had t
 
 The learning rate of each fine-tuned arm is tuned on a seed that isn't reported, by the held-out
 log-probability at the end; the recipe's settings, which the other arms share, were found on that
-seed in a handful of runs.
+seed in a handful of runs, after a run at twice the rate had ended in cut completions on seed 1.
 Seconds are CPU seconds of the process without those for held-out scores. An arm, seed and rate is a
 process of its own and a file under results/spin; what is there is not run again:
 
@@ -49,7 +50,7 @@ from trl_selfplay import SPINConfig, SPINTrainer, demo, demo_style
 from trl_selfplay.weights import copy_into
 
 RESULTS = Path(__file__).parent / "results" / "spin"
-ARMS = ("spin", "sft_steps", "sft_time", "base_opponent", "greedy")
+ARMS = ("spin", "sft_steps", "sft_time", "base_opponent", "base_opponent_01")
 TUNING_SEED = 100
 RATES = dict.fromkeys(("sft_steps", "sft_time"), (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3))
 
@@ -113,10 +114,10 @@ def build_trainer(arm: str, seed: int) -> tuple[Any, list[dict[str, Any]]]:
     }
     settings |= {"output_dir": tempfile.mkdtemp(), "seed": seed}
     settings |= {"load_best_round_at_end": False, "disable_tqdm": True}
-    if arm == "greedy":
-        settings["temperature"] = 0.0
+    if arm == "base_opponent_01":
+        settings["round_betas"] = [0.1] * settings["num_rounds"]
     train, test, rows = demo_style.style_split(seed)
-    cls = BaseOpponentTrainer if arm == "base_opponent" else TimedTrainer
+    cls = BaseOpponentTrainer if arm.startswith("base_opponent") else TimedTrainer
     trainer = cls(
         demo.load_demo_model_path(),
         args=SPINConfig(**settings),
@@ -329,12 +330,11 @@ def write_summary() -> None:
 
 def reported(arm: str) -> dict[int, dict[str, Any]]:
     """Return the arm's records by seed, without those that tuned."""
-    records = {}
-    for path in sorted(RESULTS.glob(f"{arm}-*.json")):
-        seed = int(path.stem.removeprefix(f"{arm}-").split("-")[0])
-        if seed != TUNING_SEED:
-            records[seed] = json.loads(path.read_text())
-    return records
+    tuned = arm not in RATES or all(
+        record_path(arm, TUNING_SEED, rate).exists() for rate in RATES[arm]
+    )
+    paths = {seed: record_path(arm, seed, best_rate(arm)) for seed in range(TUNING_SEED) if tuned}
+    return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
 
 
 def describe_pairs(entries: list[dict[str, Any]]) -> str:
