@@ -71,10 +71,10 @@ class FixedPairsTrainer(SPINTrainer):
     scoring_s = forward_s = 0.0
     num_forwards = 0
 
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """Count and time the forwards that ask for the opponent's log-probs."""
+    def compute_policy_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Count and time the forwards that score the opponent and check it."""
         started = time.monotonic()
-        scores = super().compute_ref_log_probs(model, inputs)
+        scores = super().compute_policy_log_probs(model, inputs)
         self.forward_s += time.monotonic() - started
         self.num_forwards += 1
         return scores
