@@ -9,7 +9,7 @@ Arms, each with the recipe's model, questions and settings (`demo_style.STYLE_SE
 - base_opponent: spin with the untrained model as opponent in the loss throughout, which is what
   TRL compares with under a new PEFT configuration; the samples are the policy's own. At spin's
   betas its loss is next to 0 after the first round, and so are its steps.
-- base_opponent_01: the same at beta 0.1, DPO's default, in all rounds.
+- spin_01 and base_opponent_01: both at beta 0.1, DPO's default, in all rounds.
 
 Scores after each round, on held-out questions that chose nothing: mean log-probability a token of
 the data's completions; the share of pairs in which the policy tells the data from the opponent of
@@ -50,7 +50,7 @@ from trl_selfplay import SPINConfig, SPINTrainer, demo, demo_style
 from trl_selfplay.weights import copy_into
 
 RESULTS = Path(__file__).parent / "results" / "spin"
-ARMS = ("spin", "sft_steps", "sft_time", "base_opponent", "base_opponent_01")
+ARMS = ("spin", "sft_steps", "sft_time", "base_opponent", "spin_01", "base_opponent_01")
 TUNING_SEED = 100
 RATES = dict.fromkeys(("sft_steps", "sft_time"), (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3))
 
@@ -114,7 +114,7 @@ def build_trainer(arm: str, seed: int) -> tuple[Any, list[dict[str, Any]]]:
     }
     settings |= {"output_dir": tempfile.mkdtemp(), "seed": seed}
     settings |= {"load_best_round_at_end": False, "disable_tqdm": True}
-    if arm == "base_opponent_01":
+    if arm.endswith("_01"):
         settings["round_betas"] = [0.1] * settings["num_rounds"]
     train, test, rows = demo_style.style_split(seed)
     cls = BaseOpponentTrainer if arm.startswith("base_opponent") else TimedTrainer
