@@ -82,7 +82,7 @@ def describe_trainer(trainer: Any) -> dict[str, Any]:
 
 def summarize(values: Sequence[Any]) -> str:
     """Return how many values there are and a digest of them."""
-    return f"{len(values)}, {hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()}"
+    return f"{len(values)}, {_digest([repr(values)])}"
 
 
 def name_function(function: Any) -> str:

@@ -21,10 +21,7 @@ from trl_selfplay.rounds import PlayedRound, run_rounds
 from trl_selfplay.run_identity import name_function
 from trl_selfplay.selection import select, unsolved_prompts
 from trl_selfplay.self_play import load_history
-from trl_selfplay.trainer.construction import (
-    build_self_play,
-    evaluate_heldout,
-)
+from trl_selfplay.trainer.construction import build_self_play, evaluate_heldout
 from trl_selfplay.trainer.sft_construction import (
     SFTArguments,
     load_sft_parts,
