@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trl_selfplay"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 400
+MAX_LINES = 600
 
 # The order in which data passes the modules; each may import those before it. What a trainer's
 # constructor or `train` calls comes before `trainer`; the demo is a user of the trainers.
@@ -116,7 +116,7 @@ def test_no_module_needs_itself() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_module_has_a_docstring_and_at_most_400_lines(path) -> None:
+def test_a_module_has_a_docstring_and_at_most_600_lines(path) -> None:
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text))
     assert len(text.splitlines()) <= MAX_LINES
