@@ -42,6 +42,7 @@ FLOW = (
     "weights",
     "run_identity",
     "run_folder",
+    "checkpoints",
     "round_log",
     "empty_round",
     "parent_training",

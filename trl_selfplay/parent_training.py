@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
+from trl_selfplay.checkpoints import last_whole_checkpoint
 from trl_selfplay.memory import return_freed_memory
-from trl_selfplay.run_folder import last_whole_checkpoint
 from trl_selfplay.weights import load_saved_model, replace_folder
 
 
@@ -39,7 +39,7 @@ def train_on(
     set_seed(seed)
     output = None
     with _changed_settings(trainer.args, settings):
-        checkpoint = last_whole_checkpoint(folder)
+        checkpoint = last_whole_checkpoint(folder, trainer.accelerator)
         if rows is None:
             trainer.state = _load_state(trainer, None)
         elif checkpoint is None or not _load_if_last(trainer, Path(checkpoint)):

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
+from trl_selfplay.checkpoints import list_checkpoints
 from trl_selfplay.diversity import warn_sharpening
 from trl_selfplay.empty_round import handle_empty_round
 from trl_selfplay.evaluation import paired_difference
@@ -34,7 +35,6 @@ from trl_selfplay.run_folder import (
     append_line,
     find_best_round,
     has_stalled,
-    last_whole_checkpoint,
     load_lines,
 )
 from trl_selfplay.run_identity import check_identity, describe_trainer
@@ -249,7 +249,7 @@ def _train_round(
     if args.start_from == "base" and not is_trained and (round_index > 0 or has_warmed_up):
         reload_initial_weights(trainer.model, args, run.initial_weights)
     run.pending_logs.append(played.metrics)
-    if is_trained or last_whole_checkpoint(folder) is not None:
+    if is_trained or list_checkpoints(folder):
         run.pending_logs.clear()  # logged before the kill
     run.num_examples = played.num_examples
     rows = played.training_rows
@@ -352,7 +352,7 @@ def _delete_what_is_done(trainer: Any, round_index: int) -> None:
     """Delete a finished round's checkpoints and, for full fine-tuning, models nobody needs."""
     run = trainer.run
     for index in range(round_index + 1):  # earlier ones too: a kill may have come in between
-        for checkpoint in run.folder(index).glob("checkpoint-*"):
+        for checkpoint in list_checkpoints(run.folder(index)):
             shutil.rmtree(checkpoint)
     if not run.keeps_every_model:
         needed = {round_index, find_best_round(run)}

@@ -6,7 +6,6 @@ beside the rollouts. Whatever is written is whole or absent.
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,24 +111,6 @@ def load_lines(path: Path) -> list[dict[str, Any]]:
 def append_line(path: Path, line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> None:
     """Write all lines anew: an interrupted append would leave half a line."""
     save_text(path, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint whose state, written last, can be read; delete broken ones."""
-    found = sorted(
-        (p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()),
-        key=lambda p: int(p.name.removeprefix("checkpoint-")),
-        reverse=True,
-    )
-    for checkpoint in found:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s is not whole and is deleted.", checkpoint)
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        else:
-            return str(checkpoint)
-    return None
 
 
 def name_of_weights(round_index: int) -> str:

@@ -156,3 +156,26 @@ def test_a_run_ended_at_its_last_checkpoint_takes_no_further_step(
 
 def load_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize(
+    "build", ["build_star", pytest.param("build_spin", marks=pytest.mark.slow)]
+)
+def test_a_checkpoint_without_its_optimizer_is_passed_over(request, build) -> None:
+    """A fresh optimizer would go on to other weights than an uninterrupted run, and say nothing."""
+    build = request.getfixturevalue(build)
+    changes = {"num_rounds": 1, "max_steps": 3, "save_steps": 1}
+    whole = build(folder="whole", **changes)
+    whole.train()
+    expected = load_model(whole.run.folder(0) / "model")
+    for folder, more in (("deleted", {}), ("never-saved", {"save_only_model": True})):
+        broken = build(folder=folder, **changes, **more)
+        broken.add_callback(StopAtTrainEnd())
+        with pytest.raises(KeyboardInterrupt):
+            broken.train()
+        for path in broken.run.folder(0).glob("checkpoint-*/optimizer.pt"):
+            path.unlink()
+        resumed = build(folder=folder, **changes, **more)
+        resumed.train(resume_from_checkpoint=True)
+        found = load_model(resumed.run.folder(0) / "model")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

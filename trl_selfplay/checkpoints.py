@@ -1,0 +1,178 @@
+"""Is a checkpoint of the parent's training whole, so that training goes on as if never stopped?
+
+In: a folder of `checkpoint-*`, as `transformers.Trainer` writes them, with DeepSpeed's and FSDP's
+layouts. Out: the newest one that holds everything that training goes on from.
+"""
+
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+logger = logging.getLogger(__name__)
+
+_STATE = "trainer_state.json"
+# What a checkpoint's state is called once training no longer goes on from it.
+_PASSED_OVER = "trainer_state.passed_over.json"
+# Files of `torch.save`, which are zip archives: a file that was cut short has no directory.
+_TORCH_FILES = re.compile(
+    r"(optimizer|pytorch_model|adapter_model|rng_state|rank\d+-of-).*\.(pt|pth|bin)"
+    r"|(scheduler|scaler)\.pt|.*_(model|optim)_states\.pt"
+)
+
+
+def last_whole_checkpoint(folder: Path, accelerator: Accelerator) -> str | None:
+    """Return the newest checkpoint in `folder` that training can go on from exactly.
+
+    It holds weights, optimizer, scheduler, the random state of each process, the gradient scaler
+    where there is one, and the trainer's state, all readable. Others stay on disk and are passed
+    over with a warning: the state file is renamed, since training may write into them again. All
+    processes must call this; the main one decides.
+
+    Raises:
+        ValueError: A checkpoint is whole, for another number of processes.
+    """
+    found: list[str | None] = [None]
+    if accelerator.is_main_process:
+        found = [_find(folder, accelerator)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def _find(folder: Path, accelerator: Accelerator) -> str | None:
+    for checkpoint in sorted(list_checkpoints(folder), key=_step, reverse=True):
+        fault = _first_fault(checkpoint, accelerator)
+        if fault is None:
+            return str(checkpoint)
+        logger.warning(
+            "%s is not whole (%s) and is passed over: training goes on from the whole checkpoint "
+            "before it, or begins again.",
+            checkpoint,
+            fault,
+        )
+        if (checkpoint / _STATE).exists():
+            (checkpoint / _STATE).rename(checkpoint / _PASSED_OVER)
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders named checkpoint-<step>, whole or not."""
+    return [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _first_fault(checkpoint: Path, accelerator: Accelerator) -> str | None:
+    """Say what is missing from a checkpoint or can't be read, None if nothing is."""
+    return next(_faults(checkpoint, accelerator), None)
+
+
+def _faults(checkpoint: Path, accelerator: Accelerator) -> Iterator[str]:
+    try:
+        TrainerState.load_from_json(str(checkpoint / _STATE))
+    except (OSError, ValueError, TypeError) as error:
+        yield _describe(_STATE, error)
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        if (error := _read_error(path)) is not None:
+            yield _describe(str(path.relative_to(checkpoint)), error)
+    if any(checkpoint.glob("global_step*/*")):  # DeepSpeed's own layout
+        yield from _missing_in_deepspeed(checkpoint)
+    else:
+        if not _has_weights(checkpoint):
+            yield "the weights are missing"
+        # FSDP writes a folder or one file per rank, XLA rank0-of-8-optimizer.pt.
+        if not any(checkpoint.glob("*optimizer*")):
+            yield "optimizer.pt is missing"
+        if not (checkpoint / "scheduler.pt").exists():
+            yield "scheduler.pt is missing"
+        if accelerator.scaler is not None and not (checkpoint / "scaler.pt").exists():
+            yield "scaler.pt is missing"
+    yield from _missing_random_states(checkpoint, accelerator.num_processes)
+
+
+def _describe(name: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{name} is missing"
+    return f"{name} can't be read: {error}"
+
+
+def _read_error(path: Path) -> Exception | None:
+    """Return why a file can't be read, as far as its directory tells, which is written last."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return None
+        if path.name.endswith(".index.json"):
+            for name in set(json.loads(path.read_text())["weight_map"].values()):
+                (path.parent / name).stat()
+        if _TORCH_FILES.fullmatch(path.name):
+            zipfile.ZipFile(path).close()
+        if path.suffix == ".distcp" and path.stat().st_size == 0:
+            return EOFError("it is empty")
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile, SafetensorError) as error:
+        if isinstance(error, FileNotFoundError) and error.filename != str(path):
+            return ValueError(f"{Path(error.filename).name}, which it lists, is missing")
+        return error
+    return None
+
+
+def _has_weights(checkpoint: Path) -> bool:
+    adapters = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+    whole = (SAFE_WEIGHTS_NAME, WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
+    return (
+        any((checkpoint / name).exists() for name in (*whole, *adapters))
+        or any(any(checkpoint.glob(f"*/{name}")) for name in adapters)  # adapters with a name
+        or any(checkpoint.glob("pytorch_model_fsdp*"))
+    )
+
+
+def _missing_in_deepspeed(checkpoint: Path) -> Iterator[str]:
+    try:
+        tag = (checkpoint / "latest").read_text().strip()
+    except (OSError, ValueError) as error:
+        yield _describe("latest", error)
+        return
+    if not any((checkpoint / tag).glob("*_model_states.pt")):
+        yield f"{tag}, which `latest` names, holds no model states"
+
+
+def _missing_random_states(checkpoint: Path, num_processes: int) -> Iterator[str]:
+    """Say which process's random state is missing.
+
+    Raises:
+        ValueError: Those of another number of processes are there.
+    """
+    is_single = (checkpoint / "rng_state.pth").exists()
+    num_ranks = len(list(checkpoint.glob("rng_state_*.pth")))
+    # Fewer ranks than processes: killed before all had written.
+    if num_processes == 1 and is_single:
+        return
+    written_by = num_ranks or int(is_single)
+    if written_by > num_processes or (num_ranks == 0 and is_single):
+        raise ValueError(
+            f"{checkpoint} was written by {written_by} process(es), and there are {num_processes} "
+            f"now, which would train on the rows in other batches. Go on with {written_by}, or "
+            "delete the checkpoint folders beside it to begin that training again."
+        )
+    ranks = [""] if num_processes == 1 else [f"_{rank}" for rank in range(num_processes)]
+    for rank in ranks:
+        if not (checkpoint / f"rng_state{rank}.pth").exists():
+            yield f"rng_state{rank}.pth is missing"
