@@ -47,6 +47,14 @@ class ThoughtModule(nn.Module):
         nn.init.zeros_(last.weight)
         self.to(initial.device, torch.float32)
 
+    def rescale(self, scale: float) -> None:
+        """Store the vectors divided by another scale; they stay the same up to rounding."""
+        if scale == self.scale:
+            return
+        with torch.no_grad():
+            self.vectors.mul_(self.scale / scale)
+        self.scale = scale
+
     def start_and_end(self) -> torch.Tensor:
         """Return the input embeddings that begin and end a thought, float32 (2, d)."""
         return self.vectors * self.scale
@@ -114,6 +122,15 @@ def _initial_vector(embeddings: Any, tokenizer: Any) -> torch.Tensor:
 def unwrap_causal_lm(model: Any) -> Any:
     """Return the causal language model inside a PEFT model, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trained_module(causal_lm: Any) -> ThoughtModule:
+    """Return the thought module that trains: PEFT keeps it beside a frozen original."""
+    module = getattr(causal_lm, ATTRIBUTE)
+    if hasattr(module, "modules_to_save"):
+        module = module.modules_to_save[module.active_adapters[0]]
+    assert isinstance(module, ThoughtModule)
+    return module
 
 
 def barred_token_ids(tokenizer: Any) -> list[int]:

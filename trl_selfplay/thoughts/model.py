@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import PushToHubMixin
 
@@ -22,15 +20,15 @@ from trl_selfplay.thoughts.decoding import (
 )
 from trl_selfplay.thoughts.mixing import ATTRIBUTE, unwrap_causal_lm
 from trl_selfplay.thoughts.storage import (
+    SETTINGS_NAME,
     ThoughtSettings,
-    check_base,
-    load_module,
-    load_settings,
+    load_thinking_model,
+    local_folder,
     save_module,
     save_settings,
     strip_model_files,
 )
-from trl_selfplay.thoughts.support import check_lengths, check_model
+from trl_selfplay.thoughts.support import check_lengths
 
 
 class QuietSTaRModel(nn.Module, PushToHubMixin):
@@ -265,46 +263,15 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
             ValueError: The base is another model than the one that was trained.
         """
         hub = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
-        folder = _local_folder(pretrained_model_name_or_path, hub)
+        folder = local_folder(pretrained_model_name_or_path, hub)
         kwargs = {"dtype": torch.float32, **kwargs}
-        if not (folder / "quiet_star.json").exists():
+        if not (folder / SETTINGS_NAME).exists():
             raise FileNotFoundError(
-                f"{folder} has no quiet_star.json: it was not saved by QuietSTaRTrainer or "
+                f"{folder} has no {SETTINGS_NAME}: it was not saved by QuietSTaRTrainer or "
                 "QuietSTaRModel."
             )
-        settings, content = load_settings(folder)
-        module = load_module(folder, content["meta_token_scale"])
-        adapted = (folder / "adapter_config.json").exists()
         kwargs.pop("revision", None)
-        if isinstance(base_model, nn.Module):
-            model: Any = base_model
-        elif adapted:
-            saved = content["base_model"]
-            name = saved["name"] if base_model is None else base_model
-            if name == saved["name"] and saved["revision"] and not Path(name).is_dir():
-                kwargs["revision"] = saved["revision"]
-            model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(base_model or folder, **kwargs)
-        check_base(model, content, folder)
-        check_model(model)
-        causal_lm = model
-        if adapted and ATTRIBUTE in (PeftConfig.from_pretrained(str(folder)).modules_to_save or ()):
-            setattr(causal_lm, ATTRIBUTE, module.to(model.device))  # of a checkpoint
-            return cls(PeftModel.from_pretrained(model, folder), settings)
-        if adapted:  # before the module is there, for which the adapters have no weights
-            model = PeftModel.from_pretrained(model, folder)
-        setattr(causal_lm, ATTRIBUTE, module.to(causal_lm.device))
-        return cls(model, settings)
-
-
-def _local_folder(name: str | Path, hub: dict[str, Any]) -> Path:
-    """Return a folder as it is, or a Hub repository's after downloading it."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(name), **hub))
+        return cls(*load_thinking_model(folder, base_model, **kwargs))
 
 
 def _any_stops(criteria: Any, ids: torch.Tensor) -> torch.Tensor:

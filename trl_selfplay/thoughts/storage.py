@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
 
-from trl_selfplay.thoughts.mixing import ATTRIBUTE, ThoughtModule
+from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
+from trl_selfplay.thoughts.mixing import ATTRIBUTE, ThoughtModule, trained_module
+from trl_selfplay.thoughts.support import check_model
 
 WEIGHTS_NAME, SETTINGS_NAME = "quiet_star.safetensors", "quiet_star.json"
 _FORMAT = 1
@@ -79,11 +84,8 @@ def load_settings(folder: Path) -> tuple[ThoughtSettings, dict[str, Any]]:
 
 def save_module(causal_lm: Any, folder: Path) -> None:
     """Write the thought module's own weights to `quiet_star.safetensors`."""
-    module = getattr(causal_lm, ATTRIBUTE)
-    if hasattr(module, "modules_to_save"):  # PEFT keeps the trained copy beside the original
-        module = module.modules_to_save[module.active_adapters[0]]
-    weights = {name: p.detach().cpu().contiguous() for name, p in module.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_NAME)
+    weights = trained_module(causal_lm).state_dict()
+    save_file({n: p.detach().cpu().contiguous() for n, p in weights.items()}, folder / WEIGHTS_NAME)
 
 
 def load_module(folder: Path, scale: float) -> ThoughtModule:
@@ -102,6 +104,101 @@ def load_module(folder: Path, scale: float) -> ThoughtModule:
     module = ThoughtModule(torch.zeros_like(weights["vectors"][0]), scale)
     module.load_state_dict(weights, strict=True)
     return module
+
+
+def find_thoughts(name: str | Path, hub: Mapping[str, Any]) -> Path | None:
+    """Return the folder of a model that was saved with thoughts; None for any other model.
+
+    Args:
+        name: A folder, or a repository of the Hub, which is downloaded only if it has thoughts.
+        hub: `revision`, `token` and `cache_dir`, for the Hub.
+
+    Raises:
+        FileNotFoundError: The folder holds a part of what was saved.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        found = [each for each in (SETTINGS_NAME, WEIGHTS_NAME) if (folder / each).exists()]
+        if len(found) == 1:
+            (missing,) = {SETTINGS_NAME, WEIGHTS_NAME} - set(found)
+            raise FileNotFoundError(
+                f"{folder} has {found[0]}, but no {missing}, so its thoughts would be lost. Copy "
+                f"that file there too, or delete {found[0]} to begin without thoughts."
+            )
+        return folder if found else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        hf_hub_download(str(name), SETTINGS_NAME, **hub)
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
+        return None  # where there is no such model, loading it says so
+    return local_folder(name, hub)
+
+
+def local_folder(name: str | Path, hub: Mapping[str, Any]) -> Path:
+    """Return a folder as it is, or a Hub repository's after downloading it."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(name), **hub))
+
+
+def load_thinking_model(
+    folder: Path, base_model: Any, **kwargs: Any
+) -> tuple[Any, ThoughtSettings]:
+    """Load a saved model with its thought module; return it, and how it thinks.
+
+    Adapters come as a PEFT model that names the module in `modules_to_save`, frozen.
+
+    Args:
+        folder: A run's, a checkpoint's, or one of `QuietSTaRModel.save_pretrained`.
+        base_model: The base model or its name; None takes the saved one.
+        **kwargs: For `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: The folder holds no thoughts.
+        ValueError: The base is another model than the one that was trained, or can't think.
+    """
+    settings, content = load_settings(folder)
+    module = load_module(folder, content["meta_token_scale"])
+    adapted = (folder / "adapter_config.json").exists()
+    if isinstance(base_model, nn.Module):
+        model: Any = base_model
+    elif adapted:
+        saved = content["base_model"]
+        name = saved["name"] if base_model is None else base_model
+        if name == saved["name"] and saved["revision"] and not Path(name).is_dir():
+            kwargs["revision"] = saved["revision"]
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base_model or folder, **kwargs)
+    check_base(model, content, folder)
+    keep_4bit_weights_trainable(model)
+    check_model(model)
+    setattr(model, ATTRIBUTE, module.to(model.get_input_embeddings().weight.device))
+    return (_add_adapters(model, folder) if adapted else model), settings
+
+
+def _add_adapters(model: Any, folder: Path) -> Any:
+    """Wrap a model that has its thought module in the adapters of a folder, frozen."""
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    config.base_model_name_or_path = None  # PEFT fills in the name of the base that is here
+    saved = config.modules_to_save or ()
+    config.modules_to_save = [*saved, *({ATTRIBUTE} - set(saved))]
+    weights = load_peft_weights(str(folder), device="cpu")
+    for name, weight in getattr(model, ATTRIBUTE).state_dict().items():
+        weights[f"base_model.model.{ATTRIBUTE}.{name}"] = weight  # a checkpoint has it too
+    adapted = get_peft_model(model, config)
+    result: Any = set_peft_model_state_dict(adapted, weights)
+    if result.unexpected_keys:
+        raise ValueError(
+            f"{folder} has adapter weights for which {type(model).__name__} has no place, "
+            f"{result.unexpected_keys[0]} among them: adapter_config.json is another adapter's."
+        )
+    return adapted
 
 
 def strip_model_files(folder: Path) -> None:

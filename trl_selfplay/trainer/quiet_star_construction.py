@@ -6,16 +6,28 @@ it, and a forward that takes thoughts; or an error that says what to do.
 
 import copy
 import functools
+import logging
 import types
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from trl_selfplay.thoughts.mixing import ATTRIBUTE, attach_thought_module, unwrap_causal_lm
+from trl_selfplay.thoughts.mixing import (
+    ATTRIBUTE,
+    attach_thought_module,
+    trained_module,
+    unwrap_causal_lm,
+)
+from trl_selfplay.thoughts.model import QuietSTaRModel
 from trl_selfplay.thoughts.sampling import can_think, predicted_tokens
+from trl_selfplay.thoughts.storage import SETTINGS_NAME, find_thoughts
 from trl_selfplay.thoughts.unrolled import think_and_talk
 from trl_selfplay.trainer.construction import check_adapters
+
+logger = logging.getLogger(__name__)
 
 _ROWS_AT_A_TIME = 64
 
@@ -83,7 +95,13 @@ def refuse_rows_without_room(dataset: Any, collate: Any, num_ahead_tokens: int) 
 
 
 def load_model(model: Any, args: Any, quantization_config: Any) -> tuple[Any, Any]:
-    """Load a model that is given by name, as the parent would, so that it can be added to."""
+    """Return a model that can be added to, loaded as the parent would if it is given by name.
+
+    What was saved with thoughts, and a QuietSTaRModel, keeps its head, vectors and adapters, and
+    these train.
+    """
+    if isinstance(model, QuietSTaRModel):
+        return _go_on(model, args, model.config.name_or_path), quantization_config
     if not isinstance(model, str):
         return model, quantization_config
     kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}
@@ -92,27 +110,80 @@ def load_model(model: Any, args: Any, quantization_config: Any) -> tuple[Any, An
         kwargs["quantization_config"] = quantization_config
         kwargs.setdefault("device_map", {"": args.device})
     args.model_init_kwargs = None  # used up; the parent would warn that it ignores them
+    hub = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
+    folder = find_thoughts(model, hub)
+    if folder is not None:
+        return _go_on(QuietSTaRModel.from_pretrained(folder, **kwargs), args, model), None
     return AutoModelForCausalLM.from_pretrained(model, **kwargs), None
 
 
-def attach_thoughts(model: Any, tokenizer: Any, args: Any, peft_config: Any) -> None:
-    """Give a model its thought module.
+def _go_on(thinking: QuietSTaRModel, args: Any, name: str) -> Any:
+    """Return the model inside, whose adapters train again, and say what it begins with."""
+    model, length = thinking.model, thinking.settings.thought_length
+    if isinstance(model, PeftModel):
+        for adapter in model.active_adapters:
+            model.peft_config[adapter].inference_mode = False
+        model.set_adapter(model.active_adapter)
+    logger.info(
+        "%s has learnt to think: its mixing head and the vectors that begin and end a thought are "
+        "kept as they are%s.",
+        name,
+        ""
+        if length == args.thought_length
+        else f", now for thoughts of {args.thought_length} tokens instead of {length}",
+    )
+    return model
 
-    Raises:
-        ValueError: For adapters with which the module would not be trained or saved.
-    """
-    causal_lm = unwrap_causal_lm(model)
+
+def refuse_thoughts(model: Any) -> None:
+    """Raise TypeError or warn where `num_thoughts=0` would drop what a model knows of thinking."""
+    if isinstance(model, QuietSTaRModel):
+        raise TypeError(
+            "num_thoughts=0 is plain SFT, which a QuietSTaRModel is not for. Load the plain model "
+            "from the folder with AutoModelForCausalLM, or set num_thoughts=2."
+        )
+    if isinstance(model, str) and (Path(model) / SETTINGS_NAME).exists():
+        logger.warning(
+            "num_thoughts=0 is plain SFT: what %s has learnt of thinking is not loaded, and will "
+            "not be in the new run's model.",
+            model,
+        )
+
+
+def refuse_adapters(model: Any, peft_config: Any) -> None:
+    """Raise ValueError for adapters with which a thought module would not be trained or saved."""
     check_adapters(model, peft_config)
-    adapters = getattr(model, "peft_config", {}).values() if causal_lm is not model else ()
+    adapters = getattr(model, "peft_config", {}).values()
     if any(ATTRIBUTE not in (adapter.modules_to_save or ()) for adapter in adapters):
         raise ValueError(
             "the model has adapters already, so the mixing head would not be trained and saved with "
-            "them. Pass the base model and `peft_config`, or merge the adapters first."
+            "them. Pass the base model and `peft_config`, or merge the adapters first. To go on "
+            "from a Quiet-STaR run, pass the name of its folder, or a QuietSTaRModel."
+        )
+    if adapters and peft_config is not None:
+        raise ValueError(
+            "`peft_config` was given, but the model has adapters that learnt to think, which go on "
+            "training. Leave `peft_config` out, or merge the adapters first."
         )
     if getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(
             f"peft_config of type {peft_config.peft_type.value} adds virtual tokens, after which thoughts "
             "would be misplaced. Use LoRA."
+        )
+
+
+def attach_thoughts(model: Any, tokenizer: Any, args: Any) -> None:
+    """Give a model its thought module, or take over the one that it has."""
+    causal_lm = unwrap_causal_lm(model)
+    if hasattr(causal_lm, ATTRIBUTE):
+        trained_module(causal_lm).rescale(args.meta_token_scale)
+        return
+    if (Path(causal_lm.config.name_or_path) / SETTINGS_NAME).exists():
+        logger.warning(
+            "%s holds a model with thoughts, but the model was loaded without them: it begins with "
+            "an untrained mixing head. To go on from it, pass the folder's name, or "
+            "QuietSTaRModel.from_pretrained of it.",
+            causal_lm.config.name_or_path,
         )
     attach_thought_module(causal_lm, tokenizer, args.meta_token_scale, args.seed)
 

@@ -19,7 +19,12 @@ from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.report import say
 from trl_selfplay.thoughts.attention import thoughts_attend
-from trl_selfplay.thoughts.mixing import ATTRIBUTE, barred_token_ids, unwrap_causal_lm
+from trl_selfplay.thoughts.mixing import (
+    ATTRIBUTE,
+    barred_token_ids,
+    trained_module,
+    unwrap_causal_lm,
+)
 from trl_selfplay.thoughts.objective import (
     ObjectiveSums,
     advantages,
@@ -62,8 +67,10 @@ from trl_selfplay.trainer.quiet_star_construction import (
     attach_thoughts,
     load_model,
     longest_row,
+    refuse_adapters,
     refuse_replicas,
     refuse_rows_without_room,
+    refuse_thoughts,
     refuse_unused,
     save_thoughts_too,
 )
@@ -75,6 +82,12 @@ class QuietSTaRTrainer(SFTTrainer):
     """Trains a causal language model to think before each token.
 
     Takes what `trl.SFTTrainer` takes, in its order, with text or tokenized rows.
+
+    To go on from a model that thinks already, on the same text or another, pass as `model` the
+    folder of a run, of a checkpoint or of `QuietSTaRModel.save_pretrained`, a repository of the Hub
+    that holds one, or a QuietSTaRModel. Its mixing head, its vectors and its adapters train on, and
+    its first logits are those that it was saved with. The vectors don't depend on the length of a
+    thought, so `thought_length` may differ.
 
     Raises:
         ValueError, TypeError: For a model or arguments that can't work, at construction.
@@ -119,15 +132,21 @@ class QuietSTaRTrainer(SFTTrainer):
         if args is None:
             args = QuietSTaRConfig(default_output_dir(model, "QuietSTaR"))
         check_config_class(args, QuietSTaRConfig)
+        thought_weights: dict[str, torch.Tensor] = {}
         if args.num_thoughts:
             refuse_replicas(args)
             refuse_unused(compute_metrics, compute_loss_func, preprocess_logits_for_metrics)
             processing_class = load_processing_class(model, processing_class, args)
             model, quantization_config = load_model(model, args, quantization_config)
+            refuse_adapters(model, peft_config)
             keep_4bit_weights_trainable(model)
             check_model(model)
-            attach_thoughts(model, processing_class, args, peft_config)
+            attach_thoughts(model, processing_class, args)
             peft_config = save_thoughts_too(peft_config)
+            module = trained_module(unwrap_causal_lm(model))
+            thought_weights = {n: p.detach().clone() for n, p in module.state_dict().items()}
+        else:
+            refuse_thoughts(model)
         super().__init__(
             model=model,
             args=args,
@@ -150,6 +169,8 @@ class QuietSTaRTrainer(SFTTrainer):
         self._batch_index = {"train": 0, "eval": 0}
         self._helpful: list[HelpfulThought] = []
         if args.num_thoughts:
+            # The parent rounds what trains on a quantized model to bfloat16.
+            trained_module(self.causal_lm).float().load_state_dict(thought_weights)
             self._prepare_model_and_lengths()
 
     @property
@@ -165,7 +186,6 @@ class QuietSTaRTrainer(SFTTrainer):
                 "thoughts as text. Set router_aux_loss_coef=0.0."
             )
         model: Any = self.model
-        getattr(causal_lm, ATTRIBUTE).float()  # PEFT gives quantized models bfloat16 ones
         if switch_dropout_off(model):
             logger.warning(
                 "Dropout is switched off in the whole model: thoughts are sampled in one forward "
