@@ -22,6 +22,7 @@ FLOW = (
     "prompts",
     "chosen",
     "generation",
+    "noise",
     "rewards",
     "rationalization",
     "collection",

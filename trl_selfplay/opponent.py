@@ -100,13 +100,14 @@ def check_opponent(trainer: Any, model: Any, inputs: Mapping[str, Any], round_in
 
     Args:
         trainer: A `SPINTrainer`.
-        model: As the training step uses it: wrapped, in train mode.
+        model: As the training step uses it, wrapped; it is left in train mode.
         inputs: The first batch of the round.
         round_index: For the error.
 
     Raises:
         WrongOpponentError: With the largest difference and what usually causes it.
     """
+    model.train()  # as the step that follows: noise of that mode counts as well
     inputs = send_to_device(dict(inputs), trainer.accelerator.device)
     stored = torch.cat([inputs[column] for column in _COLUMNS]).float()
     live = _rescore(trainer, model, inputs)
@@ -127,8 +128,8 @@ def check_opponent(trainer: Any, model: Any, inputs: Mapping[str, Any], round_in
         f"ones of its opponent by {gap:.3g} (times beta={trainer.beta:g}), and at most "
         f"{tolerance:.3g} is rounding. The opponent must be the policy as it enters the round, so "
         "that every margin begins at 0. Usual reasons: a callback or hook changed the weights "
-        "between scoring and training, dropout is active, `data_collator` builds other batches in "
-        "training, or the stored rows under `_rounds` are of other weights (then delete the "
+        "between scoring and training, something is random in train mode, `data_collator` builds "
+        "other batches in training, or the stored rows under `_rounds` are of other weights (then delete the "
         "round's `dataset` folder)."
     )
 

@@ -6,10 +6,11 @@ from tiny_families import FAMILIES, build_family
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from trl_selfplay import QuietSTaRModel
+from trl_selfplay.noise import switch_noise_off
 from trl_selfplay.thoughts.attention import thoughts_attend
 from trl_selfplay.thoughts.mixing import ATTRIBUTE, attach_thought_module
 from trl_selfplay.thoughts.storage import ThoughtSettings
-from trl_selfplay.thoughts.support import check_lengths, check_model, switch_dropout_off
+from trl_selfplay.thoughts.support import check_lengths, check_model
 
 RECURRENT = {
     "mamba": {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2},
@@ -92,22 +93,6 @@ def test_text_and_thought_must_fit_the_models_positions() -> None:
     check_lengths(model, None, 8, 4)
 
 
-def test_dropout_is_switched_off_where_modules_and_functions_have_it() -> None:
-    gpt2 = build_family("gpt2")
-    gpt2.train()
-    ids = torch.arange(2, 12)[None]
-    assert not torch.equal(gpt2(ids).logits, gpt2(ids).logits)
-    assert switch_dropout_off(gpt2) > 0
-    assert torch.equal(gpt2(ids).logits, gpt2(ids).logits)
-    opt = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("opt", vocab_size=23, hidden_size=16, ffn_dim=16, num_hidden_layers=1,
-                             num_attention_heads=2, word_embed_proj_dim=16, dropout=0.5)
-    ).train()  # fmt: skip
-    assert switch_dropout_off(opt) > 0
-    assert torch.equal(opt(ids).logits, opt(ids).logits)
-    assert switch_dropout_off(opt) == 0
-
-
 def test_a_sliding_window_that_attention_is_not_told_is_refused() -> None:
     """QS-23: Qwen2-MoE has its window in the mask alone, which thoughts don't read."""
     sizes = {
@@ -132,5 +117,5 @@ def test_states_narrower_than_the_layers_have_a_head_of_their_width() -> None:
     ids = torch.randint(2, 23, (1, 8), generator=torch.Generator().manual_seed(0))
     thinking = QuietSTaRModel(model, ThoughtSettings(thought_length=2))
     torch.testing.assert_close(thinking(ids).logits, model(ids).logits)  # a fresh head
-    assert switch_dropout_off(model)
+    assert switch_noise_off(model)
     assert model.model.decoder.layerdrop == 0.0

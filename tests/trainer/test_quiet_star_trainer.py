@@ -7,6 +7,7 @@ from datasets import Dataset, concatenate_datasets
 from naive_thoughts import naive_scores
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from transformers import Starcoder2Config, Starcoder2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer
@@ -142,6 +143,22 @@ def test_with_a_fresh_head_the_loss_is_that_of_plain_text(quiet_trainer, alpha, 
     talks = torch.stack([nll[:, t : 11 - ahead + 1 + t].mean() for t in range(ahead)])
     expected = alpha * nll.mean() + (1 - alpha) * talks.mean()
     assert loss == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_dropout_outside_of_modules_leaves_the_loss_what_it_is(quiet_trainer) -> None:
+    """QS-1 on a model whose layers drop out by functions, in train mode."""
+    sizes = {"vocab_size": 21, "num_key_value_heads": 2, "hidden_size": 32, "intermediate_size": 48,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}  # fmt: skip
+    torch.manual_seed(0)
+    noisy = {"residual_dropout": 0.3, "embedding_dropout": 0.3, "attention_dropout": 0.3}
+    model = Starcoder2ForCausalLM(Starcoder2Config(**sizes, **noisy)).float()
+    trainer = quiet_trainer(model=model, reinforce_weight=0.0, num_ahead_tokens=1)
+    batch = batch_of(trainer)
+    loss, _ = step_gradients(trainer, dict(batch))
+    with torch.no_grad():
+        log_probs = trainer.model.eval()(batch["input_ids"]).logits.log_softmax(-1)[:, :-1]
+    nll = -log_probs.gather(-1, batch["labels"][:, 1:, None]).squeeze(-1)
+    assert loss == pytest.approx(nll.mean().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -53,6 +53,7 @@ def test_generation_kwargs_that_change_the_opponent_are_warned_of(tmp_path, capl
         ({"precompute_ref_log_probs": False}, "wrong opponent from round 1"),
         ({"start_from": "base"}, "the policy as it enters"),
         ({"disable_dropout": False}, "margins don't begin at 0"),
+        ({"neftune_noise_alpha": 50.0}, "neftune_noise_alpha=50.0: the opponent's"),
         ({"stop_strings": ["\n"]}, "without EOS"),
         ({"generation_kwargs": {"eos_token_id": 3}}, "has eos_token_id=3"),
         ({"round_betas": [0.1, 0.1]}, "round_betas has 2 values for num_rounds=3"),

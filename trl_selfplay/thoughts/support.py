@@ -9,7 +9,6 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
@@ -137,28 +136,3 @@ def check_lengths(
             f"{num_text_tokens + extra}, but {type(model).__name__} has {limit} positions. Set "
             f"max_length to at most {limit - extra}."
         )
-
-
-def switch_dropout_off(model: nn.Module) -> int:
-    """Set every dropout probability to 0, for good; return how many were above.
-
-    Thoughts are sampled in one forward and scored in another: with dropout these would be two
-    policies.
-    """
-    changed = 0
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            changed += module.p > 0
-            module.p = 0.0
-            continue
-        for name in (
-            "dropout",
-            "attention_dropout",
-            "activation_dropout",
-            "attn_dropout",
-            "layerdrop",
-        ):
-            if isinstance(value := module.__dict__.get(name), float) and value > 0.0:
-                changed += 1
-                setattr(module, name, 0.0)
-    return changed

@@ -17,6 +17,7 @@ from trl import SFTTrainer
 
 from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
 from trl_selfplay.generation.model_traits import sampling_state
+from trl_selfplay.noise import switch_noise_off
 from trl_selfplay.report import say
 from trl_selfplay.thoughts.attention import thoughts_attend
 from trl_selfplay.thoughts.mixing import (
@@ -54,7 +55,7 @@ from trl_selfplay.thoughts.storage import (
     save_settings,
     strip_model_files,
 )
-from trl_selfplay.thoughts.support import check_lengths, check_model, switch_dropout_off
+from trl_selfplay.thoughts.support import check_lengths, check_model
 from trl_selfplay.thoughts.unrolled import ThoughtBatch
 from trl_selfplay.trainer.construction import (
     check_config_class,
@@ -186,10 +187,11 @@ class QuietSTaRTrainer(SFTTrainer):
                 "thoughts as text. Set router_aux_loss_coef=0.0."
             )
         model: Any = self.model
-        if switch_dropout_off(model):
+        if switched := switch_noise_off(model):
             logger.warning(
-                "Dropout is switched off in the whole model: thoughts are sampled in one forward "
-                "and scored in another, which would be two policies."
+                "Dropout and other noise is switched off in the whole model (%s): thoughts are "
+                "sampled in one forward and scored in another, which would be two policies.",
+                ", ".join(switched),
             )
         add_thoughts_to_forward(causal_lm)
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else [self.eval_dataset]

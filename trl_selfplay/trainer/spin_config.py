@@ -92,6 +92,11 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
                 "disable_dropout=False: with dropout the policy differs from its opponent at the "
                 "first step of each round, so the margins don't begin at 0. Leave it True."
             )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha}: the opponent's log-probs have no "
+                "noise and the policy's would, so the margins don't begin at 0. Leave it out."
+            )
         if self.stop_strings:
             raise ValueError(
                 f"stop_strings={self.stop_strings!r}: the opponent's completions would end without "

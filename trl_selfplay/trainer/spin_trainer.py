@@ -25,6 +25,7 @@ from trl_selfplay.discriminator import (
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.heldout import HeldOutScores, metric_prefixes
 from trl_selfplay.monitor import find_convergence
+from trl_selfplay.noise import switch_noise_off
 from trl_selfplay.opponent import check_opponent, score_pairs, store_opponent
 from trl_selfplay.pairs import build_pair_rows, find_giveaways, pair_metrics, select_pairs
 from trl_selfplay.prompts import PromptRow, load_heldout_sets
@@ -136,6 +137,12 @@ class SPINTrainer(DPOTrainer):
             policy.delete_adapter("ref")  # the parent's copy: right in round 0 only
         self.eval_dataset = eval_dataset
         self.self_play = build_self_play(self, rows, heldout)
+        if switched := switch_noise_off(policy):
+            logger.warning(
+                "Dropout and other noise is switched off in the whole model (%s): with it the "
+                "policy would differ from its opponent at the first step of each round.",
+                ", ".join(switched),
+            )
         self.chosen: dict[str, ChosenTokens] = {}
         rows[:] = self._tokenize(rows, "train_dataset")
         for name, heldout_rows in heldout.items():
