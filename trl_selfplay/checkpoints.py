@@ -55,6 +55,16 @@ def last_whole_checkpoint(folder: Path, accelerator: Accelerator) -> str | None:
     return found[0]
 
 
+def refuse_broken(checkpoint: Path, accelerator: Accelerator) -> None:
+    """Raise ValueError, naming the file, if training can't go on exactly from a checkpoint."""
+    fault = _first_fault(checkpoint, accelerator)
+    if fault is not None:
+        raise ValueError(
+            f"resume_from_checkpoint={str(checkpoint)!r}: {fault}, so training would not go on as if "
+            "never stopped. Pass True to take the newest whole checkpoint of output_dir."
+        )
+
+
 def _find(folder: Path, accelerator: Accelerator) -> str | None:
     for checkpoint in sorted(list_checkpoints(folder), key=_step, reverse=True):
         fault = _first_fault(checkpoint, accelerator)
@@ -91,8 +101,8 @@ def _faults(checkpoint: Path, accelerator: Accelerator) -> Iterator[str]:
     except (OSError, ValueError, TypeError) as error:
         yield _describe(_STATE, error)
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
-        if (error := _read_error(path)) is not None:
-            yield _describe(str(path.relative_to(checkpoint)), error)
+        if (unreadable := _read_error(path)) is not None:
+            yield _describe(str(path.relative_to(checkpoint)), unreadable)
     if any(checkpoint.glob("global_step*/*")):  # DeepSpeed's own layout
         yield from _missing_in_deepspeed(checkpoint)
     else:

@@ -45,6 +45,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def first_nonfinite(model: nn.Module) -> str | None:
+    """Return the name of a trainable parameter that holds NaN or infinity, None if none does."""
+    for name, parameter in trainable_parameters(model).items():
+        if not bool(parameter.detach().isfinite().all()):
+            return name
+    return None
+
+
 def save_trainable(model: nn.Module, path: Path) -> None:
     """Write the trainable parameters to one safetensors file, under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def test_the_thoughts_that_helped_most_come_first(batch) -> None:
 def test_a_thought_is_shown_between_its_texts(word_tokenizer) -> None:
     ids = word_tokenizer("Q 1 + 2 so 3 yes")["input_ids"]
     thought = HelpfulThought(tuple(ids[:4]), tuple(ids[4:6]), tuple(ids[6:]), 0.456)
-    assert describe_thoughts([thought], word_tokenizer) == "+0.46 nats  …Q 1 + 2 ⟨so 3⟩ yes"
+    assert describe_thoughts([thought], word_tokenizer) == "+0.46 nats  …'Q 1 + 2' ⟨'so 3'⟩ 'yes'"
 
 
 def test_gains_along_a_text_are_those_of_its_thoughts(family_model, text, tmp_path) -> None:

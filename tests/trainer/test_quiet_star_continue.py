@@ -177,6 +177,59 @@ def test_a_folder_of_adapters_without_thoughts_is_refused(saved_tiny_model, tmp_
         )
 
 
+def losses(trainer) -> list[float]:
+    return [h["loss"] for h in trainer.state.log_history if "loss" in h]
+
+
+def test_a_run_resumes_from_its_newest_whole_checkpoint(saved_tiny_model, tmp_path) -> None:
+    """The newest lacks its optimizer, as after a kill; losses and weights are the whole run's."""
+
+    def build(folder, steps):
+        args = configure(
+            tmp_path / folder, max_steps=steps, save_steps=1, logging_steps=1,
+            lr_scheduler_type="constant",
+        )  # fmt: skip
+        return QuietSTaRTrainer(str(saved_tiny_model), args, train_dataset=random_rows(0))
+
+    whole = build("whole", 4)
+    whole.train(resume_from_checkpoint=True)  # on an empty folder, which begins
+    parts = build("parts", 3)
+    parts.train()
+    (tmp_path / "parts" / "checkpoint-3" / "optimizer.pt").unlink()
+    again = build("parts", 4)
+    with pytest.raises(ValueError, match=r"checkpoint-3'.*optimizer\.pt is missing"):
+        again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
+    again.train(resume_from_checkpoint="True")
+    assert losses(again) == losses(whole)
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(again.model.get_parameter(name), parameter), name
+
+
+def test_checkpoints_without_an_optimizer_are_not_resumed_from(saved_tiny_model, tmp_path) -> None:
+    args = configure(tmp_path / "run", save_only_model=True)
+    trainer = QuietSTaRTrainer(str(saved_tiny_model), args, train_dataset=random_rows(0))
+    with pytest.raises(ValueError, match="save_only_model=True"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(saved_tiny_model, tmp_path, caplog) -> None:
+    trainer = QuietSTaRTrainer(
+        str(saved_tiny_model),
+        configure(tmp_path / "run", save_strategy="no"),
+        train_dataset=random_rows(0),
+    )
+    with torch.no_grad():
+        trained_module(trainer.causal_lm).vectors[0, 0] = torch.nan
+    trainer.train()
+    assert caplog.text.count("a loss is not finite") == 1
+    with pytest.raises(ValueError, match="the weights are no longer finite"):
+        trainer.save_model()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_a_4_bit_run_goes_on_with_its_logits(tmp_path, tiny_model, word_tokenizer) -> None:
     """The head and the vectors keep all of their bits, where the parent rounds adapters."""

@@ -156,14 +156,16 @@ def most_helpful(
 
 
 def describe_thoughts(found: Sequence[HelpfulThought], tokenizer: Any, width: int = 60) -> str:
-    """Return a line a thought: its gain, the text before, the thought, the text after."""
+    """Return a line for each thought: its gain, the text before, the thought, the text after.
+
+    Texts are written as Python would, so that none of their characters reaches a terminal.
+    """
     lines = []
     for thought in found:
         before, inside, after = (
-            tokenizer.decode(list(ids)).replace("\n", "⏎")
-            for ids in (thought.before, thought.thought, thought.after)
+            tokenizer.decode(list(ids)) for ids in (thought.before, thought.thought, thought.after)
         )
-        lines.append(f"{thought.gain:+.2f} nats  …{before[-width:]} ⟨{inside}⟩ {after}")
+        lines.append(f"{thought.gain:+.2f} nats  …{before[-width:]!r} ⟨{inside!r}⟩ {after!r}")
     return "\n".join(lines)
 
 
@@ -246,7 +248,7 @@ def plot_gains(gains: TextGains, tokenizer: Any, path: str | Path) -> None:
     lower.bar(places, gains.gains, color=colors)
     lower.axhline(0.0, color="black", linewidth=0.6)
     lower.set_ylabel("gain of thinking\n(nats)")
-    # A dollar sign would begin a formula.
-    labels = [tokenizer.decode([t]).replace("\n", "⏎").replace("$", r"\$") for t in gains.tokens]
+    # Without control characters, for which fonts have no sign. A dollar sign would begin a formula.
+    labels = [repr(tokenizer.decode([t]))[1:-1].replace("$", r"\$") for t in gains.tokens]
     lower.set_xticks(list(places), labels, rotation=90, fontsize=7)
     figure.savefig(path, dpi=120)

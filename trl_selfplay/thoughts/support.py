@@ -129,6 +129,12 @@ def check_lengths(
     if limit is None or num_text_tokens is None:
         return
     extra = num_thought_tokens + 2 + num_ahead_tokens - 1
+    if extra >= limit:
+        raise ValueError(
+            f"a thought of {num_thought_tokens} + 2 tokens and {num_ahead_tokens} true tokens after it "
+            f"don't fit {type(model).__name__}'s {limit} positions beside a text. Set a shorter "
+            "thought_length or fewer num_ahead_tokens."
+        )
     if num_text_tokens + extra > limit:
         raise ValueError(
             f"a text of {num_text_tokens} tokens with a thought of {num_thought_tokens} + 2 and "

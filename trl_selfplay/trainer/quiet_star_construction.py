@@ -8,10 +8,11 @@ import copy
 import functools
 import logging
 import types
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -75,14 +76,72 @@ def refuse_replicas(args: Any) -> None:
         )
 
 
-def refuse_rows_without_room(dataset: Any, collate: Any, num_ahead_tokens: int) -> None:
-    """Raise ValueError if no row of a training set has room for a thought; streams aren't read."""
+def check_rows(dataset: Any, name: str, args: Any, formats: bool) -> None:
+    """Raise ValueError if the first row of a dataset is missing, or has no text to train on.
+
+    Args:
+        dataset: What the constructor was given; other types are left to the parent.
+        name: What to call it.
+        args: Its `dataset_text_field`.
+        formats: Whether something else makes the text of a row, which is then not looked at.
+    """
+    if isinstance(dataset, dict):
+        for key, each in dataset.items():
+            check_rows(each, f"{name}[{key!r}]", args, formats)
+        return
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"{name} has no rows: an empty split, or a filter that left nothing.")
+    if formats or {"input_ids", "messages", "conversations"} & row.keys():
+        return
+    if "prompt" in row and "completion" not in row:
+        raise ValueError(
+            f"{name} has a column `prompt` and no `completion`: its columns are "
+            f"{', '.join(sorted(row))}. Rename the one with the text that is to follow the prompt."
+        )
+    field = args.dataset_text_field
+    if "prompt" not in row and field not in row:
+        raise ValueError(
+            f"{name} has no text to train on: its columns are {', '.join(sorted(row))}, and "
+            f"dataset_text_field={field!r}. Set it to the column with the text, or rename columns to "
+            "`text`, `messages`, or `prompt` and `completion`."
+        )
+    if row["completion" if "prompt" in row else field] is None:
+        raise ValueError(f"{name} has no text in its first row. Filter such rows out.")
+
+
+def check_batch(batch: Any) -> None:
+    """Raise ValueError if a collated batch lacks what thoughts need, or has what they don't know."""
+    known = ("input_ids", "labels", "attention_mask")
+    missing, unknown = set(known) - batch.keys(), batch.keys() - set(known)
+    if missing or unknown:
+        raise ValueError(
+            f"`data_collator` returns {', '.join(sorted(batch))}. Thoughts need {', '.join(known)} "
+            "and know nothing else, such as several texts in a row. Leave `data_collator` out, or "
+            "let it return these three."
+        )
+
+
+def refuse_rows_without_room(
+    dataset: Any, columns: Collection[str], collate: Any, num_ahead_tokens: int
+) -> None:
+    """Raise ValueError if no row of a training set has room for a thought; streams aren't read.
+
+    Args:
+        dataset: The training set.
+        columns: Those that `collate` gets.
+        collate: The data collator.
+        num_ahead_tokens: n_true.
+    """
     if not isinstance(dataset, Dataset) or not len(dataset):
         return
     most = 0
     for first in range(0, len(dataset), _ROWS_AT_A_TIME):
         rows = range(first, min(first + _ROWS_AT_A_TIME, len(dataset)))
-        batch = collate(dataset.select(rows).to_list())
+        batch = collate([{k: v for k, v in dataset[row].items() if k in columns} for row in rows])
+        check_batch(batch)
         labels, mask = batch["labels"], batch["attention_mask"]
         if can_think(labels, mask, num_ahead_tokens).any():
             return
@@ -199,7 +258,7 @@ def save_thoughts_too(peft_config: Any) -> Any:
 
 
 def longest_row(dataset: Any, max_length: int | None) -> int | None:
-    """Return the longest row's tokens; of a stream only the limit is known."""
-    if not isinstance(dataset, Dataset):
+    """Return the longest row's tokens; where rows aren't tokens yet only the limit is known."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return max_length
     return max((len(row) for row in dataset["input_ids"]), default=0)

@@ -6,6 +6,7 @@ Source: Quiet-STaR, arXiv 2403.09629, Algorithm 1.
 """
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
+from trl_selfplay.checkpoints import last_whole_checkpoint, refuse_broken
 from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.noise import switch_noise_off
@@ -66,6 +68,8 @@ from trl_selfplay.trainer.quiet_star_config import QuietSTaRConfig
 from trl_selfplay.trainer.quiet_star_construction import (
     add_thoughts_to_forward,
     attach_thoughts,
+    check_batch,
+    check_rows,
     load_model,
     longest_row,
     refuse_adapters,
@@ -75,6 +79,7 @@ from trl_selfplay.trainer.quiet_star_construction import (
     refuse_unused,
     save_thoughts_too,
 )
+from trl_selfplay.weights import first_nonfinite
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +138,10 @@ class QuietSTaRTrainer(SFTTrainer):
         if args is None:
             args = QuietSTaRConfig(default_output_dir(model, "QuietSTaR"))
         check_config_class(args, QuietSTaRConfig)
+        dataset_kwargs: Any = args.dataset_kwargs or {}
+        formats = formatting_func is not None or dataset_kwargs.get("skip_prepare_dataset", False)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_rows(dataset, name, args, formats)
         thought_weights: dict[str, torch.Tensor] = {}
         if args.num_thoughts:
             refuse_replicas(args)
@@ -169,6 +178,7 @@ class QuietSTaRTrainer(SFTTrainer):
         self._step_counts = torch.zeros(2, dtype=torch.long)  # predicted tokens, thinking columns
         self._batch_index = {"train": 0, "eval": 0}
         self._helpful: list[HelpfulThought] = []
+        self._warned_nonfinite = False
         if args.num_thoughts:
             # The parent rounds what trains on a quantized model to bfloat16.
             trained_module(self.causal_lm).float().load_state_dict(thought_weights)
@@ -200,7 +210,45 @@ class QuietSTaRTrainer(SFTTrainer):
             if dataset is not None:
                 longest = longest_row(dataset, args.max_length)
                 check_lengths(causal_lm, longest, args.thought_length, args.num_ahead_tokens)
-        refuse_rows_without_room(self.train_dataset, self.data_collator, args.num_ahead_tokens)
+        train: Any = self.train_dataset
+        columns = getattr(train, "column_names", None) or ()
+        if args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            columns = self._signature_columns
+        refuse_rows_without_room(train, columns, self.data_collator, args.num_ahead_tokens)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train as the parent.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, which must be whole. True goes on from the
+                newest whole checkpoint in `output_dir`, and begins if there is none.
+            trial: As the parent's.
+            ignore_keys_for_eval: As the parent's.
+
+        Raises:
+            ValueError: The checkpoint lacks a part, such as the optimizer's state.
+        """
+        resume: Any = resume_from_checkpoint
+        if isinstance(resume, str) and resume.lower() in ("true", "false"):
+            resume = resume.lower() == "true"
+        if resume is True:
+            if self.args.save_only_model:
+                raise ValueError(
+                    "resume_from_checkpoint=True with save_only_model=True: such checkpoints hold "
+                    "no optimizer, so training could not go on as if never stopped. Set "
+                    "save_only_model=False, or pass the checkpoint as `model` to begin a run with "
+                    "its weights."
+                )
+            resume = last_whole_checkpoint(Path(str(self.args.output_dir)), self.accelerator)
+        elif resume:
+            refuse_broken(Path(resume), self.accelerator)
+        return super().train(resume or None, trial, ignore_keys_for_eval)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -267,6 +315,7 @@ class QuietSTaRTrainer(SFTTrainer):
                 "outputs with thoughts are not kept: read the logged metrics, or load the saved "
                 "model with QuietSTaRModel for its logits."
             )
+        check_batch(inputs)
         thinking, thoughts = self.think(inputs)
         batch = self._thought_batch(thinking, thoughts)
         outputs = model(
@@ -327,6 +376,16 @@ class QuietSTaRTrainer(SFTTrainer):
         rows["num_tokens"] = torch.stack([mask.sum(), mask.sum()]).float()
         names = list(rows)
         totals = self.accelerator.reduce(torch.stack([rows[n] for n in names]), "sum").tolist()
+        if (
+            not all(math.isfinite(x) for pair in totals for x in pair)
+            and not self._warned_nonfinite
+        ):
+            self._warned_nonfinite = True
+            logger.warning(
+                "step %d: a loss is not finite. If this goes on the weights are lost: lower "
+                "learning_rate or reinforce_weight, or set max_grad_norm.",
+                self.state.global_step,
+            )
         for name, (numerator, denominator) in zip(names, totals, strict=True):
             if name == "num_tokens":
                 self._total_train_tokens += int(numerator) if mode == "train" else 0
@@ -402,7 +461,17 @@ class QuietSTaRTrainer(SFTTrainer):
 
         Model or adapter files hold no thoughts and load without this package; checkpoints keep
         them, to go on from.
+
+        Raises:
+            ValueError: A weight is NaN or infinite.
         """
+        name = first_nonfinite(self.model_wrapped) if self.args.num_thoughts else None
+        if name is not None:
+            raise ValueError(
+                f"after step {self.state.global_step} the weights are no longer finite ({name} among "
+                "them), so they are not saved; earlier checkpoints are as they were. Lower "
+                "learning_rate or reinforce_weight, or set max_grad_norm."
+            )
         super().save_model(output_dir, _internal_call)
         if not self.args.num_thoughts or not self.args.should_save:
             return
