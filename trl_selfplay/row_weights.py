@@ -1,12 +1,12 @@
 """Weigh each row's log-likelihood, in place of counting all rows alike.
 
-In: the parent's collator, batches and model. Out: the same, with a weight a row, so that the
-parent's own loss comes out as
+In: rewards; the parent's collator and model. Out: a weight a row, and the same collator and model
+with it, so that the parent's own loss of an optimizer step over the rows j with T_j tokens to learn
+comes out as
 
-    L = − Σ_j r_j Σ_t log p(y_{j,t} | …) / Σ_j r_j T_j
+    L = − Σ_j w_j Σ_t log p(y_{j,t} | …) / Σ_j T_j
 
-over the rows j of a global batch with T_j completion tokens. With weights of 0 and 1 that is the
-parent's loss on the rows of weight 1; the scale of the weights has no influence.
+The weights are made once a round, so what a row counts doesn't depend on the batch that it is in.
 
 Source: ReST^EM, arXiv 2312.06585, Eq. 3: argmax E[r(x, y) log p(y | x)], r ≥ 0.
 """
@@ -16,9 +16,27 @@ from typing import Any
 
 import torch
 
-from trl_selfplay.training_data import IGNORE_INDEX
-
 WEIGHT = "weight"
+
+
+def relative_weights(rewards: Sequence[float | None], lengths: Sequence[int]) -> list[float]:
+    """Return each row's weight w_j = r_j Σ_i T_i / Σ_i r_i T_i: its reward by the round's mean.
+
+    The mean is over the tokens to learn, so over a whole round the loss is that of
+
+        L = − Σ_j r_j Σ_t log p(y_{j,t} | …) / Σ_j r_j T_j
+
+    Weights are free of the rewards' scale, and 1 if all rewards are equal.
+
+    Args:
+        rewards: At least 0; None for a row that was not graded, which weighs 1.0 and is not in
+            the mean.
+        lengths: Tokens to learn of each row, T_j.
+    """
+    graded = [(r, n) for r, n in zip(rewards, lengths, strict=True) if r is not None]
+    tokens = sum(length for _, length in graded)
+    mean = sum(reward * (length / tokens) for reward, length in graded)
+    return [1.0 if r is None else (r / mean if mean > 0.0 else 0.0) for r in rewards]
 
 
 class WeightCollator:
@@ -32,29 +50,6 @@ class WeightCollator:
         batch = self.collator(rows)
         batch[WEIGHT] = torch.tensor([float(row.get(WEIGHT, 1.0)) for row in rows])
         return batch
-
-
-def normalize_weights(
-    batches: Sequence[dict[str, Any]], device: torch.device, gather: Callable[..., Any] | None
-) -> None:
-    """Scale the weights in place so that they sum to one a token over one optimizer step.
-
-    The parent divides by the number of tokens Σ_j T_j; weights times Σ_j T_j / Σ_j r_j T_j make
-    that the division by Σ_j r_j T_j.
-
-    Args:
-        batches: Of one optimizer step in this process.
-        device: Where to sum.
-        gather: Collects a tensor from all processes; None if each divides by its own tokens.
-    """
-    tokens = torch.zeros(2, device=device)
-    for batch in batches:
-        counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).to(device)
-        tokens += torch.stack([counts.sum(), (counts * batch[WEIGHT].to(device)).sum()])
-    total = tokens if gather is None else gather(tokens).view(-1, 2).sum(0)
-    scale = (total[0] / total[1]).item() if total[1] > 0 else 0.0
-    for batch in batches:
-        batch[WEIGHT] = batch[WEIGHT] * scale
 
 
 def weigh_log_probs(model: Callable[..., Any], weights: torch.Tensor) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from trl_selfplay.rollouts import Rollout
+from trl_selfplay.row_weights import WEIGHT, relative_weights
 
 IGNORE_INDEX = -100
 
@@ -43,7 +44,7 @@ def build_training_rows(
         seed: Of the shuffle. The parent draws the same row order in every round, so the rows
             themselves are put in a new order.
         completion_only: Learn the completions alone, or prompts as well.
-        weighted: Add the column `weight`: the reward, or 1.0 where nothing was graded.
+        weighted: Add the column `weight`, see `row_weights.relative_weights`.
 
     Returns:
         Columns `input_ids` and `labels` (-100 on prompt tokens that aren't learnt), and `weight` if asked for.
@@ -60,6 +61,7 @@ def build_training_rows(
         labels.append([*learnt, *completion])
     columns: dict[str, list[Any]] = {"input_ids": input_ids, "labels": labels}
     if weighted:
-        columns["weight"] = [1.0 if r.reward is None else float(r.reward) for r in rollouts]
+        lengths = [sum(label != IGNORE_INDEX for label in row[1:]) for row in labels]
+        columns[WEIGHT] = relative_weights([r.reward for r in rollouts], lengths)
     rows = Dataset.from_dict(columns)
     return rows.shuffle(seed=seed).flatten_indices()

@@ -4,6 +4,8 @@ import json
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import contains_solution, digit_share
@@ -338,6 +340,90 @@ def test_improve_steps_that_differ_do_not_warn(build_rest, caplog) -> None:
     assert "selects the same" not in caplog.text
 
 
+def best_of_each_form(rollouts):
+    """The finished completions, of equal ones of a prompt the best, of equally good the first."""
+    best = {}
+    for r in sorted(rollouts, key=lambda r: (-r.reward, r.sample_index)):
+        if r.finish == "eos":
+            best.setdefault((r.prompt_id, default_normal_form(r.completion)), r)
+    return best.values()
+
+
+def expected_rows(trainer, grow, level, kind):
+    """What an Improve step trains on, by NumPy from the samples of its Grow step."""
+    samples = load_samples(trainer.run.folder(grow))
+    prompts = trainer.self_play.training_prompt_ids(trainer.self_play.rows)
+    rows = Counter()
+    for r in best_of_each_form(samples):
+        own = np.array([s.reward for s in samples
+                        if s.prompt_id == r.prompt_id and s.finish == "eos"])  # fmt: skip
+        threshold = {
+            "value": level,
+            "percentile": np.percentile(own, level) if kind == "percentile" else 0.0,
+            "interpolate": level * own.max() + (1 - level) * own.mean(),
+        }[kind]
+        if r.reward > threshold + 1e-12 or (kind != "value" and r.reward == own.max()):
+            rows[(*prompts[r.prompt_id], *r.completion_ids)] += 1
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "levels"),
+    [
+        ("value", [0.1, 0.3, 0.4, 0.6]),
+        ("percentile", [25.0, 50.0, 75.0]),
+        ("interpolate", [0.0, 0.5, 0.9]),
+    ],
+)
+def test_any_number_of_improve_steps_select_what_is_above_their_thresholds(
+    build_rest, kind, levels
+) -> None:
+    """To the end, with as many samples of each Grow step as there are."""
+    trainer = build_rest(improve_thresholds=levels, threshold_kind=kind, num_generations=8)
+    trainer.train()
+    lines = read_lines(trainer)
+    assert len(lines) == 2 * len(levels)
+    for line in lines:
+        round_index = line["round"]
+        grow = round_index - round_index % len(levels)
+        rows = Counter(tuple(ids) for ids in read_rows(trainer, round_index)["input_ids"])
+        assert rows == expected_rows(trainer, grow, levels[round_index - grow], kind)
+    assert lines[0]["examples"] > lines[len(levels) - 1]["examples"] > 0
+
+
+def test_every_improve_step_that_repeats_the_one_before_is_named(build_rest, caplog) -> None:
+    """RE-11: here all three, because rewards are 0 or 1; gold is trained on as well."""
+    trainer = build_rest(
+        reward_funcs=contains_solution, num_rounds=1, improve_thresholds=[0.1, 0.3, 0.5, 0.7],
+        threshold_kind="value",
+    )  # fmt: skip
+    trainer.train()
+    assert [line["examples"] for line in read_lines(trainer)] == [
+        read_lines(trainer)[0]["examples"]
+    ] * 4
+    for round_index in (1, 2, 3):
+        assert f"round {round_index}: this Improve step selects the same" in caplog.text
+
+
+def test_an_improve_step_whose_gold_alone_differs_repeats_nothing(
+    build_rest, gold_answers, caplog
+) -> None:
+    """The gold completions are worth 0.5, and samples 0 or 1."""
+
+    def reward(prompts, completions, completion_ids, solution, **kwargs):
+        right = contains_solution(completions, solution)
+        return [0.5 if c.startswith(" ") else r for c, r in zip(completions, right, strict=True)]
+
+    trainer = build_rest(
+        reward_funcs=reward, num_rounds=1, improve_thresholds=[0.3, 0.6, 0.8],
+        gold_dataset=gold_answers(4),
+    )  # fmt: skip
+    trainer.train()
+    assert [line["funnel"]["gold"] for line in read_lines(trainer)] == [4, 0, 0]
+    assert "round 1: this Improve step selects the same" not in caplog.text
+    assert "round 2: this Improve step selects the same" in caplog.text
+
+
 def test_no_filter_selects_everything_that_ended(build_rest) -> None:
     """RE-4: -inf selects rewards of 0 as well."""
     trainer = build_rest(improve_thresholds=[float("-inf"), 0.6], num_rounds=1, deduplicate=False)
@@ -370,8 +456,37 @@ def test_rft_trains_the_base_on_gold_and_accepted_paths(
     assert (line["sampled_from"], line["trained_from"]) == ("warm-up", "base")
     rows = Counter(tuple(ids) for ids in read_rows(trainer, 0)["input_ids"])
     for rollout in trainer.gold.rollouts:
-        assert rows[(*rollout.prompt_ids, *rollout.completion_ids)] == 1
+        assert rows[(*rollout.prompt_ids, *rollout.completion_ids)] >= 1
     assert sum(rows.values()) == line["funnel"]["kept"] + 5
+
+
+@pytest.mark.parametrize(("against_gold", "kept"), [(False, ["2+2=4", "4=2+2"]), (True, ["4=2+2"])])
+def test_a_sample_with_golds_path_stays_beside_it_unless_asked(
+    build_rest_em, monkeypatch, against_gold, kept
+) -> None:
+    """Samples with the paths A, A, B and gold with A: as in the authors' code gold, A and B."""
+    texts = ["2 + 2 = 4", "so 2+2 = 4", "4 = 2 + 2"]
+    prompt = {"prompt": "Q 2 + 2 = ?"}
+    trainer = build_rest_em(
+        num_rounds=1, num_generations=3, normal_form=reasoning_path,
+        train_dataset=Dataset.from_list([{**prompt, "solution": "4"}]),
+        gold_dataset=Dataset.from_list([{**prompt, "completion": " 2 + 2 = 4"}]),
+        deduplicate_against_gold=against_gold,
+    )  # fmt: skip
+    sample = type(trainer.self_play).sample
+
+    def write(self, *args):
+        return [
+            replace(r, completion=text, finish="eos", reward=1.0, rewards=(1.0,))
+            for r, text in zip(sample(self, *args), texts, strict=True)
+        ]
+
+    monkeypatch.setattr(type(trainer.self_play), "sample", write)
+    played = trainer.play_round(0)
+    assert (played.funnel.gold, played.num_examples) == (1, 1 + len(kept))
+    selection = pq.read_table(trainer.run.folder(0) / "selection.parquet").to_pylist()
+    chosen = [s["sample_index"] for s in selection if s["outcome"] == "kept"]
+    assert ["".join(reasoning_path(texts[i])) for i in chosen] == kept
 
 
 def test_a_ratio_draws_gold_by_the_number_selected(build_rest_em, gold_answers) -> None:
@@ -411,7 +526,10 @@ def test_gold_that_is_to_be_graded_needs_a_solution(build_rest, gold_answers) ->
         build_rest(gold_dataset=other)
 
 
-@pytest.mark.parametrize("setting", [{"warm_up_on_gold": True}, {"gold_ratio": 0.5}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"warm_up_on_gold": True}, {"gold_ratio": 0.5}, {"deduplicate_against_gold": True}],
+)
 def test_settings_of_gold_need_a_gold_dataset(build_rest_em, setting) -> None:
     with pytest.raises(ValueError, match="needs a `gold_dataset`"):
         build_rest_em(**setting)

@@ -128,7 +128,9 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
         default="filter",
         metadata={
             "help": "'filter' trains on what reaches the threshold, all alike; 'reward' on every "
-            "completion with a reward above 0, weighted with it (arXiv 2312.06585, Eq. 3).",
+            "completion with a reward above 0, weighted with it (arXiv 2312.06585, Eq. 3): with "
+            "its reward by the round's mean, so that neither the scale of the rewards nor the "
+            "batch size matters. A gold completion that isn't graded weighs 1.0, as the mean does.",
             "choices": ["filter", "reward"],
         },
     )
@@ -137,6 +139,13 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
         metadata={
             "help": "Gold completions for each selected one of the model's own, drawn without "
             "repetition. None trains on each of gold_dataset once a round."
+        },
+    )
+    deduplicate_against_gold: bool = field(
+        default=False,
+        metadata={
+            "help": "Drop a completion that has the normal form of one of its prompt's gold "
+            "completions. Off: one with that form is kept beside gold, as in RFT's code."
         },
     )
     warm_up_on_gold: bool = field(
@@ -159,6 +168,7 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
             raise ValueError(
                 f"gold_ratio={self.gold_ratio}; it must be above 0, or None (each row once)."
             )
+        self._check_gold_duplicates()
 
     @property
     def num_improve_steps(self) -> int:
@@ -203,6 +213,21 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
                     "loss_weighting='filter'."
                 )
 
+    def _check_gold_duplicates(self) -> None:
+        """A duplicate of gold is dropped because gold is trained on as much in its place."""
+        if not self.deduplicate_against_gold:
+            return
+        for name, needed in (
+            ("deduplicate", True),
+            ("gold_ratio", None),
+            ("loss_weighting", "filter"),
+        ):
+            if (value := getattr(self, name)) != needed:
+                raise ValueError(
+                    f"deduplicate_against_gold=True with {name}={value!r}: set {name}={needed!r}, "
+                    "or deduplicate_against_gold=False."
+                )
+
     @classmethod
     def from_paper(cls, experiment: str, **overrides: Any) -> Self:
         """Return a paper's settings.
@@ -210,7 +235,9 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
         "math": ReST^EM on MATH. "rest": ReST on IWSLT 2014, for a reward normalised to 0..1 and
         with a `gold_dataset`. "rft": RFT on GSM8K, with a `gold_dataset`, two reward functions
         (`[exact_reward, equations_reward]`: half of the threshold each) and
-        `normal_form=reasoning_path`.
+        `normal_form=reasoning_path`. As in the authors' code each distinct reasoning path of the
+        samples is kept once, that of the gold completion too, which stays beside it;
+        `deduplicate_against_gold=True` drops it.
 
         Args:
             experiment: See above.

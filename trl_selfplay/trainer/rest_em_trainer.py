@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
@@ -23,10 +22,10 @@ from trl_selfplay.prompts import PromptRow, refuse_seen_heldout
 from trl_selfplay.rollouts import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.round_log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds import PlayedRound, run_rounds
-from trl_selfplay.row_weights import WEIGHT, WeightCollator, normalize_weights, weigh_log_probs
+from trl_selfplay.row_weights import WEIGHT, WeightCollator, weigh_log_probs
 from trl_selfplay.run_identity import name_function, summarize
-from trl_selfplay.selection import Selection, select
-from trl_selfplay.self_play import load_history, load_kept, load_samples
+from trl_selfplay.selection import select
+from trl_selfplay.self_play import load_history, load_samples
 from trl_selfplay.thresholds import above_threshold
 from trl_selfplay.trainer import construction
 from trl_selfplay.trainer.rest_em_config import ReSTEMConfig
@@ -183,7 +182,7 @@ class ReSTEMTrainer(SFTTrainer):
             is_correct=is_selected,
             history=history,
             best_first=args.improve_thresholds is not None,
-            beside=gold if args.gold_ratio is None and args.loss_weighting == "filter" else (),
+            beside=gold if args.deduplicate_against_gold else (),
         )
         num_own = len(selection.kept) + len(selection.history)
         gold = draw_gold(self._fitting(gold), args.gold_ratio, num_own, args.seed + grow)
@@ -197,7 +196,7 @@ class ReSTEMTrainer(SFTTrainer):
             weighted=args.loss_weighting == "reward",
             metrics=play.watch_diversity(self.run, rollouts, self.normal_form),
         )
-        self._warn_repeated(selection, round_index - grow, round_index)
+        self._warn_repeated(played, round_index - grow, round_index)
         return self._describe_improve(played, round_index - grow, grow)
 
     def _selection_rule(
@@ -214,24 +213,20 @@ class ReSTEMTrainer(SFTTrainer):
             return lambda rollout: rollout.passes(args.reward_threshold)
         return lambda rollout: not rollout.is_truncated and is_above(rollout)
 
-    def _warn_repeated(self, selection: Selection, improve: int, round_index: int) -> None:
-        """Warn of an Improve step that selects what the one before it did."""
-        if improve == 0 or not selection.kept:
+    def _warn_repeated(self, played: PlayedRound, improve: int, round_index: int) -> None:
+        """Warn of an Improve step that selects what the one before it did.
+
+        What a higher threshold selects is part of what a lower one does, so as many are the same.
+        """
+        if improve == 0 or played.num_examples == 0:
             return
-        before, now = (
-            {(r.round_index, r.prompt_id, r.sample_index) for r in rollouts if r.phase != "gold"}
-            for rollouts in (
-                load_kept(self.run.folder(round_index - 1)),
-                (*selection.kept, *selection.history),
-            )
-        )
-        if before == now:
+        if played.num_examples == self.run.lines[round_index - 1]["examples"]:
             logger.warning(
                 "round %d: this Improve step selects the same %d completions as the one before, so "
                 "it repeats it. Use thresholds that are further apart, a reward that has more "
                 "degrees, or a higher max_per_prompt.",
                 round_index,
-                len(now),
+                played.num_examples,
             )
 
     def _describe_improve(self, played: PlayedRound, improve: int, grow: int) -> PlayedRound:
@@ -303,14 +298,6 @@ class ReSTEMTrainer(SFTTrainer):
         if WEIGHT not in columns:
             self._signature_columns: Any = [*columns, WEIGHT]
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Return the parent's batches, their weights normalised over the optimizer step."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.args.loss_weighting == "reward":
-            together = self.args.average_tokens_across_devices and self.args.world_size > 1
-            normalize_weights(batches, device, self.accelerator.gather if together else None)
-        return batches, num_items
-
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the parent's loss, each row's log-likelihood times its weight."""
         if (weights := inputs.pop(WEIGHT, None)) is not None:
@@ -333,7 +320,11 @@ class ReSTEMTrainer(SFTTrainer):
 
 def _refuse_without_gold(args: Any) -> None:
     """Raise ValueError for settings that concern gold completions where none are given."""
-    for name, neutral in (("warm_up_on_gold", False), ("gold_ratio", None)):
+    for name, neutral in (
+        ("warm_up_on_gold", False),
+        ("gold_ratio", None),
+        ("deduplicate_against_gold", False),
+    ):
         if (value := getattr(args, name, neutral)) != neutral:
             raise ValueError(
                 f"{name}={value!r} needs a `gold_dataset` of human completions; there is none."
