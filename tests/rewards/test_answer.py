@@ -1,6 +1,14 @@
+from importlib.util import find_spec
+
 import pytest
 
-from trl_selfplay.rewards import exact_reward, extract_answer, final_answer
+from trl_selfplay.rewards import (
+    choice_reward,
+    exact_reward,
+    extract_answer,
+    final_answer,
+    math_reward,
+)
 from trl_selfplay.rewards.answer import answers_agree
 
 
@@ -119,3 +127,40 @@ def test_messages_may_hold_parts_or_nothing() -> None:
         [],
     ]
     assert exact_reward(chats, ["72"] * 4) == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_an_answer_in_closed_thoughts_is_none() -> None:
+    wrong = "<think>maybe \\boxed{4}</think> The answer is 3."
+    assert exact_reward([wrong, wrong], ["4", "3"]) == [0.0, 1.0]
+    for thoughts in ("<think>#### 4</think>", "the answer is 4</think>", "<thinking>4</thinking>",
+                     "<think><answer>4</answer></THINK>", "</think>\\boxed{4}</think>"):  # fmt: skip
+        assert extract_answer(f"{thoughts} So \\boxed{{5}}.") == "5"
+        assert extract_answer(thoughts) is None
+        assert exact_reward([f"{thoughts}5", f"{thoughts}5"], ["5", "4"]) == [1.0, 0.0]
+    assert final_answer("<think>4</think>\n5") == "5"
+
+
+@pytest.mark.parametrize("solution", [["72"], ("72",), {"answer": "72"}, {"72"}, b"72"])
+def test_a_solution_that_is_no_single_answer_is_refused(solution) -> None:
+    """Its text would be "['72']", which no completion says."""
+    functions = [exact_reward, choice_reward]
+    if find_spec("math_verify"):
+        functions.append(math_reward)
+    for function in functions:
+        with pytest.raises(TypeError, match=r"a solution is .*72.*give one answer"):
+            function(["The answer is 72."], [solution])
+
+
+def test_a_missing_number_is_no_solution() -> None:
+    assert exact_reward(["nan", "72"], [float("nan"), 72]) == [None, 1.0]
+    assert choice_reward(["nan"], [float("nan")]) == [None]
+
+
+def test_half_a_surrogate_pair_is_a_wrong_answer() -> None:
+    """Python text may hold one, where an encoder was cut short; UTF-8 may not."""
+    functions = [exact_reward, choice_reward]
+    if find_spec("math_verify"):
+        functions.append(math_reward)
+    for function in functions:
+        assert function(["Answer: \ud800", "Answer: B"], solution=["B", "B"])[0] == 0.0
+        assert function(["Answer: B"], solution=["\ud800"])[0] in (0.0, None)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from trl_selfplay.rewards import choice_reward
@@ -75,3 +77,100 @@ def test_where_options_are_letters_the_option_s_letter_counts() -> None:
 
 def test_a_row_may_have_no_options() -> None:
     assert choice_reward(["(B)", "a dog"], ["B", "B"], choices=[None, OPTIONS]) == [1.0, 1.0]
+
+
+FORMS = [
+    "{}",
+    "**{}**",
+    "({})",
+    "Option {}",
+    "Option {}.",
+    "I choose option {}, which fits.",
+    "The answer is {} because it fits.",
+    "The answer is {}, because it fits.",
+    "The answer is {}; it fits.",
+    "The answer is {} since nothing else does.",
+    "The answer is {} - it fits.",
+    "The answer is {} (it fits).",
+    "The answer is **{}** as it fits.",
+    "The answer is: {}",
+    "The answer is option {}.",
+    "The answer is \\boxed{{{}}}.",
+    "The correct option is {}.",
+    "The right choice is ({}).",
+    "{} is correct.",
+    "({}) is correct.",
+    "Option {} is correct.",
+    "{} is the right answer.",
+    "So {} is the answer.",
+    "**Answer**: {}",
+    "**Answer:** {}",
+    "**Final Answer**: ({})",
+    "Answer: **{}**",
+    "Answer: {} is the one that fits",
+    "My choice is {}.",
+    "<think>Is it (A) or (B)? Option C?</think> The answer is {}.",
+]
+NO_CHOICE = [
+    "The answer is {} or {other}.",
+    "The answer is {} and {other}.",
+    "{}/{other}",
+    "Answer: {}, {other}",
+    "Either {} or {other}.",
+    "The answer is {}. No, {other} is correct.",
+    "Option {} or option {other}.",
+    "({}) is not correct.",
+    "The answer is not {}.",
+    "The answer is neither {} nor {other}.",
+    "the answer is {} thing",
+    "{} fits",
+]
+
+
+LETTERS = "ABCDEFGHIJ"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_letter_has_the_same_verdict_in_every_form(form) -> None:
+    """Also A, which is an article, and I: or a model would learn to avoid these answers."""
+    options = [f"the {letter.lower()}" for letter in LETTERS]
+    for letter in LETTERS:
+        for choices in (None, [options] * len(LETTERS)):
+            scores = choice_reward([form.format(letter)] * len(LETTERS), LETTERS, choices=choices)
+            assert scores == [float(gold == letter) for gold in LETTERS], letter
+
+
+@pytest.mark.parametrize("form", NO_CHOICE)
+def test_no_letter_is_chosen_by_what_chooses_none(form) -> None:
+    for letter in LETTERS:
+        text = form.format(letter, other="D" if letter == "C" else "C")
+        assert choice_reward([text] * len(LETTERS), LETTERS) == [0.0] * len(LETTERS), letter
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "The answer is ({}) {}.",
+        "The answer is {}. {}",
+        "**{}) {}**",
+        "({}) {}",
+        "Answer: {}: {}, clearly",
+        "\\boxed{{{}. {}}}",
+        "Option {}: {}.",
+        "The correct option is {}, {}.",
+    ],
+)
+def test_a_letter_with_another_option_s_text_is_no_choice(form) -> None:
+    """Which of the two is meant can't be known; with its own text it is the choice."""
+    cities = dict(zip("ABCD", ["Paris", "Paris, Texas", "Rome", "-5"], strict=True))
+    choices = [list(cities.values())] * 4
+    for letter, (own, city) in itertools.product(cities, cities.items()):
+        scores = choice_reward([form.format(letter, city)] * 4, "ABCD", choices=choices)
+        assert scores == [float(letter == own == gold) for gold in "ABCD"], (letter, city)
+
+
+def test_an_article_is_no_letter_before_an_option_s_text() -> None:
+    texts = ["The answer is a dog.", "The answer is A dog.", "A dog barks.", "\\boxed{A dog}"]
+    assert choice_reward(texts, ["B"] * 4, choices=[OPTIONS] * 4) == [1.0] * 4
+    assert choice_reward(texts, ["A"] * 4, choices=[OPTIONS] * 4) == [0.0] * 4
+    assert choice_reward(["The answer is A dog."], ["A"], choices=[["dog", "cat"]]) == [1.0]

@@ -53,6 +53,32 @@ def test_answers_are_compared_by_value(gold, answer, score) -> None:
     assert math_reward([boxed, said, bare], [gold] * 3) == [score] * 3
 
 
+@pytest.mark.parametrize(
+    ("gold", "wrong", "right"),
+    [
+        ("\\frac{1}{2^{99}}", "\\frac{1}{2^{98}}", "2^{-99}"),
+        ("1.6\\times 10^{-19}", "-1.6\\times 10^{-19}", "16\\times 10^{-20}"),
+        ("1.6\\times 10^{-19}", "1.6\\times 10^{-34}", "\\frac{1.6}{10^{19}}"),
+        ("10^{-20}", "10^{-21}", "\\frac{1}{10^{20}}"),
+        ("10^{-400}", "10^{-401}", "0.1^{400}"),
+        ("0.00000012", "0.00000049", "1.2\\times 10^{-7}"),
+        ("10^{-20}", "0", "10^{-20}"),
+        ("0", "10^{-20}", "\\sqrt{2}+\\sqrt{3}-\\sqrt{5+2\\sqrt{6}}"),
+        ("e^{-50}", "e^{-51}", "\\frac{1}{e^{50}}"),
+        ("x=10^{-20}", "10^{-21}", "10^{-20}"),
+        ("x=10^{-20}", "x=10^{-21}", "x=\\frac{1}{10^{20}}"),
+        ("(10^{-20},1)", "(10^{-21},1)", "(\\frac{1}{10^{20}},1)"),
+        ("\\{10^{-20},1\\}", "\\{10^{-21},1\\}", "\\{1,10^{-20}\\}"),
+        ("[10^{-20},1]", "[10^{-21},1]", "[\\frac{1}{10^{20}},1]"),
+        ("\\frac{1}{3}", "0.333", "0.333333"),
+        ("\\frac{1}{7}", "0.143", "0.142857"),
+        ("x<1", "x<2", "1>x"),
+    ],
+)
+def test_numbers_are_compared_by_their_relative_difference(gold, wrong, right) -> None:
+    assert math_reward([f"\\boxed{{{a}}}" for a in (wrong, right)], [gold] * 2) == [0.0, 1.0]
+
+
 def test_an_earlier_number_never_rescues_a_wrong_final_answer() -> None:
     """VF-10."""
     completions = ["first \\boxed{42}, then \\boxed{7}", "42, no: \\boxed{7}", "\\boxed{7} 42"]
@@ -74,6 +100,20 @@ def test_a_comparison_that_hangs_costs_its_own_verdict_alone(monkeypatch, caplog
     scores = math_reward(["\\boxed{1}", tower, "\\boxed{3}", tower], ["1", "3", "3", "3"])
     assert scores == [1.0, None, 1.0, None]
     assert "2 of 4 completions: no answer within the deadline" in caplog.text
+
+
+def test_a_prompt_whose_answers_hang_is_given_up(monkeypatch, caplog) -> None:
+    """Each costs the deadline and a process: after four the others of that prompt have no verdict."""
+    monkeypatch.setattr(maths, "DEADLINE_S", 0.2)
+    towers = [f"\\boxed{{9^{{9^{{9^{{{n}}}}}}}}}" for n in range(9, 15)]
+    prompts = ["p"] * 7 + ["q"]
+    started = []
+    take = maths._pool._take
+    monkeypatch.setattr(maths._pool, "_take", lambda: started.append(1) or take())
+    scores = math_reward([*towers, "3", "3"], ["3"] * 8, prompts=prompts)
+    assert scores == [None] * 7 + [1.0]
+    assert len(started) == 5
+    assert "3 of 8 completions: not tried after 4 of the same prompt" in caplog.text
 
 
 def test_a_hang_in_one_thread_does_not_hold_up_another(monkeypatch) -> None:

@@ -70,3 +70,9 @@ def test_the_function_pickles_and_has_a_name() -> None:
     reward = pickle.loads(pickle.dumps(puzzle_reward("chain_sum")))
     assert reward.__name__ == "chain_sum_reward"
     assert reward(completions=["7"], solution=["7"]) == [1.0]
+
+
+def test_a_solution_that_is_a_list_is_refused() -> None:
+    """The scorers give 0.0 for it."""
+    with pytest.raises(TypeError, match=r"chain_sum_reward: a solution is \['72'\]"):
+        puzzle_reward("chain_sum")(["72"], [["72"]])

@@ -2,17 +2,20 @@
 
 In: completions as text or chat messages, solutions that may hold worked steps. Out: 1.0 or 0.0, or
 None where the solution can't be used. The extractor is strict: a false 1.0 is trained on, a false
-0.0 only costs a sample. Everything here takes linear time.
+0.0 only costs a sample. What stands in thoughts is no answer. Everything here takes linear time.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
 _ANSWER_IS = re.compile(r"the\s+(?:final\s+|correct\s+)?answer\s+is\s*:?|answer\s*:", re.IGNORECASE)
 _ANSWER_TAG = "<answer>"
 _ANSWER_END = "</answer>"
+# What closes a model's thoughts; what opens them often stands in the prompt.
+_THOUGHTS_END = re.compile(r"</(?:think|thinking|reasoning)>", re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", re.ASCII)
 _NUMBER = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
@@ -33,16 +36,29 @@ def text_of(completion: Any) -> str:
     return content or ""
 
 
+def without_thoughts(text: str) -> str:
+    """Return what follows the last `</think>`, `</thinking>` or `</reasoning>`; all of it without.
+
+    >>> without_thoughts("<think>4 or 5?</think> The answer is 5.")
+    ' The answer is 5.'
+    """
+    end = 0
+    for match in _THOUGHTS_END.finditer(text):
+        end = match.end()
+    return text[end:]
+
+
 def extract_answer(text: str) -> str | None:
     r"""Return what a text marks as its final answer; None without a marker.
 
-    The kinds of markers in order: `\boxed{…}` with balanced braces, `#### …`, `<answer>…</answer>`,
+    Thoughts that were closed are not searched. The kinds of markers in order: `\boxed{…}` with balanced braces, `#### …`, `<answer>…</answer>`,
     "the answer is …" or "Answer: …" up to the end of the line. The first kind that occurs counts,
     and of it the last one; if that one is empty or never closed, the answer is "".
 
     >>> extract_answer("3 + 4 = 7, so the answer is 7.")
     '7'
     """
+    text = without_thoughts(text)
     if "\\boxed{" in text:
         return _last_boxed(text)
     if matches := _HASHES.findall(text):
@@ -73,12 +89,29 @@ def _last_boxed(text: str) -> str:
 def final_answer(solution: Any) -> str:
     r"""Return the final answer of a solution that may hold worked steps; without a marker, itself.
 
+    A missing number (NaN) has none: "".
+
+    Raises:
+        TypeError: A list, a dict or bytes: something that holds an answer and is none.
+
     >>> final_answer("She has 40 + 32 = 72 clips.\n#### 72")
     '72'
     """
+    if not is_answer(solution):
+        raise TypeError(
+            f"a solution is {solution!r:.100}, of type {type(solution).__name__}; give one answer, "
+            "as text or as a number."
+        )
+    if isinstance(solution, float) and math.isnan(solution):
+        return ""
     text = str(solution).strip()
     marked = extract_answer(text)
-    return text if marked is None else marked
+    return without_thoughts(text).strip() if marked is None else marked
+
+
+def is_answer(solution: Any) -> bool:
+    """Return whether a solution can be one answer: text, a number or None, but no collection."""
+    return isinstance(solution, str) or not isinstance(solution, Iterable)
 
 
 def normalise_answer(text: str, *, percent_is_unit: bool = False) -> str | Fraction:
@@ -140,6 +173,9 @@ def exact_reward(
         completions: Text, or messages whose last one counts.
         solution: The ground truth; of one with worked steps the final answer, see `final_answer`.
         **kwargs: Other columns, unused.
+
+    Raises:
+        TypeError: A solution is a list, a dict or bytes.
     """
     return [
         _exact_score(text_of(completion), gold)
@@ -154,4 +190,6 @@ def _exact_score(completion: str, gold: Any) -> float | None:
     if gold is None or not (expected := final_answer(gold)).strip():
         return None
     answer = extract_answer(completion)
-    return float(answers_agree(completion if answer is None else answer, expected))
+    if answer is None:
+        answer = without_thoughts(completion)
+    return float(answers_agree(answer, expected))

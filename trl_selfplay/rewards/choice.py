@@ -6,23 +6,60 @@ passes one sample in A; of K samples at least one passes with 1 − (1 − 1/A)^
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from trl_selfplay.rewards.answer import answers_agree, extract_answer, final_answer, text_of
+from trl_selfplay.rewards.answer import (
+    answers_agree,
+    extract_answer,
+    final_answer,
+    text_of,
+    without_thoughts,
+)
 
 # "B", "(B)", "B.", "b)"
 _ALONE = re.compile(r"[(\[]?([A-Za-z])[)\].:]*")
 # Not the call in "f(x)".
 _IN_PARENTHESES = re.compile(r"(?<!\w)\(([A-Za-z])\)")
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\[a-z]+\{\s*)?\(?([A-Za-z])\)?\s*\}")
-# "answer is (b)", "Answer: b." and "answer is B because", but not "answer is a dog".
-_ANSWER_LETTER = re.compile(
-    r"(?i:answer\s*(?:is|:))\s*\**\s*"
-    r"(?:\(([A-Za-z])\)|([A-Za-z])(?=[.,;:*)]|[ \t]*(?:\n|$))|([B-HJ-Z])(?=\s))"
+# A letter is a choice where what follows can't follow the article "A" or the pronoun "I": the same
+# for every letter, or right A's would be lost. Punctuation and the end come after a letter of
+# either case, these words after a capital one alone.
+_WORDS_AFTER = (
+    r"because|since|as|due\s+to|given\s+that|based\s+on|according\s+to|so|thus|and|or|but|not|nor"
+    r"|which|where|whereas|while|if|is|isn['’]t|was|would|should|fits|matches|seems|works|makes"
+    r"|the|an?|it|its|this|these|they|we|I|all|from|by|in|on|with"
 )
-# A letter that begins an answer, with what follows it: "B, since …", "A dog".
-_LEADING = re.compile(r"([A-Za-z])([).:,;]|\s)")
+_LETTER = (
+    r"(?:[(\[]([A-Za-z])[)\]]"
+    r"|([A-Za-z])(?:(?=[).:,;/*\]}!?\"$])|(?=\s+[(\[=–—]|\s+-\s|[ \t]*(?:\n|$)))"
+    rf"|([A-Z])(?=\s+(?:{_WORDS_AFTER})\b))"
+)
+# "answer is (b)", "**Answer**: b.", "the correct option is B" and "answer is B because", but not
+# "answer is a dog". One class in place of `\s*\**\s*`, which takes quadratic time.
+_ANSWER_LETTER = re.compile(
+    r"(?i:answer|(?:correct|right|best|final|my)\s+(?:option|choice|letter))"
+    rf"[\s*]*(?i:is|:)[\s*:]*(?i:(?:option|choice|letter)\s+)?{_LETTER}"
+)
+# "C is correct", "(C) is the right answer"
+_IS_RIGHT = re.compile(
+    r"(?<![\w'’])\(?([A-Za-z])\)?\**\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
+)
+_NAMED_LETTER = re.compile(rf"\b(?i:option|choice)\s+\**{_LETTER}")
+_DENIED_LETTER = re.compile(
+    r"(?<![\w'’])\(?([A-Za-z])\)?\**\s+"
+    r"(?:is\s+(?:not|wrong|incorrect|false)|isn['’]t|cannot\s+be|can['’]t\s+be)\b"
+)
+# A letter that begins an answer, and further ones: "B, since …", "option B or C", "A/B".
+_LEADING = re.compile(rf"(?i:(?:(?:both|either)\s+)?(?:(?:option|choice|letter)s?\s+)?){_LETTER}")
+_LETTERED = re.compile(r"([A-Za-z])[).:]\s")
+_FURTHER = re.compile(rf"(?:\b(?:and|or)\s+(?i:option\s+|choice\s+)?|[,/&]\s*)\**{_LETTER}")
+# What may stand between a letter and its option's text; the sign or point of a number is the text's.
+_BETWEEN = re.compile(r"(?:[\s*)\]:;–—]|[-.,](?!\d))*")
+# A dog or (B): "A" is no choice by itself, but two there are.
+_BARE_LEADING = re.compile(r"([A-Z])(?=\s)")
+# What ends an option's text: a point is followed by no digit.
+_ENDS = re.compile(r"[;)\]}$*\n]|[.,](?!\d)|$")
 _DENIAL = re.compile(r"(?:not|neither|none)\b", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{(.*)\}", re.DOTALL)
 
@@ -36,8 +73,10 @@ def choice_reward(
     """Give 1.0 where a completion chooses the right option and no other, else 0.0.
 
     The choice is the marked final answer, a letter or an option's text; else the letters in
-    parentheses or after "answer is"; else the one option whose text occurs. Two different letters,
-    in the final answer or in two declared ones, are no choice.
+    parentheses, after "answer is" or "option", or before "is correct"; else the one option whose
+    text occurs. Two different letters, in the final answer or in two declared ones, are no choice,
+    nor is a letter with another option's text ("(C) Paris" where Paris is A). What a letter needs
+    beside it is the same for all: "A", which is a word as well, is neither favoured nor harmed.
 
     Args:
         completions: Text, or messages whose last one counts.
@@ -45,6 +84,9 @@ def choice_reward(
             options are letters themselves, a letter is taken as the option's letter.
         choices: Each row's options in order, A first; needed where either side gives text.
         **kwargs: Other columns, unused.
+
+    Raises:
+        TypeError: A solution is a list, a dict or bytes.
     """
     options = choices if choices is not None else [None] * len(completions)
     scores: list[float | None] = []
@@ -59,22 +101,59 @@ def choice_reward(
 
 
 def _chosen(text: str, options: Sequence[str]) -> str | None:
+    text = without_thoughts(text)
+    denied = _letters(_DENIED_LETTER, text, options)
     declared = _letters(_ANSWER_LETTER, text, options) | _letters(_BOXED, text, options)
+    declared |= _letters(_IS_RIGHT, text, options)
     marked = extract_answer(text)
     if marked is not None:
         final = _choice_in(marked, options)
-        return final if declared <= {final} else None
+        return final if declared <= {final} and final not in denied else None
     letters = declared | _letters(_IN_PARENTHESES, text, options)
+    letters |= _letters(_NAMED_LETTER, text, options)
     if letters:
-        return letters.pop() if len(letters) == 1 else None
-    return _exact_choice(text.strip(), options) or _named_option(text, options)
+        return letters.pop() if len(letters) == 1 and not letters & denied else None
+    text = text.strip("* \t\r\n")
+    exact = _exact_choice(text, options)
+    lettered = _LETTERED.match(text)
+    if exact is None and lettered and len(_letters_of([lettered], options)) > 1:
+        return None
+    return exact or _named_option(text, options)
 
 
 def _letters(pattern: re.Pattern[str], text: str, options: Sequence[str]) -> set[str]:
-    letters = {
-        group.upper() for match in pattern.finditer(text) for group in match.groups() if group
-    }
-    return {letter for letter in letters if _is_option(letter, options)}
+    return _letters_of(pattern.finditer(text), options)
+
+
+def _letters_of(matches: Iterable[re.Match[str]], options: Sequence[str]) -> set[str]:
+    """Return the letters that a pattern found.
+
+    One that stands before another option's text ("(C) Paris" where Paris is A) counts as both.
+    """
+    letters: set[str] = set()
+    for match in matches:
+        group = next(i for i, letter in enumerate(match.groups(), 1) if letter)
+        letter = match[group].upper()
+        if _is_option(letter, options):
+            letters.add(letter)
+            letters |= _option_after(match.string, match.end(group), options)
+    return letters
+
+
+def _option_after(text: str, end: int, options: Sequence[str]) -> set[str]:
+    """Return the letter of the option whose text stands alone right behind a letter."""
+    if not options:
+        return set()
+    start = _BETWEEN.match(text, end)
+    assert start is not None  # it matches the empty text too
+    folded = [option.strip().casefold() for option in options]
+    rest = text[start.end() : start.end() + max(map(len, folded)) + 1].casefold()
+    found = [
+        (len(option), chr(ord("A") + index))
+        for index, option in enumerate(folded)
+        if option and rest.startswith(option) and _ENDS.match(rest, len(option))
+    ]
+    return {max(found)[1]} if found else set()
 
 
 def _is_option(letter: str, options: Sequence[str]) -> bool:
@@ -92,14 +171,12 @@ def _choice_in(text: str, options: Sequence[str]) -> str | None:
     if _DENIAL.match(text):
         return None
     letters = _letters(_IN_PARENTHESES, text, options)
-    leading = _LEADING.match(text)
-    if leading is not None and _is_option(leading[1].upper(), options):
-        # "A" and "I" are words too: with nothing but a space after them they choose nothing, but
-        # they do contradict another letter.
-        is_choice = not leading[2].isspace() or leading[1] in "BCDEFGH"
-        if is_choice or letters:
-            letters.add(leading[1].upper())
+    if leading := _LEADING.match(text):
+        letters |= _letters_of([leading], options)
     if letters:
+        letters |= _letters(_FURTHER, text, options)
+        if bare := _BARE_LEADING.match(text):
+            letters |= _letters_of([bare], options)
         return letters.pop() if len(letters) == 1 else None
     return _named_option(text, options)
 
@@ -110,9 +187,12 @@ def _exact_choice(text: str, options: Sequence[str]) -> str | None:
     if alone is not None and _is_option(alone[1].upper(), options):
         return alone[1].upper()
     for index, option in enumerate(options):
+        if answers_agree(text, option):
+            return chr(ord("A") + index)
+    for index, option in enumerate(options):
         letter = chr(ord("A") + index)
-        lettered = text[:1].upper() == letter and text[1:2] in (".", ":", ")")
-        if answers_agree(text, option) or (lettered and answers_agree(text[2:], option)):
+        lettered = text[:1].upper() == letter and text[1:2] in (".", ":", ")", " ")
+        if lettered and answers_agree(text[2:], option):
             return letter
     return None
 

@@ -3,20 +3,26 @@
 In: completions and gold answers. Out: 1.0 or 0.0, or None where the gold answer can't be parsed or
 the comparison hung or died. math-verify's own deadlines work in the main thread alone, so they are
 off and the parent's deadline counts. Only the final answer is parsed, as one LaTeX expression: left
-to search whole texts, math-verify finds the 72 of `It isn't 72` and the 2 of `2x + 1`.
+to search whole texts, math-verify finds the 72 of `It isn't 72` and the 2 of `2x + 1`. It compares
+numbers to six decimals, so that all tiny ones are equal: a small relative difference is asked for
+as well.
 """
 
 import logging
+import pickle
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from trl_selfplay.rewards.answer import extract_answer, final_answer, text_of
+from trl_selfplay.rewards.answer import extract_answer, final_answer, text_of, without_thoughts
 from trl_selfplay.rewards.worker import WorkerPool
 
 logger = logging.getLogger(__name__)
 
 DEADLINE_S = 5.0
+# Of two numbers that count as equal, against the larger one: 0.142857 is 1/7.
+_RELATIVE_TOLERANCE = 1e-4
+_DIGITS = 20
 # Longer texts are no answers, and parsing takes more than linear time.
 _MOST_CHARACTERS = 1000
 _SURROUNDINGS = "* \t\r\n"
@@ -41,16 +47,19 @@ def math_reward(
 
     The final answer is what `extract_answer` finds; a completion without a marker counts only if
     all of it is one expression. None, with one warning that counts them, where the gold answer
-    can't be parsed as mathematics, or where the comparison gave no verdict within 5 seconds.
+    can't be parsed as mathematics, or where the comparison gave no verdict within 5 seconds; after
+    four such answers to one prompt its others are not compared either.
 
     Args:
         completions: Text, or messages whose last one counts.
         solution: The ground truth in LaTeX, with or without `$` or `\boxed{}`, or a plain number
             or expression; of one with worked steps the final answer.
-        **kwargs: Other columns, unused.
+        **kwargs: Other columns; `prompts` tells which completions belong together, else the
+            solution does.
 
     Raises:
         ImportError: math-verify is not installed.
+        TypeError: A solution is a list, a dict or bytes.
     """
     verdicts, reasons = _pool.call_each(
         [
@@ -58,6 +67,7 @@ def math_reward(
             for completion, gold in zip(completions, solution, strict=True)
         ],
         DEADLINE_S,
+        groups=list(map(pickle.dumps, kwargs.get("prompts", solution))),
     )
     if unparsed := sum(v is None for v in verdicts) - reasons.total():
         reasons["the solution can't be parsed; for words use exact_reward"] = unparsed
@@ -74,7 +84,7 @@ math_reward.abstains_without_solution = True  # type: ignore[attr-defined]
 def _answer_in(completion: Any) -> str:
     text = text_of(completion)
     marked = extract_answer(text)
-    return _expression(text if marked is None else marked)
+    return _expression(without_thoughts(text) if marked is None else marked)
 
 
 def _expression(text: str) -> str:
@@ -111,8 +121,60 @@ def verdict(gold: str | None, answer: str) -> bool | None:
         return None
     if "$" in answer or _TWO_NUMBERS.search(answer):
         return False
+    parsed = _parse(answer)
     # Not symmetric: the gold answer comes first.
-    return bool(verify(parsed_gold, _parse(answer), timeout_seconds=None))
+    if not verify(parsed_gold, parsed, timeout_seconds=None):
+        return False
+    first, second = (
+        next((value for value in values if not isinstance(value, str)), None)
+        for values in (parsed_gold, parsed)
+    )
+    return gold == answer or first == second or _are_close(first, second)
+
+
+def _are_close(first: Any, second: Any) -> bool:
+    """Return whether two expressions differ little for their size; True if they aren't numbers.
+
+    Of equations and inequalities with equal left sides the right sides are compared, and of
+    `x = 3` against `3`.
+    """
+    from sympy.core.relational import Relational
+
+    if isinstance(first, Relational) and isinstance(second, Relational) and first.lhs != second.lhs:
+        return True
+    first, second = (e.rhs if isinstance(e, Relational) else e for e in (first, second))
+    numbers, others = _numbers(first), _numbers(second)
+    if numbers is None or others is None or len(numbers) != len(others):
+        return True
+    return all(
+        bool(abs(a - b) <= _RELATIVE_TOLERANCE * max(abs(a), abs(b)))
+        for a, b in zip(numbers, others, strict=True)
+    )
+
+
+def _numbers(expression: Any) -> list[Any] | None:
+    """Return the number, or those in a set, tuple or interval; None for anything else."""
+    import sympy
+
+    if isinstance(expression, sympy.Interval):
+        elements = [expression.start, expression.end]
+    elif isinstance(expression, (sympy.FiniteSet, sympy.Tuple)):
+        elements = list(expression.args)
+    elif isinstance(expression, sympy.Expr) and not expression.free_symbols:
+        number = expression.evalf(_DIGITS)
+        if not number.is_number or not number.is_finite:
+            return None
+        # What cancels out exactly evaluates to noise of one bit.
+        return [sympy.Integer(0) if getattr(number, "_prec", 0) == 1 else number]
+    else:
+        return None
+    found = [_numbers(element) for element in elements]
+    if any(numbers is None for numbers in found):
+        return None
+    numbers = [number for numbers in found for number in numbers or ()]
+    if isinstance(expression, sympy.FiniteSet):
+        numbers.sort(key=sympy.default_sort_key)
+    return numbers
 
 
 def _parse(expression: str) -> list[Any]:

@@ -7,10 +7,11 @@ killed, because some evaluate the answer: the one of `countdown` never ends on 9
 
 import json
 import logging
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
-from trl_selfplay.rewards.answer import extract_answer, text_of
+from trl_selfplay.rewards.answer import extract_answer, is_answer, text_of, without_thoughts
 from trl_selfplay.rewards.worker import WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -57,13 +58,19 @@ class puzzle_reward:
         rows = metadata if metadata is not None else [None] * len(completions)
         calls = []
         for completion, gold, row in zip(completions, solution, rows, strict=True):
+            if not is_answer(gold):  # scorers give it 0.0
+                raise TypeError(
+                    f"{self.__name__}: a solution is {gold!r:.100}; give one answer, as text."
+                )
             details = json.loads(row) if isinstance(row, str) else dict(row or {})
             details.setdefault("source_dataset", self.name)
             text = text_of(completion)
             marked = extract_answer(text)
+            answer = without_thoughts(text).strip() if marked is None else marked
             entry = {"question": "", "answer": gold, "metadata": details}
-            calls.append((self.name, text.strip() if marked is None else marked, entry))
-        scores, reasons = _pool.call_each(calls, DEADLINE_S)
+            calls.append((self.name, answer, entry))
+        groups = list(map(pickle.dumps, kwargs.get("prompts", solution)))
+        scores, reasons = _pool.call_each(calls, DEADLINE_S, groups)
         for reason, count in reasons.items():
             logger.warning(
                 "%s: no score for %d of %d completions: %s",

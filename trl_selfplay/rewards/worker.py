@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 _MEMORY_LIMIT_BYTES = 4 * 2**30
@@ -28,6 +28,9 @@ _START_DEADLINE_S = 120.0
 # A worker ends a call of its own accord only this long after the parent should have killed it.
 _ORPHAN_GRACE_S = 5.0
 _LENGTH_BYTES = 8
+MOST_LATE_CALLS = 4
+_LATE = "no answer within the deadline"
+_NOT_TRIED = f"not tried after {MOST_LATE_CALLS} of the same prompt without an answer"
 
 
 class WorkerFailure(Exception):
@@ -86,7 +89,7 @@ class _Worker:
             selector.register(self._requests, selectors.EVENT_WRITE)
             while unsent:
                 if not selector.select(max(0.0, ends - time.monotonic())):
-                    raise WorkerFailure("no answer within the deadline")
+                    raise WorkerFailure(_LATE)
                 try:
                     unsent = unsent[os.write(self._requests.fileno(), unsent) :]
                 except BrokenPipeError as error:
@@ -98,7 +101,7 @@ class _Worker:
             selector.register(self._answers, selectors.EVENT_READ)
             while not received.endswith(b"\n"):
                 if not selector.select(max(0.0, ends - time.monotonic())):
-                    raise WorkerFailure("no answer within the deadline")
+                    raise WorkerFailure(_LATE)
                 part = os.read(self._answers.fileno(), 65536)
                 if not part:
                     raise WorkerFailure("the process died")
@@ -160,21 +163,38 @@ class WorkerPool:
         return answer["value"]
 
     def call_each(
-        self, calls: Sequence[tuple[Any, ...]], deadline_s: float
+        self,
+        calls: Sequence[tuple[Any, ...]],
+        deadline_s: float,
+        groups: Sequence[Hashable] | None = None,
     ) -> tuple[list[Any], Counter[str]]:
         """Return each call's value, None where it failed, and how many failed for what reason.
 
         Equal calls are computed once; a call's arguments are equal if their pickles are.
+
+        Args:
+            calls: The arguments of each call.
+            deadline_s: Of each.
+            groups: What each call belongs to, such as its prompt. Of a group in which four calls
+                have run over the deadline, each of which costs it whole and a process as well,
+                the others fail without being tried. None: each is tried.
         """
         known: dict[bytes, tuple[Any, str | None]] = {}
-        values, reasons = [], Counter[str]()
-        for arguments in calls:
+        late = Counter[Hashable]()
+        values: list[Any] = []
+        reasons = Counter[str]()
+        for arguments, group in zip(calls, groups or [None] * len(calls), strict=True):
             key = pickle.dumps(arguments)
+            if key not in known and late[group] >= MOST_LATE_CALLS:
+                values.append(None)
+                reasons[_NOT_TRIED] += 1
+                continue
             if key not in known:
                 try:
                     known[key] = (self.call(*arguments, deadline_s=deadline_s), None)
                 except WorkerFailure as failure:
                     known[key] = (None, str(failure))
+                    late[group] += groups is not None and str(failure) == _LATE
             value, reason = known[key]
             values.append(value)
             if reason is not None:
