@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from trl_selfplay.generation.random_streams import gumbel_noise, stream_key, token_words
-from trl_selfplay.generation.token_filters import keep_top_k, keep_top_p
+from trl_selfplay.generation.sampler import SamplingOptions
+from trl_selfplay.generation.token_filters import filter_logits
 from trl_selfplay.thoughts.attention import thoughts_attend
 from trl_selfplay.thoughts.backbone import bar, embed, last_states, project
 from trl_selfplay.thoughts.layout import ThoughtLayout, ThoughtMemory, new_text_layout
@@ -22,23 +23,16 @@ from trl_selfplay.thoughts.storage import ThoughtSettings
 
 @dataclass(frozen=True, slots=True)
 class DecodingOptions:
-    """How thoughts and tokens are chosen.
+    """How thoughts are chosen.
 
     Attributes:
         num_thoughts: Thoughts a token; with several, their probabilities are averaged.
-        thought_temperature: Of the thoughts; 0.0 takes the likeliest tokens.
-        temperature: Of the text; 0.0 takes the likeliest tokens.
-        top_k: Sample from this many likeliest tokens; 0 is off.
-        top_p: Sample from the smallest set of tokens with this mass; 1.0 is off.
-        seed: Of thoughts and text. A thought's noise depends on its position and its index alone,
-            that of the text on the row as well.
+        thought_temperature: 0.0 takes the likeliest tokens.
+        seed: Of the thoughts, and of text that is sampled.
     """
 
     num_thoughts: int = 1
     thought_temperature: float = 1.0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
     seed: int = 0
 
 
@@ -51,6 +45,7 @@ def think_at(
     text_mask: torch.Tensor,
     columns: torch.Tensor,
     base: torch.Tensor,
+    by_row: bool = False,
 ) -> torch.Tensor:
     """Return the mixed states (B, U, K, d) of some columns after K thoughts each.
 
@@ -64,6 +59,8 @@ def think_at(
         text_mask: Of all text in memory, bool (B, S).
         columns: Rising in each row, int64 (B, U).
         base: The columns' states without thoughts, (B, U, d).
+        by_row: Whether equal rows think different thoughts. If not, a thought's noise depends on
+            its position and its index alone, so that a row is the same alone and in a batch.
     """
     length, num_thoughts = settings.thought_length, options.num_thoughts
     anchors = columns.repeat_interleave(num_thoughts, dim=1)  # (B, G)
@@ -71,8 +68,8 @@ def think_at(
     memory.forget_thoughts(capacity=length + 2)
     positions = (text_mask.long().cumsum(1) - 1).clamp(min=0).gather(1, columns)
     keys = [
-        stream_key(options.seed, 0, "eval", str(position), s)
-        for row in positions.tolist()
+        stream_key(options.seed, 0, "eval", f"{b}/{position}" if by_row else str(position), s)
+        for b, row in enumerate(positions.tolist())
         for position in row
         for s in range(num_thoughts)
     ]
@@ -127,24 +124,25 @@ def generate_with_thoughts(
     model: Any,
     settings: ThoughtSettings,
     options: DecodingOptions,
+    sampling: SamplingOptions,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    max_new_tokens: int,
-    eos_token_ids: list[int],
     pad_token_id: int,
     should_stop: Callable[[torch.Tensor], torch.Tensor] | None = None,
     memory: ThoughtMemory | None = None,
 ) -> torch.Tensor:
     """Continue texts, thinking before each token; return (B, S + new tokens).
 
+    Rows of sampled text are independent of each other, thoughts included; greedy text thinks with
+    noise that depends on the position alone, so a row is the same alone and in a batch.
+
     Args:
         model: A causal language model without wrappers, in eval mode.
         settings: How it thinks.
-        options: How thoughts and tokens are chosen.
+        options: How thoughts are chosen.
+        sampling: How tokens are chosen, how many at most, and which of them end a row.
         input_ids: (B, S); shorter rows are padded on the left.
         attention_mask: 1 on text, (B, S).
-        max_new_tokens: Most tokens that are added.
-        eos_token_ids: Tokens that end a row.
         pad_token_id: What rows that have ended are filled with.
         should_stop: Says of all ids so far which rows end, bool (B,), beside EOS.
         memory: Takes the text's keys and values; None makes a new one.
@@ -152,19 +150,28 @@ def generate_with_thoughts(
     memory = ThoughtMemory() if memory is None else memory
     text_mask, ids = attention_mask.bool(), input_ids
     words = token_words(model.config.get_text_config().vocab_size, ids.device)
-    stops = torch.tensor(eos_token_ids, dtype=torch.long, device=ids.device)
+    stops = torch.tensor(sampling.eos_token_ids, dtype=torch.long, device=ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     row_keys = [stream_key(options.seed, 1, "eval", f"row {b}", 0) for b in range(len(ids))]
+    samples = sampling.temperature > 0.0
+    seen = None
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.zeros((len(ids), len(words)), dtype=torch.bool, device=ids.device)
+        seen[text_mask.nonzero()[:, 0], ids[text_mask]] = True
     new = ids
     with thoughts_attend(model):
-        for step in range(max_new_tokens):
+        for step in range(sampling.max_completion_length):
             layout = new_text_layout(text_mask, new.shape[1], memory)
             base = last_states(model, embed(model, new), layout)[:, -1:]
             columns = torch.full((len(ids), 1), ids.shape[1] - 1, device=ids.device)
-            mixed = think_at(model, settings, options, memory, text_mask, columns, base)
+            mixed = think_at(model, settings, options, memory, text_mask, columns, base, samples)
             logits = bar(average_logits(model, mixed)[:, 0].float(), list(settings.barred))
-            new = _choose(logits, options, words, row_keys, step)[:, None]
-            new = new.masked_fill(ended[:, None], pad_token_id)
+            logits = filter_logits(logits, sampling, seen)
+            if samples:
+                logits = logits + gumbel_noise(words, row_keys, step)
+            new = logits.argmax(-1, keepdim=True).masked_fill(ended[:, None], pad_token_id)
+            if seen is not None:
+                seen.scatter_(1, new, True)
             ids = torch.cat([ids, new], dim=1)
             text_mask = torch.nn.functional.pad(text_mask, (0, 1), value=True)
             ended |= torch.isin(new[:, 0], stops)
@@ -173,21 +180,3 @@ def generate_with_thoughts(
             if bool(ended.all()):
                 break
     return ids
-
-
-def _choose(
-    logits: torch.Tensor,
-    options: DecodingOptions,
-    words: torch.Tensor,
-    keys: list[int],
-    step: int,
-) -> torch.Tensor:
-    """Choose the next token of each row from logits (B, V)."""
-    if options.temperature == 0.0:
-        return logits.argmax(-1)
-    logits = logits / options.temperature
-    if options.top_k:
-        logits = keep_top_k(logits, options.top_k)
-    if options.top_p < 1.0:
-        logits = keep_top_p(logits, options.top_p)
-    return (logits + gumbel_noise(words, keys, step)).argmax(-1)

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import PushToHubMixin
 
@@ -18,6 +19,7 @@ from trl_selfplay.thoughts.decoding import (
     generate_with_thoughts,
     mixed_logits,
 )
+from trl_selfplay.thoughts.generate_options import read_options, refuse_unknown
 from trl_selfplay.thoughts.mixing import ATTRIBUTE, unwrap_causal_lm
 from trl_selfplay.thoughts.storage import (
     SETTINGS_NAME,
@@ -135,74 +137,95 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
         *,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        num_return_sequences: int | None = None,
         eos_token_id: int | list[int] | None = None,
         pad_token_id: int | None = None,
+        generation_config: GenerationConfig | None = None,
         stopping_criteria: Any = None,
         num_thoughts: int = 1,
         thought_temperature: float | None = None,
         seed: int = 0,
         use_cache: bool = True,
+        **unknown: Any,
     ) -> torch.Tensor:
         """Continue texts, thinking before each token; return prompts and new tokens (B, S + new).
 
         A token costs the forwards of its thought, thought_length + 2, and its own. Shorter prompts
-        are padded on the left.
+        are padded on the left. What is None here is taken from `generation_config`, then from the
+        model's own generation config.
+
+        With `do_sample`, rows are independent of each other, thoughts included, so that equal
+        prompts give independent samples. Without, a row is the same alone and in a batch.
 
         Args:
             input_ids: (B, S).
             attention_mask: 1 on text, (B, S); None if nothing is padding.
-            max_new_tokens: Most tokens that are added; 20 if neither this nor `max_length` is given.
+            max_new_tokens: Most tokens that are added; 20 if nothing says so.
             max_length: Most tokens of prompt and continuation.
-            do_sample: Draw tokens instead of taking the likeliest.
+            do_sample: Draw tokens instead of taking the likeliest; False if nothing says so.
             temperature: Of the text, with `do_sample`.
-            top_k: Sample from this many likeliest tokens; 0 is off.
+            top_k: Sample from this many likeliest tokens; 0, if nothing says so, is off.
             top_p: Sample from the smallest set of tokens with this mass; 1.0 is off.
-            eos_token_id: What ends a row; None takes the generation config's.
-            pad_token_id: What rows that have ended are filled with; None takes the generation
-                config's, or EOS.
+            min_p: Sample from tokens with at least this share of the likeliest one's probability.
+            repetition_penalty: Divides the logits of tokens that the row has, after mixing; with
+                several thoughts, their log-probs.
+            num_return_sequences: Continuations of each prompt, one after another; with
+                `do_sample`.
+            eos_token_id: What ends a row; an empty list is nothing.
+            pad_token_id: What rows that have ended are filled with; EOS if nothing says so.
+            generation_config: Defaults for this call.
             stopping_criteria: Functions of (ids, scores) that say which rows end.
             num_thoughts: Thoughts a token; their probabilities are averaged.
             thought_temperature: None for the one of training; 0.0 takes the likeliest tokens.
             seed: Of thoughts and text.
             use_cache: Has no effect: keys and values of the text are always kept.
+            **unknown: Other keywords of transformers' `generate`, which must be switched off.
 
         Raises:
-            ValueError: A prompt is padded on the right, or text and thought don't fit the model's
+            TypeError: A keyword is not taken.
+            ValueError: A prompt is padded on the right, an option is out of its range or set in a
+                generation config and not supported, or text and thought don't fit the model's
                 positions.
         """
+        refuse_unknown(unknown)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not mask[:, -1].all():
             raise ValueError(
                 "attention_mask ends in 0, so a prompt is padded on the right, where its "
                 "continuation should stand. Set tokenizer.padding_side='left'."
             )
-        defaults = self.generation_config
-        eos = defaults.eos_token_id if eos_token_id is None else eos_token_id
-        stops = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        pad = defaults.pad_token_id if pad_token_id is None else pad_token_id
-        if max_new_tokens is None:
-            max_new_tokens = 20 if max_length is None else max_length - input_ids.shape[1]
+        keywords = {
+            "max_new_tokens": max_new_tokens,
+            "max_length": max_length,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "num_return_sequences": num_return_sequences,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+        }
+        how = read_options(keywords, generation_config, self.generation_config, input_ids.shape[1])
         # The last new token is not thought after.
-        self._check_positions(int(mask.sum(1).max()) + max_new_tokens - 1)
-        options = self._options(num_thoughts, thought_temperature, seed)
-        if do_sample:
-            options = DecodingOptions(
-                options.num_thoughts, options.thought_temperature, temperature, top_k, top_p, seed
-            )
+        longest = int(mask.sum(1).max()) + how.sampling.max_completion_length - 1
+        self._check_positions(longest)
         with sampling_state(self.model, None):
             return generate_with_thoughts(
                 self.causal_lm,
                 self.settings,
-                options,
-                input_ids,
-                mask,
-                max_new_tokens,
-                stops,
-                pad if pad is not None else stops[0] if stops else 0,
+                self._options(num_thoughts, thought_temperature, seed),
+                how.sampling,
+                input_ids.repeat_interleave(how.num_return_sequences, dim=0),
+                mask.repeat_interleave(how.num_return_sequences, dim=0),
+                how.pad_token_id,
                 None if not stopping_criteria else lambda ids: _any_stops(stopping_criteria, ids),
             )
 
@@ -218,7 +241,7 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
             )
         if thought_temperature is None:
             thought_temperature = self.settings.thought_temperature
-        return DecodingOptions(num_thoughts, thought_temperature, seed=seed)
+        return DecodingOptions(num_thoughts, thought_temperature, seed)
 
     def save_pretrained(
         self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
