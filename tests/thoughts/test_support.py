@@ -12,6 +12,19 @@ from trl_selfplay.thoughts.mixing import ATTRIBUTE, attach_thought_module
 from trl_selfplay.thoughts.storage import ThoughtSettings
 from trl_selfplay.thoughts.support import check_lengths, check_model
 
+# Attention that isn't told positions, or that takes more than queries, keys and values.
+REFUSED = {
+    "stablelm": {},
+    "nemotron": {"num_key_value_heads": 2},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
+    "biogpt": {},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "falcon": {"alibi": False},
+    "doge": {},
+}
 RECURRENT = {
     "mamba": {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2},
     "bamba": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -35,6 +48,16 @@ def test_a_model_whose_layers_cannot_think_is_refused(family) -> None:
     config = AutoConfig.for_model(family, vocab_size=23, **RECURRENT[family])
     with pytest.raises(ValueError, match=r"Use a model of|Use a model whose forward"):
         check_model(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_that_cannot_be_split_is_refused_with_its_reason(family) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4}  # fmt: skip
+    config = AutoConfig.for_model(family, vocab_size=23, **{**sizes, **REFUSED[family]})
+    model = AutoModelForCausalLM.from_config(config).float()
+    with pytest.raises(ValueError, match=f"{type(model).__name__} .* Use a model of full or"):
+        check_model(model)
 
 
 def test_an_encoder_decoder_is_refused() -> None:

@@ -25,6 +25,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
                "final_logit_softcapping": 2.0},
     "gemma3_text": {"sliding_window": 5, "query_pre_attn_scalar": 8},
     "gpt_neox": {},
+    "deepseek_v3": {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16,
+                    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
+                    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+                    "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "n_inner": 48},
 }  # fmt: skip
 
@@ -37,6 +42,8 @@ def build_family(family: str, seed: int = 0, **changes: Any) -> Any:
         settings["vocab_size"] = VOCAB
     if settings["model_type"] == "gpt_neox":
         del settings["num_key_value_heads"], settings["head_dim"]
+    if settings["model_type"] == "deepseek_v3":
+        del settings["head_dim"]  # of keys; values have another
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -40,6 +40,7 @@ def test_the_defaults_are_those_of_the_method() -> None:
         ({"padding_free": True, "max_length": None}, "a thought would see its neighbours"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"router_aux_loss_coef": 0.01}, "router_aux_loss_coef=0.01"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
         (
             {"num_thoughts": 1, "reinforce_weight": 0.0, "reinforce_baseline": "leave_one_out"},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import DataCollatorForLanguageModeling
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorForLanguageModeling
 
 from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer
 
@@ -97,3 +97,24 @@ def test_control_characters_of_texts_and_thoughts_are_escaped(build, byte_tokeni
     printed = capsys.readouterr().out
     assert "thoughts that helped most" in printed
     assert all(c.isprintable() or c == "\n" for c in printed)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phimoe"])
+def test_a_mixture_of_experts_trains_without_its_routers_loss(build, family, caplog) -> None:
+    """By default, with a line that says so; thoughts are scored as they were sampled."""
+    config = AutoConfig.for_model(
+        family, vocab_size=21, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        output_router_logits=True, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+    )  # fmt: skip
+    trainer = build(model=AutoModelForCausalLM.from_config(config).float())
+    assert "router_aux_loss_coef=0.001 in the model's config) is left out" in caplog.text
+    assert not trainer.aux_loss_enabled
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trainer.model.train()
+    both = []
+    for _ in range(2):
+        trainer._batch_index["train"] = 0
+        both.append(trainer.compute_loss(trainer.model, batch).item())
+    assert both[0] == both[1]

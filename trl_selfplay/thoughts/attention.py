@@ -28,7 +28,7 @@ class _SplitAttention(torch.autograd.Function):
     """Softmax over text keys and own keys together; scores are recomputed in the backward pass.
 
     Shapes: query (B, Hkv, G, R, L, d), R query heads to a key head; text keys and values
-    (B, Hkv, S, d); own ones (B, Hkv, G, Lk, d).
+    (B, Hkv, S, d); own ones (B, Hkv, G, Lk, d). Values, and so the output, may have another d.
     """
 
     @staticmethod
@@ -162,7 +162,7 @@ def attend(
     Args:
         query: (B, H, T + G·L, d), as `layout` orders the tokens.
         key: (B, Hkv, T + G·L, d); H is a multiple of Hkv.
-        value: As `key`.
+        value: As `key`, of any width d_v.
         layout: Of these tokens; its memory, if any, is read and added to.
         layer: The layer's index in the memory.
         scaling: Factor of the scores.
@@ -170,7 +170,7 @@ def attend(
         softcap: Scores s become softcap·tanh(s / softcap); None is off.
 
     Returns:
-        (B, T + G·L, H, d).
+        (B, T + G·L, H, d_v).
     """
     num_text, memory = layout.num_new_text, layout.memory
     text_key, text_value = key[:, :, :num_text], value[:, :, :num_text]

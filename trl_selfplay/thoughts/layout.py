@@ -45,8 +45,11 @@ class ThoughtMemory:
         """Write new tokens (B, Hkv, G, L, d) at `start`, and return all of the thoughts' so far."""
         stop = start + keys.shape[3]
         if layer not in self.own:
-            shape = (*keys.shape[:3], self.capacity, keys.shape[4])
-            self.own[layer] = (keys.new_empty(shape), values.new_empty(shape))
+            shape = (*keys.shape[:3], self.capacity)
+            self.own[layer] = (
+                keys.new_empty((*shape, keys.shape[4])),
+                values.new_empty((*shape, values.shape[4])),  # may be narrower than keys
+            )
         own_keys, own_values = self.own[layer]
         own_keys[:, :, :, start:stop] = keys
         own_values[:, :, :, start:stop] = values

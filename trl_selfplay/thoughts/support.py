@@ -15,7 +15,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from trl_selfplay.generation.model_traits import describe_model
 from trl_selfplay.thoughts.attention import thoughts_attend
 from trl_selfplay.thoughts.backbone import embed, last_states, project
-from trl_selfplay.thoughts.layout import ThoughtLayout
+from trl_selfplay.thoughts.layout import ThoughtLayout, ThoughtMemory, new_text_layout
 from trl_selfplay.thoughts.mixing import unwrap_causal_lm
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def check_model(model: Any) -> None:
 
 @torch.no_grad()
 def _try_thoughts(model: Any, name: str, remedy: str) -> None:
-    """Compare two thoughts in one forward with two ordinary sequences."""
+    """Compare two thoughts, in one forward and token by token, with two ordinary sequences."""
     weight = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     count = _TRIAL_TEXT + 2 * _TRIAL_BLOCK
@@ -79,21 +79,20 @@ def _try_thoughts(model: Any, name: str, remedy: str) -> None:
     training = [module.training for module in model.modules()]
     model.eval()
     try:
-        mask = torch.ones((1, _TRIAL_TEXT), dtype=torch.bool, device=weight.device)
-        layout = ThoughtLayout(mask, anchors, _TRIAL_TEXT, _TRIAL_BLOCK)
         try:
             with thoughts_attend(model):
-                states = last_states(model, embed(model, ids[None]), layout)
-                _check_windows(model, layout)
+                states = _states_of_thoughts(model, text, blocks, anchors)
             if states.shape[-1] != weight.shape[1]:
                 raise ValueError(
                     f"its states have width {states.shape[-1]} and its embeddings "
                     f"{weight.shape[1]}, which the mixing head and the vectors of thoughts share."
                 )
-        except (TypeError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model of any design fails in its own way
             raise ValueError(f"{name} can't compute thoughts: {error} {remedy}") from error
-        ours = project(model, states[0, _TRIAL_TEXT:]).float().unflatten(0, (2, _TRIAL_BLOCK))
-        for block, anchor, logits in zip(blocks, anchors[0].tolist(), ours, strict=True):
+        ours = project(model, states).float()  # (2 ways, 2 blocks, L, V)
+        for block, anchor, logits in zip(blocks, anchors[0].tolist(), ours.unbind(1), strict=True):
             sequence = torch.cat([text[: anchor + 1], block])[None]
             naive = model(input_ids=sequence, use_cache=False).logits[0, anchor + 1 :].float()
             difference = (naive - logits).abs().max().item()
@@ -107,6 +106,24 @@ def _try_thoughts(model: Any, name: str, remedy: str) -> None:
     finally:
         for module, was_training in zip(model.modules(), training, strict=True):
             module.training = was_training
+
+
+def _states_of_thoughts(
+    model: Any, text: torch.Tensor, blocks: torch.Tensor, anchors: torch.Tensor
+) -> torch.Tensor:
+    """Return the states of two blocks, in one forward and from memory, (2, 2, L, d)."""
+    mask = torch.ones((1, len(text)), dtype=torch.bool, device=text.device)
+    layout = ThoughtLayout(mask, anchors, len(text), blocks.shape[1])
+    tokens = torch.cat([text, blocks.flatten()])[None]
+    at_once = last_states(model, embed(model, tokens), layout)[0, len(text) :]
+    _check_windows(model, layout)
+    memory = ThoughtMemory(capacity=blocks.shape[1])
+    last_states(model, embed(model, text[None]), new_text_layout(mask, len(text), memory))
+    steps = []
+    for step, token in enumerate(blocks.unbind(1)):
+        layout = ThoughtLayout(mask, anchors, 0, 1, step, memory)
+        steps.append(last_states(model, embed(model, token[None]), layout)[0])
+    return torch.stack([at_once.unflatten(0, blocks.shape), torch.stack(steps, 1)])
 
 
 def _check_windows(model: Any, layout: ThoughtLayout) -> None:

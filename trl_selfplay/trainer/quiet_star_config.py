@@ -166,6 +166,11 @@ class QuietSTaRConfig(SFTConfig):
                 f"neftune_noise_alpha={self.neftune_noise_alpha}: thoughts are sampled without this "
                 "noise and would be scored with it, which would be two policies. Leave it out."
             )
+        if self.router_aux_loss_coef:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef}: a router's loss would count "
+                "thoughts as text. Leave it out, or set it to 0.0."
+            )
         if self.num_thoughts == 1 and self.reinforce_baseline == "leave_one_out":
             raise ValueError(
                 "num_thoughts=1 with reinforce_baseline='leave_one_out': there is no other thought "

@@ -231,6 +231,19 @@ def refuse_adapters(model: Any, peft_config: Any) -> None:
         )
 
 
+def switch_router_loss_off(model: Any, args: Any) -> None:
+    """Leave a mixture of experts' loss of its router out: it would count thoughts as text."""
+    config = unwrap_causal_lm(model).config.get_text_config()
+    own = getattr(config, "router_aux_loss_coef", 0.0)
+    if args.router_aux_loss_coef is None and own and hasattr(config, "output_router_logits"):
+        args.router_aux_loss_coef = 0.0
+        logger.warning(
+            "The loss of the experts' router (router_aux_loss_coef=%s in the model's config) is "
+            "left out: it would count thoughts as text.",
+            own,
+        )
+
+
 def attach_thoughts(model: Any, tokenizer: Any, args: Any) -> None:
     """Give a model its thought module, or take over the one that it has."""
     causal_lm = unwrap_causal_lm(model)

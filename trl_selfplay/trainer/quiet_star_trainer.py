@@ -78,6 +78,7 @@ from trl_selfplay.trainer.quiet_star_construction import (
     refuse_thoughts,
     refuse_unused,
     save_thoughts_too,
+    switch_router_loss_off,
 )
 from trl_selfplay.weights import first_nonfinite
 
@@ -151,6 +152,7 @@ class QuietSTaRTrainer(SFTTrainer):
             refuse_adapters(model, peft_config)
             keep_4bit_weights_trainable(model)
             check_model(model)
+            switch_router_loss_off(model, args)
             attach_thoughts(model, processing_class, args)
             peft_config = save_thoughts_too(peft_config)
             module = trained_module(unwrap_causal_lm(model))
@@ -191,11 +193,6 @@ class QuietSTaRTrainer(SFTTrainer):
 
     def _prepare_model_and_lengths(self) -> None:
         args, causal_lm = self.args, self.causal_lm
-        if self.aux_loss_enabled:
-            raise ValueError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef}: a router's loss would count "
-                "thoughts as text. Set router_aux_loss_coef=0.0."
-            )
         model: Any = self.model
         if switched := switch_noise_off(model):
             logger.warning(
