@@ -46,6 +46,7 @@ FLOW = (
     "checkpoints",
     "round_log",
     "empty_round",
+    "early_stopping",
     "parent_training",
     "rounds",
     "self_play",

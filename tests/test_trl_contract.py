@@ -17,7 +17,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -571,6 +578,16 @@ def test_a_training_that_ran_to_its_end_also_leaves_the_stop_flag(build_sft) -> 
     trainer.train()
     assert trainer.control.should_training_stop is True
     assert trainer.state.global_step == trainer.state.max_steps
+
+
+def test_early_stopping_counts_in_a_state_that_checkpoints_hold() -> None:
+    """Under the class's name; the count is an attribute."""
+    callback = EarlyStoppingCallback(3)
+    callback.early_stopping_patience_counter = 2
+    state = TrainerState(stateful_callbacks=[callback]).stateful_callbacks
+    assert state == {"EarlyStoppingCallback": callback.state()}
+    assert callback.state()["args"]["early_stopping_patience"] == 3
+    assert callback.state()["attributes"] == {"early_stopping_patience_counter": 2}
 
 
 def test_resuming_without_a_checkpoint_raises(build_sft, tmp_path) -> None:

@@ -14,6 +14,7 @@ from transformers import TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.checkpoints import last_whole_checkpoint
+from trl_selfplay.early_stopping import note_patience, restore_patience, stopped_early
 from trl_selfplay.memory import return_freed_memory
 from trl_selfplay.weights import load_saved_model, replace_folder
 
@@ -44,7 +45,11 @@ def train_on(
             trainer.state = _load_state(trainer, None)
         elif checkpoint is None or not _load_if_last(trainer, Path(checkpoint)):
             trainer.train_dataset = rows
+            callbacks = trainer.callback_handler.callbacks
+            saved = None if checkpoint is None else _load_state(trainer, _state_in(checkpoint))
+            restore_patience(callbacks, saved)
             output = train_parent(resume_from_checkpoint=checkpoint)
+            note_patience(callbacks, trainer.state)
         free_optimizer(trainer)
         temporary = folder / ".model"
         trainer.save_model(str(temporary))
@@ -58,11 +63,11 @@ def train_on(
 def _load_if_last(trainer: Any, checkpoint: Path) -> bool:
     """Put in place what the parent would have ended with, if no step is left after a checkpoint.
 
-    The parent, resumed there amid an epoch, would take one more step.
+    The parent, resumed there amid an epoch or after early stopping, would take one more step.
     """
-    state = _load_state(trainer, checkpoint / "trainer_state.json")
+    state = _load_state(trainer, _state_in(checkpoint))
     max_steps = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
-    if state.global_step < max_steps:
+    if state.global_step < max_steps and not stopped_early(state):
         return False
     state.max_steps = max_steps  # steps of a round that hasn't ended may have changed
     trainer.state = state
@@ -71,6 +76,10 @@ def _load_if_last(trainer: Any, checkpoint: Path) -> bool:
         checkpoint = best if best.is_dir() else checkpoint
     load_saved_model(trainer.model, checkpoint)
     return True
+
+
+def _state_in(checkpoint: str | Path) -> Path:
+    return Path(checkpoint) / "trainer_state.json"
 
 
 def _load_state(trainer: Any, path: Path | None) -> TrainerState:

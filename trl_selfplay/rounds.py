@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.checkpoints import list_checkpoints
 from trl_selfplay.diversity import warn_sharpening
+from trl_selfplay.early_stopping import ends_run
 from trl_selfplay.empty_round import handle_empty_round
 from trl_selfplay.evaluation import paired_difference
 from trl_selfplay.funnel import Funnel, describe_funnel
@@ -129,6 +130,7 @@ def run_rounds(
     trainer.add_callback(callback)
     output: TrainOutput | None = None
     history: list[dict[str, Any]] = []
+    ended = False  # by a callback
     try:
         with say_where_interrupted(run):
             before = trainer.score_heldout(UNTRAINED, run.folder(UNTRAINED) / "evaluation")
@@ -136,9 +138,10 @@ def run_rounds(
             _load_newest_weights(trainer)
             if run.warm_up_rows is not None and not run.lines:
                 settings = {"output_dir": str(run.warm_up_folder)}
-                train_on(trainer, train_parent, run.warm_up_rows, settings, args.seed)
+                trained = train_on(trainer, train_parent, run.warm_up_rows, settings, args.seed)
+                ended = trained is not None and ends_run(trainer.state)
             for round_index in range(len(run.lines), args.num_rounds * run.improve_steps):
-                if has_stalled(run, args.stop_after_rounds_without_gain):
+                if ended or has_stalled(run, args.stop_after_rounds_without_gain):
                     break
                 run.round_index = round_index
                 run.steps_before = sum(line["steps"] for line in run.lines)
@@ -156,8 +159,8 @@ def run_rounds(
                 output = _train_round(trainer, train_parent, round_index, played) or output
                 history += trainer.state.log_history
                 scores = trainer.score_heldout(round_index, run.folder(round_index) / "evaluation")
-                stopped = _finish_round(trainer, round_index, played, before, scores)
-                if call_round_event(trainer, "on_round_end", round_index) or stopped:
+                ended = _finish_round(trainer, round_index, played, before, scores)
+                if call_round_event(trainer, "on_round_end", round_index):
                     break
     finally:
         run.round_index, run.steps_before = None, 0
@@ -292,7 +295,7 @@ def _finish_round(
     before: HeldOutScores | None,
     scores: HeldOutScores | None,
 ) -> bool:
-    """Log and write down a finished round, delete what is no longer needed; say if it was cut."""
+    """Log and write down a finished round, delete what is no longer needed; say if the run ends."""
     args, run, state = trainer.args, trainer.run, trainer.state
     gain = standard_error = None
     if before is not None and scores is not None:
@@ -328,7 +331,7 @@ def _finish_round(
     if trainer.is_world_process_zero():
         _delete_what_is_done(trainer, round_index)
         print_round_table(run.lines, run.chosen_metric)
-    return state.global_step < state.max_steps  # also where a kill came after it was trained
+    return ends_run(state)  # also where a kill came after it was trained
 
 
 def _warn_sharpening(run: Run, round_index: int, threshold: float) -> None:

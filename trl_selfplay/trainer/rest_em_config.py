@@ -67,6 +67,11 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
     The defaults are ReST^EM's (arXiv 2312.06585): 32 samples a prompt at temperature 0.7 with
     top-k 40, at most 10 right ones a prompt, each round trained from the base weights, and the
     round with the best held-out score kept. `ReSTEMConfig.from_paper` gives each paper's settings.
+
+    The papers' M-step goes on "while the reward on D_val improves". That is an `eval_dataset` with
+    `eval_strategy="steps"` or "epoch", the same `save_strategy`, `load_best_model_at_end=True` and
+    a `transformers.EarlyStoppingCallback`, which ends the training of its round alone.
+    `num_generations_eval=0` makes each of these evaluations one greedy completion a prompt.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  # as in TRL: read by the parser, not a field
