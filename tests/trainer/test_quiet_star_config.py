@@ -1,4 +1,6 @@
 import pytest
+import torch
+from transformers import get_scheduler
 
 from trl_selfplay import QuietSTaRConfig
 
@@ -72,7 +74,36 @@ def test_the_papers_recipe() -> None:
     assert (config.thought_length, config.num_ahead_tokens, config.num_thoughts) == (9, 4, 2)
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 8
     assert (config.max_length, config.learning_rate, config.max_steps) == (256, 1e-6, 7)
-    assert config.reinforce_weight * config.thought_length == pytest.approx(1e6)
+    assert config.reinforce_weight * config.thought_length == pytest.approx(1e6 / 3)
     shorter = QuietSTaRConfig.from_paper(**BASE, thought_length=5)
-    assert shorter.reinforce_weight == pytest.approx(2e5)
+    assert shorter.reinforce_weight == pytest.approx(2e5 / 3)
     assert QuietSTaRConfig.from_paper(**BASE, reinforce_weight=3.0).reinforce_weight == 3.0
+
+
+def test_the_papers_learning_rate_is_that_of_its_hundred_thousand_steps() -> None:
+    """In every one of the 100 that are run, to a thousandth."""
+    config = QuietSTaRConfig.from_paper(**BASE)
+    rates = []
+    for kind, steps in (("linear", 100_000), (config.lr_scheduler_type, config.max_steps)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)
+        schedule = get_scheduler(kind, optimizer, int(config.warmup_steps), steps)
+        rates.append([])
+        for _ in range(100):
+            rates[-1].append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+    assert rates[1] == pytest.approx(rates[0], rel=1e-3)
+
+
+def test_the_papers_weight_gives_reinforce_the_size_of_its_code() -> None:
+    """Gradients of a thought's log-prob by its logits: mean at temperature 3, sum at 1."""
+    config = QuietSTaRConfig.from_paper(**BASE)
+    logits = torch.zeros(config.thought_length, 50, requires_grad=True)
+
+    def gradient(weight, temperature, reduce):
+        log_probs = (logits / temperature).log_softmax(-1)[:, 7]
+        return torch.autograd.grad(weight * reduce(log_probs), logits)[0]
+
+    theirs = gradient(1e6, 3.0, torch.mean)
+    ours = gradient(config.reinforce_weight, config.thought_temperature, torch.sum)
+    torch.testing.assert_close(ours, theirs)

@@ -22,10 +22,14 @@ _PAPER: dict[str, Any] = {
     "gradient_accumulation_steps": 2,
     "learning_rate": 1e-6,
     "weight_decay": 0.001,
+    # Linear over 100,000 steps, of which 100 are run: the rate falls by a thousandth.
+    "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 20,
     "max_grad_norm": 1.0,
     "max_steps": 100,
 }
+# The official code's weight of REINFORCE, and the temperature at which it scores thoughts.
+_PAPER_WEIGHT, _PAPER_SCORING_TEMPERATURE = 1e6, 3.0
 
 
 @dataclass
@@ -181,14 +185,25 @@ class QuietSTaRConfig(SFTConfig):
     def from_paper(cls, **overrides: Any) -> Self:
         """Return the published recipe for Mistral 7B.
 
-        It departs from the official code in five places. Thoughts are scored at the temperature
-        they were sampled at, where the code samples at 1 and scores at 3. A thought's log-prob is
-        the sum over its tokens; the code takes the mean, so its weight of 1e6 becomes
-        1e6 / thought_length. The loss with thoughts is averaged over all tokens that think; the
-        code divides by the count of losses that aren't zero. A schedule over 100 steps replaces an
-        error that ends the run.
-        Weights are float32, with bfloat16 in forwards on a GPU; the code's are bfloat16.
-        One process computes the 8 sequences of a step in two halves.
+        It departs from the official code in these places:
+
+        - Thoughts are scored at the temperature they were sampled at, where the code samples at 1
+          and scores at 3, which divides the gradient by 3. A thought's log-prob is the sum over its
+          tokens; the code takes the mean. Its weight of 1e6 becomes 1e6 / (3 · thought_length), so
+          that REINFORCE has the code's size.
+        - The loss with thoughts is averaged over all tokens that think, and a token thinks if all
+          num_ahead_tokens follow it. The code predicts the token t ahead from every token that has
+          one, divides by the count of losses that aren't zero, and REINFORCE by all columns, padding
+          included.
+        - A text is cut to its first 256 tokens, where the code takes a random span of 256, and a
+          shorter one ends in EOS, which the code doesn't learn.
+        - The vectors that begin and end a thought start as the mean of the embeddings of the tokens
+          of "---", where the code takes the first token's.
+        - The run ends after 100 steps, where the code raises an error. The learning rate stays
+          after its warm-up; the code's falls by a thousandth until then.
+        - Weights are float32, with bfloat16 in forwards on a GPU; the code's are bfloat16.
+        - One process computes the 8 sequences of a step in two halves, averaged over the step
+          instead of in each half.
 
         Args:
             **overrides: Fields to set otherwise, such as `output_dir`.
@@ -196,5 +211,6 @@ class QuietSTaRConfig(SFTConfig):
         Source: Quiet-STaR, arXiv 2403.09629, appendix A, and ezelikman/quiet-star.
         """
         settings = {**_PAPER, **overrides}
-        weight = 1e6 / max(1, settings["thought_length"])
+        length = max(1, settings["thought_length"])
+        weight = _PAPER_WEIGHT / (_PAPER_SCORING_TEMPERATURE * length)
         return cls(**{"reinforce_weight": weight, **settings})
