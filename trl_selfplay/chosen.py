@@ -7,7 +7,7 @@ the completion as a sampled one would look, ended by EOS.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -67,17 +67,25 @@ def load_chosen_rows(dataset: Any, name: str) -> list[PromptRow]:
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty: there is no prompt to sample from.")
-    records = []
+    records, extra = [], []
     for index, record in enumerate(dataset):
         prompt, completion = _split(record, form, f"`{name}` row {index}")
         records.append({"prompt": prompt, "solution": completion})
+        extra.append({c: v for c, v in record.items() if c not in (*form, "rejected")})
     kinds = {isinstance(record["prompt"], str): i for i, record in enumerate(records)}
     if len(kinds) == 2:
         raise ValueError(
             f"`{name}` mixes plain-text prompts (row {kinds[True]}) and chat messages (row "
             f"{kinds[False]}). Use one kind for all rows."
         )
-    return load_prompt_rows(Dataset.from_list(records), name)
+    rows = load_prompt_rows(Dataset.from_list(records), name)
+    return [replace(row, columns=_columns_of(row, extra[row.row_index])) for row in rows]
+
+
+def _columns_of(row: PromptRow, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what reward functions get of a row; without a `solution` it is the data's completion."""
+    text = row.solution if isinstance(row.solution, str) else row.solution[0].get("content")
+    return {"solution": text, **extra}
 
 
 def _split(

@@ -119,9 +119,10 @@ def score_all(
     started = time.monotonic()
     metrics: dict[str, float] = {}
     greedy: dict[str, float] | None = None
+    in_training = getattr(config, "few_shot_in_training", False)  # SPIN has no examples
     for name, set_prefix in metric_prefixes(list(sets), prefix).items():
-        forms = {"": config.few_shot_in_training}
-        if with_few_shot and formatter.few_shot_examples and not config.few_shot_in_training:
+        forms = {"": in_training}
+        if with_few_shot and formatter.few_shot_examples and not in_training:
             forms["few_shot_"] = True
         for form, few_shot in forms.items():
             scored, rollouts = score_prompts(

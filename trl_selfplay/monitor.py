@@ -163,3 +163,32 @@ def find_convergence(metrics: Mapping[str, float], prefix: str = "eval") -> str 
         f"(win rate {win_rate:.2f}, 95 % interval {low:.2f} to {high:.2f}; ln 2 - loss = "
         f"{distance:.4f}). More rounds have little to learn from these prompts."
     )
+
+
+def warn_falling_likelihood(
+    before: Mapping[str, float],
+    metrics: Mapping[str, float],
+    round_index: int,
+    prefix: str = "eval",
+) -> str | None:
+    """Return a warning if a round tells the data from its opponent, yet makes the data less likely.
+
+    SPIN's loss asks for a margin between the two alone, so both log-probs often fall. A choice by
+    `…_logps` then hands back a model from before, however well the rounds work.
+
+    Args:
+        before: The untrained model's metrics.
+        metrics: The round's, as `discriminator.measure_heldout` returns them.
+        round_index: The round.
+        prefix: Of the held-out set that chooses.
+    """
+    logps, win_rate = f"{prefix}_logps", f"{prefix}_win_rate"
+    if metrics[logps] >= before[logps] or metrics.get(f"{win_rate}_low", 0.0) <= 0.5:
+        return None
+    return (
+        f"round {round_index}: {logps} is {metrics[logps]:.3f}, below the untrained model's "
+        f"{before[logps]:.3f}, while the policy tells the data from its opponent ({win_rate} "
+        f"{metrics[win_rate]:.2f}). Chosen by {logps}, an earlier model is loaded at the end, perhaps "
+        "the untrained one. Let a score of your task choose (`eval_reward_funcs`), or keep the last "
+        "round with load_best_round_at_end=False."
+    )

@@ -80,10 +80,10 @@ def store_opponent(trainer: Any, rows: Dataset, folder: Path) -> Dataset:
     """
     if folder.exists():
         return load_from_disk(str(folder))
+    if len(rows) == 0:  # a dataset without rows can't be read back
+        return rows
     logps = score_pairs(trainer, rows, trainer.compute_ref_log_probs)
-    for column, values in zip(
-        _COLUMNS, zip(*logps, strict=True) if logps else ((), ()), strict=True
-    ):
+    for column, values in zip(_COLUMNS, zip(*logps, strict=True), strict=True):
         rows = rows.add_column(column, list(values))
     trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     if trainer.is_world_process_zero():

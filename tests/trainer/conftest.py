@@ -1,5 +1,7 @@
 """A STaR run small enough for a second: a tiny model, a dozen sums, a reward it often meets."""
 
+import gc
+
 import pytest
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -13,6 +15,9 @@ from trl_selfplay import (
     STaRTrainer,
 )
 from trl_selfplay.weights import trainable_parameters
+
+# Memory is collected several times a round; what the imports made need not be looked at each time.
+gc.freeze()
 
 
 def contains_solution(completions, solution, **kwargs):

@@ -62,6 +62,20 @@ def test_generation_kwargs_that_change_the_opponent_are_warned_of(tmp_path, capl
         ({"beta": -1.0}, "beta=-1.0"),
         ({"round_learning_rates": [1e-6]}, "round_learning_rates has 1 values"),
         ({"temperature": 0.0, "num_generations": 2}, "copies of one completion"),
+        ({"beta": float("nan")}, "beta=nan"),
+        ({"sync_ref_model": True}, "becomes the policy at the start of the next"),
+        ({"loss_type": ["spin"]}, "TRL has no loss 'spin'; choose among"),
+        ({"loss_type": ["sft"]}, "alone has no opponent"),
+        ({"loss_type": "exo_pair"}, "'exo_pair' needs a value between 0 and 1"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "at least 0 and below 0.5"),
+        ({"ld_alpha": 1.5}, "ld_alpha=1.5; it must be between 0 and 1"),
+        ({"label_smoothing": 0.1}, "label_smoothing=0.1 has no effect here"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect here"),
+        ({"discopop_tau": 0.1}, "discopop_tau=0.1 has no effect here"),
+        ({"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef=0.3 has no effect here"),
+        ({"ref_model_mixup_alpha": 0.5}, "ref_model_mixup_alpha=0.5 has no effect here"),
+        ({"ref_model_sync_steps": 5}, "ref_model_sync_steps=5 has no effect here"),
+        ({"padding_free": True}, "padding_free=True has no effect here"),
     ],
 )
 def test_values_that_cannot_work_are_refused(tmp_path, changes, message) -> None:
@@ -75,3 +89,30 @@ def test_the_parser_reads_lists_of_a_value_a_round(tmp_path) -> None:
     (config,) = TrlParser(SPINConfig).parse_args_and_config(flags)
     assert config.round_betas == [0.1, 5.0]
     assert config.round_learning_rates == [5e-7, 1e-7]
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+def test_a_truncation_that_never_happens_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="truncation_mode='keep_end' has no effect here"):
+        SPINConfig(str(tmp_path), use_cpu=True, truncation_mode="keep_end")
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"loss_type": "ipo"}, "25.0000"),
+        ({"loss_type": ["sigmoid", "hinge"], "loss_weights": [0.5, 0.2]}, "0.5466"),
+        ({"loss_type": ["sigmoid", "sft"]}, "not known beforehand"),
+        ({"use_weighting": True}, "not known beforehand"),
+        ({"ld_alpha": 0.5}, "0.6931"),
+        ({"f_divergence_type": "js_divergence"}, "0.6931"),
+    ],
+)
+def test_another_loss_says_what_becomes_of_ln_2(tmp_path, caplog, changes, first) -> None:
+    with caplog.at_level(logging.WARNING):
+        SPINConfig(str(tmp_path), use_cpu=True, **changes)
+    assert f"but the loss then is {first}, where SPIN's" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        SPINConfig(str(tmp_path), use_cpu=True, bf16=False)
+    assert caplog.text == ""

@@ -181,7 +181,7 @@ def test_held_out_pairs_are_measured_every_round_and_choose_the_best(build_spin,
     metrics = trainer.evaluate(answers(3, first=60))
     assert {"eval_logps", "eval_runtime"} <= set(metrics)
     assert "eval_win_rate" not in metrics
-    assert "eval_two_win_rate" in trainer.evaluate("two")
+    assert "eval_win_rate" in trainer.evaluate("two")
     with pytest.raises(ValueError, match="no held-out set 'three'"):
         trainer.evaluate("three")
     card = (trainer.run.root.parent / "README.md").read_text()

@@ -1,6 +1,8 @@
 """Configuration of SPINTrainer, with the published recipe as a preset."""
 
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -31,6 +33,21 @@ _PAPER: dict[str, Any] = {
     "temperature": 0.0,
     "history_rounds": 1,
 }
+# The loss of a pair of which policy and opponent say the same, by beta and label smoothing ε, as
+# TRL defines the losses; "sft" is the data's own likelihood, whatever the opponent.
+_LN_2 = math.log(2.0)
+_FIRST_LOSSES: dict[str, Callable[[float, float], float]] = {
+    **dict.fromkeys(
+        ("sigmoid", "sigmoid_norm", "robust", "aot", "aot_unpaired"), lambda beta, e: _LN_2
+    ),
+    **dict.fromkeys(("nca_pair", "bco_pair"), lambda beta, e: 2.0 * _LN_2),
+    **dict.fromkeys(("hinge", "apo_zero", "apo_down"), lambda beta, e: 1.0),
+    "ipo": lambda beta, e: 1.0 / (4.0 * beta**2),
+    "sppo_hard": lambda beta, e: 1.0 / (2.0 * beta**2),
+    "exo_pair": lambda beta, e: -_LN_2 - 0.5 * math.log(e * (1.0 - e)),
+    "discopop": lambda beta, e: 0.5 * _LN_2 + 0.5,
+}
+_SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 _PAPER_LEARNING_RATES = (5e-7, 5e-7, 1e-7, 1e-7)
 _PAPER_BETAS = (0.1, 0.1, 0.1, 5.0)
 
@@ -71,6 +88,7 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
 
     def __post_init__(self) -> None:
         switch_off_bf16_without_gpu(self)
+        self._chooses_by_default = self.metric_for_best_model is None
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_logps"
             self.greater_is_better = True
@@ -109,8 +127,62 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
                 "opponent's completions would end otherwise than the data's, which tells them "
                 "apart. Set it in the model's generation config."
             )
+        self._refuse_unused()
         self._check_betas()
+        self._warn_other_loss()
         self._warn_off_policy()
+
+    def _refuse_unused(self) -> None:
+        """Raise ValueError for fields of DPOConfig that would be wrong or without effect."""
+        if self.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model=True: SPIN's opponent stays as it is within a round and becomes the "
+                "policy at the start of the next, without any setting. Leave sync_ref_model out."
+            )
+        unknown = sorted(set(self.loss_type) - {*_FIRST_LOSSES, "sft"})
+        if unknown:
+            raise ValueError(
+                f"loss_type={self.loss_type}: TRL has no loss {unknown[0]!r}; choose among "
+                f"{sorted({*_FIRST_LOSSES, 'sft'})}."
+            )
+        losses = set(self.loss_type)
+        if losses == {"sft"}:
+            raise ValueError(
+                "loss_type=['sft'] alone has no opponent: that is supervised fine-tuning, for which "
+                "TRL has SFTTrainer. Add it to SPIN's loss with loss_type=['sigmoid', 'sft'] and "
+                "`loss_weights`."
+            )
+        if "exo_pair" in losses and not 0.0 < self.label_smoothing < 1.0:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} with loss_type={self.loss_type}: "
+                "'exo_pair' needs a value between 0 and 1; its paper recommends 1e-3."
+            )
+        if "robust" in losses and not 0.0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} with loss_type={self.loss_type}: it must "
+                "be at least 0 and below 0.5 for 'robust'."
+            )
+        if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
+            raise ValueError(f"ld_alpha={self.ld_alpha}; it must be between 0 and 1, or None.")
+        for name, is_used, condition in (
+            ("label_smoothing", bool(losses & _SMOOTHED), f"a loss_type of {sorted(_SMOOTHED)}"),
+            ("discopop_tau", "discopop" in losses, "loss_type=['discopop']"),
+            (
+                "f_alpha_divergence_coef",
+                self.f_divergence_type == "alpha_divergence",
+                "f_divergence_type='alpha_divergence'",
+            ),
+            ("ref_model_mixup_alpha", False, "sync_ref_model=True, which SPIN has no use for"),
+            ("ref_model_sync_steps", False, "sync_ref_model=True, which SPIN has no use for"),
+            ("label_smoothing_factor", False, "models that are trained on labels"),
+            ("padding_free", False, "SFTTrainer; TRL pads pairs whatever is set"),
+            ("truncation_mode", False, "rows that are cut, and SPIN leaves long ones out instead"),
+        ):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default and not is_used:
+                raise ValueError(
+                    f"{name}={value!r} has no effect here: it is for {condition}. Leave it out."
+                )
 
     def _check_betas(self) -> None:
         if self.round_betas is not None:
@@ -122,8 +194,54 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
                     f"num_rounds={self.num_rounds}; give one a round."
                 )
         for beta in [self.beta, *(self.round_betas or ())]:
-            if beta <= 0.0:
-                raise ValueError(f"beta={beta}; it must be above 0, or no pair would teach.")
+            if not 0.0 < beta < math.inf:
+                raise ValueError(
+                    f"beta={beta}; it must be above 0 and finite, or no pair would teach."
+                )
+
+    def choose_by_task_score(self) -> None:
+        """Let held-out accuracy choose the best round, unless the user has named a metric."""
+        if self._chooses_by_default:
+            self.metric_for_best_model = "eval_accuracy"
+
+    def first_loss(self, beta: float) -> float | None:
+        """Return the loss at the first step of a round, where every margin is 0.
+
+        ln 2 for SPIN's own, the logistic loss. None where it depends on the model: for 'sft' and
+        with `use_weighting`. A mixture of experts adds its balancing loss.
+        """
+        if self.use_weighting or "sft" in self.loss_type:
+            return None
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        return sum(
+            weight * _FIRST_LOSSES[name](beta, self.label_smoothing)
+            for name, weight in zip(self.loss_type, weights, strict=True)
+        )
+
+    def _warn_other_loss(self) -> None:
+        """Say what becomes of ln 2, and of the theory, under another loss than the paper's."""
+        changed = [
+            f"{name}={getattr(self, name)!r}"
+            for name in (
+                "loss_type",
+                "loss_weights",
+                "f_divergence_type",
+                "ld_alpha",
+                "use_weighting",
+            )
+            if getattr(self, name) not in (None, False, ["sigmoid"], [1.0], "reverse_kl")
+        ]
+        if not changed:
+            return
+        first = self.first_loss(self.beta if self.round_betas is None else self.round_betas[0])
+        logger.warning(
+            "%s: the margins still begin each round at 0, but the loss then is %s, where SPIN's "
+            "logistic loss is ln 2 = 0.6931, and the fixed point that the paper proves is of the "
+            "logistic loss. Held-out win rate, margin, loss and distance are measured with the "
+            "logistic loss of whole completions.",
+            ", ".join(changed),
+            "not known beforehand" if first is None else f"{first:.4f}",
+        )
 
     def _warn_off_policy(self) -> None:
         options = build_sampling_options(self, ())  # with generation_kwargs laid over

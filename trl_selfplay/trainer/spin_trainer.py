@@ -7,7 +7,9 @@ pairs in pairs.py, the opponent's log-probs in opponent.py.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from trl_selfplay.discriminator import (
 )
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.heldout import HeldOutScores, metric_prefixes
-from trl_selfplay.monitor import find_convergence
+from trl_selfplay.monitor import find_convergence, warn_falling_likelihood
 from trl_selfplay.noise import switch_noise_off
 from trl_selfplay.opponent import check_opponent, score_pairs, store_opponent
 from trl_selfplay.pairs import build_pair_rows, find_giveaways, pair_metrics, select_pairs
@@ -32,6 +34,7 @@ from trl_selfplay.prompts import PromptRow, load_heldout_sets
 from trl_selfplay.report import print_completions, say
 from trl_selfplay.round_log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds import PlayedRound, run_rounds
+from trl_selfplay.run_folder import UNTRAINED
 from trl_selfplay.self_play import load_kept, save_selection
 from trl_selfplay.trainer.construction import (
     build_run,
@@ -61,6 +64,13 @@ class SPINTrainer(DPOTrainer):
     `completion`, `messages` (the last assistant turn is the completion), or `prompt` and `chosen`;
     the rejected completions are the model's own. `eval_dataset`, one set or a dict of sets, holds
     held-out rows of the same form.
+
+    Args:
+        eval_reward_funcs: Functions that grade what the policy answers to held-out prompts, as
+            GRPOTrainer takes them: a score of the task, which then chooses the best round
+            (`eval_accuracy`) where `metric_for_best_model` names no other. Without it the
+            likelihood of the data chooses (`eval_logps`). They get every column of `eval_dataset`;
+            `solution` is the data's completion where there is no such column.
 
     Raises:
         ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
@@ -98,6 +108,8 @@ class SPINTrainer(DPOTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
+        *,
+        eval_reward_funcs: Any = None,
     ) -> None:
         if args is None:
             args = SPINConfig(default_output_dir(model, "SPIN"))
@@ -111,6 +123,10 @@ class SPINTrainer(DPOTrainer):
         tokenizer = load_processing_class(model, processing_class, args)
         # One row for the parent to be built on; no round ever trains on it.
         placeholder = Dataset.from_list([{"prompt": "?", "chosen": " yes", "rejected": " no"}])
+        if eval_reward_funcs is not None:
+            if not heldout:
+                raise ValueError("eval_reward_funcs needs an `eval_dataset` of held-out prompts.")
+            args.choose_by_task_score()
         self.run = build_run(args, model, peft_config, list(heldout))
         uses_peft = peft_config is not None or hasattr(model, "peft_config")
         had_ref_adapter = "ref" in getattr(model, "peft_config", {})
@@ -136,7 +152,14 @@ class SPINTrainer(DPOTrainer):
         if "ref" in getattr(policy, "peft_config", {}) and not had_ref_adapter:
             policy.delete_adapter("ref")  # the parent's copy: right in round 0 only
         self.eval_dataset = eval_dataset
-        self.self_play = build_self_play(self, rows, heldout)
+        self.self_play = build_self_play(self, rows, heldout, eval_reward_funcs=eval_reward_funcs)
+        collector = self.self_play.collector
+        # Pairs aren't graded; held-out completions are, where there is something to grade with.
+        self._graded_play = (
+            None
+            if collector.eval_scorer is None
+            else replace(self.self_play, collector=replace(collector, scorer=collector.eval_scorer))
+        )
         if switched := switch_noise_off(policy):
             logger.warning(
                 "Dropout and other noise is switched off in the whole model (%s): with it the "
@@ -205,7 +228,21 @@ class SPINTrainer(DPOTrainer):
             where = folder / "evaluation" / name
             rollouts = self.self_play.sample(rows, round_index, "eval", where)
             pairs = build_heldout_rows(rows, self.chosen, rollouts)
-            self._heldout_pairs[name] = store_opponent(self, pairs, where / "pairs")
+            with self._whole_completions():
+                self._heldout_pairs[name] = store_opponent(self, pairs, where / "pairs")
+
+    @contextmanager
+    def _whole_completions(self) -> Iterator[None]:
+        """Sum log-probs over whole completions also under `ld_alpha`, which leaves out tails.
+
+        What is left out depends on the other completion, and held-out scores of the data's must
+        not depend on the opponent's.
+        """
+        ld_alpha, self.ld_alpha = self.ld_alpha, None
+        try:
+            yield
+        finally:
+            self.ld_alpha = ld_alpha
 
     def _warn_giveaways(self, pairs: Dataset, round_index: int) -> None:
         tokenizer: Any = self.self_play.formatter.tokenizer  # its stubs know lists of texts only
@@ -271,27 +308,48 @@ class SPINTrainer(DPOTrainer):
         path = None if folder is None else folder / "scores.json"
         if path is not None and path.exists():
             return load_scores(path)
-        scores = self._score(self.self_play.heldout, "eval")
+        scores = self._score(self.self_play.heldout, "eval", folder)
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if path is not None and self.is_world_process_zero():
             save_scores(path, scores)
         for prefix in metric_prefixes(list(self.self_play.heldout), "eval").values():
             if self.is_world_process_zero() and (text := find_convergence(scores.metrics, prefix)):
                 say(f"round {round_index}: {text}")
+        self._warn_choice(round_index, scores)
         return scores
 
-    def _score(self, sets: Mapping[str, list[PromptRow]], prefix: str) -> HeldOutScores:
+    def _warn_choice(self, round_index: int, scores: HeldOutScores) -> None:
+        """Warn of a choice by likelihood that goes against what the rounds are for."""
+        chosen = self.run.chosen_metric or ""
+        untrained = self.run.folder(UNTRAINED) / "evaluation" / "scores.json"
+        if round_index == UNTRAINED or not chosen.endswith("_logps") or not untrained.exists():
+            return
+        if not (self.run.loads_best_round and self.is_world_process_zero()):
+            return
+        before, prefix = load_scores(untrained).metrics, chosen.removesuffix("_logps")
+        if warning := warn_falling_likelihood(before, scores.metrics, round_index, prefix):
+            logger.warning("%s", warning)
+
+    def _score(
+        self, sets: Mapping[str, list[PromptRow]], prefix: str, folder: Path | None = None
+    ) -> HeldOutScores:
         started = time.monotonic()
         metrics: dict[str, float] = {}
         first: dict[str, float] | None = None
+        heldout = self.self_play.heldout
+        own = {id(rows): self._heldout_pairs.get(name) for name, rows in heldout.items()}
         for name, set_prefix in metric_prefixes(list(sets), prefix).items():
-            pairs = self._heldout_pairs.get(name)
-            if pairs is None or sets[name] is not self.self_play.heldout.get(name):
+            pairs = own.get(id(sets[name]))
+            if pairs is None:
                 pairs = build_heldout_rows(sets[name], self.chosen, ())
-            logps = score_pairs(self, pairs, self.compute_policy_log_probs)
+            with self._whole_completions():
+                logps = score_pairs(self, pairs, self.compute_policy_log_probs)
             measured, per_prompt = measure_heldout(pairs, logps, self.beta, set_prefix)
             metrics |= measured
             first = per_prompt if first is None else first
+        if self._graded_play is not None:
+            graded = self._graded_play.score(sets, folder=folder, prefix=prefix)
+            metrics, first = metrics | graded.metrics, graded.greedy
         return HeldOutScores(metrics, first or {}, time.monotonic() - started)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -306,8 +364,9 @@ class SPINTrainer(DPOTrainer):
     ) -> dict[str, float]:
         """Return `eval_logps` and, for the trainer's own sets, what sets the policy off its opponent.
 
-        Takes a dataset in the form of `eval_dataset`, a dict of them, or the name of a set; None
-        scores all of the trainer's own.
+        Takes a dataset in the form of `eval_dataset`, a dict of them, or the name of a set, whose
+        metrics have no name of their own in front, as in the parent; None scores all of the
+        trainer's own.
 
         Raises:
             ValueError: There is no held-out set, or none of that name.
@@ -316,7 +375,7 @@ class SPINTrainer(DPOTrainer):
         if isinstance(eval_dataset, str):
             if eval_dataset not in sets:
                 raise ValueError(f"no held-out set {eval_dataset!r}; there are {sorted(sets)}.")
-            sets = {eval_dataset: sets[eval_dataset]}
+            sets = {"": sets[eval_dataset]}  # the caller's prefix names it, as in the parent
         elif eval_dataset is not None:
             sets = load_heldout_sets(eval_dataset, self.self_play.rows, load_chosen_rows)
             for name, rows in sets.items():
