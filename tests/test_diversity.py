@@ -121,3 +121,19 @@ def test_the_rounds_numbers_for_the_log(make_rollout) -> None:
         "play/solved_easy": 1.0,
         "play/solved_very_hard": 0.0,
     }
+
+
+def test_rewards_with_degrees_are_told_by_the_best_of_a_prompt(make_rollout) -> None:
+    """Counts by a threshold that nothing reaches are left out; where something does they stay."""
+    rewards = {"a": [0.2, 0.6], "b": [0.3, 0.1]}
+    rollouts = [
+        make_rollout(prompt_id=i, sample_index=k, reward=r, completion=f"{i} {k}")
+        for i, values in rewards.items()
+        for k, r in enumerate(values)
+    ]
+    cut = make_rollout(prompt_id="a", sample_index=2, reward=0.9, finish="length")
+    numbers = diversity_metrics([*rollouts, cut], [*rollouts, cut], form, 1.0, True)
+    assert numbers == {"play/distinct": 1.0, "play/best_reward": pytest.approx(0.45)}
+    counted = diversity_metrics(rollouts, rollouts, form, 0.5, True)
+    assert counted["play/coverage"] == 0.5
+    assert counted["play/solved_medium"] == 1.0

@@ -51,6 +51,12 @@ def test_a_high_pass_at_k_with_a_low_accuracy_leaves_much_to_gain() -> None:
     assert warn_baseline({"eval_accuracy": 0.3, "eval_pass@1": 0.3, "eval_pass@64": 0.99}) is None
 
 
+def test_rewards_with_degrees_leave_something_to_learn_without_a_success() -> None:
+    metrics = {"eval_accuracy": 0.0, "eval_pass@4": 0.0, "eval_mean_reward": 0.4}
+    assert warn_baseline(metrics, has_degrees=True) is None
+    assert warn_baseline(metrics) is not None
+
+
 def test_no_metrics_give_no_baseline_warning() -> None:
     assert warn_baseline({}) is None
     assert warn_baseline({"eval_mean_length": 0.0, "eval_accuracy_low": 0.0}) is None

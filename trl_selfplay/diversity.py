@@ -8,7 +8,7 @@ thresholds are ours.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from math import comb
+from math import comb, inf
 from statistics import fmean
 
 from trl_selfplay.evaluation import paired_difference, pass_at_k
@@ -120,14 +120,39 @@ def solved_by_difficulty(
     return {name: fmean(groups[name]) for name, _ in DIFFICULTIES if name in groups}
 
 
+def best_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Return for each prompt the highest reward of its finished samples."""
+    best: dict[str, float] = {}
+    for rollout in rollouts:
+        if rollout.reward is not None and not rollout.hinted and not rollout.is_truncated:
+            best[rollout.prompt_id] = max(rollout.reward, best.get(rollout.prompt_id, -inf))
+    return best
+
+
 def diversity_metrics(
-    first: Sequence[Rollout], now: Sequence[Rollout], normal_form: NormalForm, threshold: float
+    first: Sequence[Rollout],
+    now: Sequence[Rollout],
+    normal_form: NormalForm,
+    threshold: float,
+    has_degrees: bool = False,
 ) -> dict[str, float]:
-    """Return a round's numbers for the log, under play/…; `first` is what round 0 sampled."""
-    metrics = {
-        "play/distinct": fmean(distinct_ratios(now, normal_form).values()),
-        "play/coverage": fmean(r > 0.0 for r in pass_rates(now, threshold).values() or [0.0]),
-    }
+    """Return a round's numbers for the log, under play/….
+
+    Args:
+        first: What round 0 sampled.
+        now: What this one did.
+        normal_form: Of two equal completions.
+        threshold: From this reward on a completion is correct.
+        has_degrees: The reward need never reach the threshold. Its highest value a prompt is
+            logged, and what counts correct completions only if there are any.
+    """
+    metrics = {"play/distinct": fmean(distinct_ratios(now, normal_form).values())}
+    if has_degrees:
+        if best := best_rewards(now):
+            metrics["play/best_reward"] = fmean(best.values())
+        if not any(rollout.passes(threshold) for rollout in (*first, *now)):
+            return metrics
+    metrics["play/coverage"] = fmean(r > 0.0 for r in pass_rates(now, threshold).values() or [0.0])
     _, correct = distinct_correct(now, now, normal_form, threshold)
     if correct:
         metrics["play/distinct_correct"] = fmean(correct.values())

@@ -22,7 +22,7 @@ _PASS_AT_K = re.compile(r"(.+)_pass@(\d+)")
 _ACCURACY = re.compile(r"(.+)_accuracy")
 
 
-def warn_baseline(metrics: Mapping[str, float]) -> str | None:
+def warn_baseline(metrics: Mapping[str, float], has_degrees: bool = False) -> str | None:
     """Return a warning if the untrained model solves nothing, or nearly everything.
 
     "Nothing": pass@k at the largest k and greedy accuracy are 0 in every held-out set and form of
@@ -32,6 +32,7 @@ def warn_baseline(metrics: Mapping[str, float]) -> str | None:
 
     Args:
         metrics: As `summarize_heldout` returns them, under any prefixes.
+        has_degrees: Completions are trained on whose reward counts as no success.
     """
     accuracy = {m[1]: v for name, v in metrics.items() if (m := _ACCURACY.fullmatch(name))}
     pass_at_k: dict[str, tuple[int, float]] = {}
@@ -39,7 +40,7 @@ def warn_baseline(metrics: Mapping[str, float]) -> str | None:
         if m := _PASS_AT_K.fullmatch(name):
             pass_at_k[m[1]] = max(pass_at_k.get(m[1], (0, 0.0)), (int(m[2]), value))
     scores = [*accuracy.values(), *(value for _, value in pass_at_k.values())]
-    if scores and max(scores) == 0.0:
+    if scores and max(scores) == 0.0 and not has_degrees:
         largest = max((k for k, _ in pass_at_k.values()), default=0)
         name = f"accuracy and pass@{largest} are" if largest else "accuracy is"
         return (

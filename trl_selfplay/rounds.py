@@ -134,7 +134,7 @@ def run_rounds(
     try:
         with say_where_interrupted(run):
             before = trainer.score_heldout(UNTRAINED, run.folder(UNTRAINED) / "evaluation")
-            _report_baseline(run, before)
+            _report_baseline(run, before, getattr(args, "rewards_have_degrees", False))
             _load_newest_weights(trainer)
             if run.warm_up_rows is not None and not run.lines:
                 settings = {"output_dir": str(run.warm_up_folder)}
@@ -233,11 +233,11 @@ def _load_newest_weights(trainer: Any) -> None:
         )
 
 
-def _report_baseline(run: Run, before: HeldOutScores | None) -> None:
+def _report_baseline(run: Run, before: HeldOutScores | None, has_degrees: bool) -> None:
     if before is None or run.lines:
         return
     run.pending_logs.append(dict(before.metrics))
-    if warning := warn_baseline(before.metrics):
+    if warning := warn_baseline(before.metrics, has_degrees):
         logger.warning("before round 0: %s", warning)
 
 

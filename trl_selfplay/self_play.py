@@ -206,7 +206,8 @@ class SelfPlay:
         threshold = self.collector.reward_threshold
         for warning in warn_poorer_samples(first, rollouts, normal_form, threshold, round_index):
             logger.warning("%s", warning)
-        return diversity_metrics(first, rollouts, normal_form, threshold)
+        has_degrees = self.config.rewards_have_degrees
+        return diversity_metrics(first, rollouts, normal_form, threshold, has_degrees)
 
     def training_prompt_ids(self, rows: Sequence[PromptRow]) -> dict[str, tuple[int, ...]]:
         """Return the prompts as trained on: never hinted, few-shot only if configured."""

@@ -278,6 +278,24 @@ def test_where_rewards_have_degrees_the_mean_reward_chooses_the_round(build_rest
     assert chosen.args.metric_for_best_model == "eval_accuracy"
 
 
+def test_a_reward_with_degrees_shows_no_counts_of_what_it_never_reaches(
+    build_rest, sums, caplog
+) -> None:
+    trainer = build_rest(
+        reward_funcs=at_most(0.9), num_rounds=1, eval_dataset=sums(2, first=90),
+        num_generations_eval=0,
+    )  # fmt: skip
+    trainer.train()
+    metrics = read_lines(trainer)[0]["metrics"]
+    best = {}
+    for r in load_samples(trainer.run.folder(0)):
+        if r.finish == "eos":
+            best[r.prompt_id] = max(r.reward, best.get(r.prompt_id, 0.0))
+    assert metrics["play/best_reward"] == pytest.approx(np.mean(list(best.values())))
+    assert not {"play/coverage", "play/distinct_correct"} & metrics.keys()
+    assert "accuracy is 0" not in caplog.text
+
+
 def test_gold_passes_the_same_filter_where_thresholds_rise(build_rest, gold_answers) -> None:
     """RE-7: graded once, and dropped below the threshold. The answers have digits for 2 of 4 words."""
     graded = []

@@ -162,8 +162,7 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        has_degrees = self.improve_thresholds is not None or self.loss_weighting == "reward"
-        if has_degrees and self.metric_for_best_model is None:
+        if self.rewards_have_degrees and self.metric_for_best_model is None:
             # A real-valued reward need never reach the threshold that accuracy counts by.
             self.metric_for_best_model = "eval_mean_reward"
         super().__post_init__()
@@ -174,6 +173,11 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
                 f"gold_ratio={self.gold_ratio}; it must be above 0, or None (each row once)."
             )
         self._check_gold_duplicates()
+
+    @property
+    def rewards_have_degrees(self) -> bool:
+        """Whether completions are trained on that `reward_threshold` doesn't count as correct."""
+        return self.improve_thresholds is not None or self.loss_weighting == "reward"
 
     @property
     def num_improve_steps(self) -> int:
