@@ -34,7 +34,8 @@ from trl_selfplay.generation import transformers_sampler
 from trl_selfplay.generation.decode_batch import TokenChooser
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
-from trl_selfplay.prompts import PromptFormatter, load_few_shot_examples, load_prompt_rows
+from trl_selfplay.prompts import load_prompt_rows
+from trl_selfplay.rendering import PromptFormatter, load_few_shot_examples
 
 RESULTS = Path(__file__).parent / "results" / "sampling"
 # Prompts, samples a prompt, few-shot examples shown, ragged completions.

@@ -4,9 +4,12 @@ import logging
 
 import pytest
 from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+from trl import extract_prompt
 
 from trl_selfplay.chosen import drop_long_rows, load_chosen_rows, tokenize_chosen
-from trl_selfplay.prompts import PromptFormatter
+from trl_selfplay.rendering import PromptFormatter
 
 USER, ASSISTANT = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yo")))
 
@@ -72,7 +75,7 @@ def tokens_of(tokenizer, record):
     rows = load(record)
     formatter = PromptFormatter(tokenizer)
     (tokens,) = tokenize_chosen(
-        formatter, rows, (tokenizer.eos_token_id,), tokenizer.eos_token_id, "train_dataset"
+        formatter, rows, (tokenizer.eos_token_id,), tokenizer.eos_token_id
     ).values()
     return tokenizer, tokens
 
@@ -105,7 +108,7 @@ def test_of_two_ends_that_a_template_writes_the_first_counts(chat_tokenizer, bet
     for text in ("yo", "yo<end>yo"):
         rows = load({"messages": [USER, {"role": "assistant", "content": text}]})
         (tokens,) = tokenize_chosen(
-            PromptFormatter(chat_tokenizer), rows, (end, chat_tokenizer.eos_token_id), end, "train"
+            PromptFormatter(chat_tokenizer), rows, (end, chat_tokenizer.eos_token_id), end
         ).values()
         assert chat_tokenizer.decode(list(tokens.chosen_ids)) == f"{text}<end>"
 
@@ -127,7 +130,7 @@ def test_plain_completions_get_one_eos(byte_tokenizer) -> None:
 
 def test_long_rows_are_left_out_and_counted(byte_tokenizer, caplog) -> None:
     rows = load({"prompt": "hi", "completion": "yo"}, {"prompt": "a", "completion": "b" * 50})
-    tokens = tokenize_chosen(PromptFormatter(byte_tokenizer), rows, (1,), 1, "train_dataset")
+    tokens = tokenize_chosen(PromptFormatter(byte_tokenizer), rows, (1,), 1)
     with caplog.at_level(logging.WARNING):
         kept = drop_long_rows(rows, tokens, 20, 2, "train_dataset")
     assert [row.prompt for row in kept] == ["hi"]
@@ -135,3 +138,71 @@ def test_long_rows_are_left_out_and_counted(byte_tokenizer, caplog) -> None:
     assert "longer than max_completion_length=2" in caplog.text
     with pytest.raises(ValueError, match="so none is left"):
         drop_long_rows(rows, tokens, 4, 2, "train_dataset")
+
+
+def test_completions_to_avoid_are_left_out(caplog) -> None:
+    """KTO's rows: `label` says which completions are good."""
+    with caplog.at_level(logging.WARNING):
+        (row,) = load(
+            {"prompt": "hi", "completion": "yo", "label": True},
+            {"prompt": "hi", "completion": "no", "label": False},
+        )
+    assert row.solution == "yo"
+    assert "1 of 2 rows of `train_dataset` have label=False" in caplog.text
+    with pytest.raises(ValueError, match="no completion to learn from"):
+        load({"prompt": "hi", "completion": "no", "label": False})
+
+
+def test_a_prompt_that_both_completions_begin_with_is_split_off_as_in_trl() -> None:
+    record = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+    expected = extract_prompt(record)
+    (row,) = load(record)
+    assert (row.prompt, row.solution) == (expected["prompt"], expected["chosen"])
+    with pytest.raises(
+        TypeError, match=r"`chosen` is 'The sky is blue\.', and there is no `prompt`"
+    ):
+        load({"chosen": "The sky is blue."})
+
+
+def test_a_tool_call_and_thoughts_are_completions() -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    thought = {**ASSISTANT, "thinking": "hm"}
+    for completion in (call, thought):
+        (row,) = load({"prompt": [USER], "completion": [completion]})
+        assert row.solution == [completion]
+
+
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        ([{"role": "assistant"}], "row 0, the completion .*the content is None"),
+        ([{"role": "assistant", "content": 5}], "row 0, the completion .*the content is 5"),
+        ([{"content": "yo"}], "row 0: the last of the messages is"),
+    ],
+)
+def test_a_completion_that_is_no_message_names_the_row(completion, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        load({"prompt": [USER], "completion": completion})
+
+
+def test_after_a_prompt_that_ends_in_a_space_a_completion_begins_without_one() -> None:
+    """SentencePiece puts a space before a text; a model that goes on writes none."""
+    words = ["<unk>", "<s>", "</s>", "▁Answer", "▁yes", "yes", "▁", ":", "<0x0A>", *"Answeryos"]
+    vocabulary = [(w, -1.0 if len(w) > 1 else -5.0) for w in dict.fromkeys(words)]
+    backend = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    for prompt, text in (("Answer: ", "yes"), ("Answer:", " yes")):
+        tokenizer, tokens = tokens_of(tokenizer, {"prompt": prompt, "completion": text})
+        both = [*tokens.prompt_ids, *tokens.chosen_ids[:-1]]
+        assert tokenizer.decode(both) == "Answer: yes"

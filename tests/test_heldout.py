@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from trl_selfplay.collection import Collector
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.heldout import metric_prefixes, score_all, score_prompts
-from trl_selfplay.prompts import FewShotExample, PromptFormatter, load_prompt_rows
+from trl_selfplay.prompts import load_prompt_rows
+from trl_selfplay.rendering import FewShotExample, PromptFormatter
 from trl_selfplay.report import SamplingProgress
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts import load_rollouts

@@ -20,6 +20,7 @@ FLOW = (
     "one_ahead",
     "rollouts",
     "prompts",
+    "rendering",
     "chosen",
     "generation",
     "noise",

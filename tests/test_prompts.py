@@ -1,69 +1,22 @@
+"""Rows are checked one by one, and say which one is wrong."""
+
+import inspect
 import os
 import subprocess
 import sys
 
 import pytest
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from trl_selfplay.prompts import PromptFormatter, load_few_shot_examples, load_prompt_rows
-from trl_selfplay.rationalization import add_hint
-
-EXAMPLES = [
-    {"prompt": "Q 1 + 1 = ?", "completion": " so 2", "solution": "2"},
-    {"prompt": "Q 2 + 3 = ?", "completion": " so 5", "solution": "5"},
-]
+from trl_selfplay.prompts import check_template_kwargs, load_heldout_sets, load_prompt_rows
+from trl_selfplay.rollouts import hash_prompt
 
 
 def rows_of(*prompts):
     return load_prompt_rows(
         Dataset.from_list([{"prompt": p, "solution": "7"} for p in prompts]), "train_dataset"
     )
-
-
-def text_of(formatter, row, **kwargs):
-    return formatter.tokenizer.decode(list(formatter.token_ids(row, **kwargs)))
-
-
-def test_few_shot_examples_stand_before_the_prompt_while_sampling(byte_tokenizer) -> None:
-    (row,) = rows_of("Q 3 + 4 = ?")
-    formatter = PromptFormatter(byte_tokenizer, load_few_shot_examples(EXAMPLES, False), add_hint)
-    assert text_of(formatter, row, few_shot=False) == "Q 3 + 4 = ?"
-    assert (
-        text_of(formatter, row, few_shot=True)
-        == "Q 1 + 1 = ? so 2\n\nQ 2 + 3 = ? so 5\n\nQ 3 + 4 = ?"
-    )
-
-
-def test_hinted_prompts_have_hinted_examples(byte_tokenizer) -> None:
-    (row,) = rows_of("Q 3 + 4 = ?")
-    formatter = PromptFormatter(byte_tokenizer, load_few_shot_examples(EXAMPLES, False), add_hint)
-    hinted = text_of(formatter, row, few_shot=True, hinted=True)
-    assert hinted == "Q 1 + 1 = ? (2) so 2\n\nQ 2 + 3 = ? (5) so 5\n\nQ 3 + 4 = ? (7)"
-
-
-def test_an_example_equal_to_the_row_is_left_out_of_its_prompt(byte_tokenizer) -> None:
-    """ST-25."""
-    own, other = sorted(rows_of("Q 1 + 1 = ?", "Q 3 + 4 = ?"), key=lambda row: row.prompt)
-    formatter = PromptFormatter(byte_tokenizer, load_few_shot_examples(EXAMPLES, False))
-    assert text_of(formatter, own, few_shot=True) == "Q 2 + 3 = ? so 5\n\nQ 1 + 1 = ?"
-    assert text_of(formatter, other, few_shot=True).startswith("Q 1 + 1 = ? so 2")
-
-
-def test_chat_examples_are_turns_after_the_system_message(chat_tokenizer) -> None:
-    system = {"role": "system", "content": "S"}
-    (row,) = rows_of([system, {"role": "user", "content": "U"}])
-    formatter = PromptFormatter(chat_tokenizer, load_few_shot_examples(EXAMPLES[:1], True))
-    expected = chat_tokenizer.apply_chat_template(
-        [
-            system,
-            {"role": "user", "content": "Q 1 + 1 = ?"},
-            {"role": "assistant", "content": " so 2"},
-            {"role": "user", "content": "U"},
-        ],
-        add_generation_prompt=True,
-        return_dict=False,
-    )
-    assert list(formatter.token_ids(row, few_shot=True)) == expected
 
 
 def test_repeated_rows_are_merged_with_one_notice(caplog) -> None:
@@ -95,16 +48,128 @@ def test_prompt_ids_are_equal_in_every_process() -> None:
     assert len(found) == 1
 
 
+USER = {"role": "user", "content": "hi"}
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
 @pytest.mark.parametrize(
-    ("example", "message"),
+    ("prompt", "message"),
     [
-        ({"prompt": "Q"}, "lacks"),
+        ([{"role": "user", "content": 5}], "row 0, message 0 .*the content is 5"),
+        ([USER, {"role": "assistant", "content": None}, USER], "message 1 .*content is None"),
+        ([{"role": "user", "content": []}], r"message 0 .*content is \[\]"),
         (
-            {"prompt": [{"role": "user", "content": "Q"}], "completion": "A", "solution": "1"},
-            "text",
+            [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
+            "Rounds work on text: images",
         ),
+        ([{"role": "user"}], "row 0: the prompt is"),
+        (["hi"], "row 0: the prompt is"),
+        ([{"role": 1, "content": "x"}], "row 0: the prompt is"),
     ],
 )
-def test_an_example_that_does_not_fit_is_refused(example, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_few_shot_examples([example], conversational=False)
+def test_content_that_no_template_reads_names_the_row(prompt, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        load_prompt_rows(Listed([{"prompt": prompt, "solution": "1"}]), "train_dataset")
+
+
+class Listed(Dataset):
+    """A dataset that gives its records as they are, as one with a transform does."""
+
+    def __init__(self, records):
+        super().__init__(Dataset.from_dict({name: [0] * len(records) for name in records[0]}).data)
+        self.records = records
+
+    def __iter__(self):
+        return iter(self.records)
+
+
+def test_parts_of_text_and_tool_calls_without_content_are_messages() -> None:
+    parts = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+    tool = {"role": "tool", "name": "f", "content": "1"}
+    prompts = [[parts], [USER, CALL, tool], [USER, {**CALL, "content": None}, tool]]
+    rows = load_prompt_rows(
+        Listed([{"prompt": p, "solution": "1"} for p in prompts]), "train_dataset"
+    )
+    assert len(rows) == 3
+
+
+def test_a_lone_surrogate_names_the_row() -> None:
+    for record in (
+        {"prompt": "a\ud800b", "solution": "1"},
+        {"prompt": "a", "solution": ["\udfff"]},
+    ):
+        with pytest.raises(ValueError, match=r"row 0: `(prompt|solution)` has a lone surrogate"):
+            load_prompt_rows(Listed([record]), "train_dataset")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("tools", "a hammer", "row 0: `tools` is 'a hammer', which is not JSON"),
+        ("tools", "{}x", "not JSON"),
+        ("tools", '{"a": 1}', "give a list of tool schemas"),
+        ("chat_template_kwargs", "x", "row 0: `chat_template_kwargs` is 'x'"),
+        ("chat_template_kwargs", {"tokenize": False}, "has 'tokenize'=False"),
+    ],
+)
+def test_arguments_of_the_template_that_cannot_work_name_the_row(column, value, message) -> None:
+    record = {"prompt": [USER], "solution": "1", column: value}
+    with pytest.raises((ValueError, TypeError), match=message):
+        load_prompt_rows(Listed([record]), "train_dataset")
+
+
+def test_keys_that_a_table_fills_with_none_are_no_arguments() -> None:
+    record = {"prompt": [USER], "solution": "1", "chat_template_kwargs": {"a": None}, "tools": []}
+    (row,) = load_prompt_rows(Listed([record]), "train_dataset")
+    assert row.template_arguments == {}
+    assert row.prompt_id == hash_prompt([USER], "1")
+
+
+def test_what_rendering_passes_itself_is_no_argument_of_the_template() -> None:
+    """Each name but those of the template's own variables, from the signature itself."""
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    own = {n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    for name in own - {"self", "documents"}:
+        with pytest.raises(ValueError, match=f"'{name}'.*passed on anyway"):
+            check_template_kwargs({name: None}, "chat_template_kwargs")
+    check_template_kwargs({"documents": [], "enable_thinking": False}, "chat_template_kwargs")
+
+
+def test_a_solution_is_needed_only_where_something_uses_it() -> None:
+    dataset = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+    rows = load_prompt_rows(dataset, "train_dataset")
+    assert [(row.solution, dict(row.columns)) for row in rows] == [(None, {}), (None, {})]
+    with pytest.raises(ValueError, match=r"no column 'solution'.*The hint needs it"):
+        load_prompt_rows(dataset, "train_dataset", needs_solution="The hint")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../../x", "math/algebra", "a\\b", "a|b", "<script>", "a\nb", "", ".hidden", "end."),
+        *(" ", 3, "x" * 101, "a:b", "a*"),
+    ],
+)
+def test_a_held_out_set_whose_name_cannot_be_a_path_is_refused(name) -> None:
+    sets = {name: Dataset.from_list([{"prompt": "a", "solution": "1"}])}
+    with pytest.raises(ValueError, match=r"a set named .*becomes part of folders"):
+        load_heldout_sets(sets, [])
+
+
+def test_names_of_held_out_sets_are_told_apart_by_every_file_system() -> None:
+    dataset = Dataset.from_list([{"prompt": "a", "solution": "1"}])
+    names = ["math", "gsm8k-test", "held out", "Größe_2", "v1.5", "x" * 100]
+    assert list(load_heldout_sets(dict.fromkeys(names, dataset), [])) == names
+    with pytest.raises(ValueError, match="differ in case alone"):
+        load_heldout_sets({"Math": dataset, "math": dataset}, [])
+
+
+def test_a_held_out_prompt_with_other_tools_is_another_prompt() -> None:
+    def rows(tools):
+        record = {"prompt": [USER], "solution": "1", "tools": tools}
+        return Dataset.from_list([record])
+
+    train = load_prompt_rows(rows('[{"name": "f"}]'), "train_dataset")
+    assert load_heldout_sets(rows('[{"name": "g"}]'), train)
+    with pytest.raises(ValueError, match="as well"):
+        load_heldout_sets(rows('[{"name": "f"}]'), train)

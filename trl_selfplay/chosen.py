@@ -10,14 +10,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from trl import extract_prompt
 
-from trl_selfplay.prompts import Prompt, PromptFormatter, PromptRow, load_prompt_rows
+from trl_selfplay.prompts import (
+    Prompt,
+    PromptRow,
+    check_dataset,
+    check_message,
+    collect_rows,
+    message_text,
+)
+from trl_selfplay.rendering import PromptFormatter
 
 logger = logging.getLogger(__name__)
 
 # Columns that hold the prompt (None: all messages but the last) and the data's completion, in the
 # order in which they are looked for.
+# What a row gives the chat template beside its messages.
+_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 _FORMS = (("prompt", "completion"), ("prompt", "chosen"), (None, "messages"), (None, "chosen"))
 
 
@@ -32,8 +42,9 @@ class ChosenTokens:
 def load_chosen_rows(dataset: Any, name: str) -> list[PromptRow]:
     """Check a dataset row by row; return prompts with the data's completion as `solution`.
 
-    The completion is text, or a list with one assistant message for chat prompts. Rows with equal
-    prompt and completion are merged.
+    The completion is text, or a list with one assistant message for chat prompts. A row's `tools`
+    and `chat_template_kwargs` go with it. Rows with equal prompt and completion are merged; those
+    with `label=False` hold completions to avoid and are left out.
 
     Args:
         dataset: A `datasets.Dataset` with `prompt` and `completion`, `messages` (the last turn is
@@ -45,13 +56,7 @@ def load_chosen_rows(dataset: Any, name: str) -> list[PromptRow]:
         ValueError: No completions, a conversation that doesn't end with an assistant turn, an
             empty completion, or an empty dataset.
     """
-    if isinstance(dataset, IterableDataset):
-        return load_prompt_rows(dataset, name)  # raises: rounds need a finite set
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"`{name}` must be a `datasets.Dataset` with the columns `prompt` and `completion`, "
-            f"`messages`, or `prompt` and `chosen`; got {type(dataset).__name__}."
-        )
+    check_dataset(dataset, name, "`prompt` and `completion`, `messages`, or `prompt` and `chosen`")
     columns = set(dataset.column_names)
     form = next((f for f in _FORMS if {c for c in f if c is not None} <= columns), None)
     if form is None:
@@ -65,26 +70,26 @@ def load_chosen_rows(dataset: Any, name: str) -> list[PromptRow]:
             "%s: the column `rejected` is not used; only the data's own completions are.",
             name,
         )
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty: there is no prompt to sample from.")
-    records, extra = [], []
+    records, extra = [], {}
     for index, record in enumerate(dataset):
+        if form[1] == "completion" and record.get("label") is False:
+            continue
         prompt, completion = _split(record, form, f"`{name}` row {index}")
-        records.append({"prompt": prompt, "solution": completion})
-        extra.append({c: v for c, v in record.items() if c not in (*form, "rejected")})
-    kinds = {isinstance(record["prompt"], str): i for i, record in enumerate(records)}
-    if len(kinds) == 2:
-        raise ValueError(
-            f"`{name}` mixes plain-text prompts (row {kinds[True]}) and chat messages (row "
-            f"{kinds[False]}). Use one kind for all rows."
-        )
-    rows = load_prompt_rows(Dataset.from_list(records), name)
+        kept = {c: record[c] for c in _TEMPLATE_COLUMNS if c in columns}
+        records.append((index, {"prompt": prompt, "solution": completion, **kept}))
+        extra[index] = {c: v for c, v in record.items() if c not in (*form, "rejected")}
+    if dropped := len(dataset) - len(records):
+        what = f"{dropped} of {len(dataset)} rows of `{name}` have label=False"
+        if not records:
+            raise ValueError(f"{what}: there is no completion to learn from.")
+        logger.warning("%s: completions to avoid, which are left out.", what)
+    rows = collect_rows(records, name)
     return [replace(row, columns=_columns_of(row, extra[row.row_index])) for row in rows]
 
 
 def _columns_of(row: PromptRow, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return what reward functions get of a row; without a `solution` it is the data's completion."""
-    text = row.solution if isinstance(row.solution, str) else row.solution[0].get("content")
+    text = row.solution if isinstance(row.solution, str) else message_text(row.solution[0])
     return {"solution": text, **extra}
 
 
@@ -100,8 +105,14 @@ def _split(
         messages = completion if not isinstance(prompt, list) else [*prompt, *completion]
         if isinstance(prompt, list) and completion[: len(prompt)] == prompt:
             messages = completion
-        if not messages or messages[-1]["role"] != "assistant":
-            role = messages[-1]["role"] if messages else "no"
+        last = messages[-1] if messages else {"role": "no"}
+        if not isinstance(last, Mapping) or "role" not in last:
+            raise TypeError(
+                f"{where}: the last of the messages is {last!r:.200}; expected "
+                '{"role": "assistant", "content": "…"}.'
+            )
+        if last["role"] != "assistant":
+            role = last["role"]
             raise ValueError(
                 f"{where}: the conversation ends with a turn of the role {role!r}, but its last "
                 "turn must be the assistant's: that is the completion to learn from. Remove the "
@@ -113,9 +124,22 @@ def _split(
                 f"{where}: there is no prompt before the assistant's turn; give the conversation "
                 "from its first user turn on, or a `prompt` of chat messages."
             )
-        text = completion[0]["content"]
+        check_message(last, f"{where}, the completion")
+        if last.get("tool_calls"):
+            return prompt, completion
+        text = message_text(last)
     else:
         text = completion
+        if prompt_column is None:
+            if not isinstance(text, str) or not isinstance(record.get("rejected"), str):
+                raise TypeError(
+                    f"{where}: `{column}` is {completion!r:.200}, and there is no `prompt`. Add the "
+                    "column `prompt`, or give messages, of which the last one is the completion."
+                )
+            # As DPOTrainer: what both completions begin with.
+            both: Any = extract_prompt({"chosen": text, "rejected": record["rejected"]})
+            prompt, text = both["prompt"], both["chosen"]
+            completion = text
         if not isinstance(prompt, str):
             raise TypeError(
                 f"{where}: `{column}` is {completion!r:.200} and `{prompt_column}` is "
@@ -134,7 +158,6 @@ def tokenize_chosen(
     rows: Sequence[PromptRow],
     eos_token_ids: Sequence[int],
     eos_token_id: int,
-    name: str,
 ) -> dict[str, ChosenTokens]:
     """Return the tokens of each row by `prompt_id`, the completion as the policy would sample it.
 
@@ -149,7 +172,6 @@ def tokenize_chosen(
         rows: From `load_chosen_rows`.
         eos_token_ids: Tokens that end a sampled completion.
         eos_token_id: The one to add where the text has none.
-        name: What to call the dataset in errors.
 
     Raises:
         ValueError: The chat template renders the prompt otherwise when a completion follows.
@@ -158,7 +180,7 @@ def tokenize_chosen(
     for row in rows:
         prompt_ids = formatter.token_ids(row, few_shot=False)
         if row.is_conversational:
-            completion = _chat_completion(formatter, row, prompt_ids, name)
+            completion = _chat_completion(formatter, row, prompt_ids)
         else:
             completion = _text_completion(formatter, row, prompt_ids)
         end = _find_end(formatter.tokenizer, completion, eos_token_ids)
@@ -181,27 +203,22 @@ def _find_end(tokenizer: Any, completion: list[int], eos_token_ids: Sequence[int
 def _text_completion(
     formatter: PromptFormatter, row: PromptRow, prompt_ids: tuple[int, ...]
 ) -> list[int]:
-    together = formatter.tokenizer(f"{row.prompt}{row.solution}")["input_ids"]
+    together = formatter.text_ids(f"{row.prompt}{row.solution}")
     if tuple(together[: len(prompt_ids)]) == prompt_ids:
         return together[len(prompt_ids) :]
-    return formatter.tokenizer(row.solution, add_special_tokens=False)["input_ids"]
+    return formatter.continuation_ids(row.solution)
 
 
 def _chat_completion(
-    formatter: PromptFormatter, row: PromptRow, prompt_ids: tuple[int, ...], name: str
+    formatter: PromptFormatter, row: PromptRow, prompt_ids: tuple[int, ...]
 ) -> list[int]:
     tokenizer: Any = formatter.tokenizer
-    together = tokenizer.apply_chat_template(
-        [*row.prompt, *row.solution],
-        tokenize=True,
-        return_dict=False,
-        **formatter.chat_template_kwargs,
-    )
+    together = formatter.chat_ids([*row.prompt, *row.solution], row, complete=True)
     if tuple(together[: len(prompt_ids)]) != prompt_ids:
         raise ValueError(
-            f"`{name}` row {row.row_index}: the chat template renders the prompt as "
+            f"{row.where}: the chat template renders the prompt as "
             f"{tokenizer.decode(list(prompt_ids))[-200:]!r} before sampling, but as "
-            f"{tokenizer.decode(together)[:400]!r} before the data's completion. The opponent would "
+            f"{tokenizer.decode(together)[:400]!r} before the data's completion. Samples would "
             "answer another prompt than the one trained on: use a template that renders both alike "
             "(`chat_template_kwargs` may switch what differs)."
         )

@@ -9,14 +9,15 @@ RFT, arXiv 2308.01825, section 3.3 (gold completions and accepted samples togeth
 
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
 
 from trl_selfplay.chosen import load_chosen_rows, tokenize_chosen
 from trl_selfplay.collection import Collector
-from trl_selfplay.prompts import PromptFormatter, PromptRow, canonical_prompt
+from trl_selfplay.prompts import PromptRow, message_text
+from trl_selfplay.rendering import PromptFormatter
 from trl_selfplay.rollouts import Rollout, hash_prompt
 
 # Sample indices of gold completions count down from here: those of samples start at 0.
@@ -64,16 +65,16 @@ def load_gold(
             f"`{name}` and `train_dataset` differ: one has chat messages as prompts and the other "
             "plain text. Use one kind for both."
         )
-    tokens = tokenize_chosen(formatter, chosen, eos_token_ids, eos_token_id, name)
-    twins = {canonical_prompt(row.prompt): row for row in train_rows}
+    formatter.warn_control_tokens(chosen, with_solutions=True)
+    tokens = tokenize_chosen(formatter, chosen, eos_token_ids, eos_token_id)
+    twins = {row.question: row for row in train_rows}
     rollouts: list[Rollout] = []
     rows: dict[str, PromptRow] = {}
     counts: dict[str, int] = {}
     for row in chosen:
-        prompt_row = twins.get(canonical_prompt(row.prompt)) or _own_row(
-            dataset, row, train_rows[0].columns
-        )
-        if needs_solutions and prompt_row.solution is None:
+        prompt_row = twins.get(row.question) or _own_row(dataset, row, train_rows[0].columns)
+        has_solutions = "solution" in train_rows[0].columns
+        if needs_solutions and has_solutions and prompt_row.solution is None:
             raise ValueError(
                 f"`{name}` row {row.row_index} has a prompt that is not in `train_dataset`, and no "
                 "`solution`: with improve_thresholds gold completions are graded like any other. "
@@ -91,7 +92,9 @@ def load_gold(
         place = counts.setdefault(prompt_id, 0)
         counts[prompt_id] += 1
         ids = tokens[row.prompt_id]
-        text = row.solution if isinstance(row.solution, str) else row.solution[0]["content"]
+        text = row.solution if isinstance(row.solution, str) else message_text(row.solution[0])
+        if not text:  # a tool call
+            text = str(formatter.tokenizer.decode(list(ids.chosen_ids), skip_special_tokens=True))
         rollouts.append(
             Rollout(
                 round_index=-1,
@@ -113,8 +116,8 @@ def _own_row(dataset: Dataset, row: PromptRow, train_columns: Collection[str]) -
     record = dataset[row.row_index]
     solution = record.get("solution")
     columns = {k: v for k, v in record.items() if k in train_columns}
-    prompt_id = hash_prompt(row.prompt, solution)
-    return PromptRow(prompt_id, row.prompt, solution, columns, row.row_index)
+    prompt_id = hash_prompt(row.prompt, solution, row.template_arguments)
+    return replace(row, prompt_id=prompt_id, solution=solution, columns=columns)
 
 
 def grade_gold(gold: Gold, collector: Collector) -> list[Rollout]:

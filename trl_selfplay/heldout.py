@@ -14,7 +14,8 @@ from typing import Any
 from trl_selfplay.collection import Assignment, Collector, Progress
 from trl_selfplay.evaluation import summarize_heldout
 from trl_selfplay.generation.sampler import build_sampling_options
-from trl_selfplay.prompts import PromptFormatter, PromptRow
+from trl_selfplay.prompts import PromptRow
+from trl_selfplay.rendering import PromptFormatter
 from trl_selfplay.rollouts import Rollout
 
 TOP_P_EVAL = 0.95

@@ -97,6 +97,18 @@ def warn_truncation(funnel: Funnel, round_index: int) -> str | None:
     )
 
 
+def warn_long(funnel: Funnel, round_index: int, max_length: int | None) -> str | None:
+    """Return a warning if completions to train on were lost to the length of a training row."""
+    lost = funnel.unhinted.too_long + funnel.hinted.too_long
+    if lost == 0:
+        return None
+    return (
+        f"round {round_index}: {lost} of {lost + funnel.kept} completions that could have been "
+        f"trained on are longer than max_length={max_length} together with their prompts, and are "
+        "left out. Raise max_length, or lower max_completion_length."
+    )
+
+
 def is_better(value: float, than: float, greater_is_better: bool = True) -> bool:
     """Say whether a held-out score is strictly better than another."""
     return value > than if greater_is_better else value < than

@@ -1,18 +1,18 @@
-"""Turn dataset rows into the token ids that a model is conditioned on.
+"""Read dataset rows and check them one by one.
 
-In: a dataset with `prompt` (text or chat messages) and `solution`, few-shot examples, a hint
-formatter. Out: `PromptRow`s, checked one by one, and token ids: with or without the few-shot
-examples, with or without the hint (STaR, arXiv 2203.14465, sections 3.1 and 3.3).
+In: a dataset with `prompt` (text or chat messages), perhaps `solution`, and perhaps `tools` and
+`chat_template_kwargs` for the chat template. Out: `PromptRow`s, and held-out sets of them. How a
+row becomes tokens is in rendering.py.
 """
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
 
 from trl_selfplay.rollouts import hash_prompt
 
@@ -22,6 +22,32 @@ Messages = list[dict[str, Any]]
 Prompt = str | Messages
 HintFormatter = Callable[[Any, Any], Any]
 
+# Arguments of `apply_chat_template` that rendering decides itself, and how to choose them.
+_OWN_ARGUMENTS = {
+    "chat_template": "set `tokenizer.chat_template`",
+    "tools": "give each row its `tools` in a column of that name",
+    "sanitize_control_tokens": "set the config's field of that name",
+    **dict.fromkeys(
+        (
+            "conversation",
+            "messages",
+            "add_generation_prompt",
+            "continue_final_message",
+            "tokenize",
+            "tokenizer_kwargs",
+            "padding",
+            "truncation",
+            "max_length",
+            "return_tensors",
+            "return_dict",
+            "return_assistant_tokens_mask",
+        ),
+        "leave it out",
+    ),
+}
+# Names of held-out sets become parts of paths and metric names, and stand in the model card.
+_SET_NAME = re.compile(r"\w(?:[\w .+-]{0,98}[\w+-])?")
+
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
@@ -30,9 +56,11 @@ class PromptRow:
     Attributes:
         prompt_id: See `Rollout.prompt_id`.
         prompt: Text or chat messages, as the dataset has it.
-        solution: The ground truth, as the dataset has it.
+        solution: The ground truth, as the dataset has it; None without the column.
         columns: Every column but `prompt`, for the reward functions.
         row_index: Where the row stands in the user's dataset, for error messages.
+        source: What the dataset is called in them.
+        template_arguments: The row's own `tools` and `chat_template_kwargs`, where it has any.
     """
 
     prompt_id: str
@@ -40,27 +68,60 @@ class PromptRow:
     solution: Any
     columns: Mapping[str, Any]
     row_index: int
+    source: str = "train_dataset"
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_conversational(self) -> bool:
         """Whether the prompt is chat messages."""
         return not isinstance(self.prompt, str)
 
+    @property
+    def where(self) -> str:
+        """What to call the row in an error message."""
+        return f"`{self.source}` row {self.row_index}"
 
-def load_prompt_rows(dataset: Any, name: str) -> list[PromptRow]:
+    @property
+    def question(self) -> str:
+        """Text that is equal for rows that ask the same, whatever their solutions."""
+        if self.template_arguments:
+            return canonical_prompt([self.prompt, self.template_arguments])
+        return canonical_prompt(self.prompt)
+
+
+def load_prompt_rows(dataset: Any, name: str, needs_solution: str | None = None) -> list[PromptRow]:
     """Check a dataset row by row and return its prompts, sorted by `prompt_id`.
 
     Rows with equal prompt and solution are merged, with one notice. The order of the rows has no
     influence on anything that follows.
 
     Args:
-        dataset: A `datasets.Dataset` with the columns `prompt` and `solution`.
+        dataset: A `datasets.Dataset` with the column `prompt`.
         name: What to call it in errors, such as "train_dataset".
+        needs_solution: What uses the column `solution`, for the error; None where nothing does.
 
     Raises:
         TypeError: Not a `Dataset`, or a row whose prompt is neither text nor messages.
         ValueError: A column is missing, the dataset is empty, or prompts are of mixed kinds.
     """
+    check_dataset(dataset, name, "`prompt`")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"`{name}` has no column 'prompt'; its columns are {dataset.column_names}. Each row "
+            "needs a `prompt`: text or chat messages. Rename a column with "
+            '`dataset.rename_column("question", "prompt")`.'
+        )
+    if needs_solution and "solution" not in dataset.column_names:
+        raise ValueError(
+            f"`{name}` has no column 'solution'; its columns are {dataset.column_names}. "
+            f"{needs_solution} needs it. Rename a column with "
+            '`dataset.rename_column("answer", "solution")`.'
+        )
+    return collect_rows(enumerate(dataset), name)
+
+
+def check_dataset(dataset: Any, name: str, columns: str) -> None:
+    """Raise unless this is a finite dataset with rows."""
     if isinstance(dataset, IterableDataset):
         raise TypeError(
             f"`{name}` is an IterableDataset. Every round samples all prompts again and a resumed "
@@ -69,227 +130,189 @@ def load_prompt_rows(dataset: Any, name: str) -> list[PromptRow]:
         )
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"`{name}` must be a `datasets.Dataset` with the columns `prompt` and `solution`, got "
-            f"{type(dataset).__name__}."
-        )
-    if missing := [c for c in ("prompt", "solution") if c not in dataset.column_names]:
-        raise ValueError(
-            f"`{name}` has no column {' and no column '.join(map(repr, missing))}; its columns are "
-            f"{dataset.column_names}. Each row needs a `prompt` (text or chat messages) and the "
-            "`solution` that the reward functions compare with, as for GRPOTrainer; rename with "
-            '`dataset.rename_column("answer", "solution")`.'
+            f"`{name}` must be a `datasets.Dataset` with {columns}; got {type(dataset).__name__}."
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty: there is no prompt to sample from.")
+
+
+def collect_rows(records: Iterable[tuple[int, Mapping[str, Any]]], name: str) -> list[PromptRow]:
+    """Check records one by one and return them as rows, sorted by `prompt_id`.
+
+    Args:
+        records: Each with its index in the user's dataset.
+        name: What to call the dataset in errors.
+
+    Raises:
+        TypeError, ValueError: As `load_prompt_rows`.
+    """
     rows: dict[str, PromptRow] = {}
     kinds: dict[bool, int] = {}
-    for index, record in enumerate(dataset):
-        prompt = record["prompt"]
-        check_prompt(prompt, f"`{name}` row {index}")
-        kinds.setdefault(isinstance(prompt, str), index)
+    count = 0
+    for index, record in records:
+        count += 1
+        row = _build_row(record, index, name)
+        kinds.setdefault(isinstance(row.prompt, str), index)
         if len(kinds) == 2:
             raise ValueError(
                 f"`{name}` mixes plain-text prompts (row {kinds[True]}) and chat messages (row "
                 f"{kinds[False]}). Use one kind for all rows."
             )
-        prompt_id = hash_prompt(prompt, record["solution"])
-        columns = {key: value for key, value in record.items() if key != "prompt"}
-        rows.setdefault(prompt_id, PromptRow(prompt_id, prompt, record["solution"], columns, index))
-    if len(rows) < len(dataset):
+        rows.setdefault(row.prompt_id, row)
+    if len(rows) < count:
         logger.warning(
             "%s: %d of %d rows repeat an earlier prompt and solution; each is used once.",
             name,
-            len(dataset) - len(rows),
-            len(dataset),
+            count - len(rows),
+            count,
         )
     return [rows[prompt_id] for prompt_id in sorted(rows)]
 
 
-def check_prompt(prompt: Any, where: str) -> None:
-    """Raise unless `prompt` is non-empty text or a list of `{"role", "content"}` messages."""
-    if isinstance(prompt, str) and prompt.strip():
-        return
-    if (
-        isinstance(prompt, list)
-        and prompt
-        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
-    ):
-        if prompt[-1]["role"] not in ("user", "assistant", "tool"):
-            raise ValueError(
-                f"{where}: the last message has the role {prompt[-1]['role']!r}; a chat prompt "
-                "ends with a user turn (or an assistant turn to continue)."
-            )
-        return
-    raise TypeError(
-        f"{where}: the prompt is {prompt!r:.200}; expected non-empty text or a non-empty list of "
-        'messages such as [{"role": "user", "content": "…"}].'
+def _build_row(record: Mapping[str, Any], index: int, name: str) -> PromptRow:
+    where = f"`{name}` row {index}"
+    prompt, solution = record["prompt"], record.get("solution")
+    check_prompt(prompt, where)
+    for column in ("prompt", "solution"):
+        check_encodable(record.get(column), f"{where}: `{column}`")
+    arguments = {} if isinstance(prompt, str) else _template_arguments(record, where)
+    return PromptRow(
+        hash_prompt(prompt, solution, arguments),
+        prompt,
+        solution,
+        {key: value for key, value in record.items() if key != "prompt"},
+        index,
+        name,
+        arguments,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class FewShotExample:
-    """A worked example that stands before the prompt while sampling."""
-
-    prompt: Prompt
-    completion: str
-    solution: Any
-
-
-def load_few_shot_examples(
-    examples: Sequence[Mapping[str, Any]] | None, conversational: bool
-) -> tuple[FewShotExample, ...]:
-    """Check few-shot examples and bring them into the dataset's form.
-
-    Args:
-        examples: Mappings with `prompt`, `completion` and `solution`.
-        conversational: Whether the dataset's prompts are chat messages. A plain-text example is
-            then made a user turn and an assistant turn.
-
-    Raises:
-        ValueError: A key is missing, or an example is chat messages where the dataset is text.
-    """
-    checked = []
-    for index, example in enumerate(examples or ()):
-        if missing := {"prompt", "completion", "solution"} - set(example):
+def _template_arguments(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a row's `tools` and `chat_template_kwargs`, read as TRL reads them."""
+    arguments: dict[str, Any] = {}
+    tools = record.get("tools")
+    if isinstance(tools, str):  # JSON, where tools differ too much for one table
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
             raise ValueError(
-                f"few_shot_examples[{index}] lacks {sorted(missing)}; each example needs `prompt`, "
-                "`completion` (the rationale with its answer) and `solution`."
-            )
-        prompt, completion = example["prompt"], example["completion"]
-        check_prompt(prompt, f"few_shot_examples[{index}]")
-        if not isinstance(completion, str):
-            completion = completion[-1]["content"]
-        if conversational and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        if not conversational and not isinstance(prompt, str):
-            raise ValueError(
-                f"few_shot_examples[{index}] is a list of chat messages, but the dataset's prompts "
-                "are plain text. Give the example's prompt as text."
-            )
-        checked.append(FewShotExample(prompt, completion, example["solution"]))
-    return tuple(checked)
+                f"{where}: `tools` is {tools!r:.200}, which is not JSON ({error}). Give a list of "
+                "tool schemas, or that list as JSON text."
+            ) from error
+    if tools:
+        if not isinstance(tools, list):
+            raise TypeError(f"{where}: `tools` is {tools!r:.200}; give a list of tool schemas.")
+        arguments["tools"] = tools
+    kwargs = record.get("chat_template_kwargs")
+    if kwargs:
+        check_template_kwargs(kwargs, f"{where}: `chat_template_kwargs`")
+        # A table gives every row the keys of all rows, None where a row has none.
+        if given := {key: value for key, value in kwargs.items() if value is not None}:
+            arguments["chat_template_kwargs"] = given
+    return arguments
 
 
-class PromptFormatter:
-    """Renders prompts as token ids.
-
-    Plain text: the examples' `prompt + completion`, each followed by a blank line, then the
-    prompt. Chat: the examples as user and assistant turns after a leading system message, then
-    the conversation, through the model's chat template. An example whose prompt is the row's own
-    is left out for that row.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        few_shot_examples: Sequence[FewShotExample] = (),
-        hint_formatter: HintFormatter | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.few_shot_examples = tuple(few_shot_examples)
-        self.hint_formatter = hint_formatter
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
-
-    def token_ids(self, row: PromptRow, *, few_shot: bool, hinted: bool = False) -> tuple[int, ...]:
-        """Return the prompt's token ids, with the generation prompt of a chat template.
-
-        Args:
-            row: The prompt.
-            few_shot: Put the few-shot examples before it.
-            hinted: Show the answer, in the examples as in the prompt itself.
-
-        Raises:
-            ValueError: A chat prompt and a tokenizer without chat template.
-        """
-        examples = [e for e in self.few_shot_examples if e.prompt != row.prompt] if few_shot else []
-        prompt = self._with_hint(row.prompt, row.solution) if hinted else row.prompt
-        shown = [
-            (self._with_hint(e.prompt, e.solution) if hinted else e.prompt, e.completion)
-            for e in examples
-        ]
-        if isinstance(prompt, str):
-            text = "".join(f"{before}{after}\n\n" for before, after in shown) + prompt
-            ids = self.tokenizer(text)["input_ids"]
-            # Some tokenizers end every text with EOS; a prompt that ends there can't go on.
-            if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-                ids = ids[:-1]
-            return tuple(ids)
-        return tuple(self._chat_ids(prompt, shown))
-
-    def _with_hint(self, prompt: Prompt, solution: Any) -> Prompt:
-        if self.hint_formatter is None:
-            raise ValueError("a hinted prompt needs a hint_formatter")
-        return self.hint_formatter(prompt, solution)
-
-    def _chat_ids(self, prompt: Messages, shown: Sequence[tuple[Prompt, str]]) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                "the prompts are chat messages, but the tokenizer of "
-                f"{self.tokenizer.name_or_path!r} has no chat template. Use an instruct model, set "
-                "`chat_template_path`, or give the prompts as plain text."
-            )
-        system = prompt[:1] if prompt[0]["role"] == "system" else []
-        turns: Messages = list(system)
-        for before, after in shown:
-            turns += [m for m in _messages(before) if m["role"] != "system"]
-            turns.append({"role": "assistant", "content": after})
-        turns += prompt[len(system) :]
-        continues = prompt[-1]["role"] == "assistant"
-        tokenizer: Any = self.tokenizer  # its stubs don't follow `tokenize` and `return_dict`
-        return tokenizer.apply_chat_template(
-            turns,
-            tokenize=True,
-            return_dict=False,
-            add_generation_prompt=not continues,
-            continue_final_message=continues,
-            **self.chat_template_kwargs,
+def check_template_kwargs(kwargs: Any, where: str) -> None:
+    """Raise unless these can be passed to the chat template beside what rendering passes itself."""
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"{where} is {kwargs!r:.200}; expected a mapping such as {{'enable_thinking': False}}."
         )
+    for key in kwargs:
+        if key in _OWN_ARGUMENTS:
+            raise ValueError(
+                f"{where} has {key!r}={kwargs[key]!r:.100}, which is passed on anyway: "
+                f"{_OWN_ARGUMENTS[key]}."
+            )
 
 
-def _messages(prompt: Prompt) -> Messages:
-    """Return a prompt that `load_few_shot_examples` has brought into chat form."""
-    assert not isinstance(prompt, str)
-    return prompt
-
-
-def check_lengths(
-    rows: Sequence[PromptRow],
-    lengths: Sequence[int],
-    max_completion_length: int,
-    context_length: int | None,
-    name: str,
-) -> None:
-    """Raise if a prompt and its completion can't fit the model's context.
-
-    Args:
-        rows: The prompts.
-        lengths: Their lengths in tokens, as sampled from (few-shot examples and hint included).
-        max_completion_length: Most tokens of a completion.
-        context_length: Most positions of the model, None if it has no limit.
-        name: What to call the dataset in the error.
-
-    Raises:
-        ValueError: With the number of such rows, the longest one and the remedy.
-    """
-    if context_length is None:
+def check_prompt(prompt: Any, where: str) -> None:
+    """Raise unless `prompt` is non-empty text or a list of messages that can be continued."""
+    if isinstance(prompt, str) and prompt.strip():
         return
-    too_long = [
-        (length, row)
-        for length, row in zip(lengths, rows, strict=True)
-        if length + max_completion_length > context_length
-    ]
-    if too_long:
-        length, row = max(too_long, key=lambda pair: pair[0])
+    if not (isinstance(prompt, list) and prompt and all(_is_message(m) for m in prompt)):
+        raise TypeError(
+            f"{where}: the prompt is {prompt!r:.200}; expected non-empty text or a non-empty list "
+            'of messages such as [{"role": "user", "content": "…"}].'
+        )
+    for index, message in enumerate(prompt):
+        check_message(message, f"{where}, message {index}")
+    if prompt[-1]["role"] not in ("user", "assistant", "tool"):
         raise ValueError(
-            f"{len(too_long)} of {len(rows)} prompts of `{name}` don't fit the model's context of "
-            f"{context_length} tokens: row {row.row_index} has {length} tokens (few-shot examples "
-            f"and hint included) and `max_completion_length` is {max_completion_length}. Filter "
-            "such rows out, use fewer few-shot examples, or lower `max_completion_length`."
+            f"{where}: the last message has the role {prompt[-1]['role']!r}; a chat prompt "
+            "ends with a user turn (or an assistant turn to continue)."
         )
 
 
-def canonical_prompt(prompt: Prompt) -> str:
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and ("content" in message or bool(message.get("tool_calls")))
+    )
+
+
+def check_message(message: Mapping[str, Any], where: str) -> None:
+    """Raise TypeError unless a message's content is text, parts of text, or None beside tool calls."""
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return
+    if isinstance(content, list) and content:
+        other = next((p for p in content if not _is_text_part(p)), None)
+        if other is None:
+            return
+        content = f"a list with the part {other!r:.200}"
+    else:
+        content = f"{content!r:.200}"
+    raise TypeError(
+        f"{where} (role {message.get('role')!r}): the content is {content}; expected text, or parts "
+        'such as {"type": "text", "text": "…"}. Rounds work on text: images and audio are not '
+        "supported. Only an assistant turn with `tool_calls` may have no content."
+    )
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, Mapping)
+        and part.get("type", "text") == "text"
+        and isinstance(part.get("text"), str)
+    )
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Yield every text in a prompt, a solution or the parts of one; keys are left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from texts_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_of(item)
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """Return the text of a message's content, its parts joined; "" where it has none."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content or ())
+
+
+def check_encodable(value: Any, where: str) -> None:
+    """Raise ValueError for text that no tokenizer can read."""
+    for text in texts_of(value):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where} has a lone surrogate ({text[error.start]!r} at character {error.start}), "
+                "which is no valid Unicode text. Clean it with "
+                '`text.encode("utf-8", "replace").decode()`.'
+            ) from error
+
+
+def canonical_prompt(prompt: Any) -> str:
     """Return a text that is equal for equal prompts, whatever the order of keys."""
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)
 
@@ -302,14 +325,35 @@ def load_heldout_sets(
     """Return the held-out sets by name ("" for a single one), none of them seen in training.
 
     Raises:
-        ValueError: A held-out prompt is also a training prompt, whatever its solution.
+        ValueError: A held-out prompt is also a training prompt, whatever its solution, or a set
+            has a name that can't be part of a path.
     """
     if eval_dataset is None:
         return {}
-    named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        _check_set_names(eval_dataset)
+        named = eval_dataset
+    else:
+        named = {"": eval_dataset}
     sets = {name: load_rows(dataset, _heldout_label(name)) for name, dataset in named.items()}
     refuse_seen_heldout(sets, train_rows, "train_dataset")
     return sets
+
+
+def _check_set_names(sets: Mapping[Any, Any]) -> None:
+    for name in sets:
+        if not isinstance(name, str) or not _SET_NAME.fullmatch(name):
+            raise ValueError(
+                f"`eval_dataset` has a set named {name!r:.200}. The name becomes part of folders "
+                "and metrics: use up to 100 letters, digits, spaces, '_', '-', '+' and '.', such "
+                "as 'math_algebra'."
+            )
+    folded = [name.casefold() for name in sets]
+    if len(set(folded)) < len(folded):
+        raise ValueError(
+            f"`eval_dataset` has sets whose names differ in case alone: {sorted(sets)}. Some file "
+            "systems can't tell them apart: rename one."
+        )
 
 
 def _heldout_label(name: str) -> str:
@@ -326,12 +370,12 @@ def refuse_seen_heldout(
         rows: Those trained on.
         source: What to call the dataset that they are from.
     """
-    trained_on = {canonical_prompt(row.prompt): row for row in rows}
+    trained_on = {row.question: row for row in rows}
     for name, heldout in sets.items():
         label = _heldout_label(name)
-        shared = [row for row in heldout if canonical_prompt(row.prompt) in trained_on]
+        shared = [row for row in heldout if row.question in trained_on]
         if shared:
-            twin = trained_on[canonical_prompt(shared[0].prompt)]
+            twin = trained_on[shared[0].question]
             raise ValueError(
                 f"{len(shared)} of {len(heldout)} prompts of `{label}` are in `{source}` "
                 f"as well (row {shared[0].row_index} is row {twin.row_index} there). A held-out "

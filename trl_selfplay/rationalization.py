@@ -93,7 +93,7 @@ def _answer_of(solution: Any) -> str:
 
 def _text_of(message: dict[str, Any]) -> str | None:
     """Return a message's text, of the last text part where its content is a list of parts."""
-    content = message["content"]
+    content = message.get("content")
     if isinstance(content, str):
         return content
     texts = [part["text"] for part in content or () if part.get("type") == "text"]
@@ -114,9 +114,25 @@ def _with_text(message: dict[str, Any], text: str) -> dict[str, Any]:
 def _prompt_text(prompt: Prompt) -> str:
     """Return the text of a prompt; of chat messages that of all turns."""
     if isinstance(prompt, str):
-        return prompt
+        return _split_header(prompt)[0]
     messages: Messages = prompt
     return "\n".join(text for m in messages if (text := _text_of(m)) is not None)
+
+
+# The end of the user's turn and the header of the assistant's, as chat templates write them: tags
+# such as <|im_end|> and [/INST] with nothing but white space and the role between and behind them.
+_TAG = r"(?:<[^<>\n]{1,40}>|\[/?[A-Z_]{2,30}\])"
+_HEADER = re.compile(rf"\s*{_TAG}(?:\s|{_TAG}|assistant:?|model\b)*$", re.IGNORECASE)
+_ASSISTANT = re.compile(r"assistant|model|chatbot|\[/INST\]", re.IGNORECASE)
+_LONGEST_HEADER = 200  # characters
+
+
+def _split_header(text: str) -> tuple[str, str]:
+    """Split text that a chat template has rendered before the assistant's header; else all and ""."""
+    header = _HEADER.search(text, max(0, len(text) - _LONGEST_HEADER))
+    if header is None or not _ASSISTANT.search(header[0]):
+        return text, ""
+    return text[: header.start()], text[header.start() :]
 
 
 # --- the hint ------------------------------------------------------------------------------------
@@ -125,7 +141,7 @@ def _prompt_text(prompt: Prompt) -> str:
 # ("A:", "### Response:", "Target:"), or one of these words at the end of the question's line; a
 # first sentence of the completion may stand after it.
 _CUE = re.compile(
-    r"(?:\s*\n[ \t]*[^\n:?.!]{1,24}:[*_ \t]*|\s+(?:a|answer|final answer|solution)\s*:)?"
+    r"(?:\s*\n[ \t]*[^\n:?.!]{1,24}:[*_ \t]*|\s+(?:a|answer|assistant|final answer|solution)\s*:)?"
     r"(?:\s*let['’]?s think step by step[.:]?)?$",
     re.IGNORECASE,
 )
@@ -133,6 +149,11 @@ _LONGEST_CUE = 100  # characters at the end of a prompt that are searched for a 
 
 
 def _hinted_text(text: str, answer: str) -> str:
+    text, header = _split_header(text)
+    return _hinted_question(text, answer) + header
+
+
+def _hinted_question(text: str, answer: str) -> str:
     if (option := _right_option(_options(text), answer)) is not None:
         return f"{text[: option.end]} {HINT_MARKER}{text[option.end :]}"
     body = text.rstrip()

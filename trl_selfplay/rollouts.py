@@ -8,7 +8,7 @@ under a temporary name, synced and renamed.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -27,7 +27,8 @@ class Rollout:
     Attributes:
         round_index: The round that sampled it, counted from 0; -1 is the untrained model.
         phase: "train", "hint", "eval", or "gold" (a human completion, `round_index` -1).
-        prompt_id: 128-bit hash of the canonical JSON of (prompt, solution), as 32 hex digits.
+        prompt_id: 128-bit hash of the canonical JSON of (prompt, solution), and of the row's
+            `tools` and `chat_template_kwargs` where it has any, as 32 hex digits.
         sample_index: Which of the prompt's samples; hinted ones go on at `num_generations`.
         prompt_ids: Tokens that the model was conditioned on, few-shot examples and hint included.
         completion_ids: Tokens that the policy produced; EOS only if it was sampled.
@@ -92,10 +93,20 @@ class CorruptShardError(RuntimeError):
     """A shard exists but can't be read back whole."""
 
 
-def hash_prompt(prompt: Any, solution: Any) -> str:
-    """Return the `prompt_id` of a (prompt, solution) pair: 32 hex digits, equal everywhere."""
+def hash_prompt(
+    prompt: Any, solution: Any, template_arguments: Mapping[str, Any] | None = None
+) -> str:
+    """Return a row's `prompt_id`: 32 hex digits, equal everywhere.
+
+    Args:
+        prompt: The prompt.
+        solution: Its solution.
+        template_arguments: What else the row gives the chat template; None or nothing leaves the
+            id that of prompt and solution.
+    """
+    row = [prompt, solution, dict(template_arguments)] if template_arguments else [prompt, solution]
     canonical = json.dumps(
-        [prompt, solution], sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
+        row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
     )
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 

@@ -25,8 +25,9 @@ from trl_selfplay.empty_round import handle_empty_round
 from trl_selfplay.evaluation import paired_difference
 from trl_selfplay.funnel import Funnel, describe_funnel
 from trl_selfplay.heldout import HeldOutScores
-from trl_selfplay.monitor import warn_baseline, warn_hint_share, warn_truncation
+from trl_selfplay.monitor import warn_baseline, warn_hint_share, warn_long, warn_truncation
 from trl_selfplay.parent_training import free_optimizer, train_on
+from trl_selfplay.rendering import keep_rendering
 from trl_selfplay.report import print_round_table
 from trl_selfplay.rollouts import Rollout, load_rollouts
 from trl_selfplay.round_log import RoundCallback, call_round_event, say_where_interrupted
@@ -153,8 +154,12 @@ def run_rounds(
                 if played.num_examples == 0 and not played.may_be_skipped:
                     handle_empty_round(args, round_index, played)
                     break
-                for warn in (warn_hint_share, warn_truncation):
-                    if warning := warn(played.funnel, round_index):
+                for warning in (
+                    warn_hint_share(played.funnel, round_index),
+                    warn_truncation(played.funnel, round_index),
+                    warn_long(played.funnel, round_index, args.max_length),
+                ):
+                    if warning:
                         logger.warning("%s", warning)
                 output = _train_round(trainer, train_parent, round_index, played) or output
                 history += trainer.state.log_history
@@ -200,6 +205,8 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
     if trainer.is_world_process_zero():
         begun = -(-len(run.lines) // run.improve_steps)  # Grow steps, by which values are given
         check_identity(describe_trainer(trainer), run.root / "config.json", begun)
+        play = trainer.self_play
+        keep_rendering(play.formatter.rendering(play.rows[0].is_conversational), run.rendering_path)
     trainer.accelerator.wait_for_everyone()
     if has_initial_weights or run.was_opened:  # training, here or elsewhere, has changed them
         reload_initial_weights(trainer.model, args, run.initial_weights)

@@ -89,6 +89,11 @@ class Run:
         return self.root / "initial" / "trainable.safetensors"
 
     @property
+    def rendering_path(self) -> Path:
+        """What renders the prompts, fixed when the run began."""
+        return self.root / "rendering.json"
+
+    @property
     def lines_path(self) -> Path:
         """One line for each finished round."""
         return self.root / "rounds.jsonl"

@@ -25,7 +25,8 @@ from trl_selfplay.collection import Assignment, Collector
 from trl_selfplay.diversity import diversity_metrics, warn_poorer_samples
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.heldout import HeldOutScores, score_all
-from trl_selfplay.prompts import PromptFormatter, PromptRow, check_lengths
+from trl_selfplay.prompts import PromptRow
+from trl_selfplay.rendering import PromptFormatter, check_lengths, check_training_lengths
 from trl_selfplay.report import SamplingProgress, print_completions
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts import CorruptShardError, Phase, Rollout, load_rollouts, save_table
@@ -67,20 +68,38 @@ class SelfPlay:
     eos_token_id: int
     context_length: int | None
 
-    def check_longest_prompts(self, hinted: bool) -> None:
-        """Raise ValueError now if the longest prompts can't fit the model's context."""
+    def check_prompts(self, hinted: bool) -> None:
+        """Raise ValueError now for prompts that can't be rendered, sampled from or trained on."""
         for name, rows in {"train_dataset": self.rows, **self.heldout}.items():
-            longest = sorted(rows, key=lambda r: len(str(r.prompt)), reverse=True)
-            longest = longest[:_CHECKED_AT_CONSTRUCTION]
+            longest = _longest(rows)
             # Held-out prompts are shown with the examples before round 0.
             few_shot = bool(self.formatter.few_shot_examples) and (
                 self.config.few_shot_in_training
                 or name != "train_dataset"
                 or self.config.few_shot_rounds != 0
             )
+            self._check_columns(rows, name == "train_dataset")
+            reads_solutions = hinted or self.collector.scorer is None
+            self.formatter.warn_control_tokens(rows, reads_solutions)
+            self.formatter.check_rows([*longest, *_first_of_each_kind(rows)], few_shot)
             self._prompt_ids(
                 longest, few_shot, hinted and name == "train_dataset", name or "eval_dataset"
             )
+        check_training_lengths(
+            self.rows,
+            lambda row: self.training_prompt_ids([row])[row.prompt_id],
+            self.config.max_length,
+            build_sampling_options(self.config, ()).max_completion_length,
+            _longest(self.rows),
+        )
+
+    def _check_columns(self, rows: Sequence[PromptRow], is_trained_on: bool) -> None:
+        """Raise ValueError now if a reward function needs a column that a dataset lacks."""
+        scorer = self.collector.scorer
+        if not is_trained_on:
+            scorer = self.collector.eval_scorer or scorer
+        if scorer is not None and rows:
+            scorer.check_columns(list(rows[0].columns))
 
     def warn_unreadable_solutions(self) -> None:
         """Say before anything is sampled which solutions the reward functions can't read."""
@@ -274,6 +293,29 @@ class SelfPlay:
             | {f"play/{n}": v for n, v in _take_logged(scorer).items()},
             rewards,
         )
+
+
+def _longest(rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """Return the rows that are likely to have the most tokens."""
+
+    def size(row: PromptRow) -> int:
+        return len(f"{row.prompt}{row.template_arguments}".encode())
+
+    return sorted(rows, key=size, reverse=True)[:_CHECKED_AT_CONSTRUCTION]
+
+
+def _first_of_each_kind(rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """Return the first row with each role, form of content and argument of the template."""
+    first: dict[Hashable, PromptRow] = {}
+    for row in rows:
+        for name, value in row.template_arguments.items():
+            keys = value if isinstance(value, Mapping) else ("",)
+            for key in keys:
+                first.setdefault((name, key), row)
+        if not isinstance(row.prompt, str):
+            for message in row.prompt:
+                first.setdefault((message["role"], type(message.get("content"))), row)
+    return list(first.values())
 
 
 def _take_logged(scorer: Scorer | None) -> dict[str, float]:

@@ -308,7 +308,7 @@ def test_completions_that_overrun_the_context_by_generation_kwargs_are_refused(b
 
 def test_only_too_long_completions_name_the_length(build_star) -> None:
     trainer = build_star(
-        max_length=6, reward_funcs=lambda completions, **_: [1.0] * len(completions)
+        max_length=7, reward_funcs=lambda completions, **_: [float(bool(c)) for c in completions]
     )
-    with pytest.raises(EmptyRoundError, match="longer than max_length=6 with their prompts"):
+    with pytest.raises(EmptyRoundError, match="longer than max_length=7 with their prompts"):
         trainer.train()

@@ -13,7 +13,7 @@ import queue
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,11 @@ from trl_selfplay.rewards.reward_model import RewardModel
 
 # Not forwarded: every function gets them under the names of GRPOTrainer's convention.
 _RESERVED_COLUMNS = ("prompt", "completion", "completion_ids")
+# What every function gets beside the dataset's columns.
+_ALWAYS_GIVEN = (
+    *("prompts", "completions", "completion_ids"),
+    *("trainer_state", "log_extra", "log_metric"),
+)
 
 
 class Scorer:
@@ -130,6 +135,16 @@ class Scorer:
             for index, name in enumerate(self.names)
         ]
         return list(zip(*scores, strict=True))
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raise ValueError if a function needs a column that is not there, or can't take one.
+
+        Args:
+            columns: Of the dataset, without `prompt`.
+        """
+        given = [c for c in columns if c not in _RESERVED_COLUMNS]
+        for function, name in zip(self._functions, self.names, strict=True):
+            _check_columns(function, name, {*_ALWAYS_GIVEN, *given}, given)
 
     def take_metrics(self) -> dict[str, float]:
         """Return the mean of each number given to `log_metric` since the last call of this."""
@@ -252,7 +267,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _check_columns(
-    function: Callable[..., Any], name: str, arguments: Mapping[str, Any], columns: list[str]
+    function: Callable[..., Any], name: str, arguments: Collection[str], columns: list[str]
 ) -> None:
     try:
         # A decorator may add arguments: what it takes counts, not what it wraps.
@@ -271,7 +286,7 @@ def _check_columns(
             f"reward function {name!r} needs {missing}, and the dataset has the columns "
             f"{['prompt', *columns]}. Rename or add a column."
         )
-    unknown = sorted(arguments.keys() - {p.name for p in parameters})
+    unknown = sorted(set(arguments) - {p.name for p in parameters})
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(
             f"reward function {name!r} doesn't take {unknown}. It gets every column of the dataset "

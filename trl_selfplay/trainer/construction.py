@@ -7,9 +7,11 @@ those that the rounds need.
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
@@ -21,13 +23,8 @@ from trl_selfplay.generation.transformers_sampler import (
     keep_4bit_weights_trainable,
 )
 from trl_selfplay.heldout import metric_prefixes
-from trl_selfplay.prompts import (
-    FewShotExample,
-    HintFormatter,
-    PromptFormatter,
-    PromptRow,
-    load_heldout_sets,
-)
+from trl_selfplay.prompts import HintFormatter, PromptRow, load_heldout_sets
+from trl_selfplay.rendering import FewShotExample, PromptFormatter, read_start
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.run_folder import Run
 from trl_selfplay.self_play import SelfPlay
@@ -234,7 +231,12 @@ def build_self_play(
         rows=rows,
         heldout=heldout,
         formatter=PromptFormatter(
-            tokenizer, few_shot_examples, hint_formatter, args.chat_template_kwargs
+            tokenizer,
+            few_shot_examples,
+            hint_formatter,
+            args.chat_template_kwargs,
+            sanitize_control_tokens=args.sanitize_control_tokens,
+            start=_start_of_run(trainer),
         ),
         collector=Collector(
             sampler=TransformersSampler(
@@ -258,6 +260,14 @@ def build_self_play(
         eos_token_id=tokenizer.eos_token_id,
         context_length=getattr(text_config, "max_position_embeddings", None),
     )
+
+
+def _start_of_run(trainer: Any) -> datetime:
+    """Return when the run in the output directory began, or now; the same in all processes."""
+    start = [read_start(trainer.run.rendering_path)]
+    if trainer.accelerator.num_processes > 1:
+        start = broadcast_object_list(start)
+    return start[0]
 
 
 def _build_scorer(

@@ -126,7 +126,7 @@ class ReSTEMTrainer(SFTTrainer):
             reward_processing_classes=reward_processing_classes,
             eval_reward_funcs=eval_reward_funcs,
         )
-        self.self_play.check_longest_prompts(hinted=False)
+        self.self_play.check_prompts(hinted=False)
         self.self_play.warn_unreadable_solutions()
         self.gold = self._load_gold(gold_dataset)
         self.run.identity |= {

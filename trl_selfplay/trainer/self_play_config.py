@@ -12,6 +12,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.prompts import check_template_kwargs
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,18 @@ class SelfPlayConfig:
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Keyword arguments for the chat template, such as `enable_thinking`."},
+        metadata={
+            "help": "Keyword arguments for the chat template, such as `enable_thinking`. A row's own "
+            "`chat_template_kwargs`, in a column of that name, win."
+        },
+    )
+    sanitize_control_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Read special tokens in the text of prompts, hints and data as plain text, so "
+            "that only the chat template writes control tokens, as the argument of "
+            "`apply_chat_template` of that name does. False reads them as control tokens, as TRL."
+        },
     )
     log_completions: bool = field(
         default=False,
@@ -167,6 +179,15 @@ def check_self_play_config(config: Any) -> None:
     if config.round_learning_rates is not None:
         # YAML reads 1e-5 as text, which the parser mends for single numbers but not in lists.
         config.round_learning_rates = [float(rate) for rate in config.round_learning_rates]
+    if isinstance(config.stop_strings, str):
+        config.stop_strings = [config.stop_strings]
+    if "" in (config.stop_strings or ()):
+        raise ValueError(
+            f"stop_strings={config.stop_strings!r}; an empty text would end every completion before "
+            "it began. Leave it out."
+        )
+    if config.chat_template_kwargs:
+        check_template_kwargs(config.chat_template_kwargs, "chat_template_kwargs")
     for name, least in (
         ("num_rounds", 1),
         ("num_generations", 1),

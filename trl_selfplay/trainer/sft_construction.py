@@ -11,13 +11,8 @@ from typing import Any, TypedDict
 
 from trl import SFTTrainer
 
-from trl_selfplay.prompts import (
-    FewShotExample,
-    PromptRow,
-    load_few_shot_examples,
-    load_heldout_sets,
-    load_prompt_rows,
-)
+from trl_selfplay.prompts import PromptRow, load_heldout_sets, load_prompt_rows
+from trl_selfplay.rendering import FewShotExample, load_few_shot_examples
 from trl_selfplay.run_folder import Run
 from trl_selfplay.trainer.construction import (
     build_run,
@@ -117,7 +112,12 @@ def load_sft_parts(
         **unused,
     )
     _check_threshold(args, reward_funcs)
-    rows = load_prompt_rows(given.get("train_dataset"), "train_dataset")
+    hints = "rationalize=True, which shows the solution as a hint (set it to False otherwise),"
+    rows = load_prompt_rows(
+        given.get("train_dataset"),
+        "train_dataset",
+        needs_solution=hints if getattr(args, "rationalize", False) else None,
+    )
     heldout = load_heldout_sets(given.get("eval_dataset"), rows)
     tokenizer = load_processing_class(model, given.get("processing_class"), args)
     placeholder = placeholder_dataset(tokenizer)

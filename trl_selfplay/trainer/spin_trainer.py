@@ -170,13 +170,13 @@ class SPINTrainer(DPOTrainer):
         rows[:] = self._tokenize(rows, "train_dataset")
         for name, heldout_rows in heldout.items():
             heldout_rows[:] = self._tokenize(heldout_rows, f"eval_dataset {name}".strip())
-        self.self_play.check_longest_prompts(hinted=False)
+        self.self_play.check_prompts(hinted=False)
         self._heldout_pairs: dict[str, Dataset] = {}
         self._checked_round: int | None = None
 
     def _tokenize(self, rows: list[PromptRow], name: str) -> list[PromptRow]:
         play, args = self.self_play, self.args
-        tokens = tokenize_chosen(play.formatter, rows, play.eos_token_ids, play.eos_token_id, name)
+        tokens = tokenize_chosen(play.formatter, rows, play.eos_token_ids, play.eos_token_id)
         self.chosen |= tokens
         most = build_sampling_options(args, ()).max_completion_length
         return drop_long_rows(rows, tokens, args.max_length, most, name)

@@ -111,7 +111,7 @@ class STaRTrainer(SFTTrainer):
             reward_funcs,
             reward_processing_classes,
         )
-        self.self_play.check_longest_prompts(hinted=self.args.rationalize)
+        self.self_play.check_prompts(hinted=self.args.rationalize)
         self.self_play.warn_unreadable_solutions()
 
     def train(
