@@ -9,13 +9,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
+from tiny_families import build_tiny
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
+from trl_selfplay.generation.trial import try_model
 
 OPTIONS = SamplingOptions(max_completion_length=6)
+RAGGED = [SampleRequest((5,) * (5 + 2 * (i % 2)), i) for i in range(8)]
 REQUESTS = [SampleRequest((5, 6, 7 + i), i) for i in range(6)]
 
 
@@ -165,6 +168,49 @@ def test_four_bit_lora_layers_still_get_gradients_after_sampling_on_a_cpu(
     of_b = [gradient for name, gradient in gradients.items() if "lora_B" in name]
     assert len(of_b) == 14
     assert all(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in of_b)
+
+
+def test_a_bfloat16_head_of_modules_to_save_samples_on_a_float32_base(
+    build_model, tokenizer, tmp_path
+) -> None:
+    """As TRL makes it of a 4-bit base with `modules_to_save`: it trains, so it has to sample."""
+    wide = {"hidden_size": 128, "intermediate_size": 128}
+    build_model(**wide).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base = LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantization, dtype=torch.float32
+    )
+    model = get_peft_model(base, LoraConfig(r=4, modules_to_save=["lm_head"]))
+    keep_4bit_weights_trainable(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    try_model(model)
+    sampled = list(TransformersSampler(model, tokenizer).sample(REQUESTS, OPTIONS, batch_size=6))
+    assert len(sampled) == 6
+    head = model.get_output_embeddings()
+    hooks = [h for module in head.modules() for h in module._forward_pre_hooks]
+    assert not hooks
+
+
+@pytest.mark.parametrize("asks_for_loss", [True, False])
+def test_experts_are_sampled_without_their_balancing_loss(tokenizer, asks_for_loss) -> None:
+    """It would compare one token's routing with the whole mask; training has it again."""
+    model = build_tiny("mixtral")
+    model.config.output_router_logits = False
+    expected = dict(TransformersSampler(model, tokenizer).sample(REQUESTS, OPTIONS, 6))
+    model.config.output_router_logits = asks_for_loss
+    iterator = TransformersSampler(model, tokenizer).sample(RAGGED, OPTIONS, 6)
+    next(iterator)
+    assert model.config.output_router_logits is False
+    iterator.close()
+    assert model.config.output_router_logits is asks_for_loss
+    assert dict(TransformersSampler(model, tokenizer).sample(REQUESTS, OPTIONS, 6)) == expected
+    assert dict(TransformersSampler(model, tokenizer).sample(RAGGED, OPTIONS, 6))
+    ids = torch.tensor([[5, 6, 7]])
+    assert (model(input_ids=ids, labels=ids).aux_loss is not None) == asks_for_loss
 
 
 def test_a_model_without_four_bit_layers_is_left_alone(build_model) -> None:

@@ -74,8 +74,7 @@ def _grown(held: torch.Tensor | None, states: torch.Tensor, length: int, end: in
 
 def keep_columns(cache: DynamicCache, columns: torch.Tensor) -> None:
     """Keep the cached tokens where `columns`, bool (S,), is True; full attention layers only."""
-    layers: list[Any] = cache.layers
-    for layer in layers:
+    for layer in _filled(cache):
         chosen = columns.to(layer.keys.device)
         _replace(layer, layer.keys[:, :, chosen], layer.values[:, :, chosen])
 
@@ -85,8 +84,7 @@ def drop_leading(cache: DynamicCache, count: int) -> None:
 
     A layer with a sliding window holds its newest tokens alone, and counts the others.
     """
-    layers: list[Any] = cache.layers
-    for layer in layers:
+    for layer in _filled(cache):
         keys, first = layer.keys, count
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length -= count
@@ -101,12 +99,16 @@ def join_caches(first: DynamicCache, second: DynamicCache) -> None:
 
     The caller masks the padding. Attention layers only: a recurrent state can't be padded.
     """
-    layers: list[Any] = first.layers
-    others: list[Any] = second.layers
-    for layer, other in zip(layers, others, strict=True):
+    for layer, other in zip(_filled(first), _filled(second), strict=True):
         _replace(layer, _joined(layer.keys, other.keys), _joined(layer.values, other.values))
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = max(layer.cumulative_length, other.cumulative_length)
+
+
+def _filled(cache: DynamicCache) -> list[Any]:
+    """Return the layers that hold keys; others share those of a layer before them."""
+    layers: list[Any] = cache.layers
+    return [layer for layer in layers if layer.keys is not None]
 
 
 def _replace(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:

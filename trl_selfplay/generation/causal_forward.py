@@ -5,7 +5,7 @@ an error where the model didn't use the cache.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +41,13 @@ class CausalForward:
         """Return an empty cache with the layers that this model needs."""
         return new_cache(self.model.config)
 
+    def is_float32(self) -> bool:
+        """Return whether all of the model is computed in float32."""
+        with nullcontext() if self._autocast is None else self._autocast():
+            if torch.is_autocast_enabled(self.device.type):
+                return False
+        return all(p.dtype == torch.float32 for p in self.model.parameters())
+
     def next_logits(
         self,
         input_ids: torch.Tensor,
@@ -59,9 +66,7 @@ class CausalForward:
         if self.traits.takes_logits_to_keep:
             kwargs["logits_to_keep"] = 1
         held = _cached_length(cache)
-        with ExitStack() as stack:
-            if self._autocast is not None:
-                stack.enter_context(self._autocast())
+        with nullcontext() if self._autocast is None else self._autocast():
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -76,6 +81,20 @@ class CausalForward:
                 "fill the `past_key_values` that it is given."
             )
         return outputs.logits[:, -1].float()
+
+    def forget_lengths(self) -> None:
+        """Undo what the longest sequence so far left in the model's rotary frequencies.
+
+        Dynamic scaling keeps them stretched until a short sequence comes.
+        """
+        one = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        self.next_logits(one, self.new_cache(), torch.zeros_like(one), None)
+
+    def lone_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits after a whole row, (1, S), as float32 (V,), computed without a cache."""
+        with nullcontext() if self._autocast is None else self._autocast():
+            outputs = self.model(input_ids=input_ids, use_cache=False)
+        return outputs.logits[0, -1].float()
 
 
 def _cached_length(cache: DynamicCache) -> int | None:

@@ -37,6 +37,7 @@ class SharedPrefix:
 class _Row:
     request_index: int
     stream_key: int
+    prompt_ids: tuple[int, ...]
     limit: int
     completion_ids: list[int] = field(default_factory=list)
     scanner: StopStringScanner | None = None
@@ -113,8 +114,8 @@ class DecodeBatch:
         self._chooser = chooser
         self._options = options
         self._eos_token_ids = frozenset(options.eos_token_ids)
-        self._context_length = forward.traits.context_length
         self._rows = [self._build_row(index, request, tokenizer) for index, request in requests]
+        self._last_position = self._find_last_position([len(r.prompt_ids) for _, r in requests])
         self._seen: torch.Tensor | None = None
         self._logprobs: torch.Tensor | None = None
         self._tokens: torch.Tensor | None = None  # chosen, and not yet fed to the model
@@ -124,11 +125,20 @@ class DecodeBatch:
         self, index: int, request: SampleRequest, tokenizer: PreTrainedTokenizerBase
     ) -> _Row:
         limit = self._options.max_completion_length
-        if self._context_length is not None:
-            limit = min(limit, self._context_length - len(request.prompt_ids))
+        context_length = self._forward.traits.context_length
+        if context_length is not None:
+            limit = min(limit, context_length - len(request.prompt_ids))
         stops = self._options.stop_strings
         scanner = StopStringScanner(tokenizer, stops) if stops else None
-        return _Row(index, request.stream_key, limit, scanner=scanner)
+        return _Row(index, request.stream_key, request.prompt_ids, limit, scanner=scanner)
+
+    def _find_last_position(self, lengths: Sequence[int]) -> int | None:
+        """Return the last position that a row, finished ones too, may be fed at."""
+        traits, room = self._forward.traits, self._options.max_completion_length
+        limits = [traits.context_length]
+        if traits.rope_switch is not None and max(lengths) + room <= traits.rope_switch:
+            limits.append(traits.rope_switch)
+        return min((limit - 1 for limit in limits if limit is not None), default=None)
 
     def _prefill(
         self,
@@ -188,6 +198,8 @@ class DecodeBatch:
 
     def refill(self, other: "DecodeBatch") -> None:
         """Let the rows of a batch that has only been prefilled go on in this one.
+
+        No row of either may pass the model's `rope_switch`.
 
         The shorter of the two caches is padded on the left, masked, to the length of the other;
         that is exact for full attention, and for sliding windows over rows without inner padding.
@@ -296,16 +308,42 @@ class DecodeBatch:
         # what it computes is not looked at, but its indices must be valid.
         tokens = tokens.clamp(min=0)
         positions = self._positions
-        if self._context_length is not None:
-            positions = positions.clamp(max=self._context_length - 1)
+        if self._last_position is not None:
+            positions = positions.clamp(max=self._last_position)
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
         self._length += 1
+        if self._restarts_here():
+            self._compute_keys_again()
+            return
         self._logits = self._forward.next_logits(
             tokens.to(self._forward.device)[:, None],
             self._cache,
             positions[:, None],
             self._current_mask(),
+        )
+        self._positions = self._positions + 1
+
+    def _restarts_here(self) -> bool:
+        """Return whether the tokens just chosen are the first with other rotary frequencies."""
+        traits = self._forward.traits
+        return traits.rope_restarts and any(
+            len(row.prompt_ids) + len(row.completion_ids) - 1 == traits.rope_switch
+            for row in self._rows
+            if not row.is_finished
+        )
+
+    def _compute_keys_again(self) -> None:
+        """Run all tokens of equally long rows in one forward, into a new cache."""
+        rows = [[*row.prompt_ids, *row.completion_ids] for row in self._rows]
+        # A finished row ends earlier, and what is computed for it isn't looked at.
+        length = max(map(len, rows))
+        input_ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+        positions = torch.arange(length).expand(len(rows), length)
+        device = self._forward.device
+        self._cache = self._forward.new_cache()
+        self._logits = self._forward.next_logits(
+            input_ids.to(device), self._cache, positions.to(device), None
         )
         self._positions = self._positions + 1
 

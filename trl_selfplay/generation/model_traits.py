@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from trl.models import unwrap_model_for_generation
 
 
@@ -27,13 +27,17 @@ class ModelTraits:
         padding: Where masked padding may stand in a row without changing what follows. "inside":
             every layer is full attention, so a common prefix may be computed once and shorter
             rests padded behind it. "left": some layer has a sliding window. "none": some layer is
-            recurrent or a convolution, so rows that go together must be equally long.
+            recurrent, a convolution or of an unknown kind, so rows that go together must be
+            equally long.
         window: Most tokens for which the windows of "left" see everything, and so allow padding
             inside as well; None without windows, or where their length isn't known.
         cache_name: The forward's parameter that takes the cache.
         takes_position_ids: The forward has this parameter.
         takes_logits_to_keep: The forward can compute the last position's logits alone.
         context_length: Most tokens of prompt and completion, or None if the config has no limit.
+        rope_switch: Sequences of more tokens have other rotary frequencies (longrope, dynamic
+            scaling), which all rows of a batch share; None if they never change.
+        rope_restarts: Keys are computed again where a sequence passes `rope_switch` (longrope).
         bytes_per_token: Keys and values of one token in all layers.
         bytes_per_prompt_token: Activations of one prompt token in the widest layer, estimated.
         vocab_size: Width of the logits.
@@ -45,6 +49,8 @@ class ModelTraits:
     takes_position_ids: bool
     takes_logits_to_keep: bool
     context_length: int | None
+    rope_switch: int | None
+    rope_restarts: bool
     bytes_per_token: int
     bytes_per_prompt_token: int
     vocab_size: int
@@ -55,17 +61,12 @@ def describe_model(model: nn.Module) -> ModelTraits:
 
     Raises:
         ValueError: The model can't be sampled from: encoder-decoder, multimodal, a state that is
-            not in transformers' cache, or a prompt-learning adapter. The text names the class.
+            not in transformers' cache, or an adapter that reads the prompt. The text names the
+            class.
     """
     base: Any = model
     if hasattr(base, "peft_config"):
-        learns_prompt = [c.peft_type for c in base.peft_config.values() if c.is_prompt_learning]
-        if learns_prompt:
-            raise ValueError(
-                f"the adapter of {type(model).__name__} is of a kind that adds virtual tokens "
-                f"({', '.join(map(str, learns_prompt))}), which the sampler doesn't support. Use "
-                "LoRA."
-            )
+        _check_adapters(base)
         base = base.get_base_model()
     name = type(base).__name__
     if getattr(base.config, "is_encoder_decoder", False):
@@ -80,8 +81,8 @@ def describe_model(model: nn.Module) -> ModelTraits:
             f"{name} takes images or audio; self-play works on text. Load the language model alone "
             "(AutoModelForCausalLM of its text part)."
         )
-    layers = DynamicCache(config=base.config).layers
     cache_name = next((n for n in ("past_key_values", "cache_params") if n in parameters), None)
+    layers = None if cache_name is None else _cache_layers(base.config)
     if cache_name is None or not layers:
         raise ValueError(
             f"{name} keeps its state in a form of its own instead of transformers' cache, so its "
@@ -89,75 +90,133 @@ def describe_model(model: nn.Module) -> ModelTraits:
             "`past_key_values`."
         )
     padding, window = _padding_of(layers, config, "position_ids" in parameters)
-    num_heads = _largest(getattr(config, "num_attention_heads", None) or config.num_heads)
-    num_kv_heads = _largest(getattr(config, "num_key_value_heads", None)) or num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    hidden_size = base.get_input_embeddings().weight.shape[1]
+    num_heads = _largest(config, "num_attention_heads", "num_heads") or 1
+    num_kv_heads = _largest(config, "num_key_value_heads") or num_heads
+    head_dim = _largest(config, "head_dim") or max(hidden_size // num_heads, 1)
     item = base.dtype.itemsize
     # Feed-forward inner states dominate: gate, up and their product; four times the hidden size
     # where the config doesn't say.
-    inner = _largest(getattr(config, "intermediate_size", None)) or 4 * config.hidden_size
+    inner = _largest(config, "intermediate_size") or 4 * hidden_size
+    context_length, rope_switch, rope_restarts = _lengths_of(config)
     return ModelTraits(
         padding=padding,
         window=window,
         cache_name=cache_name,
         takes_position_ids="position_ids" in parameters,
         takes_logits_to_keep="logits_to_keep" in parameters,
-        context_length=getattr(config, "max_position_embeddings", None),
+        context_length=context_length,
+        rope_switch=rope_switch,
+        rope_restarts=rope_restarts,
         bytes_per_token=2 * len(layers) * num_kv_heads * head_dim * item,
-        bytes_per_prompt_token=(3 * inner + 6 * config.hidden_size) * max(item, 4),
+        bytes_per_prompt_token=(3 * inner + 6 * hidden_size) * max(item, 4),
         vocab_size=config.vocab_size,
     )
+
+
+def _check_adapters(model: Any) -> None:
+    """Raise ValueError for adapters whose effect on a token depends on how the prompt is fed."""
+    configs = model.peft_config.values()
+    learns_prompt = [c.peft_type for c in configs if c.is_prompt_learning]
+    if learns_prompt:
+        raise ValueError(
+            f"the adapter of {type(model).__name__} is of a kind that adds virtual tokens "
+            f"({', '.join(map(str, learns_prompt))}), which the sampler doesn't support. Use "
+            "LoRA."
+        )
+    if any(getattr(c, "alora_invocation_tokens", None) for c in configs):
+        raise ValueError(
+            f"the adapter of {type(model).__name__} is an activated LoRA "
+            "(`alora_invocation_tokens`), which looks for these tokens anew in every step, so the "
+            "sampler would lose it after the prompt. Use LoRA."
+        )
+
+
+def _cache_layers(config: Any) -> list[Any] | None:
+    """Return the layers of the cache that a model of this config needs, or None if there are none."""
+    try:
+        return DynamicCache(config=config).layers
+    except (AttributeError, KeyError, TypeError):  # no number or no known types of layers
+        return None
+
+
+def _lengths_of(config: Any) -> tuple[int | None, int | None, bool]:
+    """Return `context_length`, `rope_switch` and `rope_restarts` of `ModelTraits`."""
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One set for all layers, or one for each type of layer.
+    for parameters in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
+        kind = parameters.get("rope_type")
+        if kind == "longrope":
+            switch = parameters.get("original_max_position_embeddings")
+            return limit, switch or config.original_max_position_embeddings, True
+        if kind == "dynamic":  # stretched to any length
+            return None, limit, False
+    return limit, None, False
 
 
 def _padding_of(
     layers: Sequence[Any], config: Any, takes_position_ids: bool
 ) -> tuple[Literal["inside", "left", "none"], int | None]:
     """Return where padding may stand, and up to which length windows don't matter."""
-    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+    # Layers that share another layer's keys hold nothing themselves.
+    layers = [layer for layer in layers if not isinstance(layer, DummyLayer)]
+    # A recurrent state can't be padded; what other kinds of layers make of padding isn't known.
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return "none", None
     if not takes_position_ids:
         return "left", None
     # GPT-Neo's local layers keep an ordinary cache and cut the window themselves.
     if "local" in (getattr(config, "attention_layers", None) or ()):
         return "left", None
-    windows = [layer for layer in layers if type(layer) is not DynamicLayer]
-    if not windows:
-        return "inside", None
-    lengths = [getattr(layer, "sliding_window", None) for layer in windows]
-    known = [length for length in lengths if length is not None]
-    return "left", min(known) if len(known) == len(lengths) else None
+    lengths = [layer.sliding_window for layer in layers if type(layer) is not DynamicLayer]
+    return ("left", min(lengths)) if lengths else ("inside", None)
 
 
-def _largest(value: int | list[int] | None) -> int:
-    """Return a config value that some models give for each layer; 0 if it is absent."""
-    if value is None:
-        return 0
-    return value if isinstance(value, int) else max(value)
+def _largest(config: Any, *names: str) -> int:
+    """Return the largest value over all layers of the first of these fields that is set, or 0."""
+    for name in names:
+        found: list[int] = []
+        for layer in config.per_layer_config:
+            value = getattr(layer, name, None)
+            found += [] if value is None else [value] if isinstance(value, int) else value
+        if found:
+            return max(found)
+    return 0
 
 
 @contextmanager
 def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterator[Any]:
-    """Unwrap a model, in eval mode and without gradient checkpointing, and restore every module.
+    """Unwrap a model, ready to be sampled from, and restore every module.
 
-    The flags of each module are put back one by one, so that a model in which some modules train
-    and others don't leaves as it came, also after an exception.
+    It is in eval mode and without gradient checkpointing, its experts compute no balancing loss,
+    which has no meaning for one token, and its head takes states of any precision. The flags of
+    each module are put back one by one, so that a model in which some modules train and others
+    don't leaves as it came, also after an exception.
     """
     modules: list[Any] = list(model.modules())
     were_training = [module.training for module in modules]
     # Flags are switched here rather than by transformers' methods, which would lose the user's
     # checkpointing arguments when they switch it on again.
     checkpointing = [m for m in modules if m.__dict__.get("gradient_checkpointing")]
-    unwrapping = None
+    configs = {id(c): c for m in modules if (c := m.__dict__.get("config")) is not None}.values()
+    balancing = [c for c in configs if getattr(c, "output_router_logits", False)]
+    unwrapping = hook = None
     try:
         for module in checkpointing:
             module.gradient_checkpointing = False
+        for config in balancing:
+            config.output_router_logits = False
         unwrapped: Any = model
         if accelerator is not None:
             unwrapping = unwrap_model_for_generation(model, accelerator)
             unwrapped = unwrapping.__enter__()
         model.eval()
+        hook = _cast_before_head(unwrapped)
         yield unwrapped
     finally:
+        if hook is not None:
+            hook.remove()
         if unwrapping is not None:
             # Left as if nothing was raised: TRL's context has no `finally` of its own.
             unwrapping.__exit__(None, None, None)
@@ -165,6 +224,21 @@ def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterato
             module.training = was_training
         for module in checkpointing:
             module.gradient_checkpointing = True
+        for config in balancing:
+            config.output_router_logits = True
+
+
+def _cast_before_head(model: Any) -> Any:
+    """Give the head its own precision; return the hook's handle, or None without a plain head.
+
+    TRL trains a head of `modules_to_save` in bfloat16 on a 4-bit base whose states may be float32,
+    and multiplies them itself.
+    """
+    head = model.get_output_embeddings()
+    dtype = getattr(getattr(head, "weight", None), "dtype", None)
+    if dtype is None or not dtype.is_floating_point:
+        return None
+    return head.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
 
 
 def input_device(model: PreTrainedModel | PeftModel) -> torch.device:

@@ -3,7 +3,9 @@
 In: requests in any order. Out: completions as they finish. Requests are sorted by length and
 decoded in batches, each prompt computed once for all of its samples. What all prompts begin with
 is computed once a call where padding may stand behind it: with full attention, or while nothing is
-longer than the sliding windows. Models with recurrent layers take rows of equal length alone.
+longer than the sliding windows. Models with recurrent layers take rows of equal length alone; so
+do rows that may grow past a length at which the model's rotary frequencies change, which all rows
+of a batch share.
 """
 
 import logging
@@ -78,6 +80,7 @@ class TransformersSampler:
         tokenizer: Decodes text for stop strings; ids that it doesn't have are never sampled.
         accelerator: The trainer's, for unwrapping and mixed precision.
         pad_token_id: Fills shorter prompts and is masked; the tokenizer's by default, or 0.
+        traits: Of the model, from `try_model`; by default they are read off it without a trial.
     """
 
     def __init__(
@@ -86,8 +89,10 @@ class TransformersSampler:
         tokenizer: PreTrainedTokenizerBase,
         accelerator: Accelerator | None = None,
         pad_token_id: int | None = None,
+        traits: ModelTraits | None = None,
     ) -> None:
         self._model = model
+        self._tried = traits
         self._tokenizer = tokenizer
         self._accelerator = accelerator
         if pad_token_id is None:
@@ -164,8 +169,9 @@ class TransformersSampler:
                 batch_size = min(batch_size, self._fitting[0])
             prefix = None
             if traits.padding == "inside" or (traits.window or 0) >= longest:
+                prompts = [r.prompt_ids for r in requests if not _passes_switch(r, traits, options)]
                 with torch.no_grad():
-                    prefix = _build_prefix(forward, [request.prompt_ids for request in requests])
+                    prefix = _build_prefix(forward, prompts)
             waiting = deque(order)
             while waiting:
                 started: dict[int, SampleRequest] = {}
@@ -212,11 +218,17 @@ class TransformersSampler:
             traits.padding == "inside" or (traits.padding == "left" and prefix is None)
         )
 
+        # The longest rows come first: where the first doesn't pass, none does.
+        passes_switch = _passes_switch(requests[waiting[0]], traits, options)
+        if passes_switch:
+            prefix, refills = None, False
+        equal_lengths = passes_switch or traits.padding == "none"
+
         def build_batch(count: int) -> DecodeBatch:
             taken = [waiting.popleft()]
             length = len(requests[taken[0]].prompt_ids)
             while waiting and len(taken) < count:
-                if traits.padding == "none" and len(requests[waiting[0]].prompt_ids) != length:
+                if equal_lengths and len(requests[waiting[0]].prompt_ids) != length:
                     break
                 taken.append(waiting.popleft())
             started.update((index, requests[index]) for index in taken)
@@ -228,6 +240,8 @@ class TransformersSampler:
         # Gradients are off only while the model runs: the caller's code between two completions
         # keeps its own mode.
         with torch.no_grad():
+            if passes_switch and not traits.rope_restarts:
+                forward.forget_lengths()
             batch = build_batch(batch_size)
             finished = batch.advance()
         while finished:
@@ -247,6 +261,8 @@ class TransformersSampler:
 
     def _traits(self) -> ModelTraits:
         """Return the model's traits, read once a model."""
+        if self._tried is not None:
+            return self._tried
         model = self._unwrapped()
         if self._described is None or self._described[0] is not model:
             self._described = (model, describe_model(model))
@@ -264,6 +280,12 @@ def _check_prompts(requests: Sequence[SampleRequest], context_length: int | None
                 f"the prompt of request {index} has {length} tokens, and the model's context of "
                 f"{context_length} leaves no room for a completion. Shorten or drop the prompt."
             )
+
+
+def _passes_switch(request: SampleRequest, traits: ModelTraits, options: SamplingOptions) -> bool:
+    """Return whether a row may grow to other rotary frequencies than its first tokens have."""
+    longest = len(request.prompt_ids) + options.max_completion_length
+    return traits.rope_switch is not None and longest > traits.rope_switch
 
 
 def _build_prefix(

@@ -22,6 +22,7 @@ from trl_selfplay.generation.transformers_sampler import (
     collect_eos_token_ids,
     keep_4bit_weights_trainable,
 )
+from trl_selfplay.generation.trial import try_model
 from trl_selfplay.heldout import metric_prefixes
 from trl_selfplay.prompts import HintFormatter, PromptRow, load_heldout_sets
 from trl_selfplay.rendering import FewShotExample, PromptFormatter, read_start
@@ -225,7 +226,7 @@ def build_self_play(
     keep_4bit_weights_trainable(trainer.model)
     check_trainable(trainer.model)
     check_generation_config(trainer.model.generation_config)
-    text_config = trainer.model.config.get_text_config()
+    traits = try_model(trainer.model, trainer.accelerator)
     return SelfPlay(
         config=args,
         rows=rows,
@@ -240,7 +241,10 @@ def build_self_play(
         ),
         collector=Collector(
             sampler=TransformersSampler(
-                lambda: trainer.model_wrapped, tokenizer, accelerator=trainer.accelerator
+                lambda: trainer.model_wrapped,
+                tokenizer,
+                accelerator=trainer.accelerator,
+                traits=traits,
             ),
             scorer=None
             if reward_funcs is None
@@ -258,7 +262,7 @@ def build_self_play(
         ),
         eos_token_ids=collect_eos_token_ids(trainer.model, tokenizer),
         eos_token_id=tokenizer.eos_token_id,
-        context_length=getattr(text_config, "max_position_embeddings", None),
+        context_length=traits.context_length,
     )
 
 

@@ -1,0 +1,160 @@
+"""Whether a model can be sampled from: its traits, then a trial on a few tokens.
+
+In: a trainer's model before the first round. Out: an error that says why not. The trial feeds rows
+through the cache as the sampler does and compares them with each row alone, so that a model whose
+state, mask or positions work otherwise is refused at construction and not sampled wrongly.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from trl_selfplay.generation.causal_forward import CausalForward
+from trl_selfplay.generation.model_traits import ModelTraits, describe_model, sampling_state
+
+_LENGTH, _SHORTER = 6, 4
+# Largest distance between logits, as a share of their spread: float32, and anything below it.
+_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-2, 0.3
+
+
+def try_model(model: nn.Module, accelerator: Accelerator | None = None) -> ModelTraits:
+    """Return the model's traits, once a trial has shown that its rows can be told apart.
+
+    Where rows of several lengths can't, or the model numbers its positions in a way of its own,
+    the traits are those of rows of equal length, without positions.
+
+    Args:
+        model: As a trainer holds it; its state stays as it is. Sharded weights aren't tried.
+        accelerator: The trainer's, for unwrapping and mixed precision.
+
+    Raises:
+        ValueError: The model can't be sampled from. The text names its class and the reason.
+    """
+    unwrapped: Any = model if accelerator is None else accelerator.unwrap_model(model)
+    traits = describe_model(unwrapped)
+    if any(p.device.type == "meta" or p.numel() == 0 for p in unwrapped.parameters()):
+        return traits
+    base = unwrapped.get_base_model() if hasattr(unwrapped, "peft_config") else unwrapped
+    candidates = [traits]
+    if traits.padding != "none" or traits.takes_position_ids:
+        candidates.append(_with_equal_lengths(traits, base.config))
+    autocast = None if accelerator is None else accelerator.autocast
+    failures: list[str | Exception] = []
+    with sampling_state(model, accelerator) as ready, torch.no_grad():
+        for candidate in candidates:
+            try:
+                reason = _find_fault(CausalForward(ready, candidate, autocast))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                failures.append(error)
+                continue
+            if reason is None:
+                return candidate
+            failures.append(reason)
+    # The rows of equal length say more about the model: nothing is padded in them.
+    failure = failures[-1]
+    if isinstance(failure, Exception):
+        text = f"its forward failed with {type(failure).__name__}: {failure}"
+    else:
+        text = failure
+    raise ValueError(
+        f"{type(base).__name__} can't be sampled from: in a trial of {_LENGTH} tokens {text}"
+    ) from (failure if isinstance(failure, Exception) else None)
+
+
+def _with_equal_lengths(traits: ModelTraits, config: Any) -> ModelTraits:
+    """Return the traits of rows without padding, whose positions the model numbers itself."""
+    length = traits.context_length
+    if length is not None:  # RoBERTa's positions begin behind the number of its pad token
+        length -= 1 + (getattr(config, "pad_token_id", None) or 0)
+    return replace(
+        traits, padding="none", window=None, takes_position_ids=False, context_length=length
+    )
+
+
+def _find_fault(forward: CausalForward) -> str | None:
+    """Return what is wrong with rows that go through the cache together, or None."""
+    apart, alone = _distances(forward)
+    if not apart <= _TOLERANCE:
+        return (
+            "what came after a prompt changed with another prompt that had been computed in "
+            "between. It keeps a state in its modules, outside of its cache, so its rows could "
+            "not be told apart."
+        )
+    if not alone <= (_TOLERANCE if forward.is_float32() else _LOW_PRECISION_TOLERANCE):
+        return (
+            "rows that were fed through its cache together got other logits than each row alone "
+            f"(they differ by {alone:.2g} of the logits' spread). Its attention, masks or "
+            "positions work in a way that the sampler doesn't support."
+        )
+    return None
+
+
+def _distances(forward: CausalForward) -> tuple[float, float]:
+    """Return how far the logits of rows that go together are from what they should be.
+
+    First from those with other rows computed in between, which a cache keeps apart to the bit;
+    then from those of each row alone, where rounding differs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = (5, _LENGTH)
+    first, second, *others, last = torch.randint(
+        3, forward.traits.vocab_size, size, generator=generator
+    ).tolist()
+    rows = _TrialRows(forward, [first])
+    if forward.traits.padding != "none":
+        rows = _TrialRows(forward, [first, second[:_SHORTER]])
+    places = list(range(len(rows.prompts)))
+    undisturbed = rows.step(rows.prefilled(), places, last)
+    cache = rows.prefilled()
+    _TrialRows(forward, others[: len(places)]).prefilled()
+    apart = _largest_distance(rows.step(cache, places, last), undisturbed)
+
+    places = [0, *places]  # the first prompt goes on in two rows
+    together = rows.step(rows.prefilled(), places, last)
+    whole = [[*rows.prompts[p], token] for p, token in zip(places, last, strict=False)]
+    lone = [forward.lone_logits(torch.tensor([ids]).to(forward.device)) for ids in whole]
+    return apart, _largest_distance(together, torch.stack(lone))
+
+
+class _TrialRows:
+    """Prompts that are padded on the left to the length of the trial, and a token behind them."""
+
+    def __init__(self, forward: CausalForward, prompts: list[list[int]]) -> None:
+        self.prompts = prompts
+        self._forward = forward
+        pads = [_LENGTH - len(prompt) for prompt in prompts]
+        device = forward.device
+        self._ids = torch.tensor([[0] * n + p for n, p in zip(pads, prompts, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * (_LENGTH + 1 - n) for n in pads])
+        self._positions = (mask.cumsum(dim=1) - 1).clamp(min=0).to(device)
+        self._mask = mask.to(device) if any(pads) else None
+
+    def prefilled(self) -> Any:
+        """Return a cache that holds a row for each prompt."""
+        cache = self._forward.new_cache()
+        mask = None if self._mask is None else self._mask[:, :_LENGTH]
+        ids, positions = self._ids.to(self._forward.device), self._positions[:, :_LENGTH]
+        self._forward.next_logits(ids, cache, positions, mask)
+        return cache
+
+    def step(self, cache: Any, places: list[int], tokens: list[int]) -> torch.Tensor:
+        """Let the prompts at these places go on by a token each; return the logits behind it."""
+        device = self._forward.device
+        index = torch.tensor(places).to(device)
+        if len(places) > len(self.prompts):
+            cache.reorder_cache(index)
+        ids = torch.tensor(tokens[: len(places)])[:, None].to(device)
+        mask = None if self._mask is None else self._mask[index]
+        return self._forward.next_logits(ids, cache, self._positions[index, _LENGTH:], mask)
+
+
+def _largest_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest distance of two rows of logits as a share of their spread."""
+    found, expected = (x - x.mean(dim=-1, keepdim=True) for x in (found, expected))
+    spread = expected.norm(dim=-1).clamp(min=1e-6)
+    return ((found - expected).norm(dim=-1) / spread).max().item()
