@@ -49,6 +49,7 @@ FLOW = (
     "empty_round",
     "early_stopping",
     "parent_training",
+    "dry_run",
     "rounds",
     "self_play",
     "opponent",

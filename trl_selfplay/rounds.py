@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.checkpoints import list_checkpoints
 from trl_selfplay.diversity import warn_sharpening
+from trl_selfplay.dry_run import try_step
 from trl_selfplay.early_stopping import ends_run
 from trl_selfplay.empty_round import handle_empty_round
 from trl_selfplay.evaluation import paired_difference
@@ -126,6 +127,8 @@ def run_rounds(
     if trial is not None:
         raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
     args, run = trainer.args, trainer.run
+    if run.placeholder is not None:
+        try_step(trainer, run.placeholder)
     _open_run(trainer, resume_from_checkpoint)
     callback = RoundCallback(trainer)
     trainer.add_callback(callback)

@@ -44,6 +44,7 @@ class Run:
         warm_up_rows: What to train on before the first sampling, or None.
         identity: What the method adds to what must stay equal over the run's processes, by name.
         was_opened: This process has begun a run before.
+        placeholder: A row in the form that the parent trains on; it was built on it.
     """
 
     root: Path
@@ -63,6 +64,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     was_opened: bool = False
+    placeholder: Dataset | None = None
 
     def folder(self, round_index: int) -> Path:
         """Return the folder of a round; that of the untrained model is `before`."""

@@ -106,7 +106,7 @@ def check_generation_config(generation_config: GenerationConfig | Mapping[str, A
             name: value
             for name in known
             if name not in SUPPORTED_OPTIONS | _WITHOUT_EFFECT
-            and not _is_neutral(name, value := getattr(generation_config, name, None))
+            and not is_neutral(name, value := getattr(generation_config, name, None))
         }
         source = "the model's generation config sets"
         remedy = (
@@ -132,7 +132,8 @@ def check_generation_config(generation_config: GenerationConfig | Mapping[str, A
         )
 
 
-def _is_neutral(name: str, value: Any) -> bool:
+def is_neutral(name: str, value: Any) -> bool:
+    """Return whether an option of `generate` that isn't supported does nothing with this value."""
     if value is None or value is False:
         return True
     if isinstance(value, list | tuple | dict) and not value:

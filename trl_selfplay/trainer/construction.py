@@ -29,6 +29,7 @@ from trl_selfplay.rendering import FewShotExample, PromptFormatter, read_start
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.run_folder import Run
 from trl_selfplay.self_play import SelfPlay
+from trl_selfplay.trainer.ported_scripts import check_config_class
 from trl_selfplay.weights import check_peft_config
 
 
@@ -59,15 +60,6 @@ def check_arguments(
     refuse_unused_arguments(**unused, args=args)
     if settings.packing and settings.max_length is None:
         raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
-
-
-def check_config_class(args: Any, config_class: type) -> None:
-    """Raise TypeError if `args` is not the trainer's own config."""
-    if not isinstance(args, config_class):
-        raise TypeError(
-            f"args is a {type(args).__name__}; this trainer needs a {config_class.__name__}, which "
-            "has all of its parent's fields: change the class name in your script."
-        )
 
 
 def check_adapters(model: Any, peft_config: Any) -> None:
@@ -176,12 +168,7 @@ def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[s
         args.run_name = output_dir.name
     if args.push_to_hub and args.hub_model_id is None:
         args.hub_model_id = output_dir.name
-    metric = args.metric_for_best_model
-    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
-    if heldout_names and heldout_names[0]:  # the first of several sets chooses
-        prefix = metric_prefixes(heldout_names, "eval")[heldout_names[0]]
-        if not metric.startswith(f"{prefix}_"):
-            metric = metric.replace("eval", prefix, 1)
+    metric = _choosing_metric(args, heldout_names)
     if heldout_names:
         args.metric_for_best_model = metric  # the parent looks it up among what `evaluate` returns
     uses_peft = peft_config is not None or hasattr(model, "peft_config")
@@ -207,6 +194,25 @@ def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[s
     )
 
 
+def _choosing_metric(args: Any, heldout_names: Sequence[str]) -> str:
+    """Return the full name of the metric that chooses, of the first of several held-out sets.
+
+    Raises:
+        ValueError: No held-out set has a metric of that name.
+    """
+    prefixes = metric_prefixes(heldout_names or [""], "eval").values()
+    known = [f"{p}_{name}" for p in prefixes for name in args.heldout_metric_names()]
+    given = args.metric_for_best_model
+    candidates = (given, f"eval_{given}", f"{next(iter(prefixes))}_{given.removeprefix('eval_')}")
+    for name in candidates:
+        if name in known:
+            return name
+    raise ValueError(
+        f"metric_for_best_model={given!r} is no metric of held-out prompts, so nothing could be "
+        f"chosen by it. There are {', '.join(known)}."
+    )
+
+
 def build_self_play(
     trainer: Any,
     rows: list[PromptRow],
@@ -223,6 +229,7 @@ def build_self_play(
     held-out ones in place of `reward_funcs`.
     """
     args, tokenizer = trainer.args, trainer.processing_class
+    trainer.run.placeholder = trainer.train_dataset  # as the parent has prepared it
     keep_4bit_weights_trainable(trainer.model)
     check_trainable(trainer.model)
     check_generation_config(trainer.model.generation_config)

@@ -3,9 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl_selfplay.trainer.field_checks import AT_LEAST_0, AT_LEAST_1, check_fields
+from trl_selfplay.trainer.ported_scripts import refuse_grpo_loss
 from trl_selfplay.trainer.self_play_config import (
     SelfPlayConfig,
     check_self_play_config,
+    graded_metric_names,
+    guess_greater_is_better,
     switch_off_bf16_without_gpu,
 )
 
@@ -13,6 +17,11 @@ from trl_selfplay.trainer.self_play_config import (
 @dataclass
 class GradedConfig(SelfPlayConfig):
     """Fields of selection by reward, which STaR and ReST^EM share."""
+
+    _BOUNDS = {  # noqa: RUF012  # not a field
+        "max_per_prompt": AT_LEAST_1,
+        "few_shot_rounds": AT_LEAST_0,
+    }
 
     reward_weights: list[float] | None = field(
         default=None,
@@ -56,24 +65,25 @@ class GradedConfig(SelfPlayConfig):
 
     def __post_init__(self) -> None:
         config: Any = self  # the other base of each config is TRL's
+        refuse_grpo_loss(config.loss_type)
+        check_fields(config)
         switch_off_bf16_without_gpu(config)
         if config.metric_for_best_model is None:
             config.metric_for_best_model = "eval_accuracy"
+        guess_greater_is_better(config)
         super().__post_init__()  # type: ignore[misc]
         check_graded_config(config)
+
+    def heldout_metric_names(self) -> tuple[str, ...]:
+        """Return the metrics of a held-out set, without the set's prefix."""
+        return graded_metric_names(self.num_generations_eval)
 
 
 def check_graded_config(config: Any) -> None:
     """Raise ValueError for values of the shared fields that can't work."""
     check_self_play_config(config)
-    if config.max_per_prompt is not None and config.max_per_prompt < 1:
-        raise ValueError(
-            f"max_per_prompt={config.max_per_prompt}; it must be at least 1, or None (no cap)."
-        )
-    if config.few_shot_rounds is not None and config.few_shot_rounds < 0:
-        raise ValueError(
-            f"few_shot_rounds={config.few_shot_rounds}; it must be 0 or above, or None (all)."
-        )
+    if config.reward_weights == []:
+        raise ValueError("reward_weights=[]; give one for each reward function, or None (all 1.0).")
     if config.few_shot_rounds is not None and config.few_shot_in_training:
         raise ValueError(
             f"few_shot_rounds={config.few_shot_rounds} with few_shot_in_training=True: the model "

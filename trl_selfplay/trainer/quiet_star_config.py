@@ -7,6 +7,15 @@ from typing import Any, Self
 from trl import SFTConfig
 
 from trl_selfplay.thoughts.objective import BASELINES
+from trl_selfplay.trainer.field_checks import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    SHARE,
+    Bounds,
+    check_fields,
+)
+from trl_selfplay.trainer.ported_scripts import takes_ported_fields
 from trl_selfplay.trainer.self_play_config import switch_off_bf16_without_gpu
 
 logger = logging.getLogger(__name__)
@@ -32,6 +41,7 @@ _PAPER: dict[str, Any] = {
 _PAPER_WEIGHT, _PAPER_SCORING_TEMPERATURE = 1e6, 3.0
 
 
+@takes_ported_fields
 @dataclass
 class QuietSTaRConfig(SFTConfig):
     """Configuration of `QuietSTaRTrainer`: SFTConfig's fields, and those of the thoughts.
@@ -40,6 +50,17 @@ class QuietSTaRConfig(SFTConfig):
     thoughts of 8 tokens and a REINFORCE weight of 1; `QuietSTaRConfig.from_paper` gives the
     published recipe.
     """
+
+    _BOUNDS = {  # noqa: RUF012  # not a field
+        "num_thoughts": AT_LEAST_0,
+        "thought_length": AT_LEAST_0,
+        "num_ahead_tokens": AT_LEAST_1,
+        "thought_temperature": AT_LEAST_0,
+        "thought_fraction": Bounds(0, 1, exclusive=True, meaning="for none set num_thoughts=0"),
+        "base_loss_weight": SHARE,
+        "reinforce_weight": AT_LEAST_0,
+        "meta_token_scale": ABOVE_0,
+    }
 
     num_thoughts: int = field(
         default=2,
@@ -97,33 +118,11 @@ class QuietSTaRConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         switch_off_bf16_without_gpu(self)
         super().__post_init__()
-        self._check_integers()
-        for name, least, most in (
-            ("thought_fraction", 0.0, 1.0),
-            ("base_loss_weight", 0.0, 1.0),
-            ("reinforce_weight", 0.0, float("inf")),
-        ):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise ValueError(f"{name}={value}; it must be between {least} and {most}.")
-        if self.thought_fraction == 0.0:
-            raise ValueError("thought_fraction=0.0: no token would think; set num_thoughts=0.")
-        if self.meta_token_scale <= 0.0:
-            raise ValueError(f"meta_token_scale={self.meta_token_scale}; it must be above 0.")
-        if self.reinforce_baseline not in BASELINES:
-            raise ValueError(
-                f"reinforce_baseline={self.reinforce_baseline!r}; choose one of {BASELINES}."
-            )
         if self.num_thoughts:
             self._check_thoughts()
-
-    def _check_integers(self) -> None:
-        for name, least in (("num_thoughts", 0), ("thought_length", 0), ("num_ahead_tokens", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}; it must be an integer of at least {least}.")
 
     def _check_thoughts(self) -> None:
         if self.thought_length == 0 and self.num_thoughts > 1:

@@ -64,6 +64,7 @@ from trl_selfplay.trainer.construction import (
     default_output_dir,
     load_processing_class,
 )
+from trl_selfplay.trainer.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainer.quiet_star_config import QuietSTaRConfig
 from trl_selfplay.trainer.quiet_star_construction import (
     add_thoughts_to_forward,
@@ -118,6 +119,7 @@ class QuietSTaRTrainer(SFTTrainer):
 }""",
     }
 
+    @explains_foreign_arguments
     def __init__(
         self,
         model: Any,

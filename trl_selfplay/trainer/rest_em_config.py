@@ -6,7 +6,9 @@ from typing import Any, Self
 from trl import SFTConfig
 
 from trl_selfplay.thresholds import check_thresholds
+from trl_selfplay.trainer.field_checks import ABOVE_0, Bounds
 from trl_selfplay.trainer.graded_config import GradedConfig
+from trl_selfplay.trainer.ported_scripts import takes_ported_fields
 
 _PRESETS: dict[str, dict[str, Any]] = {
     # ReST^EM, arXiv 2312.06585, section 5: 32 samples a problem at temperature 0.7 with top-k 40,
@@ -60,6 +62,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@takes_ported_fields
 @dataclass
 class ReSTEMConfig(GradedConfig, SFTConfig):
     """Configuration of `ReSTEMTrainer`: SFTConfig's fields, per round, and those of the outer loop.
@@ -79,6 +82,13 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
         "generation_kwargs",
         "chat_template_kwargs",
     ]
+    _BOUNDS = {  # noqa: RUF012  # not a field
+        "improve_thresholds": Bounds(infinite=True),
+        "improve_learning_rate_factor": Bounds(
+            0, 1, exclusive=True, meaning="1.0 is the same rate in all Improve steps"
+        ),
+        "gold_ratio": ABOVE_0,
+    }
 
     num_generations: int = field(
         default=32, metadata={"help": "Completions to sample for each prompt."}
@@ -168,10 +178,6 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
         super().__post_init__()
         self._check_improve_steps()
         self._check_weighting()
-        if self.gold_ratio is not None and self.gold_ratio <= 0.0:
-            raise ValueError(
-                f"gold_ratio={self.gold_ratio}; it must be above 0, or None (each row once)."
-            )
         self._check_gold_duplicates()
 
     @property
@@ -185,15 +191,15 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
         return len(self.improve_thresholds or [None])
 
     def _check_improve_steps(self) -> None:
-        if not 0.0 < self.improve_learning_rate_factor <= 1.0:
-            raise ValueError(
-                f"improve_learning_rate_factor={self.improve_learning_rate_factor}; it must be "
-                "above 0 and at most 1 (the same learning rate in all Improve steps)."
-            )
         if self.improve_thresholds is None:
+            for name in ("threshold_kind", "improve_learning_rate_factor"):
+                value = getattr(self, name)
+                if value != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"{name}={value!r} concerns the Improve steps of `improve_thresholds`, "
+                        "which is None. Set that, or leave it out."
+                    )
             return
-        # YAML reads 1e-1 as text, which the parser mends for single numbers but not in lists.
-        self.improve_thresholds = [float(level) for level in self.improve_thresholds]
         check_thresholds(self.improve_thresholds, self.threshold_kind)
         if self.start_from != "previous":
             raise ValueError(
@@ -203,10 +209,6 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
             )
 
     def _check_weighting(self) -> None:
-        if self.loss_weighting not in ("filter", "reward"):
-            raise ValueError(
-                f"loss_weighting={self.loss_weighting!r}; choose one of ('filter', 'reward')."
-            )
         if self.loss_weighting == "filter":
             return
         for name, neutral in (

@@ -5,14 +5,26 @@ config. Where GRPOConfig has a field, the one here has its name, type and meanin
 """
 
 import logging
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
+from trl_selfplay.evaluation import summarize_heldout
+from trl_selfplay.generation.generation_options import is_neutral
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.prompts import check_template_kwargs
+from trl_selfplay.rollouts import Rollout
+from trl_selfplay.trainer.field_checks import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    LARGEST_SEED,
+    SHARE,
+    Bounds,
+    bounds_of,
+    check_value,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +32,25 @@ logger = logging.getLogger(__name__)
 @dataclass
 class SelfPlayConfig:
     """Fields of the outer loop: rounds, sampling, held-out scores."""
+
+    _BOUNDS = {  # noqa: RUF012  # not a field
+        "num_rounds": AT_LEAST_1,
+        "num_prompts_per_round": AT_LEAST_1,
+        "num_generations": AT_LEAST_1,
+        "max_completion_length": AT_LEAST_1,
+        "temperature": Bounds(0, meaning="0.0 is greedy"),
+        "top_p": Bounds(0, 1, exclusive=True, meaning="1.0 is off"),
+        "top_k": Bounds(0, meaning="0 is off"),
+        "min_p": SHARE,
+        "repetition_penalty": Bounds(0, exclusive=True, meaning="1.0 is off"),
+        "num_completions_to_print": AT_LEAST_0,
+        "num_generations_eval": AT_LEAST_0,
+        "temperature_eval": Bounds(0, meaning="0.0 is greedy"),
+        "history_rounds": AT_LEAST_0,
+        "round_learning_rates": AT_LEAST_0,
+        "round_max_steps": AT_LEAST_1,
+        "stop_after_rounds_without_gain": AT_LEAST_1,
+    }
 
     num_rounds: int = field(
         default=3,
@@ -171,16 +202,102 @@ def switch_off_bf16_without_gpu(config: Any) -> None:
         )
 
 
+# Fields in whose place `generation_kwargs` may stand.
+_FIELD_OF_KEYWORD = {
+    "max_new_tokens": "max_completion_length",
+    **{n: n for n in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+}
+# Keywords of generation (transformers, vLLM) that have a field of their own.
+_FIELD_INSTEAD = {
+    "max_length": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "n": "num_generations",
+    "num_return_sequences": "num_generations",
+    "seed": "seed",
+    "stop": "stop_strings",
+    "stop_strings": "stop_strings",
+}
+
+
+# Fields of the parent that concern its own evaluation or its pushes from checkpoints, in place of
+# which rounds have theirs.
+_WITHOUT_USE = (
+    "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches",
+    "eval_use_gather_object", "hub_always_push", "include_for_metrics", "label_names",
+    "per_device_eval_batch_size", "prediction_loss_only",
+)  # fmt: skip
+# Fields of the parent that a run over rounds would get wrong.
+_REFUSED = {
+    "bf16_full_eval": "held-out prompts are sampled in the precision of training",
+    "fp16_full_eval": "held-out prompts are sampled in the precision of training",
+    "eval_packing": "held-out prompts are sampled, and nothing is packed",
+    "dataset_kwargs": "rows are made in each round, as token ids, and aren't prepared again",
+}
+_LAYERWISE = "layerwise"  # in the names of optimizers whose hooks stay on the weights
+_LOWER_IS_BETTER = ("loss", "truncated", "abstained")
+
+
+def graded_metric_names(num_samples: int) -> tuple[str, ...]:
+    """Return the metrics of a graded held-out set, without the set's prefix."""
+    measured = [
+        Rollout(
+            round_index=0, phase="eval", prompt_id="", sample_index=i, prompt_ids=(0,),
+            completion_ids=(0,), prompt="", completion="", finish="eos", reward=0.0, rewards=(0.0,),
+        )
+        for i in range(num_samples + 1)
+    ]  # fmt: skip
+    names = summarize_heldout(measured, reward_threshold=1.0, prefix="")
+    return tuple(name.removeprefix("_") for name in names)
+
+
+def guess_greater_is_better(config: Any) -> None:
+    """Set `greater_is_better` where it is None, to what the name of the metric says."""
+    if config.greater_is_better is None and config.metric_for_best_model is not None:
+        config.greater_is_better = not config.metric_for_best_model.endswith(_LOWER_IS_BETTER)
+
+
+def check_parent_fields(config: Any) -> None:
+    """Refuse fields of the parent that rounds would get wrong; warn of those without use here."""
+    defaults = {each.name: each.default for each in fields(config)}
+    for name, reason in _REFUSED.items():
+        if value := getattr(config, name, None):
+            raise ValueError(f"{name}={value!r}: {reason}. Leave it out.")
+    text_field = getattr(config, "dataset_text_field", "text")
+    if text_field != "text":
+        raise ValueError(
+            f"dataset_text_field={text_field!r}: prompts are read from the column `prompt`. Rename "
+            "the column, and leave this out."
+        )
+    if _LAYERWISE in config.optim or config.optim in ("lomo", "adalomo"):
+        raise ValueError(
+            f"optim={str(config.optim.value)!r} updates weights in hooks that outlive a round's "
+            "optimizer. Choose one that updates them in its step, such as 'adamw_torch'."
+        )
+    if config.push_to_hub and config.hub_strategy in ("checkpoint", "all_checkpoints"):
+        raise ValueError(
+            f"hub_strategy={str(config.hub_strategy.value)!r}: checkpoints of rounds aren't pushed. "
+            "Use 'every_save' or 'end', and call trainer.push_to_hub() after train()."
+        )
+    without_use = [
+        f"{name}={value!r}"
+        for name in _WITHOUT_USE
+        if (value := getattr(config, name)) not in (defaults[name], None, [])
+    ]
+    if without_use:
+        logger.warning(
+            "%s: of no use here, because held-out prompts are scored by the trainer itself, and "
+            "nothing is pushed before the end.",
+            ", ".join(without_use),
+        )
+
+
 def check_self_play_config(config: Any) -> None:
-    """Raise ValueError for values of the shared fields that can't work.
+    """Raise ValueError for values of the shared fields that can't work together.
 
     Each message names the field, its value and what to set.
     """
-    if config.round_learning_rates is not None:
-        # YAML reads 1e-5 as text, which the parser mends for single numbers but not in lists.
-        config.round_learning_rates = [float(rate) for rate in config.round_learning_rates]
-    if isinstance(config.stop_strings, str):
-        config.stop_strings = [config.stop_strings]
+    check_parent_fields(config)
+    _check_generation_kwargs(config)
     if "" in (config.stop_strings or ()):
         raise ValueError(
             f"stop_strings={config.stop_strings!r}; an empty text would end every completion before "
@@ -188,22 +305,6 @@ def check_self_play_config(config: Any) -> None:
         )
     if config.chat_template_kwargs:
         check_template_kwargs(config.chat_template_kwargs, "chat_template_kwargs")
-    for name, least in (
-        ("num_rounds", 1),
-        ("num_generations", 1),
-        ("num_generations_eval", 0),
-        ("max_completion_length", 1),
-    ):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r}; it must be an integer of at least {least}.")
-    for name in ("num_prompts_per_round", "stop_after_rounds_without_gain"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value!r}; it must be at least 1, or None.")
-    for name in ("temperature", "temperature_eval"):
-        if getattr(config, name) < 0.0:
-            raise ValueError(f"{name}={getattr(config, name)}; it must be 0.0 (greedy) or above.")
     options = build_sampling_options(config, ())  # with generation_kwargs laid over
     if options.temperature == 0.0 and config.num_generations > 1:
         raise ValueError(
@@ -216,24 +317,6 @@ def check_self_play_config(config: Any) -> None:
             f"num_generations_eval={config.num_generations_eval} with temperature_eval=0.0 would "
             "grade copies. `eval_accuracy` is greedy already; set temperature_eval above 0."
         )
-    if not 0.0 < config.top_p <= 1.0:
-        raise ValueError(f"top_p={config.top_p}; it must be above 0 and at most 1.0 (off).")
-    if config.top_k < 0:
-        raise ValueError(f"top_k={config.top_k}; it must be 0 (off) or above.")
-    if config.min_p is not None and not 0.0 <= config.min_p <= 1.0:
-        raise ValueError(f"min_p={config.min_p}; it must be between 0 and 1, or None (off).")
-    if config.repetition_penalty <= 0.0:
-        raise ValueError(
-            f"repetition_penalty={config.repetition_penalty}; it must be above 0 (1.0 is off)."
-        )
-    for name, choices in (
-        ("start_from", ("base", "previous")),
-        ("on_empty_round", ("raise", "stop")),
-    ):
-        if getattr(config, name) not in choices:
-            raise ValueError(f"{name}={getattr(config, name)!r}; choose one of {choices}.")
-    if config.history_rounds < 0:
-        raise ValueError(f"history_rounds={config.history_rounds}; it must be 0 or above.")
     for name in ("round_learning_rates", "round_max_steps"):
         values = getattr(config, name)
         if values is not None and len(values) < config.num_rounds:
@@ -241,3 +324,39 @@ def check_self_play_config(config: Any) -> None:
                 f"{name} has {len(values)} values for num_rounds={config.num_rounds}; give one a "
                 "round."
             )
+    last_round = config.num_rounds * getattr(config, "num_improve_steps", 1)
+    if config.seed + last_round > LARGEST_SEED:
+        raise ValueError(
+            f"seed={config.seed} with {last_round} rounds: each round adds its index to the seed, "
+            f"which may be at most {LARGEST_SEED}. Set a lower seed."
+        )
+
+
+def _check_generation_kwargs(config: Any) -> None:
+    """Check the values of `generation_kwargs`, and leave out what says what holds anyway."""
+    given = dict(config.generation_kwargs or {})
+    hints, bounds = get_type_hints(SelfPlayConfig), bounds_of(SelfPlayConfig)
+    for keyword, value in list(given.items()):
+        if keyword in _FIELD_OF_KEYWORD:
+            field_name = _FIELD_OF_KEYWORD[keyword]
+            name = f"generation_kwargs[{keyword!r}]"
+            check_value(name, value, hints[field_name], bounds[field_name])
+        elif keyword == "eos_token_id":
+            check_value("generation_kwargs['eos_token_id']", value, int | list[int], AT_LEAST_0)
+        elif keyword == "do_sample":
+            temperature = given.get("temperature", config.temperature)
+            if value is not (temperature > 0.0):
+                raise ValueError(
+                    f"generation_kwargs has do_sample={value!r} with temperature={temperature}; "
+                    "whether tokens are drawn follows from the temperature, and 0.0 is greedy. Set "
+                    "`temperature`, and leave do_sample out."
+                )
+            del given[keyword]
+        elif keyword in ("use_cache", "pad_token_id") or is_neutral(keyword, value):
+            del given[keyword]  # no influence on what is sampled
+        elif keyword in _FIELD_INSTEAD:
+            raise ValueError(
+                f"generation_kwargs has {keyword!r}={value!r}: set the field "
+                f"`{_FIELD_INSTEAD[keyword]}` instead."
+            )
+    config.generation_kwargs = given or None

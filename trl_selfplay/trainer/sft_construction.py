@@ -21,6 +21,7 @@ from trl_selfplay.trainer.construction import (
     load_processing_class,
     placeholder_dataset,
 )
+from trl_selfplay.trainer.ported_scripts import refuse_foreign_arguments
 
 
 class SFTArguments(TypedDict, total=False):
@@ -98,6 +99,7 @@ def load_sft_parts(
     Raises:
         ValueError, TypeError: For arguments or rows that can't work.
     """
+    refuse_foreign_arguments(f"{method}Trainer", named, SFTTrainer)
     given = inspect.signature(SFTTrainer).bind(model, None, *positional, **named).arguments
     if args is None:
         args = config_class(default_output_dir(model, method))
@@ -112,6 +114,8 @@ def load_sft_parts(
         **unused,
     )
     _check_threshold(args, reward_funcs)
+    if args.few_shot_rounds is not None and not few_shot_examples:
+        raise ValueError(f"few_shot_rounds={args.few_shot_rounds} needs `few_shot_examples`.")
     hints = "rationalize=True, which shows the solution as a hint (set it to False otherwise),"
     rows = load_prompt_rows(
         given.get("train_dataset"),

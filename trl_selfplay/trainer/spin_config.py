@@ -6,12 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from datasets import Dataset
 from trl import DPOConfig
 
+from trl_selfplay.discriminator import measure_heldout
 from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.trainer.field_checks import ABOVE_0, check_fields
+from trl_selfplay.trainer.ported_scripts import takes_ported_fields
 from trl_selfplay.trainer.self_play_config import (
     SelfPlayConfig,
     check_self_play_config,
+    graded_metric_names,
+    guess_greater_is_better,
     switch_off_bf16_without_gpu,
 )
 
@@ -52,6 +58,7 @@ _PAPER_LEARNING_RATES = (5e-7, 5e-7, 1e-7, 1e-7)
 _PAPER_BETAS = (0.1, 0.1, 0.1, 5.0)
 
 
+@takes_ported_fields
 @dataclass
 class SPINConfig(SelfPlayConfig, DPOConfig):
     """Configuration of `SPINTrainer`: DPOConfig's fields, per round, and those of the outer loop.
@@ -66,6 +73,7 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
         "generation_kwargs",
         "chat_template_kwargs",
     ]
+    _BOUNDS = {"round_betas": ABOVE_0}  # noqa: RUF012  # not a field
 
     start_from: str = field(
         default="previous",
@@ -87,23 +95,25 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.start_from != "previous":
+            raise ValueError(
+                f"start_from={self.start_from!r}: SPIN's opponent is the policy as it enters the "
+                "round (arXiv 2401.01335, equation 4.7); a restart from the base would begin away "
+                "from it. Leave it 'previous'."
+            )
+        check_fields(self)
         switch_off_bf16_without_gpu(self)
+        self._has_task_score = False
         self._chooses_by_default = self.metric_for_best_model is None
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_logps"
-            self.greater_is_better = True
+        guess_greater_is_better(self)
         super().__post_init__()
         check_self_play_config(self)
         if not self.precompute_ref_log_probs:
             raise ValueError(
                 "precompute_ref_log_probs=False: TRL would compare with the base model or the "
                 "checkpoint on disk, which is the wrong opponent from round 1 on. Leave it True."
-            )
-        if self.start_from != "previous":
-            raise ValueError(
-                f"start_from={self.start_from!r}: SPIN's opponent is the policy as it enters the "
-                "round (arXiv 2401.01335, equation 4.7); a restart from the base would begin away "
-                "from it. Leave it 'previous'."
             )
         if not self.disable_dropout:
             raise ValueError(
@@ -162,8 +172,6 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
                 f"label_smoothing={self.label_smoothing} with loss_type={self.loss_type}: it must "
                 "be at least 0 and below 0.5 for 'robust'."
             )
-        if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
-            raise ValueError(f"ld_alpha={self.ld_alpha}; it must be between 0 and 1, or None.")
         for name, is_used, condition in (
             ("label_smoothing", bool(losses & _SMOOTHED), f"a loss_type of {sorted(_SMOOTHED)}"),
             ("discopop_tau", "discopop" in losses, "loss_type=['discopop']"),
@@ -185,22 +193,23 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
                 )
 
     def _check_betas(self) -> None:
-        if self.round_betas is not None:
-            # YAML reads 1e-1 as text, which the parser mends for single numbers but not in lists.
-            self.round_betas = [float(beta) for beta in self.round_betas]
-            if len(self.round_betas) != self.num_rounds:
-                raise ValueError(
-                    f"round_betas has {len(self.round_betas)} values for "
-                    f"num_rounds={self.num_rounds}; give one a round."
-                )
-        for beta in [self.beta, *(self.round_betas or ())]:
-            if not 0.0 < beta < math.inf:
-                raise ValueError(
-                    f"beta={beta}; it must be above 0 and finite, or no pair would teach."
-                )
+        if self.round_betas is not None and len(self.round_betas) != self.num_rounds:
+            raise ValueError(
+                f"round_betas has {len(self.round_betas)} values for num_rounds={self.num_rounds}; "
+                "give one a round."
+            )
+
+    def heldout_metric_names(self) -> tuple[str, ...]:
+        """Return the metrics of a held-out set, without the set's prefix."""
+        pair = {"prompt_id": "", "chosen_ids": [0], "has_opponent": True,
+                "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}  # fmt: skip
+        metrics, _ = measure_heldout(Dataset.from_list([pair]), [(0.0, 0.0)], self.beta, "eval")
+        graded = graded_metric_names(self.num_generations_eval) if self._has_task_score else ()
+        return (*(name.removeprefix("eval_") for name in metrics), *graded)
 
     def choose_by_task_score(self) -> None:
         """Let held-out accuracy choose the best round, unless the user has named a metric."""
+        self._has_task_score = True
         if self._chooses_by_default:
             self.metric_for_best_model = "eval_accuracy"
 

@@ -45,6 +45,7 @@ from trl_selfplay.trainer.construction import (
     load_processing_class,
     refuse_optimizers,
 )
+from trl_selfplay.trainer.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainer.spin_config import SPINConfig
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class SPINTrainer(DPOTrainer):
 }""",
     }
 
+    @explains_foreign_arguments
     def __init__(
         self,
         model: Any,
@@ -166,6 +168,10 @@ class SPINTrainer(DPOTrainer):
                 "policy would differ from its opponent at the first step of each round.",
                 ", ".join(switched),
             )
+        pair: Any = self.train_dataset  # the placeholder, with the opponent's columns
+        for column in ("ref_chosen_logps", "ref_rejected_logps"):
+            pair = pair.add_column(column, [0.0])
+        self.run.placeholder = pair
         self.chosen: dict[str, ChosenTokens] = {}
         rows[:] = self._tokenize(rows, "train_dataset")
         for name, heldout_rows in heldout.items():

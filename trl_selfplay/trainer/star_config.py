@@ -6,6 +6,7 @@ from typing import Any, Self
 from trl import SFTConfig
 
 from trl_selfplay.trainer.graded_config import GradedConfig
+from trl_selfplay.trainer.ported_scripts import takes_ported_fields
 
 # STaR, arXiv 2203.14465, section 4.1 and appendix H: Adam at 1e-6 without weight decay, warm-up
 # of 100 steps and then constant, 8 packed sequences of 1024 tokens, greedy, one completion.
@@ -28,6 +29,7 @@ _GROWTH_CAP = 7912
 PAPER_PRESETS = ("commonsense_qa", "gsm8k", "addition")
 
 
+@takes_ported_fields
 @dataclass
 class STaRConfig(GradedConfig, SFTConfig):
     """Configuration of `STaRTrainer`: SFTConfig's fields, per round, and those of the outer loop.

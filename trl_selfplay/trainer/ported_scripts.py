@@ -1,0 +1,248 @@
+"""Say what becomes of settings that a script of another TRL trainer has and these trainers lack.
+
+In: keyword arguments of a config or a trainer, or a config of TRL's. Out: those that are left once
+settings at TRL's defaults are dropped (a line says which), or an error that names each of the
+others with the reason and what takes its place.
+"""
+
+import dataclasses
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
+
+logger = logging.getLogger(__name__)
+
+_CONFIGS = (GRPOConfig, RLOOConfig, SFTConfig, DPOConfig, KTOConfig)
+
+_NO_RATIO = (
+    "no ratio of policies is clipped or corrected: the loss is the log-likelihood of kept "
+    "completions"
+)
+_NO_REFERENCE = (
+    "there is no reference model to stay close to; `start_from` says from which weights a round "
+    "trains, and `num_train_epochs` or `max_steps` how far"
+)
+_OWN_SAMPLER = (
+    "completions are sampled by the trainer itself, with as many sequences at once as memory allows"
+)
+_ROUND_SIZE = (
+    "a round samples `num_generations` completions of `num_prompts_per_round` prompts, and trains "
+    "on what it keeps; the batch size of sampling follows from the memory"
+)
+_NO_ENTROPY = "the loss has no entropy term; `temperature` keeps samples diverse"
+_ON_DISK = "the completions of all rounds are kept in `_rounds/` of `output_dir`"
+_NOT_PACKED = "pairs aren't packed"
+_OWN_ROWS = "the rows that are trained on are made in each round, as token ids"
+_COMPLETIONS_ALONE = "the loss is on the completions alone"
+
+# By name: why there is no such field, and what takes its place. A name that ends in _ is a prefix.
+_FIELDS: dict[str, str] = {
+    "beta": _NO_REFERENCE,
+    "sync_ref_model": _NO_REFERENCE,
+    "ref_model_": _NO_REFERENCE,
+    "use_bias_correction_kl": _NO_REFERENCE,
+    "num_iterations": "set `num_train_epochs`: how often a round's completions are trained on",
+    "epsilon": _NO_RATIO,
+    "epsilon_high": _NO_RATIO,
+    "delta": _NO_RATIO,
+    "sapo_": _NO_RATIO,
+    "vespo_": _NO_RATIO,
+    "importance_sampling_level": _NO_RATIO,
+    "off_policy_mask_threshold": _NO_RATIO,
+    "vllm_importance_sampling_": _NO_RATIO,
+    "scale_rewards": "rewards select completions (`reward_threshold`) and aren't made advantages; "
+    "ReSTEMConfig(loss_weighting='reward') weighs completions by them",
+    "multi_objective_aggregation": "`reward_weights` say how rewards are added up",
+    "mask_truncated_completions": "completions that are cut by length are never trained on",
+    "top_entropy_quantile": "all tokens of a kept completion are trained on",
+    "entropy_": _NO_ENTROPY,
+    "use_adaptive_entropy": _NO_ENTROPY,
+    "steps_per_generation": _ROUND_SIZE,
+    "generation_batch_size": _ROUND_SIZE,
+    "use_vllm": _OWN_SAMPLER,
+    "vllm_": _OWN_SAMPLER,
+    "use_transformers_": _OWN_SAMPLER,
+    "transformers_continuous_batching_config": _OWN_SAMPLER,
+    "cache_implementation": _OWN_SAMPLER,
+    "ds3_gather_for_generation": _OWN_SAMPLER,
+    "max_prompt_length": "prompts are never truncated, and one that doesn't fit the model is "
+    "refused",
+    "max_tool_calling_iterations": "completions are one turn without tools",
+    "disable_dropout": "set the dropout in the model's config",
+    "log_unique_prompts": _ON_DISK,
+    "log_completions_hub_repo": _ON_DISK,
+    "log_multimodal": _ON_DISK,
+    "packing": _NOT_PACKED,
+    "packing_strategy": _NOT_PACKED,
+    "eval_packing": _NOT_PACKED,
+    "shuffle_dataset": "rows are shuffled in each round",
+    "dataset_text_field": _OWN_ROWS,
+    "dataset_kwargs": _OWN_ROWS,
+    "completion_only_loss": _COMPLETIONS_ALONE,
+    "assistant_only_loss": _COMPLETIONS_ALONE,
+    "eos_token": "set `tokenizer.eos_token` and pass the tokenizer as `processing_class`",
+    "chat_template_path": "set `tokenizer.chat_template` and pass the tokenizer as "
+    "`processing_class`",
+    "desirable_weight": "there are no labelled completions: the data's is chosen, the model's own "
+    "is rejected",
+    "undesirable_weight": "there are no labelled completions: the data's is chosen, the model's "
+    "own is rejected",
+    # Older names.
+    "max_seq_length": "set `max_length`",
+    "max_new_tokens": "set `max_completion_length`",
+    "evaluation_strategy": "set `eval_strategy`",
+    "warmup_ratio": "set `warmup_steps`, a share of the steps where it is below 1",
+    "group_by_length": "set train_sampling_strategy='group_by_length'",
+}
+_GRPO_LOSSES = ("bnpo", "cispo", "dapo", "dr_grpo", "grpo", "luspo", "sapo", "vespo")
+
+_ARGUMENTS: dict[str, str] = {
+    "tools": "completions are one turn without tools; put what a tool returns into the prompt",
+    "environment_factory": "completions are one turn and are graded by `reward_funcs`; keep to "
+    "GRPOTrainer where an environment answers",
+    "rollout_func": "completions are sampled by the trainer itself; a method of your own overrides "
+    "`play_round`",
+    "tokenizer": "pass it as `processing_class`",
+    "reward_funcs": "nothing is graded: completions of the data are compared with the model's own",
+    "reward_model": "pass it as `reward_funcs`",
+    "max_seq_length": "set `max_length` in the config",
+    "dataset_text_field": _OWN_ROWS,
+    "packing": "set it in the config",
+}
+
+
+def takes_ported_fields(config_class: Any) -> Any:
+    """Let a config say what becomes of fields of TRL's other configs that it doesn't have.
+
+    One that has TRL's default is dropped, with a line: it asks for nothing. Any other is an error.
+    """
+    init = config_class.__init__
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **_leave_out_defaults(type(self), kwargs))
+
+    config_class.__init__ = wrapper
+    return config_class
+
+
+def _leave_out_defaults(config_class: type, given: dict[str, Any]) -> dict[str, Any]:
+    own = inspect.signature(config_class).parameters
+    foreign = {name: value for name, value in given.items() if name not in own}
+    dropped = {name: value for name, value in foreign.items() if _is_a_default(name, value)}
+    if refused := {name: value for name, value in foreign.items() if name not in dropped}:
+        raise TypeError(
+            f"{config_class.__name__} doesn't have these fields:\n{_explain(refused, _FIELDS)}"
+        )
+    if dropped:
+        listed = ", ".join(f"{name}={value!r}" for name, value in dropped.items())
+        logger.warning(
+            "%s has no use for %s (the defaults of TRL's own config): leave them out.",
+            config_class.__name__,
+            listed,
+        )
+    return {name: value for name, value in given.items() if name not in dropped}
+
+
+def _is_a_default(name: str, value: Any) -> bool:
+    """Return whether the first of TRL's configs that has a field has it at this value."""
+    owner = next((c for c in _CONFIGS if name in c.__dataclass_fields__), None)
+    if owner is None:
+        return False
+    default = owner.__dataclass_fields__[name].default
+    return type(value) is type(default) and value == default
+
+
+def _explain(settings: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
+    return "\n".join(
+        f"  {name}={value!r}: leave it out; {_reason(name, reasons)}."
+        for name, value in settings.items()
+    )
+
+
+def _reason(name: str, reasons: Mapping[str, str]) -> str:
+    if name in reasons:
+        return reasons[name]
+    prefixes = [key for key in reasons if key.endswith("_") and name.startswith(key)]
+    if prefixes:
+        return reasons[max(prefixes, key=len)]
+    owners = [c.__name__ for c in _CONFIGS if name in c.__dataclass_fields__]
+    return f"it belongs to {owners[0]} and has no counterpart here" if owners else "it is unknown"
+
+
+def refuse_grpo_loss(loss_type: Any) -> None:
+    """Raise ValueError for a `loss_type` of GRPOConfig, whose name SFTConfig has too."""
+    if loss_type in _GRPO_LOSSES:
+        raise ValueError(
+            f"loss_type={loss_type!r} is one of GRPOConfig's: leave it out. {_NO_RATIO.capitalize()} "
+            "('nll'; 'dft' weighs tokens by their probability)."
+        )
+
+
+def check_config_class(args: Any, config_class: type) -> None:
+    """Raise TypeError if `args` is not the trainer's own config, and say how to make it that."""
+    if isinstance(args, config_class):
+        return
+    name = config_class.__name__
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"args is {args!r:.200}; the second argument is a {name}. (GRPOTrainer's second "
+            "parameter is `reward_funcs`; here it is passed by name: reward_funcs=….)"
+        )
+    own = inspect.signature(config_class).parameters
+    settings = {
+        each.name: getattr(args, each.name)
+        for each in dataclasses.fields(args)
+        if each.init and each.name not in own and not _has_default(args, each)
+    }
+    message = (
+        f"args is a {type(args).__name__}; this trainer needs a {name}, which has all of its "
+        "parent's fields: change the class name in your script."
+    )
+    if settings:
+        message += f" It doesn't have these fields:\n{_explain(settings, _FIELDS)}"
+    raise TypeError(message)
+
+
+def _has_default(args: Any, each: dataclasses.Field[Any]) -> bool:
+    if each.name in ("generation_batch_size", "steps_per_generation"):
+        return True  # GRPOConfig has computed them from other fields
+    if each.default_factory is not dataclasses.MISSING:
+        return getattr(args, each.name) == each.default_factory()
+    return getattr(args, each.name) == each.default
+
+
+def explains_foreign_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a trainer's constructor say what becomes of arguments that it doesn't take."""
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_foreign_arguments(init.__qualname__.split(".")[0], kwargs, init)
+        init(self, *args, **kwargs)
+
+    return wrapper
+
+
+def refuse_foreign_arguments(
+    name: str, given: Mapping[str, Any], parent: Callable[..., Any]
+) -> None:
+    """Raise TypeError for keyword arguments that neither a trainer nor its parent takes."""
+    known = inspect.signature(parent).parameters
+    if foreign := {key: value for key, value in given.items() if key not in known}:
+        shown = {key: _Shown(value) for key, value in foreign.items()}
+        raise TypeError(f"{name} doesn't take these arguments:\n{_explain(shown, _ARGUMENTS)}")
+
+
+class _Shown:
+    """Anything, shortly: arguments of a trainer may be whole models."""
+
+    def __init__(self, value: Any) -> None:
+        self.text = f"{value!r:.60}"
+
+    def __repr__(self) -> str:
+        return self.text
