@@ -39,7 +39,7 @@ import torch
 from em_tasks import load_task, train_start
 from held_out_curve import Curve, held_out_accuracy
 
-from trl_selfplay.rollouts import save_text
+from trl_selfplay.disk import save_text
 
 RESULTS = Path(__file__).parent / "results" / "against_grpo"
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}

@@ -45,7 +45,7 @@ from typing import Any
 
 from em_tasks import START_RATE, TASKS, load_start, load_task
 
-from trl_selfplay.rollouts import save_text
+from trl_selfplay.disk import save_text
 
 RESULTS = Path(__file__).parent / "results" / "em_family"
 # rest_em comes first: round0_data trains on what it kept.

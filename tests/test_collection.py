@@ -1,6 +1,7 @@
 """Shards: planned before sampling, done once, found again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from accelerate import Accelerator
@@ -132,3 +133,45 @@ def test_other_seeds_rounds_and_phases_give_other_samples(collector, assignments
         )
     ]
     assert all(texts[i] != texts[j] for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "of another shape"])
+def test_a_lost_plan_is_made_again_around_the_shards_that_are_there(
+    tmp_path, collector, assignments, damage
+) -> None:
+    """Another batch size, as on a machine with other free memory: nothing is sampled again."""
+    first, _ = collect(collector(), assignments, tmp_path)
+    plan = tmp_path / "plan.json"
+    shards = sorted(tmp_path.glob("*.parquet"))
+    assert len(shards) > 3
+    missing = len(load_rollouts(shards[1]))
+    shards[1].unlink()
+    if damage == "gone":
+        plan.unlink()
+    else:
+        plan.write_text({"cut": plan.read_text()[:50], "of another shape": '{"a": 1}'}[damage])
+    again, progress = collect(collector(batch_size=7), assignments, tmp_path)
+    assert again == first
+    assert (progress.sampled, progress.restored) == (missing, 60 - missing)
+    once_more, progress = collect(collector(), assignments, tmp_path)
+    assert once_more == first
+    assert (progress.sampled, progress.restored) == (0, 60)
+
+
+def test_more_samples_per_prompt_keep_those_that_are_there(
+    tmp_path, collector, assignments
+) -> None:
+    collect(collector(), [replace(a, sample_indices=(0, 1)) for a in assignments], tmp_path)
+    more, progress = collect(collector(), assignments, tmp_path)
+    assert (progress.sampled, progress.restored) == (20, 40)
+    assert more == collect(collector(), assignments)[0]
+
+
+def test_fewer_samples_per_prompt_leave_the_others_out(tmp_path, collector, assignments) -> None:
+    collect(collector(), assignments, tmp_path)
+    fewer = [replace(a, sample_indices=(0, 1)) for a in assignments]
+    found, progress = collect(collector(), fewer, tmp_path)
+    assert (progress.sampled, progress.restored) == (0, 40)
+    assert found == collect(collector(), fewer)[0]
+    on_disk = [r for path in tmp_path.glob("*.parquet") for r in load_rollouts(path)]
+    assert {r.sample_index for r in on_disk} == {0, 1}

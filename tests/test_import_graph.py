@@ -18,6 +18,7 @@ MAX_LINES = 600
 FLOW = (
     "memory",
     "one_ahead",
+    "disk",
     "rollouts",
     "prompts",
     "rendering",
@@ -43,8 +44,8 @@ FLOW = (
     "report",
     "weights",
     "run_identity",
-    "run_folder",
     "checkpoints",
+    "run_folder",
     "round_log",
     "empty_round",
     "early_stopping",

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.weights import (
+    adapters_keep_dtypes,
     check_peft_config,
     copy_into,
     load_saved_model,
     load_trainable,
-    replace_folder,
     save_trainable,
     trainable_parameters,
 )
@@ -96,10 +98,57 @@ def test_an_initialisation_that_leaves_the_base_alone_is_taken(initialisation) -
     check_peft_config(LoraConfig(init_lora_weights=initialisation))
 
 
-def test_a_finished_folder_takes_the_place_of_an_older_one(tmp_path) -> None:
-    for name in ("new", "final"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "text").write_text(name)
-    replace_folder(tmp_path / "new", tmp_path / "final")
-    assert (tmp_path / "final" / "text").read_text() == "new"
-    assert not (tmp_path / "new").exists()
+def test_adapters_loaded_from_a_checkpoint_keep_their_precision(tmp_path, lora_model) -> None:
+    """PEFT itself makes float32 of them; TRL trains those of a 4-bit model in bfloat16."""
+    model = lora_model()
+    for parameter in trainable_parameters(model).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    with adapters_keep_dtypes(model):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == before[name].dtype, name
+        assert torch.equal(parameter, before[name]), name
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert {p.dtype for p in trainable_parameters(model).values()} == {torch.float32}
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "not_in_the_registry"
+
+
+class OwnModel(LlamaForCausalLM):
+    """A model of its own code, as `trust_remote_code` loads them; AutoModel doesn't know it."""
+
+    config_class = OwnConfig
+
+
+def test_a_saved_model_of_its_own_code_is_loaded_by_its_class(tmp_path) -> None:
+    config = OwnConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    saved, model = OwnModel(config), OwnModel(config)
+    saved.save_pretrained(tmp_path)
+    load_saved_model(model, tmp_path)
+    for name, weight in saved.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_damaged_weights_are_named_and_change_nothing(
+    tmp_path, tiny_model, word_tokenizer, lora_model, peft
+) -> None:
+    model = lora_model() if peft else tiny_model(word_tokenizer)
+    model.save_pretrained(tmp_path)
+    path = next(tmp_path.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:100])
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(DamagedFileError, match=rf"{tmp_path.name} can't be read .* Bring it back"):
+        load_saved_model(model, tmp_path)
+    save_trainable(model, tmp_path / "initial.safetensors")
+    (tmp_path / "initial.safetensors").write_bytes(b"")
+    with pytest.raises(DamagedFileError, match=r"initial\.safetensors can't be read"):
+        load_trainable(model, tmp_path / "initial.safetensors")
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

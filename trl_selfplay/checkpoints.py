@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _STATE = "trainer_state.json"
 # What a checkpoint's state is called once training no longer goes on from it.
 _PASSED_OVER = "trainer_state.passed_over.json"
-# Files of `torch.save`, which are zip archives: a file that was cut short has no directory.
+# Files of `torch.save`, which are zip archives with a checksum of each part.
 _TORCH_FILES = re.compile(
     r"(optimizer|pytorch_model|adapter_model|rng_state|rank\d+-of-).*\.(pt|pth|bin)"
     r"|(scheduler|scaler)\.pt|.*_(model|optim)_states\.pt"
@@ -76,9 +76,19 @@ def _find(folder: Path, accelerator: Accelerator) -> str | None:
             checkpoint,
             fault,
         )
-        if (checkpoint / _STATE).exists():
-            (checkpoint / _STATE).rename(checkpoint / _PASSED_OVER)
+        _pass_over(checkpoint)
     return None
+
+
+def pass_over_checkpoints(folder: Path) -> None:
+    """Let no training go on from the checkpoints in `folder`; they stay on disk."""
+    for checkpoint in list_checkpoints(folder):
+        _pass_over(checkpoint)
+
+
+def _pass_over(checkpoint: Path) -> None:
+    if (checkpoint / _STATE).exists():
+        (checkpoint / _STATE).rename(checkpoint / _PASSED_OVER)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -125,7 +135,7 @@ def _describe(name: str, error: Exception) -> str:
 
 
 def _read_error(path: Path) -> Exception | None:
-    """Return why a file can't be read, as far as its directory tells, which is written last."""
+    """Return why a file can't be read, as far as its directory and checksums tell."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):
@@ -134,7 +144,9 @@ def _read_error(path: Path) -> Exception | None:
             for name in set(json.loads(path.read_text())["weight_map"].values()):
                 (path.parent / name).stat()
         if _TORCH_FILES.fullmatch(path.name):
-            zipfile.ZipFile(path).close()
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    return ValueError(f"{damaged} in it is damaged")
         if path.suffix == ".distcp" and path.stat().st_size == 0:
             return EOFError("it is empty")
     except (OSError, ValueError, LookupError, zipfile.BadZipFile, SafetensorError) as error:

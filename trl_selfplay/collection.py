@@ -13,24 +13,24 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
+from trl_selfplay.disk import DamagedFileError, naming_damage, save_text
 from trl_selfplay.generation.random_streams import stream_key
 from trl_selfplay.generation.sampler import Sampler, SampleRequest, SamplingOptions
 from trl_selfplay.one_ahead import one_ahead
 from trl_selfplay.prompts import PromptRow
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts import (
-    CorruptShardError,
     Phase,
     Rollout,
     load_rollouts,
     save_rollouts,
-    save_text,
 )
 
 logger = logging.getLogger(__name__)
@@ -121,20 +121,29 @@ class Collector:
 
         def sample_shards() -> Iterator[tuple[Shard, Path | None, list[Rollout]]]:
             for index, shard in enumerate(shards):
-                if index % world != rank:
+                if index % world != rank or not shard.prompt_ids:
                     continue
                 path = None if folder is None else folder / f"{prefix}{index:05d}.parquet"
                 chosen = [by_id[prompt_id] for prompt_id in shard.prompt_ids]
-                rollouts = _load_finished(path, chosen)
-                if rollouts is None:
-                    rollouts = self._sample(
-                        chosen, options, shard.batch_size, round_index, phase, progress, stop
+                found = _load_shard(path)
+                kept, missing = _compare(found, chosen)
+                num_tokens = sum(len(r.completion_ids) for r in kept)
+                progress.update(len(kept), num_tokens, restored=True)
+                if found and missing:
+                    logger.warning(
+                        "%s holds %d of the samples that are planned; the others are sampled.",
+                        path,
+                        len(kept),
                     )
-                    if path is not None:
-                        save_rollouts(path, rollouts)
-                else:
-                    num_tokens = sum(len(r.completion_ids) for r in rollouts)
-                    progress.update(len(rollouts), num_tokens, restored=True)
+                rollouts = kept
+                if missing:
+                    rollouts = kept + self._sample(
+                        missing, options, shard.batch_size, round_index, phase, progress, stop
+                    )
+                    place = {prompt_id: i for i, prompt_id in enumerate(shard.prompt_ids)}
+                    rollouts.sort(key=lambda r: (place[r.prompt_id], r.sample_index))
+                if path is not None and found != rollouts:
+                    save_rollouts(path, rollouts)
                 yield shard, path, rollouts
 
         # Reward functions stay in the main thread: those with timeouts by signal need it.
@@ -166,7 +175,8 @@ class Collector:
         if self.accelerator.is_main_process:
             shards = None if path is None else _load_plan(path, assignments)
             if shards is None:
-                shards = plan_shards(assignments, options.max_completion_length, self.sampler)
+                held = {} if folder is None else _held_prompts(folder, prefix, assignments)
+                shards = plan_shards(assignments, options.max_completion_length, self.sampler, held)
                 if path is not None:
                     _save_plan(path, shards)
         if self.accelerator.num_processes > 1:
@@ -273,15 +283,56 @@ def _decode(tokenizer: Any, ids: Sequence[int], **kwargs: Any) -> str:
     return tokenizer.decode(list(ids), **kwargs)
 
 
+def _compare(
+    found: Sequence[Rollout], assignments: Sequence[Assignment]
+) -> tuple[list[Rollout], list[Assignment]]:
+    """Return those of the samples found that are planned, and what else is to be sampled."""
+    by_key = {(r.prompt_id, r.sample_index, r.prompt_ids): r for r in found}
+    kept: list[Rollout] = []
+    missing = []
+    for a in assignments:
+        held = [by_key.get((a.row.prompt_id, i, a.prompt_ids)) for i in a.sample_indices]
+        kept += [rollout for rollout in held if rollout is not None]
+        rest = tuple(i for i, r in zip(a.sample_indices, held, strict=True) if r is None)
+        if rest:
+            missing.append(replace(a, sample_indices=rest))
+    return kept, missing
+
+
+def _held_prompts(
+    folder: Path, prefix: str, assignments: Sequence[Assignment]
+) -> dict[int, tuple[str, ...]]:
+    """Return the planned prompts that shards on disk hold, by the shard's number."""
+    left = {a.row.prompt_id for a in assignments}
+    held: dict[int, tuple[str, ...]] = {}
+    for path in sorted(folder.glob(f"{prefix}[0-9]*.parquet")):
+        prompt_ids = tuple(dict.fromkeys(r.prompt_id for r in _load_shard(path)))
+        held[int(path.stem.removeprefix(prefix))] = tuple(p for p in prompt_ids if p in left)
+        left -= set(prompt_ids)
+    return held
+
+
 def plan_shards(
-    assignments: Sequence[Assignment], max_completion_length: int, sampler: Sampler
+    assignments: Sequence[Assignment],
+    max_completion_length: int,
+    sampler: Sampler,
+    held: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
 ) -> list[Shard]:
     """Divide the work into shards of about `BATCHES_PER_SHARD` batches.
 
     The longest prompts come first: what doesn't fit in memory shows in the first minute. All
     samples of a prompt are in one shard, so that a reward function can compare them.
+
+    Args:
+        assignments: The work.
+        max_completion_length: Most tokens of a completion.
+        sampler: Suggests batch sizes.
+        held: Prompts of shards on disk whose plan is lost, by number; the others go around them.
     """
+    done = {prompt_id for prompt_ids in held.values() for prompt_id in prompt_ids}
+    lengths = {a.row.prompt_id: len(a.prompt_ids) for a in assignments}
     ordered = sorted(assignments, key=lambda a: (-len(a.prompt_ids), a.row.prompt_id))
+    ordered = [a for a in ordered if a.row.prompt_id not in done]
     shards: list[Shard] = []
     start = 0
     while start < len(ordered):
@@ -294,6 +345,11 @@ def plan_shards(
             end += 1
         shards.append(Shard(tuple(a.row.prompt_id for a in ordered[start:end]), batch_size))
         start = end
+    for number in sorted(held):
+        longest = max((lengths[prompt_id] for prompt_id in held[number]), default=1)
+        batch_size = sampler.suggest_batch_size(longest, max_completion_length)
+        shards += [Shard((), 1)] * (number - len(shards))  # a number that is gone holds nothing
+        shards.insert(number, Shard(held[number], batch_size))
     return shards
 
 
@@ -303,9 +359,13 @@ def _save_plan(path: Path, shards: Sequence[Shard]) -> None:
 
 
 def _load_plan(path: Path, assignments: Sequence[Assignment]) -> list[Shard] | None:
-    if not path.exists():
+    try:
+        shards = read_plan(path)
+    except DamagedFileError as error:
+        logger.warning("%s", error)
         return None
-    shards = [Shard(tuple(s["prompt_ids"]), s["batch_size"]) for s in json.loads(path.read_text())]
+    if shards is None:
+        return None
     planned = {prompt_id for shard in shards for prompt_id in shard.prompt_ids}
     if planned != {a.row.prompt_id for a in assignments}:
         raise ValueError(
@@ -316,23 +376,25 @@ def _load_plan(path: Path, assignments: Sequence[Assignment]) -> list[Shard] | N
     return shards
 
 
-def _load_finished(path: Path | None, assignments: Sequence[Assignment]) -> list[Rollout] | None:
-    """Return a shard's rollouts if it is there, whole, and holds what was planned."""
+def read_plan(path: Path) -> list[Shard] | None:
+    """Return the shards of a phase, by number; None without a plan on disk.
+
+    Raises:
+        DamagedFileError: It is there and can't be read.
+    """
+    if not path.exists():
+        return None
+    with naming_damage(path, "The phase is planned anew around the shards that are there."):
+        plan = json.loads(path.read_text())
+        return [Shard(tuple(map(str, s["prompt_ids"])), int(s["batch_size"])) for s in plan]
+
+
+def _load_shard(path: Path | None) -> list[Rollout]:
+    """Return what a shard holds; nothing if it isn't there or can't be read."""
     if path is None or not path.exists():
-        return None
+        return []
     try:
-        rollouts = load_rollouts(path)
-    except CorruptShardError as error:
-        logger.warning("%s; sampling this shard again, the others are kept.", error)
-        return None
-    planned = {
-        (a.row.prompt_id, index, a.prompt_ids) for a in assignments for index in a.sample_indices
-    }
-    if {(r.prompt_id, r.sample_index, r.prompt_ids) for r in rollouts} != planned:
-        logger.warning(
-            "%s doesn't hold the samples that were planned; sampling this shard again, the others "
-            "are kept.",
-            path,
-        )
-        return None
-    return rollouts
+        return load_rollouts(path, "Its prompts are sampled again, the other shards are kept.")
+    except DamagedFileError as error:
+        logger.warning("%s", error)
+        return []

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from trl_selfplay.demo import DEMO_SETTINGS, DemoSplit, load_demo_model_path, position_reward
+from trl_selfplay.disk import replace_folder
 from trl_selfplay.rewards.reward_model import RewardModel
 from trl_selfplay.rollouts import Rollout
 from trl_selfplay.trainer.rest_em_config import ReSTEMConfig
 from trl_selfplay.trainer.rest_em_trainer import ReSTEMTrainer
-from trl_selfplay.weights import replace_folder
 
 logger = logging.getLogger(__name__)
 

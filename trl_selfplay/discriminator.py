@@ -9,6 +9,7 @@ ln 2 minus the held-out loss is a lower bound of how far the opponent still is f
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,12 +19,15 @@ from statistics import fmean
 from datasets import Dataset
 
 from trl_selfplay.chosen import ChosenTokens
+from trl_selfplay.disk import DamagedFileError, naming_damage, save_text
 from trl_selfplay.evaluation import bootstrap_interval
 from trl_selfplay.heldout import HeldOutScores
 from trl_selfplay.prompts import PromptRow
-from trl_selfplay.rollouts import Rollout, save_text
+from trl_selfplay.rollouts import Rollout
 
 LN_2 = math.log(2.0)
+
+logger = logging.getLogger(__name__)
 
 
 def build_heldout_rows(
@@ -123,9 +127,16 @@ def save_scores(path: Path, scores: HeldOutScores) -> None:
     save_text(path, json.dumps(asdict(scores)))
 
 
-def load_scores(path: Path) -> HeldOutScores:
-    """Read back what `save_scores` wrote."""
-    return HeldOutScores(**json.loads(path.read_text()))
+def load_scores(path: Path) -> HeldOutScores | None:
+    """Read back what `save_scores` wrote; None, to be scored again, if it is not there whole."""
+    if not path.exists():
+        return None
+    try:
+        with naming_damage(path, "The pairs are scored again."):
+            return HeldOutScores(**json.loads(path.read_text()))
+    except DamagedFileError as error:
+        logger.warning("%s", error)
+        return None
 
 
 def logistic_loss(margin: float) -> float:

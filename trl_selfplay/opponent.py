@@ -8,6 +8,8 @@ Source: SPIN, arXiv 2401.01335, equation 4.7: the reference is p_θt, which equa
 of round t, so every margin is 0 there.
 """
 
+import logging
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset, load_from_disk
 from torch.nn import functional
 
+from trl_selfplay.disk import DamagedFileError, naming_damage
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.self_play import save_rows
+
+logger = logging.getLogger(__name__)
 
 # Of rewards, that is beta times a difference of log-probs; at larger beta in proportion.
 TOLERANCE = 1e-4
@@ -79,7 +84,16 @@ def store_opponent(trainer: Any, rows: Dataset, folder: Path) -> Dataset:
         folder: Where the dataset is kept.
     """
     if folder.exists():
-        return load_from_disk(str(folder))
+        try:
+            with naming_damage(folder, "The opponent scores its pairs again."):
+                stored = load_from_disk(str(folder))
+                stored.to_list()
+                return stored
+        except DamagedFileError as error:  # the weights are still the opponent's
+            logger.warning("%s", error)
+        trainer.accelerator.wait_for_everyone()  # all have looked before one deletes
+        if trainer.is_world_process_zero():
+            shutil.rmtree(folder)
     if len(rows) == 0:  # a dataset without rows can't be read back
         return rows
     logps = score_pairs(trainer, rows, trainer.compute_ref_log_probs)

@@ -4,6 +4,7 @@ In: rows that are final, and arguments of the parent that this training changes.
 `trainer_state.json` in the folder, and the same weights in the trainer.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,24 @@ from datasets import Dataset
 from transformers import TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from trl_selfplay.checkpoints import last_whole_checkpoint
+from trl_selfplay.checkpoints import last_whole_checkpoint, pass_over_checkpoints
+from trl_selfplay.disk import (
+    BRING_BACK,
+    DamagedFileError,
+    naming_damage,
+    replace_folder,
+    save_file_with,
+    saying_what_is_kept,
+)
 from trl_selfplay.early_stopping import note_patience, restore_patience, stopped_early
 from trl_selfplay.memory import return_freed_memory
-from trl_selfplay.weights import load_saved_model, replace_folder
+from trl_selfplay.weights import (
+    adapters_keep_dtypes,
+    load_saved_model,
+    trainable_parameters,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def train_on(
@@ -26,20 +41,20 @@ def train_on(
     settings: Mapping[str, Any],
     seed: int,
 ) -> TrainOutput | None:
-    """Train on rows (None: not at all) and keep model and state; load them if they are there."""
+    """Train on rows (None: not at all), from the last whole checkpoint; keep model and state.
+
+    Raises:
+        FloatingPointError: The weights are no longer finite. No model is kept.
+        OSError: The disk is full; what is whole is kept.
+    """
     folder = Path(settings["output_dir"])
-    model_folder, state_path = folder / "model", folder / "trainer_state.json"
-    if model_folder.exists():
-        load_saved_model(trainer.model, model_folder)
-        trainer.state = _load_state(trainer, state_path)
-        return None
     trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     folder.mkdir(parents=True, exist_ok=True)
     free_optimizer(trainer)
     # Dropout must not depend on what happened in this process before: a resumed round starts alike.
     set_seed(seed)
     output = None
-    with _changed_settings(trainer.args, settings):
+    with changed_settings(trainer.args, settings), saying_what_is_kept(folder):
         checkpoint = last_whole_checkpoint(folder, trainer.accelerator)
         if rows is None:
             trainer.state = _load_state(trainer, None)
@@ -48,16 +63,52 @@ def train_on(
             callbacks = trainer.callback_handler.callbacks
             saved = None if checkpoint is None else _load_state(trainer, _state_in(checkpoint))
             restore_patience(callbacks, saved)
-            output = train_parent(resume_from_checkpoint=checkpoint)
+            with adapters_keep_dtypes(trainer.model):
+                output = train_parent(resume_from_checkpoint=checkpoint)
             note_patience(callbacks, trainer.state)
+            _check_finite(trainer, folder)
         free_optimizer(trainer)
         temporary = folder / ".model"
         trainer.save_model(str(temporary))
-    if trainer.is_world_process_zero():
-        trainer.state.save_to_json(str(state_path))
-        replace_folder(temporary, model_folder)
+        if trainer.is_world_process_zero():
+            save_file_with(
+                folder / "trainer_state.json",
+                lambda path: trainer.state.save_to_json(str(path)),
+            )
+            replace_folder(temporary, folder / "model")
     trainer.accelerator.wait_for_everyone()
     return output
+
+
+def load_outcome(trainer: Any, folder: Path) -> bool:
+    """Put in place what a training into `folder` ended with; return whether there is such."""
+    if not (folder / "model").exists():
+        return False
+    try:
+        state = _load_state(trainer, folder / "trainer_state.json")
+        load_saved_model(trainer.model, folder / "model")  # last: nothing is changed by a failure
+    except DamagedFileError as error:
+        logger.warning("%s", str(error).removesuffix(BRING_BACK) + "That training is done again.")
+        return False
+    trainer.state = state
+    return True
+
+
+def _check_finite(trainer: Any, folder: Path) -> None:
+    """Raise FloatingPointError for weights that training made infinite or NaN."""
+    weights = trainable_parameters(trainer.model)
+    broken = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
+    if not broken:
+        return
+    if trainer.is_world_process_zero():
+        pass_over_checkpoints(folder)
+    raise FloatingPointError(
+        f"training in {folder} diverged: {len(broken)} of {len(weights)} trained weights hold NaN "
+        f"or infinity, {broken[0]} among them. No model was saved; samples and scores are kept. "
+        "Lower the learning rate (learning_rate in round 0, later this round's value in "
+        "round_learning_rates), or set bf16=True instead of fp16, and go on with "
+        "train(resume_from_checkpoint=True)."
+    )
 
 
 def _load_if_last(trainer: Any, checkpoint: Path) -> bool:
@@ -84,14 +135,17 @@ def _state_in(checkpoint: str | Path) -> Path:
 
 def _load_state(trainer: Any, path: Path | None) -> TrainerState:
     """Return a state as it was saved (None: a new one), and as this process's own."""
-    state = TrainerState() if path is None else TrainerState.load_from_json(str(path))
+    state = TrainerState()
+    if path is not None:
+        with naming_damage(path, BRING_BACK):
+            state = TrainerState.load_from_json(str(path))
     state.is_world_process_zero = trainer.is_world_process_zero()
     state.is_local_process_zero = trainer.is_local_process_zero()
     return state
 
 
 @contextmanager
-def _changed_settings(args: Any, settings: Mapping[str, Any]) -> Iterator[None]:
+def changed_settings(args: Any, settings: Mapping[str, Any]) -> Iterator[None]:
     """Give the parent other arguments while it trains; nothing is pushed from a round's folder."""
     changed = {**settings, "push_to_hub": False}
     previous = {name: getattr(args, name) for name in changed}

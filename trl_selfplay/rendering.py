@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_selfplay.disk import save_text
 from trl_selfplay.prompts import (
     HintFormatter,
     Messages,
@@ -28,7 +29,6 @@ from trl_selfplay.prompts import (
     message_text,
     texts_of,
 )
-from trl_selfplay.rollouts import save_text
 
 logger = logging.getLogger(__name__)
 

@@ -1,20 +1,20 @@
 """The record of one completion, and the Parquet files that keep such records.
 
 In: completions as a sampler produced them. Out: `Rollout`s, the only thing that passes between
-the stages of a round, and shards on disk that are either whole or absent: a shard is written
-under a temporary name, synced and renamed.
+the stages of a round, and shards on disk that are either whole or absent.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from trl_selfplay.disk import BRING_BACK, naming_damage, save_table
 
 Phase = Literal["train", "hint", "eval", "gold"]
 Finish = Literal["eos", "stop", "length"]
@@ -89,10 +89,6 @@ SCHEMA = pa.schema(
 )
 
 
-class CorruptShardError(RuntimeError):
-    """A shard exists but can't be read back whole."""
-
-
 def hash_prompt(
     prompt: Any, solution: Any, template_arguments: Mapping[str, Any] | None = None
 ) -> str:
@@ -131,57 +127,15 @@ def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
     save_table(path, pa.table(columns, schema=SCHEMA))
 
 
-def save_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file under a temporary name, sync it and rename it to `path`."""
-    _save(path, lambda file: pq.write_table(table, file))
-
-
-def save_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, sync it and rename it to `path`."""
-    _save(path, lambda file: file.write(text.encode()))
-
-
-def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"could not write {path} ({error.strerror or error}). Earlier shards are intact: make "
-            "room, then go on with train(resume_from_checkpoint=True)",
-        ) from error
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut, where the system supports it."""
-    if os.name == "nt":  # Windows can't open folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def load_rollouts(path: Path) -> list[Rollout]:
+def load_rollouts(path: Path, remedy: str = BRING_BACK) -> list[Rollout]:
     """Read one shard back.
 
     Raises:
-        CorruptShardError: The file is cut short, isn't Parquet or lacks a column.
+        DamagedFileError: The file is cut short, isn't Parquet or lacks a column.
     """
-    try:
+    with naming_damage(path, remedy):
         rows = pq.read_table(path).select(SCHEMA.names).cast(SCHEMA).to_pylist()
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise CorruptShardError(f"{path} can't be read: {error}") from error
-    return [_rollout(row) for row in rows]
+        return [_rollout(row) for row in rows]
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:

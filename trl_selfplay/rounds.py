@@ -11,6 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.checkpoints import list_checkpoints
+from trl_selfplay.disk import BRING_BACK, DamagedFileError, held_by_this_process
 from trl_selfplay.diversity import warn_sharpening
 from trl_selfplay.dry_run import try_step
 from trl_selfplay.early_stopping import ends_run
@@ -27,15 +29,16 @@ from trl_selfplay.evaluation import paired_difference
 from trl_selfplay.funnel import Funnel, describe_funnel
 from trl_selfplay.heldout import HeldOutScores
 from trl_selfplay.monitor import warn_baseline, warn_hint_share, warn_long, warn_truncation
-from trl_selfplay.parent_training import free_optimizer, train_on
+from trl_selfplay.parent_training import changed_settings, free_optimizer, load_outcome, train_on
 from trl_selfplay.rendering import keep_rendering
-from trl_selfplay.report import print_round_table
+from trl_selfplay.report import print_round_table, say
 from trl_selfplay.rollouts import Rollout, load_rollouts
 from trl_selfplay.round_log import RoundCallback, call_round_event, say_where_interrupted
 from trl_selfplay.run_folder import (
     UNTRAINED,
     Run,
     append_line,
+    drop_what_samples_became,
     find_best_round,
     has_stalled,
     load_lines,
@@ -126,10 +129,18 @@ def run_rounds(
     """
     if trial is not None:
         raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
+    is_main = trainer.is_world_process_zero()
+    with held_by_this_process(Path(trainer.args.output_dir)) if is_main else nullcontext():
+        return _run_rounds(trainer, train_parent, resume_from_checkpoint)
+
+
+def _run_rounds(
+    trainer: Any, train_parent: Callable[..., TrainOutput], resume: bool | str | None
+) -> TrainOutput:
     args, run = trainer.args, trainer.run
     if run.placeholder is not None:
         try_step(trainer, run.placeholder)
-    _open_run(trainer, resume_from_checkpoint)
+    _open_run(trainer, resume)
     callback = RoundCallback(trainer)
     trainer.add_callback(callback)
     output: TrainOutput | None = None
@@ -142,8 +153,9 @@ def run_rounds(
             _load_newest_weights(trainer)
             if run.warm_up_rows is not None and not run.lines:
                 settings = {"output_dir": str(run.warm_up_folder)}
-                trained = train_on(trainer, train_parent, run.warm_up_rows, settings, args.seed)
-                ended = trained is not None and ends_run(trainer.state)
+                if not load_outcome(trainer, run.warm_up_folder):
+                    trained = train_on(trainer, train_parent, run.warm_up_rows, settings, args.seed)
+                    ended = trained is not None and ends_run(trainer.state)
             for round_index in range(len(run.lines), args.num_rounds * run.improve_steps):
                 if ended or has_stalled(run, args.stop_after_rounds_without_gain):
                     break
@@ -177,6 +189,10 @@ def run_rounds(
     _load_chosen_weights(trainer)
     if history:
         trainer.state.log_history = history
+    with changed_settings(
+        args, {}
+    ):  # pushed by `push_to_hub` alone, as after the parent's training
+        trainer.save_model(args.output_dir)
     trainer.create_model_card(model_name=Path(args.output_dir).name)
     total_steps = sum(line["steps"] for line in run.lines)
     trainer.state.global_step = total_steps
@@ -188,6 +204,12 @@ def run_rounds(
 def _open_run(trainer: Any, resume: bool | str | None) -> None:
     """Find out what is on disk, refuse what doesn't fit, and put the initial weights in place."""
     args, run = trainer.args, trainer.run
+    source = Path(trainer.model.config.name_or_path)
+    if source.is_dir() and source.resolve() == Path(args.output_dir).resolve():
+        raise ValueError(
+            f"the model was loaded from output_dir ({args.output_dir!r}), where the trained one is "
+            "saved in its place, and rounds go back to its weights. Choose another output_dir."
+        )
     if isinstance(resume, str):
         if Path(resume).resolve() != Path(args.output_dir).resolve():
             raise ValueError(
@@ -196,18 +218,27 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
                 "on from its own newest checkpoint."
             )
         resume = True
-    held = run.lines_path.exists() or (run.root / "config.json").exists()
-    if held and not resume:
+    if run.root.is_dir() and any(run.root.iterdir()) and not resume:
         raise FileExistsError(
             f"{args.output_dir!r} already holds rounds. Go on with "
             "train(resume_from_checkpoint=True), or choose another output_dir (or delete this one)."
         )
     run.lines = load_lines(run.lines_path)
     has_initial_weights = run.initial_weights.exists()
+    if run.keeps_initial_weights and not has_initial_weights and run.folder(0).exists():
+        raise DamagedFileError(
+            f"{run.initial_weights} is gone, and rounds begin with the weights in it. {BRING_BACK}"
+        )
     trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     if trainer.is_world_process_zero():
         begun = -(-len(run.lines) // run.improve_steps)  # Grow steps, by which values are given
-        check_identity(describe_trainer(trainer), run.root / "config.json", begun)
+        is_trained = bool(run.lines) or any(run.root.glob("*/model"))
+        changed = check_identity(
+            describe_trainer(trainer), run.root / "config.json", begun, is_trained=is_trained
+        )
+        if changed:
+            say(f"the samples on disk are kept; {', '.join(changed)} changed since")
+            drop_what_samples_became(run)
         play = trainer.self_play
         keep_rendering(play.formatter.rendering(play.rows[0].is_conversational), run.rendering_path)
     trainer.accelerator.wait_for_everyone()
@@ -257,12 +288,13 @@ def _train_round(
     """Train on the round's rows and keep the outcome; None if that was done before a kill."""
     args, run = trainer.args, trainer.run
     folder = run.folder(round_index)
-    is_trained = (folder / "model").exists()
-    has_warmed_up = run.warm_up_rows is not None
-    if args.start_from == "base" and not is_trained and (round_index > 0 or has_warmed_up):
+    if load_outcome(trainer, folder):
+        run.pending_logs.clear()  # logged before the kill
+        return None
+    if args.start_from == "base" and (round_index > 0 or run.warm_up_rows is not None):
         reload_initial_weights(trainer.model, args, run.initial_weights)
     run.pending_logs.append(played.metrics)
-    if is_trained or list_checkpoints(folder):
+    if list_checkpoints(folder):
         run.pending_logs.clear()  # logged before the kill
     run.num_examples = played.num_examples
     rows = played.training_rows

@@ -6,6 +6,7 @@ beside the rollouts. Whatever is written is whole or absent.
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from trl_selfplay.checkpoints import pass_over_checkpoints
+from trl_selfplay.disk import DamagedFileError, save_text
 from trl_selfplay.monitor import best_round, rounds_without_gain
-from trl_selfplay.rollouts import save_text
 
 logger = logging.getLogger(__name__)
 
@@ -102,22 +104,47 @@ class Run:
 
 
 def load_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the finished rounds' records, in order."""
+    """Return the finished rounds' records, in order.
+
+    Raises:
+        DamagedFileError: A line before the last can't be read.
+    """
     if not path.exists():
         return []
-    lines = []
-    for text in path.read_text().splitlines():
+    lines: list[dict[str, Any]] = []
+    texts = path.read_bytes().splitlines()
+    for number, text in enumerate(texts):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # cut off in the middle of the last line: its round goes on
+            line = json.loads(text)
+            if line["round"] != number:
+                raise ValueError(f"it is round {line['round']}")
+            lines.append(line)
+        except (ValueError, LookupError, TypeError) as error:
+            if number < len(texts) - 1:
+                raise DamagedFileError(
+                    f"line {number + 1} of {path} can't be read as that of round {number} "
+                    f"({error}): {text[:80]!r}. Bring the file back, or delete this line and those "
+                    "after it: their rounds are finished again from what lies in their folders."
+                ) from error
+            # Cut off in the middle of the last line: its round goes on.
             logger.warning("%s ends in an unfinished line; that round is finished again.", path)
-            break
     return lines
 
 
 def append_line(path: Path, line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> None:
     """Write all lines anew: an interrupted append would leave half a line."""
     save_text(path, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
+
+
+def drop_what_samples_became(run: Run) -> None:
+    """Let round 0 be selected and trained anew from its samples, whose settings have changed."""
+    for folder in (run.folder(UNTRAINED), run.folder(0)):
+        for made in (folder / "dataset", *folder.glob("evaluation/*/pairs")):
+            shutil.rmtree(made, ignore_errors=True)
+        (folder / "evaluation" / "scores.json").unlink(missing_ok=True)
+        # Which prompts are unsolved may differ: planned anew around what is sampled.
+        (folder / "samples" / "hint-plan.json").unlink(missing_ok=True)
+        pass_over_checkpoints(folder)
 
 
 def name_of_weights(round_index: int) -> str:

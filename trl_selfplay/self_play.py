@@ -21,7 +21,14 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from trl import pack_dataset
 
-from trl_selfplay.collection import Assignment, Collector
+from trl_selfplay.collection import Assignment, Collector, read_plan
+from trl_selfplay.disk import (
+    BRING_BACK,
+    DamagedFileError,
+    naming_damage,
+    replace_folder,
+    save_table,
+)
 from trl_selfplay.diversity import diversity_metrics, warn_poorer_samples
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.heldout import HeldOutScores, score_all
@@ -29,12 +36,11 @@ from trl_selfplay.prompts import PromptRow
 from trl_selfplay.rendering import PromptFormatter, check_lengths, check_training_lengths
 from trl_selfplay.report import SamplingProgress, print_completions
 from trl_selfplay.rewards.scoring import Scorer
-from trl_selfplay.rollouts import CorruptShardError, Phase, Rollout, load_rollouts, save_table
+from trl_selfplay.rollouts import Phase, Rollout, load_rollouts
 from trl_selfplay.rounds import PlayedRound
 from trl_selfplay.run_folder import Run
 from trl_selfplay.selection import Selection
 from trl_selfplay.training_data import build_training_rows, training_completion_ids
-from trl_selfplay.weights import replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +226,7 @@ class SelfPlay:
         if round_index > 0:
             try:
                 first = load_samples(run.folder(0))
-            except (CorruptShardError, FileNotFoundError) as error:
+            except (DamagedFileError, FileNotFoundError) as error:
                 logger.warning("diversity isn't compared with round 0's: %s", error)
         threshold = self.collector.reward_threshold
         for warning in warn_poorer_samples(first, rollouts, normal_form, threshold, round_index):
@@ -343,16 +349,28 @@ def load_samples(folder: Path) -> list[Rollout]:
     """Return all rollouts that a round sampled, from its folder.
 
     Raises:
-        CorruptShardError: A shard can't be read.
+        DamagedFileError: A shard that was planned can't be read, lacks a prompt, or is gone.
         FileNotFoundError: The round has no samples on disk.
     """
-    shards = sorted((folder / "samples").glob("*.parquet"))
-    if not shards:
+    samples = folder / "samples"
+    plans = {prefix: read_plan(samples / f"{prefix}plan.json") for prefix in ("", "hint-")}
+    if plans[""] is None:
         raise FileNotFoundError(
-            f"{folder / 'samples'} has no samples of that round, which this one trains on too. "
-            "Bring them back, or set history_rounds=0 in another output_dir."
+            f"{samples} has no samples of that round, which this one needs too. {BRING_BACK}"
         )
-    rollouts = [rollout for path in shards for rollout in load_rollouts(path)]
+    rollouts: list[Rollout] = []
+    for prefix, shards in plans.items():
+        for number, shard in enumerate(shards or ()):
+            if not shard.prompt_ids:
+                continue
+            path = samples / f"{prefix}{number:05d}.parquet"
+            held = load_rollouts(path)
+            if missing := set(shard.prompt_ids) - {r.prompt_id for r in held}:
+                raise DamagedFileError(
+                    f"{path} lacks {len(missing)} of the {len(shard.prompt_ids)} prompts that were "
+                    f"sampled into it. {BRING_BACK}"
+                )
+            rollouts += held
     return sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_index))
 
 
@@ -360,11 +378,15 @@ def load_outcomes(folder: Path, outcomes: Collection[str]) -> list[Rollout]:
     """Return the rollouts of a round that came to one of these outcomes, from its folder.
 
     Raises:
-        CorruptShardError, FileNotFoundError: As `load_samples`.
+        DamagedFileError, FileNotFoundError: As `load_samples`.
     """
     rollouts = load_samples(folder)
-    selection = pq.read_table(folder / "selection.parquet").to_pylist()
-    chosen = {(s["prompt_id"], s["sample_index"]) for s in selection if s["outcome"] in outcomes}
+    path = folder / "selection.parquet"
+    with naming_damage(path, BRING_BACK):
+        selection = pq.read_table(path).to_pylist()
+        chosen = {
+            (s["prompt_id"], s["sample_index"]) for s in selection if s["outcome"] in outcomes
+        }
     return [r for r in rollouts if (r.prompt_id, r.sample_index) in chosen]
 
 
@@ -377,7 +399,7 @@ def load_history(run: Run, rounds: Iterable[int]) -> list[Rollout]:
     """Return what these rounds selected before the cap, the newest round first.
 
     Raises:
-        CorruptShardError, FileNotFoundError: As `load_samples`.
+        DamagedFileError, FileNotFoundError: As `load_samples`.
     """
     return [
         rollout
@@ -387,9 +409,7 @@ def load_history(run: Run, rounds: Iterable[int]) -> list[Rollout]:
 
 
 def save_rows(folder: Path, rows: Dataset) -> None:
-    """Write a dataset so that a reader sees either all of it or nothing; one that is there stays."""
-    if folder.exists():
-        return
+    """Write a dataset so that a reader sees either all of it or nothing."""
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     rows.save_to_disk(str(temporary))

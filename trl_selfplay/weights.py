@@ -5,8 +5,8 @@ other numbers in its trainable parameters, copied in place: a parameter is never
 optimizer, hooks and wrapped forwards stay attached.
 """
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+
+from trl_selfplay.disk import BRING_BACK, naming_damage, save_file_with
 
 # Initialisations that write into the base weights. A restart from the initial adapter, a resume
 # in a new process and an engine that loads base and adapter apart would each see another base.
@@ -54,23 +55,21 @@ def first_nonfinite(model: nn.Module) -> str | None:
 
 
 def save_trainable(model: nn.Module, path: Path) -> None:
-    """Write the trainable parameters to one safetensors file, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(
-        {n: p.detach().cpu().contiguous() for n, p in trainable_parameters(model).items()},
-        temporary,
-    )
-    temporary.replace(path)
+    """Write the trainable parameters to one safetensors file, whole or not at all."""
+    weights = {n: p.detach().cpu().contiguous() for n, p in trainable_parameters(model).items()}
+    save_file_with(path, lambda temporary: save_file(weights, temporary))
 
 
 def load_trainable(model: nn.Module, path: Path) -> None:
     """Copy what `save_trainable` wrote into the model, bit for bit.
 
     Raises:
+        DamagedFileError: The file can't be read.
         ValueError: The file holds other parameters than the model trains.
     """
-    copy_into(model, load_file(path), str(path))
+    with naming_damage(path, BRING_BACK):
+        tensors = load_file(path)
+    copy_into(model, tensors, str(path))
 
 
 def reload_initial_weights(model: Any, args: Any, saved: Path) -> None:
@@ -87,7 +86,7 @@ def reload_initial_weights(model: Any, args: Any, saved: Path) -> None:
     source = model.config.name_or_path
     kwargs = {**(args.model_init_kwargs or {}), "dtype": "auto", "device_map": "cpu"}
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    loaded = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    loaded = type(model).from_pretrained(source, **kwargs)
     copy_into(model, dict(loaded.named_parameters()), source)
 
 
@@ -112,25 +111,49 @@ def load_saved_model(model: nn.Module, folder: Path) -> None:
     """Copy the weights of a model or adapter saved by `Trainer.save_model` into `model`.
 
     Raises:
+        DamagedFileError: The weights can't be read.
         ValueError: The folder holds another model.
     """
     if isinstance(model, PeftModel):
-        outcome: Any = set_peft_model_state_dict(
-            model, load_peft_weights(str(folder), device="cpu")
-        )
+        with naming_damage(folder, BRING_BACK):
+            adapters = load_peft_weights(str(folder), device="cpu")
+        outcome: Any = set_peft_model_state_dict(model, adapters)
         if outcome.unexpected_keys:
             raise ValueError(
                 f"{folder} holds adapter weights that the model lacks, such as "
                 f"{outcome.unexpected_keys[0]}: it belongs to another PEFT configuration."
             )
         return
-    # From disk as it was saved, without a second model on the accelerator.
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cpu")
+    # From disk as it was saved, without a second model on the accelerator. The model's own class
+    # needs no registry and no leave to run code from the folder.
+    model_class: Any = type(model)
+    with naming_damage(folder, BRING_BACK):
+        loaded = model_class.from_pretrained(folder, dtype="auto", device_map="cpu")
     copy_into(model, dict(loaded.named_parameters()), str(folder))
 
 
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Rename a finished folder to its final name; an older one of that name goes first."""
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
+@contextmanager
+def adapters_keep_dtypes(model: Any) -> Iterator[None]:
+    """Keep the precision of adapters that the parent loads while this lasts.
+
+    `PeftModel.load_adapter`, by which a checkpoint is resumed and the best one put in place, makes
+    float32 of them, where TRL trains those of a quantized model in bfloat16.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    load = model.load_adapter
+
+    def load_and_cast(*args: Any, **kwargs: Any) -> Any:
+        outcome = load(*args, **kwargs)
+        for name, parameter in model.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
+        return outcome
+
+    model.load_adapter = load_and_cast  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.load_adapter

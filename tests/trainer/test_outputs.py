@@ -3,9 +3,10 @@
 import json
 
 import pyarrow.parquet as pq
+import torch
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
-from transformers import EarlyStoppingCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
 
 from trl_selfplay.rollouts import SCHEMA
 
@@ -15,7 +16,6 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 def test_a_push_would_upload_model_card_and_tokenizer_alone(build_star, tmp_path) -> None:
     trainer = build_star(peft_config=LoraConfig(**LORA), save_steps=1)
     trainer.train()
-    trainer.save_model(str(tmp_path / "run"))
     paths = [
         str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()
     ]
@@ -28,6 +28,17 @@ def test_a_push_would_upload_model_card_and_tokenizer_alone(build_star, tmp_path
     card = (tmp_path / "run" / "README.md").read_text()
     assert "STaR" in card
     assert "| 1 " in card.replace("|1", "| 1")
+
+
+def test_the_model_of_the_end_is_in_output_dir(build_star, tmp_path) -> None:
+    trainer = build_star(num_rounds=1)
+    trainer.train()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(saved[name], weight), name
+    text = "Q 1 + 2 = ?"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert tokenizer(text).input_ids == trainer.processing_class(text).input_ids
 
 
 def test_a_finished_round_leaves_what_is_documented(build_star, sums) -> None:

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from datasets import load_from_disk
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -63,8 +64,12 @@ def test_a_damaged_first_round_costs_later_ones_a_comparison_alone(build_star, c
 def test_another_peft_configuration_is_another_run(build_star) -> None:
     build_star(num_rounds=1, peft_config=LoraConfig(r=4, lora_alpha=8, **LORA)).train()
     other = build_star(num_rounds=2, peft_config=LoraConfig(r=4, lora_alpha=64, **LORA))
-    with pytest.raises(ValueError, match=r"peft_config: .*'lora_alpha': '8'"):
+    with pytest.raises(ValueError, match="another configuration") as raised:
         other.train(resume_from_checkpoint=True)
+    differing = [line.strip() for line in str(raised.value).splitlines()[1:-1]]
+    assert differing == ["peft_config.default.lora_alpha: '8' on disk, '64' now"]
+    with pytest.raises(ValueError, match=r"peft_config: \['default'\] on disk, \[\] now"):
+        build_star(num_rounds=2).train(resume_from_checkpoint=True)
     same = build_star(num_rounds=2, peft_config=LoraConfig(r=4, lora_alpha=8, **LORA))
     same.train(resume_from_checkpoint=True)
     assert len(same.run.lines) == 2
@@ -155,7 +160,9 @@ def test_a_run_ended_at_its_last_checkpoint_takes_no_further_step(
 
 
 def load_model(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    """Return the weights, not as a view of the file, which a test may damage."""
+    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return {name: weight.clone() for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize(
@@ -179,3 +186,41 @@ def test_a_checkpoint_without_its_optimizer_is_passed_over(request, build) -> No
         resumed.train(resume_from_checkpoint=True)
         found = load_model(resumed.run.folder(0) / "model")
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def without_seconds(line):
+    return {name: value for name, value in line.items() if name != "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("build", "damaged"),
+    [
+        ("build_star", ["model/model.safetensors"]),
+        pytest.param("build_star", ["trainer_state.json", "dataset"], marks=pytest.mark.slow),
+        pytest.param(
+            "build_spin",
+            ["model/config.json", "dataset", "selection.parquet", "evaluation/scores.json"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_what_a_round_can_tell_again_is_done_again(request, caplog, sums, build, damaged) -> None:
+    build = request.getfixturevalue(build)
+    trainer = build(num_rounds=1)
+    trainer.train()
+    folder = trainer.run.folder(0)
+    expected = load_model(folder / "model")
+    line = json.loads(trainer.run.lines_path.read_text())
+    trainer.run.lines_path.unlink()  # the kill came before the round was written down
+    for name in damaged:
+        path = folder / name
+        for file in [path] if path.is_file() else list(path.glob("*")):
+            file.write_bytes(b"\xff damaged")
+    resumed = build(num_rounds=1)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=True)
+    assert without_seconds(resumed.run.lines[0]) == without_seconds(line)
+    found = load_model(folder / "model")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "That training is done again" in caplog.text
+    assert len(load_from_disk(folder / "dataset")) > 0

@@ -146,6 +146,11 @@ class Scorer:
         for function, name in zip(self._functions, self.names, strict=True):
             _check_columns(function, name, {*_ALWAYS_GIVEN, *given}, given)
 
+    @property
+    def callables(self) -> list[Callable[..., Any]]:
+        """The functions that were given, without reward models."""
+        return [f for f in self._functions if not isinstance(f, RewardModel)]
+
     def take_metrics(self) -> dict[str, float]:
         """Return the mean of each number given to `log_metric` since the last call of this."""
         means = {name: sum(values) / len(values) for name, values in self._logged.items()}

@@ -312,8 +312,8 @@ class SPINTrainer(DPOTrainer):
         if not self.self_play.heldout:
             return None
         path = None if folder is None else folder / "scores.json"
-        if path is not None and path.exists():
-            return load_scores(path)
+        if path is not None and (scored := load_scores(path)) is not None:
+            return scored
         scores = self._score(self.self_play.heldout, "eval", folder)
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if path is not None and self.is_world_process_zero():
@@ -327,12 +327,12 @@ class SPINTrainer(DPOTrainer):
     def _warn_choice(self, round_index: int, scores: HeldOutScores) -> None:
         """Warn of a choice by likelihood that goes against what the rounds are for."""
         chosen = self.run.chosen_metric or ""
-        untrained = self.run.folder(UNTRAINED) / "evaluation" / "scores.json"
-        if round_index == UNTRAINED or not chosen.endswith("_logps") or not untrained.exists():
+        if round_index == UNTRAINED or not chosen.endswith("_logps"):
             return
-        if not (self.run.loads_best_round and self.is_world_process_zero()):
+        untrained = load_scores(self.run.folder(UNTRAINED) / "evaluation" / "scores.json")
+        if untrained is None or not (self.run.loads_best_round and self.is_world_process_zero()):
             return
-        before, prefix = load_scores(untrained).metrics, chosen.removesuffix("_logps")
+        before, prefix = untrained.metrics, chosen.removesuffix("_logps")
         if warning := warn_falling_likelihood(before, scores.metrics, round_index, prefix):
             logger.warning("%s", warning)
 

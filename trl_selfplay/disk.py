@@ -1,0 +1,173 @@
+"""Files of a run: written whole or not at all, named when they can't be read, held by one process.
+
+In: what is to be kept, and where. Out: files and folders that are there whole, also after a power
+cut: written under a temporary name, synced and renamed. What was damaged since is an error that
+names it and says what to do.
+"""
+
+import errno
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+
+# What readers of JSON, text, Parquet, safetensors and pickles raise for files of another content.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    pa.ArrowException,
+    SafetensorError,
+    UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
+# A full disk, or a quota that is used up; safetensors and torch.save tell it in words.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_TEXTS = ("No space left", "Disk quota exceeded", "inline_container", "file write failed")
+# What to do about a file that nothing else on disk tells again.
+BRING_BACK = "Bring it back from a copy, or start anew in another output_dir."
+
+
+class DamagedFileError(RuntimeError):
+    """A file of a run is there and can't be read, or is gone and needed."""
+
+
+@contextmanager
+def naming_damage(path: Path, remedy: str) -> Iterator[None]:
+    """Name a file or folder, and what to do, where reading it fails inside.
+
+    Raises:
+        DamagedFileError: In place of the reader's own error.
+    """
+    try:
+        yield
+    except DamagedFileError:
+        raise
+    except _DAMAGE as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DamagedFileError(f"{path} can't be read ({reason[:300]}). {remedy}") from error
+
+
+def save_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file that is there whole or not at all."""
+    _save(path, lambda file: pq.write_table(table, file))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all."""
+    _save(path, lambda file: file.write(text.encode()))
+
+
+def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"could not write {path} ({error.strerror or error}). What was written before is "
+            "intact: make room, then go on with train(resume_from_checkpoint=True)",
+        ) from error
+    _sync(path.parent)
+
+
+def save_file_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a function write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Sync a finished folder and rename it to its final name; an older one of that name goes."""
+    for path in (*sorted(temporary.rglob("*")), temporary):
+        _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or renames in a folder, survive a power cut."""
+    if os.name == "nt":  # Windows can't open folders, and syncs files opened for writing alone
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def saying_what_is_kept(folder: Path) -> Iterator[None]:
+    """Say, where the disk is full, that what was written is kept, and how to go on.
+
+    Raises:
+        OSError: In place of the writer's own error, which may name neither file nor reason.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if number not in _FULL and not any(text in str(error) for text in _FULL_TEXTS):
+            raise
+        raise OSError(
+            number or errno.ENOSPC,
+            f"the disk is full in {folder} ({str(error)[:200]}). Samples, scores, finished rounds "
+            "and whole checkpoints are kept: make room, then go on with "
+            "train(resume_from_checkpoint=True)",
+        ) from error
+
+
+@contextmanager
+def held_by_this_process(folder: Path) -> Iterator[None]:
+    """Hold a folder while this lasts, so that no other process trains into it.
+
+    The system lets go of it when this process ends, however it ends. Where it has no such locks
+    (Windows, some network file systems) nothing is held.
+
+    Raises:
+        RuntimeError: Another process holds it.
+    """
+    try:
+        import fcntl  # Unix alone
+    except ImportError:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"another process is training into {str(folder)!r}, and two runs would overwrite "
+                "each other's files. Wait until it has ended, or choose another output_dir."
+            ) from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
