@@ -120,6 +120,8 @@ def test_every_value_is_refused_or_a_run_with_it_ends(
         ({"stop_strings": [""]}, "an empty text"),
         ({"eval_strategy": "sometimes"}, "one of"),
         ({"include_num_input_tokens_seen": "most"}, "choose one of"),
+        ({"torch_compile_mode": "fast"}, "choose one of"),
+        ({"max_grad_norm": None}, "a number of at least 0"),
         ({"accelerator_config": "nowhere.json"}, "a dict"),
         ({"bf16_full_eval": True}, "the precision of training"),
         ({"dataset_text_field": "question"}, "from the column `prompt`"),

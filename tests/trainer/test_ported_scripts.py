@@ -51,6 +51,16 @@ def test_a_field_of_another_config_is_named_with_what_becomes_of_it(
     assert f"{name}=" in str(caught.value)
 
 
+def test_a_subclass_may_have_a_constructor_of_its_own(tmp_path) -> None:
+    class Mine(STaRConfig):
+        def __init__(self, *args, mine=1, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            self.mine = mine
+
+    config = Mine(str(tmp_path), mine=2, num_rounds=4, use_cpu=True)
+    assert (config.mine, config.num_rounds) == (2, 4)
+
+
 def test_all_fields_are_named_at_once(tmp_path) -> None:
     with pytest.raises(TypeError) as caught:
         STaRConfig(str(tmp_path), beta=0.1, use_vllm=True, num_iterations=3)
@@ -113,6 +123,11 @@ def test_grpo_s_arguments_by_position_are_explained(tmp_path, sums) -> None:
         STaRTrainer("no-model", len, STaRConfig(str(tmp_path)), sums(4))
     with pytest.raises(TypeError, match="second parameter is `reward_funcs`"):
         STaRTrainer("no-model", [len])
+
+
+def test_a_config_in_the_place_of_the_reference_model_is_explained(tmp_path, answers) -> None:
+    with pytest.raises(TypeError, match="Pass the config by name"):
+        SPINTrainer("no-model", SPINConfig(str(tmp_path)), train_dataset=answers(4))
 
 
 @pytest.mark.parametrize("name", ["tools", "environment_factory", "rollout_func", "tokenizer"])

@@ -110,7 +110,12 @@ _INHERITED_BOUNDS: dict[str, Bounds] = {
 # A dict that may also be the path of a JSON file.
 _READ_FROM_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 # Text that the parent takes where its annotation allows any.
-_CHOICES = {"include_num_input_tokens_seen": ("all", "non_padding", "no")}
+_CHOICES = {
+    "include_num_input_tokens_seen": ("all", "non_padding", "no"),
+    "torch_compile_mode": (
+        "default", "lite", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead",
+    ),
+}  # fmt: skip
 _NOT_EMPTY = ("output_dir", "run_name", "hub_model_id")
 
 
@@ -184,6 +189,8 @@ def _read(value: Any, hint: Any) -> Any:
         return int(value)  # numpy's
     if isinstance(value, str) and hint == int | str | None:  # `pad_to_multiple_of`, from a flag
         return _read_integer(value)
+    if options == (bool,) and type(value) is int and value in (0, 1):
+        return bool(value)
     if isinstance(value, str) and list[str] in options and str not in options:
         return [value]
     if isinstance(value, list | tuple) and list[float] in options:

@@ -125,7 +125,7 @@ def takes_ported_fields(config_class: Any) -> Any:
 
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **_leave_out_defaults(type(self), kwargs))
+        init(self, *args, **_leave_out_defaults(config_class, kwargs))
 
     config_class.__init__ = wrapper
     return config_class
@@ -189,12 +189,15 @@ def check_config_class(args: Any, config_class: type) -> None:
     if isinstance(args, config_class):
         return
     name = config_class.__name__
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(
-            f"args is {args!r:.200}; the second argument is a {name}. (GRPOTrainer's second "
-            "parameter is `reward_funcs`; here it is passed by name: reward_funcs=….)"
-        )
     own = inspect.signature(config_class).parameters
+    if not isinstance(args, TrainingArguments):
+        message = f"args is {args!r:.200}; it must be a {name}."
+        if "reward_weights" in own:
+            message += (
+                " GRPOTrainer's second parameter is `reward_funcs`; here it is passed by name: "
+                "reward_funcs=…."
+            )
+        raise TypeError(message)
     settings = {
         each.name: getattr(args, each.name)
         for each in dataclasses.fields(args)

@@ -149,6 +149,8 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
                 "sync_ref_model=True: SPIN's opponent stays as it is within a round and becomes the "
                 "policy at the start of the next, without any setting. Leave sync_ref_model out."
             )
+        if not self.loss_type:
+            raise ValueError("loss_type=[]; leave it out for SPIN's own, ['sigmoid'].")
         unknown = sorted(set(self.loss_type) - {*_FIRST_LOSSES, "sft"})
         if unknown:
             raise ValueError(

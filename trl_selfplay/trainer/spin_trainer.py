@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 
@@ -416,6 +417,11 @@ def _refuse_named_adapters(model: Any) -> None:
 
 def _refuse_unused(ref_model: Any, compute_metrics: Any) -> None:
     """Raise ValueError for the parent's arguments that rounds would get wrong or ignore."""
+    if isinstance(ref_model, TrainingArguments):
+        raise TypeError(
+            f"ref_model is a {type(ref_model).__name__}: DPOTrainer's second parameter is "
+            "`ref_model`. Pass the config by name: args=…."
+        )
     if ref_model is not None:
         raise ValueError(
             "`ref_model` was given, but SPIN's reference is the policy itself as it enters each "
