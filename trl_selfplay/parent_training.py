@@ -59,6 +59,7 @@ def train_on(
         if rows is None:
             trainer.state = _load_state(trainer, None)
         elif checkpoint is None or not _load_if_last(trainer, Path(checkpoint)):
+            _refuse_less_than_a_batch(trainer, rows)
             trainer.train_dataset = rows
             callbacks = trainer.callback_handler.callbacks
             saved = None if checkpoint is None else _load_state(trainer, _state_in(checkpoint))
@@ -109,6 +110,19 @@ def _check_finite(trainer: Any, folder: Path) -> None:
         "round_learning_rates), or set bf16=True instead of fp16, and go on with "
         "train(resume_from_checkpoint=True)."
     )
+
+
+def _refuse_less_than_a_batch(trainer: Any, rows: Dataset) -> None:
+    """Raise ValueError for rows of which the parent would drop all, and train on none."""
+    args = trainer.args
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(rows) < batch:
+        raise ValueError(
+            f"this round has {len(rows)} rows to train on, fewer than one batch of {batch}, which "
+            "dataloader_drop_last=True drops. What was sampled is kept: set "
+            "dataloader_drop_last=False or a smaller per_device_train_batch_size, and go on with "
+            "train(resume_from_checkpoint=True)."
+        )
 
 
 def _load_if_last(trainer: Any, checkpoint: Path) -> bool:

@@ -312,3 +312,16 @@ def test_only_too_long_completions_name_the_length(build_star) -> None:
     )
     with pytest.raises(EmptyRoundError, match="longer than max_length=7 with their prompts"):
         trainer.train()
+
+
+@pytest.mark.parametrize("max_steps", [-1, 3])
+def test_rows_that_drop_last_would_drop_all_are_named_and_kept(build_star, max_steps) -> None:
+    settings = {
+        "num_rounds": 1, "max_steps": max_steps, "per_device_train_batch_size": 1000,
+        "reward_funcs": lambda completions, **_: [1.0] * len(completions),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="fewer than one batch of 1000"):
+        build_star(dataloader_drop_last=True, **settings).train()
+    trainer = build_star(dataloader_drop_last=False, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert len(trainer.run.lines) == 1

@@ -40,7 +40,6 @@ SFT = [
     ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"speed": 1})}, "speed"),
 ]
 DPO = [
-    ({"loss_type": ["sigmoidal"]}, "sigmoidal"),
     ({"f_divergence_type": "distance"}, "distance"),
     ({"train_sampling_strategy": "group_by_length"}, "length"),
 ]
