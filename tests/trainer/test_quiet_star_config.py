@@ -42,6 +42,7 @@ def test_the_defaults_are_those_of_the_method() -> None:
         ({"padding_free": True, "max_length": None}, "a thought would see its neighbours"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"bf16_full_eval": True}, "bf16_full_eval=True rounds"),
         ({"router_aux_loss_coef": 0.01}, "router_aux_loss_coef=0.01"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
         (

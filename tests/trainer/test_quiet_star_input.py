@@ -3,7 +3,13 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorForLanguageModeling
+from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DataCollatorForLanguageModeling,
+)
 
 from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer
 
@@ -118,3 +124,57 @@ def test_a_mixture_of_experts_trains_without_its_routers_loss(build, family, cap
         trainer._batch_index["train"] = 0
         both.append(trainer.compute_loss(trainer.model, batch).item())
     assert both[0] == both[1]
+
+
+def test_an_optimizer_that_lacks_the_thoughts_is_refused(build, tiny_model, word_tokenizer) -> None:
+    model = tiny_model(word_tokenizer)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="these would never train"):
+        build(model=model, optimizers=(optimizer, None))
+    build(optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1})).train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_forwards_give_the_loss_and_gradients_of_float32(build, checkpointing) -> None:
+    """Weights in float32, forwards under autocast, backward passes without it."""
+    norms = []
+    for bf16 in (False, True):
+        trainer = build(
+            bf16=bf16, activation_checkpointing=checkpointing, logging_steps=1, max_steps=1,
+            eval_dataset=Dataset.from_dict(TEXTS),
+        )  # fmt: skip
+        trainer.train()
+        first = trainer.state.log_history[0]
+        norms.append([first["loss"], first["grad_norm"], trainer.evaluate()["eval_loss"]])
+        assert trainer.model.dtype == torch.float32
+    assert norms[1] == pytest.approx(norms[0], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("peft_config", "error", "message"),
+    [
+        ({"r": 4}, TypeError, "peft_config is a dict"),
+        (AdaptionPromptConfig(adapter_len=2, adapter_layers=1), ValueError, "no `modules_to_save`"),
+        (PromptTuningConfig(num_virtual_tokens=2), ValueError, "adds virtual tokens"),
+        (
+            LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]),
+            ValueError,
+            "alora_invocation_tokens",
+        ),
+    ],
+)
+def test_adapters_that_thoughts_cannot_train_with_are_refused(
+    build, peft_config, error, message
+) -> None:
+    with pytest.raises(error, match=message):
+        build(peft_config=peft_config)
+
+
+def test_a_quantization_that_is_given_twice_is_refused(build, saved_tiny_model) -> None:
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    with pytest.raises(ValueError, match="quantization_config is given twice"):
+        build(
+            model=str(saved_tiny_model),
+            model_init_kwargs={"quantization_config": four_bits},
+            quantization_config=four_bits,
+        )

@@ -50,3 +50,22 @@ def test_a_run_that_goes_on_equals_one_that_was_not_stopped(
     run(tmp_path / "parts", saved_tiny_model, peft, steps=2)
     parts = run(tmp_path / "parts", saved_tiny_model, peft, steps=4)
     assert_same_run(whole, parts)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_a_checkpoint_is_written_ends_as_if_never_stopped(
+    tmp_path, saved_tiny_model
+) -> None:
+    """In the midst of each file, bit for bit; the checkpoint before is gone on from."""
+    script = SCRIPT.with_name("quiet_star_kills.py")
+    command = [sys.executable, script, tmp_path / "runs", saved_tiny_model]
+    (tmp_path / "runs").mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(list(map(str, command)), env=environment, check=True, timeout=300)
+    runs = {path.stem: load_file(path) for path in (tmp_path / "runs").glob("*.safetensors")}
+    whole = runs.pop("whole")
+    assert len(runs) == 5
+    for name, weights in runs.items():
+        assert weights.keys() == whole.keys()
+        for key, weight in weights.items():
+            assert torch.equal(weight, whole[key]), (name, key)

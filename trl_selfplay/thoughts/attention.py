@@ -255,9 +255,10 @@ def thought_attention(
     if used:
         raise ValueError(f"{name} attends with {', '.join(used)}, which thoughts don't support.")
     thought_layout.windows.append(sliding_window)
+    # Under autocast positions leave queries and keys in float32; the backward pass has no autocast.
     out = attend(
-        query,
-        key,
+        query.to(value.dtype),
+        key.to(value.dtype),
         value,
         thought_layout,
         layer=int(getattr(module, "layer_idx", 0) or 0),

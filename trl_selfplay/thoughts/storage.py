@@ -169,6 +169,11 @@ def load_thinking_model(
     elif adapted:
         saved = content["base_model"]
         name = saved["name"] if base_model is None else base_model
+        if not name:
+            raise ValueError(
+                f"{folder} holds adapters of a base model that had no name, so it can't be loaded "
+                "again. Pass QuietSTaRModel.from_pretrained(folder, base_model=...)."
+            )
         if name == saved["name"] and saved["revision"] and not Path(name).is_dir():
             kwargs["revision"] = saved["revision"]
         model = AutoModelForCausalLM.from_pretrained(name, **kwargs)

@@ -169,6 +169,13 @@ class QuietSTaRConfig(SFTConfig):
                 f"neftune_noise_alpha={self.neftune_noise_alpha}: thoughts are sampled without this "
                 "noise and would be scored with it, which would be two policies. Leave it out."
             )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}=True rounds the whole model for good, with the mixing head and the "
+                    "vectors of thoughts, which need float32. Leave it out; bf16=True evaluates in "
+                    "bfloat16 too."
+                )
         if self.router_aux_loss_coef:
             raise ValueError(
                 f"router_aux_loss_coef={self.router_aux_loss_coef}: a router's loss would count "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from trl_selfplay.thoughts.mixing import (
@@ -73,6 +73,19 @@ def refuse_replicas(args: Any) -> None:
             f"one process sees {args.n_gpu} GPUs, over which it would split a batch without its "
             "thoughts. Start the script with torchrun or accelerate launch, or let it see one GPU "
             "with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def refuse_optimizer_without_thoughts(optimizer: Any, module: Any) -> None:
+    """Raise ValueError for a user's optimizer that doesn't hold the mixing head and the vectors."""
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(parameter) not in held for parameter in module.parameters()):
+        raise ValueError(
+            "`optimizers` was given with an optimizer that was made before the model had a mixing "
+            "head and vectors of thoughts, so these would never train. Use optimizer_cls_and_kwargs, "
+            "or `optim` in the config."
         )
 
 
@@ -166,6 +179,11 @@ def load_model(model: Any, args: Any, quantization_config: Any) -> tuple[Any, An
     kwargs = {"dtype": "float32", **(args.model_init_kwargs or {})}
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     if quantization_config is not None:
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config is given twice, as an argument and in model_init_kwargs. Leave "
+                "one of them out."
+            )
         kwargs["quantization_config"] = quantization_config
         kwargs.setdefault("device_map", {"": args.device})
     args.model_init_kwargs = None  # used up; the parent would warn that it ignores them
@@ -224,10 +242,28 @@ def refuse_adapters(model: Any, peft_config: Any) -> None:
             "`peft_config` was given, but the model has adapters that learnt to think, which go on "
             "training. Leave `peft_config` out, or merge the adapters first."
         )
-    if getattr(peft_config, "is_prompt_learning", False):
+    if peft_config is None:
+        return
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config is a {type(peft_config).__name__}; pass a PeftConfig such as "
+            "peft.LoraConfig()."
+        )
+    kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+    if peft_config.is_prompt_learning:
         raise ValueError(
-            f"peft_config of type {peft_config.peft_type.value} adds virtual tokens, after which thoughts "
-            "would be misplaced. Use LoRA."
+            f"peft_config of type {kind} adds virtual tokens, after which thoughts would be "
+            "misplaced. Use LoRA."
+        )
+    if not hasattr(peft_config, "modules_to_save"):
+        raise ValueError(
+            f"peft_config of type {kind} can't train and save the mixing head with its adapters: "
+            "it has no `modules_to_save`. Use LoRA."
+        )
+    if getattr(peft_config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "peft_config has alora_invocation_tokens: such adapters switch on at a token, which "
+            "thoughts don't follow. Leave it out."
         )
 
 

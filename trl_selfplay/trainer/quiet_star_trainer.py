@@ -74,6 +74,7 @@ from trl_selfplay.trainer.quiet_star_construction import (
     load_model,
     longest_row,
     refuse_adapters,
+    refuse_optimizer_without_thoughts,
     refuse_replicas,
     refuse_rows_without_room,
     refuse_thoughts,
@@ -184,6 +185,7 @@ class QuietSTaRTrainer(SFTTrainer):
         self._helpful: list[HelpfulThought] = []
         self._warned_nonfinite = False
         if args.num_thoughts:
+            refuse_optimizer_without_thoughts(optimizers[0], trained_module(self.causal_lm))
             # The parent rounds what trains on a quantized model to bfloat16.
             trained_module(self.causal_lm).float().load_state_dict(thought_weights)
             self._prepare_model_and_lengths()
