@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
+from peft.utils import TrainableTokensWrapper, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,14 +21,44 @@ from trl_selfplay.disk import BRING_BACK, naming_damage, save_file_with
 # Initialisations that write into the base weights. A restart from the initial adapter, a resume
 # in a new process and an engine that loads base and adapter apart would each see another base.
 BASE_CHANGING_INITIALISATIONS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
+# Kinds of adapters that rounds would sample, train or restore wrongly, and why.
+_REFUSED_KINDS = {
+    "ADAPTION_PROMPT": "puts a prompt into attention, past the head whose log-probs TRL reads",
+    "LILY": "weighs its experts by the mean over all tokens of a batch, those of later places and of "
+    "other rows too",
+    "POLY": "needs the ids of tasks in each forward, which neither the sampler nor TRL gives",
+    "SHADOW": "carries a state of its own from layer to layer beside the cache that is sampled from",
+    "XLORA": "runs each forward twice and without the cache that is sampled from",
+}
+_REFUSED_LORA_FIELDS = {
+    "kasa_config": "takes singular values out of the base weights when the adapter is made",
+    "arrow_config": "routes between adapters that have been trained, and trains none",
+    "monteclora_config": "keeps a state beside its weights that training changes and no restart "
+    "from the initial adapter restores",
+    "velora_config": "keeps a state beside its weights that training changes and no restart from "
+    "the initial adapter restores",
+}
 
 
-def check_peft_config(peft_config: PeftConfig | None) -> None:
-    """Refuse LoRA initialisations that change the base weights.
+def check_peft_config(peft_config: Any) -> None:
+    """Refuse forms of PEFT that can't be right over rounds.
 
     Raises:
-        ValueError: Naming the initialisation and why it can't be used over rounds.
+        ValueError: Naming the form, why it can't be used over rounds, and what to use.
     """
+    if peft_config is None:
+        return
+    kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft_config of type {kind} adds virtual tokens, which the sampler doesn't support. "
+            "Use LoRA."
+        )
+    if kind in _REFUSED_KINDS:
+        raise ValueError(f"peft_config of type {kind} {_REFUSED_KINDS[kind]}. Use LoRA.")
+    for name, reason in _REFUSED_LORA_FIELDS.items():
+        if getattr(peft_config, name, None) is not None:
+            raise ValueError(f"peft_config has {name}, which {reason}. Leave it out.")
     initialisation = getattr(peft_config, "init_lora_weights", True)
     if isinstance(initialisation, str) and initialisation.lower().startswith(
         BASE_CHANGING_INITIALISATIONS
@@ -38,6 +68,23 @@ def check_peft_config(peft_config: PeftConfig | None) -> None:
             "adapter is made. Each round starts again from the initial adapter on the unchanged "
             "base, and a resumed run loads that base from its source, so the two would not fit. "
             'Use init_lora_weights=True, "gaussian" or "orthogonal".'
+        )
+
+
+def check_head(model: Any) -> None:
+    """Refuse adapters on the head that TRL's log-probs would leave out.
+
+    Raises:
+        ValueError: With what to change.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PeftModel) else None
+    trains_tokens_of_head = isinstance(head, TrainableTokensWrapper)
+    if trains_tokens_of_head:
+        raise ValueError(
+            "`trainable_token_indices` reaches the head (lm_head by name, or embeddings that it is "
+            "tied to), and TRL computes log-probs from the head's own weight, without the tokens "
+            "that train. Give the indices of untied embeddings alone, or use "
+            'modules_to_save=["embed_tokens", "lm_head"].'
         )
 
 
@@ -115,14 +162,17 @@ def load_saved_model(model: nn.Module, folder: Path) -> None:
         ValueError: The folder holds another model.
     """
     if isinstance(model, PeftModel):
-        with naming_damage(folder, BRING_BACK):
-            adapters = load_peft_weights(str(folder), device="cpu")
-        outcome: Any = set_peft_model_state_dict(model, adapters)
-        if outcome.unexpected_keys:
-            raise ValueError(
-                f"{folder} holds adapter weights that the model lacks, such as "
-                f"{outcome.unexpected_keys[0]}: it belongs to another PEFT configuration."
-            )
+        for adapter in model.peft_config:
+            # As PEFT saves them: an adapter of another name has a folder of that name.
+            place = folder if adapter == "default" else folder / adapter
+            with naming_damage(place, BRING_BACK):
+                weights = load_peft_weights(str(place), device="cpu")
+            outcome: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter)
+            if outcome.unexpected_keys:
+                raise ValueError(
+                    f"{place} holds adapter weights that the model lacks, such as "
+                    f"{outcome.unexpected_keys[0]}: it belongs to another PEFT configuration."
+                )
         return
     # From disk as it was saved, without a second model on the accelerator. The model's own class
     # needs no registry and no leave to run code from the folder.

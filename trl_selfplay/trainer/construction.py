@@ -30,7 +30,7 @@ from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.run_folder import Run
 from trl_selfplay.self_play import SelfPlay
 from trl_selfplay.trainer.ported_scripts import check_config_class
-from trl_selfplay.weights import check_peft_config
+from trl_selfplay.weights import check_head, check_peft_config
 
 
 def default_output_dir(model: Any, method: str) -> str:
@@ -63,7 +63,7 @@ def check_arguments(
 
 
 def check_adapters(model: Any, peft_config: Any) -> None:
-    """Raise ValueError for PEFT initialisations that change base weights."""
+    """Raise ValueError for forms of PEFT that can't be right over rounds."""
     check_peft_config(peft_config)
     for existing in getattr(model, "peft_config", {}).values():
         check_peft_config(existing)
@@ -232,6 +232,7 @@ def build_self_play(
     trainer.run.placeholder = trainer.train_dataset  # as the parent has prepared it
     keep_4bit_weights_trainable(trainer.model)
     check_trainable(trainer.model)
+    check_head(trainer.model)
     check_generation_config(trainer.model.generation_config)
     traits = try_model(trainer.model, trainer.accelerator)
     return SelfPlay(

@@ -120,7 +120,7 @@ class SPINTrainer(DPOTrainer):
         _refuse_unused(ref_model, compute_metrics)
         refuse_optimizers(optimizers)
         check_adapters(model, peft_config)
-        _refuse_named_adapters(model)
+        _refuse_uncopied_adapters(model)
         rows = load_chosen_rows(train_dataset, "train_dataset")
         heldout = load_heldout_sets(eval_dataset, rows, load_chosen_rows)
         tokenizer = load_processing_class(model, processing_class, args)
@@ -405,13 +405,28 @@ class SPINTrainer(DPOTrainer):
         add_rounds_to_card(self)
 
 
-def _refuse_named_adapters(model: Any) -> None:
-    """Raise ValueError for adapters of which the parent would not find the one that it copies."""
-    adapters = list(getattr(model, "peft_config", {}))
+def _refuse_uncopied_adapters(model: Any) -> None:
+    """Raise ValueError for adapters that the parent can't copy, as it does at construction."""
+    adapters = getattr(model, "peft_config", {})
     if adapters and "default" not in adapters:
         raise ValueError(
-            f"the model's adapters are named {adapters}; TRL's DPOTrainer takes the one named "
+            f"the model's adapters are named {list(adapters)}; TRL's DPOTrainer takes the one named "
             "'default'. Load it with PeftModel.from_pretrained(base, path, is_trainable=True)."
+        )
+    for config in adapters.values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if getattr(config, "bias", "none") != "none":
+            reason = f"bias={config.bias!r}, of which PEFT allows one adapter in a model"
+        elif getattr(config, "layer_replication", None):
+            reason = "layer_replication, which PEFT would do once more"
+        elif kind == "ADALORA":
+            reason = "AdaLoRA, of which PEFT allows one trainable adapter in a model"
+        else:
+            continue
+        raise ValueError(
+            f"the model comes with an adapter that has {reason}; TRL's DPOTrainer puts a copy beside "
+            "it at construction. Merge the adapter into its base first, or pass the base model and "
+            "`peft_config`."
         )
 
 
