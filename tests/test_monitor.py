@@ -11,6 +11,7 @@ from trl_selfplay.monitor import (
     rounds_without_gain,
     warn_baseline,
     warn_hint_share,
+    warn_long,
     warn_truncation,
     warn_warmup,
 )
@@ -130,3 +131,11 @@ def test_one_score_is_compared_with_nothing() -> None:
     assert rounds_without_gain([(-1, 0.0)]) == 0
     assert rounds_without_gain([]) == 0
     assert best_round([(-1, 0.0)]) == -1
+
+
+def test_completions_lost_to_max_length_are_counted_with_and_without_hint() -> None:
+    kept = Funnel(4, 3, OutcomeCounts(kept=3, failed=5))
+    assert warn_long(kept, 0, 64) is None
+    lost = Funnel(4, 3, OutcomeCounts(kept=3, too_long=2), OutcomeCounts(kept=1, too_long=4))
+    assert "6 of 10 completions" in (warn_long(lost, 0, 64) or "")
+    assert "max_length=64" in (warn_long(lost, 0, 64) or "")

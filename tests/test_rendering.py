@@ -2,8 +2,10 @@
 
 import json
 from datetime import datetime
+from pathlib import Path
 
 import pytest
+import trl
 from datasets import Dataset
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
@@ -213,36 +215,53 @@ def test_the_id_of_prompt_and_solution_alone_stays_what_it_was() -> None:
     assert hash_prompt([USER], "1", {}) == "44069bafebc3f66f958332a1d3ded61c"
 
 
-def test_spin_and_dpo_see_the_same_tokens_of_a_tool_call(chat_tokenizer, tiny_model, tmp_path):
-    """TRL's DPOTrainer is the independent computation: prompt, tools, a call without content."""
-    chat_tokenizer.chat_template = WITH_TOOLS
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("template", "completion", "settings"),
+    [
+        (None, {"tool_calls": [CALL]}, [{"mood": "gay"}, {"mood": "grim"}]),
+        ("gptoss", {"content": "4", "thinking": "2 and 2"}, [{"reasoning_effort": "low"}, {}]),
+        ("gptoss", {"tool_calls": [CALL]}, [{"reasoning_effort": "high"}, {}]),
+        ("qwen3", {"content": "", "tool_calls": [CALL]}, [{"enable_thinking": True}, {}]),
+    ],
+)
+def test_spin_and_dpo_see_the_same_tokens(
+    chat_tokenizer, tiny_model, tmp_path, template, completion, settings
+) -> None:
+    """TRL's DPOTrainer is the independent computation: tools, calls without content, harmony."""
+    folder = Path(trl.__file__).parent / "chat_templates"
+    chat_tokenizer.chat_template = (
+        (folder / f"{template}.jinja").read_text() if template else WITH_TOOLS
+    )
+    answer = [{"role": "assistant", **completion}]
     records = [
         {
             "prompt": [USER],
-            "chosen": [{"role": "assistant", "tool_calls": [call]}],
-            "rejected": [{"role": "assistant", "tool_calls": [call]}],
+            "chosen": answer,
+            "rejected": answer,
             "tools": [TOOL],
-            "chat_template_kwargs": {"mood": mood},
+            "chat_template_kwargs": kwargs,
         }
-        for mood in ("gay", "grim")
+        for kwargs in settings
     ]
-    config = DPOConfig(str(tmp_path), bf16=False, use_cpu=True, report_to=[])
-    dpo = DPOTrainer(
-        tiny_model(chat_tokenizer),
-        tiny_model(chat_tokenizer),
-        args=config,
-        train_dataset=Dataset.from_list(records),
-        processing_class=chat_tokenizer,
-    )
-    rows = load_chosen_rows(Dataset.from_list(records), "train_dataset")
-    tokens = tokenize_chosen(PromptFormatter(chat_tokenizer), rows, (1,), 1)
-    for row, expected in zip(
-        sorted(rows, key=lambda r: r.row_index), dpo.train_dataset, strict=True
-    ):
-        ours = tokens[row.prompt_id]
+    config = DPOConfig(str(tmp_path), bf16=False, use_cpu=True, report_to=[], max_length=None)
+    # A row of its own for each, since a table gives all rows the keys of all.
+    for record in records:
+        dpo = DPOTrainer(
+            tiny_model(chat_tokenizer),
+            tiny_model(chat_tokenizer),
+            args=config,
+            train_dataset=Dataset.from_list([record]),
+            processing_class=chat_tokenizer,
+        )
+        rows = load_chosen_rows(Dataset.from_list([record]), "train_dataset")
+        (ours,) = tokenize_chosen(PromptFormatter(chat_tokenizer), rows, (1,), 1).values()
+        (expected,) = dpo.train_dataset
         assert list(ours.prompt_ids) == expected["prompt_ids"]
-        assert list(ours.chosen_ids) == expected["chosen_ids"]
+        theirs = expected["chosen_ids"]
+        assert list(ours.chosen_ids) == (theirs if 1 in theirs else [*theirs, 1])
 
 
 def test_what_a_template_does_not_read_is_said_once(chat_tokenizer, caplog) -> None:

@@ -1,5 +1,6 @@
 """Every family of layers: which rows go together, against lone runs and `generate`."""
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -210,6 +211,44 @@ def test_a_multimodal_model_is_an_error_that_names_it() -> None:
     )
     with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration takes images"):
         describe_model(transformers.Gemma3ForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize("family", ["Llava", "Mistral3", "Gemma3"])
+def test_the_advice_for_multimodal_checkpoints_gives_equal_logits(
+    family, tokenizer, tmp_path
+) -> None:
+    """The code of the error message, run as it is; Mistral 3 ties its embeddings at the top."""
+    text = {
+        **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    }
+    vision = {
+        **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "image_size": 16, "patch_size": 8},
+    }
+    parts = {"text_config": text, "vision_config": vision}
+    if family == "Llava":
+        parts = {
+            "text_config": transformers.LlamaConfig(**text),
+            "vision_config": transformers.CLIPVisionConfig(**vision),
+        }
+    config = getattr(transformers, f"{family}Config")(**parts)
+    full = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    names: dict[str, Any] = {"name": str(tmp_path / "full"), "folder": str(tmp_path / "text")}
+    full.save_pretrained(names["name"])
+    tokenizer.save_pretrained(names["name"])
+    with pytest.raises(ValueError, match="takes images") as refused:
+        describe_model(full)
+    code = [line for line in str(refused.value).splitlines() if line.startswith("    ")]
+    classes = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoTokenizer")
+    names |= {c: getattr(transformers, c) for c in classes}
+    exec(textwrap.dedent("\n".join(code)), names)
+    alone = transformers.AutoModelForCausalLM.from_pretrained(names["folder"]).eval()
+    assert describe_model(alone)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        assert torch.equal(full(input_ids=ids).logits, alone(input_ids=ids).logits)
+    assert len(transformers.AutoTokenizer.from_pretrained(names["folder"])) == len(tokenizer)
 
 
 @pytest.mark.parametrize("most", [5, 1])

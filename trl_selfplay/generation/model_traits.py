@@ -18,6 +18,20 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from trl.models import unwrap_model_for_generation
 
+# Loading a multimodal checkpoint with AutoModelForCausalLM gives the multimodal class again.
+TEXT_MODEL_ADVICE = """\
+Save the language model by itself, once, and train that folder:
+
+    full = AutoModelForImageTextToText.from_pretrained(name)
+    config = full.config.text_config
+    config.tie_word_embeddings = full.config.tie_word_embeddings
+    text = AutoModelForCausalLM.from_config(config)
+    text.model, text.lm_head = full.model.language_model, full.lm_head
+    text.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+
+`from_config` says so where a family has no text class of its own (Qwen2-VL, Qwen3-VL)."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelTraits:
@@ -78,8 +92,7 @@ def describe_model(model: nn.Module) -> ModelTraits:
     config = base.config.get_text_config(decoder=True)
     if {"pixel_values", "input_features"} & set(parameters):
         raise ValueError(
-            f"{name} takes images or audio; self-play works on text. Load the language model alone "
-            "(AutoModelForCausalLM of its text part)."
+            f"{name} takes images or audio, and rounds work on text. {TEXT_MODEL_ADVICE}"
         )
     cache_name = next((n for n in ("past_key_values", "cache_params") if n in parameters), None)
     layers = None if cache_name is None else _cache_layers(base.config)

@@ -278,7 +278,8 @@ def _check_prompts(requests: Sequence[SampleRequest], context_length: int | None
         if context_length is not None and length >= context_length:
             raise ValueError(
                 f"the prompt of request {index} has {length} tokens, and the model's context of "
-                f"{context_length} leaves no room for a completion. Shorten or drop the prompt."
+                f"{context_length} (`max_position_embeddings`) leaves no room for a completion. "
+                "Shorten or drop the prompt, or show fewer `few_shot_examples`."
             )
 
 

@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from trl_selfplay.collection import Collector
+from trl_selfplay.generation.model_traits import TEXT_MODEL_ADVICE
 from trl_selfplay.generation.transformers_sampler import (
     TransformersSampler,
     check_generation_config,
@@ -142,8 +143,9 @@ def load_processing_class(model: Any, processing_class: Any, args: Any) -> PreTr
         )
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
-            f"processing_class is a {type(processing_class).__name__}; rounds work on text, so "
-            "pass a model with a plain tokenizer."
+            f"processing_class is a {type(processing_class).__name__}, and rounds work on text. Pass "
+            "its `tokenizer`, and a model that takes text alone: those of multimodal checkpoints "
+            f"have to be saved apart first. {TEXT_MODEL_ADVICE}"
         )
     if processing_class.eos_token is None and getattr(args, "eos_token", None) is None:
         raise ValueError(
