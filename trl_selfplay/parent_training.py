@@ -28,7 +28,7 @@ from trl_selfplay.memory import return_freed_memory
 from trl_selfplay.weights import (
     adapters_keep_dtypes,
     load_saved_model,
-    trainable_parameters,
+    nonfinite_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,14 +97,13 @@ def load_outcome(trainer: Any, folder: Path) -> bool:
 
 def _check_finite(trainer: Any, folder: Path) -> None:
     """Raise FloatingPointError for weights that training made infinite or NaN."""
-    weights = trainable_parameters(trainer.model)
-    broken = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
+    broken = nonfinite_weights(trainer.model)
     if not broken:
         return
     if trainer.is_world_process_zero():
         pass_over_checkpoints(folder)
     raise FloatingPointError(
-        f"training in {folder} diverged: {len(broken)} of {len(weights)} trained weights hold NaN "
+        f"training in {folder} diverged: {len(broken)} trained weights hold NaN "
         f"or infinity, {broken[0]} among them. No model was saved; samples and scores are kept. "
         "Lower the learning rate (learning_rate in round 0, later this round's value in "
         "round_learning_rates), or set bf16=True instead of fp16, and go on with "

@@ -93,12 +93,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def first_nonfinite(model: nn.Module) -> str | None:
-    """Return the name of a trainable parameter that holds NaN or infinity, None if none does."""
-    for name, parameter in trainable_parameters(model).items():
-        if not bool(parameter.detach().isfinite().all()):
-            return name
-    return None
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """Return the names of trainable parameters that hold NaN or infinity."""
+    weights = trainable_parameters(model).items()
+    return [name for name, weight in weights if not bool(weight.detach().isfinite().all())]
 
 
 def save_trainable(model: nn.Module, path: Path) -> None:

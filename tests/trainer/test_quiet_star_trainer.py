@@ -356,8 +356,14 @@ def test_rows_without_room_for_a_thought_are_refused(quiet_trainer, length) -> N
 
 def test_one_process_with_several_gpus_is_refused() -> None:
     with pytest.raises(ValueError, match="one process sees 2 GPUs"):
-        refuse_replicas(SimpleNamespace(n_gpu=2))
-    refuse_replicas(SimpleNamespace(n_gpu=1))
+        refuse_replicas(SimpleNamespace(n_gpu=2, parallelism_config=None))
+    refuse_replicas(SimpleNamespace(n_gpu=1, parallelism_config=None))
+
+
+def test_texts_that_are_split_over_processes_are_refused() -> None:
+    config = SimpleNamespace(cp_size=2, sp_size=1)
+    with pytest.raises(ValueError, match="parallelism_config has cp_size=2"):
+        refuse_replicas(SimpleNamespace(n_gpu=1, parallelism_config=config))
 
 
 def test_only_a_checkpoint_keeps_the_thoughts_in_its_model_file(quiet_trainer, tmp_path) -> None:

@@ -67,7 +67,14 @@ def refuse_unused(
 
 
 def refuse_replicas(args: Any) -> None:
-    """Raise ValueError where the parent would copy the model to several GPUs of one process."""
+    """Raise ValueError where the model would be copied in one process, or texts be cut up."""
+    for name in ("cp_size", "sp_size"):
+        size = getattr(args.parallelism_config, name, 1)
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config has {name}={size}, which splits a text over processes, away "
+                "from its thoughts. Use data parallelism."
+            )
     if args.n_gpu > 1:
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs, over which it would split a batch without its "

@@ -82,7 +82,7 @@ from trl_selfplay.trainer.quiet_star_construction import (
     save_thoughts_too,
     switch_router_loss_off,
 )
-from trl_selfplay.weights import first_nonfinite
+from trl_selfplay.weights import nonfinite_weights
 
 logger = logging.getLogger(__name__)
 
@@ -464,14 +464,14 @@ class QuietSTaRTrainer(SFTTrainer):
         them, to go on from.
 
         Raises:
-            ValueError: A weight is NaN or infinite.
+            FloatingPointError: A weight is NaN or infinite.
         """
-        name = first_nonfinite(self.model_wrapped) if self.args.num_thoughts else None
-        if name is not None:
-            raise ValueError(
-                f"after step {self.state.global_step} the weights are no longer finite ({name} among "
-                "them), so they are not saved; earlier checkpoints are as they were. Lower "
-                "learning_rate or reinforce_weight, or set max_grad_norm."
+        broken = nonfinite_weights(self.model_wrapped) if self.args.num_thoughts else []
+        if broken:
+            raise FloatingPointError(
+                f"after step {self.state.global_step} {len(broken)} trained weights hold NaN or "
+                f"infinity, {broken[0]} among them, so they are not saved; earlier checkpoints are "
+                "as they were. Lower learning_rate or reinforce_weight, or set max_grad_norm."
             )
         super().save_model(output_dir, _internal_call)
         if not self.args.num_thoughts or not self.args.should_save:
