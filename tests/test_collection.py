@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 from accelerate import Accelerator
 
+from trl_selfplay import collection
 from trl_selfplay.collection import BATCHES_PER_SHARD, Assignment, Collector, plan_shards
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
-from trl_selfplay.prompts import load_prompt_rows
+from trl_selfplay.prompts import PromptRow, load_prompt_rows
 from trl_selfplay.rewards.scoring import Scorer
-from trl_selfplay.rollouts import load_rollouts
+from trl_selfplay.rollouts import hash_prompt, load_rollouts, save_rollouts
 
 OPTIONS = SamplingOptions(6, temperature=1.0, eos_token_ids=(1,))
 
@@ -175,3 +176,85 @@ def test_fewer_samples_per_prompt_leave_the_others_out(tmp_path, collector, assi
     assert found == collect(collector(), fewer)[0]
     on_disk = [r for path in tmp_path.glob("*.parquet") for r in load_rollouts(path)]
     assert {r.sample_index for r in on_disk} == {0, 1}
+
+
+RESPONSE_TEMPLATE = {  # as TRL's for Qwen3
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<assistant>",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close_pattern": r"</think>", "content": "text"},
+        "content": {"close_pattern": r"<eos>", "content": "text"},
+    },
+}
+
+
+def test_chat_completions_reach_functions_as_grpo_s_do(chat_tokenizer, make_rollout) -> None:
+    """Divided by the tokenizer's response template into thoughts and content."""
+    from trl.chat_template_utils import parse_response
+
+    texts = [
+        "<think>4?</think>The answer is 5.<eos>",
+        "The answer is 7.<eos>",
+        "<think>so",
+        "<eos>",
+    ]
+    prompt = [{"role": "user", "content": "?"}]
+    prompt_ids = chat_tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+    row = PromptRow("p", prompt, "5", {"solution": "5"}, 0)
+    rollouts = [
+        make_rollout(
+            prompt_id="p", sample_index=i, prompt_ids=tuple(prompt_ids),
+            completion_ids=tuple(chat_tokenizer(text)["input_ids"]),
+            completion=chat_tokenizer.decode(
+                chat_tokenizer(text)["input_ids"], skip_special_tokens=True
+            ),
+        )
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+    seen = []
+
+    def look(completions, **kwargs):
+        seen[:] = completions
+        return [1.0] * len(completions)
+
+    collector = Collector(None, Scorer(look), chat_tokenizer, Accelerator(cpu=True), 0)
+    collector.grade(rollouts, {"p": row})
+    assert seen == [[{"role": "assistant", "content": r.completion}] for r in rollouts]
+    chat_tokenizer.response_template = RESPONSE_TEMPLATE
+    collector.grade(rollouts, {"p": row})
+    assert seen == [
+        [parse_response(chat_tokenizer, list(r.completion_ids), prefix=prompt_ids)]
+        for r in rollouts
+    ]
+    (message,) = seen[0]
+    assert message["reasoning_content"] == "4?"
+    assert message["content"] == "The answer is 5."
+
+
+def test_tags_that_are_special_tokens_stay_in_the_text(byte_tokenizer) -> None:
+    """Reward functions read them; other special tokens are no text."""
+    special = ["<answer>", "</answer>", "<|im_start|>", "<start_of_turn>", "</close>"]
+    byte_tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tags = collection._find_tag_ids(byte_tokenizer)
+    assert byte_tokenizer.convert_ids_to_tokens(sorted(tags)) == special[:2]
+
+    def decode(text):
+        ids = byte_tokenizer(text)["input_ids"]
+        return collection._decode_completion(byte_tokenizer, ids, tags)
+
+    assert decode("so <answer>é 5</answer><eos>") == "so <answer>é 5</answer>"
+    assert decode("<|im_start|>so <answer>5</answer></close>") == "so <answer>5</answer>"
+    assert decode("<|im_start|>so 5<eos>") == "so 5"
+
+
+def test_half_a_surrogate_pair_is_neither_stored_nor_a_failure(tmp_path, make_rollout) -> None:
+    class Cut:
+        def decode(self, ids, **kwargs):
+            return "a \ud800 b"
+
+    text = collection._decode_completion(Cut(), [1], frozenset())
+    assert text == "a ? b"
+    rollout = make_rollout(completion=text, prompt_id=hash_prompt("\ud800", "\udfff"))
+    save_rollouts(tmp_path / "s.parquet", [rollout])
+    assert load_rollouts(tmp_path / "s.parquet") == [rollout]
+    assert hash_prompt("\ud800", "1") != hash_prompt("\ud801", "1")

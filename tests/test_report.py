@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trl_selfplay.funnel import Funnel, OutcomeCounts
+from trl_selfplay.funnel import Funnel, OutcomeCounts, describe_funnel
 from trl_selfplay.report import (
     SamplingProgress,
     forecast,
@@ -136,6 +136,42 @@ def test_the_model_card_names_the_best_and_the_last_round() -> None:
 def test_the_model_card_says_when_training_made_it_worse() -> None:
     lines = [make_line(0, 0.1, eval_before=evaluation(0.125, 0.25))]
     assert "Best round by `eval_accuracy`: before training (0.125)" in rounds_markdown(lines)
+
+
+def test_the_model_card_names_the_best_round_as_the_run_chose_it() -> None:
+    """Whether smaller is better is the run's to know; a metric's name doesn't tell."""
+    text = rounds_markdown(run_lines(), "eval_accuracy", greater_is_better=False)
+    assert "Best round by `eval_accuracy`: before training (0.130). Last round: 2" in text
+    lines = [make_line(i, None, eval={"eval_mean_loss": 1.0 - i}) for i in range(2)]
+    assert "Best round by `eval_mean_loss`: 0 (1.000)" in rounds_markdown(lines, "eval_mean_loss")
+
+
+def test_a_method_without_hints_shows_none() -> None:
+    funnel = Funnel(10, 6, OutcomeCounts(failed=4, kept=11))
+    lines = [make_line(i, 0.5, funnel=funnel.to_dict()) for i in range(2)]
+    text = round_table(lines)
+    assert "15 → 15 → 11 → 11 → 190" in text
+    assert "finished → correct → kept → trained" in text
+    assert " + " not in text
+    assert describe_funnel(funnel) == (
+        "15 sampled → 15 finished → 11 correct → 11 kept; dropped: 4 failed; 6 of 10 prompts solved"
+    )
+    assert describe_funnel(funnel, graded=False) == (
+        "15 sampled → 15 finished → 11 kept; dropped: 4 failed; 6 of 10 prompts with a pair"
+    )
+    # one round with hints, and all rows have the column
+    hinted = [*lines, make_line(2, 0.5)]
+    assert "11 + 0" in round_table(hinted)
+
+
+def test_a_metric_that_is_no_share_is_shown_itself() -> None:
+    scores = {"eval_mean_reward": 0.7, "eval_mean_reward_low": 0.6, "eval_mean_reward_high": 0.8}
+    header, row, _ = round_table([make_line(0, None, eval=scores)], "eval_mean_reward").splitlines()
+    assert "mean_reward" in header
+    assert "accuracy" not in header
+    assert "0.700 [0.60, 0.80]" in row
+    both = round_table([make_line(0, 0.5, eval=scores | evaluation(0.5, 0.6))], "eval_mean_reward")
+    assert {"mean_reward", "accuracy", "pass@8"} <= set(both.splitlines()[0].split())
 
 
 def test_the_model_card_can_be_written_without_heldout_prompts() -> None:

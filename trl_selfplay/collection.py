@@ -8,7 +8,8 @@ finds the plan, reads the shards that are whole and goes on with the first that 
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 # A shard is what a kill can cost. Several batches, so that rows freed by short completions can
 # be filled again within it.
 BATCHES_PER_SHARD = 4
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class Collector:
     accelerator: Accelerator
     seed: int
     reward_threshold: float = 1.0
+    has_degrees: bool = False  # completions are trained on that the threshold doesn't count
+    eval_threshold: float | None = 1.0  # None: held-out rewards have degrees
     refuses_negative_rewards: bool = False
     eval_scorer: Scorer | None = None  # None: held-out prompts are graded like the others
 
@@ -116,10 +120,13 @@ class Collector:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         collected: list[Rollout] = []
         solved: list[bool] = []
+        threshold = None if self.has_degrees else self.reward_threshold
+        if phase == "eval":
+            threshold = self.eval_threshold
         rows = {prompt_id: a.row for prompt_id, a in by_id.items()}
         stop = Event()
 
-        def sample_shards() -> Iterator[tuple[Shard, Path | None, list[Rollout]]]:
+        def sample_shards() -> Iterator[tuple[Shard, str, Path | None, list[Rollout]]]:
             for index, shard in enumerate(shards):
                 if index % world != rank or not shard.prompt_ids:
                     continue
@@ -144,18 +151,18 @@ class Collector:
                     rollouts.sort(key=lambda r: (place[r.prompt_id], r.sample_index))
                 if path is not None and found != rollouts:
                     save_rollouts(path, rollouts)
-                yield shard, path, rollouts
+                yield shard, f"shard {prefix}{index:05d}, round {round_index}", path, rollouts
 
         # Reward functions stay in the main thread: those with timeouts by signal need it.
         with closing(one_ahead(sample_shards(), stop)) as sampled:
-            for shard, path, rollouts in sampled:
+            for shard, name, path, rollouts in sampled:
                 if self.scorer is not None and not all(r.is_graded for r in rollouts):
-                    rollouts = self.grade(rollouts, rows)
+                    rollouts = self.grade(rollouts, rows, name)
                     if path is not None:
                         save_rollouts(path, rollouts)
                 collected += rollouts
-                if self.scorer is not None:
-                    passed = {r.prompt_id for r in rollouts if r.passes(self.reward_threshold)}
+                if self.scorer is not None and threshold is not None:
+                    passed = {r.prompt_id for r in rollouts if r.passes(threshold)}
                     solved += [prompt_id in passed for prompt_id in shard.prompt_ids]
                     progress.set_solved(sum(solved) / len(solved))
         if world > 1:
@@ -203,6 +210,7 @@ class Collector:
             for a, sample_index in wanted
         ]
         prompt_texts = {a.row.prompt_id: _decode(self.tokenizer, a.prompt_ids) for a in assignments}
+        tag_ids = _find_tag_ids(self.tokenizer)
         rollouts: list[Rollout | None] = [None] * len(wanted)
         for request_index, sampled in self.sampler.sample(requests, options, batch_size):
             if stop.is_set():
@@ -219,7 +227,7 @@ class Collector:
                 prompt_ids=assignment.prompt_ids,
                 completion_ids=sampled.completion_ids,
                 prompt=prompt_texts[assignment.row.prompt_id],
-                completion=_decode(self.tokenizer, text_ids, skip_special_tokens=True),
+                completion=_decode_completion(self.tokenizer, text_ids, tag_ids),
                 finish=sampled.finish,
                 hinted=phase == "hint",
                 logprob=sampled.logprob,
@@ -232,8 +240,14 @@ class Collector:
             )
         return finished
 
-    def grade(self, rollouts: Sequence[Rollout], by_id: Mapping[str, PromptRow]) -> list[Rollout]:
+    def grade(
+        self, rollouts: Sequence[Rollout], by_id: Mapping[str, PromptRow], name: str = ""
+    ) -> list[Rollout]:
         """Return the rollouts, all of one phase, with their rewards.
+
+        Chat completions reach the reward functions as one assistant message, which the tokenizer's
+        `response_template`, where it has one, divides into thoughts and content, as for
+        GRPOTrainer. `name` is what the log calls these rollouts.
 
         Raises:
             RuntimeError, ValueError, TypeError: From a reward function, named.
@@ -245,16 +259,15 @@ class Collector:
             raise RuntimeError("there are no reward functions to grade with")
         rows = [by_id[r.prompt_id] for r in rollouts]
         completions: list[Any] = [
-            [{"role": "assistant", "content": r.completion}]
-            if row.is_conversational
-            else r.completion
+            [_message(self.tokenizer, r)] if row.is_conversational else r.completion
             for r, row in zip(rollouts, rows, strict=True)
         ]
         scores = scorer.score(
             prompts=[row.prompt for row in rows],
             completions=completions,
             completion_ids=[list(r.completion_ids) for r in rollouts],
-            columns={name: [row.columns[name] for row in rows] for name in rows[0].columns},
+            columns={key: [row.columns[key] for row in rows] for key in rows[0].columns},
+            where=name,
         )
         graded = [
             replace(r, rewards=rewards, reward=scorer.weighted(rewards))
@@ -280,7 +293,48 @@ def _check_not_negative(rollouts: Sequence[Rollout], names: Sequence[str]) -> No
 
 
 def _decode(tokenizer: Any, ids: Sequence[int], **kwargs: Any) -> str:
-    return tokenizer.decode(list(ids), **kwargs)
+    text: str = tokenizer.decode(list(ids), **kwargs)
+    # Half a surrogate pair, which a tokenizer in Python may leave, can't be written as UTF-8.
+    return text.encode("utf-8", "replace").decode() if _SURROGATE.search(text) else text
+
+
+def _decode_completion(tokenizer: Any, ids: Sequence[int], tag_ids: Collection[int]) -> str:
+    """Return the text without special tokens, but for tags such as `<answer>`."""
+    kept = {i for i in ids if i in tag_ids}
+    if not kept:
+        return _decode(tokenizer, ids, skip_special_tokens=True)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - kept
+    return _decode(tokenizer, [i for i in ids if i not in special])
+
+
+def _find_tag_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the special tokens that are an opening and a closing tag, `<answer>` and `</answer>`.
+
+    Reward functions read them, and decoding without special tokens takes them away.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {str(token): i for i, token in added.items() if token.special}
+    tags = [tag for tag in special if re.fullmatch(r"<[A-Za-z][\w-]+>", tag)]
+    pairs = [(tag, f"</{tag[1:]}") for tag in tags if f"</{tag[1:]}" in special]
+    return frozenset(special[tag] for pair in pairs for tag in pair)
+
+
+def _message(tokenizer: Any, rollout: Rollout) -> dict[str, Any]:
+    """Return a completion as the assistant's message, parsed where the tokenizer says how."""
+    plain = {"role": "assistant", "content": rollout.completion}
+    if getattr(tokenizer, "response_template", None) is None:
+        return plain
+    try:
+        ids, prefix = list(rollout.completion_ids), list(rollout.prompt_ids)
+        parsed = tokenizer.parse_response(ids, prefix=prefix)
+    except (ValueError, TypeError):  # a tool call that is none, for example
+        return plain
+    if not isinstance(parsed, dict):  # nothing was left of a cut one
+        return plain
+    content = parsed.get("content") or ""
+    if isinstance(content, str):
+        content = content.removesuffix(tokenizer.eos_token)
+    return {**parsed, "content": content}
 
 
 def _compare(

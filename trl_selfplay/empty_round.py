@@ -4,9 +4,10 @@ In: what a round's selection came to. Out: a warning or an error with the funnel
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
-from trl_selfplay.funnel import describe_funnel
+from trl_selfplay.funnel import Funnel, describe_funnel
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +31,41 @@ def handle_empty_round(args: Any, round_index: int, played: Any) -> None:
         f"--- {r.prompt[-200:]!r}\n    → {r.completion[:300]!r} (finish {r.finish}, reward {r.reward})"
         for r in played.rollouts[:3]
     )
-    num_too_long = played.funnel.unhinted.too_long + played.funnel.hinted.too_long
-    remedy = played.remedy or (
-        f"{num_too_long} correct completions are longer than max_length={args.max_length} with "
-        "their prompts: raise it."
-        if num_too_long
-        else "A wrong answer format is the usual reason; compare these completions with what the reward "
-        "functions expect. Show the format with few_shot_examples, sample more (num_generations, "
-        "temperature), raise max_completion_length, or lower reward_threshold."
-    )
+    funnel = played.funnel
     message = (
-        f"round {round_index} kept nothing to train on: {describe_funnel(played.funnel)}. {remedy} "
-        f"Completions:\n{examples}"
+        f"round {round_index} kept nothing to train on: "
+        f"{describe_funnel(funnel, graded=bool(played.rewards))}. "
+        f"{played.remedy or _remedy(args, funnel, played.rewards)} Completions:\n{examples}"
     )
     if args.on_empty_round == "raise":
         raise EmptyRoundError(message)
     logger.warning("stopping: %s", message)
+
+
+def _remedy(args: Any, funnel: Funnel, rewards: Mapping[str, float | None]) -> str:
+    """Return what to do about a round that rewards left empty."""
+    num_too_long = funnel.unhinted.too_long + funnel.hinted.too_long
+    num_abstained = funnel.unhinted.abstained + funnel.hinted.abstained
+    num_sampled = funnel.unhinted.sampled + funnel.hinted.sampled
+    if num_too_long:
+        return (
+            f"{num_too_long} correct completions are longer than max_length={args.max_length} with "
+            "their prompts: raise it."
+        )
+    if num_abstained == num_sampled:
+        names = ", ".join(name for name in rewards if name != "mean")
+        return (
+            f"The reward functions ({names}) abstained on all of them: None says that a completion "
+            "has no score, not that it is wrong. Usually the `solution` column can't be read, or a "
+            "function returns None or NaN for what it should give 0.0."
+        )
+    level = "lower reward_threshold"
+    if getattr(args, "improve_thresholds", None) is not None:
+        level = f"lower improve_thresholds ({args.improve_thresholds})"
+    elif getattr(args, "loss_weighting", "filter") == "reward":
+        level = "give rewards above 0, which loss_weighting='reward' asks for"
+    return (
+        "A wrong answer format is the usual reason; compare these completions with what the reward "
+        "functions expect. Show the format with few_shot_examples, sample more (num_generations, "
+        f"temperature), raise max_completion_length, or {level}."
+    )

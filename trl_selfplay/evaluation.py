@@ -132,7 +132,7 @@ def bootstrap_interval(
 
 
 def summarize_heldout(
-    rollouts: Sequence[Rollout], *, reward_threshold: float, prefix: str = "eval"
+    rollouts: Sequence[Rollout], *, reward_threshold: float | None, prefix: str = "eval"
 ) -> dict[str, float]:
     """Return the metrics of one held-out set.
 
@@ -142,7 +142,8 @@ def summarize_heldout(
 
     Args:
         rollouts: For each prompt the greedy one (`sample_index` 0) and samples (1 and above).
-        reward_threshold: See above.
+        reward_threshold: See above. None where rewards have degrees, so that no completion is
+            simply right.
         prefix: What the names begin with.
 
     Returns:
@@ -150,22 +151,36 @@ def summarize_heldout(
         (Wilson), `_mean_reward`, `_mean_length` (tokens), `_truncated` and `_abstained` (shares).
         Of the samples `{prefix}_pass@k` for k = 1, 2, 4, … and their number, the first and the
         last with `_low` and `_high` (bootstrap over prompts). A prompt with fewer than k graded
-        samples is left out of pass@k. A metric that nothing is known of is absent.
+        samples is left out of pass@k. A metric that nothing is known of is absent. Without a
+        threshold in place of accuracy `_mean_reward` has `_low` and `_high` (bootstrap), and in
+        place of pass@k there is `_mean_sampled_reward`, over prompts and their samples.
     """
     greedy = [r for r in rollouts if r.sample_index == 0]
     metrics: dict[str, float] = {}
     graded = [r for r in greedy if r.reward is not None]
-    if graded:
+    if graded and reward_threshold is not None:
         num_passed = sum(r.passes(reward_threshold) for r in graded)
         low, high = binomial_interval(num_passed, len(graded))
         metrics["accuracy"] = num_passed / len(graded)
         metrics["accuracy_low"], metrics["accuracy_high"] = low, high
-        metrics["mean_reward"] = fmean(r.reward for r in graded if r.reward is not None)
+    if graded:
+        rewards = [r.reward for r in graded if r.reward is not None]
+        metrics["mean_reward"] = fmean(rewards)
+        if reward_threshold is None:
+            low, high = bootstrap_interval(rewards)
+            metrics["mean_reward_low"], metrics["mean_reward_high"] = low, high
     if greedy:
         metrics["mean_length"] = fmean(len(r.completion_ids) for r in greedy)
         metrics["truncated"] = fmean(r.is_truncated for r in greedy)
         metrics["abstained"] = 1.0 - len(graded) / len(greedy)
-    metrics |= _pass_at_k_metrics([r for r in rollouts if r.sample_index > 0], reward_threshold)
+    samples = [r for r in rollouts if r.sample_index > 0 and r.reward is not None]
+    if reward_threshold is not None:
+        metrics |= _pass_at_k_metrics(samples, reward_threshold)
+    elif samples:
+        by_prompt: dict[str, list[float]] = {}
+        for r in samples:
+            by_prompt.setdefault(r.prompt_id, []).append(r.reward or 0.0)
+        metrics["mean_sampled_reward"] = fmean(map(fmean, by_prompt.values()))
     return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
 

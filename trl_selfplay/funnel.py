@@ -151,8 +151,12 @@ class Funnel:
         )
 
 
-def describe_funnel(funnel: Funnel) -> str:
-    """Return the funnel as one line: the chain, then what was dropped and why."""
+def describe_funnel(funnel: Funnel, graded: bool = True) -> str:
+    """Return the funnel as one line: the chain, then what was dropped and why.
+
+    Only what the method does is told: of completions that are paired, not `graded`, none is
+    correct, and without hints none is rationalized.
+    """
     names = {"too_long": "too long", "duplicate": "duplicates", "capped": "over the cap"}
     hinted, unhinted = asdict(funnel.hinted), asdict(funnel.unhinted)
     dropped = []
@@ -166,15 +170,21 @@ def describe_funnel(funnel: Funnel) -> str:
         elif hinted[name]:
             text += f" ({hinted[name]:,} with hint)"
         dropped.append(text)
-    with_hint = f" + {funnel.hinted.sampled:,} with hint" if funnel.hinted.sampled else ""
+    with_hint = rationalized = without_hint = ""
+    if funnel.hinted.sampled:
+        with_hint = f" + {funnel.hinted.sampled:,} with hint"
+        rationalized = f" → {funnel.rationalized:,} rationalized"
+        without_hint = " without hint"
     added = "".join(
         f" + {count:,} {what}"
         for count, what in ((funnel.history, "of earlier rounds"), (funnel.gold, "gold"))
         if count
     )
+    correct = f" → {funnel.correct:,} correct" if graded else ""
+    solved = f"solved{without_hint}" if graded else "with a pair"
     return (
-        f"{funnel.sampled:,} sampled{with_hint} → {funnel.finished:,} finished → "
-        f"{funnel.correct:,} correct → {funnel.rationalized:,} rationalized → {funnel.kept:,} kept{added}; "
+        f"{funnel.sampled:,} sampled{with_hint} → {funnel.finished:,} finished"
+        f"{correct}{rationalized} → {funnel.kept:,} kept{added}; "
         f"dropped: {', '.join(dropped) or 'none'}; {funnel.prompts_solved:,} of "
-        f"{funnel.prompts:,} prompts solved without hint"
+        f"{funnel.prompts:,} prompts {solved}"
     )

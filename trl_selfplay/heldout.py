@@ -23,7 +23,10 @@ TOP_P_EVAL = 0.95
 
 @dataclass(frozen=True, slots=True)
 class HeldOutScores:
-    """Held-out metrics, each prompt's greedy verdict (0.0 or 1.0) in the first set, wall time."""
+    """Held-out metrics, each prompt's greedy verdict in the first set, wall time.
+
+    A verdict is 0.0 or 1.0, or the reward where rewards have degrees.
+    """
 
     metrics: dict[str, float]
     greedy: dict[str, float]
@@ -84,16 +87,18 @@ def score_prompts(
             folder=folder,
             prefix=file_prefix + name,
         )
-    metrics = summarize_heldout(
-        rollouts, reward_threshold=collector.reward_threshold, prefix=prefix
-    )
+    metrics = summarize_heldout(rollouts, reward_threshold=collector.eval_threshold, prefix=prefix)
     return metrics, rollouts
 
 
 def greedy_verdicts(rollouts: Sequence[Rollout], collector: Collector) -> dict[str, float]:
-    """Return for each prompt whether its greedy completion passed; abstentions are left out."""
+    """Return for each prompt whether its greedy completion passed; abstentions are left out.
+
+    Where rewards have degrees the reward itself.
+    """
+    threshold = collector.eval_threshold
     return {
-        r.prompt_id: float(r.passes(collector.reward_threshold))
+        r.prompt_id: r.reward if threshold is None else float(r.passes(threshold))
         for r in rollouts
         if r.sample_index == 0 and r.reward is not None
     }

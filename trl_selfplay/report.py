@@ -199,13 +199,17 @@ def round_table(lines: Sequence[Mapping[str, Any]], metric: str | None = None) -
     return "\n".join([*table, _caption(lines)])
 
 
-def rounds_markdown(lines: Sequence[Mapping[str, Any]], metric: str | None = None) -> str:
+def rounds_markdown(
+    lines: Sequence[Mapping[str, Any]], metric: str | None = None, greater_is_better: bool = True
+) -> str:
     """Return the rounds as a section of the model card that names the best and the last round.
 
     Args:
         lines: Of rounds.jsonl, at least one.
         metric: The held-out metric that chooses the best round; None takes the first set's
             accuracy.
+        greater_is_better: Whether the round with the highest value of it is the best, as for the
+            run itself.
     """
     header, *rows = _rows(lines, metric)
     table = "\n".join(
@@ -217,7 +221,7 @@ def rounds_markdown(lines: Sequence[Mapping[str, Any]], metric: str | None = Non
     history = [(i, m[metric]) for i, m in _evaluations(lines) if metric and metric in m]
     if metric is None or not history:
         return f"{text}Last round: {last}. There were no held-out prompts, so none is the best."
-    best = best_round(history, greater_is_better=not metric.endswith("loss"))
+    best = best_round(history, greater_is_better)
     scores = dict(history)
     best_name = "before training" if best == UNTRAINED else str(best)
     last_score = f"{scores[last]:.3f}" if last in scores else _NONE
@@ -230,11 +234,16 @@ def rounds_markdown(lines: Sequence[Mapping[str, Any]], metric: str | None = Non
 
 def _rows(lines: Sequence[Mapping[str, Any]], metric: str | None) -> list[list[str]]:
     """Return the table's header and rows as text."""
-    prefix = _prefix(metric or _default_metric(lines) or "eval_accuracy")
+    metric = metric or _default_metric(lines) or "eval_accuracy"
+    prefix = _prefix(metric)
     k = max((_largest_k(m, prefix) for _, m in _evaluations(lines)), default=0)
     scores = ["accuracy", *([f"pass@{k}"] if k else [])]
     if not lines[0]["rewards"]:
         scores = ["logps", "win_rate", "margin"]
+    elif not re.search(r"(?:accuracy|pass@\d+)$", metric):
+        known = {name for _, metrics in _evaluations(lines) for name in metrics}
+        scores = [metric.removeprefix(f"{prefix}_"), *scores]
+        scores = [name for name in scores if f"{prefix}_{name}" in known] or scores[:1]
     rows = [["round", "gain ± s.e.", "funnel", "steps", *scores, "seconds"]]
     before = lines[0].get("eval_before") or {}
     for name, form in (("before", prefix), ("before, few-shot", f"{prefix}_few_shot")):
@@ -246,7 +255,7 @@ def _rows(lines: Sequence[Mapping[str, Any]], metric: str | None) -> list[list[s
             [
                 str(line["round"]),
                 _gain(line["gain"], line["gain_standard_error"]),
-                _chain(Funnel.from_dict(line["funnel"]), line),
+                _chain(Funnel.from_dict(line["funnel"]), line, _uses_hints(lines)),
                 f"{line['steps']:,}",
                 *(_score(line["eval"], f"{prefix}_{score}") for score in scores),
                 "/".join(f"{line['seconds'].get(phase, 0.0):.0f}" for phase in _phases(lines)),
@@ -256,14 +265,21 @@ def _rows(lines: Sequence[Mapping[str, Any]], metric: str | None) -> list[list[s
 
 
 def _caption(lines: Sequence[Mapping[str, Any]]) -> str:
-    graded = "correct + rationalized → " if lines[0]["rewards"] else ""  # pairs are not graded
+    graded = ""  # pairs are not graded
+    if lines[0]["rewards"]:
+        graded = "correct + rationalized → " if _uses_hints(lines) else "correct → "
     return (
         f"funnel: sampled → finished → {graded}kept → trained; seconds: {'/'.join(_phases(lines))}"
     )
 
 
-def _chain(funnel: Funnel, line: Mapping[str, Any]) -> str:
-    graded = f"{funnel.correct:,} + {funnel.rationalized:,} → " if line["rewards"] else ""
+def _uses_hints(lines: Sequence[Mapping[str, Any]]) -> bool:
+    return any(Funnel.from_dict(line["funnel"]).hinted.sampled for line in lines)
+
+
+def _chain(funnel: Funnel, line: Mapping[str, Any], uses_hints: bool) -> str:
+    with_hint = f" + {funnel.rationalized:,}" if uses_hints else ""
+    graded = f"{funnel.correct:,}{with_hint} → " if line["rewards"] else ""
     kept = f"{graded}{funnel.kept:,} → {line['examples']:,}"
     return f"{funnel.sampled:,} → {funnel.finished:,} → {kept}"
 
@@ -275,7 +291,8 @@ def _phases(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 def _default_metric(lines: Sequence[Mapping[str, Any]]) -> str | None:
     for _, metrics in _evaluations(lines):
         for name in metrics:
-            if name.endswith(("_accuracy", "_logps")) and not name.endswith("few_shot_accuracy"):
+            shown = name.endswith(("_accuracy", "_logps", "_mean_reward"))
+            if shown and "_few_shot_" not in name:
                 return name
     return None
 

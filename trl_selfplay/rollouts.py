@@ -104,7 +104,9 @@ def hash_prompt(
     canonical = json.dumps(
         row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
     )
-    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+    # Half a surrogate pair, which Python text may hold, has no UTF-8.
+    encoded = canonical.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
 def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:

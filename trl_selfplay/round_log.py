@@ -34,13 +34,29 @@ def log_with_round(
         trainer.state.global_step = step
 
 
+def load_log_history(run: Run) -> list[dict[str, Any]]:
+    """Return what the finished rounds logged, the warm-up first, from their states on disk."""
+    if not run.lines:
+        return []  # the warm-up, if there is one, is logged again
+    folders = [run.warm_up_folder, *(run.folder(line["round"]) for line in run.lines)]
+    history: list[dict[str, Any]] = []
+    for path in (folder / "trainer_state.json" for folder in folders):
+        try:
+            history += TrainerState.load_from_json(str(path)).log_history
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s can't be read (%s); log_history lacks its lines.", path, error)
+    return history
+
+
 def add_rounds_to_card(trainer: Any) -> None:
     """Append the table of rounds to the model card that TRL wrote into the output directory."""
     path = Path(trainer.args.output_dir) / "README.md"
     if trainer.run.lines and trainer.is_world_process_zero() and path.exists():
-        path.write_text(
-            f"{path.read_text()}\n{rounds_markdown(trainer.run.lines, trainer.run.chosen_metric)}\n"
-        )
+        run = trainer.run
+        table = rounds_markdown(run.lines, run.chosen_metric, run.greater_is_better)
+        path.write_text(f"{path.read_text()}\n{table}\n")
 
 
 def call_round_event(trainer: Any, event: str, round_index: int) -> bool:
@@ -69,7 +85,10 @@ def say_where_interrupted(run: Run) -> Iterator[None]:
     """Tell, when interrupted, which round it was and how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (
+        KeyboardInterrupt,
+        SystemExit,
+    ):  # an exit with code 0 would look like the end of the run
         where = "the first evaluation" if run.round_index is None else f"round {run.round_index}"
         logger.warning(
             "interrupted in %s; go on with train(resume_from_checkpoint=True) on the same "

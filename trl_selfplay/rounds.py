@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.checkpoints import list_checkpoints
-from trl_selfplay.disk import BRING_BACK, DamagedFileError, held_by_this_process
+from trl_selfplay.disk import BRING_BACK, DamagedFileError, held_by_this_process, save_file_with
 from trl_selfplay.diversity import warn_sharpening
 from trl_selfplay.dry_run import try_step
 from trl_selfplay.early_stopping import ends_run
@@ -33,7 +33,12 @@ from trl_selfplay.parent_training import changed_settings, free_optimizer, load_
 from trl_selfplay.rendering import keep_rendering
 from trl_selfplay.report import print_round_table, say
 from trl_selfplay.rollouts import Rollout, load_rollouts
-from trl_selfplay.round_log import RoundCallback, call_round_event, say_where_interrupted
+from trl_selfplay.round_log import (
+    RoundCallback,
+    call_round_event,
+    load_log_history,
+    say_where_interrupted,
+)
 from trl_selfplay.run_folder import (
     UNTRAINED,
     Run,
@@ -144,7 +149,7 @@ def _run_rounds(
     callback = RoundCallback(trainer)
     trainer.add_callback(callback)
     output: TrainOutput | None = None
-    history: list[dict[str, Any]] = []
+    history = load_log_history(run)
     ended = False  # by a callback
     try:
         with say_where_interrupted(run):
@@ -156,6 +161,7 @@ def _run_rounds(
                 if not load_outcome(trainer, run.warm_up_folder):
                     trained = train_on(trainer, train_parent, run.warm_up_rows, settings, args.seed)
                     ended = trained is not None and ends_run(trainer.state)
+                history += trainer.state.log_history
             for round_index in range(len(run.lines), args.num_rounds * run.improve_steps):
                 if ended or has_stalled(run, args.stop_after_rounds_without_gain):
                     break
@@ -177,9 +183,9 @@ def _run_rounds(
                     if warning:
                         logger.warning("%s", warning)
                 output = _train_round(trainer, train_parent, round_index, played) or output
-                history += trainer.state.log_history
                 scores = trainer.score_heldout(round_index, run.folder(round_index) / "evaluation")
                 ended = _finish_round(trainer, round_index, played, before, scores)
+                history += trainer.state.log_history
                 if call_round_event(trainer, "on_round_end", round_index):
                     break
     finally:
@@ -344,7 +350,7 @@ def _finish_round(
         gain, standard_error = paired_difference(before.greedy, scores.greedy)
     if scores is not None:
         trainer.log(dict(scores.metrics))
-        _warn_sharpening(run, round_index, getattr(args, "reward_threshold", 1.0))
+        _warn_sharpening(run, round_index, trainer.self_play.collector.eval_threshold)
     line: dict[str, Any] = {
         "round": round_index,
         **played.details,
@@ -368,6 +374,11 @@ def _finish_round(
         line["eval_before"] = before.metrics
     if trainer.is_world_process_zero():
         append_line(run.lines_path, line, run.lines)
+        # With the held-out scores, for the log_history of a run that goes on.
+        save_file_with(
+            run.folder(round_index) / "trainer_state.json",
+            lambda path: state.save_to_json(str(path)),
+        )
     run.lines.append(line)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
@@ -376,8 +387,10 @@ def _finish_round(
     return ends_run(state)  # also where a kill came after it was trained
 
 
-def _warn_sharpening(run: Run, round_index: int, threshold: float) -> None:
+def _warn_sharpening(run: Run, round_index: int, threshold: float | None) -> None:
     """Compare held-out samples with those before training, where both are kept."""
+    if threshold is None:  # rewards have degrees, and no sample is simply right
+        return
     before, now = (
         [
             rollout

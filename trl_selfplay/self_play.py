@@ -35,6 +35,7 @@ from trl_selfplay.heldout import HeldOutScores, score_all
 from trl_selfplay.prompts import PromptRow
 from trl_selfplay.rendering import PromptFormatter, check_lengths, check_training_lengths
 from trl_selfplay.report import SamplingProgress, print_completions
+from trl_selfplay.rewards.answer import is_answer
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts import Phase, Rollout, load_rollouts
 from trl_selfplay.rounds import PlayedRound
@@ -84,7 +85,7 @@ class SelfPlay:
                 or name != "train_dataset"
                 or self.config.few_shot_rounds != 0
             )
-            self._check_columns(rows, name == "train_dataset")
+            self.check_columns(rows, name or "eval_dataset")
             reads_solutions = hinted or self.collector.scorer is None
             self.formatter.warn_control_tokens(rows, reads_solutions)
             self.formatter.check_rows([*longest, *_first_of_each_kind(rows)], few_shot)
@@ -99,18 +100,26 @@ class SelfPlay:
             _longest(self.rows),
         )
 
-    def _check_columns(self, rows: Sequence[PromptRow], is_trained_on: bool) -> None:
-        """Raise ValueError now if a reward function needs a column that a dataset lacks."""
+    def check_columns(self, rows: Sequence[PromptRow], name: str) -> None:
+        """Raise ValueError if the reward functions can't be called with a dataset's columns."""
         scorer = self.collector.scorer
-        if not is_trained_on:
+        if name != "train_dataset":
             scorer = self.collector.eval_scorer or scorer
         if scorer is not None and rows:
-            scorer.check_columns(list(rows[0].columns))
+            scorer.check_columns(rows[0].columns, name)
 
     def warn_unreadable_solutions(self) -> None:
-        """Say before anything is sampled which solutions the reward functions can't read."""
-        sample = self.rows[:_MOST_SOLUTIONS_READ]
+        """Say before anything is sampled which solutions the reward functions can't read.
+
+        Raises:
+            TypeError: One that compares with a single answer would get a list, a dict or bytes.
+        """
         scorer = self.collector.scorer
+        heldout_scorer = self.collector.eval_scorer or scorer
+        self._refuse_collections(scorer, self.rows, "train_dataset")
+        for name, rows in self.heldout.items():
+            self._refuse_collections(heldout_scorer, rows, name or "eval_dataset")
+        sample = self.rows[:_MOST_SOLUTIONS_READ]
         found = {} if scorer is None else scorer.find_unreadable([r.solution for r in sample])
         for name, indices in found.items():
             examples = ", ".join(
@@ -123,6 +132,19 @@ class SelfPlay:
                 len(indices),
                 len(sample),
                 examples,
+            )
+
+    def _refuse_collections(
+        self, scorer: Scorer | None, rows: Sequence[PromptRow], name: str
+    ) -> None:
+        readers = () if scorer is None else scorer.solution_readers
+        wrong = next((r for r in rows if not is_answer(r.solution)), None) if readers else None
+        if wrong is not None:
+            raise TypeError(
+                f"`{name}` row {wrong.row_index}: the solution is {wrong.solution!r:.100}, of type "
+                f"{type(wrong.solution).__name__}, and {readers[0]} compares with one answer. Give "
+                "text or a number, one row for each answer to accept, or a reward function of "
+                "your own."
             )
 
     def _prompt_ids(

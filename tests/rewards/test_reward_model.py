@@ -90,3 +90,22 @@ def test_each_model_is_one_of_several_functions(classifier, word_tokenizer) -> N
     alone = score(Scorer(classifier, reward_processing_classes=word_tokenizer))
     assert [r[0] for r in rewards] == [1.0] * 3
     assert [scorer.weighted(r) for r in rewards] == pytest.approx([2.0 + a for a in alone])
+
+
+def test_a_token_opens_the_model_s_repository_and_appears_nowhere(
+    classifier, word_tokenizer, tmp_path, caplog
+) -> None:
+    """Neither in what a failure says nor in the log; the tokenizer is opened with it too."""
+    secret = "hf_" + "s" * 30
+    classifier.save_pretrained(tmp_path / "critic")
+    scorer_arguments = {"model_init_kwargs": {"token": secret, "trust_remote_code": False}}
+    with pytest.raises(Exception, match=r"tokenizer|vocab|Tokenizer") as without_tokenizer:
+        Scorer(str(tmp_path / "critic"), **scorer_arguments)
+    word_tokenizer.save_pretrained(tmp_path / "critic")
+    scorer = Scorer(str(tmp_path / "critic"), **scorer_arguments)
+    assert score(scorer, ["Q "], ["A"])[0] is not None
+    with pytest.raises(OSError, match=r"connect|nothing") as without_model:
+        Scorer("nobody/nothing", **scorer_arguments)
+    for failure in (without_tokenizer, without_model):
+        assert secret not in str(failure.value)
+    assert secret not in caplog.text

@@ -1,6 +1,8 @@
 import asyncio
 import functools
 import gc
+import logging
+import sys
 import threading
 from importlib.util import find_spec
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from trl.rewards import think_format_reward
 
-from trl_selfplay.rewards import choice_reward, exact_reward, math_reward, puzzle_reward
+from trl_selfplay.rewards import choice_reward, exact_reward, math_reward, puzzle_reward, scoring
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rewards.worker import close_workers
 
@@ -189,6 +191,30 @@ async def broken_later(completions, **kwargs):
     return 1 / 0
 
 
+def infinite(completions, **kwargs):
+    return [1.0, float("inf")]
+
+
+def minus_infinite(completions, **kwargs):
+    return torch.tensor([1.0, -torch.inf])
+
+
+def enormous(completions, **kwargs):
+    return [1.0, -1e308]
+
+
+def long_integer(completions, **kwargs):
+    return [1.0, 10**400]
+
+
+def leaves(completions, **kwargs):
+    sys.exit(0)
+
+
+async def leaves_later(completions, **kwargs):
+    raise SystemExit
+
+
 def needs_gold(completions, gold, **kwargs):
     return [1.0] * len(completions)
 
@@ -206,6 +232,12 @@ def takes_no_more(completions):
         (numbers_as_text, TypeError, "'numbers_as_text' returned '1.0' for completion 0"),
         (broken, RuntimeError, "'broken' raised ZeroDivisionError"),
         (broken_later, RuntimeError, "'broken_later' raised ZeroDivisionError"),
+        (infinite, ValueError, "'infinite' returned inf for completion 1, 'bb' to the prompt 'p'"),
+        (minus_infinite, ValueError, "'minus_infinite' returned -inf for completion 1"),
+        (enormous, ValueError, r"'enormous' returned -1e\+308 for completion 1"),
+        (long_integer, ValueError, "'long_integer' returned 10+.* for completion 1"),
+        (leaves, RuntimeError, "'leaves' raised SystemExit: 0"),
+        (leaves_later, RuntimeError, "'leaves_later' raised SystemExit"),
         (needs_gold, ValueError, r"'needs_gold' needs \['gold'\].*\['prompt', 'solution'\]"),
         (takes_no_more, ValueError, r"'takes_no_more' doesn't take .*'solution'.* add \*\*kwargs"),
     ],
@@ -213,6 +245,97 @@ def takes_no_more(completions):
 def test_a_function_that_misbehaves_is_named(function, kind, message) -> None:
     with pytest.raises(kind, match=message):
         score(Scorer([tens, function]), solution=["1", "2"])
+
+
+@pytest.mark.parametrize(
+    "name", ["completions", "prompts", "trainer_state", "log_extra", "log_metric"]
+)
+def test_a_column_never_takes_the_place_of_what_functions_get(name) -> None:
+    """Whatever a call of ours passes is refused as the name of a column, or not forwarded."""
+    with pytest.raises(ValueError, match=f"has a column '{name}'.*Rename it"):
+        Scorer(length).check_columns(["solution", name], "train_dataset")
+    with pytest.raises(ValueError, match=f"has a column '{name}'"):
+        Scorer(length).score(["p"], ["c"], [[1]], {name: ["gold"]})
+
+
+@pytest.mark.parametrize("function", [tens, later])
+def test_every_name_that_a_call_passes_is_known_as_such(function) -> None:
+    seen = {}
+
+    def look(**kwargs):
+        seen.update(kwargs)
+        return function(**kwargs)
+
+    score(Scorer(look if function is tens else _async(look)))
+    scorer = Scorer(tens)
+    for name in seen.keys() - {"completion_ids"}:  # not forwarded, as for GRPOTrainer
+        with pytest.raises(ValueError, match="has a column"):
+            scorer.check_columns([name], "train_dataset")
+    assert score(scorer, completion_ids=["x", "y"]) == [(10.0,), (10.0,)]
+
+
+def _async(function):
+    async def call(**kwargs):
+        return await function(**kwargs)
+
+    return call
+
+
+def test_columns_are_checked_before_anything_is_scored() -> None:
+    with pytest.raises(ValueError, match=r"'needs_gold' needs \['gold'\], and train_dataset has"):
+        Scorer([tens, needs_gold]).check_columns(["solution"], "train_dataset")
+    Scorer([tens, needs_gold]).check_columns(["gold"], "train_dataset")
+
+
+def test_rewards_whose_sum_overflows_are_refused() -> None:
+    scorer = Scorer([tens, length], reward_weights=[1e300, 1e300])
+    with pytest.raises(ValueError, match=r"'tens': 10.0, 'length': 2.0.*sum to 1.2e\+301"):
+        scorer.weighted((10.0, 2.0))
+    with pytest.raises(ValueError, match="no finite number"):
+        Scorer([tens, length], reward_weights=[1.0, float("inf")])
+
+
+def test_only_finite_numbers_that_functions_log_are_averaged() -> None:
+    def logs(completions, log_metric, **kwargs):
+        for value in (1.0, float("inf"), 3.0, float("nan")):
+            log_metric("level", value)
+        log_metric("broken", float("nan"))
+        return [1.0] * len(completions)
+
+    scorer = Scorer(logs)
+    score(scorer)
+    assert scorer.take_metrics() == {"level": 2.0}
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_function_that_does_not_answer_is_mentioned(is_async, monkeypatch, caplog) -> None:
+    """It returns once the log has named it and what it is scoring."""
+    mentioned = threading.Event()
+
+    class Seen(logging.Handler):
+        def emit(self, record):
+            mentioned.set()
+
+    def waits(completions, **kwargs):
+        assert mentioned.wait(60.0)
+        return [1.0] * len(completions)
+
+    async def waits_later(completions, **kwargs):
+        return waits(completions)
+
+    monkeypatch.setattr(scoring, "SLOW_AFTER_S", 0.01)
+    handler = Seen()
+    scoring.logger.addHandler(handler)
+    function = waits_later if is_async else waits
+    try:
+        Scorer([function]).score(["p"], ["c"], [[1]], {}, where="shard 00003, round 1")
+    finally:
+        scoring.logger.removeHandler(handler)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"reward function {function.__name__} has not answered for 0 s on 1 completions of shard "
+        "00003, round 1"
+    )
 
 
 def test_a_function_that_names_all_it_gets_needs_no_more() -> None:
@@ -279,6 +402,8 @@ def test_trl_s_own_rewards_take_plain_text_here() -> None:
         ({"reward_funcs": []}, "reward_funcs is empty"),
         ({"reward_funcs": [length], "reward_weights": [1.0, 2.0]}, "2 entries for 1"),
         ({"reward_funcs": [length], "reward_processing_classes": []}, "0 entries for 1"),
+        # as for GRPOTrainer: one tokenizer is not that of two reward models
+        ({"reward_funcs": [length] * 2, "reward_processing_classes": object()}, "1 entries for 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message) -> None:

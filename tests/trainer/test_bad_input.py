@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_selfplay import EmptyRoundError, STaRConfig, rollouts
+from trl_selfplay.rewards import exact_reward
 from trl_selfplay.rollouts import load_rollouts
 
 
@@ -54,6 +55,43 @@ def test_held_out_prompts_that_are_trained_on_are_refused(build_star, sums) -> N
     heldout = sums(12).select([3]).map(lambda row: {"solution": "9"})
     with pytest.raises(ValueError, match="1 of 1 prompts of `eval_dataset`"):
         build_star(eval_dataset=heldout)
+
+
+@pytest.mark.parametrize("name", ["completions", "prompts", "trainer_state", "log_metric"])
+def test_a_column_in_place_of_what_reward_functions_get_is_refused(build_star, sums, name) -> None:
+    """A dataset's `completions` would be graded instead of what the model writes."""
+    named = [sums(n, first=f).add_column(name, ["9"] * n) for n, f in ((12, 0), (4, 90))]
+    with pytest.raises(ValueError, match=f"`train_dataset` has a column '{name}'.*rename_column"):
+        build_star(train_dataset=named[0])
+    with pytest.raises(ValueError, match=f"`eval_dataset` has a column '{name}'"):
+        build_star(eval_dataset=named[1])
+    with pytest.raises(ValueError, match=f"`hard` has a column '{name}'"):
+        build_star(eval_dataset={"hard": named[1]})
+    with pytest.raises(ValueError, match=f"`eval_dataset` has a column '{name}'"):
+        build_star().evaluate(named[1])
+
+
+def test_a_column_that_a_reward_function_needs_is_missed_at_construction(build_star, sums) -> None:
+    def needs_level(completions, level, **kwargs):
+        return level
+
+    with pytest.raises(ValueError, match=r"'needs_level' needs \['level'\], and train_dataset"):
+        build_star(reward_funcs=needs_level)
+    leveled = sums(12).add_column("level", [1.0] * 12)
+    with pytest.raises(ValueError, match=r"'needs_level' needs \['level'\], and eval_dataset"):
+        build_star(reward_funcs=needs_level, train_dataset=leveled, eval_dataset=sums(4, first=90))
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset"])
+def test_solutions_that_are_lists_are_refused_with_their_row(build_star, sums, where) -> None:
+    """Any text would be compared with "['7']"; a function of one's own may take a list."""
+    sets = {"train_dataset": sums(12), "eval_dataset": sums(4, first=90)}
+    sets[where] = sets[where].map(lambda row: {"solution": [row["solution"]]})
+    with pytest.raises(
+        TypeError, match=rf"`{where}` row \d+: the solution is \['\d'\].*exact_reward"
+    ):
+        build_star(reward_funcs=exact_reward, **sets)
+    build_star(rationalize=False, **sets)
 
 
 def test_no_reward_function_is_refused(build_star) -> None:

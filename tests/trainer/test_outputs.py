@@ -1,8 +1,10 @@
 """What a run leaves, and what of it a push to the Hub would take along."""
 
 import json
+import sys
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
@@ -134,3 +136,35 @@ def test_several_held_out_sets_are_scored_and_the_first_chooses(build_star, sums
     assert trainer.run.chosen_metric == "eval_select_accuracy"
     one = trainer.evaluate("report")
     assert one["eval_accuracy"] == trainer.evaluate(sets["report"])["eval_accuracy"]
+
+
+def test_the_log_history_holds_every_held_out_score_after_a_resume_too(build_star, sums) -> None:
+    whole = build_star("whole", num_rounds=3, eval_dataset=sums(4, first=90))
+    whole.train()
+    lines = whole.run.lines
+    scores = [lines[0]["eval_before"], *(line["eval"] for line in lines)]
+    logged = [e for e in whole.state.log_history if "eval_accuracy" in e]
+    assert [{n: e[n] for n in s} for e, s in zip(logged, scores, strict=True)] == scores
+    build_star("cut", num_rounds=2, eval_dataset=sums(4, first=90)).train()
+    resumed = build_star("cut", num_rounds=3, eval_dataset=sums(4, first=90))
+    resumed.train(resume_from_checkpoint=True)
+    for trainer in (whole, resumed):
+        for entry in trainer.state.log_history:
+            # the parent counts tokens anew in a new process
+            for name in [n for n in entry if n.endswith(("runtime", "per_second", "num_tokens"))]:
+                del entry[name]
+    assert resumed.state.log_history == whole.state.log_history
+
+
+def exits(completions, **kwargs):
+    sys.exit(0)
+
+
+def test_no_way_of_a_function_to_exit_ends_a_run_without_a_word(build_star, caplog) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"'exits' raised SystemExit: 0\. The samples are on disk"
+    ):
+        build_star(reward_funcs=exits).train()
+    with pytest.raises(SystemExit):
+        build_star("other", normal_form=exits).train()
+    assert "interrupted in round 0; go on with train(resume_from_checkpoint=True)" in caplog.text

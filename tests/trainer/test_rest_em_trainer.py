@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from statistics import fmean
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from trl import SFTTrainer
 from trl_selfplay import EmptyRoundError, ReSTEMTrainer
 from trl_selfplay.gold import draw_gold
 from trl_selfplay.normal_forms import default_normal_form, reasoning_path
+from trl_selfplay.report import round_table
 from trl_selfplay.rewards import equations_reward, exact_reward
 from trl_selfplay.rollouts import load_rollouts
 from trl_selfplay.self_play import load_kept, load_samples
@@ -551,3 +553,38 @@ def test_gold_that_is_to_be_graded_needs_a_solution(build_rest, gold_answers) ->
 def test_settings_of_gold_need_a_gold_dataset(build_rest_em, setting) -> None:
     with pytest.raises(ValueError, match="needs a `gold_dataset`"):
         build_rest_em(**setting)
+
+
+def test_held_out_rewards_that_have_degrees_are_not_counted_by_the_threshold(
+    build_rest, sums
+) -> None:
+    trainer = build_rest(num_rounds=1, num_generations_eval=2, eval_dataset=sums(4, first=90))
+    trainer.train()
+    evaluation = trainer.run.folder(1) / "evaluation"
+    greedy, sampled = (
+        [r for path in evaluation.glob(f"{name}-*.parquet") for r in load_rollouts(path)]
+        for name in ("greedy", "sampled")
+    )
+    scores = trainer.run.lines[1]["eval"]
+    assert not [n for n in scores if "accuracy" in n or "pass@" in n]
+    assert scores["eval_mean_reward"] == pytest.approx(fmean(r.reward for r in greedy))
+    assert scores["eval_mean_reward_low"] <= scores["eval_mean_reward"]
+    assert scores["eval_mean_sampled_reward"] == pytest.approx(fmean(r.reward for r in sampled))
+    before = trainer.run.lines[0]["eval_before"]
+    change = scores["eval_mean_reward"] - before["eval_mean_reward"]
+    assert trainer.run.lines[1]["gain"] == pytest.approx(change)
+    table = round_table(trainer.run.lines, trainer.run.chosen_metric)
+    assert "mean_reward" in table
+    assert "accuracy" not in table
+
+
+def test_a_true_scorer_or_the_chosen_metric_counts_right_ones_of_graded_ones(
+    build_rest, sums
+) -> None:
+    heldout = sums(4, first=90)
+    for changes in (
+        {"eval_reward_funcs": contains_solution},
+        {"metric_for_best_model": "eval_pass@1"},
+    ):
+        trainer = build_rest(str(changes), num_rounds=1, eval_dataset=heldout, **changes)
+        assert trainer.evaluate().keys() >= {"eval_accuracy", "eval_mean_reward"}

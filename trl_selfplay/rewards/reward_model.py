@@ -12,6 +12,8 @@ from torch import nn
 
 # Scores are computed in groups of this many texts.
 _BATCH_SIZE = 16
+# Keywords of `from_pretrained` that a tokenizer needs as its model does.
+_ACCESS = ("token", "trust_remote_code", "revision", "cache_dir", "local_files_only")
 
 
 class RewardModel:
@@ -21,7 +23,8 @@ class RewardModel:
         model: Its id or folder, or the model itself, which is used as it is, in eval mode.
         tokenizer: Its tokenizer; None loads the one of the model's source.
         device: Where a model given by id is put.
-        model_init_kwargs: Keywords of `from_pretrained` for a model given by id.
+        model_init_kwargs: Keywords of `from_pretrained` for a model given by id; its tokenizer gets
+            those that say how to reach a repository.
 
     Raises:
         ValueError: The classifier has more than one label.
@@ -49,7 +52,8 @@ class RewardModel:
                 f"the reward model {source!r} has {self._model.config.num_labels} labels; a reward "
                 "is one number, so give a classifier with num_labels=1."
             )
-        self._tokenizer: Any = tokenizer or AutoTokenizer.from_pretrained(source)
+        access = {k: v for k, v in (model_init_kwargs or {}).items() if k in _ACCESS}
+        self._tokenizer: Any = tokenizer or AutoTokenizer.from_pretrained(source, **access)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         # The score is read at the last token that is not padding.

@@ -8,25 +8,35 @@ callables, async callables, model ids and sequence classifiers.
 import asyncio
 import functools
 import inspect
+import logging
 import math
 import queue
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from trl_selfplay.rewards.reward_model import RewardModel
 
+logger = logging.getLogger(__name__)
+
 # Not forwarded: every function gets them under the names of GRPOTrainer's convention.
-_RESERVED_COLUMNS = ("prompt", "completion", "completion_ids")
-# What every function gets beside the dataset's columns.
-_ALWAYS_GIVEN = (
-    *("prompts", "completions", "completion_ids"),
-    *("trainer_state", "log_extra", "log_metric"),
-)
+_NOT_FORWARDED = ("prompt", "completion", "completion_ids")
+# What functions get beside the columns; a column of that name would take its place.
+_GIVEN = {
+    "prompts": "the prompts",
+    "completions": "what the model wrote",
+    "trainer_state": "the trainer's state",
+    "log_extra": "a function to log with",
+    "log_metric": "a function to log with",
+}
+# GRPOTrainer keeps scores in float32, and means and squares of larger ones would overflow.
+_LARGEST_SCORE = 3.4e38
+SLOW_AFTER_S = 60.0
 
 
 class Scorer:
@@ -36,7 +46,7 @@ class Scorer:
         reward_funcs: A callable, a model id, a sequence classifier, or a sequence of these.
         reward_weights: One weight a function; None weighs all with 1.0.
         reward_processing_classes: Tokenizers of reward models, one for each function (None for
-            callables), or a single one.
+            callables); a single one where there is one function.
         device: Where reward models given by id run.
         model_init_kwargs: Keywords of `from_pretrained` for reward models given by id.
         get_trainer_state: Returns what functions get as `trainer_state`.
@@ -46,7 +56,8 @@ class Scorer:
 
     Raises:
         TypeError: An entry is neither callable nor a model.
-        ValueError: There is no function, or the number of weights or tokenizers doesn't fit.
+        ValueError: There is no function, the number of weights or tokenizers doesn't fit, or a
+            weight is not finite.
     """
 
     def __init__(
@@ -61,8 +72,11 @@ class Scorer:
         entries = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         if not entries:
             raise ValueError("reward_funcs is empty; give at least one reward function.")
-        if not isinstance(reward_processing_classes, (list, tuple)):
-            reward_processing_classes = [reward_processing_classes] * len(entries)
+        if reward_processing_classes is None:
+            reward_processing_classes = [None] * len(entries)
+        elif not isinstance(reward_processing_classes, (list, tuple)):
+            # As for GRPOTrainer: one for all would give ids of another vocabulary to some.
+            reward_processing_classes = [reward_processing_classes]
         if len(reward_processing_classes) != len(entries):
             raise ValueError(
                 f"reward_processing_classes has {len(reward_processing_classes)} entries for "
@@ -73,6 +87,8 @@ class Scorer:
                 f"reward_weights has {len(reward_weights)} entries for {len(entries)} reward "
                 "functions; give one each."
             )
+        if not all(map(math.isfinite, reward_weights or ())):
+            raise ValueError(f"reward_weights={list(reward_weights or ())} holds no finite number.")
         self._functions: list[Callable[..., Any]] = []
         for entry, tokenizer in zip(entries, reward_processing_classes, strict=True):
             if isinstance(entry, (str, nn.Module)):
@@ -96,55 +112,76 @@ class Scorer:
         completions: Sequence[Any],
         completion_ids: Sequence[list[int]],
         columns: Mapping[str, list[Any]],
+        where: str = "",
     ) -> list[tuple[float | None, ...]]:
         """Return each function's score of each completion, None where it abstained.
 
-        Functions run one after the other; async ones after them, all at once.
+        Functions run one after the other; async ones after them, all at once. One that takes a
+        minute is mentioned in the log.
+
+        Args:
+            prompts: Of each completion.
+            completions: Text, or messages.
+            completion_ids: Their tokens.
+            columns: The dataset's, one value for each completion.
+            where: What to call these completions in the log, such as their file.
 
         Raises:
-            RuntimeError: A function raised; the error names it.
-            ValueError: A function returned another number of scores, or needs a column
-                that is not there.
+            RuntimeError: A function raised or tried to end the program; the error names it.
+            ValueError: A function returned another number of scores, or one that isn't finite,
+                needs a column that is not there, or a column has the name of what it gets.
             TypeError: A function returned something else than numbers and None.
         """
-        columns = {k: v for k, v in columns.items() if k not in _RESERVED_COLUMNS}
+        self.check_columns(columns, "the dataset")
+        columns = {k: v for k, v in columns.items() if k not in _NOT_FORWARDED}
         arguments = {
+            **columns,
             "prompts": list(prompts),
             "completions": list(completions),
             "completion_ids": list(completion_ids),
-            **columns,
             "trainer_state": self._get_trainer_state(),
             "log_extra": _ignore,
             "log_metric": lambda name, value: self._logged[name].append(float(value)),
         }
-        calls: list[Callable[[], Any]] = []
-        for function, name in zip(self._functions, self.names, strict=True):
-            _check_columns(function, name, arguments, list(columns))
-            calls.append(functools.partial(function, **_in_form_for(function, arguments)))
+        calls: list[Callable[[], Any]] = [
+            functools.partial(function, **_in_form_for(function, arguments))
+            for function in self._functions
+        ]
+        about = f"{len(completions)} completions{where and f' of {where}'}"
         are_async = [_is_async(function) for function in self._functions]
         answers: dict[int, Any] = {}
         for index, call in enumerate(calls):
             if not are_async[index]:
-                answers[index] = _call(self.names[index], call)
+                with _mentioned_if_slow(self.names[index], about):
+                    answers[index] = _call(self.names[index], call)
         waiting = [index for index, is_async in enumerate(are_async) if is_async]
-        outcomes = self._run_together([calls[index] for index in waiting])
+        with _mentioned_if_slow(", ".join(self.names[index] for index in waiting), about):
+            outcomes = self._run_together([calls[index] for index in waiting])
         for index, outcome in zip(waiting, outcomes, strict=True):
             answers[index] = _call(self.names[index], functools.partial(_unwrap, outcome))
         scores = [
-            _check_scores(name, answers[index], len(completions))
+            _check_scores(name, answers[index], prompts, completions)
             for index, name in enumerate(self.names)
         ]
         return list(zip(*scores, strict=True))
 
-    def check_columns(self, columns: Sequence[str]) -> None:
-        """Raise ValueError if a function needs a column that is not there, or can't take one.
+    def check_columns(self, columns: Collection[str], where: str) -> None:
+        """Raise ValueError where the functions can't be called with a dataset's columns.
 
         Args:
-            columns: Of the dataset, without `prompt`.
+            columns: Their names, without `prompt`.
+            where: What to call the dataset.
         """
-        given = [c for c in columns if c not in _RESERVED_COLUMNS]
+        for name in sorted(_GIVEN.keys() & set(columns)):
+            raise ValueError(
+                f"`{where}` has a column {name!r}, the name under which reward functions get "
+                f"{_GIVEN[name]}. Rename it, for example "
+                f"`dataset.rename_column({name!r}, 'dataset_{name}')`, or remove it."
+            )
+        forwarded = [name for name in columns if name not in _NOT_FORWARDED]
+        given = {*forwarded, *_GIVEN, "completion_ids"}
         for function, name in zip(self._functions, self.names, strict=True):
-            _check_columns(function, name, {*_ALWAYS_GIVEN, *given}, given)
+            _check_parameters(function, name, given, forwarded, where)
 
     @property
     def callables(self) -> list[Callable[..., Any]]:
@@ -152,10 +189,23 @@ class Scorer:
         return [f for f in self._functions if not isinstance(f, RewardModel)]
 
     def take_metrics(self) -> dict[str, float]:
-        """Return the mean of each number given to `log_metric` since the last call of this."""
-        means = {name: sum(values) / len(values) for name, values in self._logged.items()}
+        """Return the mean of each number given to `log_metric` since the last call of this.
+
+        What isn't finite is left out: JSON has no such numbers.
+        """
+        finite = {name: [v for v in vs if math.isfinite(v)] for name, vs in self._logged.items()}
+        means = {name: sum(values) / len(values) for name, values in finite.items() if values}
         self._logged.clear()
         return means
+
+    @property
+    def solution_readers(self) -> tuple[str, ...]:
+        """The names of the functions that compare with one answer, the column `solution`."""
+        return tuple(
+            name
+            for function, name in zip(self._functions, self.names, strict=True)
+            if getattr(function, "abstains_without_solution", False)
+        )
 
     def find_unreadable(self, solutions: Sequence[Any]) -> dict[str, list[int]]:
         """Return, by function, the indices of solutions that it could grade nothing against.
@@ -174,9 +224,19 @@ class Scorer:
         return found
 
     def weighted(self, rewards: Sequence[float | None]) -> float | None:
-        """Return the weighted sum of what didn't abstain, or None if everything did."""
+        """Return the weighted sum of what didn't abstain, or None if everything did.
+
+        Raises:
+            ValueError: The sum is too large a number.
+        """
         present = [w * r for w, r in zip(self._weights, rewards, strict=True) if r is not None]
-        return sum(present) if present else None
+        total = sum(present) if present else None
+        if total is not None and not abs(total) <= _LARGEST_SCORE:
+            raise ValueError(
+                f"the rewards {dict(zip(self.names, rewards, strict=True))} with reward_weights="
+                f"{list(self._weights)} sum to {total}, beyond float32. Give smaller weights."
+            )
+        return total
 
     def close(self) -> None:
         """End the thread of async functions, if one runs. Also done when the scorer goes."""
@@ -271,8 +331,8 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(call)
 
 
-def _check_columns(
-    function: Callable[..., Any], name: str, arguments: Collection[str], columns: list[str]
+def _check_parameters(
+    function: Callable[..., Any], name: str, given: set[str], columns: list[str], where: str
 ) -> None:
     try:
         # A decorator may add arguments: what it takes counts, not what it wraps.
@@ -284,14 +344,14 @@ def _check_columns(
         for p in parameters
         if p.default is p.empty
         and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and p.name not in arguments
+        and p.name not in given
     ]
     if missing:
         raise ValueError(
-            f"reward function {name!r} needs {missing}, and the dataset has the columns "
+            f"reward function {name!r} needs {missing}, and {where} has the columns "
             f"{['prompt', *columns]}. Rename or add a column."
         )
-    unknown = sorted(set(arguments) - {p.name for p in parameters})
+    unknown = sorted(given - {p.name for p in parameters})
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(
             f"reward function {name!r} doesn't take {unknown}. It gets every column of the dataset "
@@ -311,17 +371,46 @@ def _in_form_for(function: Callable[..., Any], arguments: Mapping[str, Any]) -> 
     return given
 
 
+@contextmanager
+def _mentioned_if_slow(names: str, about: str) -> Iterator[None]:
+    """Say once that functions have not answered, if they don't: one that hangs looks like work."""
+    timer = threading.Timer(
+        SLOW_AFTER_S,
+        logger.warning,
+        (
+            "reward function %s has not answered for %.0f s on %s; waiting for it. One that may "
+            "hang needs a deadline of its own.",
+            names,
+            SLOW_AFTER_S,
+            about,
+        ),
+    )
+    timer.daemon = True
+    if names:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if names:
+            timer.join()
+
+
 def _call(name: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except Exception as error:
+    # An exit, too: a run that ends with code 0 and without a word looks like one that is done.
+    except (Exception, SystemExit) as error:
         raise RuntimeError(
             f"reward function {name!r} raised {type(error).__name__}: {error}. The samples are on "
             "disk; mend the function and go on with train(resume_from_checkpoint=True)."
         ) from error
 
 
-def _check_scores(name: str, answer: Any, count: int) -> list[float | None]:
+def _check_scores(
+    name: str, answer: Any, prompts: Sequence[Any], completions: Sequence[Any]
+) -> list[float | None]:
+    count = len(completions)
     if hasattr(answer, "tolist"):
         answer = answer.tolist()
     if not isinstance(answer, (list, tuple)):
@@ -339,13 +428,23 @@ def _check_scores(name: str, answer: Any, count: int) -> list[float | None]:
         if value is None:
             scores.append(None)
             continue
-        returned = f"reward function {name!r} returned {value!r:.100} for completion {index}"
+        returned = (
+            f"reward function {name!r} returned {value!r:.100} for completion {index}, "
+            f"{completions[index]!r:.200} to the prompt {prompts[index]!r:.200}"
+        )
         if isinstance(value, (str, bytes)):  # float() would read some
             raise TypeError(f"{returned}; return a float or None.")
         try:
             number = float(value)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{returned}; return a float or None.") from error
+        except OverflowError:  # a long integer
+            number = math.inf
+        if abs(number) > _LARGEST_SCORE:
+            raise ValueError(
+                f"{returned}; return a finite number that float32 holds, or None where there is "
+                "no score."
+            )
         # GRPOTrainer keeps scores in a tensor, where NaN is how None is written.
         scores.append(None if math.isnan(number) else number)
     return scores

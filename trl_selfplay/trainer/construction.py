@@ -6,6 +6,7 @@ those that the rounds need.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -237,6 +238,14 @@ def build_self_play(
     check_head(trainer.model)
     check_generation_config(trainer.model.generation_config)
     traits = try_model(trainer.model, trainer.accelerator)
+    scorer = (
+        None
+        if reward_funcs is None
+        else _build_scorer(trainer, reward_funcs, args.reward_weights, reward_processing_classes)
+    )
+    eval_scorer = None if eval_reward_funcs is None else _build_scorer(trainer, eval_reward_funcs)
+    has_degrees = getattr(args, "rewards_have_degrees", False)
+    threshold = getattr(args, "reward_threshold", 1.0)
     return SelfPlay(
         config=args,
         rows=rows,
@@ -256,18 +265,17 @@ def build_self_play(
                 accelerator=trainer.accelerator,
                 traits=traits,
             ),
-            scorer=None
-            if reward_funcs is None
-            else _build_scorer(
-                trainer, reward_funcs, args.reward_weights, reward_processing_classes
-            ),
-            eval_scorer=None
-            if eval_reward_funcs is None
-            else _build_scorer(trainer, eval_reward_funcs),
+            scorer=scorer,
+            eval_scorer=eval_scorer,
             tokenizer=tokenizer,
             accelerator=trainer.accelerator,
             seed=args.seed,
-            reward_threshold=getattr(args, "reward_threshold", 1.0),
+            reward_threshold=threshold,
+            has_degrees=has_degrees,
+            # The true scorer's, or what the run itself is to be judged by, is right or wrong.
+            eval_threshold=None
+            if has_degrees and eval_scorer is None and not _counts_right(args)
+            else threshold,
             refuses_negative_rewards=getattr(args, "loss_weighting", "filter") == "reward",
         ),
         eos_token_ids=collect_eos_token_ids(trainer.model, tokenizer),
@@ -284,6 +292,11 @@ def _start_of_run(trainer: Any) -> datetime:
     return start[0]
 
 
+def _counts_right(args: Any) -> bool:
+    """Return whether the best round is chosen by a share of right completions."""
+    return bool(re.search(r"(?:accuracy|pass@\d+)$", args.metric_for_best_model or ""))
+
+
 def _build_scorer(
     trainer: Any, reward_funcs: Any, weights: Any = None, processing_classes: Any = None
 ) -> Scorer:
@@ -294,7 +307,8 @@ def _build_scorer(
         device=trainer.accelerator.device,
         # As GRPOTrainer, but for the revision, which is the policy's.
         model_init_kwargs={
-            k: v for k, v in (trainer.args.model_init_kwargs or {}).items() if k != "revision"
+            "trust_remote_code": trainer.args.trust_remote_code,
+            **{k: v for k, v in (trainer.args.model_init_kwargs or {}).items() if k != "revision"},
         },
         get_trainer_state=lambda: trainer.state,
     )
@@ -329,6 +343,8 @@ def evaluate_heldout(
         sets = {"": play.heldout[eval_dataset]}
     else:
         sets = load_heldout_sets(eval_dataset, play.rows)
+        for name, rows in sets.items():
+            play.check_columns(rows, name or "eval_dataset")
     if not sets:
         raise ValueError("evaluate() needs an `eval_dataset` of held-out prompts and solutions.")
     scores = play.score(sets, prefix=metric_key_prefix)
