@@ -84,7 +84,7 @@ def test_a_choice_by_falling_likelihood_is_warned_of(build_spin, answers, caplog
     folder = trainer.run.folder(-1) / "evaluation"
     save_scores(folder / "scores.json", HeldOutScores({"eval_logps": 0.0}, {}, 0.0))
     with caplog.at_level(logging.WARNING):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=True)
     assert "round 0: eval_logps is -" in caplog.text
     assert "eval_reward_funcs" in caplog.text
     assert "loaded the weights of the untrained model" in caplog.text
