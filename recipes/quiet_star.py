@@ -83,8 +83,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         **script_arguments.model_arguments(training_args, model_args),
     )
     before = pointer_scores.score_answers(trainer, lines)
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     pointer_scores.report_thoughts(trainer, lines, before)
     if training_args.push_to_hub:

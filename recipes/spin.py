@@ -65,8 +65,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         **script_arguments.model_arguments(training_args, model_args),
     )
     before = demo_style.share_right(trainer, heldout)
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if heldout:
         demo_style.report_style_demo(trainer, heldout, before)

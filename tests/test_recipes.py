@@ -253,6 +253,15 @@ def test_without_a_dataset_the_flags_defaults_are_the_demo(star, tmp_path) -> No
     assert [load_reward_func(name) for name in script.reward_funcs] == [exact_reward]
 
 
+def test_a_flag_of_another_trainer_is_an_error_that_says_what_to_do(tmp_path) -> None:
+    (recipe,) = load_recipe("spin")
+    flags = ["--dataset_name", "x", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="pairs aren't packed") as raised:
+        recipe.parse_arguments([*flags, "--packing", "--eos_token", "<eos>", "--no_such=1"])
+    assert "--eos_token: leave it out; set `tokenizer.eos_token`" in str(raised.value)
+    assert "--no_such: leave it out; it is unknown" in str(raised.value)
+
+
 def test_flags_win_over_the_demo_and_a_dataset_switches_it_off(star, tmp_path) -> None:
     _, config, *_ = star.parse_arguments(["--num_rounds", "1", "--output_dir", str(tmp_path)])
     assert (config.num_rounds, config.num_generations) == (1, 8)

@@ -216,6 +216,8 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
             f"the model was loaded from output_dir ({args.output_dir!r}), where the trained one is "
             "saved in its place, and rounds go back to its weights. Choose another output_dir."
         )
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):  # as a flag's value
+        resume = resume.lower() == "true"
     if isinstance(resume, str):
         if Path(resume).resolve() != Path(args.output_dir).resolve():
             raise ValueError(

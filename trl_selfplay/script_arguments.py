@@ -15,6 +15,7 @@ import trl.rewards
 from datasets import load_dataset
 
 import trl_selfplay.rewards as rewards
+from trl_selfplay.trainer.ported_scripts import explain_unknown_flags
 
 
 @dataclass
@@ -57,6 +58,9 @@ def parse_script_arguments(
         flags: Of the command line; None takes the process's own.
         demo_defaults: `f(script_args)` returns the flags' defaults where no dataset is named.
         script_class: Of the recipe's own arguments.
+
+    Raises:
+        ValueError: A flag or a key of the YAML file that no class has, with what takes its place.
     """
     types: Any = (script_class, config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
     parser = trl.TrlParser(types)
@@ -65,7 +69,12 @@ def parse_script_arguments(
     known = trl.TrlParser(types[::3]).parse_args_and_config(given, return_remaining_strings=True)
     if not (known[0].dataset_name or known[1].datasets):
         parser.set_defaults_with_config(**demo_defaults(known[0]))
-    return parser.parse_args_and_config(flags)
+    *parsed, unknown = parser.parse_args_and_config(flags, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(
+            f"this script doesn't take {' '.join(unknown)}:\n{explain_unknown_flags(unknown)}"
+        )
+    return tuple(parsed)
 
 
 def load_reward_func(name: str) -> Any:
@@ -149,8 +158,7 @@ def model_arguments(training_args: Any, model_args: Any) -> dict[str, Any]:
 
 def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -> None:
     """Run all rounds, or go on with them, save the model, and push it if asked to."""
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)

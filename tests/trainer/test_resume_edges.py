@@ -224,3 +224,17 @@ def test_what_a_round_can_tell_again_is_done_again(request, caplog, sums, build,
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert "That training is done again" in caplog.text
     assert len(load_from_disk(folder / "dataset")) > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "goes_on"), [("True", True), ("true", True), ("false", False), ("False", False)]
+)
+def test_a_flags_text_says_whether_to_go_on(build_star, value, goes_on) -> None:
+    build_star(num_rounds=1).train(resume_from_checkpoint=False)
+    trainer = build_star(num_rounds=1)
+    if goes_on:
+        trainer.train(resume_from_checkpoint=value)
+        assert len(trainer.run.lines) == 1
+    else:
+        with pytest.raises(FileExistsError, match="already holds rounds"):
+            trainer.train(resume_from_checkpoint=value)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainingArguments
@@ -163,6 +163,12 @@ def _explain(settings: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
         f"  {name}={value!r}: leave it out; {_reason(name, reasons)}."
         for name, value in settings.items()
     )
+
+
+def explain_unknown_flags(flags: Sequence[str]) -> str:
+    """Return a line for each flag that a script doesn't have: why, and what takes its place."""
+    names = [flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
+    return "\n".join(f"  --{name}: leave it out; {_reason(name, _FIELDS)}." for name in names)
 
 
 def _reason(name: str, reasons: Mapping[str, str]) -> str:
