@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import TrainableTokensWrapper, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -44,10 +44,16 @@ def check_peft_config(peft_config: Any) -> None:
     """Refuse forms of PEFT that can't be right over rounds.
 
     Raises:
+        TypeError: It is no PeftConfig.
         ValueError: Naming the form, why it can't be used over rounds, and what to use.
     """
     if peft_config is None:
         return
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config is a {type(peft_config).__name__}; pass a PeftConfig such as "
+            "peft.LoraConfig()."
+        )
     kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
     if getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(

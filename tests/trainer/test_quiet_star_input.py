@@ -154,7 +154,7 @@ def test_bfloat16_forwards_give_the_loss_and_gradients_of_float32(build, checkpo
     ("peft_config", "error", "message"),
     [
         ({"r": 4}, TypeError, "peft_config is a dict"),
-        (AdaptionPromptConfig(adapter_len=2, adapter_layers=1), ValueError, "no `modules_to_save`"),
+        (AdaptionPromptConfig(adapter_len=2, adapter_layers=1), ValueError, "(?i)adaption_?prompt"),
         (PromptTuningConfig(num_virtual_tokens=2), ValueError, "adds virtual tokens"),
         (
             LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]),

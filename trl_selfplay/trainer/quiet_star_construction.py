@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from trl_selfplay.thoughts.mixing import (
@@ -249,23 +249,10 @@ def refuse_adapters(model: Any, peft_config: Any) -> None:
             "`peft_config` was given, but the model has adapters that learnt to think, which go on "
             "training. Leave `peft_config` out, or merge the adapters first."
         )
-    if peft_config is None:
-        return
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"peft_config is a {type(peft_config).__name__}; pass a PeftConfig such as "
-            "peft.LoraConfig()."
-        )
-    kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
-    if peft_config.is_prompt_learning:
+    if peft_config is not None and not hasattr(peft_config, "modules_to_save"):
         raise ValueError(
-            f"peft_config of type {kind} adds virtual tokens, after which thoughts would be "
-            "misplaced. Use LoRA."
-        )
-    if not hasattr(peft_config, "modules_to_save"):
-        raise ValueError(
-            f"peft_config of type {kind} can't train and save the mixing head with its adapters: "
-            "it has no `modules_to_save`. Use LoRA."
+            f"{type(peft_config).__name__} has no `modules_to_save`, so the mixing head could not be "
+            "trained and saved with its adapters. Use LoRA."
         )
     if getattr(peft_config, "alora_invocation_tokens", None):
         raise ValueError(
