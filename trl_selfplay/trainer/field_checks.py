@@ -78,7 +78,7 @@ _INHERITED_BOUNDS: dict[str, Bounds] = {
     "weight_decay": AT_LEAST_0,
     "adam_beta1": Bounds(0, 1 - 1e-9),
     "adam_beta2": Bounds(0, 1 - 1e-9),
-    "adam_epsilon": AT_LEAST_0,
+    "adam_epsilon": ABOVE_0,  # with 0 a token that no row holds makes its weights NaN
     "max_grad_norm": Bounds(0, infinite=True, meaning="0 is off"),
     "label_smoothing_factor": SHARE,
     "neftune_noise_alpha": AT_LEAST_0,
