@@ -1,5 +1,7 @@
 """What users give to QuietSTaRTrainer: rows and arguments work, or are refused with the remedy."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -7,6 +9,7 @@ from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
     DataCollatorForLanguageModeling,
 )
@@ -178,3 +181,26 @@ def test_a_quantization_that_is_given_twice_is_refused(build, saved_tiny_model) 
             model_init_kwargs={"quantization_config": four_bits},
             quantization_config=four_bits,
         )
+
+
+def test_tokens_that_a_chat_template_adds_below_adapters_are_refused(
+    build, tiny_model, chat_tokenizer, tmp_path
+) -> None:
+    """A saved adapter would not fit its base again."""
+    rows = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    ]
+    model = tiny_model(chat_tokenizer)
+    source = tmp_path / "source"
+    copy.deepcopy(chat_tokenizer).save_pretrained(source)
+    other = AutoTokenizer.from_pretrained(source)
+    other.add_tokens(["<|im_start|>"])
+    other.save_pretrained(source)
+    arguments = {
+        "model": model,
+        "processing_class": chat_tokenizer,
+        "train_dataset": Dataset.from_list(rows * 4),
+        "chat_template_path": str(source),
+    }
+    with pytest.raises(ValueError, match="chat_template_path brings the base model from 259 to"):
+        build(**arguments, peft_config=LoraConfig(target_modules=["q_proj"]))

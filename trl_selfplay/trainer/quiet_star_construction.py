@@ -96,6 +96,17 @@ def refuse_optimizer_without_thoughts(optimizer: Any, module: Any) -> None:
         )
 
 
+def refuse_added_tokens(model: Any, num_embeddings: int) -> None:
+    """Raise ValueError where `chat_template_path` has added tokens to the base of adapters."""
+    count = model.get_input_embeddings().weight.shape[0]
+    if isinstance(model, PeftModel) and count != num_embeddings:
+        raise ValueError(
+            f"chat_template_path brings the base model from {num_embeddings} to {count} embeddings, "
+            "which adapters don't save, so what is trained could not be loaded. Set it to the "
+            "template's file, or train without `peft_config`."
+        )
+
+
 def check_rows(dataset: Any, name: str, args: Any, formats: bool) -> None:
     """Raise ValueError if the first row of a dataset is missing, or has no text to train on.
 

@@ -74,6 +74,7 @@ from trl_selfplay.trainer.quiet_star_construction import (
     load_model,
     longest_row,
     refuse_adapters,
+    refuse_added_tokens,
     refuse_optimizer_without_thoughts,
     refuse_replicas,
     refuse_rows_without_room,
@@ -159,6 +160,7 @@ class QuietSTaRTrainer(SFTTrainer):
             attach_thoughts(model, processing_class, args)
             peft_config = save_thoughts_too(peft_config)
             module = trained_module(unwrap_causal_lm(model))
+            num_embeddings = model.get_input_embeddings().weight.shape[0]
             thought_weights = {n: p.detach().clone() for n, p in module.state_dict().items()}
         else:
             refuse_thoughts(model)
@@ -185,6 +187,7 @@ class QuietSTaRTrainer(SFTTrainer):
         self._helpful: list[HelpfulThought] = []
         self._warned_nonfinite = False
         if args.num_thoughts:
+            refuse_added_tokens(self.model, num_embeddings)
             refuse_optimizer_without_thoughts(optimizers[0], trained_module(self.causal_lm))
             # The parent rounds what trains on a quantized model to bfloat16.
             trained_module(self.causal_lm).float().load_state_dict(thought_weights)
