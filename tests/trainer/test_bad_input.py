@@ -206,7 +206,7 @@ def test_a_corrupt_shard_is_sampled_again_alone(build_star, caplog) -> None:
     resumed = small_batches(build_star(num_rounds=1))
     with caplog.at_level(logging.WARNING):
         resumed.train(resume_from_checkpoint=True)
-    assert "sampling this shard again" in caplog.text
+    assert "Its prompts are sampled again" in caplog.text
     assert load_rollouts(shards[1]) == rollouts_before
     for path in set(shards) - {shards[1]}:
         assert path.stat().st_mtime_ns == times[path]
