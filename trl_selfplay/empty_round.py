@@ -32,10 +32,17 @@ def handle_empty_round(args: Any, round_index: int, played: Any) -> None:
         for r in played.rollouts[:3]
     )
     funnel = played.funnel
+    kept = (
+        " The samples are kept: num_generations, reward_threshold and max_length may change before "
+        "you go on with train(resume_from_checkpoint=True); what changes the sampling needs another "
+        "output_dir."
+        if round_index == 0
+        else ""
+    )
     message = (
         f"round {round_index} kept nothing to train on: "
         f"{describe_funnel(funnel, graded=bool(played.rewards))}. "
-        f"{played.remedy or _remedy(args, funnel, played.rewards)} Completions:\n{examples}"
+        f"{played.remedy or _remedy(args, funnel, played.rewards) + kept} Completions:\n{examples}"
     )
     if args.on_empty_round == "raise":
         raise EmptyRoundError(message)

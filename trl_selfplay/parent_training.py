@@ -72,13 +72,15 @@ def train_on(
         temporary = folder / ".model"
         trainer.save_model(str(temporary))
         if trainer.is_world_process_zero():
-            save_file_with(
-                folder / "trainer_state.json",
-                lambda path: trainer.state.save_to_json(str(path)),
-            )
+            save_state(trainer.state, folder)
             replace_folder(temporary, folder / "model")
     trainer.accelerator.wait_for_everyone()
     return output
+
+
+def save_state(state: TrainerState, folder: Path) -> None:
+    """Write down what a training into `folder` came to."""
+    save_file_with(folder / "trainer_state.json", lambda path: state.save_to_json(str(path)))
 
 
 def load_outcome(trainer: Any, folder: Path) -> bool:

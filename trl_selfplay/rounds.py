@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.checkpoints import list_checkpoints
-from trl_selfplay.disk import BRING_BACK, DamagedFileError, held_by_this_process, save_file_with
+from trl_selfplay.disk import BRING_BACK, DamagedFileError, held_by_this_process
 from trl_selfplay.diversity import warn_sharpening
 from trl_selfplay.dry_run import try_step
 from trl_selfplay.early_stopping import ends_run
@@ -29,7 +29,13 @@ from trl_selfplay.evaluation import paired_difference
 from trl_selfplay.funnel import Funnel, describe_funnel
 from trl_selfplay.heldout import HeldOutScores
 from trl_selfplay.monitor import warn_baseline, warn_hint_share, warn_long, warn_truncation
-from trl_selfplay.parent_training import changed_settings, free_optimizer, load_outcome, train_on
+from trl_selfplay.parent_training import (
+    changed_settings,
+    free_optimizer,
+    load_outcome,
+    save_state,
+    train_on,
+)
 from trl_selfplay.rendering import keep_rendering
 from trl_selfplay.report import print_round_table, say
 from trl_selfplay.rollouts import Rollout, load_rollouts
@@ -195,9 +201,7 @@ def _run_rounds(
     _load_chosen_weights(trainer)
     if history:
         trainer.state.log_history = history
-    with changed_settings(
-        args, {}
-    ):  # pushed by `push_to_hub` alone, as after the parent's training
+    with changed_settings(args, {}):  # not pushed, as after the parent's training
         trainer.save_model(args.output_dir)
     trainer.create_model_card(model_name=Path(args.output_dir).name)
     total_steps = sum(line["steps"] for line in run.lines)
@@ -250,6 +254,12 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
         play = trainer.self_play
         keep_rendering(play.formatter.rendering(play.rows[0].is_conversational), run.rendering_path)
     trainer.accelerator.wait_for_everyone()
+    if not (run.root / "config.json").exists():
+        raise FileNotFoundError(
+            f"process {trainer.accelerator.process_index} doesn't find {run.root / 'config.json'}, "
+            "which the main process wrote: all processes need the same disk. Choose an output_dir "
+            "on a shared one."
+        )
     if has_initial_weights or run.was_opened:  # training, here or elsewhere, has changed them
         reload_initial_weights(trainer.model, args, run.initial_weights)
     elif run.keeps_initial_weights and trainer.is_world_process_zero():
@@ -377,10 +387,7 @@ def _finish_round(
     if trainer.is_world_process_zero():
         append_line(run.lines_path, line, run.lines)
         # With the held-out scores, for the log_history of a run that goes on.
-        save_file_with(
-            run.folder(round_index) / "trainer_state.json",
-            lambda path: state.save_to_json(str(path)),
-        )
+        save_state(state, run.folder(round_index))
     run.lines.append(line)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():

@@ -9,6 +9,7 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from trl_selfplay import EmptyRoundError
 from trl_selfplay.run_folder import UNTRAINED
 
 LORA = {"target_modules": ["q_proj", "v_proj"]}
@@ -238,3 +239,50 @@ def test_a_flags_text_says_whether_to_go_on(build_star, value, goes_on) -> None:
     else:
         with pytest.raises(FileExistsError, match="already holds rounds"):
             trainer.train(resume_from_checkpoint=value)
+
+
+def test_an_empty_round_goes_on_with_what_its_error_advises(build_star) -> None:
+    """Selection and training read the threshold, and what was sampled and graded is kept."""
+    strict = build_star(num_rounds=1, reward_threshold=2.0)
+    with pytest.raises(EmptyRoundError, match="reward_threshold and max_length may change"):
+        strict.train()
+    samples = {p: p.read_bytes() for p in strict.run.folder(0).glob("samples/0*.parquet")}
+    mended = build_star(num_rounds=1, reward_threshold=1.0, num_generations=4)
+    mended.train(resume_from_checkpoint=True)
+    assert {p: p.read_bytes() for p in samples} == samples
+    fresh = build_star(folder="fresh", num_rounds=1)
+    fresh.train()
+    assert without_seconds(mended.run.lines[0]) == without_seconds(fresh.run.lines[0])
+
+
+def test_a_training_that_diverged_saves_no_model_and_goes_on_at_another_rate(build_star) -> None:
+    diverged = build_star(num_rounds=1, learning_rate=1e38, save_steps=1)
+    with pytest.raises(FloatingPointError, match=r"diverged: .* Lower the learning rate"):
+        diverged.train()
+    assert not (diverged.run.folder(0) / "model").exists()
+    mended = build_star(num_rounds=1, save_steps=1)
+    mended.train(resume_from_checkpoint=True)
+    fresh = build_star(folder="fresh", num_rounds=1, save_steps=1)
+    fresh.train()
+    found, expected = (load_model(t.run.folder(0) / "model") for t in (mended, fresh))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_log_history_is_that_of_all_rounds_also_after_a_stop(build_star, sums) -> None:
+    changes = {"eval_dataset": sums(4, first=90)}
+    whole = build_star(folder="whole", **changes)
+    whole.train()
+    build_star(num_rounds=1, **changes).train()
+    resumed = build_star(num_rounds=2, **changes)
+    resumed.train(resume_from_checkpoint=True)
+    for trainer in (whole, resumed):
+        scores = [
+            (e["round"], e["step"], e["eval_accuracy"])
+            for e in trainer.state.log_history
+            if "eval_accuracy" in e and e["step"] > 0
+        ]
+        assert scores == [
+            (line["round"], 3 * (line["round"] + 1), line["eval"]["eval_accuracy"])
+            for line in trainer.run.lines
+        ]
+        assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [1, 2, 3, 4, 5, 6]
