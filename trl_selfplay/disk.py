@@ -142,8 +142,10 @@ def saying_what_is_kept(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held_by_this_process(folder: Path) -> Iterator[None]:
-    """Hold a folder while this lasts, so that no other process trains into it.
+def held_by_this_process(folder: Path, is_main: bool = True) -> Iterator[None]:
+    """Hold a folder while this lasts, so that no other run trains into it.
+
+    Of several processes of a run the main one holds it for all.
 
     The system lets go of it when this process ends, however it ends. Where it has no such locks
     (Windows, some network file systems) nothing is held.
@@ -154,6 +156,8 @@ def held_by_this_process(folder: Path) -> Iterator[None]:
     try:
         import fcntl  # Unix alone
     except ImportError:
+        is_main = False
+    if not is_main:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -137,11 +136,12 @@ def run_rounds(
         FileExistsError: The output directory holds rounds and resuming was not asked for.
         ValueError: It holds rounds of another configuration, named field by field, or `trial` was
             given.
+        RuntimeError: Another process trains into the output directory.
     """
     if trial is not None:
         raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
-    is_main = trainer.is_world_process_zero()
-    with held_by_this_process(Path(trainer.args.output_dir)) if is_main else nullcontext():
+    folder, is_main = Path(trainer.args.output_dir), trainer.is_world_process_zero()
+    with held_by_this_process(folder, is_main):
         return _run_rounds(trainer, train_parent, resume_from_checkpoint)
 
 

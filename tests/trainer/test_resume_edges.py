@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -286,3 +289,21 @@ def test_the_log_history_is_that_of_all_rounds_also_after_a_stop(build_star, sum
             for line in trainer.run.lines
         ]
         assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such lock")
+def test_two_runs_in_one_output_dir_are_refused(build_star, tmp_path) -> None:
+    trainer = build_star(num_rounds=1)
+    code = (
+        "from pathlib import Path; from trl_selfplay.disk import held_by_this_process\n"
+        f"with held_by_this_process(Path({str(tmp_path / 'run')!r})): print(1, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(RuntimeError, match="another process is training into"):
+            trainer.train()
+        other.communicate(b"\n")
+    trainer.train()
+    assert len(trainer.run.lines) == 1

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from trl_selfplay.checkpoints import last_whole_checkpoint, refuse_broken
+from trl_selfplay.disk import held_by_this_process
 from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.noise import switch_noise_off
@@ -83,7 +84,7 @@ from trl_selfplay.trainer.quiet_star_construction import (
     save_thoughts_too,
     switch_router_loss_off,
 )
-from trl_selfplay.weights import nonfinite_weights
+from trl_selfplay.weights import adapters_keep_dtypes, nonfinite_weights
 
 logger = logging.getLogger(__name__)
 
@@ -236,6 +237,7 @@ class QuietSTaRTrainer(SFTTrainer):
             ignore_keys_for_eval: As the parent's.
 
         Raises:
+            RuntimeError: Another process trains into `output_dir`.
             ValueError: The checkpoint lacks a part, such as the optimizer's state.
         """
         resume: Any = resume_from_checkpoint
@@ -252,7 +254,10 @@ class QuietSTaRTrainer(SFTTrainer):
             resume = last_whole_checkpoint(Path(str(self.args.output_dir)), self.accelerator)
         elif resume:
             refuse_broken(Path(resume), self.accelerator)
-        return super().train(resume or None, trial, ignore_keys_for_eval)
+        folder = Path(str(self.args.output_dir))
+        is_main = self.is_world_process_zero()
+        with held_by_this_process(folder, is_main), adapters_keep_dtypes(self.model):
+            return super().train(resume or None, trial, ignore_keys_for_eval)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
