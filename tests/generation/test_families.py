@@ -1,5 +1,6 @@
 """Every family of layers: which rows go together, against lone runs and `generate`."""
 
+import random
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from causal_classes import build_tiny, family_names
+from family_checks import check_sampling
 from transformers import PreTrainedModel
 
 from trl_selfplay.generation.model_traits import describe_model
@@ -68,6 +71,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "none",
     ),
 }  # fmt: skip
+
+
+# Of all causal classes a tenth is in the fast tests.
+NAMES = family_names()
+DRAWN = random.Random(0).sample(NAMES, len(NAMES) // 10)
 
 
 @pytest.fixture
@@ -357,3 +365,14 @@ def test_learned_positions_end_a_completion_before_they_run_out(build, tokenizer
     options = SamplingOptions(max_completion_length=20, temperature=1.0)
     found = completions(build("gpt2"), tokenizer, requests_for(prompts, 2), options, batch_size=6)
     assert [len(c) for c in found] == [6, 6, 16, 16, 20, 20]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_drawn_classes_sample_as_generate_or_are_refused(tokenizer, name) -> None:
+    check_sampling(build_tiny(name), tokenizer)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(DRAWN)))
+def test_every_class_samples_as_generate_or_is_refused(tokenizer, name) -> None:
+    check_sampling(build_tiny(name), tokenizer)

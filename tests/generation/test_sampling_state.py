@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from causal_classes import build_tiny
 from peft import LoraConfig, get_peft_model
-from tiny_families import build_tiny
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from causal_classes import build_tiny
 from peft import LoraConfig, get_peft_model
 from test_sampling_state import assert_same, snapshot
-from tiny_families import build_tiny
 
 from trl_selfplay.generation.model_traits import describe_model
 from trl_selfplay.generation.trial import try_model

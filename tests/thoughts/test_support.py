@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from causal_classes import build_tiny
 from tiny_families import FAMILIES, build_family
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
@@ -58,6 +59,18 @@ def test_a_family_that_cannot_be_split_is_refused_with_its_reason(family) -> Non
     model = AutoModelForCausalLM.from_config(config).float()
     with pytest.raises(ValueError, match=f"{type(model).__name__} .* Use a model of full or"):
         check_model(model)
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_vectors_looked_up_by_token_id_in_each_layer_are_refused(family) -> None:
+    """A thought begins and ends with vectors that no token has."""
+    with pytest.raises(ValueError, match="hidden_size_per_layer_input"):
+        check_model(build_tiny(family))
+
+
+def test_a_config_without_layers_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="BltForCausalLM keeps its state in a form of its own"):
+        check_model(build_tiny("blt"))
 
 
 def test_an_encoder_decoder_is_refused() -> None:

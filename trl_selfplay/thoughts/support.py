@@ -39,13 +39,18 @@ def check_model(model: Any) -> None:
     name = type(causal_lm).__name__
     config = causal_lm.config.get_text_config()
     remedy = "Use a model of full or sliding-window attention, such as Llama, Qwen or Mistral."
+    traits = describe_model(model)
     layers = DynamicCache(config=causal_lm.config).layers
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         raise ValueError(
             f"{name} has recurrent or convolutional layers, whose state can't branch into one "
             f"thought a token. {remedy}"
         )
-    traits = describe_model(model)
+    if getattr(config, "hidden_size_per_layer_input", None):
+        raise ValueError(
+            f"{name} looks up vectors for each layer by a token's id (`hidden_size_per_layer_input`), "
+            f"which the vectors that begin and end a thought don't have. {remedy}"
+        )
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(f"{name} has chunked attention, which thoughts don't support. {remedy}")
     attention = causal_lm.config._attn_implementation

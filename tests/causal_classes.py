@@ -113,8 +113,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
     "moshi": {"audio_vocab_size": 32},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen3_5_moe": {},
-    "reformer": _DECODER,
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"] * 2}
+    | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
+    | {"indexer_budget": 64, "indexer_compress_ratio": 4},
+    "reformer": _DECODER | {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (16, 16)},
     "rembert": _DECODER,
     "roberta": _DECODER,
     "roberta-prelayernorm": _DECODER,
@@ -135,11 +137,18 @@ _CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+# Multimodal classes, whose other parts the rule leaves large, and two whose config it can't make:
+# they don't occur in the sweep. The text classes of the former do.
+_NOT_TINY = {
+    *("fuyu", "gemma3", "gemma3n", "gemma4_unified", "got_ocr2", "moss_transcribe_diarize"),
+    *("gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody"),
+}
+
+
 def family_names() -> list[str]:
-    """Return one name for each causal class of the installed transformers, of a text model's config
-    where there are several.
-    """
-    return list({cls: name for name, cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}.values())
+    """Return a name for each causal class of transformers, a text model's if there are several."""
+    names = {cls: name for name, cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+    return sorted(set(names.values()) - _NOT_TINY)
 
 
 def small_values(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
