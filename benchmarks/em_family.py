@@ -11,7 +11,7 @@ from the start, but for round0_data; the first five sample as often (512 times):
   and completions above the median, then the upper quartile of their prompt's rewards are trained
   on. Without ReST's first step on human data.
 - rft: one round of 16 samples a prompt from a model fine-tuned on gold; the start is fine-tuned on
-  gold and on what was right in another form.
+  gold and on one right sample of each form, gold's own form too.
 - unfiltered: rest_em trained on everything that ended by itself, right or wrong.
 - one_round_all_samples: ReST^EM's one round with the samples of both.
 - round0_data: what rest_em's first round kept, trained on for the steps of both rounds, 64. What
