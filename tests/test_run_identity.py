@@ -253,3 +253,14 @@ def test_a_record_that_is_gone_is_said(path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         check_identity(describe(), path, 1, is_trained=True)
     assert caplog.text.count("config.json is gone") == 1
+
+
+def test_the_places_that_are_read_lie_within_a_large_weight() -> None:
+    """One of 28,311,552 values: in float32 its last place is one too far."""
+    model = torch.nn.Linear(28_311_552, 1, bias=False, dtype=torch.float16, device="meta")
+    model.to_empty(device="cpu")
+    torch.nn.init.zeros_(model.weight)
+    before = digest_weights(model, restored=False)
+    with torch.no_grad():
+        model.weight[0, -1] = 1.0
+    assert digest_weights(model, restored=False) != before

@@ -228,7 +228,9 @@ def digest_weights(model: Any, restored: bool) -> str | None:
         is_plain = weight.is_floating_point() and not hasattr(weight, "quant_state")
         if (weight.requires_grad and restored) or not is_plain or weight.numel() == 0:
             continue
-        places = torch.linspace(0, weight.numel() - 1, _VALUES_PER_WEIGHT).long()
+        # In integers: float32 rounds the last place of a large weight to one behind it.
+        steps = torch.arange(_VALUES_PER_WEIGHT)
+        places = steps * (weight.numel() - 1) // (_VALUES_PER_WEIGHT - 1)
         values = weight.detach().flatten()[places.to(weight.device)].float().cpu()
         digest.update(f"{tuple(weight.shape)} {values.tolist()}".encode())
         count += 1
