@@ -15,6 +15,7 @@ from peft import LoraConfig
 from trl import SFTTrainer
 
 from trl_selfplay import EmptyRoundError, ReSTEMTrainer
+from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.gold import draw_gold
 from trl_selfplay.normal_forms import default_normal_form, reasoning_path
 from trl_selfplay.report import round_table
@@ -145,7 +146,7 @@ def test_history_without_the_earlier_samples_is_an_error(build_rest_em) -> None:
     for path in (trainer.run.folder(0) / "samples").glob("*.parquet"):
         path.unlink()
     trainer = build_rest_em(history_rounds=1, num_rounds=2)
-    with pytest.raises(FileNotFoundError, match="history_rounds=0"):
+    with pytest.raises(DamagedFileError, match=r"00000\.parquet can't be read"):
         trainer.train(resume_from_checkpoint=True)
 
 
