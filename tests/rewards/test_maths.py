@@ -104,7 +104,7 @@ def test_a_comparison_that_hangs_costs_its_own_verdict_alone(monkeypatch, caplog
 
 def test_a_prompt_whose_answers_hang_is_given_up(monkeypatch, caplog) -> None:
     """Each costs the deadline and a process: after four the others of that prompt have no verdict."""
-    monkeypatch.setattr(maths, "DEADLINE_S", 0.2)
+    monkeypatch.setattr(maths, "DEADLINE_S", 1.5)
     towers = [f"\\boxed{{9^{{9^{{9^{{{n}}}}}}}}}" for n in range(9, 15)]
     prompts = ["p"] * 7 + ["q"]
     started = []
