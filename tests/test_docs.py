@@ -116,7 +116,7 @@ def test_a_script_of_the_readme_builds_its_trainer(
 
 def test_there_are_two_set_up_commands() -> None:
     assert readme_command(".venv ").endswith("python recipes/star.py")
-    assert readme_command(".venv-test ").endswith("pytest")
+    assert readme_command(".venv-test ").endswith("pytest -n auto")
     assert len(blocks("README.md", "bash")) == 2
 
 
