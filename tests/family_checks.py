@@ -155,17 +155,19 @@ def check_training(
     return Outcome("trained")
 
 
-def build_trainer(trainer: str, model: Any, folder: Path, tokenizer: Any) -> Any:
+def build_trainer(trainer: str, model: Any, folder: Path, tokenizer: Any, **settings: Any) -> Any:
     # Most samples end, and are trained on.
     model.generation_config.eos_token_id = list(range(1, VOCAB_SIZE, 2))
     config_class = getattr(trl_selfplay, f"{trainer}Config")
     trainer_class = getattr(trl_selfplay, f"{trainer}Trainer")
     if trainer == "QuietSTaR":
-        args = config_class(str(folder), **SETTINGS, thought_length=2, num_ahead_tokens=2)
+        args = config_class(
+            str(folder), **SETTINGS, thought_length=2, num_ahead_tokens=2, **settings
+        )
         texts = Dataset.from_dict({"text": [f"{p} {p} {p}" for p in PROMPTS]})
         return trainer_class(model, args, train_dataset=texts, processing_class=tokenizer)
     changes = {"rationalize": False} if trainer == "STaR" else {}
-    args = config_class(str(folder), **SETTINGS, **ROUNDS, **changes)
+    args = config_class(str(folder), **SETTINGS, **ROUNDS, **changes, **settings)
     if trainer == "SPIN":
         rows = {"prompt": PROMPTS, "completion": ["x", "yz", "w", "v"]}
         graded = {}

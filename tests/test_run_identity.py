@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, get_peft_model
 from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
@@ -31,6 +32,8 @@ NO_FIELDS = {
     "number_of_processes", "compute_loss_func", "compute_loss_func_source", "reward_funcs_source",
     "eval_reward_funcs_source", "optimizer_cls_and_kwargs", "normal_form", "leak_filter",
 }  # fmt: skip
+# Of PEFT's configurations.
+NOT_RECORDED = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 PLAIN = {
     "num_rounds": 2, "temperature": 0.7, "per_device_train_batch_size": 8, "logging_steps": 5,
     "round_max_steps": [10, 20], "bf16": False, "use_cpu": True, "report_to": [],
@@ -195,6 +198,26 @@ def test_the_record_of_an_older_version_is_read(tmp_path, tiny_model, word_token
     path.write_text(json.dumps(old | {"peft_config": str(recorded)}))
     with pytest.raises(ValueError, match=r"peft_config\.default\.r: '8' on disk, '4' now"):
         check_identity(now, path, 1, is_trained=True)
+
+
+def test_any_kind_of_adapter_has_defaults_whatever_its_config_asks_for(path) -> None:
+    """AdaLoRA's needs `total_step`, CPT's a task, AdaMSS's another package."""
+    for kind, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        described = describe(other={"peft_config": {"default": {"peft_type": str(kind)}}})
+        found = {name.split(".")[2] for name in described.defaults if name.startswith("peft_c")}
+        names = {field.name for field in dataclasses.fields(config_class)}
+        assert names - found == NOT_RECORDED & names
+        assert described.defaults["peft_config.default.auto_mapping"] == "None"
+
+
+def test_another_version_of_peft_may_go_on_with_a_run(path) -> None:
+    model = SimpleNamespace(peft_config={"default": LoraConfig(r=4, peft_version="99.0")})
+    now = describe_adapters(model)
+    recorded = {"default": {**now["default"], "peft_version": "0.20.0"}}  # by an older one of ours
+    path.parent.mkdir()
+    path.write_text(json.dumps(describe(other={"peft_config": recorded}).settings))
+    check_identity(describe(other={"peft_config": now}), path, 1, is_trained=True)
+    assert "peft_version" not in path.read_text()
 
 
 def test_a_model_is_known_by_its_weights_not_by_its_path(tmp_path) -> None:

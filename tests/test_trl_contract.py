@@ -15,6 +15,7 @@ from functools import partial
 import accelerate
 import pytest
 import torch
+from causal_classes import build_tiny
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -274,6 +275,22 @@ def test_the_fused_head_returns_log_probs_of_labelled_tokens(build_sft) -> None:
     expected[:, 0] = 0.0  # its label is -100
     torch.testing.assert_close(output.log_probs, expected)
     assert output.entropy.shape == output.is_top1.shape == output.label_mask.shape == (2, 3)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_the_trainer_says_whether_experts_are_balanced_and_the_fused_head_returns_their_loss(
+    request, method
+) -> None:
+    build = request.getfixturevalue(f"build_{method}")
+    if method == "dpo":  # else a reference model is loaded
+        build = partial(build, precompute_ref_log_probs=True)
+    assert not build(model=build_tiny("mixtral"), router_aux_loss_coef=0.0).aux_loss_enabled
+    trainer = build(model=build_tiny("mixtral"))
+    assert trainer.aux_loss_enabled
+    ids = torch.tensor([[3, 4, 5, 6]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    output = trainer.model(**inputs, output_router_logits=True, fused_lm_head=True)
+    assert output.aux_loss > 0.0
 
 
 def test_a_deep_copy_runs_the_weights_of_the_original(build_sft) -> None:

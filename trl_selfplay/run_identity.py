@@ -249,7 +249,7 @@ def _describe_adapter(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: sorted(value) if isinstance(value, set) else str(value)
         for key, value in sorted(values.items())
-        if key not in ("base_model_name_or_path", "revision", "inference_mode")
+        if key not in ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
     }
 
 
@@ -259,7 +259,17 @@ def _default_adapter(described: Mapping[str, Any]) -> dict[str, Any]:
 
     kind = str(described.get("peft_type", "")).split(".")[-1]
     config_class: Any = {k.value: v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind)
-    return {} if config_class is None else _describe_adapter(config_class().to_dict())
+    if config_class is None:
+        return {}
+    # Of the fields, because some kinds can't be made without arguments.
+    return _describe_adapter(
+        {
+            each.name: each.default
+            if each.default_factory is dataclasses.MISSING
+            else each.default_factory()
+            for each in dataclasses.fields(config_class)
+        }
+    )
 
 
 def check_identity(

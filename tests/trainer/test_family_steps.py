@@ -1,6 +1,7 @@
 """Every causal class of transformers takes a step with every trainer, or is refused."""
 
 import pytest
+import torch
 from causal_classes import build_tiny, family_names
 from family_checks import TRAINERS, build_trainer, check_training
 
@@ -23,6 +24,20 @@ def test_experts_are_balanced_in_training_and_sampled_without(
     built.add_callback(recorder)
     built.train()
     assert any(logs.get("aux_loss", 0.0) > 0.0 for logs in recorder.logs)
+
+
+@pytest.mark.parametrize(("trainer", "name"), [("STaR", "doge"), ("SPIN", "phimoe")])
+def test_a_balancing_loss_that_cannot_be_had_is_refused_and_can_be_left_out(
+    tmp_path, byte_tokenizer, trainer, name
+) -> None:
+    """TRL's own trainers fail in the first step: without experts, or with their number elsewhere."""
+    with pytest.raises(ValueError, match=r"Set router_aux_loss_coef=0\.0") as caught:
+        build_trainer(trainer, build_tiny(name), tmp_path / "run", byte_tokenizer)
+    assert type(build_tiny(name)).__name__ in str(caught.value)
+    built = build_trainer(
+        trainer, build_tiny(name), tmp_path / "run", byte_tokenizer, router_aux_loss_coef=0.0
+    )
+    assert torch.isfinite(torch.tensor(built.train().training_loss))
 
 
 def test_a_class_that_is_sampled_wrongly_is_refused_by_the_constructor(

@@ -161,6 +161,13 @@ def test_what_means_the_same_in_another_form_is_accepted(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)
+def test_activations_are_offloaded_from_an_accelerator_only(tmp_path, config_class) -> None:
+    """TRL's own error says that None has no type, or nothing is offloaded in silence."""
+    with pytest.raises(ValueError, match="activation_offloading=True moves activations"):
+        make(config_class, tmp_path, activation_offloading=True)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
 def test_a_config_may_be_copied_with_changes(tmp_path, config_class) -> None:
     """The parent has turned text into enums and dicts into objects by then."""
     config = make(config_class, tmp_path, accelerator_config={"split_batches": False})

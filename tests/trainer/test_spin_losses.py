@@ -57,7 +57,6 @@ FIELDS = {
     "precompute_ref_batch_size": {"precompute_ref_batch_size": 5},
     "no max_length": {"max_length": None},
     "dataset_num_proc": {"dataset_num_proc": 2},
-    "activation_offloading": {"activation_offloading": True},
     "no checkpointing": {"gradient_checkpointing": False},
     "all columns": {"remove_unused_columns": False},
     "accumulation": {"gradient_accumulation_steps": 2},

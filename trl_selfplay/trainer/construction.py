@@ -12,12 +12,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from trl_selfplay.collection import Collector
-from trl_selfplay.generation.model_traits import TEXT_MODEL_ADVICE
+from trl_selfplay.generation.model_traits import (
+    TEXT_MODEL_ADVICE,
+    input_device,
+    sampling_state,
+)
 from trl_selfplay.generation.transformers_sampler import (
     TransformersSampler,
     check_generation_config,
@@ -238,6 +243,7 @@ def build_self_play(
     check_head(trainer.model)
     check_generation_config(trainer.model.generation_config)
     traits = try_model(trainer.model, trainer.accelerator)
+    check_router_loss(trainer)
     scorer = (
         None
         if reward_funcs is None
@@ -282,6 +288,33 @@ def build_self_play(
         eos_token_id=tokenizer.eos_token_id,
         context_length=traits.context_length,
     )
+
+
+def check_router_loss(trainer: Any) -> None:
+    """Raise ValueError if the parent's balancing loss of experts can't be had from the model.
+
+    The parent computes it where the model's config has `output_router_logits`, also with configs
+    that name the number of experts otherwise, or have none.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Weights that are sharded aren't tried.
+    if not trainer.aux_loss_enabled or any(p.numel() == 0 for p in model.parameters()):
+        return
+    ids = torch.full((1, 4), trainer.processing_class.eos_token_id, device=input_device(model))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    ready = sampling_state(trainer.model, trainer.accelerator)
+    try:
+        with ready as unwrapped, trainer.accelerator.autocast(), torch.no_grad():
+            unwrapped(**inputs, output_router_logits=True, fused_lm_head=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        raise ValueError(
+            f"the balancing loss of experts can't be computed for {type(base).__name__}: TRL's "
+            f"forward fails with {type(error).__name__}: {error}. Set router_aux_loss_coef=0.0 in "
+            "the config to train without it."
+        ) from error
 
 
 def _start_of_run(trainer: Any) -> datetime:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 # Counts go into 32-bit integers, other numbers into float32 tensors, where larger ones are infinite.
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST_NUMBER = 3.4e38
@@ -142,6 +144,11 @@ def check_fields(config: Any) -> None:
             raise ValueError(
                 f"optim_args={value!r}; it must be pairs such as 'eps=1e-6,foreach=no'."
             )
+    if config.activation_offloading and (config.use_cpu or not torch.accelerator.is_available()):
+        raise ValueError(
+            "activation_offloading=True moves activations from an accelerator's memory to the CPU's, "
+            "and this run computes on the CPU. Leave it out."
+        )
 
 
 def bounds_of(config_class: type) -> dict[str, Bounds]:
