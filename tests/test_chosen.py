@@ -206,3 +206,12 @@ def test_after_a_prompt_that_ends_in_a_space_a_completion_begins_without_one() -
         tokenizer, tokens = tokens_of(tokenizer, {"prompt": prompt, "completion": text})
         both = [*tokens.prompt_ids, *tokens.chosen_ids[:-1]]
         assert tokenizer.decode(both) == "Answer: yes"
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
+def test_the_format_of_a_dataset_has_no_influence(kind) -> None:
+    records = [{"prompt": "hi", "completion": "yo", "label": i == 1, "n": i} for i in range(2)]
+    dataset = Dataset.from_list(records)
+    (row,) = load_chosen_rows(dataset.with_format(kind), "train_dataset")
+    assert [row] == load_chosen_rows(dataset, "train_dataset")
+    assert type(row.columns["n"]) is int

@@ -173,3 +173,20 @@ def test_a_held_out_prompt_with_other_tools_is_another_prompt() -> None:
     assert load_heldout_sets(rows('[{"name": "g"}]'), train)
     with pytest.raises(ValueError, match="as well"):
         load_heldout_sets(rows('[{"name": "f"}]'), train)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+def test_the_format_of_a_dataset_has_no_influence(kind) -> None:
+    """Else reward functions would get tensors, and a row another id."""
+    dataset = Dataset.from_list([{"prompt": f"Q {i}", "solution": i, "n": [1.5]} for i in range(3)])
+    plain = load_prompt_rows(dataset, "train_dataset")
+    rows = load_prompt_rows(dataset.with_format(kind), "train_dataset")
+    assert rows == plain
+    assert {type(row.solution) for row in rows} == {int}
+
+
+def test_what_makes_rows_as_they_are_read_stays() -> None:
+    dataset = Dataset.from_list([{"prompt": "Q", "solution": "7"}])
+    dataset.set_transform(lambda batch: {**batch, "prompt": [p + " 1" for p in batch["prompt"]]})
+    (row,) = load_prompt_rows(dataset, "train_dataset")
+    assert row.prompt == "Q 1"

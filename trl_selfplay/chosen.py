@@ -15,6 +15,7 @@ from trl import extract_prompt
 from trl_selfplay.prompts import (
     Prompt,
     PromptRow,
+    as_plain_rows,
     check_dataset,
     check_message,
     collect_rows,
@@ -71,7 +72,7 @@ def load_chosen_rows(dataset: Any, name: str) -> list[PromptRow]:
             name,
         )
     records, extra = [], {}
-    for index, record in enumerate(dataset):
+    for index, record in enumerate(as_plain_rows(dataset)):
         if form[1] == "completion" and record.get("label") is False:
             continue
         prompt, completion = _split(record, form, f"`{name}` row {index}")

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from trl_selfplay.chosen import load_chosen_rows, tokenize_chosen
 from trl_selfplay.collection import Collector
-from trl_selfplay.prompts import PromptRow, message_text
+from trl_selfplay.prompts import PromptRow, as_plain_rows, message_text
 from trl_selfplay.rendering import PromptFormatter
 from trl_selfplay.rollouts import Rollout, hash_prompt
 
@@ -113,7 +113,7 @@ def load_gold(
 
 def _own_row(dataset: Dataset, row: PromptRow, train_columns: Collection[str]) -> PromptRow:
     """Return the row of a prompt that is no training prompt."""
-    record = dataset[row.row_index]
+    record = as_plain_rows(dataset)[row.row_index]
     solution = record.get("solution")
     columns = {k: v for k, v in record.items() if k in train_columns}
     prompt_id = hash_prompt(row.prompt, solution, row.template_arguments)

@@ -117,7 +117,12 @@ def load_prompt_rows(dataset: Any, name: str, needs_solution: str | None = None)
             f"{needs_solution} needs it. Rename a column with "
             '`dataset.rename_column("answer", "solution")`.'
         )
-    return collect_rows(enumerate(dataset), name)
+    return collect_rows(enumerate(as_plain_rows(dataset)), name)
+
+
+def as_plain_rows(dataset: Dataset) -> Dataset:
+    """Return a dataset whose rows hold text and numbers also where `set_format` makes tensors."""
+    return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
 
 
 def check_dataset(dataset: Any, name: str, columns: str) -> None:
@@ -277,6 +282,21 @@ def _is_text_part(part: Any) -> bool:
         and part.get("type", "text") == "text"
         and isinstance(part.get("text"), str)
     )
+
+
+def check_embedded(
+    ids: list[int], tokenizer: Any, num_embeddings: int | None, where: str
+) -> list[int]:
+    """Return the tokens, or raise ValueError for those that the model has no embedding for."""
+    if num_embeddings is not None and max(ids, default=0) >= num_embeddings:
+        unknown = sorted({i for i in ids if i >= num_embeddings})
+        raise ValueError(
+            f"{where} has the tokens {tokenizer.convert_ids_to_tokens(unknown)}, for which the model "
+            f"has no embedding: it has {num_embeddings}, the tokenizer {len(tokenizer)} tokens. Call "
+            "`model.resize_token_embeddings(len(tokenizer))` first, or use the tokenizer that the "
+            "model was trained with."
+        )
+    return ids
 
 
 def texts_of(value: Any) -> Iterator[str]:

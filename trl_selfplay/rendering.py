@@ -24,6 +24,7 @@ from trl_selfplay.prompts import (
     Messages,
     Prompt,
     PromptRow,
+    check_embedded,
     check_message,
     check_prompt,
     message_text,
@@ -163,6 +164,7 @@ class PromptFormatter:
         chat_template_kwargs: For all rows; a row's own win.
         sanitize_control_tokens: Read special tokens in the rows' text as plain text.
         start: The time that the chat template is told; None is now.
+        num_embeddings: The model's; tokens beyond them are an error. None doesn't look.
     """
 
     def __init__(
@@ -174,8 +176,10 @@ class PromptFormatter:
         *,
         sanitize_control_tokens: bool = False,
         start: datetime | None = None,
+        num_embeddings: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.num_embeddings = num_embeddings
         self.few_shot_examples = tuple(few_shot_examples)
         self.hint_formatter = hint_formatter
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
@@ -237,8 +241,13 @@ class PromptFormatter:
         return self._encode(text, False)
 
     def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        if not self.sanitize_control_tokens:
-            return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        how = {"split_special_tokens": True} if self.sanitize_control_tokens else {}
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens, **how)["input_ids"]
+        if self.sanitize_control_tokens:
+            self._refuse_unsplit(text)
+        return check_embedded(list(ids), self.tokenizer, self.num_embeddings, repr(text[:200]))
+
+    def _refuse_unsplit(self, text: str) -> None:
         bare = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         control = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
         if unsplit := control & {*bare["input_ids"]}:
@@ -247,10 +256,6 @@ class PromptFormatter:
                 f"{self.tokenizer.decode([*unsplit])!r} too, which is in {text[:200]!r}. Remove it "
                 "from the data."
             )
-        ids = self.tokenizer(
-            text, add_special_tokens=add_special_tokens, split_special_tokens=True
-        )["input_ids"]
-        return list(ids)
 
     def chat_ids(self, messages: Messages, row: PromptRow, *, complete: bool = False) -> list[int]:
         """Return the tokens of messages that belong to a row, rendered like its prompt.
@@ -264,7 +269,8 @@ class PromptFormatter:
             ValueError: They can't be rendered; the error names the row.
         """
         sanitize = {"sanitize_control_tokens": True} if self.sanitize_control_tokens else {}
-        return self._render(messages, row, complete, tokenize=True, return_dict=False, **sanitize)
+        ids = self._render(messages, row, complete, tokenize=True, return_dict=False, **sanitize)
+        return check_embedded(ids, self.tokenizer, self.num_embeddings, row.where)
 
     def _render(self, messages: Messages, row: PromptRow, complete: bool, **how: Any) -> Any:
         continues = not complete and messages[-1]["role"] == "assistant"

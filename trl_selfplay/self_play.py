@@ -75,10 +75,17 @@ class SelfPlay:
     eos_token_id: int
     context_length: int | None
 
+    @property
+    def lacks_embeddings(self) -> bool:
+        """Whether the tokenizer has tokens that the model has no embedding for."""
+        count = self.formatter.num_embeddings
+        return count is not None and len(self.formatter.tokenizer) > count
+
     def check_prompts(self, hinted: bool) -> None:
         """Raise ValueError now for prompts that can't be rendered, sampled from or trained on."""
         for name, rows in {"train_dataset": self.rows, **self.heldout}.items():
-            longest = _longest(rows)
+            # A token without an embedding may be in any row.
+            longest = list(rows) if self.lacks_embeddings else _longest(rows)
             # Held-out prompts are shown with the examples before round 0.
             few_shot = bool(self.formatter.few_shot_examples) and (
                 self.config.few_shot_in_training

@@ -363,3 +363,42 @@ def test_rows_that_drop_last_would_drop_all_are_named_and_kept(build_star, max_s
     trainer = build_star(dataloader_drop_last=False, **settings)
     trainer.train(resume_from_checkpoint=True)
     assert len(trainer.run.lines) == 1
+
+
+@pytest.mark.parametrize("build", ["build_star", "build_spin"])
+def test_a_generation_config_that_cannot_be_saved_is_refused(
+    request, tiny_model, word_tokenizer, build
+) -> None:
+    """Llama 2's and Vicuna's, for example: the first checkpoint would fail, after all sampling."""
+    model = tiny_model(word_tokenizer)
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.9
+    with pytest.raises(ValueError, match=r"no checkpoint could be written(?s:.*)`temperature`"):
+        request.getfixturevalue(build)(model=model)
+    # Adapters are saved without it.
+    request.getfixturevalue(build)("lora", model=model, peft_config=LoraConfig(r=2))
+
+
+@pytest.mark.parametrize("build", ["build_star", "build_spin"])
+def test_tokens_without_an_embedding_are_refused(
+    request, tiny_model, word_tokenizer, build
+) -> None:
+    """In any row, not in the longest alone; one that no row has does no harm."""
+    model = tiny_model(word_tokenizer)
+    word_tokenizer.add_tokens(["new"])
+    rows = [{"prompt": f"Q {i % 10} + {i // 10} = ?", "solution": "1"} for i in range(100)]
+    rows = [{**row, "completion": " so 1"} for row in rows]
+    request.getfixturevalue(build)(model=model, train_dataset=Dataset.from_list(rows))
+    rows.append({"prompt": "new", "completion": "1", "solution": "1"})
+    with pytest.raises(
+        ValueError, match=r"'new.*has the tokens \['new'\].*has 21, the tokenizer 22"
+    ):
+        request.getfixturevalue(build)(model=model, train_dataset=Dataset.from_list(rows))
+
+
+def test_padding_without_an_embedding_is_refused(build_star, tiny_model, word_tokenizer) -> None:
+    model = tiny_model(word_tokenizer)
+    word_tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match=r"pad_token is '\[PAD\]' with the id 21"):
+        build_star(model=model)
+    model.resize_token_embeddings(len(word_tokenizer))
+    build_star(model=model)

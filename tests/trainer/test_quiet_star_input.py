@@ -204,3 +204,16 @@ def test_tokens_that_a_chat_template_adds_below_adapters_are_refused(
     }
     with pytest.raises(ValueError, match="chat_template_path brings the base model from 259 to"):
         build(**arguments, peft_config=LoraConfig(target_modules=["q_proj"]))
+
+
+def test_what_would_fail_later_is_refused(build, tiny_model, word_tokenizer) -> None:
+    """A generation config that can't be saved, and tokens that the model has no embedding for."""
+    model = tiny_model(word_tokenizer)
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.9
+    with pytest.raises(ValueError, match="no checkpoint could be written"):
+        build(model=model)
+    model = tiny_model(word_tokenizer)
+    word_tokenizer.add_tokens(["new"])
+    texts = [*TEXTS["text"], "Q 1 + 2 = ? new 3 yes"]
+    with pytest.raises(ValueError, match=r"row 8 has the tokens \['new'\]"):
+        build(model=model, train_dataset=Dataset.from_dict({"text": texts}))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from trl_selfplay.collection import Collector
@@ -91,6 +92,34 @@ def check_trainable(model: Any) -> None:
             "leave `peft_config` out and pass PeftModel.from_pretrained(base, path, "
             "is_trainable=True)."
         )
+
+
+def check_saveable(model: Any) -> None:
+    """Raise ValueError for a generation config that would stop the first checkpoint."""
+    config = getattr(model, "generation_config", None)
+    if config is None or isinstance(model, PeftModel):  # of which the adapters alone are saved
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(
+            "the model's generation config can't be saved, so no checkpoint could be written. Load "
+            "the model, mend `model.generation_config`, for example with `do_sample = True`, and "
+            f"pass the model. What transformers says: {error}"
+        ) from error
+
+
+def check_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError if the model has no embedding for what pads or ends its texts."""
+    count = model.get_input_embeddings().weight.shape[0]
+    for name in ("pad_token", "eos_token"):
+        token_id = getattr(tokenizer, f"{name}_id")
+        if token_id is not None and token_id >= count:
+            raise ValueError(
+                f"tokenizer.{name} is {getattr(tokenizer, name)!r} with the id {token_id}, and the "
+                f"model has {count} embeddings. Set it to a token that the model knows, or call "
+                "`model.resize_token_embeddings(len(tokenizer))` first."
+            )
 
 
 def refuse_optimizers(optimizers: tuple[Any, Any]) -> None:
@@ -242,6 +271,8 @@ def build_self_play(
     check_trainable(trainer.model)
     check_head(trainer.model)
     check_generation_config(trainer.model.generation_config)
+    check_saveable(trainer.model)
+    check_special_tokens(trainer.model, tokenizer)
     traits = try_model(trainer.model, trainer.accelerator)
     check_router_loss(trainer)
     scorer = (
@@ -263,6 +294,7 @@ def build_self_play(
             args.chat_template_kwargs,
             sanitize_control_tokens=args.sanitize_control_tokens,
             start=_start_of_run(trainer),
+            num_embeddings=trainer.model.get_input_embeddings().weight.shape[0],
         ),
         collector=Collector(
             sampler=TransformersSampler(

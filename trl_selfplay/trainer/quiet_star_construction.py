@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from trl_selfplay.prompts import check_embedded
 from trl_selfplay.thoughts.mixing import (
     ATTRIBUTE,
     attach_thought_module,
@@ -26,7 +27,7 @@ from trl_selfplay.thoughts.model import QuietSTaRModel
 from trl_selfplay.thoughts.sampling import can_think, predicted_tokens
 from trl_selfplay.thoughts.storage import SETTINGS_NAME, find_thoughts
 from trl_selfplay.thoughts.unrolled import think_and_talk
-from trl_selfplay.trainer.construction import check_adapters
+from trl_selfplay.trainer.construction import check_adapters, check_special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,17 @@ def refuse_added_tokens(model: Any, num_embeddings: int) -> None:
             "which adapters don't save, so what is trained could not be loaded. Set it to the "
             "template's file, or train without `peft_config`."
         )
+
+
+def refuse_unknown_tokens(dataset: Any, tokenizer: Any, model: Any) -> None:
+    """Raise ValueError if a dataset holds tokens that the model has no embedding for."""
+    count = model.get_input_embeddings().weight.shape[0]
+    check_special_tokens(model, tokenizer)
+    is_tokenized = isinstance(dataset, Dataset) and "input_ids" in dataset.column_names
+    if not is_tokenized or len(tokenizer) <= count:
+        return
+    for index, ids in enumerate(dataset["input_ids"]):
+        check_embedded(ids, tokenizer, count, f"row {index}")
 
 
 def check_rows(dataset: Any, name: str, args: Any, formats: bool) -> None:

@@ -62,6 +62,7 @@ from trl_selfplay.thoughts.support import check_lengths, check_model
 from trl_selfplay.thoughts.unrolled import ThoughtBatch
 from trl_selfplay.trainer.construction import (
     check_config_class,
+    check_saveable,
     default_output_dir,
     load_processing_class,
 )
@@ -80,6 +81,7 @@ from trl_selfplay.trainer.quiet_star_construction import (
     refuse_replicas,
     refuse_rows_without_room,
     refuse_thoughts,
+    refuse_unknown_tokens,
     refuse_unused,
     save_thoughts_too,
     switch_router_loss_off,
@@ -189,6 +191,7 @@ class QuietSTaRTrainer(SFTTrainer):
         self._warned_nonfinite = False
         if args.num_thoughts:
             refuse_added_tokens(self.model, num_embeddings)
+            check_saveable(self.model)
             refuse_optimizer_without_thoughts(optimizers[0], trained_module(self.causal_lm))
             # The parent rounds what trains on a quantized model to bfloat16.
             trained_module(self.causal_lm).float().load_state_dict(thought_weights)
@@ -213,6 +216,7 @@ class QuietSTaRTrainer(SFTTrainer):
         sets = list(sets.values()) if isinstance(sets, dict) else sets
         for dataset in [self.train_dataset, *sets]:
             if dataset is not None:
+                refuse_unknown_tokens(dataset, self.processing_class, self.model)
                 longest = longest_row(dataset, args.max_length)
                 check_lengths(causal_lm, longest, args.thought_length, args.num_ahead_tokens)
         train: Any = self.train_dataset
