@@ -40,6 +40,13 @@ def test_a_balancing_loss_that_cannot_be_had_is_refused_and_can_be_left_out(
     assert torch.isfinite(torch.tensor(built.train().training_loss))
 
 
+@pytest.mark.parametrize("trainer", ["STaR", "SPIN"])
+def test_a_class_that_the_parent_cannot_train_is_refused(tmp_path, byte_tokenizer, trainer) -> None:
+    """Llama 4's backbone is named otherwise than its class says."""
+    with pytest.raises(ValueError, match="TRL can't train Llama4ForCausalLM: its forward fails"):
+        build_trainer(trainer, build_tiny("llama4_text"), tmp_path / "run", byte_tokenizer)
+
+
 def test_a_class_that_is_sampled_wrongly_is_refused_by_the_constructor(
     tmp_path, byte_tokenizer
 ) -> None:

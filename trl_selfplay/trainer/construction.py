@@ -274,7 +274,7 @@ def build_self_play(
     check_saveable(trainer.model)
     check_special_tokens(trainer.model, tokenizer)
     traits = try_model(trainer.model, trainer.accelerator)
-    check_router_loss(trainer)
+    check_parent_forward(trainer)
     scorer = (
         None
         if reward_funcs is None
@@ -322,31 +322,53 @@ def build_self_play(
     )
 
 
-def check_router_loss(trainer: Any) -> None:
-    """Raise ValueError if the parent's balancing loss of experts can't be had from the model.
+def check_parent_forward(trainer: Any) -> None:
+    """Raise ValueError if TRL's forward, which computes the loss, fails on the model's class.
 
-    The parent computes it where the model's config has `output_router_logits`, also with configs
-    that name the number of experts otherwise, or have none.
+    It takes the model apart into backbone and head, which some classes don't allow, and counts
+    experts by a name that some configs don't have.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    # Weights that are sharded aren't tried.
-    if not trainer.aux_loss_enabled or any(p.numel() == 0 for p in model.parameters()):
+    if any(p.device.type == "meta" or p.numel() == 0 for p in model.parameters()):
+        return  # sharded
+    balanced = trainer.aux_loss_enabled
+    failure = _failure_of_forward(trainer, balanced)
+    if failure is None:
         return
-    ids = torch.full((1, 4), trainer.processing_class.eos_token_id, device=input_device(model))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    if balanced and _failure_of_forward(trainer, balanced=False) is None:
+        advice = (
+            "Set router_aux_loss_coef=0.0 in the config: without the balancing loss of its experts "
+            "it trains."
+        )
+    else:
+        advice = "Use a model of another class."
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    raise ValueError(
+        f"TRL can't train {type(base).__name__}: its forward fails with {type(failure).__name__}: "
+        f"{failure}. {advice}"
+    ) from failure
+
+
+def _failure_of_forward(trainer: Any, balanced: bool) -> Exception | None:
+    """Return what TRL's forward raises on a few tokens, or None."""
+    device = input_device(trainer.accelerator.unwrap_model(trainer.model))
+    ids = torch.full((1, 4), trainer.processing_class.eos_token_id, device=device)
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": ids,
+    }
+    if balanced:
+        inputs["output_router_logits"] = True
     ready = sampling_state(trainer.model, trainer.accelerator)
     try:
         with ready as unwrapped, trainer.accelerator.autocast(), torch.no_grad():
-            unwrapped(**inputs, output_router_logits=True, fused_lm_head=True)
+            unwrapped(**inputs, fused_lm_head=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        raise ValueError(
-            f"the balancing loss of experts can't be computed for {type(base).__name__}: TRL's "
-            f"forward fails with {type(error).__name__}: {error}. Set router_aux_loss_coef=0.0 in "
-            "the config to train without it."
-        ) from error
+        return error
+    return None
 
 
 def _start_of_run(trainer: Any) -> datetime:
