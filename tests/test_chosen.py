@@ -18,6 +18,12 @@ def load(*records):
     return load_chosen_rows(Dataset.from_list(list(records)), "train_dataset")
 
 
+def test_completions_that_share_no_prompt_are_refused_with_what_is_missing() -> None:
+    dataset = Dataset.from_list([{"chosen": " so 8", "rejected": " no"}])
+    with pytest.raises(ValueError, match=r"row 0: there is no `prompt`.* Add the column `prompt`"):
+        load_chosen_rows(dataset, "train_dataset")
+
+
 @pytest.mark.parametrize(
     "record",
     [

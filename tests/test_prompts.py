@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from trl_selfplay.prompts import check_template_kwargs, load_heldout_sets, load_prompt_rows
@@ -22,6 +22,18 @@ def rows_of(*prompts):
 def test_repeated_rows_are_merged_with_one_notice(caplog) -> None:
     assert len(rows_of("Q 1", "Q 2", "Q 1", "Q 1")) == 2
     assert caplog.text.count("2 of 4 rows repeat") == 1
+
+
+def test_what_is_no_dataset_of_prompts_is_refused_with_what_to_do() -> None:
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": "Q"}]}])
+    for dataset, advice in (
+        (DatasetDict(train=rows, test=rows), "Pass one of its splits, 'train', 'test'"),
+        ([{"prompt": "Q"}], r"Dataset\.from_list\(rows\)"),
+    ):
+        with pytest.raises(TypeError, match=advice):
+            load_prompt_rows(dataset, "train_dataset")
+    with pytest.raises(ValueError, match=r"Make one of `messages`: `dataset\.map"):
+        load_prompt_rows(rows, "train_dataset")
 
 
 def test_the_order_of_rows_has_no_influence() -> None:

@@ -257,9 +257,12 @@ def test_a_flag_of_another_trainer_is_an_error_that_says_what_to_do(tmp_path) ->
     (recipe,) = load_recipe("spin")
     flags = ["--dataset_name", "x", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match="pairs aren't packed") as raised:
-        recipe.parse_arguments([*flags, "--packing", "--eos_token", "<eos>", "--no_such=1"])
+        recipe.parse_arguments(
+            [*flags, "--packing", "--eos_token", "<eos>", "--no_such=1", "--nun-rounds", "2"]
+        )
     assert "--eos_token: leave it out; set `tokenizer.eos_token`" in str(raised.value)
     assert "--no_such: leave it out; it is unknown" in str(raised.value)
+    assert "--nun_rounds: it is unknown; did you mean 'num_rounds'?" in str(raised.value)
 
 
 def test_flags_win_over_the_demo_and_a_dataset_switches_it_off(star, tmp_path) -> None:

@@ -122,6 +122,13 @@ def test_another_configuration_is_refused_by_name(check, changes, named, is_trai
     assert str(raised.value).splitlines()[1].strip().startswith(named)
 
 
+def test_fields_for_later_rounds_are_those_that_replace_what_changed(check) -> None:
+    with pytest.raises(ValueError, match="and one has; round_learning_rates may for later rounds"):
+        check(describe(learning_rate=1e-6), is_trained=True)
+    with pytest.raises(ValueError, match=r"and one has\.\n"):
+        check(describe(weight_decay=0.1), is_trained=True)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -141,6 +141,11 @@ def _split(
             both: Any = extract_prompt({"chosen": text, "rejected": record["rejected"]})
             prompt, text = both["prompt"], both["chosen"]
             completion = text
+            if not prompt.strip():
+                raise ValueError(
+                    f"{where}: there is no `prompt`, and `chosen` and `rejected` don't begin with the "
+                    "same text, which would be it. Add the column `prompt`."
+                )
         if not isinstance(prompt, str):
             raise TypeError(
                 f"{where}: `{column}` is {completion!r:.200} and `{prompt_column}` is "

@@ -29,7 +29,7 @@ def handle_empty_round(args: Any, round_index: int, played: Any) -> None:
     """
     examples = "\n".join(
         f"--- {r.prompt[-200:]!r}\n    → {r.completion[:300]!r} (finish {r.finish}, reward {r.reward})"
-        for r in played.rollouts[:3]
+        for r in sorted(played.rollouts, key=lambda r: r.finish == "length")[:3]  # finished first
     )
     funnel = played.funnel
     kept = (
@@ -65,6 +65,12 @@ def _remedy(args: Any, funnel: Funnel, rewards: Mapping[str, float | None]) -> s
             f"The reward functions ({names}) abstained on all of them: None says that a completion "
             "has no score, not that it is wrong. Usually the `solution` column can't be read, or a "
             "function returns None or NaN for what it should give 0.0."
+        )
+    if funnel.unhinted.truncated + funnel.hinted.truncated == num_sampled:
+        return (
+            f"All of them were cut at max_completion_length={args.max_completion_length}, and what "
+            "is cut is never trained on. Raise it, set stop_strings, or check that the model knows "
+            "its EOS token."
         )
     level = "lower reward_threshold"
     if getattr(args, "improve_thresholds", None) is not None:

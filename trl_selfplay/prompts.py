@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from trl_selfplay.rollouts import hash_prompt
 
@@ -106,10 +106,14 @@ def load_prompt_rows(dataset: Any, name: str, needs_solution: str | None = None)
     """
     check_dataset(dataset, name, "`prompt`")
     if "prompt" not in dataset.column_names:
+        advice = (
+            'Make one of `messages`: `dataset.map(lambda row: {"prompt": row["messages"][:-1]})`.'
+            if "messages" in dataset.column_names
+            else 'Rename a column with `dataset.rename_column("question", "prompt")`.'
+        )
         raise ValueError(
             f"`{name}` has no column 'prompt'; its columns are {dataset.column_names}. Each row "
-            "needs a `prompt`: text or chat messages. Rename a column with "
-            '`dataset.rename_column("question", "prompt")`.'
+            f"needs a `prompt`: text or chat messages. {advice}"
         )
     if needs_solution and "solution" not in dataset.column_names:
         raise ValueError(
@@ -134,8 +138,14 @@ def check_dataset(dataset: Any, name: str, columns: str) -> None:
             "example `Dataset.from_list(list(iterable.take(10_000)))`."
         )
     if not isinstance(dataset, Dataset):
+        advice = ""
+        if isinstance(dataset, DatasetDict):
+            advice = f" Pass one of its splits, {', '.join(map(repr, dataset))}."
+        elif isinstance(dataset, list):
+            advice = " A list of rows becomes one with `Dataset.from_list(rows)`."
         raise TypeError(
             f"`{name}` must be a `datasets.Dataset` with {columns}; got {type(dataset).__name__}."
+            f"{advice}"
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty: there is no prompt to sample from.")

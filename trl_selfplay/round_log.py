@@ -89,10 +89,9 @@ def say_where_interrupted(run: Run) -> Iterator[None]:
         KeyboardInterrupt,
         SystemExit,
     ):  # an exit with code 0 would look like the end of the run
-        where = "the first evaluation" if run.round_index is None else f"round {run.round_index}"
+        where = "before round 0" if run.round_index is None else f"in round {run.round_index}"
         logger.warning(
-            "interrupted in %s; go on with train(resume_from_checkpoint=True) on the same "
-            "output_dir.",
+            "interrupted %s; go on with train(resume_from_checkpoint=True) on the same output_dir.",
             where,
         )
         raise

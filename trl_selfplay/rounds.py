@@ -168,7 +168,10 @@ def _run_rounds(
                     trained = train_on(trainer, train_parent, run.warm_up_rows, settings, args.seed)
                     ended = trained is not None and ends_run(trainer.state)
                 history += trainer.state.log_history
-            for round_index in range(len(run.lines), args.num_rounds * run.improve_steps):
+            num_rounds = args.num_rounds * run.improve_steps
+            if len(run.lines) == num_rounds:
+                say(f"all {num_rounds} rounds in {args.output_dir} were finished before")
+            for round_index in range(len(run.lines), num_rounds):
                 if ended or has_stalled(run, args.stop_after_rounds_without_gain):
                     break
                 run.round_index = round_index

@@ -363,9 +363,10 @@ def _refuse(differing: Mapping[str, str], path: Path, is_trained: bool) -> None:
         refused["weights"] += ": the model's weights are not those that the run began with"
     if refused:
         late = sorted({_top(name) for name in refused} & UNTIL_TRAINED)
+        by_round = sorted(name for name, single in PER_ROUND.items() if single in late)
         when = (
-            f"\n{', '.join(late)} may change until a round has been trained on, and one has; for "
-            f"later rounds there are {', '.join(sorted(PER_ROUND))}."
+            f"\n{', '.join(late)} may change until a round has been trained on, and one has"
+            + (f"; {', '.join(by_round)} may for later rounds." if by_round else ".")
             if late
             else ""
         )

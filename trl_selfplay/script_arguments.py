@@ -4,6 +4,7 @@ In: parsed flags, those of TRL's GRPO script and a few more. Out: datasets with 
 the trainers read, reward functions, and keyword arguments for loading the model.
 """
 
+import dataclasses
 import importlib
 import sys
 from dataclasses import dataclass, field
@@ -71,8 +72,10 @@ def parse_script_arguments(
         parser.set_defaults_with_config(**demo_defaults(known[0]))
     *parsed, unknown = parser.parse_args_and_config(flags, return_remaining_strings=True)
     if unknown:
+        names = [each.name for fields in map(dataclasses.fields, types) for each in fields]
         raise ValueError(
-            f"this script doesn't take {' '.join(unknown)}:\n{explain_unknown_flags(unknown)}"
+            f"this script doesn't take {' '.join(unknown)}:\n"
+            f"{explain_unknown_flags(unknown, names)}"
         )
     return tuple(parsed)
 

@@ -47,6 +47,11 @@ def test_a_nan_abstains_as_for_grpo() -> None:
     assert score(Scorer(not_a_number)) == [(1.0,), (None,)]
 
 
+def test_the_name_of_a_function_is_not_taken_for_a_reward_model() -> None:
+    with pytest.raises(ValueError, match=r"from trl_selfplay\.rewards import exact_reward"):
+        Scorer("exact_reward")
+
+
 def test_each_function_s_score_is_kept_and_weighed() -> None:
     """As for GRPOTrainer: None is left out of the sum; None from all is None."""
     funcs = [length, functools.partial(tens, scale=2.0), later, Later()]

@@ -2,14 +2,15 @@
 
 import errno
 import logging
+import re
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
-from transformers import TrainerCallback
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from trl_selfplay import EmptyRoundError, STaRConfig, rollouts
+from trl_selfplay import EmptyRoundError, STaRConfig, STaRTrainer, rollouts
 from trl_selfplay.rewards import exact_reward
 from trl_selfplay.rollouts import load_rollouts
 
@@ -402,3 +403,31 @@ def test_padding_without_an_embedding_is_refused(build_star, tiny_model, word_to
         build_star(model=model)
     model.resize_token_embeddings(len(word_tokenizer))
     build_star(model=model)
+
+
+def test_a_round_whose_completions_were_all_cut_says_so(build_star) -> None:
+    cut = build_star("cut", temperature=0.0, num_generations=1, max_completion_length=2)
+    with pytest.raises(EmptyRoundError, match="All of them were cut at max_completion_length=2"):
+        cut.train()
+
+
+def test_an_empty_round_shows_finished_completions_first(build_star) -> None:
+    wrong = build_star("wrong", reward_funcs=lambda completions, **_: [0.0] * len(completions))
+    with pytest.raises(EmptyRoundError) as raised:
+        wrong.train()
+    assert " truncated (" in str(raised.value)
+    assert str(raised.value).count("(finish eos, reward 0.0)") == 3
+
+
+def test_a_folder_with_an_adapter_alone_is_refused_with_how_it_is_loaded(
+    tmp_path, tiny_model, word_tokenizer, sums
+) -> None:
+    base, folder = str(tmp_path / "base"), str(tmp_path / "adapter")
+    tiny_model(word_tokenizer).save_pretrained(base)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig())
+    adapted.save_pretrained(folder)
+    advice = f"AutoModelForCausalLM.from_pretrained({base!r}), {folder!r}, is_trainable=True)"
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        STaRTrainer(
+            folder, STaRConfig(str(tmp_path)), train_dataset=sums(4), reward_funcs=exact_reward
+        )

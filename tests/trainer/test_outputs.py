@@ -43,6 +43,15 @@ def test_the_model_of_the_end_is_in_output_dir(build_star, tmp_path) -> None:
     assert tokenizer(text).input_ids == trainer.processing_class(text).input_ids
 
 
+def test_a_finished_run_says_so_when_it_is_resumed(build_star, capsys) -> None:
+    settings = {"num_rounds": 1, "max_steps": 1}
+    trained = build_star(**settings).train()
+    assert "finished before" not in capsys.readouterr().out
+    again = build_star(**settings)
+    assert again.train(resume_from_checkpoint=True).global_step == trained.global_step
+    assert f"all 1 rounds in {again.args.output_dir} were finished" in capsys.readouterr().out
+
+
 def test_a_finished_round_leaves_what_is_documented(build_star, sums) -> None:
     trainer = build_star(
         peft_config=LoraConfig(**LORA), save_steps=1, eval_dataset=sums(4, first=90)

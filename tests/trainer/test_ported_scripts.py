@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig, SFTTrainer
@@ -15,7 +16,7 @@ from trl_selfplay import (
     STaRConfig,
     STaRTrainer,
 )
-from trl_selfplay.trainer.ported_scripts import _ARGUMENTS, _FIELDS, _reason
+from trl_selfplay.trainer.ported_scripts import _ARGUMENTS, _FIELDS, _advice
 
 CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig, QuietSTaRConfig)
 TRL_CONFIGS = (GRPOConfig, RLOOConfig, SFTConfig, DPOConfig, KTOConfig)
@@ -40,6 +41,7 @@ TRL_CONFIGS = (GRPOConfig, RLOOConfig, SFTConfig, DPOConfig, KTOConfig)
         ({"warmup_ratio": 0.1}, "set `warmup_steps`"),
         ({"desirable_weight": 2.0}, "no labelled completions"),
         ({"no_such_field": 1}, "no_such_field=1: leave it out; it is unknown"),
+        ({"num_round": 1}, "num_round=1: it is unknown; did you mean 'num_rounds'?"),
     ],
 )
 def test_a_field_of_another_config_is_named_with_what_becomes_of_it(
@@ -98,7 +100,7 @@ def test_every_field_that_is_lacking_has_a_reason(config_class, theirs) -> None:
     own = {f.name for f in dataclasses.fields(config_class)}
     for each in dataclasses.fields(theirs):
         if each.name not in own:
-            assert "is unknown" not in _reason(each.name, _FIELDS)
+            assert "is unknown" not in _advice(each.name, _FIELDS, ())
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,39 @@ def test_another_trainer_s_config_is_refused_with_its_settings(tmp_path, build) 
     for theirs in (SFTConfig, DPOConfig):
         with pytest.raises(TypeError, match="change the class name"):
             build("no-model", args=theirs(str(tmp_path), **settings))
+
+
+@pytest.mark.parametrize("model", [None, 5, Path("no-model")])
+@pytest.mark.parametrize(
+    "build", [STaRTrainer, SPINTrainer, QuietSTaRTrainer], ids=lambda c: c.__name__
+)
+def test_what_is_no_model_is_refused(build, model) -> None:
+    with pytest.raises(TypeError, match=r"^model is .*; it must be a model's id or folder as text"):
+        build(model)
+
+
+@pytest.mark.parametrize("build", [SPINTrainer, QuietSTaRTrainer], ids=lambda c: c.__name__)
+def test_reward_functions_have_no_place_where_nothing_is_graded(build) -> None:
+    with pytest.raises(TypeError, match="nothing is graded: the data's own text or completions"):
+        build("no-model", reward_funcs=len)
+
+
+def test_fields_of_rounds_and_rewards_have_a_reason(tmp_path) -> None:
+    with pytest.raises(TypeError, match="num_rounds=3: leave it out; there are no rounds"):
+        QuietSTaRConfig(str(tmp_path), num_rounds=3)
+    with pytest.raises(TypeError, match=r"reward_threshold=0\.5: leave it out; nothing is graded"):
+        SPINConfig(str(tmp_path), reward_threshold=0.5)
+
+
+def test_misspelt_arguments_are_named_with_the_right_ones() -> None:
+    with pytest.raises(
+        TypeError, match=r"reward_function=.*: leave it out; pass it as `reward_funcs`"
+    ):
+        STaRTrainer("no-model", reward_function=len)
+    with pytest.raises(
+        TypeError, match="train_datasets=1: it is unknown; did you mean 'train_dataset'"
+    ):
+        STaRTrainer("no-model", train_datasets=1)
 
 
 def test_grpo_s_arguments_by_position_are_explained(tmp_path, sums) -> None:

@@ -16,6 +16,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -91,6 +92,11 @@ class Scorer:
             raise ValueError(f"reward_weights={list(reward_weights or ())} holds no finite number.")
         self._functions: list[Callable[..., Any]] = []
         for entry, tokenizer in zip(entries, reward_processing_classes, strict=True):
+            if isinstance(entry, str) and entry.endswith("_reward") and not Path(entry).is_dir():
+                raise ValueError(
+                    f"reward_funcs holds the text {entry!r}, and text names a reward model. Pass the "
+                    f"function itself: from trl_selfplay.rewards import {entry} (or trl.rewards)."
+                )
             if isinstance(entry, (str, nn.Module)):
                 self._functions.append(RewardModel(entry, tokenizer, device, model_init_kwargs))
             elif callable(entry):

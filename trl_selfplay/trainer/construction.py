@@ -5,6 +5,7 @@ gets in place of the user's (one placeholder row, since the real rows are made r
 those that the rounds need.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from trl_selfplay.collection import Collector
@@ -41,24 +43,36 @@ from trl_selfplay.trainer.ported_scripts import check_config_class
 from trl_selfplay.weights import check_head, check_peft_config
 
 
-def default_output_dir(model: Any, method: str) -> str:
-    """Return the folder that TRL would choose: the model's name and the method's."""
-    name = model if isinstance(model, str) else model.config.name_or_path
-    return f"{name.rstrip('/').split('/')[-1]}-{method}"
+def read_config(args: Any, config_class: Any, model: Any, method: str) -> Any:
+    """Return the config that a trainer runs with.
+
+    Without `args` it has the defaults, and the `output_dir` that TRL would choose: the model's name
+    and the method's.
+
+    Raises:
+        TypeError: `args` is not the trainer's own config, or `model` is no model.
+    """
+    if not isinstance(model, (str, nn.Module)):
+        raise TypeError(
+            f"model is {model!r:.100}; it must be a model's id or folder as text, or a loaded model."
+        )
+    if args is None:
+        source: Any = model
+        name = model if isinstance(model, str) else source.config.name_or_path
+        return config_class(f"{name.rstrip('/').split('/')[-1]}-{method}")
+    check_config_class(args, config_class)
+    return args
 
 
 def check_arguments(
-    args: Any, config_class: type, *, model: Any, reward_funcs: Any, peft_config: Any, **unused: Any
+    args: Any, *, model: Any, reward_funcs: Any, peft_config: Any, **unused: Any
 ) -> None:
     """Raise for arguments that can't work, before a model is loaded.
 
     Raises:
-        TypeError: `args` is not the trainer's own config.
         ValueError: No reward function, an argument that rounds would ignore, or a PEFT
             initialisation that changes base weights.
     """
-    settings: Any = args
-    check_config_class(args, config_class)
     if reward_funcs is None or reward_funcs == []:
         raise ValueError(
             "`reward_funcs` is missing: something must say which completions are right. Pass a "
@@ -66,12 +80,20 @@ def check_arguments(
         )
     check_adapters(model, peft_config)
     refuse_unused_arguments(**unused, args=args)
-    if settings.packing and settings.max_length is None:
+    if args.packing and args.max_length is None:
         raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
 
 
 def check_adapters(model: Any, peft_config: Any) -> None:
-    """Raise ValueError for forms of PEFT that can't be right over rounds."""
+    """Raise ValueError for forms of PEFT that can't be right over rounds, or that lack their base."""
+    saved = Path(model) / "adapter_config.json" if isinstance(model, str) else None
+    if saved is not None and saved.exists() and not (saved.parent / "config.json").exists():
+        base = json.loads(saved.read_text()).get("base_model_name_or_path")
+        raise ValueError(
+            f"the folder {model!r} holds an adapter without its base model. Load both: "
+            f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {model!r}, "
+            "is_trainable=True)."
+        )
     check_peft_config(peft_config)
     for existing in getattr(model, "peft_config", {}).values():
         check_peft_config(existing)

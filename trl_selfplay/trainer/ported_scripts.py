@@ -6,10 +6,11 @@ others with the reason and what takes its place.
 """
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainingArguments
@@ -92,6 +93,9 @@ _FIELDS: dict[str, str] = {
     "is rejected",
     "undesirable_weight": "there are no labelled completions: the data's is chosen, the model's "
     "own is rejected",
+    "num_rounds": "there are no rounds: training runs once over the text",
+    "reward_threshold": "nothing is graded",
+    "rationalize": "nothing is graded, so nothing needs a hint",
     # Older names.
     "max_seq_length": "set `max_length`",
     "max_new_tokens": "set `max_completion_length`",
@@ -108,8 +112,11 @@ _ARGUMENTS: dict[str, str] = {
     "rollout_func": "completions are sampled by the trainer itself; a method of your own overrides "
     "`play_round`",
     "tokenizer": "pass it as `processing_class`",
-    "reward_funcs": "nothing is graded: completions of the data are compared with the model's own",
-    "reward_model": "pass it as `reward_funcs`",
+    "reward_funcs": "nothing is graded: the data's own text or completions are learnt from",
+    **dict.fromkeys(
+        ("reward_model", "reward_fn", "reward_func", "reward_function", "reward_functions"),
+        "pass it as `reward_funcs`",
+    ),
     "max_seq_length": "set `max_length` in the config",
     "dataset_text_field": _OWN_ROWS,
     "packing": "set it in the config",
@@ -137,7 +144,7 @@ def _leave_out_defaults(config_class: type, given: dict[str, Any]) -> dict[str, 
     dropped = {name: value for name, value in foreign.items() if _is_a_default(name, value)}
     if refused := {name: value for name, value in foreign.items() if name not in dropped}:
         raise TypeError(
-            f"{config_class.__name__} doesn't have these fields:\n{_explain(refused, _FIELDS)}"
+            f"{config_class.__name__} doesn't have these fields:\n{_explain(refused, _FIELDS, own)}"
         )
     if dropped:
         listed = ", ".join(f"{name}={value!r}" for name, value in dropped.items())
@@ -158,27 +165,37 @@ def _is_a_default(name: str, value: Any) -> bool:
     return type(value) is type(default) and value == default
 
 
-def _explain(settings: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
+def _explain(
+    settings: Mapping[str, Any], reasons: Mapping[str, str], known: Iterable[str] = ()
+) -> str:
     return "\n".join(
-        f"  {name}={value!r}: leave it out; {_reason(name, reasons)}."
-        for name, value in settings.items()
+        f"  {name}={value!r}: {_advice(name, reasons, known)}" for name, value in settings.items()
     )
 
 
-def explain_unknown_flags(flags: Sequence[str]) -> str:
-    """Return a line for each flag that a script doesn't have: why, and what takes its place."""
+def explain_unknown_flags(flags: Sequence[str], known: Iterable[str]) -> str:
+    """Return a line for each flag that a script doesn't have: why, and what takes its place.
+
+    Args:
+        flags: What was left over on the command line, values included.
+        known: The names that the script has.
+    """
     names = [flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
-    return "\n".join(f"  --{name}: leave it out; {_reason(name, _FIELDS)}." for name in names)
+    return "\n".join(f"  --{name}: {_advice(name, _FIELDS, known)}" for name in names)
 
 
-def _reason(name: str, reasons: Mapping[str, str]) -> str:
+def _advice(name: str, reasons: Mapping[str, str], known: Iterable[str]) -> str:
     if name in reasons:
-        return reasons[name]
+        return f"leave it out; {reasons[name]}."
     prefixes = [key for key in reasons if key.endswith("_") and name.startswith(key)]
     if prefixes:
-        return reasons[max(prefixes, key=len)]
-    owners = [c.__name__ for c in _CONFIGS if name in c.__dataclass_fields__]
-    return f"it belongs to {owners[0]} and has no counterpart here" if owners else "it is unknown"
+        return f"leave it out; {reasons[max(prefixes, key=len)]}."
+    for config in _CONFIGS:
+        if name in config.__dataclass_fields__:
+            return f"leave it out; it belongs to {config.__name__} and has no counterpart here."
+    for other in difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+        return f"it is unknown; did you mean {other!r}?"
+    return "leave it out; it is unknown."
 
 
 def refuse_grpo_loss(loss_type: Any) -> None:
@@ -244,7 +261,9 @@ def refuse_foreign_arguments(
     known = inspect.signature(parent).parameters
     if foreign := {key: value for key, value in given.items() if key not in known}:
         shown = {key: _Shown(value) for key, value in foreign.items()}
-        raise TypeError(f"{name} doesn't take these arguments:\n{_explain(shown, _ARGUMENTS)}")
+        raise TypeError(
+            f"{name} doesn't take these arguments:\n{_explain(shown, _ARGUMENTS, known)}"
+        )
 
 
 class _Shown:

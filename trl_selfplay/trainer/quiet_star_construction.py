@@ -191,8 +191,9 @@ def refuse_rows_without_room(
         most = max(most, int(predicted_tokens(labels, mask).sum(1).max()))
     raise ValueError(
         f"no row of train_dataset has room for a thought: one stands before num_ahead_tokens="
-        f"{num_ahead_tokens} tokens of a completion, and the longest has {most}. Set "
-        f"num_ahead_tokens={max(1, most)} or less, or completion_only_loss=False."
+        f"{num_ahead_tokens} tokens to learn, and no row has more than {most}. Set "
+        f"num_ahead_tokens={max(1, most)} or less, raise max_length where it cuts rows, or set "
+        "completion_only_loss=False where completions are short."
     )
 
 

@@ -61,10 +61,9 @@ from trl_selfplay.thoughts.storage import (
 from trl_selfplay.thoughts.support import check_lengths, check_model
 from trl_selfplay.thoughts.unrolled import ThoughtBatch
 from trl_selfplay.trainer.construction import (
-    check_config_class,
     check_saveable,
-    default_output_dir,
     load_processing_class,
+    read_config,
 )
 from trl_selfplay.trainer.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainer.quiet_star_config import QuietSTaRConfig
@@ -143,9 +142,7 @@ class QuietSTaRTrainer(SFTTrainer):
         peft_config: Any = None,
         formatting_func: Callable[..., Any] | None = None,
     ) -> None:
-        if args is None:
-            args = QuietSTaRConfig(default_output_dir(model, "QuietSTaR"))
-        check_config_class(args, QuietSTaRConfig)
+        args = read_config(args, QuietSTaRConfig, model, "QuietSTaR")
         dataset_kwargs: Any = args.dataset_kwargs or {}
         formats = formatting_func is not None or dataset_kwargs.get("skip_prepare_dataset", False)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):

@@ -17,9 +17,9 @@ from trl_selfplay.run_folder import Run
 from trl_selfplay.trainer.construction import (
     build_run,
     check_arguments,
-    default_output_dir,
     load_processing_class,
     placeholder_dataset,
+    read_config,
 )
 from trl_selfplay.trainer.ported_scripts import refuse_foreign_arguments
 
@@ -101,13 +101,11 @@ def load_sft_parts(
     """
     refuse_foreign_arguments(f"{method}Trainer", named, SFTTrainer)
     given = inspect.signature(SFTTrainer).bind(model, None, *positional, **named).arguments
-    if args is None:
-        args = config_class(default_output_dir(model, method))
+    args = read_config(args, config_class, model, method)
     unused = {name: given.get(name) for name in _NOT_FOR_THE_PARENT}
     peft_config = given.get("peft_config")
     check_arguments(
         args,
-        config_class,
         model=model,
         reward_funcs=reward_funcs,
         peft_config=peft_config,

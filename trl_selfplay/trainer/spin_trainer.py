@@ -41,9 +41,8 @@ from trl_selfplay.trainer.construction import (
     build_run,
     build_self_play,
     check_adapters,
-    check_config_class,
-    default_output_dir,
     load_processing_class,
+    read_config,
     refuse_optimizers,
 )
 from trl_selfplay.trainer.ported_scripts import explains_foreign_arguments
@@ -114,9 +113,7 @@ class SPINTrainer(DPOTrainer):
         *,
         eval_reward_funcs: Any = None,
     ) -> None:
-        if args is None:
-            args = SPINConfig(default_output_dir(model, "SPIN"))
-        check_config_class(args, SPINConfig)
+        args = read_config(args, SPINConfig, model, "SPIN")
         _refuse_unused(ref_model, compute_metrics)
         refuse_optimizers(optimizers)
         check_adapters(model, peft_config)
