@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
+from trl import BEMACallback
 
 from trl_selfplay.checkpoints import list_checkpoints
 from trl_selfplay.disk import BRING_BACK, DamagedFileError, held_by_this_process
@@ -149,6 +151,7 @@ def _run_rounds(
     trainer: Any, train_parent: Callable[..., TrainOutput], resume: bool | str | None
 ) -> TrainOutput:
     args, run = trainer.args, trainer.run
+    _refuse_callbacks(trainer)
     if run.placeholder is not None:
         try_step(trainer, run.placeholder)
     _open_run(trainer, resume)
@@ -212,6 +215,20 @@ def _run_rounds(
     if output is None:
         return TrainOutput(total_steps, 0.0, {})
     return output._replace(global_step=total_steps)
+
+
+def _refuse_callbacks(trainer: Any) -> None:
+    """Raise ValueError for callbacks that fail only once a round's training has begun."""
+    run = trainer.run
+    trainings = trainer.args.num_rounds * run.improve_steps + (run.warm_up_rows is not None)
+    if trainings == 1 and not isinstance(trainer.model, PeftModel):
+        return
+    if any(isinstance(c, BEMACallback) for c in trainer.callback_handler.callbacks):
+        raise ValueError(
+            "BEMACallback averages the weights of one training of a whole model: it fails with "
+            "adapters, and in the second training of a run. Leave it out, or set num_rounds=1 and "
+            "train without `peft_config`."
+        )
 
 
 def _open_run(trainer: Any, resume: bool | str | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import BEMACallback
 
 from trl_selfplay import EmptyRoundError, STaRConfig, STaRTrainer, rollouts
 from trl_selfplay.rewards import exact_reward
@@ -431,3 +432,16 @@ def test_a_folder_with_an_adapter_alone_is_refused_with_how_it_is_loaded(
         STaRTrainer(
             folder, STaRConfig(str(tmp_path)), train_dataset=sums(4), reward_funcs=exact_reward
         )
+
+
+def test_a_callback_for_one_training_is_refused_where_it_would_fail(build_star) -> None:
+    """TRL's BEMA fails with adapters, and in round 1: before, all of a round was sampled."""
+    for folder, changes in (
+        ("rounds", {}),
+        ("lora", {"num_rounds": 1, "peft_config": LoraConfig()}),
+    ):
+        trainer = build_star(folder, callbacks=[BEMACallback(update_freq=1)], **changes)
+        with pytest.raises(ValueError, match="BEMACallback averages"):
+            trainer.train()
+        assert not trainer.run.root.exists()
+    build_star(num_rounds=1, callbacks=[BEMACallback(update_freq=1)]).train()
