@@ -76,7 +76,9 @@ def _undone(trainer: Any) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     trainer._metrics = copy.deepcopy(trainer._metrics)  # the loss appends to it
     try:
-        with torch.random.fork_rng():
+        # Of this process's device alone: a machine's other ones belong to other processes.
+        device = trainer.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     except Exception as error:
         error.add_note(

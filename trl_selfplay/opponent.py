@@ -87,7 +87,7 @@ def store_opponent(trainer: Any, rows: Dataset, folder: Path) -> Dataset:
         try:
             with naming_damage(folder, "The opponent scores its pairs again."):
                 stored = load_from_disk(str(folder))
-                stored.to_list()
+                stored.data.validate(full=True)
                 return stored
         except DamagedFileError as error:  # the weights are still the opponent's
             logger.warning("%s", error)

@@ -168,6 +168,19 @@ def test_activations_are_offloaded_from_an_accelerator_only(tmp_path, config_cla
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)
+def test_what_the_parent_takes_beside_its_annotations_is_accepted(tmp_path, config_class) -> None:
+    config = make(
+        config_class, tmp_path, output_dir=tmp_path, resume_from_checkpoint=True, save_steps=0
+    )
+    assert config.output_dir == str(tmp_path)
+    assert config.resume_from_checkpoint is True
+    for fsdp in (False, True, ["full_shard"]):
+        assert replace(replace(config, fsdp=fsdp), seed=3).seed == 3
+    with pytest.raises(ValueError, match="fsdp=3"):
+        make(config_class, tmp_path, fsdp=3)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
 def test_a_config_may_be_copied_with_changes(tmp_path, config_class) -> None:
     """The parent has turned text into enums and dicts into objects by then."""
     config = make(config_class, tmp_path, accelerator_config={"split_batches": False})

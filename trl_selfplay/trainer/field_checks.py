@@ -10,6 +10,7 @@ import enum
 import json
 import math
 import numbers
+import os
 import types
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -89,7 +90,7 @@ _INHERITED_BOUNDS: dict[str, Bounds] = {
     "eval_steps": _COUNT_AT_LEAST_0,
     "eval_delay": _COUNT_AT_LEAST_0,
     "eval_accumulation_steps": AT_LEAST_1,
-    "save_steps": _COUNT_ABOVE_0,
+    "save_steps": _COUNT_AT_LEAST_0,
     "seed": Bounds(0, LARGEST_SEED),
     "data_seed": Bounds(0, LARGEST_SEED),
     "dataloader_num_workers": AT_LEAST_0,
@@ -109,6 +110,8 @@ _INHERITED_BOUNDS: dict[str, Bounds] = {
     "ref_model_mixup_alpha": SHARE,
     "ref_model_sync_steps": AT_LEAST_1,
 }
+# What the parent takes although its annotation doesn't say so.
+_TAKEN_TOO = {"fsdp": bool | list[str], "resume_from_checkpoint": bool}
 # A dict that may also be the path of a JSON file.
 _READ_FROM_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 # Text that the parent takes where its annotation allows any.
@@ -126,12 +129,13 @@ def check_fields(config: Any) -> None:
 
     Numbers that are written as text become numbers in lists: YAML reads 1e-5 as text, which the
     parser mends for single numbers but not in lists. One stop string or other text stands for a
-    list of it.
+    list of it, and a `Path` for its text.
     """
     known = next(c for c in type(config).__mro__ if c.__module__.startswith("trl_selfplay."))
     hints, bounds = get_type_hints(known), bounds_of(known)
     for each in fields(known):
-        name, hint = each.name, hints[each.name]
+        name = each.name
+        hint = hints[name] | _TAKEN_TOO[name] if name in _TAKEN_TOO else hints[name]
         value = _read(getattr(config, name), hint)
         setattr(config, name, value)
         choices = each.metadata.get("choices", _CHOICES.get(name))
@@ -192,6 +196,8 @@ def _element(option: Any) -> Any:
 def _read(value: Any, hint: Any) -> Any:
     """Return a value in the form of its field where it means the same in another one."""
     options = _options(hint)
+    if isinstance(value, os.PathLike) and str in options:
+        return os.fspath(value)
     if isinstance(value, numbers.Integral) and not isinstance(value, int):
         return int(value)  # numpy's
     if isinstance(value, str) and hint == int | str | None:  # `pad_to_multiple_of`, from a flag
