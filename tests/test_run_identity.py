@@ -193,12 +193,13 @@ def test_the_record_of_an_older_version_is_read(tmp_path, tiny_model, word_token
     path.parent.mkdir()
     lora = LoraConfig(r=4, target_modules=["q_proj"])
     adapters = describe_adapters(get_peft_model(tiny_model(word_tokenizer), lora))
-    now = describe(other={"peft_config": adapters, "weights": "3, abc"})
+    other = {"peft_config": adapters, "weights": "3, abc", "eval_reward_funcs": None}
+    now = describe(other=other)
     nested = {k: v for k, v in now.settings.items() if not k.startswith("peft_config.")}
     old = {k: v for k, v in nested.items() if k not in {*FREE, *WARNED, "weights"}}
     recorded = {k: dict(v) for k, v in adapters.items()}
     del recorded["default"]["use_dora"]  # a field that only one version knows
-    path.write_text(json.dumps(old | {"peft_config": str(recorded)}))
+    path.write_text(json.dumps(old | {"peft_config": str(recorded), "eval_reward_funcs": "None"}))
     check_identity(now, path, 1, is_trained=True)
     assert "weights" in json.loads(path.read_text())
     recorded["default"]["r"] = "8"
@@ -225,6 +226,17 @@ def test_another_version_of_peft_may_go_on_with_a_run(path) -> None:
     path.write_text(json.dumps(describe(other={"peft_config": recorded}).settings))
     check_identity(describe(other={"peft_config": now}), path, 1, is_trained=True)
     assert "peft_version" not in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["eval_dataset", "eval_dataset hard"])
+def test_a_held_out_set_is_neither_added_nor_dropped(tmp_path, name) -> None:
+    path = tmp_path / "_rounds" / "config.json"
+    without, with_set = describe(), describe(other={name: "4 prompts, abc"})
+    for first, then in ((without, with_set), (with_set, without)):
+        path.unlink(missing_ok=True)
+        check_identity(first, path, 0, is_trained=False)
+        with pytest.raises(ValueError, match=f"  {name}: "):
+            check_identity(then, path, 1, is_trained=True)
 
 
 def test_a_model_is_known_by_its_weights_not_by_its_path(tmp_path) -> None:

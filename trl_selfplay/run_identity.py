@@ -107,6 +107,7 @@ FIXED = _names(
 _SECRET = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
 _MASK = "(not recorded)"
 _ADAPTERS = "peft_config"
+_HELDOUT = "eval_dataset"
 _VALUES_PER_WEIGHT = 16
 
 
@@ -155,7 +156,7 @@ def describe_trainer(trainer: Any) -> Description:
         (canonical_prompt(e.prompt), e.completion, str(e.solution))
         for e in play.formatter.few_shot_examples
     ]
-    sets = {f"eval_dataset {name}".strip(): rows for name, rows in play.heldout.items()}
+    sets = {f"{_HELDOUT} {name}".strip(): rows for name, rows in play.heldout.items()}
     if "weights" not in run.identity:  # before this process changes them
         run.identity["weights"] = digest_weights(trainer.model, run.keeps_initial_weights)
     compute_loss = getattr(trainer, "compute_loss_func", None)
@@ -318,6 +319,8 @@ def _differing(
     settings = described.settings
     before, now = {**described.defaults, **recorded}, {**described.defaults, **settings}
     known = {_top(name) for name in before} & {_top(name) for name in now}
+    # Every version records held-out sets: one that is named on one side only was added or dropped.
+    known |= {_top(name) for name in (*before, *now) if name.startswith(_HELDOUT)}
     found = {}
     for name in sorted({*recorded, *settings}):
         was, is_ = before.get(name), now.get(name)
@@ -400,7 +403,9 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add(flat: dict[str, Any], name: str, value: Any) -> None:
-    if name == _ADAPTERS and isinstance(value, str):  # as older versions recorded it
+    if value == "None":  # older versions recorded all but fields as text
+        value = None
+    if name == _ADAPTERS and isinstance(value, str):  # the same
         value = ast.literal_eval(value)
     if isinstance(value, dict) and value:
         for key, inner in value.items():
