@@ -403,7 +403,7 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add(flat: dict[str, Any], name: str, value: Any) -> None:
-    if value == "None":  # older versions recorded all but fields as text
+    if value == "None" and "." not in name:  # older versions recorded all but fields as text
         value = None
     if name == _ADAPTERS and isinstance(value, str):  # the same
         value = ast.literal_eval(value)

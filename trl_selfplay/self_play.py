@@ -95,7 +95,7 @@ class SelfPlay:
             self.check_columns(rows, name or "eval_dataset")
             reads_solutions = hinted or self.collector.scorer is None
             self.formatter.warn_control_tokens(rows, reads_solutions)
-            self.formatter.check_rows([*longest, *_first_of_each_kind(rows)], few_shot)
+            self.formatter.check_rows([*_longest(rows), *_first_of_each_kind(rows)], few_shot)
             self._prompt_ids(
                 longest, few_shot, hinted and name == "train_dataset", name or "eval_dataset"
             )
