@@ -5,7 +5,7 @@ In: a tiny model of a family. Out: an outcome, or an error where the family does
 
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,22 +131,23 @@ PROMPTS = ["ab", "cde", "f", "ghij"]
 
 
 def check_training(
-    family: str, trainer: str, folder: Path, tokenizer: PreTrainedTokenizerBase
+    family: str, trainer: str, folder: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> Outcome:
-    """Train a family for one step of one round."""
+    """Train a family for one step of one round, with the setting that a refusal may ask for."""
     model = build_tiny(family)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     try:
-        built = build_trainer(trainer, model, folder, tokenizer)
-        output = built.train()
-    except Exception as error:
+        built = build_trainer(trainer, model, folder, tokenizer, **settings)
+    except ValueError as error:
         innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-        if (
-            isinstance(error, ValueError)
-            and Path(trl_selfplay.__file__).parent in Path(innermost).parents
-        ):
+        if Path(trl_selfplay.__file__).parent not in Path(innermost).parents:
+            raise
+        if "Set router_aux_loss_coef=0.0" not in str(error):
             return Outcome("refused", str(error))
-        raise
+        asked = {"router_aux_loss_coef": 0.0}
+        outcome = check_training(family, trainer, folder, tokenizer, **asked)
+        return replace(outcome, reason=f"with {asked}")
+    output = built.train()
     assert torch.isfinite(torch.tensor(output.training_loss))
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     return Outcome("trained")

@@ -41,6 +41,8 @@ REFUSED = {
 NOT_COPIED = dict.fromkeys(
     ("lora bias all", "lora bias lora_only", "lora layer_replication", "adalora"), "puts a copy"
 )
+# For want of another adapter, of a package, of data or of a GPU.
+NOT_MADE = {"adamss", "lora arrow", "lora corda", "lora loftq", "xlora"}
 REFUSED_BY_SPIN = REFUSED | {"pvera": "gives other logits for the same tokens"}
 
 
@@ -195,9 +197,12 @@ def test_spin_goes_on_from_a_model_with_any_form_of_adapter(
     build_spin, tiny_model, word_tokenizer, pair_recorder, form
 ) -> None:
     """The parent's copy of the adapter leaves no trace, and the opponent is the adapted model."""
-    if form in ("adamss", "lora arrow", "lora corda", "multitask prompt tuning", "poly", "xlora"):
-        return  # PEFT itself makes no model of these here
-    model = get_peft_model(tiny_model(word_tokenizer, initializer_range=0.1), FORMS[form]())
+    try:
+        model = get_peft_model(tiny_model(word_tokenizer, initializer_range=0.1), FORMS[form]())
+    except Exception as error:
+        if form not in NOT_MADE:
+            raise
+        pytest.skip(f"PEFT makes no model with it here: {error}")
     shake(model)
     initial = state_of(model)
     reason = (REFUSED_BY_SPIN | NOT_COPIED).get(form)

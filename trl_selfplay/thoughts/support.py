@@ -95,7 +95,8 @@ def _try_thoughts(model: Any, name: str, remedy: str) -> None:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model of any design fails in its own way
-            raise ValueError(f"{name} can't compute thoughts: {error} {remedy}") from error
+            reason = str(error).rstrip(".")
+            raise ValueError(f"{name} can't compute thoughts: {reason}. {remedy}") from error
         ours = project(model, states).float()  # (2 ways, 2 blocks, L, V)
         for block, anchor, logits in zip(blocks, anchors[0].tolist(), ours.unbind(1), strict=True):
             sequence = torch.cat([text[: anchor + 1], block])[None]
