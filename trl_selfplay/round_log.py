@@ -56,7 +56,7 @@ def add_rounds_to_card(trainer: Any) -> None:
     if trainer.run.lines and trainer.is_world_process_zero() and path.exists():
         run = trainer.run
         table = rounds_markdown(run.lines, run.chosen_metric, run.greater_is_better)
-        path.write_text(f"{path.read_text()}\n{table}\n")
+        path.write_text(f"{path.read_text().rstrip()}\n\n{table}\n")
 
 
 def call_round_event(trainer: Any, event: str, round_index: int) -> bool:

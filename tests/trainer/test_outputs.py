@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
 
 from trl_selfplay.rollouts import SCHEMA
+from trl_selfplay.round_log import say_where_interrupted
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -43,12 +45,21 @@ def test_the_model_of_the_end_is_in_output_dir(build_star, tmp_path) -> None:
     assert tokenizer(text).input_ids == trainer.processing_class(text).input_ids
 
 
+def test_an_interruption_before_the_first_round_is_told_as_that(build_star, caplog) -> None:
+    trainer = build_star()
+    with pytest.raises(KeyboardInterrupt), say_where_interrupted(trainer.run):
+        raise KeyboardInterrupt
+    assert "interrupted before round 0; go on with train(resume" in caplog.text
+
+
 def test_a_finished_run_says_so_when_it_is_resumed(build_star, capsys) -> None:
     settings = {"num_rounds": 1, "max_steps": 1}
     trained = build_star(**settings).train()
     assert "finished before" not in capsys.readouterr().out
     again = build_star(**settings)
     assert again.train(resume_from_checkpoint=True).global_step == trained.global_step
+    card = (Path(again.args.output_dir) / "README.md").read_text()
+    assert card.count("\n\n## Rounds\n") == 1
     assert f"all 1 rounds in {again.args.output_dir} were finished" in capsys.readouterr().out
 
 

@@ -1,4 +1,5 @@
 import copy
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -350,7 +351,10 @@ def test_rows_without_room_for_a_thought_are_refused(quiet_trainer, length) -> N
             "labels": [[-100] * (6 - length) + [7] * length] * 3,
         }
     )
-    with pytest.raises(ValueError, match=f"Set num_ahead_tokens={length} or less"):
+    advice = (
+        f"no row has more than {length}. Set num_ahead_tokens={length} or less, raise max_length"
+    )
+    with pytest.raises(ValueError, match=re.escape(advice)):
         quiet_trainer(rows=rows, num_ahead_tokens=4)
 
 
