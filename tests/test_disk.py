@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from trl_selfplay.disk import (
     DamagedFileError,
     held_by_this_process,
+    is_found,
     naming_damage,
     replace_folder,
     save_file_with,
@@ -136,3 +137,10 @@ def test_a_disk_that_a_checkpoint_fills_says_what_is_kept(small_disk, save) -> N
     assert raised.value.errno == errno.ENOSPC
     with pytest.raises(RuntimeError, match="of another kind"), saying_what_is_kept(small_disk):
         raise RuntimeError("of another kind")
+
+
+def test_a_file_that_a_network_shows_late_is_found(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "config.json"
+    assert not is_found(path, seconds=0.0)
+    monkeypatch.setattr("time.sleep", lambda _: path.touch())
+    assert is_found(path)

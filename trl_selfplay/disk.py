@@ -8,6 +8,7 @@ names it and says what to do.
 import errno
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,6 +88,19 @@ def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             "intact: make room, then go on with train(resume_from_checkpoint=True)",
         ) from error
     _sync(path.parent)
+
+
+def is_found(path: Path, seconds: float = 90.0) -> bool:
+    """Return whether a file is there that another process has written.
+
+    A network file system may remember for a minute that there was none.
+    """
+    ends = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() >= ends:
+            return False
+        time.sleep(1.0)
+    return True
 
 
 def save_file_with(path: Path, write: Callable[[Path], object]) -> None:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import BEMACallback
 
 from trl_selfplay.checkpoints import list_checkpoints
-from trl_selfplay.disk import BRING_BACK, DamagedFileError, held_by_this_process
+from trl_selfplay.disk import BRING_BACK, DamagedFileError, held_by_this_process, is_found
 from trl_selfplay.diversity import warn_sharpening
 from trl_selfplay.dry_run import try_step
 from trl_selfplay.early_stopping import ends_run
@@ -274,7 +274,7 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
         play = trainer.self_play
         keep_rendering(play.formatter.rendering(play.rows[0].is_conversational), run.rendering_path)
     trainer.accelerator.wait_for_everyone()
-    if not (run.root / "config.json").exists():
+    if not is_found(run.root / "config.json"):
         raise FileNotFoundError(
             f"process {trainer.accelerator.process_index} doesn't find {run.root / 'config.json'}, "
             "which the main process wrote: all processes need the same disk. Choose an output_dir "

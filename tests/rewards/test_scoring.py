@@ -466,3 +466,11 @@ def test_solutions_that_nothing_can_be_graded_against_are_found_before_sampling(
     scorer = Scorer([exact_reward, constant])
     assert scorer.find_unreadable(["4", "", None, "#### 7"]) == {"exact_reward": [1, 2]}
     assert scorer.find_unreadable(["4"]) == {}
+
+
+def test_a_reward_model_may_be_named_like_a_function() -> None:
+    """An id has an owner; without a network it isn't found, which is another error."""
+    with pytest.raises(ValueError, match="names a reward model"):
+        Scorer("exact_reward")
+    with pytest.raises(OSError, match="huggingface"):
+        Scorer("owner/helpful_reward")

@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 import queue
+import re
 import threading
 import weakref
 from collections import defaultdict
@@ -92,7 +93,8 @@ class Scorer:
             raise ValueError(f"reward_weights={list(reward_weights or ())} holds no finite number.")
         self._functions: list[Callable[..., Any]] = []
         for entry, tokenizer in zip(entries, reward_processing_classes, strict=True):
-            if isinstance(entry, str) and entry.endswith("_reward") and not Path(entry).is_dir():
+            is_function_name = isinstance(entry, str) and re.fullmatch(r"[\w.]+_reward", entry)
+            if is_function_name and not Path(entry).is_dir():
                 raise ValueError(
                     f"reward_funcs holds the text {entry!r}, and text names a reward model. Pass the "
                     f"function itself: from trl_selfplay.rewards import {entry} (or trl.rewards)."
