@@ -228,6 +228,13 @@ def test_another_version_of_peft_may_go_on_with_a_run(path) -> None:
     assert "peft_version" not in path.read_text()
 
 
+def test_rewards_of_two_versions_of_a_function_are_said(path, caplog) -> None:
+    check_identity(describe(other={"reward_funcs_source": "a"}), path, 0, is_trained=False)
+    assert not caplog.text
+    check_identity(describe(other={"reward_funcs_source": "b"}), path, 0, is_trained=False)
+    assert caplog.text.count("graded before keep their rewards") == 1
+
+
 @pytest.mark.parametrize("name", ["eval_dataset", "eval_dataset hard"])
 def test_a_held_out_set_is_neither_added_nor_dropped(tmp_path, name) -> None:
     path = tmp_path / "_rounds" / "config.json"

@@ -58,7 +58,8 @@ FREE = _names(
     use_liger_kernel
     """
 )
-# Until a round has been trained on without a word, then with a warning: the rounds go on, and
+# Until a round has been trained on without a word (but for functions that may have graded samples
+# before), then with a warning: the rounds go on, and
 # come to something else than they would have.
 WARNED = _names(
     """
@@ -308,6 +309,12 @@ def check_identity(
         changed = [name for name in differing if _top(name) in UNTIL_TRAINED]
         if is_trained:
             _warn(differing)
+        elif sources := sorted(name for name in differing if name.endswith("reward_funcs_source")):
+            logger.warning(
+                "%s: reward functions have changed. Completions that were graded before keep their "
+                "rewards; to grade all alike, begin anew in another output_dir.",
+                ", ".join(sources),
+            )
     save_text(path, json.dumps(described.settings, indent=1, sort_keys=True))
     return changed
 
