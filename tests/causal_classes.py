@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 PAD, EOS, VOCAB_SIZE = 0, 1, 259
@@ -176,7 +176,8 @@ def small_values(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 
 def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:
     """Return a small config of the family's class."""
-    config_class = CONFIG_MAPPING[name]
+    # Of a multimodal name's text class it is the text's.
+    config_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]).config_class
     return config_class(**{**small_values(config_class), **_CHANGES.get(name, {}), **changes})
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from causal_classes import build_tiny
 from scipy.stats import chisquare
 
 from trl_selfplay.thoughts.backbone import describe_predictions, token_log_probs
@@ -37,6 +38,23 @@ def test_thoughts_follow_the_softmax_of_their_logits(temperature, family_model, 
         f_observed, f_expected = f_observed[:-1], f_expected[:-1]
         f_expected = [x * sum(f_observed) / sum(f_expected) for x in f_expected]
     assert chisquare(f_observed, f_expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_model_that_scales_its_input_in_place_thinks_and_leaves_the_vectors_alone(count) -> None:
+    """CTRL's greedy thought of one token, against the whole sequence."""
+    model = build_tiny("ctrl")
+    start = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    before, ids = start.clone(), torch.tensor([[5, 9, 11, 4]])
+    drawn = sample_thoughts(
+        model, start, ids, torch.ones_like(ids), torch.full((1, count), 3), 1, range(count),
+        temperature=0.0,
+    )  # fmt: skip
+    assert torch.equal(start, before)
+    with torch.no_grad():
+        embeddings = torch.cat([model.get_input_embeddings()(ids), start[None, None]], 1)
+        expected = model(inputs_embeds=embeddings).logits[0, -1].argmax()
+    assert drawn.tokens.flatten().tolist() == [expected] * count
 
 
 def test_columns_with_enough_labelled_text_after_them_think() -> None:

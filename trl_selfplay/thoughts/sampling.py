@@ -187,7 +187,8 @@ def continue_thoughts(
     tokens: list[torch.Tensor] = []
     entropies: list[torch.Tensor] = []
     words = token_words(model.config.get_text_config().vocab_size, anchors.device)
-    embeddings = start.to(model.get_input_embeddings().weight.dtype).expand(batch, num_blocks, -1)
+    # A copy, because some models (CTRL) scale their input in place.
+    embeddings = start.to(model.get_input_embeddings().weight.dtype).repeat(batch, num_blocks, 1)
     for step in range(length):
         layout = ThoughtLayout(text_mask, anchors, 0, 1, step, memory)
         states = last_states(model, embeddings, layout)  # (B, G, d)
