@@ -4,7 +4,6 @@ In: what a round's selection came to. Out: a warning or an error with the funnel
 """
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from trl_selfplay.funnel import Funnel, describe_funnel
@@ -42,15 +41,16 @@ def handle_empty_round(args: Any, round_index: int, played: Any) -> None:
     message = (
         f"round {round_index} kept nothing to train on: "
         f"{describe_funnel(funnel, graded=bool(played.rewards))}. "
-        f"{played.remedy or _remedy(args, funnel, played.rewards) + kept} Completions:\n{examples}"
+        f"{played.remedy or _remedy(args, played) + kept} Completions:\n{examples}"
     )
     if args.on_empty_round == "raise":
         raise EmptyRoundError(message)
     logger.warning("stopping: %s", message)
 
 
-def _remedy(args: Any, funnel: Funnel, rewards: Mapping[str, float | None]) -> str:
+def _remedy(args: Any, played: Any) -> str:
     """Return what to do about a round that rewards left empty."""
+    funnel: Funnel = played.funnel
     num_too_long = funnel.unhinted.too_long + funnel.hinted.too_long
     num_abstained = funnel.unhinted.abstained + funnel.hinted.abstained
     num_sampled = funnel.unhinted.sampled + funnel.hinted.sampled
@@ -60,7 +60,7 @@ def _remedy(args: Any, funnel: Funnel, rewards: Mapping[str, float | None]) -> s
             "their prompts: raise it."
         )
     if num_abstained == num_sampled:
-        names = ", ".join(name for name in rewards if name != "mean")
+        names = ", ".join(name for name in played.rewards if name != "mean")
         return (
             f"The reward functions ({names}) abstained on all of them: None says that a completion "
             "has no score, not that it is wrong. Usually the `solution` column can't be read, or a "
@@ -72,7 +72,8 @@ def _remedy(args: Any, funnel: Funnel, rewards: Mapping[str, float | None]) -> s
             "is cut is never trained on. Raise it, set stop_strings, or check that the model knows "
             "its EOS token."
         )
-    level = "lower reward_threshold"
+    highest = max((r.reward for r in played.rollouts if r.reward is not None), default=0.0)
+    level = f"lower reward_threshold={args.reward_threshold} (the highest reward was {highest:g})"
     if getattr(args, "improve_thresholds", None) is not None:
         level = f"lower improve_thresholds ({args.improve_thresholds})"
     elif getattr(args, "loss_weighting", "filter") == "reward":
