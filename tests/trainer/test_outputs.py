@@ -31,6 +31,8 @@ def test_a_push_would_upload_model_card_and_tokenizer_alone(build_star, tmp_path
     }  # fmt: skip
     card = (tmp_path / "run" / "README.md").read_text()
     assert "STaR" in card
+    tags = {line for line in card.splitlines() if line.startswith("- ")}
+    assert {"- trl", "- sft", "- trl-selfplay", "- star"} <= tags
     assert "| 1 " in card.replace("|1", "| 1")
 
 

@@ -108,7 +108,7 @@ class QuietSTaRTrainer(SFTTrainer):
     """
 
     args: QuietSTaRConfig
-    _tag_names = ["trl-selfplay", "quiet-star"]  # noqa: RUF012  # as in TRL
+    _tag_names = ["trl", "sft", "trl-selfplay", "quiet-star"]  # noqa: RUF012  # as in TRL
     _name = "Quiet-STaR"
     _paper = {  # noqa: RUF012  # as in TRL
         "title": "Quiet-STaR: Language Models Can Teach Themselves to Think Before Speaking",

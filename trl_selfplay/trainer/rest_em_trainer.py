@@ -68,7 +68,7 @@ class ReSTEMTrainer(SFTTrainer):
     """
 
     args: ReSTEMConfig
-    _tag_names = ["trl-selfplay", "rest-em"]  # noqa: RUF012  # as in TRL
+    _tag_names = ["trl", "sft", "trl-selfplay", "rest-em"]  # noqa: RUF012  # as in TRL
     _name = "ReST^EM"
     _paper = {  # noqa: RUF012  # as in TRL
         "title": (

@@ -80,7 +80,7 @@ class SPINTrainer(DPOTrainer):
     """
 
     args: SPINConfig
-    _tag_names = ["trl-selfplay", "spin"]  # noqa: RUF012  # as in TRL
+    _tag_names = ["trl", "dpo", "trl-selfplay", "spin"]  # noqa: RUF012  # as in TRL
     _name = "SPIN"
     _paper = {  # noqa: RUF012  # as in TRL
         "title": "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models",

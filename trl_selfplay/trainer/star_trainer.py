@@ -59,7 +59,7 @@ class STaRTrainer(SFTTrainer):
     """
 
     args: STaRConfig
-    _tag_names = ["trl-selfplay", "star"]  # noqa: RUF012  # as in TRL
+    _tag_names = ["trl", "sft", "trl-selfplay", "star"]  # noqa: RUF012  # as in TRL
     _name = "STaR"
     _paper = {  # noqa: RUF012  # as in TRL
         "title": "STaR: Bootstrapping Reasoning With Reasoning",
