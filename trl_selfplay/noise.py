@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_selfplay.generation.model_traits import input_device, sampling_state
+from trl_selfplay.generation.model_traits import (
+    has_whole_weights,
+    input_device,
+    sampling_state,
+    without_adapters,
+)
 
 _PROBABILITY = re.compile(r"dropout|pdrop|layer_?drop|drop_?(prob|path|rate)")
 # By their exact names: PhiMoE's `router_jitter_noise` is a threshold that eval mode needs as well.
@@ -44,11 +49,12 @@ def switch_noise_off(model: Any) -> list[str]:
     switched: dict[str, None] = {}
     for module in model.modules():
         switched |= dict.fromkeys(_silence(module))
-    if not _is_whole(model) or _is_noisy(model):
+    is_whole = has_whole_weights(model)
+    if not is_whole or _is_noisy(model):
         for config in {id(m.config): m.config for m in model.modules() if _has_config(m)}.values():
             switched |= dict.fromkeys(_zero(config.__dict__, type(config).__name__))
-    if _is_whole(model) and _is_noisy(model):
-        name = type(model.get_base_model() if hasattr(model, "peft_config") else model).__name__
+    if is_whole and _is_noisy(model):
+        name = type(without_adapters(model)).__name__
         raise ValueError(
             f"{name} gives other logits for the same tokens each time it is asked in train mode, "
             "also with dropout and router noise at 0. What is sampled and what is trained on would "
@@ -95,11 +101,6 @@ def _is_above_0(value: Any) -> bool:
 
 def _has_config(module: Any) -> bool:
     return hasattr(module.__dict__.get("config"), "to_diff_dict")
-
-
-def _is_whole(model: nn.Module) -> bool:
-    """Return whether the weights are here, and not on other processes or not yet loaded."""
-    return all(p.numel() > 0 and p.device.type != "meta" for p in model.parameters())
 
 
 @torch.no_grad()

@@ -258,3 +258,13 @@ def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
     """Return the device that token ids go to."""
     embeddings: Any = model.get_input_embeddings()
     return embeddings.weight.device
+
+
+def without_adapters(model: Any) -> Any:
+    """Return the model that PEFT has wrapped, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def has_whole_weights(model: nn.Module) -> bool:
+    """Return whether the weights are here, and not on other processes or not yet loaded."""
+    return all(p.numel() > 0 and p.device.type != "meta" for p in model.parameters())

@@ -13,7 +13,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from trl_selfplay.generation.causal_forward import CausalForward
-from trl_selfplay.generation.model_traits import ModelTraits, describe_model, sampling_state
+from trl_selfplay.generation.model_traits import (
+    ModelTraits,
+    describe_model,
+    has_whole_weights,
+    sampling_state,
+    without_adapters,
+)
 
 _LENGTH, _SHORTER = 6, 4
 # Largest distance between logits, as a share of their spread: float32, and anything below it.
@@ -35,9 +41,9 @@ def try_model(model: nn.Module, accelerator: Accelerator | None = None) -> Model
     """
     unwrapped: Any = model if accelerator is None else accelerator.unwrap_model(model)
     traits = describe_model(unwrapped)
-    if any(p.device.type == "meta" or p.numel() == 0 for p in unwrapped.parameters()):
+    if not has_whole_weights(unwrapped):
         return traits
-    base = unwrapped.get_base_model() if hasattr(unwrapped, "peft_config") else unwrapped
+    base = without_adapters(unwrapped)
     candidates = [traits]
     if traits.padding != "none" or traits.takes_position_ids:
         candidates.append(_with_equal_lengths(traits, base.config))

@@ -23,8 +23,10 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl_selfplay.collection import Collector
 from trl_selfplay.generation.model_traits import (
     TEXT_MODEL_ADVICE,
+    has_whole_weights,
     input_device,
     sampling_state,
+    without_adapters,
 )
 from trl_selfplay.generation.transformers_sampler import (
     TransformersSampler,
@@ -106,7 +108,7 @@ def check_trainable(model: Any) -> None:
             "no weight of the model is trainable, so no round would change it. An adapter is loaded "
             "for training with PeftModel.from_pretrained(base, path, is_trainable=True)."
         )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapters(model)
     if base is not model and getattr(base, "_hf_peft_config_loaded", False):
         raise ValueError(
             "the model was loaded from a folder that holds an adapter, and `peft_config` put a new "
@@ -351,7 +353,7 @@ def check_parent_forward(trainer: Any) -> None:
     experts by a name that some configs don't have.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if any(p.device.type == "meta" or p.numel() == 0 for p in model.parameters()):
+    if not has_whole_weights(model):
         return  # sharded
     balanced = trainer.aux_loss_enabled
     failure = _failure_of_forward(trainer, balanced)
@@ -364,7 +366,7 @@ def check_parent_forward(trainer: Any) -> None:
         )
     else:
         advice = "Use a model of another class."
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = without_adapters(model)
     raise ValueError(
         f"TRL can't train {type(base).__name__}: its forward fails with {type(failure).__name__}: "
         f"{failure}. {advice}"

@@ -22,7 +22,6 @@ import torch
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST_NUMBER = 3.4e38
 LARGEST_SEED = 2**32 - 1  # of numpy
-_PACKAGES = ("trl_selfplay", "trl", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
