@@ -193,7 +193,7 @@ def training_settings(seed: int) -> dict[str, Any]:
         "seed": seed,
         "use_cpu": True,
         "bf16": False,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "save_strategy": "no",
         "logging_steps": 50,
         "report_to": [],

@@ -49,7 +49,7 @@ TRAINING: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": [],
     "disable_tqdm": True,
-    "activation_checkpointing": False,
+    "gradient_checkpointing": False,
 }
 
 

@@ -165,7 +165,7 @@ def train_start(source: str, rows: Dataset, steps: int, seed: int, dtype: str = 
             SFTConfig(
                 folder, max_steps=max(steps, 1), learning_rate=START_RATE, seed=seed,
                 per_device_train_batch_size=4, lr_scheduler_type="constant", save_strategy="no",
-                report_to=[], disable_tqdm=True, activation_checkpointing=False,
+                report_to=[], disable_tqdm=True, gradient_checkpointing=False,
                 bf16=torch.cuda.is_available(),
             ),
             train_dataset=Dataset.from_list(examples),

@@ -73,7 +73,7 @@ def build_trainer(size: str, text_length: int, thought_length: int, ahead: int) 
     args = QuietSTaRConfig(
         tempfile.mkdtemp(), max_steps=NUM_STEPS, per_device_train_batch_size=1, max_length=None,
         thought_length=thought_length, num_ahead_tokens=ahead, num_thoughts=2, bf16=True,
-        report_to=[], save_strategy="no", logging_steps=NUM_STEPS, activation_checkpointing=True,
+        report_to=[], save_strategy="no", logging_steps=NUM_STEPS, gradient_checkpointing=True,
         learning_rate=1e-5, disable_tqdm=True,
     )  # fmt: skip
     return QuietSTaRTrainer(

@@ -213,7 +213,7 @@ def run_sft(arm: str, seed: int, rate: float) -> dict[str, Any]:
             per_device_train_batch_size=args.per_device_train_batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             lr_scheduler_type=args.lr_scheduler_type, warmup_steps=args.warmup_steps,
-            activation_checkpointing=args.activation_checkpointing, max_length=args.max_length,
+            gradient_checkpointing=args.gradient_checkpointing, max_length=args.max_length,
             save_strategy="no", report_to=[], disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(

@@ -97,7 +97,7 @@ def build_trainer(arm: str, tuning: str, folder: str) -> Any:
         "max_steps": NUM_PAIRS // BATCH,
         "learning_rate": 1e-5,
         "bf16": False,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,

@@ -145,7 +145,7 @@ def measure(size: str, num_prompts: int) -> str:
         args=SPINConfig(
             folder, num_rounds=NUM_ROUNDS, max_completion_length=COMPLETION,
             max_length=PROMPT + COMPLETION, per_device_train_batch_size=1, max_steps=num_prompts,
-            learning_rate=1e-6, bf16=True, activation_checkpointing=True, save_strategy="no",
+            learning_rate=1e-6, bf16=True, gradient_checkpointing=True, save_strategy="no",
             report_to=[], disable_tqdm=True, logging_steps=10,
         ),
         train_dataset=build_rows(num_prompts, vocab_size),

@@ -33,7 +33,7 @@ TRAINING = {
     "learning_rate": 1e-4,
     "max_steps": 12,
     "per_device_train_batch_size": 4,
-    "activation_checkpointing": False,
+    "gradient_checkpointing": False,
     "report_to": [],
     "save_strategy": "no",
     "logging_steps": 50,

@@ -51,7 +51,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": [],
-    "activation_checkpointing": False,
+    "gradient_checkpointing": False,
 }
 DIFFERENCES_FROM_PAPER = (
     "The demo differs from the paper: {num_generations} completions a prompt at temperature "

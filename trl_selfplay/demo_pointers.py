@@ -66,7 +66,7 @@ PRETRAINING: dict[str, Any] = {
     "bf16": False,
     "use_cpu": True,
     "disable_tqdm": True,
-    "activation_checkpointing": False,
+    "gradient_checkpointing": False,
 }
 SETTINGS: dict[str, Any] = {
     "output_dir": "quiet-star-demo",
@@ -79,7 +79,7 @@ SETTINGS: dict[str, Any] = {
     "logging_steps": 50,
     "save_strategy": "no",
     "report_to": [],
-    "activation_checkpointing": False,
+    "gradient_checkpointing": False,
     # A model of this size is as fast without a GPU, and is pre-trained in the same process.
     "use_cpu": True,
     "bf16": False,

@@ -34,7 +34,7 @@ STYLE_SETTINGS: dict[str, Any] = {
     "logging_steps": 4,
     "save_strategy": "no",
     "report_to": [],
-    "activation_checkpointing": False,
+    "gradient_checkpointing": False,
 }
 STYLE_LORA: dict[str, Any] = {
     "r": 16,

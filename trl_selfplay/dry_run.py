@@ -54,12 +54,15 @@ def try_step(trainer: Any, row: Dataset) -> None:
 def _switch_checkpointing_on(trainer: Any) -> None:
     """Checkpoint activations as the parent's `train` would, so that wrong arguments are found."""
     args = trainer.args
-    if args.activation_checkpointing and hasattr(trainer.model, "activation_checkpointing_enable"):
-        options = dict(args.activation_checkpointing_kwargs or {})
-        own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-        trainer.model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=options or None, **own
-        )
+    if not args.gradient_checkpointing:
+        return
+    options = dict(args.gradient_checkpointing_kwargs or {})
+    own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    # The name before transformers 5.23; the other one alone once 5.23 is the oldest.
+    old_name = getattr(trainer.model, "gradient_checkpointing_enable", None)
+    enable = getattr(trainer.model, "activation_checkpointing_enable", old_name)
+    if enable is not None:
+        enable(options or None, **own)
 
 
 def _num_steps(args: Any) -> int:

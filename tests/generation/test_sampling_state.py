@@ -54,7 +54,7 @@ def assert_same(before, after) -> None:
 def training_sampler(request, build_model, tokenizer) -> tuple:
     """A LoRA model in the middle of training: dropout, checkpointing, one module in eval mode."""
     model = get_peft_model(build_model(attention_dropout=0.3), LoraConfig(r=2, lora_dropout=0.5))
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     model.get_base_model().model.layers[0].eval()
     accelerator = Accelerator(cpu=True) if request.param == "accelerator" else None

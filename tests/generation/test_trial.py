@@ -74,7 +74,7 @@ def test_an_activated_lora_is_refused(build_model) -> None:
 
 def test_the_trial_leaves_the_model_as_it_was(build_model) -> None:
     model = get_peft_model(build_model(attention_dropout=0.3), LoraConfig(r=2, lora_dropout=0.5))
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     model.get_base_model().model.layers[0].eval()
     before = snapshot(model)

@@ -154,7 +154,7 @@ def trained(tmp_path, saved_tiny_model):
         args = QuietSTaRConfig(
             str(tmp_path / kind), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=2,
             per_device_train_batch_size=4, learning_rate=1e-2, thought_length=3,
-            num_ahead_tokens=2, save_steps=2, activation_checkpointing=False,
+            num_ahead_tokens=2, save_steps=2, gradient_checkpointing=False,
         )  # fmt: skip
         trainer = QuietSTaRTrainer(
             str(saved_tiny_model),
@@ -316,7 +316,7 @@ def test_training_can_go_on_from_a_loaded_model(trained, word_tokenizer, tmp_pat
     args = QuietSTaRConfig(
         str(tmp_path / "on"), use_cpu=True, report_to=[], max_steps=1, thought_length=2,
         num_ahead_tokens=2, learning_rate=0.0, save_strategy="no", disable_tqdm=True,
-        activation_checkpointing=False,
+        gradient_checkpointing=False,
     )  # fmt: skip
     trainer = QuietSTaRTrainer(
         loaded.model, args, train_dataset=rows, processing_class=word_tokenizer

@@ -75,7 +75,7 @@ def build_star(tmp_path, tiny_model, word_tokenizer, sums):
             "logging_steps": 1,
             "report_to": [],
             "disable_tqdm": True,
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
             "use_cpu": True,
         }
         settings |= {k: v for k, v in changes.items() if k in fields}
@@ -147,7 +147,7 @@ def build_spin(tmp_path, tiny_model, word_tokenizer, answers):
             "logging_steps": 1,
             "report_to": [],
             "disable_tqdm": True,
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
             "use_cpu": True,
         }
         settings |= {k: v for k, v in changes.items() if k in fields}
@@ -187,7 +187,7 @@ def build_rest_em(tmp_path, tiny_model, word_tokenizer, sums):
             "logging_steps": 1,
             "report_to": [],
             "disable_tqdm": True,
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
             "use_cpu": True,
         }
         settings |= {k: v for k, v in changes.items() if k in fields}

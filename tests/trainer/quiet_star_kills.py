@@ -31,7 +31,7 @@ def train(folder: Path, model: str) -> Any:
         QuietSTaRConfig(
             str(folder), max_steps=4, save_steps=1, use_cpu=True, bf16=False, report_to=[],
             per_device_train_batch_size=4, learning_rate=0.05, disable_tqdm=True,
-            thought_length=3, num_ahead_tokens=2, thought_fraction=0.6, activation_checkpointing=False,
+            thought_length=3, num_ahead_tokens=2, thought_fraction=0.6, gradient_checkpointing=False,
         ),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),

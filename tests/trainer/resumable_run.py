@@ -65,7 +65,7 @@ def run(folder: str, model: str, rows: str, kill: Kill | None, scorer: str | Non
     settings: dict[str, Any] = {
         "num_rounds": 2, "num_generations": 4, "temperature": 1.0, "max_completion_length": 8,
         "max_steps": 4, "save_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
-        "report_to": [], "disable_tqdm": True, "activation_checkpointing": False, "use_cpu": True,
+        "report_to": [], "disable_tqdm": True, "gradient_checkpointing": False, "use_cpu": True,
         "num_generations_eval": 2, "load_best_round_at_end": False, "eval_strategy": "steps",
         "eval_steps": 2,
     }  # fmt: skip

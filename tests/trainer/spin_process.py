@@ -99,7 +99,7 @@ def main(folder: str, model: str, phase: str, count: str, peft: str = "lora") ->
         args=SPINConfig(
             folder, num_rounds=3, max_completion_length=64, max_steps=3, save_steps=1,
             per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2,
-            logging_steps=1, report_to=[], disable_tqdm=True, activation_checkpointing=False,
+            logging_steps=1, report_to=[], disable_tqdm=True, gradient_checkpointing=False,
             use_cpu=True, load_best_round_at_end=False,
         ),
         train_dataset=Dataset.from_list(rows[:18]),

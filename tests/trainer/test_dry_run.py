@@ -29,8 +29,8 @@ BOTH = [
     ({"data_collator": collate_nothing}, "input_ids|completion_mask"),
     (
         {
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": True, "speed": 1},
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True, "speed": 1},
         },
         "speed",
     ),
@@ -83,7 +83,7 @@ LORA = {"r": 4, "target_modules": ["q_proj"], "lora_dropout": 0.5, "init_lora_we
     "changes",
     [
         {},
-        {"peft_config": LoraConfig(**LORA), "activation_checkpointing": True},
+        {"peft_config": LoraConfig(**LORA), "gradient_checkpointing": True},
         {"dataloader_drop_last": True, "per_device_train_batch_size": 3, "seed": 7},
     ],
 )

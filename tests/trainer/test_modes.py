@@ -117,7 +117,7 @@ def test_an_adapter_that_the_user_trained_is_where_rounds_begin(
 def test_rounds_under_activation_checkpointing_equal_rounds_without(build_star, recorder) -> None:
     ends = []
     for folder, checkpointing in (("a", False), ("b", True)):
-        trainer = build_star(folder, activation_checkpointing=checkpointing, reward_funcs=short,
+        trainer = build_star(folder, gradient_checkpointing=checkpointing, reward_funcs=short,
                              peft_config=LoraConfig(**LORA), callbacks=[recorder])  # fmt: skip
         trainer.train()
         ends.append(recorder.weights_at_train_end[-1])

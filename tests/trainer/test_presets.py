@@ -30,7 +30,7 @@ from trl_selfplay.trainer.star_config import PAPER_PRESETS as STAR_PRESETS
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 WORDS = [*map(str, range(10)), "+", "=", "?", "Q", "A", "B", "Answer:"]
 QUIET = {
-    "report_to": [], "disable_tqdm": True, "use_cpu": True, "activation_checkpointing": False,
+    "report_to": [], "disable_tqdm": True, "use_cpu": True, "gradient_checkpointing": False,
     "save_strategy": "no",
 }  # fmt: skip
 SHORT = {"max_completion_length": 10, "per_device_train_batch_size": 4}

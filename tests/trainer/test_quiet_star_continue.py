@@ -27,7 +27,7 @@ def configure(folder, **changes) -> QuietSTaRConfig:
     settings = {
         "use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 2, "save_steps": 2,
         "per_device_train_batch_size": 4, "learning_rate": 1e-2, "thought_length": 3,
-        "num_ahead_tokens": 2, "activation_checkpointing": False, "bf16": False,
+        "num_ahead_tokens": 2, "gradient_checkpointing": False, "bf16": False,
     }  # fmt: skip
     return QuietSTaRConfig(str(folder), **{**settings, **changes})
 

@@ -28,7 +28,7 @@ def build(tmp_path, tiny_model, word_tokenizer):
         settings = {
             "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "max_steps": 2,
             "save_strategy": "no", "per_device_train_batch_size": 4, "thought_length": 2,
-            "num_ahead_tokens": 2, "activation_checkpointing": False,
+            "num_ahead_tokens": 2, "gradient_checkpointing": False,
             **{k: v for k, v in changes.items() if k in fields},
         }  # fmt: skip
         arguments = {
@@ -143,7 +143,7 @@ def test_bfloat16_forwards_give_the_loss_and_gradients_of_float32(build, checkpo
     norms = []
     for bf16 in (False, True):
         trainer = build(
-            bf16=bf16, activation_checkpointing=checkpointing, logging_steps=1, max_steps=1,
+            bf16=bf16, gradient_checkpointing=checkpointing, logging_steps=1, max_steps=1,
             eval_dataset=Dataset.from_dict(TEXTS),
         )  # fmt: skip
         trainer.train()

@@ -27,7 +27,7 @@ def random_rows(count=16, length=12, seed=0) -> Dataset:
 SETTINGS = {
     "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "max_steps": 3,
     "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-2, "weight_decay": 0.0,
-    "per_device_train_batch_size": 4, "activation_checkpointing": False,
+    "per_device_train_batch_size": 4, "gradient_checkpointing": False,
 }  # fmt: skip
 THOUGHTS = {"thought_length": 3, "num_ahead_tokens": 2}
 
@@ -89,7 +89,7 @@ def assert_equal_gradients(one, two, tolerance=1e-6) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_it_trains_everything_that_should_train(quiet_trainer, lora, checkpointing) -> None:
     """QS-13 and QS-14: adapters, every head layer and both vectors move; a LoRA base doesn't."""
-    trainer = quiet_trainer(lora=lora, awake=True, activation_checkpointing=checkpointing)
+    trainer = quiet_trainer(lora=lora, awake=True, gradient_checkpointing=checkpointing)
     before, frozen = weights_of(trainer.model), {}
     for name, parameter in trainer.model.named_parameters():
         if not parameter.requires_grad:
@@ -220,7 +220,7 @@ def test_recomputed_activations_change_nothing(quiet_trainer) -> None:
     """QS-19: losses and gradient norms of a run; attention knows its layout in the backward pass."""
     runs = []
     for checkpointing in (False, True):
-        trainer = quiet_trainer(awake=True, activation_checkpointing=checkpointing)
+        trainer = quiet_trainer(awake=True, gradient_checkpointing=checkpointing)
         trainer.train()
         logs = [h for h in trainer.state.log_history if "loss" in h]
         runs.append([(h["loss"], h["grad_norm"]) for h in logs])
@@ -231,7 +231,7 @@ def test_a_backward_pass_outside_a_training_step_fails_rather_than_recompute_wro
     quiet_trainer,
 ) -> None:
     """QS-19: recomputation without the layout would see every token."""
-    trainer = quiet_trainer(activation_checkpointing=True)
+    trainer = quiet_trainer(gradient_checkpointing=True)
     trainer.model.train()
     trainer.model.gradient_checkpointing_enable()
     loss = trainer.compute_loss(trainer.model, batch_of(trainer))

@@ -372,7 +372,7 @@ def test_a_round_on_forced_gold_samples_is_plain_fine_tuning(
         tiny_model(word_tokenizer),
         SFTConfig(str(tmp_path / "sft"), max_steps=6, per_device_train_batch_size=4,
                   learning_rate=1e-2, report_to=[], disable_tqdm=True, bf16=False, use_cpu=True,
-                  activation_checkpointing=False, save_strategy="no"),
+                  gradient_checkpointing=False, save_strategy="no"),
         train_dataset=rows,
         processing_class=word_tokenizer,
     )  # fmt: skip

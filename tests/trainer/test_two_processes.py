@@ -37,7 +37,7 @@ trainer = Trainer(
         folder, num_rounds=2, num_generations=6, temperature=1.0, max_completion_length=8,
         top_k=0, max_steps=2, per_device_train_batch_size=2,
         gradient_accumulation_steps=2 // int(os.environ.get("WORLD_SIZE", "1")),
-        learning_rate=0.5, optim="sgd", report_to=[], disable_tqdm=True, activation_checkpointing=False,
+        learning_rate=0.5, optim="sgd", report_to=[], disable_tqdm=True, gradient_checkpointing=False,
         use_cpu=True, seed=1, load_best_round_at_end=False, **json.loads(changes),
     ),
     train_dataset=Dataset.from_list(rows[:14]),
