@@ -214,8 +214,8 @@ def run_arm(arm: str, seed: int) -> dict[str, Any]:
         def play_round(self, round_index: int) -> Any:
             from datasets import Dataset
 
-            from trl_selfplay.funnel import Funnel, OutcomeCounts
-            from trl_selfplay.rounds import PlayedRound
+            from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts
+            from trl_selfplay.rounds.loop import PlayedRound
 
             pairs = [pair for part in sums["train"].values() for pair in part]
             rows = [row_of(self.processing_class, f"{a}+{b}=", scratchpad(a, b)) for a, b in pairs]
@@ -266,7 +266,7 @@ def accuracies(metrics: dict[str, float]) -> dict[str, float]:
 
 def record_of(trainer: Any, line: dict[str, Any], arm: str) -> dict[str, Any]:
     """Return a round's accuracies, and how much of what it kept has right scratchpads."""
-    from trl_selfplay.self_play import load_kept
+    from trl_selfplay.rounds.stages import load_kept
 
     kept = [] if arm == "gold" else load_kept(trainer.run.folder(line["round"]))
     counts = {"plain": [0, 0], "hinted": [0, 0]}  # kept, of these with a right scratchpad

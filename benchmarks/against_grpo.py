@@ -81,14 +81,14 @@ def lora() -> Any:
     """Return the adapter that every run trains."""
     from peft import LoraConfig
 
-    from trl_selfplay.demo import DEMO_LORA
+    from trl_selfplay.demos.words import DEMO_LORA
 
     return LoraConfig(**DEMO_LORA)
 
 
 def start_folder(args: argparse.Namespace) -> str:
     """Return where the weights lie that every run starts from."""
-    from trl_selfplay.demo import load_demo_model_path
+    from trl_selfplay.demos.words import load_demo_model_path
 
     model = args.model or load_demo_model_path()
     if args.warm_up_steps == 0:
@@ -101,7 +101,7 @@ def make_start(args: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune on worked answers of other prompts, merge, save; return the start's scores."""
     from datasets import Dataset
 
-    from trl_selfplay.demo import load_demo_model_path
+    from trl_selfplay.demos.words import load_demo_model_path
 
     rows = load_rows(args)
     source = args.model or load_demo_model_path()
@@ -119,7 +119,7 @@ def score_sets(
     trainer: Any, rows: dict[str, Any], args: argparse.Namespace, rounds: int
 ) -> dict[str, float]:
     """Return the accuracy on the report prompts, after all rounds on the selection prompts too."""
-    from trl_selfplay.script_arguments import load_reward_func
+    from trl_selfplay.demos.script_arguments import load_reward_func
 
     reward = load_reward_func(args.reward)
     return {
@@ -162,7 +162,7 @@ def build_rest_em(
 ) -> tuple[Any, None]:
     """Return ReSTEMTrainer with the paper's scheme: every round from the start, cap, filter."""
     from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
-    from trl_selfplay.script_arguments import load_reward_func
+    from trl_selfplay.demos.script_arguments import load_reward_func
 
     trainer = ReSTEMTrainer(
         start_folder(args),
@@ -194,7 +194,7 @@ def build_grpo(
     """Return GRPOTrainer with TRL's defaults, and its optimizer steps a round."""
     from trl import GRPOConfig, GRPOTrainer
 
-    from trl_selfplay.script_arguments import load_reward_func
+    from trl_selfplay.demos.script_arguments import load_reward_func
 
     steps, left = divmod(args.num_prompts * args.num_generations, args.grpo_batch)
     if left or args.grpo_batch % num:

@@ -90,13 +90,14 @@ def build_trainer(
     """Return the arm's trainer and the task with its held-out prompts."""
     from peft import LoraConfig
 
-    from trl_selfplay import ReSTEMConfig, demo
-    from trl_selfplay.normal_forms import reasoning_path
+    from trl_selfplay import ReSTEMConfig
+    from trl_selfplay.demos import words
     from trl_selfplay.rewards import exact_reward
+    from trl_selfplay.rollouts.normal_forms import reasoning_path
 
     task = load_task(task_name, seed)
     settings = {
-        **demo.DEMO_SETTINGS,
+        **words.DEMO_SETTINGS,
         "num_prompts_per_round": None,
         "few_shot_in_training": False,
         "num_rounds": NUM_ROUNDS,
@@ -122,7 +123,7 @@ def build_trainer(
         ReSTEMConfig(**settings),
         train_dataset=task.train.select_columns(["prompt", "solution"]),
         few_shot_examples=task.few_shot,
-        peft_config=LoraConfig(**demo.DEMO_LORA),
+        peft_config=LoraConfig(**words.DEMO_LORA),
         reward_funcs=task.graded_reward if arm == "rest" else exact_reward,
         eval_reward_funcs=exact_reward,
         **arguments,
@@ -135,8 +136,8 @@ def trainer_class(arm: str, rest_em_path: Path, seed: int) -> type:
     from datasets import Dataset
 
     from trl_selfplay import ReSTEMTrainer
-    from trl_selfplay.funnel import Funnel, OutcomeCounts
-    from trl_selfplay.rounds import PlayedRound
+    from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts
+    from trl_selfplay.rounds.loop import PlayedRound
 
     if arm not in ("round0_data", "gold"):
         return ReSTEMTrainer
@@ -159,8 +160,8 @@ def run_arm(task_name: str, arm: str, seed: int, results: Path) -> dict[str, Any
     """Train one arm; return its lines and the report set's scores after each round."""
     import torch
 
-    from trl_selfplay.prompts import load_prompt_rows
-    from trl_selfplay.weights import load_saved_model
+    from trl_selfplay.rollouts.prompts import load_prompt_rows
+    from trl_selfplay.rounds.weights import load_saved_model
 
     started = time.monotonic()
     trainer, task = build_trainer(task_name, arm, seed, tempfile.mkdtemp(), results)
@@ -194,11 +195,11 @@ def run_arm(task_name: str, arm: str, seed: int, results: Path) -> dict[str, Any
 
 def score(trainer: Any, rows: Sequence[Any], few_shot: bool = False) -> dict[str, float]:
     """Score held-out prompts: greedily, and the first of them sampled for pass@k and diversity."""
-    from trl_selfplay.diversity import distinct_correct, distinct_ratios
-    from trl_selfplay.evaluation import summarize_heldout
-    from trl_selfplay.heldout import score_prompts
-    from trl_selfplay.normal_forms import default_normal_form
-    from trl_selfplay.report import SamplingProgress
+    from trl_selfplay.evaluation.diversity import distinct_correct, distinct_ratios
+    from trl_selfplay.evaluation.estimates import summarize_heldout
+    from trl_selfplay.evaluation.heldout import score_prompts
+    from trl_selfplay.evaluation.report import SamplingProgress
+    from trl_selfplay.rollouts.normal_forms import default_normal_form
 
     play, args = trainer.self_play, trainer.args
     # `unfiltered` counts every completion as right while it trains.
@@ -224,8 +225,8 @@ def score(trainer: Any, rows: Sequence[Any], few_shot: bool = False) -> dict[str
 
 def kept_rows(trainer: Any) -> list[list[list[int]]]:
     """Return the first round's kept rows: prompt and completion ids as trained on."""
-    from trl_selfplay.self_play import load_kept
-    from trl_selfplay.training_data import training_completion_ids
+    from trl_selfplay.rollouts.rows import training_completion_ids
+    from trl_selfplay.rounds.stages import load_kept
 
     play = trainer.self_play
     prompt_ids = play.training_prompt_ids(play.rows)

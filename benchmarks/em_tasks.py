@@ -13,14 +13,14 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_selfplay import demo
+from trl_selfplay.demos import words
 
 TASKS = {
     "reversal": "The demo's task: reverse three or four words (word_sequence_reversal)",
     "sums": "Three numbers of two digits, added and subtracted step by step (chain_sum)",
 }
 NUM_FEW_SHOT, NUM_TRAIN, NUM_OTHER, NUM_SELECT, NUM_REPORT = 4, 32, 64, 64, 200
-# Far from the seeds of demo.py, and from each other: row i of a dataset is made from seed + i.
+# Far from the seeds of words.py, and from each other: row i of a dataset is made from seed + i.
 _FIRST_SEED, _SEED_STRIDE = 3_000_000, 10_000
 
 
@@ -74,16 +74,16 @@ def load_task(name: str, seed: int) -> Task:
 
 def load_reversal(seed: int) -> Task:
     """Return the demo's sets, its training prompts divided in two."""
-    split = demo.demo_split(seed)
-    train = demo.gold_completions(split.train)
+    split = words.demo_split(seed)
+    train = words.gold_completions(split.train)
     return Task(
         train.select(range(NUM_TRAIN)),
         train.select(range(NUM_TRAIN, NUM_TRAIN + NUM_OTHER)),
         split.select,
         split.report,
         split.few_shot,
-        graded_reward=demo.position_reward,
-        max_completion_length=demo.DEMO_SETTINGS["max_completion_length"],
+        graded_reward=words.position_reward,
+        max_completion_length=words.DEMO_SETTINGS["max_completion_length"],
     )
 
 
@@ -170,7 +170,7 @@ def train_start(source: str, rows: Dataset, steps: int, seed: int, dtype: str = 
             ),
             train_dataset=Dataset.from_list(examples),
             processing_class=tokenizer,
-            peft_config=LoraConfig(**demo.DEMO_LORA),
+            peft_config=LoraConfig(**words.DEMO_LORA),
         )  # fmt: skip
         if steps:
             trainer.train()
@@ -179,7 +179,7 @@ def train_start(source: str, rows: Dataset, steps: int, seed: int, dtype: str = 
 
 def load_start(task_name: str, seed: int, steps: int) -> str:
     """Return the folder of a task's start, made once and kept in the user's cache."""
-    source = Path(demo.load_demo_model_path())
+    source = Path(words.load_demo_model_path())
     folder = source.parent / f"start-{source.name}-{task_name}-{steps}-{seed}"
     if not folder.exists():
         trainer = train_start(str(source), load_task(task_name, seed).other, steps, seed)

@@ -32,16 +32,16 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_selfplay.demo import demo_arguments, demo_split, load_demo_model_path
-from trl_selfplay.funnel import Funnel, OutcomeCounts
-from trl_selfplay.prompts import load_prompt_rows
+from trl_selfplay.demos.words import demo_arguments, demo_split, load_demo_model_path
 from trl_selfplay.rewards import extract_answer
-from trl_selfplay.rollouts import load_rollouts
-from trl_selfplay.rounds import PlayedRound
-from trl_selfplay.run_folder import find_best_round
-from trl_selfplay.self_play import load_kept
-from trl_selfplay.training_data import training_completion_ids
-from trl_selfplay.weights import load_saved_model
+from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts
+from trl_selfplay.rollouts.prompts import load_prompt_rows
+from trl_selfplay.rollouts.record import load_rollouts
+from trl_selfplay.rollouts.rows import training_completion_ids
+from trl_selfplay.rounds.loop import PlayedRound
+from trl_selfplay.rounds.run import find_best_round
+from trl_selfplay.rounds.stages import load_kept
+from trl_selfplay.rounds.weights import load_saved_model
 
 RESULTS = Path(__file__).parent / "results" / "learning"
 ARMS = ("star", "form_only", "no_rationalization", "gold", "round0_data")

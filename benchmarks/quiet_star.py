@@ -40,10 +40,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer, pointer_scores
-from trl_selfplay import demo_pointers as demo
-from trl_selfplay.thoughts.sampling import SampledThoughts
-from trl_selfplay.thoughts.storage import ThoughtSettings
+from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer
+from trl_selfplay.demos import pointer_scores
+from trl_selfplay.demos import pointers as demo
+from trl_selfplay.trainers.quiet_star.sampling import SampledThoughts
+from trl_selfplay.trainers.quiet_star.storage import ThoughtSettings
 
 RESULTS = Path(__file__).parent / "results" / "quiet_star"
 ARMS = ("full", "no_reinforce", "swapped", "pause", "sft", "sft_time")

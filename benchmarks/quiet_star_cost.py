@@ -38,16 +38,16 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from trl_selfplay.generation.random_streams import gumbel_noise, stream_key, token_words
-from trl_selfplay.thoughts.attention import thoughts_attend
-from trl_selfplay.thoughts.mixing import ATTRIBUTE, attach_thought_module, mix
-from trl_selfplay.thoughts.objective import advantages, base_ahead, objective_sums
-from trl_selfplay.thoughts.sampling import (
+from trl_selfplay.trainers.quiet_star.attention import thoughts_attend
+from trl_selfplay.trainers.quiet_star.mixing import ATTRIBUTE, attach_thought_module, mix
+from trl_selfplay.trainers.quiet_star.objective import advantages, base_ahead, objective_sums
+from trl_selfplay.trainers.quiet_star.sampling import (
     can_think,
     choose_columns,
     sample_thoughts,
     thought_keys,
 )
-from trl_selfplay.thoughts.unrolled import ThoughtBatch, think_and_talk
+from trl_selfplay.trainers.quiet_star.unrolled import ThoughtBatch, think_and_talk
 
 RESULTS = Path(__file__).parent / "results" / "quiet_star_cost"
 ARMS = ("split", "recomputed", "dense")

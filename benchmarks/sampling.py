@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
-from trl_selfplay.demo import demo_split, load_demo_model_path
+from trl_selfplay.demos.words import demo_split, load_demo_model_path
 from trl_selfplay.generation import transformers_sampler
 from trl_selfplay.generation.decode_batch import TokenChooser
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
-from trl_selfplay.prompts import load_prompt_rows
-from trl_selfplay.rendering import PromptFormatter, load_few_shot_examples
+from trl_selfplay.rollouts.prompts import load_prompt_rows
+from trl_selfplay.rollouts.rendering import PromptFormatter, load_few_shot_examples
 
 RESULTS = Path(__file__).parent / "results" / "sampling"
 # Prompts, samples a prompt, few-shot examples shown, ragged completions.

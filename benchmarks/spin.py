@@ -1,6 +1,6 @@
 """Does SPIN's demo learn, and more than fine-tuning on the same completions? With its controls.
 
-Arms, each with the recipe's model, questions and settings (`demo_style.STYLE_SETTINGS`):
+Arms, each with the recipe's model, questions and settings (`style.STYLE_SETTINGS`):
 
 - spin: the recipe.
 - sft_steps: fine-tuning on the data's completions, as many optimizer steps as spin, as many
@@ -46,8 +46,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from trl_selfplay import SPINConfig, SPINTrainer, demo, demo_style
-from trl_selfplay.weights import copy_into
+from trl_selfplay import SPINConfig, SPINTrainer
+from trl_selfplay.demos import style, words
+from trl_selfplay.rounds.weights import copy_into
 
 RESULTS = Path(__file__).parent / "results" / "spin"
 ARMS = ("spin", "sft_steps", "sft_time", "base_opponent", "spin_01", "base_opponent_01")
@@ -109,21 +110,21 @@ def build_trainer(arm: str, seed: int) -> tuple[Any, list[dict[str, Any]]]:
     """Return the arm's trainer with the recipe's settings, and the held-out rows."""
     settings = {
         name: value
-        for name, value in demo_style.STYLE_SETTINGS.items()
+        for name, value in style.STYLE_SETTINGS.items()
         if name in SPINConfig.__dataclass_fields__
     }
     settings |= {"output_dir": tempfile.mkdtemp(), "seed": seed}
     settings |= {"load_best_round_at_end": False, "disable_tqdm": True}
     if arm.endswith("_01"):
         settings["round_betas"] = [0.1] * settings["num_rounds"]
-    train, test, rows = demo_style.style_split(seed)
+    train, test, rows = style.style_split(seed)
     cls = BaseOpponentTrainer if arm.startswith("base_opponent") else TimedTrainer
     trainer = cls(
-        demo.load_demo_model_path(),
+        words.load_demo_model_path(),
         args=SPINConfig(**settings),
         train_dataset=train,
         eval_dataset=test,
-        peft_config=LoraConfig(**demo_style.STYLE_LORA),
+        peft_config=LoraConfig(**style.STYLE_LORA),
     )
     return trainer, rows
 
@@ -140,7 +141,7 @@ class AfterRounds(TrainerCallback):
         trainer, line = self.trainer, self.trainer.run.lines[-1]
         seconds = time.process_time() - trainer.started - trainer.apart
         with trainer.keep_apart():
-            right = demo_style.share_right(trainer, self.rows)
+            right = style.share_right(trainer, self.rows)
         self.rounds.append(
             {
                 "seconds": seconds,
@@ -159,7 +160,7 @@ def run_spin(arm: str, seed: int) -> dict[str, Any]:
     trainer, rows = build_trainer(arm, seed)
     after = AfterRounds(trainer, rows)
     trainer.add_callback(after)
-    before = demo_style.share_right(trainer, rows)
+    before = style.share_right(trainer, rows)
     trainer.started = time.process_time()
     trainer.train()
     scores = trainer.run.lines[0]["eval_before"]
@@ -203,11 +204,11 @@ def run_sft(arm: str, seed: int, rate: float) -> dict[str, Any]:
 
     def score(model: Any) -> dict[str, Any]:
         copy_into(scorer.model, dict(model.named_parameters()), "the fine-tuned model")
-        return {"right": demo_style.share_right(scorer, rows), "eval": scorer.evaluate()}
+        return {"right": style.share_right(scorer, rows), "eval": scorer.evaluate()}
 
     tokens = [scorer.chosen[row.prompt_id] for row in scorer.self_play.rows]
     trainer = SFTTrainer(
-        demo.load_demo_model_path(),
+        words.load_demo_model_path(),
         SFTConfig(
             args.output_dir, bf16=False, max_steps=steps[-1], learning_rate=rate, seed=seed,
             per_device_train_batch_size=args.per_device_train_batch_size,
@@ -226,7 +227,7 @@ def run_sft(arm: str, seed: int, rate: float) -> dict[str, Any]:
             ]
         ).shuffle(seed=seed),
         processing_class=scorer.processing_class,
-        peft_config=LoraConfig(**demo_style.STYLE_LORA),
+        peft_config=LoraConfig(**style.STYLE_LORA),
     )  # fmt: skip
     copy_into(trainer.model, dict(scorer.model.named_parameters()), "spin's first adapter")
     at_steps = AtSteps(steps, score)
@@ -260,7 +261,7 @@ def load(arm: str, seed: int) -> dict[str, Any]:
 def write_summary() -> None:
     """Write results/spin.md from the records present."""
     versions = ", ".join(f"{n} {version(n)}" for n in ("trl", "transformers", "peft", "torch"))
-    settings = demo_style.STYLE_SETTINGS
+    settings = style.STYLE_SETTINGS
     found = {arm: reported(arm) for arm in ARMS}
     seeds = sorted({seed for records in found.values() for seed in records})
     text = [
@@ -271,7 +272,7 @@ def write_summary() -> None:
         f"beta {settings['round_betas']} and learning rate {settings['round_learning_rates']} by "
         f"round. {platform.machine()}, {platform.system()}, one thread; {versions}; seeds "
         f"{seeds}; {datetime.date.today().isoformat()}. Script: `benchmarks/spin.py`. Scores on "
-        f"{demo_style.NUM_HELD_OUT} held-out questions that chose nothing; mean [minimum, maximum] "
+        f"{style.NUM_HELD_OUT} held-out questions that chose nothing; mean [minimum, maximum] "
         "over seeds. Log-probability: nats a token of the data's completions. Win rate: against the "
         "opponent of the round. Right: greedy, right result in the data's style.",
         "",

@@ -35,10 +35,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from trl_selfplay import SPINConfig, SPINTrainer, demo, demo_style
-from trl_selfplay.funnel import Funnel, OutcomeCounts
-from trl_selfplay.opponent import store_opponent
-from trl_selfplay.rounds import PlayedRound
+from trl_selfplay import SPINConfig, SPINTrainer
+from trl_selfplay.demos import style, words
+from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts
+from trl_selfplay.rounds.loop import PlayedRound
+from trl_selfplay.trainers.reference import store_opponent
 
 RESULTS = Path(__file__).parent / "results" / "spin_cost"
 ARMS = ("spin", "second_model", "sft")
@@ -50,7 +51,7 @@ TARGET = 1.1  # of sft's peak memory
 def build_pairs(tokenizer: Any) -> Dataset:
     """Return pairs as token ids: each question's answer, and a refusal in other words."""
     rows = []
-    for row in demo_style.build_questions(NUM_PAIRS, seed=0):
+    for row in style.build_questions(NUM_PAIRS, seed=0):
         messages = row["messages"]
         prompt_ids = tokenizer.apply_chat_template(
             messages[:-1], add_generation_prompt=True, return_dict=False
@@ -89,10 +90,10 @@ class FixedPairsTrainer(SPINTrainer):
 
 def build_trainer(arm: str, tuning: str, folder: str) -> Any:
     """Return the arm's trainer, ready to train."""
-    path = demo.load_demo_model_path()
+    path = words.load_demo_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = build_pairs(tokenizer)
-    peft_config = LoraConfig(**demo_style.STYLE_LORA) if tuning == "lora" else None
+    peft_config = LoraConfig(**style.STYLE_LORA) if tuning == "lora" else None
     settings: dict[str, Any] = {
         "max_steps": NUM_PAIRS // BATCH,
         "learning_rate": 1e-5,
@@ -121,7 +122,7 @@ def build_trainer(arm: str, tuning: str, folder: str) -> Any:
         )
     settings["per_device_train_batch_size"] = BATCH
     if arm == "spin":
-        conversations = [{"messages": r["messages"]} for r in demo_style.build_questions(2, seed=1)]
+        conversations = [{"messages": r["messages"]} for r in style.build_questions(2, seed=1)]
         trainer: Any = FixedPairsTrainer(
             path,
             args=SPINConfig(folder, num_rounds=1, **settings),

@@ -53,7 +53,7 @@ def run_selfplay(num_prompts: int, kept_path: Path) -> dict[str, float]:
     from peft import LoraConfig
 
     from trl_selfplay import STaRConfig, STaRTrainer
-    from trl_selfplay.demo import DEMO_LORA, DEMO_SETTINGS, demo_split, load_demo_model_path
+    from trl_selfplay.demos.words import DEMO_LORA, DEMO_SETTINGS, demo_split, load_demo_model_path
 
     split = demo_split(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def run_by_hand(num_prompts: int, batch: int, kept_path: Path) -> dict[str, floa
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from trl_selfplay.demo import DEMO_LORA, DEMO_SETTINGS, demo_split, load_demo_model_path
+    from trl_selfplay.demos.words import DEMO_LORA, DEMO_SETTINGS, demo_split, load_demo_model_path
 
     set_seed(42)
     split = demo_split(0)
@@ -150,7 +150,7 @@ def measure(arm: str, num_prompts: int, kept_path: Path) -> dict[str, float]:
     import trl  # noqa: F401  # imports are not part of a round
     from trl import SFTTrainer  # noqa: F401
 
-    import trl_selfplay.trainer.star_trainer  # noqa: F401
+    import trl_selfplay.trainers.star.trainer  # noqa: F401
 
     torch.manual_seed(0)
     started = time.monotonic()

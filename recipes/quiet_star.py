@@ -26,14 +26,8 @@ from typing import Any
 import trl
 from datasets import load_dataset
 
-from trl_selfplay import (
-    QuietSTaRConfig,
-    QuietSTaRTrainer,
-    demo,
-    demo_pointers,
-    pointer_scores,
-    script_arguments,
-)
+from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer
+from trl_selfplay.demos import pointer_scores, pointers, script_arguments, words
 
 
 @dataclass
@@ -49,7 +43,7 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     return script_arguments.parse_script_arguments(
         QuietSTaRConfig,
         flags,
-        lambda script: demo_pointers.recipe_defaults(script.smoke, script.smollm2),
+        lambda script: pointers.recipe_defaults(script.smoke, script.smollm2),
         QuietSTaRScriptArguments,
     )
 
@@ -69,12 +63,12 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
             for split in (script_args.dataset_train_split, heldout)
         )
     else:
-        train, test, lines = demo_pointers.pointer_split(training_args.seed, script_args.smoke)
+        train, test, lines = pointers.pointer_split(training_args.seed, script_args.smoke)
         if script_args.smollm2:
-            model = model or demo.load_demo_model_path()
+            model = model or words.load_demo_model_path()
         elif model is None:
             model = folder / "pretrained"
-            demo_pointers.pretrain(model, training_args.seed, script_args.smoke)
+            pointers.pretrain(model, training_args.seed, script_args.smoke)
     trainer = QuietSTaRTrainer(
         str(model),
         args=training_args,

@@ -23,8 +23,9 @@ Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
 
 from typing import Any
 
-from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, demo, script_arguments
-from trl_selfplay.demo_reward import load_demo_reward_model
+from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
+from trl_selfplay.demos import script_arguments, words
+from trl_selfplay.demos.reward_model import load_demo_reward_model
 
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
@@ -32,7 +33,7 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     return script_arguments.parse_script_arguments(
         ReSTEMConfig,
         flags,
-        lambda script: demo.rest_em_defaults("rest", script.smoke),
+        lambda script: words.rest_em_defaults("rest", script.smoke),
         script_arguments.JudgedScriptArguments,
     )
 
@@ -41,7 +42,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     """Load, construct, train, save."""
     sets, split = script_arguments.load_sets(script_args, dataset_args), None
     if sets is None:
-        split = demo.demo_split(training_args.seed, script_args.smoke)
+        split = words.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}
     names = script_args.eval_reward_funcs or []
     true_rewards = [script_arguments.load_reward_func(name) for name in names] or None
@@ -52,7 +53,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     else:
         rewards = script_arguments.load_reward_funcs(script_args)
     trainer = ReSTEMTrainer(
-        model_args.model_name_or_path or demo.load_demo_model_path(),
+        model_args.model_name_or_path or words.load_demo_model_path(),
         training_args,
         **sets,
         **script_arguments.model_arguments(training_args, model_args),
@@ -62,7 +63,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
     if split:
-        demo.report_demo(trainer, split.report)
+        words.report_demo(trainer, split.report)
     trainer.end()
 
 

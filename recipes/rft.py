@@ -19,14 +19,15 @@ Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
 
 from typing import Any
 
-from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, demo, script_arguments
-from trl_selfplay.normal_forms import reasoning_path
+from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
+from trl_selfplay.demos import script_arguments, words
+from trl_selfplay.rollouts.normal_forms import reasoning_path
 
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
     return script_arguments.parse_script_arguments(
-        ReSTEMConfig, flags, lambda script: demo.rest_em_defaults("rft", script.smoke)
+        ReSTEMConfig, flags, lambda script: words.rest_em_defaults("rft", script.smoke)
     )
 
 
@@ -34,12 +35,12 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     """Load, construct, train, save."""
     sets, split = script_arguments.load_sets(script_args, dataset_args), None
     if sets is None:
-        split = demo.demo_split(training_args.seed, script_args.smoke)
+        split = words.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}
     rewards = script_arguments.load_reward_funcs(script_args)
-    gold = demo.gold_completions(split.train) if split else sets["train_dataset"]
+    gold = words.gold_completions(split.train) if split else sets["train_dataset"]
     trainer = ReSTEMTrainer(
-        model_args.model_name_or_path or demo.load_demo_model_path(),
+        model_args.model_name_or_path or words.load_demo_model_path(),
         training_args,
         **sets,
         **script_arguments.model_arguments(training_args, model_args),
@@ -50,7 +51,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
     if split:
-        demo.report_demo(trainer, split.report)
+        words.report_demo(trainer, split.report)
     trainer.end()
 
 

@@ -24,7 +24,8 @@ from typing import Any
 import trl
 from datasets import load_dataset
 
-from trl_selfplay import SPINConfig, SPINTrainer, demo, demo_style, script_arguments
+from trl_selfplay import SPINConfig, SPINTrainer
+from trl_selfplay.demos import script_arguments, style, words
 
 
 @dataclass
@@ -39,7 +40,7 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     return script_arguments.parse_script_arguments(
         SPINConfig,
         flags,
-        lambda script: demo_style.recipe_defaults(script.smoke),
+        lambda script: style.recipe_defaults(script.smoke),
         SPINScriptArguments,
     )
 
@@ -56,19 +57,19 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
             for split in (script_args.dataset_train_split, script_args.dataset_test_split)
         )
     else:
-        train, test, heldout = demo_style.style_split(training_args.seed, script_args.smoke)
+        train, test, heldout = style.style_split(training_args.seed, script_args.smoke)
     trainer = SPINTrainer(
-        model_args.model_name_or_path or demo.load_demo_model_path(),
+        model_args.model_name_or_path or words.load_demo_model_path(),
         args=training_args,
         train_dataset=train,
         eval_dataset=test,
         **script_arguments.model_arguments(training_args, model_args),
     )
-    before = demo_style.share_right(trainer, heldout)
+    before = style.share_right(trainer, heldout)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if heldout:
-        demo_style.report_style_demo(trainer, heldout, before)
+        style.report_style_demo(trainer, heldout, before)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

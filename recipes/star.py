@@ -16,13 +16,14 @@ Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
 
 from typing import Any
 
-from trl_selfplay import STaRConfig, STaRTrainer, demo, script_arguments
+from trl_selfplay import STaRConfig, STaRTrainer
+from trl_selfplay.demos import script_arguments, words
 
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
     return script_arguments.parse_script_arguments(
-        STaRConfig, flags, lambda script: demo.recipe_defaults(script.smoke)
+        STaRConfig, flags, lambda script: words.recipe_defaults(script.smoke)
     )
 
 
@@ -30,11 +31,11 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     """Load, construct, train, save."""
     sets, split = script_arguments.load_sets(script_args, dataset_args), None
     if sets is None:
-        print(demo.DIFFERENCES_FROM_PAPER)
-        split = demo.demo_split(training_args.seed, script_args.smoke)
+        print(words.DIFFERENCES_FROM_PAPER)
+        split = words.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}
     trainer = STaRTrainer(
-        model_args.model_name_or_path or demo.load_demo_model_path(),
+        model_args.model_name_or_path or words.load_demo_model_path(),
         training_args,
         **sets,
         **script_arguments.model_arguments(training_args, model_args),
@@ -43,7 +44,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
     if split:
-        demo.report_demo(trainer, split.report)
+        words.report_demo(trainer, split.report)
     trainer.end()
 
 

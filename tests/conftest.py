@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from trl_selfplay.rollouts import Rollout, hash_prompt
+from trl_selfplay.rollouts.record import Rollout, hash_prompt
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 WORDS = [*map(str, range(10)), "+", "=", "?", "Q", "A", "yes", "no", "so"]

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trl_selfplay.thoughts.mixing import ATTRIBUTE
+from trl_selfplay.trainers.quiet_star.mixing import ATTRIBUTE
 
 
 class Scores(NamedTuple):

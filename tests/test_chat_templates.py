@@ -12,9 +12,9 @@ from datasets import Dataset
 from transformers.utils import chat_template_utils
 from trl import get_training_chat_template
 
-from trl_selfplay.prompts import load_prompt_rows
-from trl_selfplay.rationalization import add_hint
-from trl_selfplay.rendering import PromptFormatter, load_few_shot_examples
+from trl_selfplay.rollouts.prompts import load_prompt_rows
+from trl_selfplay.rollouts.rendering import PromptFormatter, load_few_shot_examples
+from trl_selfplay.trainers.star.rationalization import add_hint
 
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 NOW = datetime(2024, 2, 3, 4, 5, 6)

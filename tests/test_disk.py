@@ -20,7 +20,7 @@ from trl_selfplay.disk import (
     save_file_with,
     saying_what_is_kept,
 )
-from trl_selfplay.rollouts import load_rollouts, save_rollouts
+from trl_selfplay.rollouts.record import load_rollouts, save_rollouts
 
 
 @pytest.fixture

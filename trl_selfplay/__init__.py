@@ -8,18 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_selfplay.empty_round import EmptyRoundError
-    from trl_selfplay.opponent import WrongOpponentError
-    from trl_selfplay.rollouts import Rollout
-    from trl_selfplay.thoughts.model import QuietSTaRModel
-    from trl_selfplay.trainer.quiet_star_config import QuietSTaRConfig
-    from trl_selfplay.trainer.quiet_star_trainer import QuietSTaRTrainer
-    from trl_selfplay.trainer.rest_em_config import ReSTEMConfig
-    from trl_selfplay.trainer.rest_em_trainer import ReSTEMTrainer
-    from trl_selfplay.trainer.spin_config import SPINConfig
-    from trl_selfplay.trainer.spin_trainer import SPINTrainer
-    from trl_selfplay.trainer.star_config import STaRConfig
-    from trl_selfplay.trainer.star_trainer import STaRTrainer
+    from trl_selfplay.rollouts.record import Rollout
+    from trl_selfplay.rounds.empty_round import EmptyRoundError
+    from trl_selfplay.trainers.quiet_star.config import QuietSTaRConfig
+    from trl_selfplay.trainers.quiet_star.model import QuietSTaRModel
+    from trl_selfplay.trainers.quiet_star.trainer import QuietSTaRTrainer
+    from trl_selfplay.trainers.reference import WrongOpponentError
+    from trl_selfplay.trainers.rest_em.config import ReSTEMConfig
+    from trl_selfplay.trainers.rest_em.trainer import ReSTEMTrainer
+    from trl_selfplay.trainers.spin.config import SPINConfig
+    from trl_selfplay.trainers.spin.trainer import SPINTrainer
+    from trl_selfplay.trainers.star.config import STaRConfig
+    from trl_selfplay.trainers.star.trainer import STaRTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,18 +39,18 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "EmptyRoundError": "trl_selfplay.empty_round",
-    "QuietSTaRConfig": "trl_selfplay.trainer.quiet_star_config",
-    "QuietSTaRModel": "trl_selfplay.thoughts.model",
-    "QuietSTaRTrainer": "trl_selfplay.trainer.quiet_star_trainer",
-    "ReSTEMConfig": "trl_selfplay.trainer.rest_em_config",
-    "ReSTEMTrainer": "trl_selfplay.trainer.rest_em_trainer",
-    "Rollout": "trl_selfplay.rollouts",
-    "SPINConfig": "trl_selfplay.trainer.spin_config",
-    "SPINTrainer": "trl_selfplay.trainer.spin_trainer",
-    "STaRConfig": "trl_selfplay.trainer.star_config",
-    "STaRTrainer": "trl_selfplay.trainer.star_trainer",
-    "WrongOpponentError": "trl_selfplay.opponent",
+    "EmptyRoundError": "trl_selfplay.rounds.empty_round",
+    "QuietSTaRConfig": "trl_selfplay.trainers.quiet_star.config",
+    "QuietSTaRModel": "trl_selfplay.trainers.quiet_star.model",
+    "QuietSTaRTrainer": "trl_selfplay.trainers.quiet_star.trainer",
+    "ReSTEMConfig": "trl_selfplay.trainers.rest_em.config",
+    "ReSTEMTrainer": "trl_selfplay.trainers.rest_em.trainer",
+    "Rollout": "trl_selfplay.rollouts.record",
+    "SPINConfig": "trl_selfplay.trainers.spin.config",
+    "SPINTrainer": "trl_selfplay.trainers.spin.trainer",
+    "STaRConfig": "trl_selfplay.trainers.star.config",
+    "STaRTrainer": "trl_selfplay.trainers.star.trainer",
+    "WrongOpponentError": "trl_selfplay.trainers.reference",
 }
 
 

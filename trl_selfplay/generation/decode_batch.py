@@ -15,10 +15,14 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from trl_selfplay.generation.buffered_cache import drop_leading, join_caches, keep_columns
 from trl_selfplay.generation.causal_forward import CausalForward
 from trl_selfplay.generation.random_streams import gumbel_noise, token_words
-from trl_selfplay.generation.sampler import SampledCompletion, SampleRequest, SamplingOptions
+from trl_selfplay.generation.sampler import (
+    Finish,
+    SampledCompletion,
+    SampleRequest,
+    SamplingOptions,
+)
 from trl_selfplay.generation.stop_strings import StopStringScanner
 from trl_selfplay.generation.token_filters import filter_logits
-from trl_selfplay.rollouts import Finish
 
 # Dropping rows copies the cache once, about what two steps of its growth cost; at this share of
 # finished rows the steps that follow repay it soon.

@@ -8,11 +8,12 @@ function of (key, step, token id), so a sample is the same alone, in any batch a
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 
-from trl_selfplay.rollouts import Phase
+Phase = Literal["train", "hint", "eval", "gold"]
 
 # Elements hashed at once on a CPU: bits and scratch of one chunk (8 bytes an element) stay in the
 # second-level cache of two cores.

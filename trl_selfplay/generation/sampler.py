@@ -7,9 +7,9 @@ which they finish. Implementations: transformers_sampler.py.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from trl_selfplay.rollouts import Finish
+Finish = Literal["eos", "stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)

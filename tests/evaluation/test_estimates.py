@@ -1,0 +1,283 @@
+"""Estimators against enumeration and against values worked out by hand. Invariants EV-…."""
+
+import math
+from itertools import combinations, permutations
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from trl_selfplay.evaluation.estimates import (
+    best_of_k,
+    binomial_interval,
+    bootstrap_interval,
+    paired_difference,
+    pass_at_k,
+    standard_error,
+    summarize_heldout,
+)
+from trl_selfplay.rollouts.record import Rollout
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_pass_at_k_equals_the_enumeration_of_all_draws(n: int) -> None:
+    """EV-1 and EV-2."""
+    for c in range(n + 1):
+        verdicts = [True] * c + [False] * (n - c)
+        values = []
+        for k in range(1, n + 1):
+            draws = list(combinations(verdicts, k))
+            values.append(sum(map(any, draws)) / len(draws))
+            assert pass_at_k(n, c, k) == pytest.approx(values[-1], abs=1e-12)
+        assert pass_at_k(n, c, 1) == pytest.approx(c / n, abs=1e-12)
+        assert values == sorted(values)
+
+
+def test_pass_at_k_of_many_samples_does_not_overflow() -> None:
+    exact = 1 - math.comb(9_900, 500) / math.comb(10_000, 500)
+    assert pass_at_k(10_000, 100, 500) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 1, 5), (4, 1, 0), (0, 0, 1)])
+def test_pass_at_k_refuses_what_has_no_meaning(n: int, c: int, k: int) -> None:
+    with pytest.raises(ValueError, match="pass@k of"):
+        pass_at_k(n, c, k)
+
+
+def best_of_k_by_enumeration(scores: list[float], correct: list[bool], k: int) -> float:
+    """Every draw of k, every order of the samples for breaking ties."""
+    n = len(scores)
+    values = []
+    for order in permutations(range(n)):
+        rank = {sample: place for place, sample in enumerate(order)}
+        for draw in combinations(range(n), k):
+            best = max(draw, key=lambda i: (scores[i], rank[i]))
+            values.append(correct[best])
+    return sum(values) / len(values)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=5),
+    st.integers(1, 5),
+)
+def test_best_of_k_equals_the_enumeration_also_with_ties(
+    samples: list[tuple[int, bool]], k: int
+) -> None:
+    """EV-3."""
+    k = min(k, len(samples))
+    scores, correct = [float(s) for s, _ in samples], [c for _, c in samples]
+    expected = best_of_k_by_enumeration(scores, correct, k)
+    assert best_of_k(scores, correct, k) == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
+def test_best_of_k_with_distinct_scores_equals_the_enumeration(
+    correct: list[bool], data: st.DataObject
+) -> None:
+    """EV-3, for every N up to 8."""
+    scores = data.draw(st.permutations([float(i) for i in range(len(correct))]))
+    for k in range(1, len(correct) + 1):
+        draws = list(combinations(range(len(correct)), k))
+        expected = sum(correct[max(d, key=lambda i: scores[i])] for d in draws) / len(draws)
+        assert best_of_k(scores, correct, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_best_of_k_of_a_case_worked_out_by_hand() -> None:
+    assert best_of_k([4.0, 3.0, 2.0, 1.0], [False, True, True, False], 2) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("c", range(7))
+def test_best_of_k_with_equal_scores_is_the_share_and_with_gold_scores_pass_at_k(c: int) -> None:
+    """EV-3 and EV-4."""
+    correct = [i < c for i in range(6)]
+    for k in range(1, 7):
+        assert best_of_k([1.0] * 6, correct, k) == pytest.approx(c / 6)
+        assert best_of_k([float(v) for v in correct], correct, k) == pytest.approx(
+            pass_at_k(6, c, k)
+        )
+
+
+@pytest.mark.parametrize(
+    ("scores", "correct", "k"), [([1.0], [True, False], 1), ([1.0], [True], 2)]
+)
+def test_best_of_k_refuses_what_has_no_meaning(
+    scores: list[float], correct: list[bool], k: int
+) -> None:
+    with pytest.raises(ValueError, match="best-of-k"):
+        best_of_k(scores, correct, k)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (107, 1000), (1, 1)])
+def test_binomial_interval_equals_scipys_wilson_interval(successes: int, n: int) -> None:
+    expected = binomtest(successes, n).proportion_ci(method="wilson")
+    assert binomial_interval(successes, n) == pytest.approx((expected.low, expected.high))
+
+
+def test_binomial_interval_of_nothing_is_everything() -> None:
+    assert binomial_interval(0, 0) == (0.0, 1.0)
+
+
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
+    """400 sets of 60 prompts with a true mean of 0.3: about 95 % of the intervals hold it."""
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        low, high = bootstrap_interval(generator.binomial(4, 0.3, size=60) / 4, draws=300)
+        covered += low <= 0.3 <= high
+    assert 0.90 <= covered / 400 <= 0.98  # 3.5 standard errors, and the method is a bit narrow
+
+
+def test_bootstrap_interval_is_as_wide_as_the_normal_one_on_many_prompts() -> None:
+    values = np.random.default_rng(1).random(400)
+    low, high = bootstrap_interval(values, draws=2000)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=half / 5)
+
+
+def test_bootstrap_interval_repeats_under_a_seed_and_shrinks_to_a_point_without_spread() -> None:
+    values = [0.0, 1.0, 1.0, 0.5, 0.25]
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+    assert bootstrap_interval([0.5] * 9) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="at least one value"):
+        bootstrap_interval([])
+
+
+def test_standard_error_of_a_sample() -> None:
+    assert standard_error([0.0, 1.0, 1.0, 0.0]) == pytest.approx(math.sqrt((1 / 3) / 4))
+    assert standard_error([1.0]) is None
+
+
+def test_paired_difference_looks_at_common_prompts_alone() -> None:
+    before = {"a": 0.0, "b": 1.0, "c": 0.0, "only before": 1.0}
+    after = {"c": 1.0, "b": 1.0, "a": 1.0, "only after": 0.0}
+    mean, error = paired_difference(before, after)
+    changes = np.array([1.0, 0.0, 1.0])
+    assert mean == pytest.approx(changes.mean())
+    assert error == pytest.approx(changes.std(ddof=1) / math.sqrt(3))
+
+
+def test_pairing_removes_the_spread_between_prompts() -> None:
+    before = {str(i): float(i % 2) for i in range(10)}
+    assert paired_difference(before, before) == (0.0, 0.0)
+
+
+def test_a_difference_of_nothing_is_unknown() -> None:
+    assert paired_difference({"a": 1.0}, {"b": 1.0}) == (None, None)
+    assert paired_difference({"a": 0.0}, {"a": 1.0}) == (1.0, None)
+
+
+def make_rollout(
+    prompt_id: str, sample_index: int, reward: float | None, finish: Any = "eos", length: int = 2
+) -> Rollout:
+    return Rollout(
+        round_index=0,
+        phase="eval",
+        prompt_id=prompt_id,
+        sample_index=sample_index,
+        prompt_ids=(1,),
+        completion_ids=(5,) * length,
+        prompt="q",
+        completion="c",
+        finish=finish,
+        reward=reward,
+        rewards=(reward,),
+    )
+
+
+def test_heldout_metrics_of_a_case_worked_out_by_hand() -> None:
+    rollouts = [
+        make_rollout("a", 0, 1.0, length=4),
+        *(make_rollout("a", i, float(i <= 1)) for i in (1, 2, 3)),
+        make_rollout("b", 0, 0.0, length=2),
+        *(make_rollout("b", i, 0.0) for i in (1, 2, 3)),
+    ]
+    metrics = summarize_heldout(rollouts, reward_threshold=1.0)
+    assert metrics["eval_accuracy"] == 0.5
+    assert (metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]) == pytest.approx(
+        tuple(binomtest(1, 2).proportion_ci(method="wilson"))
+    )
+    assert metrics["eval_pass@1"] == pytest.approx(1 / 6)
+    assert metrics["eval_pass@2"] == pytest.approx((2 / 3) / 2)
+    assert metrics["eval_pass@3"] == pytest.approx(0.5)
+    assert metrics["eval_mean_length"] == 3.0
+    assert metrics["eval_mean_reward"] == 0.5
+    assert (metrics["eval_truncated"], metrics["eval_abstained"]) == (0.0, 0.0)
+    assert set(metrics) == {
+        *(f"eval_accuracy{end}" for end in ("", "_low", "_high")),
+        *(f"eval_pass@{k}{end}" for k in (1, 3) for end in ("", "_low", "_high")),
+        "eval_pass@2",
+        "eval_mean_length",
+        "eval_mean_reward",
+        "eval_truncated",
+        "eval_abstained",
+    }
+
+
+@pytest.mark.parametrize(
+    ("n", "ks"), [(1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (8, {1, 2, 4, 8}), (10, {1, 2, 4, 8, 10})]
+)
+def test_pass_at_k_is_given_for_powers_of_two_and_the_number_of_samples(
+    n: int, ks: set[int]
+) -> None:
+    metrics = summarize_heldout(
+        [make_rollout("a", i, 1.0) for i in range(1, n + 1)], reward_threshold=1.0, prefix="eval_x"
+    )
+    found = {int(k.removeprefix("eval_x_pass@")) for k in metrics if k.split("@")[-1].isdigit()}
+    assert found == ks
+
+
+def test_an_abstention_is_not_in_the_denominator() -> None:
+    """SE-2."""
+    rollouts = [
+        *(make_rollout("a", i, 1.0) for i in range(3)),
+        make_rollout("b", 0, None),
+        make_rollout("b", 1, None),
+        make_rollout("b", 2, 0.0),
+    ]
+    metrics = summarize_heldout(rollouts, reward_threshold=1.0)
+    assert metrics["eval_accuracy"] == 1.0
+    assert metrics["eval_abstained"] == 0.5
+    assert metrics["eval_pass@1"] == 0.5  # b has one graded sample, and it is wrong
+    assert metrics["eval_pass@2"] == 1.0  # b has too few
+
+
+def test_a_completion_cut_by_length_is_wrong_whatever_its_reward() -> None:
+    """SE-7: held-out scores and selection agree on what is correct."""
+    rollouts = [make_rollout("a", i, 1.0, finish="length") for i in range(3)]
+    metrics = summarize_heldout(rollouts, reward_threshold=1.0)
+    assert metrics["eval_accuracy"] == metrics["eval_pass@1"] == metrics["eval_pass@2"] == 0.0
+    assert metrics["eval_truncated"] == 1.0
+
+
+def test_the_interval_of_pass_at_1_does_not_narrow_when_samples_are_duplicated() -> None:
+    """EV-5."""
+    once, twice = [], []
+    for p in range(40):
+        verdicts = [float((p * 7 + i * 3) % 5 < 2) for i in range(4)]
+        once += [make_rollout(f"p{p}", i + 1, v) for i, v in enumerate(verdicts)]
+        twice += [make_rollout(f"p{p}", i + 1, v) for i, v in enumerate(verdicts * 2)]
+    narrow = summarize_heldout(twice, reward_threshold=1.0)
+    wide = summarize_heldout(once, reward_threshold=1.0)
+    for name in ("eval_pass@1", "eval_pass@1_low", "eval_pass@1_high"):
+        assert narrow[name] == pytest.approx(wide[name])
+    assert wide["eval_pass@1_low"] < wide["eval_pass@1"] < wide["eval_pass@1_high"]
+
+
+def test_the_order_of_the_rollouts_has_no_influence() -> None:
+    rollouts = [make_rollout(f"p{p}", i, float(p * i % 3 == 0)) for p in range(9) for i in range(5)]
+    assert summarize_heldout(rollouts[::-1], reward_threshold=1.0) == summarize_heldout(
+        rollouts, reward_threshold=1.0
+    )
+
+
+def test_nothing_graded_gives_no_accuracy() -> None:
+    metrics = summarize_heldout([make_rollout("a", 0, None)], reward_threshold=1.0)
+    assert metrics == {
+        "eval_mean_length": 2.0,
+        "eval_truncated": 0.0,
+        "eval_abstained": 1.0,
+    }
+    assert summarize_heldout([], reward_threshold=1.0) == {}

@@ -1,0 +1,113 @@
+"""Held-out scores against counts of the rollouts that they come from."""
+
+import copy
+
+import pytest
+from accelerate import Accelerator
+
+from trl_selfplay.evaluation.heldout import metric_prefixes, score_all, score_prompts
+from trl_selfplay.evaluation.report import SamplingProgress
+from trl_selfplay.generation.transformers_sampler import TransformersSampler
+from trl_selfplay.rewards.scoring import Scorer
+from trl_selfplay.rollouts.collection import Collector
+from trl_selfplay.rollouts.prompts import load_prompt_rows
+from trl_selfplay.rollouts.record import load_rollouts
+from trl_selfplay.rollouts.rendering import FewShotExample, PromptFormatter
+from trl_selfplay.trainers.star.config import STaRConfig
+
+EOS = (1,)
+
+
+def has_a_digit(completions, **kwargs):
+    return [float(any(w.isdigit() for w in c.split())) for c in completions]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Return a function that gives one config with other values: making it sets devices up."""
+    settings = {"max_completion_length": 6, "num_generations_eval": 3, "use_cpu": True}
+    made = STaRConfig(str(tmp_path / "run"), **settings)
+
+    def build(**changes):
+        changed = copy.copy(made)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        return changed
+
+    return build
+
+
+@pytest.fixture
+def parts(config, tiny_model, word_tokenizer, sums):
+    """Return a collector, a formatter with one example, and held-out rows."""
+    sampler = TransformersSampler(tiny_model(word_tokenizer, seed=3), word_tokenizer)
+    collector = Collector(
+        sampler, Scorer(has_a_digit), word_tokenizer, Accelerator(cpu=True), 0, 1.0
+    )
+    formatter = PromptFormatter(word_tokenizer, [FewShotExample("Q 1 + 1 = ?", " so 2", "2")])
+    return collector, formatter, load_prompt_rows(sums(10), "eval")
+
+
+def progress():
+    return SamplingProgress(0, "held-out", disable=True)
+
+
+def test_accuracy_is_greedy_and_pass_at_1_is_the_mean_of_samples(parts, config) -> None:
+    """EV: greedy and sampled scores are kept apart."""
+    collector, formatter, rows = parts
+    metrics, rollouts = score_prompts(
+        collector, formatter, rows, config(), EOS, progress(), few_shot=False, prefix="eval"
+    )
+    passed = [r.finish != "length" and r.reward == 1.0 for r in rollouts]
+    greedy = [p for p, r in zip(passed, rollouts, strict=True) if r.sample_index == 0]
+    sampled = [p for p, r in zip(passed, rollouts, strict=True) if r.sample_index > 0]
+    assert (len(greedy), len(sampled)) == (10, 30)
+    assert metrics["eval_accuracy"] == sum(greedy) / 10
+    assert metrics["eval_pass@1"] == pytest.approx(sum(sampled) / 30)
+    solved = {r.prompt_id for p, r in zip(passed, rollouts, strict=True) if p and r.sample_index}
+    assert metrics["eval_pass@3"] == pytest.approx(len(solved) / 10)
+
+
+def test_no_held_out_samples_leave_the_greedy_score_alone(parts, config) -> None:
+    collector, formatter, rows = parts
+    metrics, rollouts = score_prompts(
+        collector, formatter, rows, config(num_generations_eval=0), EOS, progress(),
+        few_shot=False, prefix="eval",
+    )  # fmt: skip
+    assert {r.sample_index for r in rollouts} == {0}
+    assert "eval_accuracy" in metrics
+    assert not any("pass@" in name for name in metrics)
+
+
+def test_every_round_meets_the_same_noise(parts, config) -> None:
+    """Differences between rounds are differences of weights: nothing tells rounds apart."""
+    collector, formatter, rows = parts
+    first, second = (
+        score_prompts(
+            collector, formatter, rows, config(seed=seed), EOS, progress(),
+            few_shot=False, prefix="eval",
+        )
+        for seed in (0, 1)
+    )  # fmt: skip
+    assert first == second
+
+
+def test_the_few_shot_form_is_scored_beside_the_trained_one(tmp_path, parts, config) -> None:
+    collector, formatter, rows = parts
+    scores = score_all(
+        collector, formatter, {"a": rows[:4], "b": rows[4:]}, config(), EOS, progress(),
+        folder=tmp_path, with_few_shot=True,
+    )  # fmt: skip
+    assert {"eval_a_accuracy", "eval_a_few_shot_accuracy", "eval_b_pass@3"} <= set(scores.metrics)
+    assert set(scores.greedy) == {r.prompt_id for r in rows[:4]}
+    plain, shown = (
+        load_rollouts(tmp_path / f"a-{form}greedy-00000.parquet") for form in ("", "few_shot_")
+    )
+    example = parts[1].tokenizer("Q 1 + 1 = ? so 2")["input_ids"]
+    for before, after in zip(plain, shown, strict=True):
+        assert list(after.prompt_ids) == [*example, *before.prompt_ids]
+
+
+def test_prefixes_are_trl_s() -> None:
+    assert metric_prefixes([""], "eval") == {"": "eval"}
+    assert metric_prefixes(["a", "b"], "test") == {"a": "test_a", "b": "test_b"}

@@ -1,0 +1,71 @@
+from dataclasses import fields
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_selfplay.disk import DamagedFileError
+from trl_selfplay.rollouts.record import (
+    SCHEMA,
+    Rollout,
+    hash_prompt,
+    load_rollouts,
+    save_rollouts,
+)
+
+token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(tuple)
+scores = st.none() | st.floats(allow_nan=False)
+rollouts = st.lists(
+    st.builds(
+        Rollout,
+        round_index=st.integers(-1, 9),
+        phase=st.sampled_from(["train", "hint", "eval"]),
+        prompt_id=st.text("0123456789abcdef", min_size=32, max_size=32),
+        sample_index=st.integers(0, 99),
+        prompt_ids=token_ids,
+        completion_ids=token_ids,
+        prompt=st.text(),
+        completion=st.text(),
+        finish=st.sampled_from(["eos", "stop", "length"]),
+        hinted=st.booleans(),
+        logprob=scores,
+        reward=scores,
+        rewards=st.lists(scores, max_size=3).map(tuple),
+    ),
+    max_size=5,
+)
+
+
+@given(rollouts)
+def test_a_shard_reads_back_as_it_was_written(tmp_path_factory, written) -> None:
+    path = tmp_path_factory.mktemp("shard") / "00000.parquet"
+    save_rollouts(path, written)
+    assert load_rollouts(path) == written
+
+
+def test_the_schema_has_every_field_of_the_record() -> None:
+    assert SCHEMA.names == [field.name for field in fields(Rollout)]
+
+
+def test_the_prompt_id_is_the_same_in_every_process_and_for_every_key_order() -> None:
+    """Written down once: a changed hash would lose every sample on disk."""
+    assert hash_prompt("2 + 2?", "4") == "e402ae8ff6c2500d6ab5671aa9e4817e"
+    message, turned = {"role": "user", "content": "é"}, {"content": "é", "role": "user"}
+    assert hash_prompt([message], 1) == hash_prompt([turned], 1)
+    assert hash_prompt("2 + 2?", "4") != hash_prompt("2 + 2?", "5")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "lacks a column"])
+def test_a_damaged_shard_is_recognised(tmp_path, make_rollout, damage) -> None:
+    path = tmp_path / "00000.parquet"
+    save_rollouts(path, [make_rollout() for _ in range(50)])
+    content = path.read_bytes()
+    if damage == "lacks a column":
+        pq.write_table(pq.read_table(path).drop_columns(["completion_ids"]), path)
+    else:
+        path.write_bytes(
+            {"cut": content[: len(content) // 2], "empty": b"", "garbage": b"\0" * 500}[damage]
+        )
+    with pytest.raises(DamagedFileError, match=r"00000\.parquet"):
+        load_rollouts(path)

@@ -1,0 +1,183 @@
+"""Which checkpoint training goes on from, and what one that isn't whole is known by."""
+
+import json
+import logging
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from trl_selfplay.rounds.checkpoints import last_whole_checkpoint
+
+
+def processes(count=1, scaler=None):
+    """What is asked of an accelerator; the main process of several decides alone here."""
+    return SimpleNamespace(num_processes=count, is_main_process=True, scaler=scaler)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Several processes without a process group: nothing to tell the others."""
+    monkeypatch.setattr(
+        "trl_selfplay.rounds.checkpoints.broadcast_object_list", lambda values: values
+    )
+
+
+@pytest.fixture
+def written(tmp_path, tiny_model, word_tokenizer):
+    """A folder in which transformers' own trainer has written checkpoint-1 and checkpoint-2."""
+    rows = Dataset.from_dict({"input_ids": [[4, 5, 6]] * 2, "labels": [[4, 5, 6]] * 2})
+    settings = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 1}
+    args = TrainingArguments(
+        str(tmp_path / "run"), **settings, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    model = tiny_model(word_tokenizer, num_hidden_layers=1)
+    Trainer(model, args, train_dataset=rows, processing_class=word_tokenizer).train()
+    return tmp_path / "run"
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def fill_with_zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def delete(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [delete, cut, empty, fill_with_zeros])
+def test_only_a_checkpoint_with_every_file_readable_is_whole(written, caplog, damage) -> None:
+    newest, before = written / "checkpoint-2", written / "checkpoint-1"
+    assert last_whole_checkpoint(written, processes()) == str(newest)
+    assert not caplog.text
+    copy = written.with_name("copy")
+    for name in FILES:
+        shutil.copytree(newest, copy / "checkpoint-2", dirs_exist_ok=True)
+        shutil.copytree(before, copy / "checkpoint-1", dirs_exist_ok=True)
+        damage(copy / "checkpoint-2" / name)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert last_whole_checkpoint(copy, processes()) == str(copy / "checkpoint-1"), name
+        expected = "weights are" if (name, damage) == (FILES[0], delete) else name
+        assert expected in caplog.text
+        assert caplog.text.count("passed over") == 1
+        # Training that begins again writes into it: what is left of it must not count as whole.
+        assert not (copy / "checkpoint-2" / "trainer_state.json").exists()
+        shutil.rmtree(copy)
+
+
+def test_a_missing_shard_of_the_weights_is_noticed(
+    written, tmp_path, tiny_model, word_tokenizer
+) -> None:
+    newest = written / "checkpoint-2"
+    (newest / "model.safetensors").unlink()
+    tiny_model(word_tokenizer).save_pretrained(newest, max_shard_size="20KB")
+    shards = sorted(newest.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert last_whole_checkpoint(written, processes()) == str(newest)
+    shards[0].unlink()
+    assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-1")
+
+
+def test_a_gradient_scaler_needs_its_state(written) -> None:
+    assert last_whole_checkpoint(written, processes(scaler=object())) is None
+    for checkpoint in written.glob("checkpoint-*"):
+        (checkpoint / "trainer_state.passed_over.json").rename(checkpoint / "trainer_state.json")
+        torch.save({}, checkpoint / "scaler.pt")
+    newest = str(written / "checkpoint-2")
+    assert last_whole_checkpoint(written, processes(scaler=object())) == newest
+
+
+def test_the_random_state_of_every_process_is_needed(written) -> None:
+    for checkpoint in written.glob("checkpoint-*"):
+        state = checkpoint / "rng_state.pth"
+        for rank in range(3):
+            shutil.copy(state, checkpoint / f"rng_state_{rank}.pth")
+        state.unlink()
+    assert last_whole_checkpoint(written, processes(3)) == str(written / "checkpoint-2")
+    (written / "checkpoint-2" / "rng_state_2.pth").unlink()  # its process was killed before
+    assert last_whole_checkpoint(written, processes(3)) == str(written / "checkpoint-1")
+
+
+@pytest.mark.parametrize(("written_by", "count"), [(1, 2), (2, 1), (3, 2)])
+def test_a_checkpoint_of_another_number_of_processes_is_named_and_kept(
+    written, written_by, count
+) -> None:
+    for checkpoint in written.glob("checkpoint-*"):
+        if written_by > 1:
+            for rank in range(written_by):
+                shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+            (checkpoint / "rng_state.pth").unlink()
+    message = rf"checkpoint-2 was written by {written_by} process.* there are {count} now"
+    with pytest.raises(ValueError, match=message):
+        last_whole_checkpoint(written, processes(count))
+    assert last_whole_checkpoint(written, processes(written_by)) == str(written / "checkpoint-2")
+
+
+def test_adapters_are_weights_whatever_their_name(written) -> None:
+    newest = written / "checkpoint-2"
+    weights = (newest / "model.safetensors").rename(newest / "adapter_model.safetensors")
+    assert last_whole_checkpoint(written, processes()) == str(newest)
+    (newest / "mine").mkdir()
+    named = weights.rename(newest / "mine" / "adapter_model.safetensors")
+    assert last_whole_checkpoint(written, processes()) == str(newest)
+    cut(named)
+    assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-1")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # a single process saves
+def test_the_layouts_of_fsdp_are_whole(written) -> None:
+    """Full state: two files. Sharded: two folders, each with its metadata."""
+    newest, before = written / "checkpoint-2", written / "checkpoint-1"
+    for name in ("model.safetensors", "optimizer.pt"):
+        (newest / name).unlink()
+    for name in ("pytorch_model_fsdp.bin", "optimizer.bin"):
+        torch.save({"a": torch.ones(2)}, newest / name)
+    assert last_whole_checkpoint(written, processes()) == str(newest)
+    for name, folder in (
+        ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"),
+        ("optimizer.bin", "optimizer_0"),
+    ):
+        (newest / name).unlink()
+        distributed_checkpoint.save(
+            {"a": torch.ones(2)}, checkpoint_id=newest / folder, no_dist=True
+        )
+    assert last_whole_checkpoint(written, processes()) == str(newest)
+    empty(next((newest / "optimizer_0").glob("*.distcp")))
+    assert last_whole_checkpoint(written, processes()) == str(before)
+
+
+def test_the_layout_of_deepspeed_is_whole(written) -> None:
+    """ZeRO writes weights, optimizer and scheduler into a folder that `latest` names."""
+    newest, before = written / "checkpoint-2", written / "checkpoint-1"
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
+        (newest / name).unlink()
+    tag = newest / "global_step2"
+    tag.mkdir()
+    (newest / "latest").write_text(tag.name)
+    for name in ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save({"a": torch.ones(2)}, tag / name)
+    assert last_whole_checkpoint(written, processes()) == str(newest)
+    cut(tag / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    assert last_whole_checkpoint(written, processes()) == str(before)
+
+
+def test_a_state_of_another_shape_is_not_read_as_whole(written) -> None:
+    newest = written / "checkpoint-2"
+    (newest / "trainer_state.json").write_text(json.dumps(["no state"]))
+    assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-1")
+    assert last_whole_checkpoint(written.with_name("nowhere"), processes()) is None

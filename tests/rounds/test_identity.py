@@ -1,0 +1,315 @@
+"""What may change when a run is resumed, when, and what is said of it."""
+
+import dataclasses
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, get_peft_model
+from transformers import TrainingArguments
+from trl import DPOConfig, SFTConfig
+
+from trl_selfplay import ReSTEMConfig, SPINConfig, STaRConfig
+from trl_selfplay.disk import DamagedFileError
+from trl_selfplay.rounds.identity import (
+    FIXED,
+    FREE,
+    MAY_GROW,
+    PER_ROUND,
+    UNTIL_TRAINED,
+    WARNED,
+    check_identity,
+    describe_adapters,
+    describe_run,
+    digest_weights,
+)
+
+CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig)
+# Settings that aren't fields of a config.
+NO_FIELDS = {
+    "number_of_processes", "compute_loss_func", "compute_loss_func_source", "reward_funcs_source",
+    "eval_reward_funcs_source", "optimizer_cls_and_kwargs", "normal_form", "leak_filter",
+}  # fmt: skip
+# Of PEFT's configurations.
+NOT_RECORDED = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+PLAIN = {
+    "num_rounds": 2, "temperature": 0.7, "per_device_train_batch_size": 8, "logging_steps": 5,
+    "round_max_steps": [10, 20], "bf16": False, "use_cpu": True, "report_to": [],
+}  # fmt: skip
+
+
+def describe(ids=("b", "a"), other=None, output_dir="a", **changes):
+    config = STaRConfig(output_dir, **{**PLAIN, **changes})
+    return describe_run(config, {"train_dataset": ids}, {"model": "m", **(other or {})})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "_rounds" / "config.json"
+
+
+@pytest.fixture
+def check(path):
+    """Write a first description down, and compare others with it."""
+    check_identity(describe(), path, 0, is_trained=False)
+    first = path.read_text()
+
+    def check(described, num_finished=1, is_trained=True):
+        path.write_text(first)
+        return check_identity(described, path, num_finished, is_trained=is_trained)
+
+    return check
+
+
+def test_every_field_of_every_config_has_its_place_in_the_table() -> None:
+    tables = [FREE, WARNED, UNTIL_TRAINED, FIXED, MAY_GROW, frozenset(PER_ROUND)]
+    for config in CONFIGS:
+        names = {field.name for field in dataclasses.fields(config)}
+        assert names - frozenset().union(*tables) == set()
+    known = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
+    assert frozenset().union(*tables) - known == NO_FIELDS
+    assert sum(map(len, tables)) == len(frozenset().union(*tables))
+
+
+def test_what_decides_which_samples_there_are_may_never_change() -> None:
+    """By another table: fields of ours that the sampler or the reward functions read."""
+    own = {
+        field.name
+        for config in CONFIGS
+        for field in dataclasses.fields(config)
+        if not any(field.name in c.__dataclass_fields__ for c in (SFTConfig, DPOConfig))
+    }
+    sampling = own & (FIXED | MAY_GROW)
+    rest = own - sampling
+    assert rest == {
+        "deduplicate", "deduplicate_against_gold", "gold_ratio", "history_rounds",
+        "improve_learning_rate_factor",
+        "improve_thresholds", "load_best_round_at_end", "log_completions", "loss_weighting",
+        "max_per_prompt", "num_completions_to_print", "num_generations", "on_empty_round",
+        "reward_threshold", "round_betas", "round_learning_rates", "round_max_steps",
+        "start_from", "stop_after_rounds_without_gain", "threshold_kind",
+    }  # fmt: skip
+    parents = {field.name for field in dataclasses.fields(TrainingArguments)} & FIXED
+    assert parents == {"metric_for_best_model", "seed"}
+
+
+def test_what_computes_the_same_goes_on_without_a_word(check, caplog) -> None:
+    moved = describe(
+        ids=("a", "b"), num_rounds=3, round_max_steps=[10, 20, 30], logging_steps=1,
+        output_dir="moved",
+    )  # fmt: skip
+    assert check(moved, num_finished=2) == []
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"temperature": 1.0}, "temperature: 0.7 on disk, 1.0 now"),
+        ({"num_rounds": 1}, "num_rounds: 2 on disk, 1 now"),
+        ({"round_max_steps": [11, 20]}, "round_max_steps: [10, 20] on disk, [11, 20] now"),
+        ({"ids": ("a", "c")}, "train_dataset: '2 prompts"),
+        ({"other": {"model": "other"}}, "model: 'm' on disk, 'other' now"),
+        ({"generation_kwargs": {"top_k": 3}}, "generation_kwargs.top_k: None on disk, 3 now"),
+    ],
+)
+def test_another_configuration_is_refused_by_name(check, changes, named, is_trained) -> None:
+    with pytest.raises(ValueError, match="another output_dir") as raised:
+        check(describe(**changes), is_trained=is_trained)
+    assert str(raised.value).splitlines()[1].strip().startswith(named)
+
+
+def test_fields_for_later_rounds_are_those_that_replace_what_changed(check) -> None:
+    with pytest.raises(ValueError, match="and one has; round_learning_rates may for later rounds"):
+        check(describe(learning_rate=1e-6), is_trained=True)
+    with pytest.raises(ValueError, match=r"and one has\.\n"):
+        check(describe(weight_decay=0.1), is_trained=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 1e-6}, {"reward_threshold": 0.5}, {"num_generations": 3},
+        {"max_length": 77}, {"max_per_prompt": 2}, {"weight_decay": 0.1}, {"packing": True},
+        {"history_rounds": 1}, {"start_from": "previous"}, {"lr_scheduler_type": "constant"},
+    ],
+)  # fmt: skip
+def test_what_selection_and_training_read_may_change_until_a_round_was_trained(
+    check, changes
+) -> None:
+    name = next(iter(changes))
+    assert check(describe(**changes), num_finished=0, is_trained=False) == [name]
+    with pytest.raises(ValueError, match=rf"{name} may change until a round has been trained on"):
+        check(describe(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"per_device_train_batch_size": 1}, {"gradient_accumulation_steps": 7},
+        {"dataloader_drop_last": True}, {"load_best_model_at_end": True, "save_strategy": "no"},
+    ],
+)  # fmt: skip
+def test_what_changes_the_rounds_to_come_is_said_once(check, caplog, changes) -> None:
+    name = next(iter(changes))
+    check(describe(**changes), num_finished=0, is_trained=False)
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING):
+        check(describe(**changes))
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [name]
+
+
+def test_steps_of_rounds_that_have_not_begun_may_change(check) -> None:
+    check(describe(round_max_steps=[10, 25]), num_finished=1)
+
+
+def test_rates_of_later_rounds_may_be_given_one_by_one(tmp_path) -> None:
+    """What an error advises where a later round diverged."""
+    path = tmp_path / "_rounds" / "config.json"
+    check_identity(describe(learning_rate=1e-3), path, 0, is_trained=False)
+    listed = {"learning_rate": 1e-3, "round_learning_rates": [1e-3, 1e-5]}
+    check_identity(describe(**listed), path, 1, is_trained=True)
+    with pytest.raises(ValueError, match="round_learning_rates"):
+        check_identity(describe(**listed | {"round_learning_rates": [1e-4, 1e-5]}), path, 1,
+                       is_trained=True)  # fmt: skip
+
+
+def test_a_field_that_one_version_knows_counts_as_its_default(check, path) -> None:
+    first = json.loads(path.read_text())
+    older = {k: v for k, v in first.items() if k not in ("repetition_penalty", "min_p")}
+    path.write_text(json.dumps(older | {"field_of_another_version": 3}))
+    check_identity(describe(), path, 1, is_trained=True)
+    path.write_text(json.dumps(older))
+    with pytest.raises(ValueError, match=r"repetition_penalty: 1\.0 on disk, 1\.2 now"):
+        check_identity(describe(repetition_penalty=1.2), path, 1, is_trained=True)
+
+
+def test_the_record_of_an_older_version_is_read(tmp_path, tiny_model, word_tokenizer) -> None:
+    """PEFT's configuration was text, free fields were left out, and there were no digests."""
+    path = tmp_path / "_rounds" / "config.json"
+    path.parent.mkdir()
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    adapters = describe_adapters(get_peft_model(tiny_model(word_tokenizer), lora))
+    other = {"peft_config": adapters, "weights": "3, abc", "eval_reward_funcs": None}
+    now = describe(other=other)
+    nested = {k: v for k, v in now.settings.items() if not k.startswith("peft_config.")}
+    old = {k: v for k, v in nested.items() if k not in {*FREE, *WARNED, "weights"}}
+    recorded = {k: dict(v) for k, v in adapters.items()}
+    del recorded["default"]["use_dora"]  # a field that only one version knows
+    path.write_text(json.dumps(old | {"peft_config": str(recorded), "eval_reward_funcs": "None"}))
+    check_identity(now, path, 1, is_trained=True)
+    assert "weights" in json.loads(path.read_text())
+    recorded["default"]["r"] = "8"
+    path.write_text(json.dumps(old | {"peft_config": str(recorded)}))
+    with pytest.raises(ValueError, match=r"peft_config\.default\.r: '8' on disk, '4' now"):
+        check_identity(now, path, 1, is_trained=True)
+
+
+def test_any_kind_of_adapter_has_defaults_whatever_its_config_asks_for(path) -> None:
+    """AdaLoRA's needs `total_step`, CPT's a task, AdaMSS's another package."""
+    for kind, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        described = describe(other={"peft_config": {"default": {"peft_type": str(kind)}}})
+        found = {name.split(".")[2] for name in described.defaults if name.startswith("peft_c")}
+        names = {field.name for field in dataclasses.fields(config_class)}
+        assert names - found == NOT_RECORDED & names
+        assert described.defaults["peft_config.default.auto_mapping"] == "None"
+
+
+def test_another_version_of_peft_may_go_on_with_a_run(path) -> None:
+    model = SimpleNamespace(peft_config={"default": LoraConfig(r=4, peft_version="99.0")})
+    now = describe_adapters(model)
+    recorded = {"default": {**now["default"], "peft_version": "0.20.0"}}  # by an older one of ours
+    path.parent.mkdir()
+    path.write_text(json.dumps(describe(other={"peft_config": recorded}).settings))
+    check_identity(describe(other={"peft_config": now}), path, 1, is_trained=True)
+    assert "peft_version" not in path.read_text()
+
+
+def test_rewards_of_two_versions_of_a_function_are_said(path, caplog) -> None:
+    check_identity(describe(other={"reward_funcs_source": "a"}), path, 0, is_trained=False)
+    assert not caplog.text
+    check_identity(describe(other={"reward_funcs_source": "b"}), path, 0, is_trained=False)
+    assert caplog.text.count("graded before keep their rewards") == 1
+
+
+@pytest.mark.parametrize("name", ["eval_dataset", "eval_dataset hard"])
+def test_a_held_out_set_is_neither_added_nor_dropped(tmp_path, name) -> None:
+    path = tmp_path / "_rounds" / "config.json"
+    without, with_set = describe(), describe(other={name: "4 prompts, abc"})
+    for first, then in ((without, with_set), (with_set, without)):
+        path.unlink(missing_ok=True)
+        check_identity(first, path, 0, is_trained=False)
+        with pytest.raises(ValueError, match=f"  {name}: "):
+            check_identity(then, path, 1, is_trained=True)
+
+
+def test_a_model_is_known_by_its_weights_not_by_its_path(tmp_path) -> None:
+    path = tmp_path / "_rounds" / "config.json"
+    check_identity(
+        describe(other={"model": "/old/m", "weights": "2, aa"}), path, 0, is_trained=False
+    )
+    check_identity(
+        describe(other={"model": "/new/m", "weights": "2, aa"}), path, 1, is_trained=True
+    )
+    with pytest.raises(ValueError, match="not those that the run began with"):
+        check_identity(
+            describe(other={"model": "/new/m", "weights": "2, bb"}), path, 1, is_trained=True
+        )
+
+
+def test_weights_are_told_apart_by_their_values(tmp_path, tiny_model, word_tokenizer) -> None:
+    one, same, other = (tiny_model(word_tokenizer, seed=seed) for seed in (0, 0, 1))
+    assert digest_weights(one, restored=False) == digest_weights(same, restored=False)
+    assert digest_weights(one, restored=False) != digest_weights(other, restored=False)
+    assert digest_weights(one, restored=True) is None  # a resumed run reads none of them
+    one.save_pretrained(tmp_path / "here")
+    moved = type(one).from_pretrained((tmp_path / "here").rename(tmp_path / "there"))
+    assert digest_weights(moved, restored=False) == digest_weights(one, restored=False)
+    torch.manual_seed(5)  # an adapter drawn anew, as a script without a seed does
+    adapters = [get_peft_model(m, LoraConfig(r=4, target_modules=["q_proj"])) for m in (one, same)]
+    digests = {digest_weights(model, restored=True) for model in adapters}
+    assert len(digests) == 1
+    assert digests != {None}
+
+
+def test_secrets_are_neither_recorded_nor_printed(check, path) -> None:
+    secret = "hf_" + "x" * 20
+    kwargs = {"token": secret, "a": {"api_key": secret}, "revision": "r", "b": {"PASSWORD": secret}}
+    with pytest.raises(ValueError, match=r"model_init_kwargs\.revision") as raised:
+        check(describe(model_init_kwargs=kwargs))
+    assert secret not in str(raised.value)
+    path.unlink()
+    check_identity(describe(model_init_kwargs=kwargs, hub_token=secret), path, 0, is_trained=False)
+    assert secret not in path.read_text()
+    renewed = {**kwargs, "token": secret + "y"}
+    check_identity(describe(model_init_kwargs=renewed), path, 0, is_trained=True)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff", b"[1]"])
+def test_a_damaged_record_is_named(check, path, content) -> None:
+    path.write_bytes(content)
+    with pytest.raises(
+        DamagedFileError, match=r"config\.json can't be read .* Delete it and go on"
+    ):
+        check_identity(describe(), path, 1, is_trained=True)
+
+
+def test_a_record_that_is_gone_is_said(path, caplog) -> None:
+    (path.parent / "round-000").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        check_identity(describe(), path, 1, is_trained=True)
+    assert caplog.text.count("config.json is gone") == 1
+
+
+def test_the_places_that_are_read_lie_within_a_large_weight() -> None:
+    """One of 28,311,552 values: in float32 its last place is one too far."""
+    model = torch.nn.Linear(28_311_552, 1, bias=False, dtype=torch.float16, device="meta")
+    model.to_empty(device="cpu")
+    torch.nn.init.zeros_(model.weight)
+    before = digest_weights(model, restored=False)
+    with torch.no_grad():
+        model.weight[0, -1] = 1.0
+    assert digest_weights(model, restored=False) != before

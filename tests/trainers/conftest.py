@@ -1,0 +1,237 @@
+"""A STaR run small enough for a second: a tiny model, a dozen sums, a reward it often meets."""
+
+import gc
+
+import pytest
+from datasets import Dataset
+from tiny_rewards import contains_solution, digit_share
+from transformers import TrainerCallback
+
+from trl_selfplay import (
+    ReSTEMConfig,
+    ReSTEMTrainer,
+    SPINConfig,
+    SPINTrainer,
+    STaRConfig,
+    STaRTrainer,
+)
+from trl_selfplay.rounds.weights import trainable_parameters
+
+# Memory is collected several times a round; what the imports made need not be looked at each time.
+gc.freeze()
+
+
+class Recorder(TrainerCallback):
+    """Keeps what only exists at one moment: weights and optimizer as a round's training begins."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int | None]] = []
+        self.weights_at_train_begin = []
+        self.weights_at_train_end = []
+        self.optimizer_states = []
+        self.logs = []
+
+    @staticmethod
+    def copy(model):
+        return {n: p.detach().clone() for n, p in trainable_parameters(model).items()}
+
+    def on_round_begin(self, args, state, control, round_index, **kwargs):
+        self.events.append(("round_begin", round_index))
+
+    def on_round_end(self, args, state, control, round_index, **kwargs):
+        self.events.append(("round_end", round_index))
+
+    def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
+        self.events.append(("train_begin", None))
+        self.weights_at_train_begin.append(self.copy(model))
+        self.optimizer_states.append(len(optimizer.state))
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        self.events.append(("train_end", None))
+        self.weights_at_train_end.append(self.copy(model))
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append({**logs, "step": state.global_step})
+
+
+@pytest.fixture
+def build_star(tmp_path, tiny_model, word_tokenizer, sums):
+    """Return a function that builds a STaRTrainer; keywords that are fields go to the config."""
+
+    def build(folder="run", *, model=None, train_dataset=None, **changes):
+        fields = STaRConfig.__dataclass_fields__
+        settings = {
+            "num_rounds": 2,
+            "num_generations": 4,
+            "temperature": 1.0,
+            "max_completion_length": 8,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": [],
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+        }
+        settings |= {k: v for k, v in changes.items() if k in fields}
+        arguments = {
+            "reward_funcs": contains_solution,
+            "processing_class": word_tokenizer,
+            **{k: v for k, v in changes.items() if k not in fields},
+        }
+        return STaRTrainer(
+            tiny_model(word_tokenizer) if model is None else model,
+            STaRConfig(str(tmp_path / folder), **settings),
+            train_dataset=sums(12) if train_dataset is None else train_dataset,
+            **arguments,
+        )
+
+    return build
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+@pytest.fixture
+def answers():
+    """Build rows whose completions a random model doesn't write: columns prompt, completion."""
+
+    def build(num_rows=12, first=0):
+        pairs = [divmod(i, 10) for i in range(first, first + num_rows)]
+        return Dataset.from_list(
+            [
+                {"prompt": f"Q {b} + {a} = ?", "completion": f" so {b} + {a} = {(a + b) % 10}"}
+                for a, b in pairs
+            ]
+        )
+
+    return build
+
+
+class PairRecorder(TrainerCallback):
+    """Keeps the log lines of training steps by round."""
+
+    def __init__(self) -> None:
+        self.steps = {}
+        self.learning_rates = {}
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "rewards/margins" in logs and "loss" in logs:
+            self.steps.setdefault(logs["round"], []).append(dict(logs))
+
+
+@pytest.fixture
+def pair_recorder():
+    return PairRecorder()
+
+
+@pytest.fixture
+def build_spin(tmp_path, tiny_model, word_tokenizer, answers):
+    """Return a function that builds a SPINTrainer; keywords that are fields go to the config."""
+
+    def build(folder="run", *, model=None, train_dataset=None, **changes):
+        fields = SPINConfig.__dataclass_fields__
+        settings = {
+            "num_rounds": 3,
+            "max_completion_length": 64,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": [],
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+        }
+        settings |= {k: v for k, v in changes.items() if k in fields}
+        arguments = {
+            "processing_class": word_tokenizer,
+            **{k: v for k, v in changes.items() if k not in fields},
+        }
+        return SPINTrainer(
+            tiny_model(word_tokenizer) if model is None else model,
+            args=SPINConfig(str(tmp_path / folder), **settings),
+            train_dataset=answers(12) if train_dataset is None else train_dataset,
+            **arguments,
+        )
+
+    return build
+
+
+@pytest.fixture
+def build_rest_em(tmp_path, tiny_model, word_tokenizer, sums):
+    """Return a function that builds a ReSTEMTrainer; keywords that are fields go to the config."""
+
+    def build(folder="run", *, model=None, train_dataset=None, **changes):
+        fields = ReSTEMConfig.__dataclass_fields__
+        settings = {
+            "num_rounds": 2,
+            "num_generations": 4,
+            "temperature": 1.0,
+            "max_completion_length": 8,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": [],
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+        }
+        settings |= {k: v for k, v in changes.items() if k in fields}
+        arguments = {
+            "reward_funcs": contains_solution,
+            "processing_class": word_tokenizer,
+            **{k: v for k, v in changes.items() if k not in fields},
+        }
+        return ReSTEMTrainer(
+            tiny_model(word_tokenizer) if model is None else model,
+            ReSTEMConfig(str(tmp_path / folder), **settings),
+            train_dataset=sums(12) if train_dataset is None else train_dataset,
+            **arguments,
+        )
+
+    return build
+
+
+@pytest.fixture
+def build_rest(build_rest_em):
+    """The same with ReST's Improve steps and a reward that has degrees."""
+
+    def build(folder="run", **changes):
+        return build_rest_em(
+            folder,
+            **{
+                "improve_thresholds": [0.3, 0.6],
+                "start_from": "previous",
+                "reward_funcs": digit_share,
+                "max_per_prompt": None,
+                "few_shot_in_training": False,
+                **changes,
+            },
+        )
+
+    return build
+
+
+@pytest.fixture
+def gold_answers():
+    """Build human completions for the prompts of `sums`: columns prompt, completion, solution."""
+
+    def build(num_rows=4, first=0):
+        pairs = [divmod(i, 10) for i in range(first, first + num_rows)]
+        return Dataset.from_list(
+            [
+                {
+                    "prompt": f"Q {b} + {a} = ?",
+                    "completion": f" {a} + {b} = {(a + b) % 10}",
+                    "solution": str((a + b) % 10),
+                }
+                for a, b in pairs
+            ]
+        )
+
+    return build

@@ -1,0 +1,1 @@
+"""The tasks, models and flags of the recipes."""

@@ -1,0 +1,167 @@
+"""What the recipes share: flags, datasets by name, reward functions by name.
+
+In: parsed flags, those of TRL's GRPO script and a few more. Out: datasets with the columns that
+the trainers read, reward functions, and keyword arguments for loading the model.
+"""
+
+import dataclasses
+import importlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trl
+import trl.rewards
+from datasets import load_dataset
+
+import trl_selfplay.rewards as rewards
+from trl_selfplay.trainers.ported_scripts import explain_unknown_flags
+
+
+@dataclass
+class GradedScriptArguments(trl.ScriptArguments):
+    """Arguments of a recipe; those of the run are the config's."""
+
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A reward model's id or folder."}
+    )
+    # Names such as exact_reward, from trl_selfplay.rewards or trl.rewards; math needs [math].
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Functions by name or import path, or reward models."}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "The column of prompts."})
+    solution_column: str = field(default="solution", metadata={"help": "The column of solutions."})
+    chat: bool = field(default=False, metadata={"help": "Make plain-text prompts chat turns."})
+    smoke: bool = field(default=False, metadata={"help": "Run the demo at its smallest size."})
+
+
+@dataclass
+class JudgedScriptArguments(GradedScriptArguments):
+    """Arguments of a recipe whose training completions a reward model scores."""
+
+    eval_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "What grades held-out prompts, named as reward_funcs; None: the same."},
+    )
+
+
+def parse_script_arguments(
+    config_class: type,
+    flags: list[str] | None,
+    demo_defaults: Any,
+    script_class: type = GradedScriptArguments,
+) -> tuple[Any, ...]:
+    """Parse flags and YAML into script, training, model and dataset arguments.
+
+    Args:
+        config_class: The trainer's configuration.
+        flags: Of the command line; None takes the process's own.
+        demo_defaults: `f(script_args)` returns the flags' defaults where no dataset is named.
+        script_class: Of the recipe's own arguments.
+
+    Raises:
+        ValueError: A flag or a key of the YAML file that no class has, with what takes its place.
+    """
+    types: Any = (script_class, config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
+    parser = trl.TrlParser(types)
+    # Help is for the whole parser below to give.
+    given = [f for f in (sys.argv[1:] if flags is None else flags) if f not in ("-h", "--help")]
+    known = trl.TrlParser(types[::3]).parse_args_and_config(given, return_remaining_strings=True)
+    if not (known[0].dataset_name or known[1].datasets):
+        parser.set_defaults_with_config(**demo_defaults(known[0]))
+    *parsed, unknown = parser.parse_args_and_config(flags, return_remaining_strings=True)
+    if unknown:
+        names = [each.name for fields in map(dataclasses.fields, types) for each in fields]
+        raise ValueError(
+            f"this script doesn't take {' '.join(unknown)}:\n"
+            f"{explain_unknown_flags(unknown, names)}"
+        )
+    return tuple(parsed)
+
+
+def load_reward_func(name: str) -> Any:
+    """Return the function of this name or import path; else it names a reward model.
+
+    Raises:
+        ValueError: No function of this name.
+    """
+    for module in (rewards, trl.rewards):
+        if name.endswith("_reward") and hasattr(module, name):
+            return getattr(module, name)
+    if name == "get_soft_overlong_punishment":  # with the values of TRL's script
+        return trl.rewards.get_soft_overlong_punishment(1280, 256)
+    if "/" in name or Path(name).is_dir():
+        return name
+    if "." not in name:
+        raise ValueError(f"no reward function {name!r}, such as 'exact_reward' or 'math_reward'")
+    sys.path.insert(0, str(Path.cwd()))
+    module_name, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module_name), function)
+
+
+def load_reward_funcs(script_args: GradedScriptArguments) -> list[Any]:
+    """Return the reward functions and models that the flags name."""
+    names = [*(script_args.reward_funcs or []), script_args.reward_model_name_or_path]
+    return [load_reward_func(name) for name in names if name]
+
+
+def prepare(dataset: Any, script_args: GradedScriptArguments) -> Any:
+    """Give a dataset the columns `prompt` and `solution`."""
+    names = {script_args.prompt_column: "prompt", script_args.solution_column: "solution"}
+    dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
+    if not script_args.chat:
+        return dataset
+    return dataset.map(
+        lambda row: (
+            {"prompt": [{"role": "user", "content": row["prompt"]}]}
+            if isinstance(row["prompt"], str)
+            else {}
+        )
+    )
+
+
+def load_sets(script_args: GradedScriptArguments, dataset_args: Any) -> dict[str, Any] | None:
+    """Return the named dataset's training and held-out set; None if no dataset is named.
+
+    The keys are those of SFTTrainer: `train_dataset` and `eval_dataset`.
+    """
+    if script_args.dataset_streaming:
+        raise ValueError(
+            "dataset_streaming=True: rounds come back to the same prompts, so the set must be "
+            "finite. Leave it out; for a part of a large set give `datasets` in a YAML file, with "
+            "`split: train[:1000]`."
+        )
+    if dataset_args.datasets:
+        sets = trl.get_dataset(dataset_args)
+    elif script_args.dataset_name:
+        sets = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+    else:
+        return None
+    test = sets.get(script_args.dataset_test_split)
+    return {
+        "train_dataset": prepare(sets[script_args.dataset_train_split], script_args),
+        "eval_dataset": None if test is None else prepare(test, script_args),
+    }
+
+
+def model_arguments(training_args: Any, model_args: Any) -> dict[str, Any]:
+    """Return quantization and adapters by name; how to load the model goes into the config."""
+    loading = {
+        "revision": model_args.model_revision,
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    training_args.model_init_kwargs = loading | (training_args.model_init_kwargs or {})
+    return {
+        "quantization_config": trl.get_quantization_config(model_args),
+        "peft_config": trl.get_peft_config(model_args),
+    }
+
+
+def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -> None:
+    """Run all rounds, or go on with them, save the model, and push it if asked to."""
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)

@@ -1,0 +1,202 @@
+"""Estimate held-out scores, with intervals that say how much of them is chance.
+
+In: graded rollouts of held-out prompts. Out: metrics by name. Prompts are the unit of every
+interval: samples of one prompt are not independent of each other.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import comb, prod, sqrt
+from statistics import NormalDist, fmean
+
+import numpy as np
+
+from trl_selfplay.rollouts.record import Rollout
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the unbiased estimate that at least one of k samples is right.
+
+    Args:
+        n: Samples of the prompt.
+        c: How many of them are right.
+        k: Size of the draw, at most n.
+
+    Raises:
+        ValueError: Not 0 ≤ c ≤ n and 1 ≤ k ≤ n.
+
+    Source: "Evaluating Large Language Models Trained on Code", arXiv 2107.03374, Eq. 1:
+    1 − C(n−c, k) / C(n, k), as a product of ratios near 1.
+
+    >>> round(pass_at_k(n=10, c=3, k=5), 6)
+    0.916667
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k of n={n}, c={c}, k={k}; it needs 0 <= c <= n and 1 <= k <= n.")
+    if n - c < k:
+        return 1.0
+    return 1.0 - prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+
+
+def best_of_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float:
+    """Return the chance that the best-scored of k samples, out of all of them, is right.
+
+    Among samples with equal scores the order is drawn at random, never by correctness: the
+    average over all such orders is returned.
+
+    Args:
+        scores: One for each of a prompt's N samples, higher is better.
+        correct: Whether each is right.
+        k: Size of the draw, at most N.
+
+    Raises:
+        ValueError: Lengths differ, or not 1 ≤ k ≤ N.
+
+    Source: V-STaR, arXiv 2402.06457, Eq. 3: Σ_i C(N−i−1, k−1) α_i / C(N, k), where α_i says
+    whether the sample at place i (from 0, best first) is right.
+    """
+    n = len(scores)
+    if len(correct) != n or not 1 <= k <= n:
+        raise ValueError(
+            f"best-of-k of {n} scores, {len(correct)} verdicts and k={k}; it needs as many "
+            "verdicts as scores and 1 <= k <= their number."
+        )
+    # The sum is linear in α, so averaging over tie orders is averaging α within each tie.
+    shares = {
+        score: fmean(right for s, right in zip(scores, correct, strict=True) if s == score)
+        for score in scores
+    }
+    alpha = [shares[score] for score in sorted(scores, reverse=True)]
+    return sum(comb(n - i - 1, k - 1) * alpha[i] for i in range(n - k + 1)) / comb(n, k)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of one value a prompt; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    return float(np.std(values, ddof=1)) / sqrt(len(values))
+
+
+def paired_difference(
+    before: Mapping[str, float], after: Mapping[str, float]
+) -> tuple[float | None, float | None]:
+    """Return the mean change of a score on the same prompts, and its standard error.
+
+    Args:
+        before: A score for each prompt id.
+        after: Likewise; prompts that only one of the two has are left out.
+
+    Returns:
+        The mean of after − before and its standard error; None where there are too few prompts.
+    """
+    changes = [after[i] - before[i] for i in sorted(before.keys() & after.keys())]
+    return (fmean(changes) if changes else None), standard_error(changes)
+
+
+def binomial_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval of a share; (0, 1) where nothing was tried.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference",
+    Journal of the American Statistical Association 22 (1927).
+    """
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1.0 + level) / 2.0)
+    p = successes / n
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def bootstrap_interval(
+    values: Sequence[float], draws: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of a mean over prompts.
+
+    Args:
+        values: One for each prompt, at least one.
+        draws: Resampled sets of prompts.
+        seed: Of the resampling; the same values and seed give the same interval.
+        level: Share of resampled means between the ends.
+
+    Raises:
+        ValueError: No values.
+    """
+    if len(values) == 0:
+        raise ValueError("a bootstrap interval needs at least one value.")
+    array = np.asarray(values, dtype=float)
+    generator = np.random.default_rng(seed)
+    # Drawn one set at a time: draws × prompts indices at once would be 80 MB for 10,000 prompts.
+    means = [array[generator.integers(len(array), size=len(array))].mean() for _ in range(draws)]
+    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return float(low), float(high)
+
+
+def summarize_heldout(
+    rollouts: Sequence[Rollout], *, reward_threshold: float | None, prefix: str = "eval"
+) -> dict[str, float]:
+    """Return the metrics of one held-out set.
+
+    A completion passes if it ended by itself with a reward at the threshold or above; one cut by
+    length is wrong even if its answer parses as right, as in selection. Completions that every
+    reward function abstained on count neither way.
+
+    Args:
+        rollouts: For each prompt the greedy one (`sample_index` 0) and samples (1 and above).
+        reward_threshold: See above. None where rewards have degrees, so that no completion is
+            simply right.
+        prefix: What the names begin with.
+
+    Returns:
+        Of the greedy completions `{prefix}_accuracy` with `_accuracy_low` and `_accuracy_high`
+        (Wilson), `_mean_reward`, `_mean_length` (tokens), `_truncated` and `_abstained` (shares).
+        Of the samples `{prefix}_pass@k` for k = 1, 2, 4, … and their number, the first and the
+        last with `_low` and `_high` (bootstrap over prompts). A prompt with fewer than k graded
+        samples is left out of pass@k. A metric that nothing is known of is absent. Without a
+        threshold in place of accuracy `_mean_reward` has `_low` and `_high` (bootstrap), and in
+        place of pass@k there is `_mean_sampled_reward`, over prompts and their samples.
+    """
+    greedy = [r for r in rollouts if r.sample_index == 0]
+    metrics: dict[str, float] = {}
+    graded = [r for r in greedy if r.reward is not None]
+    if graded and reward_threshold is not None:
+        num_passed = sum(r.passes(reward_threshold) for r in graded)
+        low, high = binomial_interval(num_passed, len(graded))
+        metrics["accuracy"] = num_passed / len(graded)
+        metrics["accuracy_low"], metrics["accuracy_high"] = low, high
+    if graded:
+        rewards = [r.reward for r in graded if r.reward is not None]
+        metrics["mean_reward"] = fmean(rewards)
+        if reward_threshold is None:
+            low, high = bootstrap_interval(rewards)
+            metrics["mean_reward_low"], metrics["mean_reward_high"] = low, high
+    if greedy:
+        metrics["mean_length"] = fmean(len(r.completion_ids) for r in greedy)
+        metrics["truncated"] = fmean(r.is_truncated for r in greedy)
+        metrics["abstained"] = 1.0 - len(graded) / len(greedy)
+    samples = [r for r in rollouts if r.sample_index > 0 and r.reward is not None]
+    if reward_threshold is not None:
+        metrics |= _pass_at_k_metrics(samples, reward_threshold)
+    elif samples:
+        by_prompt: dict[str, list[float]] = {}
+        for r in samples:
+            by_prompt.setdefault(r.prompt_id, []).append(r.reward or 0.0)
+        metrics["mean_sampled_reward"] = fmean(map(fmean, by_prompt.values()))
+    return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+def _pass_at_k_metrics(samples: Sequence[Rollout], threshold: float) -> dict[str, float]:
+    verdicts: dict[str, list[bool]] = {}
+    for r in sorted(samples, key=lambda r: (r.prompt_id, r.sample_index)):
+        if r.reward is not None:
+            verdicts.setdefault(r.prompt_id, []).append(r.passes(threshold))
+    most = max(map(len, verdicts.values()), default=0)
+    powers = {2**i for i in range(most.bit_length())}
+    ks = sorted({k for k in powers if k <= most} | ({most} if most else set()))
+    metrics: dict[str, float] = {}
+    for k in ks:
+        values = [pass_at_k(len(v), sum(v), k) for v in verdicts.values() if len(v) >= k]
+        metrics[f"pass@{k}"] = fmean(values)
+        if k in (1, most):
+            low, high = bootstrap_interval(values)
+            metrics[f"pass@{k}_low"], metrics[f"pass@{k}_high"] = low, high
+    return metrics

@@ -1,0 +1,207 @@
+"""Turn a run's numbers into what to do next: warn, keep the best round, stop.
+
+In: held-out metrics, scores by round, the funnel. Out: a warning as text or None; a round index.
+Nothing here logs or stops anything itself. Thresholds without a source are ours, chosen for few
+false alarms at 100 to 300 held-out prompts.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from trl_selfplay.evaluation.estimates import binomial_interval
+from trl_selfplay.rollouts.funnel import Funnel
+
+LITTLE_TO_GAIN = 0.95
+MOST_HINTED = 0.5
+MOST_TRUNCATED = 0.1
+# Of SPIN's convergence: nats that are no longer worth a round, and pairs that can say so.
+LEAST_DISTANCE = 0.01
+FEWEST_PAIRS = 20
+
+_PASS_AT_K = re.compile(r"(.+)_pass@(\d+)")
+_ACCURACY = re.compile(r"(.+)_accuracy")
+
+
+def warn_baseline(metrics: Mapping[str, float], has_degrees: bool = False) -> str | None:
+    """Return a warning if the untrained model solves nothing, or nearly everything.
+
+    "Nothing": pass@k at the largest k and greedy accuracy are 0 in every held-out set and form of
+    the prompt (with few-shot examples or without); the first round then has nothing to train on.
+    "Nearly everything": greedy accuracy above .95 in all of them. A high pass@k with a low
+    accuracy is no reason to warn: that is what training on one's own samples turns into accuracy.
+
+    Args:
+        metrics: As `summarize_heldout` returns them, under any prefixes.
+        has_degrees: Completions are trained on whose reward counts as no success.
+    """
+    accuracy = {m[1]: v for name, v in metrics.items() if (m := _ACCURACY.fullmatch(name))}
+    pass_at_k: dict[str, tuple[int, float]] = {}
+    for name, value in metrics.items():
+        if m := _PASS_AT_K.fullmatch(name):
+            pass_at_k[m[1]] = max(pass_at_k.get(m[1], (0, 0.0)), (int(m[2]), value))
+    scores = [*accuracy.values(), *(value for _, value in pass_at_k.values())]
+    if scores and max(scores) == 0.0 and not has_degrees:
+        largest = max((k for k, _ in pass_at_k.values()), default=0)
+        name = f"accuracy and pass@{largest} are" if largest else "accuracy is"
+        return (
+            f"held-out {name} 0: the model solves none of these prompts, so there is nothing to "
+            "learn from. Add few_shot_examples that show the answer format, sample more "
+            "(num_generations with temperature above 0), or begin with an easier task."
+        )
+    if accuracy and min(accuracy.values()) > LITTLE_TO_GAIN:
+        return (
+            f"held-out accuracy is {min(accuracy.values()):.3f} before any training: little is "
+            "left to gain. Choose harder prompts."
+        )
+    return None
+
+
+def warn_warmup(steps: int, warmup_steps: int, round_index: int) -> str | None:
+    """Return a warning exactly if a round has fewer optimizer steps than warm-up steps.
+
+    Source: STaR, arXiv 2203.14465, section 4.1: 100 warm-up steps, anew each round, and 40, 48,
+    57, … steps, so that the paper's own first rounds never reach the learning rate.
+    """
+    if steps >= warmup_steps:
+        return None
+    return (
+        f"round {round_index}: {steps} optimizer steps, fewer than {warmup_steps} warm-up steps; "
+        f"the learning rate gets no further than {steps / warmup_steps:.0%} of its value. Lower "
+        "warmup_steps, or sample more (num_generations, num_prompts_per_round). STaR's first "
+        "rounds are so by design (STaRConfig.from_paper)."
+    )
+
+
+def warn_hint_share(funnel: Funnel, round_index: int) -> str | None:
+    """Return a warning if more than half of what was kept was sampled with the answer as hint."""
+    if funnel.kept == 0 or funnel.hinted.kept <= MOST_HINTED * funnel.kept:
+        return None
+    return (
+        f"round {round_index}: {funnel.hinted.kept} of {funnel.kept} kept completions "
+        f"({funnel.hinted.kept / funnel.kept:.0%}) were sampled with the answer as hint. Reaching "
+        "an answer that is shown proves little: read some of them, and consider rationalize=False "
+        "or more samples without hint (num_generations)."
+    )
+
+
+def warn_truncation(funnel: Funnel, round_index: int) -> str | None:
+    """Return a warning if more than a tenth of what was sampled without hint was cut by length."""
+    truncated, sampled = funnel.unhinted.truncated, funnel.sampled
+    if sampled == 0 or truncated <= MOST_TRUNCATED * sampled:
+        return None
+    low, high = binomial_interval(truncated, sampled)
+    return (
+        f"round {round_index}: {truncated} of {sampled} completions were cut by length "
+        f"({truncated / sampled:.0%}, 95 % interval {low:.0%} to {high:.0%}) and are lost. Raise "
+        "max_completion_length, set stop_strings, or check that the model knows its EOS token."
+    )
+
+
+def warn_long(funnel: Funnel, round_index: int, max_length: int | None) -> str | None:
+    """Return a warning if completions to train on were lost to the length of a training row."""
+    lost = funnel.unhinted.too_long + funnel.hinted.too_long
+    if lost == 0:
+        return None
+    return (
+        f"round {round_index}: {lost} of {lost + funnel.kept} completions that could have been "
+        f"trained on are longer than max_length={max_length} together with their prompts, and are "
+        "left out. Raise max_length, or lower max_completion_length."
+    )
+
+
+def is_better(value: float, than: float, greater_is_better: bool = True) -> bool:
+    """Say whether a held-out score is strictly better than another."""
+    return value > than if greater_is_better else value < than
+
+
+def best_round(history: Sequence[tuple[int, float]], greater_is_better: bool = True) -> int:
+    """Return the round with the best held-out score; of equal ones the earliest.
+
+    The best of several noisy scores is biased upward: report it from prompts that did not choose
+    it.
+
+    Args:
+        history: (round index, score), at least one; -1 is the untrained model.
+        greater_is_better: False for a loss.
+
+    Raises:
+        ValueError: No scores.
+    """
+    if not history:
+        raise ValueError("there is no held-out score to choose a round by.")
+    ordered = sorted(history)
+    best_index, best_value = ordered[0]
+    for round_index, value in ordered[1:]:
+        if is_better(value, best_value, greater_is_better):
+            best_index, best_value = round_index, value
+    return best_index
+
+
+def rounds_without_gain(
+    history: Sequence[tuple[int, float]], greater_is_better: bool = True
+) -> int:
+    """Return how many of the newest rounds in a row were not better than the best before them.
+
+    Args:
+        history: As for `best_round`. One score has nothing to be compared with and gives 0.
+        greater_is_better: False for a loss.
+    """
+    if not history:
+        return 0
+    best = best_round(history, greater_is_better)
+    return sum(round_index > best for round_index, _ in history)
+
+
+def find_convergence(metrics: Mapping[str, float], prefix: str = "eval") -> str | None:
+    """Return a sentence if held-out pairs of data and opponent can't be told apart.
+
+    That is: the 95 % interval of the win rate includes one half, and ln 2 minus the held-out loss
+    is below .01. Neither alone would do: a round with a tiny learning rate leaves the loss at
+    ln 2 though every pair is told apart, and few pairs make a wide interval.
+
+    Args:
+        metrics: As `discriminator.measure_heldout` returns them.
+        prefix: Of the held-out set.
+
+    Source: SPIN, arXiv 2401.01335, theorem 5.2: no gain is left when the opponent is the data.
+    """
+    needed = ("win_rate", "win_rate_low", "win_rate_high", "distance", "pairs")
+    if any(f"{prefix}_{name}" not in metrics for name in needed):
+        return None
+    win_rate, low, high, distance, pairs = (metrics[f"{prefix}_{name}"] for name in needed)
+    if pairs < FEWEST_PAIRS or not low <= 0.5 <= high or distance >= LEAST_DISTANCE:
+        return None
+    return (
+        f"converged: {pairs:.0f} held-out pairs of the data and the opponent can't be told apart "
+        f"(win rate {win_rate:.2f}, 95 % interval {low:.2f} to {high:.2f}; ln 2 - loss = "
+        f"{distance:.4f}). More rounds have little to learn from these prompts."
+    )
+
+
+def warn_falling_likelihood(
+    before: Mapping[str, float],
+    metrics: Mapping[str, float],
+    round_index: int,
+    prefix: str = "eval",
+) -> str | None:
+    """Return a warning if a round tells the data from its opponent, yet makes the data less likely.
+
+    SPIN's loss asks for a margin between the two alone, so both log-probs often fall. A choice by
+    `…_logps` then hands back a model from before, however well the rounds work.
+
+    Args:
+        before: The untrained model's metrics.
+        metrics: The round's, as `discriminator.measure_heldout` returns them.
+        round_index: The round.
+        prefix: Of the held-out set that chooses.
+    """
+    logps, win_rate = f"{prefix}_logps", f"{prefix}_win_rate"
+    if metrics[logps] >= before[logps] or metrics.get(f"{win_rate}_low", 0.0) <= 0.5:
+        return None
+    return (
+        f"round {round_index}: {logps} is {metrics[logps]:.3f}, below the untrained model's "
+        f"{before[logps]:.3f}, while the policy tells the data from its opponent ({win_rate} "
+        f"{metrics[win_rate]:.2f}). Chosen by {logps}, an earlier model is loaded at the end, perhaps "
+        "the untrained one. Let a score of your task choose (`eval_reward_funcs`), or keep the last "
+        "round with load_best_round_at_end=False."
+    )

@@ -1,0 +1,413 @@
+"""Read dataset rows and check them one by one.
+
+In: a dataset with `prompt` (text or chat messages), perhaps `solution`, and perhaps `tools` and
+`chat_template_kwargs` for the chat template. Out: `PromptRow`s, and held-out sets of them. How a
+row becomes tokens is in rendering.py.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset
+
+from trl_selfplay.rollouts.record import hash_prompt
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, Any]]
+Prompt = str | Messages
+HintFormatter = Callable[[Any, Any], Any]
+
+# Arguments of `apply_chat_template` that rendering decides itself, and how to choose them.
+_OWN_ARGUMENTS = {
+    "chat_template": "set `tokenizer.chat_template`",
+    "tools": "give each row its `tools` in a column of that name",
+    "sanitize_control_tokens": "set the config's field of that name",
+    **dict.fromkeys(
+        (
+            "conversation",
+            "messages",
+            "add_generation_prompt",
+            "continue_final_message",
+            "tokenize",
+            "tokenizer_kwargs",
+            "padding",
+            "truncation",
+            "max_length",
+            "return_tensors",
+            "return_dict",
+            "return_assistant_tokens_mask",
+        ),
+        "leave it out",
+    ),
+}
+# Names of held-out sets become parts of paths and metric names, and stand in the model card.
+_SET_NAME = re.compile(r"\w(?:[\w .+-]{0,98}[\w+-])?")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One prompt of the dataset.
+
+    Attributes:
+        prompt_id: See `Rollout.prompt_id`.
+        prompt: Text or chat messages, as the dataset has it.
+        solution: The ground truth, as the dataset has it; None without the column.
+        columns: Every column but `prompt`, for the reward functions.
+        row_index: Where the row stands in the user's dataset, for error messages.
+        source: What the dataset is called in them.
+        template_arguments: The row's own `tools` and `chat_template_kwargs`, where it has any.
+    """
+
+    prompt_id: str
+    prompt: Prompt
+    solution: Any
+    columns: Mapping[str, Any]
+    row_index: int
+    source: str = "train_dataset"
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_conversational(self) -> bool:
+        """Whether the prompt is chat messages."""
+        return not isinstance(self.prompt, str)
+
+    @property
+    def where(self) -> str:
+        """What to call the row in an error message."""
+        return f"`{self.source}` row {self.row_index}"
+
+    @property
+    def question(self) -> str:
+        """Text that is equal for rows that ask the same, whatever their solutions."""
+        if self.template_arguments:
+            return canonical_prompt([self.prompt, self.template_arguments])
+        return canonical_prompt(self.prompt)
+
+
+def load_prompt_rows(dataset: Any, name: str, needs_solution: str | None = None) -> list[PromptRow]:
+    """Check a dataset row by row and return its prompts, sorted by `prompt_id`.
+
+    Rows with equal prompt and solution are merged, with one notice. The order of the rows has no
+    influence on anything that follows.
+
+    Args:
+        dataset: A `datasets.Dataset` with the column `prompt`.
+        name: What to call it in errors, such as "train_dataset".
+        needs_solution: What uses the column `solution`, for the error; None where nothing does.
+
+    Raises:
+        TypeError: Not a `Dataset`, or a row whose prompt is neither text nor messages.
+        ValueError: A column is missing, the dataset is empty, or prompts are of mixed kinds.
+    """
+    check_dataset(dataset, name, "`prompt`")
+    if "prompt" not in dataset.column_names:
+        advice = (
+            'Make one of `messages`: `dataset.map(lambda row: {"prompt": row["messages"][:-1]})`.'
+            if "messages" in dataset.column_names
+            else 'Rename a column with `dataset.rename_column("question", "prompt")`.'
+        )
+        raise ValueError(
+            f"`{name}` has no column 'prompt'; its columns are {dataset.column_names}. Each row "
+            f"needs a `prompt`: text or chat messages. {advice}"
+        )
+    if needs_solution and "solution" not in dataset.column_names:
+        raise ValueError(
+            f"`{name}` has no column 'solution'; its columns are {dataset.column_names}. "
+            f"{needs_solution} needs it. Rename a column with "
+            '`dataset.rename_column("answer", "solution")`.'
+        )
+    return collect_rows(enumerate(as_plain_rows(dataset)), name)
+
+
+def as_plain_rows(dataset: Dataset) -> Dataset:
+    """Return a dataset whose rows hold text and numbers also where `set_format` makes tensors."""
+    return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
+
+
+def check_dataset(dataset: Any, name: str, columns: str) -> None:
+    """Raise unless this is a finite dataset with rows."""
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"`{name}` is an IterableDataset. Every round samples all prompts again and a resumed "
+            "run must find the same ones, so rounds need a finite set: pass a `Dataset`, for "
+            "example `Dataset.from_list(list(iterable.take(10_000)))`."
+        )
+    if not isinstance(dataset, Dataset):
+        advice = ""
+        if isinstance(dataset, DatasetDict):
+            advice = f" Pass one of its splits, {', '.join(map(repr, dataset))}."
+        elif isinstance(dataset, list):
+            advice = " A list of rows becomes one with `Dataset.from_list(rows)`."
+        raise TypeError(
+            f"`{name}` must be a `datasets.Dataset` with {columns}; got {type(dataset).__name__}."
+            f"{advice}"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty: there is no prompt to sample from.")
+
+
+def collect_rows(records: Iterable[tuple[int, Mapping[str, Any]]], name: str) -> list[PromptRow]:
+    """Check records one by one and return them as rows, sorted by `prompt_id`.
+
+    Args:
+        records: Each with its index in the user's dataset.
+        name: What to call the dataset in errors.
+
+    Raises:
+        TypeError, ValueError: As `load_prompt_rows`.
+    """
+    rows: dict[str, PromptRow] = {}
+    kinds: dict[bool, int] = {}
+    count = 0
+    for index, record in records:
+        count += 1
+        row = _build_row(record, index, name)
+        kinds.setdefault(isinstance(row.prompt, str), index)
+        if len(kinds) == 2:
+            raise ValueError(
+                f"`{name}` mixes plain-text prompts (row {kinds[True]}) and chat messages (row "
+                f"{kinds[False]}). Use one kind for all rows."
+            )
+        rows.setdefault(row.prompt_id, row)
+    if len(rows) < count:
+        logger.warning(
+            "%s: %d of %d rows repeat an earlier prompt and solution; each is used once.",
+            name,
+            count - len(rows),
+            count,
+        )
+    return [rows[prompt_id] for prompt_id in sorted(rows)]
+
+
+def _build_row(record: Mapping[str, Any], index: int, name: str) -> PromptRow:
+    where = f"`{name}` row {index}"
+    prompt, solution = record["prompt"], record.get("solution")
+    check_prompt(prompt, where)
+    for column in ("prompt", "solution"):
+        check_encodable(record.get(column), f"{where}: `{column}`")
+    arguments = {} if isinstance(prompt, str) else _template_arguments(record, where)
+    return PromptRow(
+        hash_prompt(prompt, solution, arguments),
+        prompt,
+        solution,
+        {key: value for key, value in record.items() if key != "prompt"},
+        index,
+        name,
+        arguments,
+    )
+
+
+def _template_arguments(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a row's `tools` and `chat_template_kwargs`, read as TRL reads them."""
+    arguments: dict[str, Any] = {}
+    tools = record.get("tools")
+    if isinstance(tools, str):  # JSON, where tools differ too much for one table
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: `tools` is {tools!r:.200}, which is not JSON ({error}). Give a list of "
+                "tool schemas, or that list as JSON text."
+            ) from error
+    if tools:
+        if not isinstance(tools, list):
+            raise TypeError(f"{where}: `tools` is {tools!r:.200}; give a list of tool schemas.")
+        arguments["tools"] = tools
+    kwargs = record.get("chat_template_kwargs")
+    if kwargs:
+        check_template_kwargs(kwargs, f"{where}: `chat_template_kwargs`")
+        # A table gives every row the keys of all rows, None where a row has none.
+        if given := {key: value for key, value in kwargs.items() if value is not None}:
+            arguments["chat_template_kwargs"] = given
+    return arguments
+
+
+def check_template_kwargs(kwargs: Any, where: str) -> None:
+    """Raise unless these can be passed to the chat template beside what rendering passes itself."""
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"{where} is {kwargs!r:.200}; expected a mapping such as {{'enable_thinking': False}}."
+        )
+    for key in kwargs:
+        if key in _OWN_ARGUMENTS:
+            raise ValueError(
+                f"{where} has {key!r}={kwargs[key]!r:.100}, which is passed on anyway: "
+                f"{_OWN_ARGUMENTS[key]}."
+            )
+
+
+def check_prompt(prompt: Any, where: str) -> None:
+    """Raise unless `prompt` is non-empty text or a list of messages that can be continued."""
+    if isinstance(prompt, str) and prompt.strip():
+        return
+    if not (isinstance(prompt, list) and prompt and all(_is_message(m) for m in prompt)):
+        raise TypeError(
+            f"{where}: the prompt is {prompt!r:.200}; expected non-empty text or a non-empty list "
+            'of messages such as [{"role": "user", "content": "…"}].'
+        )
+    for index, message in enumerate(prompt):
+        check_message(message, f"{where}, message {index}")
+    if prompt[-1]["role"] not in ("user", "assistant", "tool"):
+        raise ValueError(
+            f"{where}: the last message has the role {prompt[-1]['role']!r}; a chat prompt "
+            "ends with a user turn (or an assistant turn to continue)."
+        )
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and ("content" in message or bool(message.get("tool_calls")))
+    )
+
+
+def check_message(message: Mapping[str, Any], where: str) -> None:
+    """Raise TypeError unless a message's content is text, parts of text, or None beside tool calls."""
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return
+    if isinstance(content, list) and content:
+        other = next((p for p in content if not _is_text_part(p)), None)
+        if other is None:
+            return
+        content = f"a list with the part {other!r:.200}"
+    else:
+        content = f"{content!r:.200}"
+    raise TypeError(
+        f"{where} (role {message.get('role')!r}): the content is {content}; expected text, or parts "
+        'such as {"type": "text", "text": "…"}. Rounds work on text: images and audio are not '
+        "supported. Only an assistant turn with `tool_calls` may have no content."
+    )
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, Mapping)
+        and part.get("type", "text") == "text"
+        and isinstance(part.get("text"), str)
+    )
+
+
+def check_embedded(
+    ids: list[int], tokenizer: Any, num_embeddings: int | None, where: str
+) -> list[int]:
+    """Return the tokens, or raise ValueError for those that the model has no embedding for."""
+    if num_embeddings is not None and max(ids, default=0) >= num_embeddings:
+        unknown = sorted({i for i in ids if i >= num_embeddings})
+        raise ValueError(
+            f"{where} has the tokens {tokenizer.convert_ids_to_tokens(unknown)}, for which the model "
+            f"has no embedding: it has {num_embeddings}, the tokenizer {len(tokenizer)} tokens. Call "
+            "`model.resize_token_embeddings(len(tokenizer))` first, or use the tokenizer that the "
+            "model was trained with."
+        )
+    return ids
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Yield every text in a prompt, a solution or the parts of one; keys are left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from texts_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_of(item)
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """Return the text of a message's content, its parts joined; "" where it has none."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content or ())
+
+
+def check_encodable(value: Any, where: str) -> None:
+    """Raise ValueError for text that no tokenizer can read."""
+    for text in texts_of(value):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where} has a lone surrogate ({text[error.start]!r} at character {error.start}), "
+                "which is no valid Unicode text. Clean it with "
+                '`text.encode("utf-8", "replace").decode()`.'
+            ) from error
+
+
+def canonical_prompt(prompt: Any) -> str:
+    """Return a text that is equal for equal prompts, whatever the order of keys."""
+    return json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def load_heldout_sets(
+    eval_dataset: Any,
+    train_rows: list[PromptRow],
+    load_rows: Callable[[Any, str], list[PromptRow]] = load_prompt_rows,
+) -> dict[str, list[PromptRow]]:
+    """Return the held-out sets by name ("" for a single one), none of them seen in training.
+
+    Raises:
+        ValueError: A held-out prompt is also a training prompt, whatever its solution, or a set
+            has a name that can't be part of a path.
+    """
+    if eval_dataset is None:
+        return {}
+    if isinstance(eval_dataset, dict):
+        _check_set_names(eval_dataset)
+        named = eval_dataset
+    else:
+        named = {"": eval_dataset}
+    sets = {name: load_rows(dataset, _heldout_label(name)) for name, dataset in named.items()}
+    refuse_seen_heldout(sets, train_rows, "train_dataset")
+    return sets
+
+
+def _check_set_names(sets: Mapping[Any, Any]) -> None:
+    for name in sets:
+        if not isinstance(name, str) or not _SET_NAME.fullmatch(name):
+            raise ValueError(
+                f"`eval_dataset` has a set named {name!r:.200}. The name becomes part of folders "
+                "and metrics: use up to 100 letters, digits, spaces, '_', '-', '+' and '.', such "
+                "as 'math_algebra'."
+            )
+    folded = [name.casefold() for name in sets]
+    if len(set(folded)) < len(folded):
+        raise ValueError(
+            f"`eval_dataset` has sets whose names differ in case alone: {sorted(sets)}. Some file "
+            "systems can't tell them apart: rename one."
+        )
+
+
+def _heldout_label(name: str) -> str:
+    return f"eval_dataset[{name!r}]" if name else "eval_dataset"
+
+
+def refuse_seen_heldout(
+    sets: Mapping[str, Sequence[PromptRow]], rows: Sequence[PromptRow], source: str
+) -> None:
+    """Raise ValueError if a held-out prompt is among those that are trained on.
+
+    Args:
+        sets: Held-out prompts by name.
+        rows: Those trained on.
+        source: What to call the dataset that they are from.
+    """
+    trained_on = {row.question: row for row in rows}
+    for name, heldout in sets.items():
+        label = _heldout_label(name)
+        shared = [row for row in heldout if row.question in trained_on]
+        if shared:
+            twin = trained_on[shared[0].question]
+            raise ValueError(
+                f"{len(shared)} of {len(heldout)} prompts of `{label}` are in `{source}` "
+                f"as well (row {shared[0].row_index} is row {twin.row_index} there). A held-out "
+                "score on them means nothing: remove them from one of the two."
+            )

@@ -1,0 +1,146 @@
+"""The record of one completion, and the Parquet files that keep such records.
+
+In: completions as a sampler produced them. Out: `Rollout`s, the only thing that passes between
+the stages of a round, and shards on disk that are either whole or absent.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trl_selfplay.disk import BRING_BACK, naming_damage, save_table
+from trl_selfplay.generation.random_streams import Phase
+from trl_selfplay.generation.sampler import Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion of one prompt, with the exact tokens that were sampled.
+
+    Attributes:
+        round_index: The round that sampled it, counted from 0; -1 is the untrained model.
+        phase: "train", "hint", "eval", or "gold" (a human completion, `round_index` -1).
+        prompt_id: 128-bit hash of the canonical JSON of (prompt, solution), and of the row's
+            `tools` and `chat_template_kwargs` where it has any, as 32 hex digits.
+        sample_index: Which of the prompt's samples; hinted ones go on at `num_generations`.
+        prompt_ids: Tokens that the model was conditioned on, few-shot examples and hint included.
+        completion_ids: Tokens that the policy produced; EOS only if it was sampled.
+        prompt: `prompt_ids` as text, for people. Training never reads it.
+        completion: `completion_ids` as text without special tokens, for graders and people.
+        finish: "eos", "stop" (a stop string) or "length" (cut).
+        hinted: Sampled with the answer as hint (rationalization).
+        logprob: Sum over the completion under the distribution it was sampled from, or None.
+        reward: Weighted sum of `rewards`, or None where every function abstained.
+        rewards: Each function's own score, None where it abstained; empty while ungraded.
+    """
+
+    round_index: int
+    phase: Phase
+    prompt_id: str
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    prompt: str
+    completion: str
+    finish: Finish
+    hinted: bool = False
+    logprob: float | None = None
+    reward: float | None = None
+    rewards: tuple[float | None, ...] = ()
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether reward functions have seen it."""
+        return len(self.rewards) > 0
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether it was cut by length; such a completion is never trained on."""
+        return self.finish == "length"
+
+    def passes(self, threshold: float) -> bool:
+        """Say whether it ended by itself with a reward at the threshold or above."""
+        return not self.is_truncated and self.reward is not None and self.reward >= threshold
+
+
+SCHEMA = pa.schema(
+    [
+        ("round_index", pa.int32()),
+        ("phase", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("finish", pa.string()),
+        ("hinted", pa.bool_()),
+        ("logprob", pa.float64()),
+        ("reward", pa.float64()),
+        ("rewards", pa.list_(pa.float64())),
+    ]
+)
+
+
+def hash_prompt(
+    prompt: Any, solution: Any, template_arguments: Mapping[str, Any] | None = None
+) -> str:
+    """Return a row's `prompt_id`: 32 hex digits, equal everywhere.
+
+    Args:
+        prompt: The prompt.
+        solution: Its solution.
+        template_arguments: What else the row gives the chat template; None or nothing leaves the
+            id that of prompt and solution.
+    """
+    row = [prompt, solution, dict(template_arguments)] if template_arguments else [prompt, solution]
+    canonical = json.dumps(
+        row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
+    )
+    # Half a surrogate pair, which Python text may hold, has no UTF-8.
+    encoded = canonical.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+
+
+def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Write one shard so that a reader sees either all of it or nothing.
+
+    Raises:
+        OSError: The disk is full or the folder can't be written; the shard is then absent, or
+            what it was before.
+    """
+    columns = {
+        field.name: pa.array(
+            [
+                list(value) if isinstance(value := getattr(r, field.name), tuple) else value
+                for r in rollouts
+            ],
+            type=SCHEMA.field(field.name).type,
+        )
+        for field in fields(Rollout)
+    }
+    save_table(path, pa.table(columns, schema=SCHEMA))
+
+
+def load_rollouts(path: Path, remedy: str = BRING_BACK) -> list[Rollout]:
+    """Read one shard back.
+
+    Raises:
+        DamagedFileError: The file is cut short, isn't Parquet or lacks a column.
+    """
+    with naming_damage(path, remedy):
+        rows = pq.read_table(path).select(SCHEMA.names).cast(SCHEMA).to_pylist()
+        return [_rollout(row) for row in rows]
+
+
+def _rollout(row: dict[str, Any]) -> Rollout:
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+    }
+    return Rollout(**values)

@@ -1,0 +1,595 @@
+"""Turn prompts into the token ids that a model is conditioned on.
+
+In: `PromptRow`s, few-shot examples, a hint formatter, the tokenizer and the time at which the run
+began. Out: token ids, with or without the few-shot examples, with or without the hint (STaR, arXiv
+2203.14465, sections 3.1 and 3.3), and errors or warnings where the chat template leaves out what a
+row holds. Nothing of it changes during a run: `Rendering` is what is written down.
+"""
+
+import json
+import logging
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from trl_selfplay.disk import save_text
+from trl_selfplay.rollouts.prompts import (
+    HintFormatter,
+    Messages,
+    Prompt,
+    PromptRow,
+    check_embedded,
+    check_message,
+    check_prompt,
+    message_text,
+    texts_of,
+)
+
+logger = logging.getLogger(__name__)
+
+# What a chat template calls for the time of day.
+_CLOCK = "strftime_now"
+# How a template that doesn't know parts of content writes them, without white space.
+_PART_AS_CODE = ("'type':'text'", '"type":"text"')
+
+
+@dataclass(frozen=True, slots=True)
+class FewShotExample:
+    """A worked example that stands before the prompt while sampling."""
+
+    prompt: Prompt
+    completion: str
+    solution: Any
+
+
+def load_few_shot_examples(
+    examples: Sequence[Mapping[str, Any]] | None, conversational: bool
+) -> tuple[FewShotExample, ...]:
+    """Check few-shot examples and bring them into the dataset's form.
+
+    Args:
+        examples: Mappings with `prompt`, `completion` and `solution`.
+        conversational: Whether the dataset's prompts are chat messages. A plain-text example is
+            then made a user turn and an assistant turn.
+
+    Raises:
+        ValueError: A key is missing, or an example is chat messages where the dataset is text.
+        TypeError: A completion is neither text nor messages.
+    """
+    checked = []
+    for index, example in enumerate(examples or ()):
+        where = f"few_shot_examples[{index}]"
+        if missing := {"prompt", "completion", "solution"} - set(example):
+            raise ValueError(
+                f"{where} lacks {sorted(missing)}; each example needs `prompt`, `completion` (the "
+                "rationale with its answer) and `solution`."
+            )
+        prompt = example["prompt"]
+        check_prompt(prompt, where)
+        completion = _completion_text(example["completion"], where)
+        if conversational and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if not conversational and not isinstance(prompt, str):
+            raise ValueError(
+                f"{where} is a list of chat messages, but the dataset's prompts are plain text. "
+                "Give the example's prompt as text."
+            )
+        checked.append(FewShotExample(prompt, completion, example["solution"]))
+    return tuple(checked)
+
+
+def _completion_text(completion: Any, where: str) -> str:
+    if isinstance(completion, list) and completion and isinstance(completion[-1], Mapping):
+        check_message(completion[-1], f"{where}: `completion`")
+        completion = message_text(completion[-1])
+    if not isinstance(completion, str) or not completion.strip():
+        raise TypeError(
+            f"{where}: the completion is {completion!r:.200}; expected the text of a rationale with "
+            "its answer, or one assistant message with it."
+        )
+    return completion
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """What renders the prompts of a run beside its configuration and its rows.
+
+    Attributes:
+        time: What a chat template that asks for the time is told: when the run began, in ISO 8601.
+        chat_template: The template's text, or texts by name; None for plain-text prompts.
+    """
+
+    time: str
+    chat_template: Any
+
+
+def read_start(path: Path) -> datetime:
+    """Return when the run began that `path` belongs to, or now where none has.
+
+    Raises:
+        ValueError: The file can't be read.
+    """
+    if not path.exists():
+        return datetime.now().replace(microsecond=0)
+    return datetime.fromisoformat(_read(path).time)
+
+
+def keep_rendering(rendering: Rendering, path: Path) -> None:
+    """Compare with what is on disk, or write it down for the first time.
+
+    Raises:
+        ValueError: The run was begun with another chat template.
+    """
+    if path.exists():
+        recorded = _read(path).chat_template
+        if None not in (recorded, rendering.chat_template) and recorded != rendering.chat_template:
+            raise ValueError(
+                f"the chat template is not the one that this run began with, so its prompts would "
+                f"be others. Set `tokenizer.chat_template` to the `chat_template` in {path} to go "
+                "on with that run, or choose another output_dir."
+            )
+        return
+    save_text(path, json.dumps(asdict(rendering), indent=1))
+
+
+def _read(path: Path) -> Rendering:
+    try:
+        return Rendering(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} can't be read ({error}). It holds the time that the run's prompts were rendered "
+            "with: bring it back, or delete it to go on with the time of now."
+        ) from error
+
+
+class PromptFormatter:
+    """Renders prompts as token ids.
+
+    Plain text: the examples' `prompt + completion`, each followed by a blank line, then the
+    prompt. Chat: the examples as user and assistant turns after a leading system message, then
+    the conversation, through the model's chat template, which gets the row's `tools` and
+    `chat_template_kwargs` as in TRL. An example whose prompt is the row's own is left out for that
+    row.
+
+    Args:
+        tokenizer: Its chat template renders messages.
+        few_shot_examples: From `load_few_shot_examples`.
+        hint_formatter: Shows the answer in a prompt.
+        chat_template_kwargs: For all rows; a row's own win.
+        sanitize_control_tokens: Read special tokens in the rows' text as plain text.
+        start: The time that the chat template is told; None is now.
+        num_embeddings: The model's; tokens beyond them are an error. None doesn't look.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        few_shot_examples: Sequence[FewShotExample] = (),
+        hint_formatter: HintFormatter | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        sanitize_control_tokens: bool = False,
+        start: datetime | None = None,
+        num_embeddings: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.num_embeddings = num_embeddings
+        self.few_shot_examples = tuple(few_shot_examples)
+        self.hint_formatter = hint_formatter
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.sanitize_control_tokens = sanitize_control_tokens
+        self.start = start or datetime.now()
+        self._bos: list[int] | None = None
+
+    def token_ids(self, row: PromptRow, *, few_shot: bool, hinted: bool = False) -> tuple[int, ...]:
+        """Return the prompt's token ids, with the generation prompt of a chat template.
+
+        Args:
+            row: The prompt.
+            few_shot: Put the few-shot examples before it.
+            hinted: Show the answer, in the examples as in the prompt itself.
+
+        Raises:
+            ValueError: A chat prompt that can't be rendered, or no chat template.
+        """
+        examples = self._examples(row) if few_shot else []
+        prompt = self._with_hint(row.prompt, row.solution) if hinted else row.prompt
+        shown = [
+            (self._with_hint(e.prompt, e.solution) if hinted else e.prompt, e.completion)
+            for e in examples
+        ]
+        if isinstance(prompt, str):
+            text = "".join(f"{before}{after}\n\n" for before, after in shown) + prompt
+            return tuple(self.text_ids(text))
+        return tuple(self.chat_ids(_turns(prompt, shown), row))
+
+    def _examples(self, row: PromptRow) -> list[FewShotExample]:
+        """Return the few-shot examples for a row: all but one that asks the same."""
+        return [e for e in self.few_shot_examples if e.prompt != row.prompt]
+
+    def _with_hint(self, prompt: Prompt, solution: Any) -> Prompt:
+        if self.hint_formatter is None:
+            raise ValueError("a hinted prompt needs a hint_formatter")
+        return self.hint_formatter(prompt, solution)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the tokens of plain text as a prompt: begun once, not ended."""
+        ids = self._encode(text)
+        # A text that was rendered before has its own first tokens.
+        if self._bos is None:
+            self._bos = self._strip_eos(self._encode(""))
+        if self._bos and ids[: 2 * len(self._bos)] == 2 * self._bos:
+            ids = ids[len(self._bos) :]
+        return self._strip_eos(ids)
+
+    def _strip_eos(self, ids: list[int]) -> list[int]:
+        """Some tokenizers end every text with EOS; a prompt that ends there can't go on."""
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def continuation_ids(self, text: str) -> list[int]:
+        """Return the tokens of plain text that follows other text, as a model would sample them."""
+        # Behind a line break, since SentencePiece puts a space before the start of a text.
+        before, both = self._encode("\n", False), self._encode(f"\n{text}", False)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+        return self._encode(text, False)
+
+    def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        how = {"split_special_tokens": True} if self.sanitize_control_tokens else {}
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens, **how)["input_ids"]
+        if self.sanitize_control_tokens:
+            self._refuse_unsplit(text)
+        return check_embedded(list(ids), self.tokenizer, self.num_embeddings, repr(text[:200]))
+
+    def _refuse_unsplit(self, text: str) -> None:
+        bare = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        control = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        if unsplit := control & {*bare["input_ids"]}:
+            raise ValueError(
+                "sanitize_control_tokens=True, but the tokenizer's vocabulary of plain text has "
+                f"{self.tokenizer.decode([*unsplit])!r} too, which is in {text[:200]!r}. Remove it "
+                "from the data."
+            )
+
+    def chat_ids(self, messages: Messages, row: PromptRow, *, complete: bool = False) -> list[int]:
+        """Return the tokens of messages that belong to a row, rendered like its prompt.
+
+        Args:
+            messages: The conversation.
+            row: Whose `tools` and `chat_template_kwargs` the template gets.
+            complete: The last message is the completion, and the generation prompt is left out.
+
+        Raises:
+            ValueError: They can't be rendered; the error names the row.
+        """
+        sanitize = {"sanitize_control_tokens": True} if self.sanitize_control_tokens else {}
+        ids = self._render(messages, row, complete, tokenize=True, return_dict=False, **sanitize)
+        return check_embedded(ids, self.tokenizer, self.num_embeddings, row.where)
+
+    def _render(self, messages: Messages, row: PromptRow, complete: bool, **how: Any) -> Any:
+        continues = not complete and messages[-1]["role"] == "assistant"
+        arguments = {**self.chat_template_kwargs, **self._row_kwargs(row)}
+        tokenizer: Any = self.tokenizer  # its stubs don't follow `tokenize` and `return_dict`
+        template = self.template_text(row)
+        if template is not None and _CLOCK in template:
+            how["chat_template"] = _stopped_clock(self.start) + template
+        try:
+            return tokenizer.apply_chat_template(
+                messages,
+                tools=row.template_arguments.get("tools"),
+                add_generation_prompt=not complete and not continues,
+                continue_final_message=continues,
+                **how,
+                **arguments,
+            )
+        except Exception as error:
+            raise ValueError(
+                f"{row.where}: the chat template can't render this prompt "
+                f"({type(error).__name__}: {error}). The messages are {messages!r:.400}. Change the "
+                "row, or use a chat template that knows such messages."
+            ) from error
+
+    def _row_kwargs(self, row: PromptRow) -> Mapping[str, Any]:
+        return row.template_arguments.get("chat_template_kwargs", {})
+
+    def template_text(self, row: PromptRow) -> str | None:
+        """Return the chat template for a row; None where the tokenizer renders without one.
+
+        Raises:
+            ValueError: The tokenizer has no chat template.
+        """
+        try:
+            return self.tokenizer.get_chat_template(tools=row.template_arguments.get("tools"))
+        except NotImplementedError:  # renders in code, as Mistral's own tokenizer class does
+            return None
+        except ValueError as error:
+            if _renders_in_code(self.tokenizer):
+                return None
+            raise ValueError(
+                "the prompts are chat messages, but the tokenizer of "
+                f"{self.tokenizer.name_or_path!r} has no chat template. Use an instruct model, set "
+                "`chat_template_path`, or give the prompts as plain text."
+            ) from error
+
+    def rendering(self, conversational: bool) -> Rendering:
+        """Return what to write down of a run's rendering."""
+        template = self.tokenizer.chat_template if conversational else None
+        return Rendering(self.start.isoformat(), template)
+
+    def check_rows(self, rows: Sequence[PromptRow], few_shot: bool) -> None:
+        """Raise or warn where the chat template leaves out what rows hold.
+
+        Args:
+            rows: Those to look at; of the longest and of each kind a few are enough.
+            few_shot: Whether prompts are shown with the few-shot examples.
+
+        Raises:
+            ValueError: A user turn or an example's completion is not in the rendered prompt.
+        """
+        if not rows:
+            return
+        if not rows[0].is_conversational:
+            self._warn_unread_columns(rows)
+            return
+        dropped: dict[str, PromptRow] = {}
+        for row in rows:
+            for what in self._dropped(row, few_shot):
+                dropped.setdefault(what, row)
+        for what, row in dropped.items():
+            logger.warning(
+                "the chat template doesn't use %s (%s is the first such row): prompts are "
+                "rendered without. Use a chat template that does, or remove it.",
+                what,
+                row.where,
+            )
+
+    def _warn_unread_columns(self, rows: Sequence[PromptRow]) -> None:
+        for name in ("tools", "chat_template_kwargs"):
+            if any(row.columns.get(name) for row in rows):
+                logger.warning(
+                    "`%s` has a column `%s`, which is for chat templates, and its prompts are plain "
+                    "text: the prompts are rendered without it.",
+                    rows[0].source,
+                    name,
+                )
+        if self.chat_template_kwargs:
+            logger.warning(
+                "chat_template_kwargs=%r has no effect: the prompts are plain text.",
+                self.chat_template_kwargs,
+            )
+
+    def _dropped(self, row: PromptRow, few_shot: bool) -> list[str]:
+        """Return what of a row the chat template leaves out, in words."""
+        prompt: Any = row.prompt
+        examples = self._examples(row) if few_shot else []
+        turns = _turns(prompt, [(e.prompt, e.completion) for e in examples])
+        template = self.template_text(row)
+        rendered = self._visible(turns, row, template)
+        dropped = []
+        for message in prompt:
+            texts = _texts(message)
+            lost = [text for text in texts if _squeezed(text) not in rendered]
+            has_parts = isinstance(message.get("content"), list)
+            if has_parts and any(code in rendered for code in _PART_AS_CODE):
+                lost = texts
+            if lost and message["role"] == "user":
+                raise ValueError(
+                    f"{row.where}: the chat template leaves out what the user says, or writes it "
+                    f"as code: {lost[0]!r:.200}. Give the message's content as "
+                    f"{'text' if has_parts else 'a list of parts'}, or use another chat template."
+                )
+            if lost and message["role"] != "assistant":  # thoughts of earlier turns go by design
+                dropped.append(f"messages with the role {message['role']!r}")
+        self._check_examples(row, rendered, examples)
+        if row.template_arguments.get("tools"):
+            others = {k: v for k, v in row.template_arguments.items() if k != "tools"}
+            bare = replace(row, template_arguments=others)
+            if self._visible(turns, bare, self.template_text(bare)) == rendered:
+                dropped.append("the column `tools`")
+        if template is not None:
+            given = {*self.chat_template_kwargs, *self._row_kwargs(row)}
+            unread = (n for n in sorted(given) if not re.search(rf"\b{re.escape(n)}\b", template))
+            dropped += [f"chat_template_kwargs {name!r}" for name in unread]
+        return dropped
+
+    def _check_examples(
+        self, row: PromptRow, rendered: str, examples: Sequence[FewShotExample]
+    ) -> None:
+        for example in examples:
+            if _squeezed(example.completion) not in rendered:
+                raise ValueError(
+                    f"few_shot_examples[{self.few_shot_examples.index(example)}]: the chat template "
+                    f"leaves out part of the completion {example.completion!r:.200} in the prompt "
+                    f"of {row.where}, so the example would teach to answer without that part. Many "
+                    "templates remove thoughts (<think>) from earlier turns: write the rationale "
+                    "without such tags, or set a `tokenizer.chat_template` that keeps them (for "
+                    "Qwen3, trl.get_training_chat_template(tokenizer) returns one)."
+                )
+
+    def _visible(self, messages: Messages, row: PromptRow, template: str | None) -> str:
+        """Return what is rendered as text without white space."""
+        if template is not None:
+            return _squeezed(self._render(messages, row, False, tokenize=False))
+        decoded: Any = self.tokenizer.decode(self.chat_ids(messages, row))
+        return _squeezed(decoded)
+
+    def warn_control_tokens(self, rows: Sequence[PromptRow], with_solutions: bool) -> None:
+        """Say how many rows have special tokens in their own text.
+
+        Args:
+            rows: Of one dataset.
+            with_solutions: Whether the solutions are read by the model too, as hints or data.
+        """
+        if self.sanitize_control_tokens or not rows or _renders_in_code(self.tokenizer):
+            return
+        tokens = special_tokens(self.tokenizer)
+        if not tokens:
+            return
+        pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+        found: list[tuple[PromptRow, str]] = []
+        for row in rows:
+            own = [row.prompt, row.template_arguments, row.solution if with_solutions else None]
+            # An EOS that ends a text is what ends it; one inside is not.
+            eos = str(self.tokenizer.eos_token)
+            texts = (text.rstrip().removesuffix(eos) for text in texts_of(own))
+            if match := next((m for text in texts if (m := pattern.search(text))), None):
+                found.append((row, match[0]))
+        if found:
+            row, token = found[0]
+            logger.warning(
+                "`%s`: %d of %d rows have special tokens in their text (row %d: %r), which the model "
+                "reads as control tokens, as in TRL. That is meant where prompts were rendered "
+                "before; where users wrote them, set sanitize_control_tokens=True to read them as "
+                "plain text, or remove them.",
+                row.source,
+                len(found),
+                len(rows),
+                row.row_index,
+                token,
+            )
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """Return the texts that a tokenizer reads as special tokens."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+
+
+def _renders_in_code(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether a tokenizer's class renders messages itself, without a Jinja template."""
+    own = type(tokenizer).apply_chat_template
+    return (
+        tokenizer.chat_template is None and own is not PreTrainedTokenizerBase.apply_chat_template
+    )
+
+
+def _turns(prompt: Messages, shown: Sequence[tuple[Prompt, str]]) -> Messages:
+    """Return a conversation: the system message, the examples as turns, then the prompt."""
+    system = prompt[:1] if prompt[0]["role"] == "system" else []
+    turns: Messages = list(system)
+    for before, after in shown:
+        assert not isinstance(before, str)  # `load_few_shot_examples` has made it chat
+        turns += [m for m in before if m["role"] != "system"]
+        turns.append({"role": "assistant", "content": after})
+    return turns + prompt[len(system) :]
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    """Return a message's content as texts, one for each part."""
+    content = message.get("content")
+    return [content] if isinstance(content, str) else [part["text"] for part in content or ()]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _stopped_clock(now: datetime) -> str:
+    """Return a Jinja macro that stands in for the template's clock and always shows one time.
+
+    A variable of the same name can't: transformers lets only plain data into a template.
+    """
+    shown = {}
+    for letter in string.ascii_letters:
+        for directive in (f"%{letter}", f"%-{letter}"):
+            try:
+                text = now.strftime(directive)
+            except ValueError:  # unknown to this system
+                continue
+            if text.lstrip("%") != directive.lstrip("%"):
+                shown[directive] = text
+    return (
+        f"{{%- macro {_CLOCK}(format) -%}}"
+        '{%- set shown = namespace(text=format | replace("%%", "\\0")) -%}'
+        f"{{%- for directive, text in {json.dumps(shown)}.items() -%}}"
+        "{%- set shown.text = shown.text | replace(directive, text) -%}{%- endfor -%}"
+        '{{- shown.text | replace("\\0", "%") -}}'
+        "{%- endmacro -%}"
+    )
+
+
+def check_lengths(
+    rows: Sequence[PromptRow],
+    lengths: Sequence[int],
+    max_completion_length: int,
+    context_length: int | None,
+    name: str,
+) -> None:
+    """Raise if a prompt and its completion can't fit the model's context.
+
+    Args:
+        rows: The prompts.
+        lengths: Their lengths in tokens, as sampled from (few-shot examples and hint included).
+        max_completion_length: Most tokens of a completion.
+        context_length: Most positions of the model, None if it has no limit.
+        name: What to call the dataset in the error.
+
+    Raises:
+        ValueError: With the number of such rows, the longest one and the remedy.
+    """
+    if context_length is None:
+        return
+    too_long = [
+        (length, row)
+        for length, row in zip(lengths, rows, strict=True)
+        if length + max_completion_length > context_length
+    ]
+    if too_long:
+        length, row = max(too_long, key=lambda pair: pair[0])
+        raise ValueError(
+            f"{len(too_long)} of {len(rows)} prompts of `{name}` don't fit the model's context of "
+            f"{context_length} tokens: row {row.row_index} has {length} tokens (few-shot examples "
+            f"and hint included) and `max_completion_length` is {max_completion_length}. Filter "
+            "such rows out, use fewer few-shot examples, or lower `max_completion_length`."
+        )
+
+
+def check_training_lengths(
+    rows: Sequence[PromptRow],
+    render: Callable[[PromptRow], tuple[int, ...]],
+    max_length: int | None,
+    max_completion_length: int,
+    sample: Sequence[PromptRow],
+) -> None:
+    """Refuse prompts that leave no room for a completion in training; warn of little room.
+
+    Args:
+        rows: All prompts.
+        render: Returns a prompt's tokens as trained on.
+        max_length: Most tokens of prompt and completion in training; None is no limit.
+        max_completion_length: Most tokens of a completion.
+        sample: The rows that are likely to be the longest; all are looked at if one of these is
+            too long.
+
+    Raises:
+        ValueError: With the indices of such rows and the remedy.
+    """
+    if max_length is None or not sample:
+        return
+    lengths = [len(render(row)) for row in sample]
+    if max(lengths) >= max_length:
+        too_long = sorted(row.row_index for row in rows if len(render(row)) >= max_length)
+        shown = ", ".join(map(str, too_long[:10])) + (", …" if len(too_long) > 10 else "")
+        raise ValueError(
+            f"{len(too_long)} of {len(rows)} prompts of `{sample[0].source}` have {max_length} "
+            f"tokens or more by themselves (rows {shown}), and max_length={max_length} must hold "
+            "prompt and completion: nothing that is sampled for them could be trained on. Raise "
+            "max_length, or remove these rows."
+        )
+    if max(lengths) + max_completion_length > max_length:
+        logger.warning(
+            "max_length=%d holds prompt and completion, and prompts have up to %d tokens beside "
+            "max_completion_length=%d: completions of more than %d tokens will be sampled and "
+            "left out. Set max_length=%d to keep all, or lower max_completion_length.",
+            max_length,
+            max(lengths),
+            max_completion_length,
+            max_length - max(lengths),
+            max(lengths) + max_completion_length,
+        )

@@ -1,0 +1,69 @@
+"""Turn selected rollouts into the rows that the parent trainer trains on.
+
+In: selected rollouts and their unhinted training prompts. Out: a dataset of `input_ids` and
+`labels`, final: nothing downstream tokenizes, truncates or masks again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from trl_selfplay.rollouts.record import Rollout
+
+IGNORE_INDEX = -100
+WEIGHT = "weight"
+# Rewards and the number of tokens to learn of each row → the weight of each row.
+RowWeights = Callable[[Sequence[float | None], Sequence[int]], list[float]]
+
+
+def training_completion_ids(rollout: Rollout, eos_token_id: int) -> tuple[int, ...]:
+    """Return the tokens to learn after the prompt: exactly those that were sampled.
+
+    A completion that a stop string ended has no EOS of its own; one is added so that the model
+    learns to stop there.
+    """
+    if rollout.finish == "stop":
+        return (*rollout.completion_ids, eos_token_id)
+    return rollout.completion_ids
+
+
+def build_training_rows(
+    rollouts: Sequence[Rollout],
+    prompt_ids: Mapping[str, tuple[int, ...]],
+    eos_token_id: int,
+    seed: int,
+    weigh: RowWeights | None = None,
+    completion_only: bool = True,
+) -> Dataset:
+    """Build the dataset of one round, shuffled under `seed`.
+
+    Args:
+        rollouts: The selected ones, in an order that doesn't depend on how they were sampled.
+        prompt_ids: For each prompt id the tokens of the prompt as trained on: without the hint,
+            and without few-shot examples unless configured.
+        eos_token_id: Added after completions that a stop string ended.
+        seed: Of the shuffle. The parent draws the same row order in every round, so the rows
+            themselves are put in a new order.
+        completion_only: Learn the completions alone, or prompts as well.
+        weigh: Gives each row its value in the column `weight`; None adds no column.
+
+    Returns:
+        Columns `input_ids` and `labels` (-100 on prompt tokens that aren't learnt), and `weight` if asked for.
+
+    Source: STaR, arXiv 2203.14465, Eq. 2: the gradient is that of log p(rationale, answer | x),
+    with x unhinted, so prompt tokens carry no loss.
+    """
+    input_ids, labels = [], []
+    for rollout in rollouts:
+        prompt = prompt_ids[rollout.prompt_id]
+        completion = training_completion_ids(rollout, eos_token_id)
+        input_ids.append([*prompt, *completion])
+        learnt = [IGNORE_INDEX] * len(prompt) if completion_only else prompt
+        labels.append([*learnt, *completion])
+    columns: dict[str, list[Any]] = {"input_ids": input_ids, "labels": labels}
+    if weigh is not None:
+        lengths = [sum(label != IGNORE_INDEX for label in row[1:]) for row in labels]
+        columns[WEIGHT] = weigh([r.reward for r in rollouts], lengths)
+    rows = Dataset.from_dict(columns)
+    return rows.shuffle(seed=seed).flatten_indices()

@@ -1,0 +1,99 @@
+"""Try out one training step before hours are spent on sampling, and undo it.
+
+In: a trainer, and rows in the form that its parent trains on. Out: nothing, or the parent's own
+error: an unknown optimizer, wrong arguments of a scheduler, an unknown loss, a collator that
+doesn't fit. Weights, gradients, random states, modes and the trainer are afterwards as before.
+
+What only exists once the parent has wrapped the model (DDP, FSDP, DeepSpeed, compilation) isn't
+tried out, nor is the memory that real rows need.
+"""
+
+import copy
+import random
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from trl_selfplay.rounds.training import free_optimizer
+
+# Of the schedule, where the number of steps isn't known before there are rows.
+_USUAL_STEPS = 1000
+
+
+def try_step(trainer: Any, row: Dataset) -> None:
+    """Collate a batch, compute loss and gradients, create optimizer and scheduler; undo it all.
+
+    Costs a forward and a backward over a few tokens, and for a moment the memory of the gradients.
+
+    Args:
+        trainer: A `transformers.Trainer` that has not begun to train.
+        row: One row, as the trainer's own dataset holds it.
+
+    Raises:
+        Exception: Whatever the parent raises, with a note that says when.
+    """
+    with _undone(trainer):
+        copies = trainer.args.train_batch_size * trainer.accelerator.num_processes
+        trainer.train_dataset = Dataset.from_list(row.to_list() * copies)
+        batches = iter(trainer.get_train_dataloader())
+        [inputs], num_items = trainer.get_batch_samples(batches, 1, trainer.args.device)
+        deque(batches, maxlen=0)  # else accelerate goes on counting the loader as the current one
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            return  # they need the model wrapped
+        trainer.current_gradient_accumulation_steps = 1
+        _switch_checkpointing_on(trainer)
+        trainer.training_step(trainer.model, inputs, num_items)
+        trainer.create_optimizer_and_scheduler(_num_steps(trainer.args))
+
+
+def _switch_checkpointing_on(trainer: Any) -> None:
+    """Checkpoint activations as the parent's `train` would, so that wrong arguments are found."""
+    args = trainer.args
+    if not args.gradient_checkpointing:
+        return
+    options = dict(args.gradient_checkpointing_kwargs or {})
+    own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    # The name before transformers 5.23; the other one alone once 5.23 is the oldest.
+    old_name = getattr(trainer.model, "gradient_checkpointing_enable", None)
+    enable = getattr(trainer.model, "activation_checkpointing_enable", old_name)
+    if enable is not None:
+        enable(options or None, **own)
+
+
+def _num_steps(args: Any) -> int:
+    steps = (args.round_max_steps or [args.max_steps])[0]
+    return steps if steps > 0 else _USUAL_STEPS
+
+
+@contextmanager
+def _undone(trainer: Any) -> Iterator[None]:
+    """Put trainer, modes and random states back as they were, also after an exception."""
+    attributes = dict(vars(trainer))
+    # Flags of train mode and of checkpointing are attributes of each module.
+    modules = [(module, dict(vars(module))) for module in trainer.model.modules()]
+    states = random.getstate(), np.random.get_state()
+    trainer._metrics = copy.deepcopy(trainer._metrics)  # the loss appends to it
+    try:
+        # Of this process's device alone: a machine's other ones belong to other processes.
+        device = trainer.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    except Exception as error:
+        error.add_note(
+            "This came up in a trial step on a placeholder row, before anything was sampled."
+        )
+        raise
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for module, values in modules:
+            vars(module).clear()
+            vars(module).update(values)
+        vars(trainer).clear()
+        vars(trainer).update(attributes)
+        free_optimizer(trainer)

@@ -1,0 +1,85 @@
+"""A round that kept nothing: stop the run, or raise, and say what the usual reason is.
+
+In: what a round's selection came to. Out: a warning or an error with the funnel and completions.
+"""
+
+import logging
+from typing import Any
+
+from trl_selfplay.rollouts.funnel import Funnel, describe_funnel
+
+logger = logging.getLogger(__name__)
+
+
+class EmptyRoundError(RuntimeError):
+    """A round kept nothing to train on."""
+
+
+def handle_empty_round(args: Any, round_index: int, played: Any) -> None:
+    """Say why a round kept nothing and what to do, with the funnel and three completions.
+
+    Args:
+        args: The trainer's.
+        round_index: The round.
+        played: The `PlayedRound`.
+
+    Raises:
+        EmptyRoundError: Unless `on_empty_round` is "stop", which warns.
+    """
+    examples = "\n".join(
+        f"--- {r.prompt[-200:]!r}\n    → {r.completion[:300]!r} (finish {r.finish}, reward {r.reward})"
+        for r in sorted(played.rollouts, key=lambda r: r.finish == "length")[:3]  # finished first
+    )
+    funnel = played.funnel
+    kept = (
+        " The samples are kept: num_generations, reward_threshold and max_length may change before "
+        "you go on with train(resume_from_checkpoint=True); what changes the sampling needs another "
+        "output_dir."
+        if round_index == 0
+        else ""
+    )
+    message = (
+        f"round {round_index} kept nothing to train on: "
+        f"{describe_funnel(funnel, graded=bool(played.rewards))}. "
+        f"{played.remedy or _remedy(args, played) + kept} Completions:\n{examples}"
+    )
+    if args.on_empty_round == "raise":
+        raise EmptyRoundError(message)
+    logger.warning("stopping: %s", message)
+
+
+def _remedy(args: Any, played: Any) -> str:
+    """Return what to do about a round that rewards left empty."""
+    funnel: Funnel = played.funnel
+    num_too_long = funnel.unhinted.too_long + funnel.hinted.too_long
+    num_abstained = funnel.unhinted.abstained + funnel.hinted.abstained
+    num_sampled = funnel.unhinted.sampled + funnel.hinted.sampled
+    if num_too_long:
+        return (
+            f"{num_too_long} correct completions are longer than max_length={args.max_length} with "
+            "their prompts: raise it."
+        )
+    if num_abstained == num_sampled:
+        names = ", ".join(name for name in played.rewards if name != "mean")
+        return (
+            f"The reward functions ({names}) abstained on all of them: None says that a completion "
+            "has no score, not that it is wrong. Usually the `solution` column can't be read, or a "
+            "function returns None or NaN for what it should give 0.0."
+        )
+    if funnel.unhinted.truncated + funnel.hinted.truncated == num_sampled:
+        return (
+            f"All of them were cut at max_completion_length={args.max_completion_length}, and what "
+            "is cut is never trained on. Raise it, set stop_strings, or check that the model knows "
+            "its EOS token."
+        )
+    highest = max((r.reward for r in played.rollouts if r.reward is not None), default=0.0)
+    level = f"lower reward_threshold={args.reward_threshold} (the highest reward was {highest:g})"
+    if getattr(args, "improve_thresholds", None) is not None:
+        level = f"lower improve_thresholds ({args.improve_thresholds})"
+    elif getattr(args, "loss_weighting", "filter") == "reward":
+        level = "give rewards above 0, which loss_weighting='reward' asks for"
+    return (
+        "A wrong answer format is the usual reason; compare these completions with what the reward "
+        "functions expect. Show the format with few_shot_examples, sample more (num_generations, "
+        f"temperature), raise max_completion_length, or {level}."
+    )

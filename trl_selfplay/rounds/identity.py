@@ -1,0 +1,427 @@
+"""Recognise the run that an output directory belongs to.
+
+In: a trainer and the record of the run that filled its output directory. Out: nothing, a warning
+of what changes the result from here on, or an error that names what differs and when it may:
+rounds of two configurations in one directory would be neither.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import inspect
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_selfplay.disk import naming_damage, save_text
+from trl_selfplay.rollouts.prompts import canonical_prompt
+
+logger = logging.getLogger(__name__)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# When a setting may change on resume. What isn't named may not: samples depend on it.
+
+# Always: how often, how loud, where, and how fast it runs, but not what is computed.
+FREE = _names(
+    """
+    accelerator_config activation_checkpointing activation_checkpointing_kwargs
+    activation_offloading batch_eval_metrics bf16_full_eval chat_template_path
+    dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
+    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
+    dataset_num_proc ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+    ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_eval
+    do_predict do_train enable_jit_checkpoint eval_accumulation_steps eval_delay
+    eval_do_concat_batches eval_on_start eval_packing eval_steps eval_strategy
+    eval_use_gather_object fp16_full_eval fsdp fsdp_config full_determinism
+    gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_model_id
+    hub_private_repo hub_revision hub_strategy hub_token include_for_metrics
+    include_num_input_tokens_seen label_names liger_kernel_config load_best_round_at_end
+    local_rank log_completions log_level log_level_replica log_on_each_node logging_first_step
+    logging_nan_inf_filter logging_steps logging_strategy num_completions_to_print
+    on_empty_round output_dir parallelism_config per_device_eval_batch_size
+    precompute_ref_batch_size precompute_ref_log_probs prediction_loss_only project push_to_hub
+    remove_unused_columns report_to restore_callback_states_from_checkpoint
+    resume_from_checkpoint run_name save_on_each_node save_only_model save_steps save_strategy
+    save_total_limit skip_memory_metrics stop_after_rounds_without_gain tf32 torch_compile
+    torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id
+    trackio_space_id trackio_static_space_id trust_remote_code use_cache use_cpu
+    use_liger_kernel
+    """
+)
+# Until a round has been trained on without a word (but for functions that may have graded samples
+# before), then with a warning: the rounds go on, and
+# come to something else than they would have.
+WARNED = _names(
+    """
+    auto_find_batch_size average_tokens_across_devices dataloader_drop_last
+    gradient_accumulation_steps ignore_data_skip load_best_model_at_end
+    per_device_train_batch_size greater_is_better number_of_processes compute_loss_func_source
+    reward_funcs_source eval_reward_funcs_source
+    """
+)
+# Until a round has been trained on: selection and training alone read them, so that the samples
+# on disk stay valid.
+UNTIL_TRAINED = _names(
+    """
+    adam_beta1 adam_beta2 adam_epsilon beta bf16 completion_only_loss data_seed dataset_kwargs
+    deduplicate deduplicate_against_gold disable_dropout discopop_tau f_alpha_divergence_coef
+    f_divergence_type fp16 gold_ratio history_rounds improve_learning_rate_factor
+    improve_thresholds label_smoothing label_smoothing_factor ld_alpha learning_rate
+    length_column_name loss_type loss_weighting loss_weights lr_scheduler_kwargs
+    lr_scheduler_type max_grad_norm max_length max_per_prompt max_steps neftune_noise_alpha
+    num_generations num_train_epochs optim optim_args optim_target_modules packing
+    packing_strategy pad_to_multiple_of padding_free ref_model_mixup_alpha ref_model_sync_steps
+    reward_threshold router_aux_loss_coef shuffle_dataset start_from sync_ref_model
+    threshold_kind train_sampling_strategy truncation_mode use_weighting warmup_steps
+    weight_decay compute_loss_func leak_filter normal_form optimizer_cls_and_kwargs
+    """
+)
+# May grow: rounds are added at the end.
+MAY_GROW = frozenset({"num_rounds"})
+# One value per round in place of the field named here. Those of finished rounds must stay, and a
+# longer run needs more of them.
+PER_ROUND = {
+    "round_learning_rates": "learning_rate",
+    "round_max_steps": "max_steps",
+    "round_betas": "beta",
+}
+# Fixed, and named so that each field of the configs has its place in one of these.
+FIXED = _names(
+    """
+    assistant_only_loss chat_template_kwargs dataset_text_field eos_token few_shot_in_training
+    few_shot_rounds generation_kwargs max_completion_length metric_for_best_model min_p
+    model_init_kwargs num_generations_eval num_prompts_per_round pad_token rationalize
+    repetition_penalty reward_weights sanitize_control_tokens seed stop_strings temperature
+    temperature_eval top_k top_p warm_up_on_gold
+    """
+)
+_SECRET = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
+_MASK = "(not recorded)"
+_ADAPTERS = "peft_config"
+_HELDOUT = "eval_dataset"
+_VALUES_PER_WEIGHT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What makes a run.
+
+    Attributes:
+        settings: By name. Values in a dict have the dict's name before theirs, with a dot.
+        defaults: What a setting is taken as where a record doesn't name it: it was written by a
+            version of the package, of TRL or of PEFT that doesn't know it.
+    """
+
+    settings: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+def describe_run(
+    config: Any, prompt_ids: Mapping[str, Iterable[str]], other: Mapping[str, Any]
+) -> Description:
+    """Return what must stay equal over all processes of one run.
+
+    Args:
+        config: The trainer's arguments.
+        prompt_ids: For each dataset by name, its prompt ids.
+        other: What else makes the run: model, reward functions, few-shot examples.
+    """
+    datasets = {
+        name: f"{len(ids)} prompts, {_digest(sorted(ids))}"
+        for name, ids in ((name, list(ids)) for name, ids in prompt_ids.items())
+    }
+    adapters = other.get("peft_config") or {}
+    settings = _flatten({**config.to_dict(), **datasets, **other})
+    fields = [f for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING]
+    defaults = {f.name: f.default for f in fields}
+    for name, adapter in adapters.items():
+        defaults |= {f"peft_config.{name}.{k}": v for k, v in _default_adapter(adapter).items()}
+    return Description(settings, _flatten(defaults))
+
+
+def describe_trainer(trainer: Any) -> Description:
+    """Return what makes a trainer's run, see `describe_run`; its method adds `run.identity`."""
+    play, run = trainer.self_play, trainer.run
+    scorer, eval_scorer = play.collector.scorer, play.collector.eval_scorer
+    examples = [
+        (canonical_prompt(e.prompt), e.completion, str(e.solution))
+        for e in play.formatter.few_shot_examples
+    ]
+    sets = {f"{_HELDOUT} {name}".strip(): rows for name, rows in play.heldout.items()}
+    if "weights" not in run.identity:  # before this process changes them
+        run.identity["weights"] = digest_weights(trainer.model, run.keeps_initial_weights)
+    compute_loss = getattr(trainer, "compute_loss_func", None)
+    optimizer = getattr(trainer, "optimizer_cls_and_kwargs", None)
+    quantization = getattr(trainer.model.config, "quantization_config", None)
+    return describe_run(
+        trainer.args,
+        {
+            name: [row.prompt_id for row in rows]
+            for name, rows in {"train_dataset": play.rows, **sets}.items()
+        },
+        {
+            "method": trainer._name,
+            "model": trainer.model.config.name_or_path,
+            "weights": run.identity["weights"],
+            "peft_config": describe_adapters(trainer.model),
+            "quantization_config": getattr(quantization, "to_dict", lambda: quantization)(),
+            "reward_funcs": None if scorer is None else str(scorer.names),
+            "eval_reward_funcs": None if eval_scorer is None else str(eval_scorer.names),
+            "reward_funcs_source": None if scorer is None else source_digests(scorer.callables),
+            "eval_reward_funcs_source": None
+            if eval_scorer is None
+            else source_digests(eval_scorer.callables),
+            "compute_loss_func": None if compute_loss is None else name_function(compute_loss),
+            "compute_loss_func_source": source_digests([compute_loss]),
+            "optimizer_cls_and_kwargs": None
+            if optimizer is None
+            else f"{name_function(optimizer[0])} {optimizer[1]}",
+            "number_of_processes": trainer.accelerator.num_processes,
+            "few_shot_examples": summarize(examples),
+            **run.identity,
+        },
+    )
+
+
+def summarize(values: Sequence[Any]) -> str:
+    """Return how many values there are and a digest of them."""
+    return f"{len(values)}, {_digest([repr(values)])}"
+
+
+def name_function(function: Any) -> str:
+    """Return what to know a function by in another process."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"  # str.upper has no module
+
+
+def source_digests(functions: Iterable[Any]) -> str:
+    """Return a digest of the functions' source, as far as it can be read."""
+    texts = []
+    for function in functions:
+        try:
+            texts.append(inspect.getsource(getattr(function, "func", function)))  # of a partial
+        except (OSError, TypeError):  # built in, an object, or typed at a prompt
+            texts.append("")
+    return _digest(texts)
+
+
+def digest_weights(model: Any, restored: bool) -> str | None:
+    """Return a digest of some values of each weight that a run reads from the model's source.
+
+    It tells models apart where their name or path doesn't. Quantized weights aren't plain numbers,
+    and are left out.
+
+    Args:
+        model: The trainer's model, as it was loaded.
+        restored: A resumed run takes the trainable weights from its own folder, not from there.
+    """
+    digest, count = hashlib.blake2b(digest_size=8), 0
+    for _, weight in sorted(model.named_parameters()):
+        is_plain = weight.is_floating_point() and not hasattr(weight, "quant_state")
+        if (weight.requires_grad and restored) or not is_plain or weight.numel() == 0:
+            continue
+        # In integers: float32 rounds the last place of a large weight to one behind it.
+        steps = torch.arange(_VALUES_PER_WEIGHT)
+        places = steps * (weight.numel() - 1) // (_VALUES_PER_WEIGHT - 1)
+        values = weight.detach().flatten()[places.to(weight.device)].float().cpu()
+        digest.update(f"{tuple(weight.shape)} {values.tolist()}".encode())
+        count += 1
+    return f"{count}, {digest.hexdigest()}" if count else None
+
+
+def describe_adapters(model: Any) -> dict[str, Any]:
+    """Return the PEFT configurations, without where the base lies."""
+    return {
+        name: _describe_adapter(config.to_dict())
+        for name, config in getattr(model, "peft_config", {}).items()
+    }
+
+
+def _describe_adapter(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: sorted(value) if isinstance(value, set) else str(value)
+        for key, value in sorted(values.items())
+        if key not in ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+    }
+
+
+def _default_adapter(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what PEFT's configuration of the same kind has where nothing is said."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = str(described.get("peft_type", "")).split(".")[-1]
+    config_class: Any = {k.value: v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind)
+    if config_class is None:
+        return {}
+    # Of the fields, because some kinds can't be made without arguments.
+    return _describe_adapter(
+        {
+            each.name: each.default
+            if each.default_factory is dataclasses.MISSING
+            else each.default_factory()
+            for each in dataclasses.fields(config_class)
+        }
+    )
+
+
+def check_identity(
+    described: Description, path: Path, num_finished: int, *, is_trained: bool
+) -> list[str]:
+    """Compare with what is on disk, and write it down for the next time.
+
+    Returns:
+        The settings of selection and training that changed; none once a round was trained on.
+
+    Args:
+        described: From `describe_run`.
+        path: Of the record.
+        num_finished: Rounds whose values were used; per-round values before that must not change.
+        is_trained: A round has been trained on.
+
+    Raises:
+        DamagedFileError: The record can't be read.
+        ValueError: With each differing setting, its value on disk and its value now, and whether
+            it could have changed earlier.
+    """
+    changed: list[str] = []
+    if not path.exists() and any(path.parent.glob("round-*")):
+        logger.warning(
+            "%s is gone: what this run was configured with isn't known and can't be compared.", path
+        )
+    if path.exists():
+        with naming_damage(
+            path,
+            "Delete it and go on, with the settings that the run began with, or bring it back.",
+        ):
+            recorded = _flatten(json.loads(path.read_text()))
+        differing = _differing(described, recorded, num_finished)
+        _refuse(differing, path, is_trained)
+        changed = [name for name in differing if _top(name) in UNTIL_TRAINED]
+        if is_trained:
+            _warn(differing)
+        elif sources := sorted(name for name in differing if name.endswith("reward_funcs_source")):
+            logger.warning(
+                "%s: reward functions have changed. Completions that were graded before keep their "
+                "rewards; to grade all alike, begin anew in another output_dir.",
+                ", ".join(sources),
+            )
+    save_text(path, json.dumps(described.settings, indent=1, sort_keys=True))
+    return changed
+
+
+def _differing(
+    described: Description, recorded: Mapping[str, Any], num_finished: int
+) -> dict[str, str]:
+    """Return what differs and is not free to, with its value on disk and now, by name."""
+    settings = described.settings
+    before, now = {**described.defaults, **recorded}, {**described.defaults, **settings}
+    known = {_top(name) for name in before} & {_top(name) for name in now}
+    # Every version records held-out sets: one that is named on one side only was added or dropped.
+    known |= {_top(name) for name in (*before, *now) if name.startswith(_HELDOUT)}
+    found = {}
+    for name in sorted({*recorded, *settings}):
+        was, is_ = before.get(name), now.get(name)
+        if _top(name) not in known or (
+            _top(name) == _ADAPTERS and (name not in before or name not in now)
+        ):  # only one version knows it
+            continue
+        if was != is_ and not _may_be(name, was, is_, before, num_finished):
+            found[name] = f"{was!r} on disk, {is_!r} now"
+    adapters = [sorted(_adapters(names)) for names in (recorded, settings)]
+    if _ADAPTERS in known and adapters[0] != adapters[1]:
+        found[_ADAPTERS] = f"{adapters[0]} on disk, {adapters[1]} now"
+    if recorded.get("weights") == settings.get("weights") is not None:
+        found.pop("model", None)  # the same weights under another name, or at another place
+    return found
+
+
+def _adapters(names: Iterable[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith(f"{_ADAPTERS}.")}
+
+
+def _may_be(
+    name: str, recorded: Any, now: Any, all_recorded: Mapping[str, Any], num_finished: int
+) -> bool:
+    if _top(name) in FREE:
+        return True
+    if name in MAY_GROW:
+        return bool(now >= recorded)
+    if name in PER_ROUND:
+        single = [all_recorded.get(PER_ROUND[name])] * num_finished
+        used = [single if values is None else values for values in (recorded, now)]
+        return bool(used[0][:num_finished] == used[1][:num_finished])
+    return False
+
+
+def _refuse(differing: Mapping[str, str], path: Path, is_trained: bool) -> None:
+    refused = {
+        name: text
+        for name, text in differing.items()
+        if _top(name) not in WARNED and (is_trained or _top(name) not in UNTIL_TRAINED)
+    }
+    if "weights" in refused:
+        refused["weights"] += ": the model's weights are not those that the run began with"
+    if refused:
+        late = sorted({_top(name) for name in refused} & UNTIL_TRAINED)
+        by_round = sorted(name for name, single in PER_ROUND.items() if single in late)
+        when = (
+            f"\n{', '.join(late)} may change until a round has been trained on, and one has"
+            + (f"; {', '.join(by_round)} may for later rounds." if by_round else ".")
+            if late
+            else ""
+        )
+        raise ValueError(
+            f"{path.parent.parent} holds rounds of another configuration:\n"
+            + "\n".join(f"  {name}: {text}" for name, text in refused.items())
+            + when
+            + "\nSet these back to go on with that run, or choose another output_dir."
+        )
+
+
+def _warn(differing: Mapping[str, str]) -> None:
+    for name, text in differing.items():
+        logger.warning(
+            "%s: %s. The run goes on with it, to another result than without the change.",
+            name,
+            text,
+        )
+
+
+def _top(name: str) -> str:
+    return name.split(".")[0]
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as JSON gives them back, those in dicts by dotted name, without secrets."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(dict(values), default=str)).items():
+        _add(flat, name, value)
+    return flat
+
+
+def _add(flat: dict[str, Any], name: str, value: Any) -> None:
+    if value == "None" and "." not in name:  # older versions recorded all but fields as text
+        value = None
+    if name == _ADAPTERS and isinstance(value, str):  # the same
+        value = ast.literal_eval(value)
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            _add(flat, f"{name}.{key}", inner)
+    elif value is not None and "." in name and _SECRET.search(name.split(".")[-1]):
+        flat[name] = _MASK
+    else:
+        flat[name] = value
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,128 @@
+"""What a run tells while it goes: the plan of a round, events, log lines, the model card.
+
+In: a trainer over rounds. Out: log lines whose steps go on over rounds, calls of the callbacks'
+`on_round_begin` and `on_round_end`, a table in the model card.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from trl_selfplay.evaluation.monitor import warn_warmup
+from trl_selfplay.evaluation.report import rounds_markdown, say
+from trl_selfplay.rounds.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def log_with_round(
+    trainer: Any, log_parent: Callable[..., None], logs: dict[str, float], start_time: float | None
+) -> None:
+    """Log with the round and with steps that go on over rounds, leaving the loop's own counters."""
+    run = trainer.run
+    if run.round_index is not None:
+        logs["round"] = run.round_index
+    step = trainer.state.global_step
+    trainer.state.global_step = step + run.steps_before
+    try:
+        log_parent(logs, start_time)
+    finally:
+        trainer.state.global_step = step
+
+
+def load_log_history(run: Run) -> list[dict[str, Any]]:
+    """Return what the finished rounds logged, the warm-up first, from their states on disk."""
+    if not run.lines:
+        return []  # the warm-up, if there is one, is logged again
+    folders = [run.warm_up_folder, *(run.folder(line["round"]) for line in run.lines)]
+    history: list[dict[str, Any]] = []
+    for path in (folder / "trainer_state.json" for folder in folders):
+        try:
+            history += TrainerState.load_from_json(str(path)).log_history
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s can't be read (%s); log_history lacks its lines.", path, error)
+    return history
+
+
+def add_rounds_to_card(trainer: Any) -> None:
+    """Append the table of rounds to the model card that TRL wrote into the output directory."""
+    path = Path(trainer.args.output_dir) / "README.md"
+    if trainer.run.lines and trainer.is_world_process_zero() and path.exists():
+        run = trainer.run
+        table = rounds_markdown(run.lines, run.chosen_metric, run.greater_is_better)
+        path.write_text(f"{path.read_text().rstrip()}\n\n{table}\n")
+
+
+def call_round_event(trainer: Any, event: str, round_index: int) -> bool:
+    """Tell the callbacks that know the event; say whether one asked to stop the run.
+
+    They get and may return the control, as for the parent's events.
+    """
+    trainer.control.should_training_stop = False  # the parent sets it at the end of every training
+    for callback in trainer.callback_handler.callbacks:
+        if handler := getattr(callback, event, None):
+            control = handler(
+                trainer.args,
+                trainer.state,
+                trainer.control,
+                model=trainer.model,
+                processing_class=trainer.processing_class,
+                round_index=round_index,
+                lines=trainer.run.lines,
+            )
+            trainer.control = control if control is not None else trainer.control
+    return trainer.control.should_training_stop
+
+
+@contextmanager
+def say_where_interrupted(run: Run) -> Iterator[None]:
+    """Tell, when interrupted, which round it was and how to go on."""
+    try:
+        yield
+    except (
+        KeyboardInterrupt,
+        SystemExit,
+    ):  # an exit with code 0 would look like the end of the run
+        where = "before round 0" if run.round_index is None else f"in round {run.round_index}"
+        logger.warning(
+            "interrupted %s; go on with train(resume_from_checkpoint=True) on the same output_dir.",
+            where,
+        )
+        raise
+
+
+class RoundCallback(TrainerCallback):
+    """Tells the plan, and hands waiting numbers to the trackers, once the parent has begun."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the plan and warn of a round shorter than its warm-up; flush waiting numbers."""
+        run: Run = self.trainer.run
+        round_index = run.round_index
+        if round_index is None:
+            return
+        start = "base" if args.start_from == "base" else run.weights_before(round_index)
+        if state.is_world_process_zero:
+            sampled_from = run.weights_before(run.sampling_round(round_index))
+            source = sampled_from if round_index == 0 else f"{sampled_from}'s model"
+            say(
+                f"round {round_index}: sample from {source}, train from {start}, "
+                f"{run.num_examples} examples, {state.max_steps} steps"
+            )
+            if warning := warn_warmup(
+                state.max_steps, args.get_warmup_steps(state.max_steps), round_index
+            ):
+                logger.warning("%s", warning)
+        for logs in run.pending_logs:
+            self.trainer.log(logs)
+        run.pending_logs.clear()

@@ -1,0 +1,421 @@
+"""The outer loop: play a round, train on it with the untouched parent, score it, write it down.
+
+In: a trainer that can play a round and score held-out prompts, and its parent's `train`. Out: the
+model after all rounds, and `_rounds/` in the output directory. Every phase leaves something whole
+on disk before the next begins, and whatever is found there is not done again:
+
+    samples/, selection.parquet, dataset/ → checkpoint-*/ → model/ → evaluation/ → rounds.jsonl
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers.trainer_utils import TrainOutput
+from trl import BEMACallback
+
+from trl_selfplay.disk import BRING_BACK, DamagedFileError, held_by_this_process, is_found
+from trl_selfplay.evaluation.diversity import warn_sharpening
+from trl_selfplay.evaluation.estimates import paired_difference
+from trl_selfplay.evaluation.heldout import HeldOutScores
+from trl_selfplay.evaluation.monitor import (
+    warn_baseline,
+    warn_hint_share,
+    warn_long,
+    warn_truncation,
+)
+from trl_selfplay.evaluation.report import print_round_table, say
+from trl_selfplay.rollouts.funnel import describe_funnel
+from trl_selfplay.rollouts.played import PlayedRound
+from trl_selfplay.rollouts.record import load_rollouts
+from trl_selfplay.rollouts.rendering import keep_rendering
+from trl_selfplay.rounds.checkpoints import list_checkpoints
+from trl_selfplay.rounds.dry_run import try_step
+from trl_selfplay.rounds.early_stopping import ends_run
+from trl_selfplay.rounds.empty_round import handle_empty_round
+from trl_selfplay.rounds.identity import check_identity, describe_trainer
+from trl_selfplay.rounds.log import (
+    RoundCallback,
+    call_round_event,
+    load_log_history,
+    say_where_interrupted,
+)
+from trl_selfplay.rounds.run import (
+    UNTRAINED,
+    Run,
+    append_line,
+    drop_what_samples_became,
+    find_best_round,
+    has_stalled,
+    load_lines,
+)
+from trl_selfplay.rounds.training import (
+    changed_settings,
+    free_optimizer,
+    load_outcome,
+    save_state,
+    train_on,
+)
+from trl_selfplay.rounds.weights import (
+    load_saved_model,
+    load_trainable,
+    reload_initial_weights,
+    save_trainable,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def run_rounds(
+    trainer: Any,
+    train_parent: Callable[..., TrainOutput],
+    resume_from_checkpoint: bool | str | None,
+    trial: Any = None,
+    ignore_keys_for_eval: list[str] | None = None,
+) -> TrainOutput:
+    """Run all rounds that are not yet on disk and return the parent's outcome over all of them.
+
+    Args:
+        trainer: A trainer over rounds that is a `transformers.Trainer`.
+        train_parent: The parent class's bound `train`.
+        resume_from_checkpoint: True goes on where the output directory's rounds stop, from the
+            first unfinished shard or checkpoint; on an empty directory it starts round 0.
+        trial: As `transformers.Trainer.train` takes it; must be None.
+        ignore_keys_for_eval: Likewise; held-out prompts give no logits to leave keys out of.
+
+    Raises:
+        EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
+        FileExistsError: The output directory holds rounds and resuming was not asked for.
+        ValueError: It holds rounds of another configuration, named field by field, or `trial` was
+            given.
+        RuntimeError: Another process trains into the output directory.
+    """
+    if trial is not None:
+        raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
+    folder, is_main = Path(trainer.args.output_dir), trainer.is_world_process_zero()
+    with held_by_this_process(folder, is_main):
+        return _run_rounds(trainer, train_parent, resume_from_checkpoint)
+
+
+def _run_rounds(
+    trainer: Any, train_parent: Callable[..., TrainOutput], resume: bool | str | None
+) -> TrainOutput:
+    args, run = trainer.args, trainer.run
+    _refuse_callbacks(trainer)
+    if run.placeholder is not None:
+        try_step(trainer, run.placeholder)
+    _open_run(trainer, resume)
+    callback = RoundCallback(trainer)
+    trainer.add_callback(callback)
+    output: TrainOutput | None = None
+    history = load_log_history(run)
+    ended = False  # by a callback
+    try:
+        with say_where_interrupted(run):
+            before = trainer.score_heldout(UNTRAINED, run.folder(UNTRAINED) / "evaluation")
+            _report_baseline(run, before, getattr(args, "rewards_have_degrees", False))
+            _load_newest_weights(trainer)
+            if run.warm_up_rows is not None and not run.lines:
+                settings = {"output_dir": str(run.warm_up_folder)}
+                if not load_outcome(trainer, run.warm_up_folder):
+                    trained = train_on(trainer, train_parent, run.warm_up_rows, settings, args.seed)
+                    ended = trained is not None and ends_run(trainer.state)
+                history += trainer.state.log_history
+            num_rounds = args.num_rounds * run.improve_steps
+            if len(run.lines) == num_rounds:
+                say(f"all {num_rounds} rounds in {args.output_dir} were finished before")
+            for round_index in range(len(run.lines), num_rounds):
+                if ended or has_stalled(run, args.stop_after_rounds_without_gain):
+                    break
+                run.round_index = round_index
+                run.steps_before = sum(line["steps"] for line in run.lines)
+                if call_round_event(trainer, "on_round_begin", round_index):
+                    break
+                started = time.monotonic()
+                played = trainer.play_round(round_index)
+                run.seconds = {"sample": time.monotonic() - started, "train": 0.0}
+                if played.num_examples == 0 and not played.may_be_skipped:
+                    handle_empty_round(args, round_index, played)
+                    break
+                for warning in (
+                    warn_hint_share(played.funnel, round_index),
+                    warn_truncation(played.funnel, round_index),
+                    warn_long(played.funnel, round_index, args.max_length),
+                ):
+                    if warning:
+                        logger.warning("%s", warning)
+                output = _train_round(trainer, train_parent, round_index, played) or output
+                scores = trainer.score_heldout(round_index, run.folder(round_index) / "evaluation")
+                ended = _finish_round(trainer, round_index, played, before, scores)
+                history += trainer.state.log_history
+                if call_round_event(trainer, "on_round_end", round_index):
+                    break
+    finally:
+        run.round_index, run.steps_before = None, 0
+        trainer.remove_callback(callback)
+        free_optimizer(trainer)
+    _load_chosen_weights(trainer)
+    if history:
+        trainer.state.log_history = history
+    with changed_settings(args, {}):  # not pushed, as after the parent's training
+        trainer.save_model(args.output_dir)
+    trainer.create_model_card(model_name=Path(args.output_dir).name)
+    total_steps = sum(line["steps"] for line in run.lines)
+    trainer.state.global_step = total_steps
+    if output is None:
+        return TrainOutput(total_steps, 0.0, {})
+    return output._replace(global_step=total_steps)
+
+
+def _refuse_callbacks(trainer: Any) -> None:
+    """Raise ValueError for callbacks that fail only once a round's training has begun."""
+    run = trainer.run
+    trainings = trainer.args.num_rounds * run.improve_steps + (run.warm_up_rows is not None)
+    if trainings == 1 and not isinstance(trainer.model, PeftModel):
+        return
+    if any(isinstance(c, BEMACallback) for c in trainer.callback_handler.callbacks):
+        raise ValueError(
+            "BEMACallback averages the weights of one training of a whole model: it fails with "
+            "adapters, and in the second training of a run. Leave it out, or set num_rounds=1 and "
+            "train without `peft_config`."
+        )
+
+
+def _open_run(trainer: Any, resume: bool | str | None) -> None:
+    """Find out what is on disk, refuse what doesn't fit, and put the initial weights in place."""
+    args, run = trainer.args, trainer.run
+    source = Path(trainer.model.config.name_or_path)
+    if source.is_dir() and source.resolve() == Path(args.output_dir).resolve():
+        raise ValueError(
+            f"the model was loaded from output_dir ({args.output_dir!r}), where the trained one is "
+            "saved in its place, and rounds go back to its weights. Choose another output_dir."
+        )
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):  # as a flag's value
+        resume = resume.lower() == "true"
+    if isinstance(resume, str):
+        if Path(resume).resolve() != Path(args.output_dir).resolve():
+            raise ValueError(
+                f"resume_from_checkpoint={resume!r}: a run over rounds is resumed as a whole, from "
+                f"its output_dir ({args.output_dir!r}). Pass True; the first unfinished round goes "
+                "on from its own newest checkpoint."
+            )
+        resume = True
+    if run.root.is_dir() and any(run.root.iterdir()) and not resume:
+        raise FileExistsError(
+            f"{args.output_dir!r} already holds rounds. Go on with "
+            "train(resume_from_checkpoint=True), or choose another output_dir (or delete this one)."
+        )
+    run.lines = load_lines(run.lines_path)
+    has_initial_weights = run.initial_weights.exists()
+    if run.keeps_initial_weights and not has_initial_weights and run.folder(0).exists():
+        raise DamagedFileError(
+            f"{run.initial_weights} is gone, and rounds begin with the weights in it. {BRING_BACK}"
+        )
+    trainer.accelerator.wait_for_everyone()  # all have looked before one writes
+    if trainer.is_world_process_zero():
+        begun = -(-len(run.lines) // run.improve_steps)  # Grow steps, by which values are given
+        is_trained = bool(run.lines) or any(run.root.glob("*/model"))
+        changed = check_identity(
+            describe_trainer(trainer), run.root / "config.json", begun, is_trained=is_trained
+        )
+        if changed:
+            say(f"the samples on disk are kept; {', '.join(changed)} changed since")
+            drop_what_samples_became(run)
+        play = trainer.self_play
+        keep_rendering(play.formatter.rendering(play.rows[0].is_conversational), run.rendering_path)
+    trainer.accelerator.wait_for_everyone()
+    if not is_found(run.root / "config.json"):
+        raise FileNotFoundError(
+            f"process {trainer.accelerator.process_index} doesn't find {run.root / 'config.json'}, "
+            "which the main process wrote: all processes need the same disk. Choose an output_dir "
+            "on a shared one."
+        )
+    if has_initial_weights or run.was_opened:  # training, here or elsewhere, has changed them
+        reload_initial_weights(trainer.model, args, run.initial_weights)
+    elif run.keeps_initial_weights and trainer.is_world_process_zero():
+        save_trainable(trainer.model, run.initial_weights)
+    run.was_opened = True
+    trainer.accelerator.wait_for_everyone()
+    is_new = not has_initial_weights and run.initial_weights.exists()
+    if trainer.accelerator.num_processes > 1 and is_new:
+        # An adapter that each process drew for itself: DDP would make them equal only in training.
+        load_trainable(trainer.model, run.initial_weights)
+
+
+def _load_newest_weights(trainer: Any) -> None:
+    """Put the weights of the last finished round in place.
+
+    Raises:
+        FileNotFoundError: They are gone, and the next round needs them.
+    """
+    run = trainer.run
+    if not run.lines:
+        return
+    newest = len(run.lines) - 1
+    folder = run.folder(newest) / "model"
+    if folder.exists():
+        load_saved_model(trainer.model, folder)
+    elif not (run.folder(newest + 1) / "model").exists():  # that round is trained, and goes on
+        raise FileNotFoundError(
+            f"{folder} is gone, and round {newest + 1} begins with the weights in it. Bring it back, "
+            "or start anew in another output_dir."
+        )
+
+
+def _report_baseline(run: Run, before: HeldOutScores | None, has_degrees: bool) -> None:
+    if before is None or run.lines:
+        return
+    run.pending_logs.append(dict(before.metrics))
+    if warning := warn_baseline(before.metrics, has_degrees):
+        logger.warning("before round 0: %s", warning)
+
+
+def _train_round(
+    trainer: Any, train_parent: Callable[..., TrainOutput], round_index: int, played: PlayedRound
+) -> TrainOutput | None:
+    """Train on the round's rows and keep the outcome; None if that was done before a kill."""
+    args, run = trainer.args, trainer.run
+    folder = run.folder(round_index)
+    if load_outcome(trainer, folder):
+        run.pending_logs.clear()  # logged before the kill
+        return None
+    if args.start_from == "base" and (round_index > 0 or run.warm_up_rows is not None):
+        reload_initial_weights(trainer.model, args, run.initial_weights)
+    run.pending_logs.append(played.metrics)
+    if list_checkpoints(folder):
+        run.pending_logs.clear()  # logged before the kill
+    run.num_examples = played.num_examples
+    rows = played.training_rows
+    if played.num_examples == 0:
+        logger.warning(
+            "round %d selected nothing (%s) and leaves the weights as they are.",
+            round_index,
+            describe_funnel(played.funnel),
+        )
+        rows = None
+    started = time.monotonic()
+    output = train_on(
+        trainer,
+        train_parent,
+        rows,
+        _settings_of_round(trainer, round_index),
+        args.seed + round_index,
+    )
+    run.seconds["train"] = time.monotonic() - started
+    return output
+
+
+def _settings_of_round(trainer: Any, round_index: int) -> dict[str, Any]:
+    """Return what the round changes in the parent's arguments: its folder and its own values."""
+    args, run = trainer.args, trainer.run
+    place, improve = divmod(round_index, run.improve_steps)
+    rates, steps = args.round_learning_rates, args.round_max_steps
+    rate = args.learning_rate if rates is None else rates[place]
+    return {
+        "output_dir": str(run.folder(round_index)),
+        "learning_rate": rate * run.improve_rate_factor**improve,
+        "max_steps": args.max_steps if steps is None else steps[place],
+    }
+
+
+def _finish_round(
+    trainer: Any,
+    round_index: int,
+    played: PlayedRound,
+    before: HeldOutScores | None,
+    scores: HeldOutScores | None,
+) -> bool:
+    """Log and write down a finished round, delete what is no longer needed; say if the run ends."""
+    args, run, state = trainer.args, trainer.run, trainer.state
+    gain = standard_error = None
+    if before is not None and scores is not None:
+        gain, standard_error = paired_difference(before.greedy, scores.greedy)
+    if scores is not None:
+        trainer.log(dict(scores.metrics))
+        _warn_sharpening(run, round_index, trainer.self_play.collector.eval_threshold)
+    line: dict[str, Any] = {
+        "round": round_index,
+        **played.details,
+        "sampled_from": run.weights_before(run.sampling_round(round_index)),
+        "trained_from": "base" if args.start_from == "base" else run.weights_before(round_index),
+        "funnel": played.funnel.to_dict(),
+        "rewards": played.rewards,
+        "metrics": {n: v for n, v in played.metrics.items() if n.startswith(("play/", "select/"))},
+        "eval": {} if scores is None else scores.metrics,
+        "gain": gain,
+        "gain_standard_error": standard_error,
+        "seconds": {
+            **{phase: round(seconds, 1) for phase, seconds in run.seconds.items()},
+            "evaluate": 0.0 if scores is None else round(scores.seconds, 1),
+        },
+        "examples": played.num_examples,
+        "steps": state.global_step,
+        "learning_rate": _settings_of_round(trainer, round_index)["learning_rate"],
+    }
+    if round_index == 0 and before is not None:
+        line["eval_before"] = before.metrics
+    if trainer.is_world_process_zero():
+        append_line(run.lines_path, line, run.lines)
+        # With the held-out scores, for the log_history of a run that goes on.
+        save_state(state, run.folder(round_index))
+    run.lines.append(line)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        _delete_what_is_done(trainer, round_index)
+        print_round_table(run.lines, run.chosen_metric)
+    return ends_run(state)  # also where a kill came after it was trained
+
+
+def _warn_sharpening(run: Run, round_index: int, threshold: float | None) -> None:
+    """Compare held-out samples with those before training, where both are kept."""
+    if threshold is None:  # rewards have degrees, and no sample is simply right
+        return
+    before, now = (
+        [
+            rollout
+            for path in sorted(folder.glob("*sampled-*.parquet"))
+            if "few_shot_" not in path.name  # the untrained model's other form of the prompt
+            for rollout in load_rollouts(path)
+        ]
+        for folder in (run.folder(i) / "evaluation" for i in (UNTRAINED, round_index))
+    )
+    prompts = {r.prompt_id for r in now}
+    before = [r for r in before if r.prompt_id in prompts]
+    if before and (warning := warn_sharpening(before, now, threshold, round_index)):
+        logger.warning("%s", warning)
+
+
+def _delete_what_is_done(trainer: Any, round_index: int) -> None:
+    """Delete a finished round's checkpoints and, for full fine-tuning, models nobody needs."""
+    run = trainer.run
+    for index in range(round_index + 1):  # earlier ones too: a kill may have come in between
+        for checkpoint in list_checkpoints(run.folder(index)):
+            shutil.rmtree(checkpoint)
+    if not run.keeps_every_model:
+        needed = {round_index, find_best_round(run)}
+        for index in range(round_index):
+            if index not in needed:
+                shutil.rmtree(run.folder(index) / "model", ignore_errors=True)
+
+
+def _load_chosen_weights(trainer: Any) -> None:
+    """Put the best round's weights in place where that was asked for."""
+    args, run = trainer.args, trainer.run
+    if not run.lines or not run.loads_best_round:
+        return
+    chosen, last = find_best_round(run), len(run.lines) - 1
+    if chosen == last:
+        return
+    if chosen == UNTRAINED:
+        reload_initial_weights(trainer.model, args, run.initial_weights)
+    else:
+        load_saved_model(trainer.model, run.folder(chosen) / "model")
+    logger.warning(
+        "loaded the weights of %s, the best held-out score; the last round was %d.",
+        "the untrained model" if chosen == UNTRAINED else f"round {chosen}",
+        last,
+    )

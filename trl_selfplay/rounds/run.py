@@ -1,0 +1,181 @@
+"""The folder of a run: where its rounds lie, which are finished, and which was best.
+
+In: `output_dir/_rounds`. Out: `Run`, the state of a run, and what is read from and written to disk
+beside the rollouts. Whatever is written is whole or absent.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from trl_selfplay.disk import DamagedFileError, save_text
+from trl_selfplay.evaluation.monitor import best_round, rounds_without_gain
+from trl_selfplay.rounds.checkpoints import pass_over_checkpoints
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = -1
+
+
+@dataclass
+class Run:
+    """Where a run stands, and where its rounds lie on disk.
+
+    Attributes:
+        root: `output_dir/_rounds`.
+        lines: One record a finished round, as in rounds.jsonl.
+        round_index: The round in progress, None outside `train()`.
+        steps_before: Optimizer steps of the rounds before it: the offset of the log.
+        pending_logs: Numbers that wait for the trackers, which start with the parent's training.
+        num_examples: Selected examples of the round in progress.
+        seconds: Wall time of the round's phases in this process, by name.
+        chosen_metric: The held-out metric that chooses the best round, None without held-out set.
+        greater_is_better: Whether a higher value of it is better.
+        loads_best_round: Put the best round's weights in place at the end.
+        keeps_initial_weights: Save the initial weights; False where they can be read again from
+            the model's own source.
+        keeps_every_model: Keep each round's model (adapters), not only the last and the best.
+        improve_steps: Rounds that train on the same samples, those of the first of them (ReST).
+        improve_rate_factor: What the learning rate falls by from one of them to the next.
+        warm_up_rows: What to train on before the first sampling, or None.
+        identity: What the method adds to what must stay equal over the run's processes, by name.
+        was_opened: This process has begun a run before.
+        placeholder: A row in the form that the parent trains on; it was built on it.
+    """
+
+    root: Path
+    chosen_metric: str | None
+    loads_best_round: bool
+    keeps_initial_weights: bool
+    keeps_every_model: bool
+    greater_is_better: bool = True
+    improve_steps: int = 1
+    improve_rate_factor: float = 1.0
+    warm_up_rows: Dataset | None = None
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    round_index: int | None = None
+    steps_before: int = 0
+    pending_logs: list[dict[str, float]] = field(default_factory=list)
+    num_examples: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
+    was_opened: bool = False
+    placeholder: Dataset | None = None
+
+    def folder(self, round_index: int) -> Path:
+        """Return the folder of a round; that of the untrained model is `before`."""
+        return self.root / ("before" if round_index == UNTRAINED else f"round-{round_index:03d}")
+
+    @property
+    def warm_up_folder(self) -> Path:
+        """Where the training before the first sampling lies."""
+        return self.root / "warm-up"
+
+    def sampling_round(self, round_index: int) -> int:
+        """Return the round whose samples a round trains on: itself, but for Improve steps."""
+        return round_index - round_index % self.improve_steps
+
+    def weights_before(self, round_index: int) -> str:
+        """Return what to call the weights that a round finds."""
+        if round_index == 0 and self.warm_up_rows is not None:
+            return "warm-up"
+        return name_of_weights(round_index - 1)
+
+    @property
+    def initial_weights(self) -> Path:
+        """The trainable parameters from before round 0."""
+        return self.root / "initial" / "trainable.safetensors"
+
+    @property
+    def rendering_path(self) -> Path:
+        """What renders the prompts, fixed when the run began."""
+        return self.root / "rendering.json"
+
+    @property
+    def lines_path(self) -> Path:
+        """One line for each finished round."""
+        return self.root / "rounds.jsonl"
+
+
+def load_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the finished rounds' records, in order.
+
+    Raises:
+        DamagedFileError: A line before the last can't be read.
+    """
+    if not path.exists():
+        return []
+    lines: list[dict[str, Any]] = []
+    texts = path.read_bytes().splitlines()
+    for number, text in enumerate(texts):
+        try:
+            line = json.loads(text)
+            if line["round"] != number:
+                raise ValueError(f"it is round {line['round']}")
+            lines.append(line)
+        except (ValueError, LookupError, TypeError) as error:
+            if number < len(texts) - 1:
+                raise DamagedFileError(
+                    f"line {number + 1} of {path} can't be read as that of round {number} "
+                    f"({error}): {text[:80]!r}. Bring the file back, or delete this line and those "
+                    "after it: their rounds are finished again from what lies in their folders."
+                ) from error
+            # Cut off in the middle of the last line: its round goes on.
+            logger.warning("%s ends in an unfinished line; that round is finished again.", path)
+    return lines
+
+
+def append_line(path: Path, line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> None:
+    """Write all lines anew: an interrupted append would leave half a line."""
+    save_text(path, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
+
+
+def drop_what_samples_became(run: Run) -> None:
+    """Let round 0 be selected and trained anew from its samples, whose settings have changed."""
+    for folder in (run.folder(UNTRAINED), run.folder(0)):
+        for made in (folder / "dataset", *folder.glob("evaluation/*/pairs")):
+            shutil.rmtree(made, ignore_errors=True)
+        (folder / "evaluation" / "scores.json").unlink(missing_ok=True)
+        # Which prompts are unsolved may differ: planned anew around what is sampled.
+        (folder / "samples" / "hint-plan.json").unlink(missing_ok=True)
+        pass_over_checkpoints(folder)
+
+
+def name_of_weights(round_index: int) -> str:
+    """Return what to call the weights that a round ended with."""
+    return "base" if round_index == UNTRAINED else f"round {round_index}"
+
+
+def _heldout_history(run: Run) -> list[tuple[int, float]]:
+    """Return (round, held-out score) of the untrained model and each finished round."""
+    metric, lines = run.chosen_metric, run.lines
+    if metric is None or not lines:
+        return []
+    scored = [(UNTRAINED, lines[0].get("eval_before", {}).get(metric))]
+    scored += [(line["round"], line["eval"].get(metric)) for line in lines]
+    return [(index, value) for index, value in scored if value is not None]
+
+
+def find_best_round(run: Run) -> int:
+    """Return the round with the best held-out score, or the last one without held-out scores."""
+    history = _heldout_history(run)
+    if not history:
+        return len(run.lines) - 1
+    return best_round(history, run.greater_is_better)
+
+
+def has_stalled(run: Run, patience: int | None) -> bool:
+    """Say whether the held-out score has not risen for `patience` rounds."""
+    history = _heldout_history(run)
+    if patience is None or not history:
+        return False
+    stalled = rounds_without_gain(history, run.greater_is_better)
+    if stalled >= patience:
+        logger.warning("stopping: %d rounds in a row without a better held-out score.", stalled)
+    return stalled >= patience

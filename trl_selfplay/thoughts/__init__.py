@@ -1,1 +1,0 @@
-"""Thoughts of Quiet-STaR: layout, attention, sampling, mixing, objective, the model that thinks."""

@@ -1,1 +1,0 @@
-"""The trainers and their configs; import them from `trl_selfplay`."""

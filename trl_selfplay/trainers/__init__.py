@@ -1,0 +1,1 @@
+"""The trainers, a folder per method; beside them what they share."""

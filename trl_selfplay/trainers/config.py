@@ -1,0 +1,362 @@
+"""Fields that the round-based configs share, and the checks that concern them alone.
+
+`SelfPlayConfig` holds fields only; it stands before the TRL config in the bases of each trainer's
+config. Where GRPOConfig has a field, the one here has its name, type and meaning.
+"""
+
+import logging
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
+
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
+
+from trl_selfplay.evaluation.estimates import summarize_heldout
+from trl_selfplay.generation.generation_options import is_neutral
+from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.rollouts.prompts import check_template_kwargs
+from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.trainers.field_checks import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    LARGEST_SEED,
+    SHARE,
+    Bounds,
+    bounds_of,
+    check_value,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SelfPlayConfig:
+    """Fields of the outer loop: rounds, sampling, held-out scores."""
+
+    _BOUNDS = {  # noqa: RUF012  # not a field
+        "num_rounds": AT_LEAST_1,
+        "num_prompts_per_round": AT_LEAST_1,
+        "num_generations": AT_LEAST_1,
+        "max_completion_length": AT_LEAST_1,
+        "temperature": Bounds(0, meaning="0.0 is greedy"),
+        "top_p": Bounds(0, 1, exclusive=True, meaning="1.0 is off"),
+        "top_k": Bounds(0, meaning="0 is off"),
+        "min_p": SHARE,
+        "repetition_penalty": Bounds(0, exclusive=True, meaning="1.0 is off"),
+        "num_completions_to_print": AT_LEAST_0,
+        "num_generations_eval": AT_LEAST_0,
+        "temperature_eval": Bounds(0, meaning="0.0 is greedy"),
+        "history_rounds": AT_LEAST_0,
+        "round_learning_rates": AT_LEAST_0,
+        "round_max_steps": AT_LEAST_1,
+        "stop_after_rounds_without_gain": AT_LEAST_1,
+    }
+
+    num_rounds: int = field(
+        default=3,
+        metadata={"help": "Rounds of sampling, grading, selecting and training."},
+    )
+    num_prompts_per_round: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts to draw afresh for each round, without replacement within a round. "
+            "None uses all prompts in every round."
+        },
+    )
+    num_generations: int = field(
+        default=1, metadata={"help": "Completions to sample for each prompt."}
+    )
+    max_completion_length: int = field(
+        default=512,
+        metadata={"help": "Most tokens of a completion. One that is cut here is never trained on."},
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature; 0.0 is greedy decoding."}
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "Sample from the smallest set of tokens with this mass; 1.0 is off."},
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "Sample from this many likeliest tokens; 0 is off."}
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Drop tokens below this share of the likeliest token's probability; None is "
+            "off."
+        },
+    )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata={"help": "Above 1.0, tokens that already occurred become less likely."},
+    )
+    stop_strings: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A completion ends with the token that completes one of these. It is trained "
+            "on with EOS added, so that the model learns to stop there."
+        },
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "More generation options, overriding the fields above: `eos_token_id`, "
+            "`max_new_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`. "
+            "Any other one is an error."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for the chat template, such as `enable_thinking`. A row's own "
+            "`chat_template_kwargs`, in a column of that name, win."
+        },
+    )
+    sanitize_control_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Read special tokens in the text of prompts, hints and data as plain text, so "
+            "that only the chat template writes control tokens, as the argument of "
+            "`apply_chat_template` of that name does. False reads them as control tokens, as TRL."
+        },
+    )
+    log_completions: bool = field(
+        default=False,
+        metadata={"help": "Print sampled completions with their rewards in each round."},
+    )
+    num_completions_to_print: int | None = field(
+        default=None,
+        metadata={"help": "How many completions `log_completions` prints; None prints all."},
+    )
+    num_generations_eval: int = field(
+        default=1,
+        metadata={
+            "help": "Completions to sample for each held-out prompt, beside the greedy one, for "
+            "`eval_pass@k`; 0 samples none."
+        },
+    )
+    temperature_eval: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature of the held-out samples (with top_p 0.95), the same in every "
+            "round so that rounds compare (ReST^EM, arXiv 2312.06585, Fig. 5)."
+        },
+    )
+    start_from: str = field(
+        default="base",
+        metadata={
+            "help": "Weights that a round's training starts from: those before round 0 or those "
+            "the previous round ended with. Sampling always uses the newest.",
+            "choices": ["base", "previous"],
+        },
+    )
+    history_rounds: int = field(
+        default=0,
+        metadata={"help": "Earlier rounds whose selected samples are trained on too."},
+    )
+    round_learning_rates: list[float] | None = field(
+        default=None,
+        metadata={"help": "One learning rate for each round, in place of `learning_rate`."},
+    )
+    round_max_steps: list[int] | None = field(
+        default=None,
+        metadata={"help": "One number of optimizer steps for each round, in place of `max_steps`."},
+    )
+    on_empty_round: str = field(
+        default="raise",
+        metadata={
+            "help": "What to do when a round keeps nothing: raise `EmptyRoundError`, or stop and "
+            "keep the rounds before it.",
+            "choices": ["raise", "stop"],
+        },
+    )
+    load_best_round_at_end: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Load the weights with the best held-out score at the end, the untrained model "
+            "included. None: on with an `eval_dataset`."
+        },
+    )
+    stop_after_rounds_without_gain: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after this many rounds whose held-out score is not above the best so "
+            "far. None never stops."
+        },
+    )
+
+
+def switch_off_bf16_without_gpu(config: Any) -> None:
+    """Set TRL's default `bf16=None` to False on a machine that has no accelerator, and say so.
+
+    TRL resolves None to bfloat16, which raises on a machine without a GPU, or with `use_cpu=True`
+    trains in a precision that most CPUs emulate slowly.
+    """
+    if config.bf16 is not None or config.fp16:
+        return
+    if config.use_cpu or not (is_torch_bf16_gpu_available() or torch.accelerator.is_available()):
+        config.bf16 = False
+        logger.warning(
+            "No GPU in use: training in float32 (bf16 is TRL's default; set bf16=False to say so)."
+        )
+
+
+# Fields in whose place `generation_kwargs` may stand.
+_FIELD_OF_KEYWORD = {
+    "max_new_tokens": "max_completion_length",
+    **{n: n for n in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+}
+# Keywords of generation (transformers, vLLM) that have a field of their own.
+_FIELD_INSTEAD = {
+    "max_length": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "n": "num_generations",
+    "num_return_sequences": "num_generations",
+    "seed": "seed",
+    "stop": "stop_strings",
+    "stop_strings": "stop_strings",
+}
+
+
+# Fields of the parent that concern its own evaluation or its pushes from checkpoints, in place of
+# which rounds have theirs.
+_WITHOUT_USE = (
+    "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches",
+    "eval_use_gather_object", "hub_always_push", "include_for_metrics", "label_names",
+    "per_device_eval_batch_size", "prediction_loss_only",
+)  # fmt: skip
+# Fields of the parent that a run over rounds would get wrong.
+_REFUSED = {
+    "bf16_full_eval": "held-out prompts are sampled in the precision of training",
+    "fp16_full_eval": "held-out prompts are sampled in the precision of training",
+    "eval_packing": "held-out prompts are sampled, and nothing is packed",
+    "dataset_kwargs": "rows are made in each round, as token ids, and aren't prepared again",
+}
+_LAYERWISE = "layerwise"  # in the names of optimizers whose hooks stay on the weights
+_LOWER_IS_BETTER = ("loss", "truncated", "abstained")
+
+
+def graded_metric_names(num_samples: int) -> tuple[str, ...]:
+    """Return the metrics of a graded held-out set, without the set's prefix."""
+    measured = [
+        Rollout(
+            round_index=0, phase="eval", prompt_id="", sample_index=i, prompt_ids=(0,),
+            completion_ids=(0,), prompt="", completion="", finish="eos", reward=0.0, rewards=(0.0,),
+        )
+        for i in range(num_samples + 1)
+    ]  # fmt: skip
+    names = summarize_heldout(measured, reward_threshold=1.0, prefix="")
+    return tuple(name.removeprefix("_") for name in names)
+
+
+def guess_greater_is_better(config: Any) -> None:
+    """Set `greater_is_better` where it is None, to what the name of the metric says."""
+    if config.greater_is_better is None and config.metric_for_best_model is not None:
+        config.greater_is_better = not config.metric_for_best_model.endswith(_LOWER_IS_BETTER)
+
+
+def check_parent_fields(config: Any) -> None:
+    """Refuse fields of the parent that rounds would get wrong; warn of those without use here."""
+    defaults = {each.name: each.default for each in fields(config)}
+    for name, reason in _REFUSED.items():
+        if value := getattr(config, name, None):
+            raise ValueError(f"{name}={value!r}: {reason}. Leave it out.")
+    text_field = getattr(config, "dataset_text_field", "text")
+    if text_field != "text":
+        raise ValueError(
+            f"dataset_text_field={text_field!r}: prompts are read from the column `prompt`. Rename "
+            "the column, and leave this out."
+        )
+    if _LAYERWISE in config.optim or config.optim in ("lomo", "adalomo"):
+        raise ValueError(
+            f"optim={str(config.optim.value)!r} updates weights in hooks that outlive a round's "
+            "optimizer. Choose one that updates them in its step, such as 'adamw_torch'."
+        )
+    if config.push_to_hub and config.hub_strategy in ("checkpoint", "all_checkpoints"):
+        raise ValueError(
+            f"hub_strategy={str(config.hub_strategy.value)!r}: checkpoints of rounds aren't pushed. "
+            "Use 'every_save' or 'end', and call trainer.push_to_hub() after train()."
+        )
+    without_use = [
+        f"{name}={value!r}"
+        for name in _WITHOUT_USE
+        if (value := getattr(config, name)) not in (defaults[name], None, [])
+    ]
+    if without_use:
+        logger.warning(
+            "%s: of no use here, because held-out prompts are scored by the trainer itself, and "
+            "nothing is pushed before the end.",
+            ", ".join(without_use),
+        )
+
+
+def check_self_play_config(config: Any) -> None:
+    """Raise ValueError for values of the shared fields that can't work together.
+
+    Each message names the field, its value and what to set.
+    """
+    check_parent_fields(config)
+    _check_generation_kwargs(config)
+    if "" in (config.stop_strings or ()):
+        raise ValueError(
+            f"stop_strings={config.stop_strings!r}; an empty text would end every completion before "
+            "it began. Leave it out."
+        )
+    if config.chat_template_kwargs:
+        check_template_kwargs(config.chat_template_kwargs, "chat_template_kwargs")
+    options = build_sampling_options(config, ())  # with generation_kwargs laid over
+    if options.temperature == 0.0 and config.num_generations > 1:
+        raise ValueError(
+            f"num_generations={config.num_generations} with temperature=0.0: greedy decoding would "
+            "give copies of one completion. Set temperature above 0 (0.7 to 1.0 are usual) or "
+            "num_generations=1."
+        )
+    if config.temperature_eval == 0.0 and config.num_generations_eval > 1:
+        raise ValueError(
+            f"num_generations_eval={config.num_generations_eval} with temperature_eval=0.0 would "
+            "grade copies. `eval_accuracy` is greedy already; set temperature_eval above 0."
+        )
+    for name in ("round_learning_rates", "round_max_steps"):
+        values = getattr(config, name)
+        if values is not None and len(values) < config.num_rounds:
+            raise ValueError(
+                f"{name} has {len(values)} values for num_rounds={config.num_rounds}; give one a "
+                "round."
+            )
+    last_round = config.num_rounds * getattr(config, "num_improve_steps", 1)
+    if config.seed + last_round > LARGEST_SEED:
+        raise ValueError(
+            f"seed={config.seed} with {last_round} rounds: each round adds its index to the seed, "
+            f"which may be at most {LARGEST_SEED}. Set a lower seed."
+        )
+
+
+def _check_generation_kwargs(config: Any) -> None:
+    """Check the values of `generation_kwargs`, and leave out what says what holds anyway."""
+    given = dict(config.generation_kwargs or {})
+    hints, bounds = get_type_hints(SelfPlayConfig), bounds_of(SelfPlayConfig)
+    for keyword, value in list(given.items()):
+        if keyword in _FIELD_OF_KEYWORD:
+            field_name = _FIELD_OF_KEYWORD[keyword]
+            name = f"generation_kwargs[{keyword!r}]"
+            check_value(name, value, hints[field_name], bounds[field_name])
+        elif keyword == "eos_token_id":
+            check_value("generation_kwargs['eos_token_id']", value, int | list[int], AT_LEAST_0)
+        elif keyword == "do_sample":
+            temperature = given.get("temperature", config.temperature)
+            if value is not (temperature > 0.0):
+                raise ValueError(
+                    f"generation_kwargs has do_sample={value!r} with temperature={temperature}; "
+                    "whether tokens are drawn follows from the temperature, and 0.0 is greedy. Set "
+                    "`temperature`, and leave do_sample out."
+                )
+            del given[keyword]
+        elif keyword in ("use_cache", "pad_token_id") or is_neutral(keyword, value):
+            del given[keyword]  # no influence on what is sampled
+        elif keyword in _FIELD_INSTEAD:
+            raise ValueError(
+                f"generation_kwargs has {keyword!r}={value!r}: set the field "
+                f"`{_FIELD_INSTEAD[keyword]}` instead."
+            )
+    config.generation_kwargs = given or None

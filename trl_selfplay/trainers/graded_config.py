@@ -1,0 +1,96 @@
+"""Fields of the configs whose rounds are graded by reward functions, and their checks."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_selfplay.trainers.config import (
+    SelfPlayConfig,
+    check_self_play_config,
+    graded_metric_names,
+    guess_greater_is_better,
+    switch_off_bf16_without_gpu,
+)
+from trl_selfplay.trainers.field_checks import AT_LEAST_0, AT_LEAST_1, check_fields
+from trl_selfplay.trainers.ported_scripts import refuse_grpo_loss
+
+
+@dataclass
+class GradedConfig(SelfPlayConfig):
+    """Fields of selection by reward, which STaR and ReST^EM share."""
+
+    _BOUNDS = {  # noqa: RUF012  # not a field
+        "max_per_prompt": AT_LEAST_1,
+        "few_shot_rounds": AT_LEAST_0,
+    }
+
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weight of each reward function; None weighs all with 1.0."},
+    )
+    reward_threshold: float = field(
+        default=1.0,
+        metadata={"help": "A completion is correct if its weighted reward is at least this."},
+    )
+    max_per_prompt: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most completions to keep of a prompt, drawn at random after deduplication. "
+            "None keeps all."
+        },
+    )
+    deduplicate: bool = field(
+        default=True,
+        metadata={"help": "Keep one of a prompt's completions that are equal in normal form."},
+    )
+    few_shot_in_training: bool = field(
+        default=False,
+        metadata={
+            "help": "Train (and evaluate) with the few-shot examples in the prompt, and not only "
+            "sample with them."
+        },
+    )
+    few_shot_rounds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sample with the few-shot examples in this many first rounds only; from then "
+            "on the model is asked in the form that it is trained on. None: in all rounds, as in "
+            "the paper."
+        },
+    )
+
+    @property
+    def rewards_have_degrees(self) -> bool:
+        """Whether completions are trained on that `reward_threshold` doesn't count as correct."""
+        return False
+
+    def __post_init__(self) -> None:
+        config: Any = self  # the other base of each config is TRL's
+        refuse_grpo_loss(config.loss_type)
+        check_fields(config)
+        switch_off_bf16_without_gpu(config)
+        if config.metric_for_best_model is None:
+            config.metric_for_best_model = "eval_accuracy"
+        guess_greater_is_better(config)
+        super().__post_init__()  # type: ignore[misc]
+        check_graded_config(config)
+
+    def heldout_metric_names(self) -> tuple[str, ...]:
+        """Return the metrics of a held-out set, without the set's prefix."""
+        return graded_metric_names(self.num_generations_eval)
+
+
+def check_graded_config(config: Any) -> None:
+    """Raise ValueError for values of the shared fields that can't work."""
+    check_self_play_config(config)
+    if config.reward_weights == []:
+        raise ValueError("reward_weights=[]; give one for each reward function, or None (all 1.0).")
+    if config.few_shot_rounds is not None and config.few_shot_in_training:
+        raise ValueError(
+            f"few_shot_rounds={config.few_shot_rounds} with few_shot_in_training=True: the model "
+            "would be sampled without the examples that it is trained with. Leave one out."
+        )
+    if config.metric_for_best_model.removeprefix("eval_") == "loss":
+        raise ValueError(
+            "metric_for_best_model='loss': held-out prompts are sampled and graded, so there "
+            "is no held-out loss. Use 'eval_accuracy' (the default) or 'eval_pass@1'."
+        )

@@ -1,0 +1,285 @@
+"""Attention of text and its thoughts in one forward, without a mask over all pairs of tokens.
+
+In: queries, keys and values of a layer and the layout of their tokens. Out: what dense attention
+under the mask "text causally; a thought sees the text up to its anchor and itself" would give. A
+thought's two kinds of keys are two small products, merged by log-sum-exp.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout
+
+NAME = "trl_selfplay_thoughts"
+# Scores of one chunk of blocks. Chunks bound the memory (16 MiB in float32 on a CPU, where they
+# also stay near its caches), and each stops at the last column that one of its blocks sees.
+CPU_CHUNK_SCORES = 1 << 22
+DEVICE_CHUNK_SCORES = 1 << 27
+# Keyword arguments of other attention functions that would change what a token sees.
+_UNSUPPORTED = ("s_aux", "position_bias", "cache")
+
+
+class _SplitAttention(torch.autograd.Function):
+    """Softmax over text keys and own keys together; scores are recomputed in the backward pass.
+
+    Shapes: query (B, Hkv, G, R, L, d), R query heads to a key head; text keys and values
+    (B, Hkv, S, d); own ones (B, Hkv, G, Lk, d). Values, and so the output, may have another d.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        text_key: torch.Tensor,
+        text_value: torch.Tensor,
+        own_key: torch.Tensor,
+        own_value: torch.Tensor,
+        masks: tuple[torch.Tensor, torch.Tensor],
+        reach: list[int],
+        scaling: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        out = query.new_empty((*query.shape[:-1], own_value.shape[-1]))
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        for g, s in _chunks(query, reach):
+            text, own = _scores(
+                query[:, :, g], text_key[:, :, s], own_key[:, :, g], masks, g, s, scaling, softcap
+            )
+            top = torch.maximum(text.amax(-1), own.amax(-1))
+            text.sub_(top[..., None]).exp_()
+            own.sub_(top[..., None]).exp_()
+            total = text.sum(-1) + own.sum(-1)
+            merged = _times_text(text.to(query.dtype), text_value[:, :, s])
+            merged += _times_own(own.to(query.dtype), own_value[:, :, g])
+            out[:, :, g] = merged / total[..., None].to(query.dtype)
+            lse[:, :, g] = top + total.log()
+        ctx.save_for_backward(query, text_key, text_value, own_key, own_value, out, lse, *masks)
+        ctx.settings = (reach, scaling, softcap)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        query, text_key, text_value, own_key, own_value, out, lse, *masks = ctx.saved_tensors
+        reach, scaling, softcap = ctx.settings
+        (grad,) = grads
+        d_query = torch.empty_like(query)
+        d_text_key, d_text_value = torch.zeros_like(text_key), torch.zeros_like(text_value)
+        d_own_key, d_own_value = torch.empty_like(own_key), torch.empty_like(own_value)
+        for g, s in _chunks(query, reach):
+            q, d_out, own_k = query[:, :, g], grad[:, :, g], own_key[:, :, g]
+            keys = text_key[:, :, s]
+            scores = _scores(q, keys, own_k, tuple(masks), g, s, scaling, softcap)
+            dot = (d_out.float() * out[:, :, g].float()).sum(-1, keepdim=True)
+            shares = [(x - lse[:, :, g, :, :, None]).exp_() for x in scores]
+            d_text_value[:, :, s] += _transposed_text(shares[0].to(grad.dtype), d_out)
+            d_own_value[:, :, g] = _transposed_own(shares[1].to(grad.dtype), d_out)
+            d_shares = [
+                _times_text(d_out, text_value[:, :, s].transpose(-1, -2)),
+                _times_own(d_out, own_value[:, :, g].transpose(-1, -2)),
+            ]
+            d_scores = []
+            for share, d_share, score in zip(shares, d_shares, scores, strict=True):
+                d_score = share * (d_share.float() - dot)
+                if softcap is not None:  # masked scores have a share of 0
+                    capped = score.masked_fill(share == 0, 0.0)
+                    d_score *= 1.0 - (capped / softcap) ** 2
+                d_scores.append((d_score * scaling).to(grad.dtype))
+            d_query[:, :, g] = _times_text(d_scores[0], keys) + _times_own(d_scores[1], own_k)
+            d_text_key[:, :, s] += _transposed_text(d_scores[0], q)
+            d_own_key[:, :, g] = _transposed_own(d_scores[1], q)
+        return d_query, d_text_key, d_text_value, d_own_key, d_own_value, None, None, None, None
+
+
+def _chunks(query: torch.Tensor, reach: list[int]) -> Iterator[tuple[slice, slice]]:
+    """Cut the blocks into chunks; yield each with the text columns that it can see."""
+    batch, heads, num_blocks, repeats, length, _ = query.shape
+    budget = CPU_CHUNK_SCORES if query.device.type == "cpu" else DEVICE_CHUNK_SCORES
+    size = max(1, budget // (batch * heads * repeats * length * max(reach)))
+    for first in range(0, num_blocks, size):
+        last = min(first + size, num_blocks)
+        yield slice(first, last), slice(0, reach[last - 1])
+
+
+def _scores(
+    query: torch.Tensor,
+    text_key: torch.Tensor,
+    own_key: torch.Tensor,
+    masks: tuple[torch.Tensor, ...],
+    g: slice,
+    s: slice,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float32 scores against text (…, L, S) and own block (…, L, Lk), -inf where hidden."""
+    text_mask, own_mask = masks
+    text = _times_text(query, text_key.transpose(-1, -2)).float().mul_(scaling)
+    own = _times_own(query, own_key.transpose(-1, -2)).float().mul_(scaling)
+    if softcap is not None:
+        text, own = ((x / softcap).tanh_().mul_(softcap) for x in (text, own))
+    text.masked_fill_(~text_mask[:, None, g, None, :, s], float("-inf"))
+    own.masked_fill_(~own_mask, float("-inf"))
+    return text, own
+
+
+def _times_text(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Multiply (B, Hkv, G, R, L, a) by each head's (B, Hkv, a, b)."""
+    return (rows.flatten(2, 4) @ matrix).unflatten(2, rows.shape[2:5])
+
+
+def _times_own(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Multiply (B, Hkv, G, R, L, a) by each block's (B, Hkv, G, a, b)."""
+    return (rows.flatten(3, 4) @ matrix).unflatten(3, rows.shape[3:5])
+
+
+def _transposed_text(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return leftᵀ right summed over a head's rows, (B, Hkv, a, b)."""
+    return left.flatten(2, 4).transpose(-1, -2) @ right.flatten(2, 4)
+
+
+def _transposed_own(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return leftᵀ right summed over a block's rows, (B, Hkv, G, a, b)."""
+    return left.flatten(3, 4).transpose(-1, -2) @ right.flatten(3, 4)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: ThoughtLayout,
+    *,
+    layer: int,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Let text and thoughts of one layer attend.
+
+    Args:
+        query: (B, H, T + G·L, d), as `layout` orders the tokens.
+        key: (B, Hkv, T + G·L, d); H is a multiple of Hkv.
+        value: As `key`, of any width d_v.
+        layout: Of these tokens; its memory, if any, is read and added to.
+        layer: The layer's index in the memory.
+        scaling: Factor of the scores.
+        window: A token sees those less than this many positions before it; None is no limit.
+        softcap: Scores s become softcap·tanh(s / softcap); None is off.
+
+    Returns:
+        (B, T + G·L, H, d_v).
+    """
+    num_text, memory = layout.num_new_text, layout.memory
+    text_key, text_value = key[:, :, :num_text], value[:, :, :num_text]
+    if memory is not None:
+        text_key, text_value = memory.add_text(layer, text_key, text_value)
+    parts = []
+    if num_text:
+        visible = layout.text_visible(window)
+        queries = query[:, :, :num_text]
+        parts.append(_attend_text(queries, text_key, text_value, visible, scaling, softcap))
+    if layout.num_blocks and layout.block_length:
+        blocks = (layout.num_blocks, layout.block_length)
+        own_key = key[:, :, num_text:].unflatten(2, blocks)  # (B, Hkv, G, L, d)
+        own_value = value[:, :, num_text:].unflatten(2, blocks)
+        if memory is not None:
+            start = layout.block_start
+            own_key, own_value = memory.add_own(layer, start, own_key, own_value)
+        heads = (key.shape[1], query.shape[1] // key.shape[1])
+        queries = query[:, :, num_text:].unflatten(2, blocks).unflatten(1, heads)
+        out = _SplitAttention.apply(
+            queries.transpose(2, 3).contiguous(),  # (B, Hkv, G, R, L, d)
+            text_key,
+            text_value,
+            own_key,
+            own_value,
+            (layout.thought_visible(window), layout.own_visible(window)),
+            layout.reach,
+            scaling,
+            softcap,
+        )
+        parts.append(out.transpose(2, 3).flatten(1, 2).flatten(2, 3))  # (B, H, G·L, d)
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _attend_text(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Causal attention of the text, (B, H, T, d); `visible` of None is plain causal."""
+    if query.shape[1] != key.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, is_causal=visible is None, scale=scaling
+        )
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    scores = (scores / softcap).tanh() * softcap
+    if visible is None:
+        length = query.shape[2]
+        visible = torch.ones((length, length), dtype=torch.bool, device=query.device).tril()
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(query.dtype) @ value
+
+
+def thought_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    thought_layout: ThoughtLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Answer transformers' attention interface; `attention_mask` and `dropout` have no effect.
+
+    Raises:
+        ValueError: The model didn't hand on the layout, or its attention has a part that is
+            missing here.
+    """
+    name = type(module).__name__
+    if thought_layout is None:
+        raise ValueError(f"{name} doesn't hand keyword arguments on to its attention function.")
+    used = [key for key in _UNSUPPORTED if kwargs.get(key) is not None]
+    if used:
+        raise ValueError(f"{name} attends with {', '.join(used)}, which thoughts don't support.")
+    thought_layout.windows.append(sliding_window)
+    # Under autocast positions leave queries and keys in float32; the backward pass has no autocast.
+    out = attend(
+        query.to(value.dtype),
+        key.to(value.dtype),
+        value,
+        thought_layout,
+        layer=int(getattr(module, "layer_idx", 0) or 0),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out, None
+
+
+@contextmanager
+def thoughts_attend(model: nn.Module) -> Iterator[None]:
+    """Let a model's attention understand layouts, and put its own attention back.
+
+    Hold it over the backward pass as well: activations that are recomputed there attend again.
+    """
+    config: Any = model.config
+    AttentionInterface.register(NAME, thought_attention)
+    own_attention = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = own_attention

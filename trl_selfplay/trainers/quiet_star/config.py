@@ -1,0 +1,222 @@
+"""Configuration of QuietSTaRTrainer, with the published recipe as a preset."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from trl import SFTConfig
+
+from trl_selfplay.trainers.config import switch_off_bf16_without_gpu
+from trl_selfplay.trainers.field_checks import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    SHARE,
+    Bounds,
+    check_fields,
+)
+from trl_selfplay.trainers.ported_scripts import takes_ported_fields
+from trl_selfplay.trainers.quiet_star.objective import BASELINES
+
+logger = logging.getLogger(__name__)
+
+# Official code of Quiet-STaR, arXiv 2403.09629 (ezelikman/quiet-star, quiet-star-train.py): 12
+# tokens ahead of which 9 are sampled, 4 true tokens, 2 thoughts, 8 sequences of 256 a step.
+_PAPER: dict[str, Any] = {
+    "num_thoughts": 2,
+    "thought_length": 9,
+    "num_ahead_tokens": 4,
+    "max_length": 256,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-6,
+    "weight_decay": 0.001,
+    # Linear over 100,000 steps, of which 100 are run: the rate falls by a thousandth.
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 20,
+    "max_grad_norm": 1.0,
+    "max_steps": 100,
+}
+# The official code's weight of REINFORCE, and the temperature at which it scores thoughts.
+_PAPER_WEIGHT, _PAPER_SCORING_TEMPERATURE = 1e6, 3.0
+
+
+@takes_ported_fields
+@dataclass
+class QuietSTaRConfig(SFTConfig):
+    """Configuration of `QuietSTaRTrainer`: SFTConfig's fields, and those of the thoughts.
+
+    `num_thoughts=0` is plain SFT. The defaults are the method of Quiet-STaR (arXiv 2403.09629) with
+    thoughts of 8 tokens and a REINFORCE weight of 1; `QuietSTaRConfig.from_paper` gives the
+    published recipe.
+    """
+
+    _BOUNDS = {  # noqa: RUF012  # not a field
+        "num_thoughts": AT_LEAST_0,
+        "thought_length": AT_LEAST_0,
+        "num_ahead_tokens": AT_LEAST_1,
+        "thought_temperature": AT_LEAST_0,
+        "thought_fraction": Bounds(0, 1, exclusive=True, meaning="for none set num_thoughts=0"),
+        "base_loss_weight": SHARE,
+        "reinforce_weight": AT_LEAST_0,
+        "meta_token_scale": ABOVE_0,
+    }
+
+    num_thoughts: int = field(
+        default=2,
+        metadata={"help": "Thoughts sampled at each thinking token. 0 is plain SFT."},
+    )
+    thought_length: int = field(
+        default=8,
+        metadata={
+            "help": "Sampled tokens of a thought, between its start and end. 0 leaves those two, "
+            "which are learnt but say nothing: a pause-token control."
+        },
+    )
+    num_ahead_tokens: int = field(
+        default=4,
+        metadata={"help": "Tokens of the text that each thought is to predict."},
+    )
+    thought_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature of sampled thoughts, and of their log-probs in REINFORCE."},
+    )
+    thought_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the tokens that think, drawn anew in each step; cost and memory of "
+            "thoughts fall with it."
+        },
+    )
+    base_loss_weight: float = field(
+        default=0.5,
+        metadata={"help": "Weight of the loss without thoughts; that with thoughts has the rest."},
+    )
+    reinforce_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of REINFORCE on thought tokens. The paper's 1e6 goes with its learning "
+            "rate of 1e-6."
+        },
+    )
+    reinforce_baseline: str = field(
+        default="mean",
+        metadata={
+            "help": "What a thought's reward is compared with: the mean over its token's thoughts, "
+            "worse ones ignored ('mean', the paper's), the likelihood without thought, worse ones "
+            "ignored ('base'), or the mean of the other thoughts, with its sign, which is unbiased "
+            "('leave_one_out').",
+            "choices": list(BASELINES),
+        },
+    )
+    meta_token_scale: float = field(
+        default=100.0,
+        metadata={
+            "help": "The vectors that begin and end a thought move this many times the learning "
+            "rate in a step of Adam."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        switch_off_bf16_without_gpu(self)
+        super().__post_init__()
+        if self.num_thoughts:
+            self._check_thoughts()
+
+    def _check_thoughts(self) -> None:
+        if self.thought_length == 0 and self.num_thoughts > 1:
+            raise ValueError(
+                f"num_thoughts={self.num_thoughts} with thought_length=0 would compute copies of "
+                "one thought: set num_thoughts=1."
+            )
+        if self.thought_length > 0 and self.thought_temperature <= 0.0:
+            raise ValueError(
+                f"thought_temperature={self.thought_temperature}; it must be above 0, or all "
+                "thoughts of a token would be the same and none could be preferred."
+            )
+        if (
+            self.num_thoughts == 1
+            and self.thought_length > 0
+            and self.reinforce_weight > 0.0
+            and self.reinforce_baseline != "base"
+        ):
+            raise ValueError(
+                f"num_thoughts=1 with reinforce_baseline={self.reinforce_baseline!r}: a thought "
+                "alone is its own average, so no thought would ever be reinforced. Set "
+                "reinforce_baseline='base', or num_thoughts=2."
+            )
+        if self.packing or self.eval_packing or self.padding_free:
+            raise ValueError(
+                "packing or padding_free puts several texts into one row, where a thought would "
+                "see its neighbours and count positions from the first: set packing=False, "
+                "eval_packing=None and padding_free=False."
+            )
+        if self.loss_type != "nll":
+            raise ValueError(
+                f"loss_type={self.loss_type!r}: thoughts are rewarded by the text's likelihood; "
+                "set loss_type='nll'."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor}; thoughts are rewarded by "
+                "the likelihood of the true tokens alone: set it to 0."
+            )
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel=True replaces the model's forward: leave it out.")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha}: thoughts are sampled without this "
+                "noise and would be scored with it, which would be two policies. Leave it out."
+            )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}=True rounds the whole model for good, with the mixing head and the "
+                    "vectors of thoughts, which need float32. Leave it out; bf16=True evaluates in "
+                    "bfloat16 too."
+                )
+        if self.router_aux_loss_coef:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef}: a router's loss would count "
+                "thoughts as text. Leave it out, or set it to 0.0."
+            )
+        if self.num_thoughts == 1 and self.reinforce_baseline == "leave_one_out":
+            raise ValueError(
+                "num_thoughts=1 with reinforce_baseline='leave_one_out': there is no other thought "
+                "to compare with. Set num_thoughts=2, or another baseline."
+            )
+
+    @classmethod
+    def from_paper(cls, **overrides: Any) -> Self:
+        """Return the published recipe for Mistral 7B.
+
+        It departs from the official code in these places:
+
+        - Thoughts are scored at the temperature they were sampled at, where the code samples at 1
+          and scores at 3, which divides the gradient by 3. A thought's log-prob is the sum over its
+          tokens; the code takes the mean. Its weight of 1e6 becomes 1e6 / (3 · thought_length), so
+          that REINFORCE has the code's size.
+        - The loss with thoughts is averaged over all tokens that think, and a token thinks if all
+          num_ahead_tokens follow it. The code predicts the token t ahead from every token that has
+          one, divides by the count of losses that aren't zero, and REINFORCE by all columns, padding
+          included.
+        - A text is cut to its first 256 tokens, where the code takes a random span of 256, and a
+          shorter one ends in EOS, which the code doesn't learn.
+        - The vectors that begin and end a thought start as the mean of the embeddings of the tokens
+          of "---", where the code takes the first token's.
+        - The run ends after 100 steps, where the code raises an error. The learning rate stays
+          after its warm-up; the code's falls by a thousandth until then.
+        - Weights are float32, with bfloat16 in forwards on a GPU; the code's are bfloat16.
+        - One process computes the 8 sequences of a step in two halves, averaged over the step
+          instead of in each half.
+
+        Args:
+            **overrides: Fields to set otherwise, such as `output_dir`.
+
+        Source: Quiet-STaR, arXiv 2403.09629, appendix A, and ezelikman/quiet-star.
+        """
+        settings = {**_PAPER, **overrides}
+        length = max(1, settings["thought_length"])
+        weight = _PAPER_WEIGHT / (_PAPER_SCORING_TEMPERATURE * length)
+        return cls(**{"reinforce_weight": weight, **settings})

@@ -1,0 +1,146 @@
+"""The forward with gradients: a text and all of its thoughts, with the true tokens after them.
+
+In: a text, the columns that think and their thoughts. Out: log-probs of the text with and without
+thoughts, and of the thoughts' own tokens. Source: Quiet-STaR, arXiv 2403.09629, sections 4.1 to 4.4.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trl_selfplay.trainers.quiet_star.attention import thoughts_attend
+from trl_selfplay.trainers.quiet_star.backbone import (
+    describe_predictions,
+    embed,
+    last_states,
+    token_log_probs,
+)
+from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout
+from trl_selfplay.trainers.quiet_star.mixing import ATTRIBUTE, mix
+
+
+@dataclass(frozen=True, slots=True)
+class ThoughtBatch:
+    """What the forward needs beside the text.
+
+    Attributes:
+        anchors: Column after which each thought stands, int64 (B, G), not decreasing in G.
+        tokens: The thoughts without start and end, int64 (B, G, n).
+        is_real: False for blocks that only fill up a row, bool (B, G).
+        num_ahead_tokens: n_true.
+        temperature: At which thoughts were sampled, and are scored.
+        barred: Tokens that thoughts can't contain.
+        scores_thoughts: Whether the thoughts' own log-probs are wanted.
+    """
+
+    anchors: torch.Tensor
+    tokens: torch.Tensor
+    is_real: torch.Tensor
+    num_ahead_tokens: int
+    temperature: float = 1.0
+    barred: tuple[int, ...] = ()
+    scores_thoughts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class UnrolledStates:
+    """Last hidden states of one forward.
+
+    Attributes:
+        text: (B, S, d).
+        blocks: (B, G, n + 2 + n_true − 1, d): start, thought, end, true tokens.
+    """
+
+    text: torch.Tensor
+    blocks: torch.Tensor
+
+
+def unroll(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, batch: ThoughtBatch
+) -> UnrolledStates:
+    """Run the backbone over [text | start thought end X_{j+1} … | …], S + G·(n + n_true + 1) tokens.
+
+    Row by row, the text is computed once for all of its thoughts. Call it inside
+    `thoughts_attend(model)`.
+    """
+    num_rows, num_blocks, _ = batch.tokens.shape
+    ends = getattr(model, ATTRIBUTE).start_and_end()  # (2, d)
+    text = embed(model, input_ids)
+    start, end = (v.to(text.dtype).expand(num_rows, num_blocks, 1, -1) for v in ends.unbind(0))
+    ahead = torch.arange(1, batch.num_ahead_tokens, device=input_ids.device)
+    true_ids = gather_columns(input_ids, batch.anchors[:, :, None] + ahead)  # (B, G, n_true − 1)
+    blocks = torch.cat([start, embed(model, batch.tokens), end, embed(model, true_ids)], dim=2)
+    layout = ThoughtLayout(
+        attention_mask.bool(), batch.anchors, input_ids.shape[1], blocks.shape[2]
+    )
+    states = last_states(model, torch.cat([text, blocks.flatten(1, 2)], dim=1), layout)
+    num_text = input_ids.shape[1]
+    return UnrolledStates(
+        states[:, :num_text], states[:, num_text:].unflatten(1, (num_blocks, blocks.shape[2]))
+    )
+
+
+def gather_columns(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Pick columns (B, …) of values (B, S) or (B, S, d); beyond the end it takes the last one."""
+    flat = columns.clamp(max=values.shape[1] - 1).flatten(1)
+    if values.ndim == 3:
+        picked = values.gather(1, flat[..., None].expand(-1, -1, values.shape[2]))
+    else:
+        picked = values.gather(1, flat)
+    return picked.unflatten(1, columns.shape[1:])
+
+
+def think_and_talk(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    batch: ThoughtBatch,
+) -> dict[str, torch.Tensor]:
+    """Score a text with and without its thoughts.
+
+    Returns:
+        `base_log_probs`, `entropies`, `top1` (B, S − 1): of the next token, 0 on padding.
+        `talk_log_probs`, `weights` (B, G, n_true): log p_talk(X_{j+t}) and the mixing weights, 0
+        on blocks that aren't real. `thought_log_probs` (B, G): Σ log π of the thought's tokens,
+        without the entropy of barred ones; 0 if not wanted.
+    """
+    num_thought_tokens, n_true = batch.tokens.shape[2], batch.num_ahead_tokens
+    with thoughts_attend(model):
+        states = unroll(model, input_ids, attention_mask, batch)
+    real_text = attention_mask.bool()
+    scored = real_text[:, :-1] & real_text[:, 1:]  # (B, S − 1)
+    predicting, following = states.text[:, :-1][scored], input_ids[:, 1:][scored]
+    base = token_log_probs(model, predicting, following)
+    entropies, hits = describe_predictions(model, predicting, following)
+    steps = torch.arange(n_true, device=input_ids.device)
+    columns = batch.anchors[:, :, None] + steps  # (B, G, n_true)
+    before = gather_columns(states.text, columns)
+    after = states.blocks[:, :, num_thought_tokens + 1 :]  # from the end token on
+    mixed, weights = mix(getattr(model, ATTRIBUTE), before, after)
+    real = batch.is_real[:, :, None].expand(-1, -1, n_true)
+    talk = token_log_probs(model, mixed[real], gather_columns(input_ids, columns + 1)[real])
+    outputs = {
+        "base_log_probs": _scatter(base, scored),
+        "entropies": _scatter(entropies, scored),
+        "top1": _scatter(hits.float(), scored),
+        "talk_log_probs": _scatter(talk, real),
+        "weights": weights * real,
+    }
+    thought = weights.new_zeros(batch.anchors.shape)
+    if batch.scores_thoughts and num_thought_tokens:
+        real = batch.is_real[:, :, None].expand(-1, -1, num_thought_tokens)
+        own = token_log_probs(
+            model,
+            states.blocks[:, :, :num_thought_tokens][real],
+            batch.tokens[real],
+            temperature=batch.temperature,
+            barred=list(batch.barred),
+        )
+        thought = _scatter(own, real).sum(-1)
+    return {**outputs, "thought_log_probs": thought}
+
+
+def _scatter(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Put values (N,) to their places in zeros of the shape of `where`."""
+    return values.new_zeros(where.shape).masked_scatter(where, values)

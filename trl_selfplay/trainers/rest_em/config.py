@@ -1,0 +1,270 @@
+"""Configuration of ReSTEMTrainer, with the settings of three papers as presets."""
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from trl import SFTConfig
+
+from trl_selfplay.trainers.field_checks import ABOVE_0, Bounds
+from trl_selfplay.trainers.graded_config import GradedConfig
+from trl_selfplay.trainers.ported_scripts import takes_ported_fields
+from trl_selfplay.trainers.rest_em.thresholds import check_thresholds
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # ReST^EM, arXiv 2312.06585, section 5: 32 samples a problem at temperature 0.7 with top-k 40,
+    # at most 10 right ones a problem, 3 iterations. Rate, batch and epochs are not reported.
+    "math": {
+        "num_rounds": 3,
+        "num_generations": 32,
+        "max_per_prompt": 10,
+        "temperature": 0.7,
+        "top_k": 40,
+        "start_from": "base",
+    },
+    # ReST, arXiv 2308.08998, section 4 and appendix A: IWSLT 2014, 100 candidates at temperature
+    # 0.8 with at most 128 tokens, rewards in 0..1, first the supervised model, 2 Grow steps with
+    # 3 Improve steps (figure 3's best), the data stays in the mix.
+    "rest": {
+        "num_rounds": 2,
+        "num_generations": 100,
+        "max_per_prompt": None,
+        "temperature": 0.8,
+        "top_k": 0,
+        "max_completion_length": 128,
+        "start_from": "previous",
+        "few_shot_in_training": False,
+        "improve_thresholds": [0.7, 0.8, 0.9],
+        "warm_up_on_gold": True,
+    },
+    # RFT, arXiv 2308.01825, section 3.3, and OFA-Sys/gsm8k-ScRel: 100 paths a question from the
+    # supervised model at temperature 0.7, the base model trained on gold and accepted paths for 3
+    # epochs at 2e-5, batch 128 (here for one process), cosine with 3 % warm-up, length 512.
+    "rft": {
+        "num_rounds": 1,
+        "num_generations": 100,
+        "max_per_prompt": None,
+        "temperature": 0.7,
+        "top_k": 0,
+        "max_completion_length": 256,
+        "start_from": "base",
+        "few_shot_in_training": False,
+        "reward_weights": [0.5, 0.5],
+        "warm_up_on_gold": True,
+        "num_train_epochs": 3,
+        "learning_rate": 2e-5,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 16,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "weight_decay": 0.0,
+        "max_length": 512,
+    },
+}
+
+
+@takes_ported_fields
+@dataclass
+class ReSTEMConfig(GradedConfig, SFTConfig):
+    """Configuration of `ReSTEMTrainer`: SFTConfig's fields, per round, and those of the outer loop.
+
+    The defaults are ReST^EM's (arXiv 2312.06585): 32 samples a prompt at temperature 0.7 with
+    top-k 40, at most 10 right ones a prompt, each round trained from the base weights, and the
+    round with the best held-out score kept. `ReSTEMConfig.from_paper` gives each paper's settings.
+
+    The papers' M-step goes on "while the reward on D_val improves". That is an `eval_dataset` with
+    `eval_strategy="steps"` or "epoch", the same `save_strategy`, `load_best_model_at_end=True` and
+    a `transformers.EarlyStoppingCallback`, which ends the training of its round alone.
+    `num_generations_eval=0` makes each of these evaluations one greedy completion a prompt.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  # as in TRL: read by the parser, not a field
+        *SFTConfig._VALID_DICT_FIELDS,
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+    _BOUNDS = {  # noqa: RUF012  # not a field
+        "improve_thresholds": Bounds(infinite=True),
+        "improve_learning_rate_factor": Bounds(
+            0, 1, exclusive=True, meaning="1.0 is the same rate in all Improve steps"
+        ),
+        "gold_ratio": ABOVE_0,
+    }
+
+    num_generations: int = field(
+        default=32, metadata={"help": "Completions to sample for each prompt."}
+    )
+    temperature: float = field(
+        default=0.7, metadata={"help": "Sampling temperature; 0.0 is greedy decoding."}
+    )
+    top_k: int = field(
+        default=40, metadata={"help": "Sample from this many likeliest tokens; 0 is off."}
+    )
+    max_per_prompt: int | None = field(
+        default=10,
+        metadata={
+            "help": "Most completions to keep of a prompt after deduplication, drawn at random; "
+            "with improve_thresholds those with the highest rewards, so that each Improve step's "
+            "set is part of the one before. None keeps all."
+        },
+    )
+    few_shot_in_training: bool = field(
+        default=True,
+        metadata={
+            "help": "Train and evaluate with the few-shot examples in the prompt, as ReST^EM does, "
+            "and not only sample with them."
+        },
+    )
+    improve_thresholds: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "ReST: the rising thresholds of the Improve steps that follow each Grow step. "
+            "All train on the same samples, those with a reward strictly above the threshold, and "
+            "each goes on from the one before; `num_rounds` counts the Grow steps. -inf as the "
+            "first one selects everything. None trains once a round on what reaches "
+            "reward_threshold."
+        },
+    )
+    threshold_kind: str = field(
+        default="value",
+        metadata={
+            "help": "What improve_thresholds are: rewards, percentiles (0 to 100) of the prompt's "
+            "own rewards, or places between their mean (0) and maximum (1).",
+            "choices": ["value", "percentile", "interpolate"],
+        },
+    )
+    improve_learning_rate_factor: float = field(
+        default=0.5,
+        metadata={
+            "help": "What each Improve step multiplies the learning rate of the one before with. "
+            "ReST lowers it by a factor that it doesn't give."
+        },
+    )
+    loss_weighting: str = field(
+        default="filter",
+        metadata={
+            "help": "'filter' trains on what reaches the threshold, all alike; 'reward' on every "
+            "completion with a reward above 0, weighted with it (arXiv 2312.06585, Eq. 3): with "
+            "its reward by the round's mean, so that neither the scale of the rewards nor the "
+            "batch size matters. A gold completion that isn't graded weighs 1.0, as the mean does.",
+            "choices": ["filter", "reward"],
+        },
+    )
+    gold_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Gold completions for each selected one of the model's own, drawn without "
+            "repetition. None trains on each of gold_dataset once a round."
+        },
+    )
+    deduplicate_against_gold: bool = field(
+        default=False,
+        metadata={
+            "help": "Drop a completion that has the normal form of one of its prompt's gold "
+            "completions. Off: one with that form is kept beside gold, as in RFT's code."
+        },
+    )
+    warm_up_on_gold: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on gold_dataset before the first sampling: ReST's first step, and RFT's "
+            "sampler. start_from='base' still means the weights before it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.rewards_have_degrees and self.metric_for_best_model is None:
+            # A real-valued reward need never reach the threshold that accuracy counts by.
+            self.metric_for_best_model = "eval_mean_reward"
+        super().__post_init__()
+        self._check_improve_steps()
+        self._check_weighting()
+        self._check_gold_duplicates()
+
+    @property
+    def rewards_have_degrees(self) -> bool:
+        """Whether completions are trained on that `reward_threshold` doesn't count as correct."""
+        return self.improve_thresholds is not None or self.loss_weighting == "reward"
+
+    @property
+    def num_improve_steps(self) -> int:
+        """Improve steps that follow each Grow step; 1 without `improve_thresholds`."""
+        return len(self.improve_thresholds or [None])
+
+    def _check_improve_steps(self) -> None:
+        if self.improve_thresholds is None:
+            for name in ("threshold_kind", "improve_learning_rate_factor"):
+                value = getattr(self, name)
+                if value != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"{name}={value!r} concerns the Improve steps of `improve_thresholds`, "
+                        "which is None. Set that, or leave it out."
+                    )
+            return
+        check_thresholds(self.improve_thresholds, self.threshold_kind)
+        if self.start_from != "previous":
+            raise ValueError(
+                f"improve_thresholds with start_from={self.start_from!r}: ReST's Improve steps go "
+                "on from the current weights (arXiv 2308.08998, Algorithm 1). Set "
+                "start_from='previous'."
+            )
+
+    def _check_weighting(self) -> None:
+        if self.loss_weighting == "filter":
+            return
+        for name, neutral in (
+            ("packing", False),
+            ("padding_free", False),
+            ("loss_type", "nll"),
+            ("label_smoothing_factor", 0.0),
+        ):
+            if (value := getattr(self, name)) != neutral:
+                raise ValueError(
+                    f"loss_weighting='reward' with {name}={value!r}: the weight belongs to a row "
+                    f"and to its log-likelihood. Set {name}={neutral!r}, or "
+                    "loss_weighting='filter'."
+                )
+
+    def _check_gold_duplicates(self) -> None:
+        """A duplicate of gold is dropped because gold is trained on as much in its place."""
+        if not self.deduplicate_against_gold:
+            return
+        for name, needed in (
+            ("deduplicate", True),
+            ("gold_ratio", None),
+            ("loss_weighting", "filter"),
+        ):
+            if (value := getattr(self, name)) != needed:
+                raise ValueError(
+                    f"deduplicate_against_gold=True with {name}={value!r}: set {name}={needed!r}, "
+                    "or deduplicate_against_gold=False."
+                )
+
+    @classmethod
+    def from_paper(cls, experiment: str, **overrides: Any) -> Self:
+        """Return a paper's settings.
+
+        "math": ReST^EM on MATH. "rest": ReST on IWSLT 2014, for a reward normalised to 0..1 and
+        with a `gold_dataset`. "rft": RFT on GSM8K, with a `gold_dataset`, two reward functions
+        (`[exact_reward, equations_reward]`: half of the threshold each) and
+        `normal_form=reasoning_path`. As in the authors' code each distinct reasoning path of the
+        samples is kept once, that of the gold completion too, which stays beside it;
+        `deduplicate_against_gold=True` drops it.
+
+        Args:
+            experiment: See above.
+            **overrides: Fields to set otherwise, such as `output_dir`.
+
+        Raises:
+            ValueError: No such experiment, or more than one round of RFT.
+
+        Source: arXiv 2312.06585, 2308.08998 and 2308.01825.
+        """
+        if experiment not in _PRESETS:
+            raise ValueError(f"no preset {experiment!r}; there are {tuple(_PRESETS)}.")
+        settings = {**_PRESETS[experiment], **overrides}
+        if experiment == "rft" and settings["num_rounds"] != 1:
+            raise ValueError(
+                f"num_rounds={settings['num_rounds']}: RFT is one round (arXiv 2308.01825, section "
+                "3.3). For more rounds take the preset 'math', or ReSTEMConfig itself."
+            )
+        return cls(**settings)

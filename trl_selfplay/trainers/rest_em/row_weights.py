@@ -1,0 +1,68 @@
+"""Weigh each row's log-likelihood, in place of counting all rows alike.
+
+In: rewards; the parent's collator and model. Out: a weight a row, and the same collator and model
+with it, so that the parent's own loss of an optimizer step over the rows j with T_j tokens to learn
+comes out as
+
+    L = − Σ_j w_j Σ_t log p(y_{j,t} | …) / Σ_j T_j
+
+The weights are made once a round, so what a row counts doesn't depend on the batch that it is in.
+
+Source: ReST^EM, arXiv 2312.06585, Eq. 3: argmax E[r(x, y) log p(y | x)], r ≥ 0.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from trl_selfplay.rollouts.rows import WEIGHT
+
+
+def relative_weights(rewards: Sequence[float | None], lengths: Sequence[int]) -> list[float]:
+    """Return each row's weight w_j = r_j Σ_i T_i / Σ_i r_i T_i: its reward by the round's mean.
+
+    The mean is over the tokens to learn, so over a whole round the loss is that of
+
+        L = − Σ_j r_j Σ_t log p(y_{j,t} | …) / Σ_j r_j T_j
+
+    Weights are free of the rewards' scale, and 1 if all rewards are equal.
+
+    Args:
+        rewards: At least 0; None for a row that was not graded, which weighs 1.0 and is not in
+            the mean.
+        lengths: Tokens to learn of each row, T_j.
+    """
+    graded = [(r, n) for r, n in zip(rewards, lengths, strict=True) if r is not None]
+    tokens = sum(length for _, length in graded)
+    mean = sum(reward * (length / tokens) for reward, length in graded)
+    return [1.0 if r is None else (r / mean if mean > 0.0 else 0.0) for r in rewards]
+
+
+class WeightCollator:
+    """Adds the rows' weights, shape (rows,), to the batch of another collator."""
+
+    def __init__(self, collator: Callable[..., Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the batch; a row without a weight counts once."""
+        batch = self.collator(rows)
+        batch[WEIGHT] = torch.tensor([float(row.get(WEIGHT, 1.0)) for row in rows])
+        return batch
+
+
+def weigh_log_probs(model: Callable[..., Any], weights: torch.Tensor) -> Callable[..., Any]:
+    """Return a forward whose `log_probs` are multiplied by the weight of their row.
+
+    Args:
+        model: Returns `log_probs` of shape (rows, tokens) when called with `fused_lm_head=True`.
+        weights: Shape (rows,).
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = model(*args, **kwargs)
+        outputs.log_probs = outputs.log_probs * weights[:, None]
+        return outputs
+
+    return forward

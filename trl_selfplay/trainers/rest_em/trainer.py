@@ -1,0 +1,336 @@
+"""ReST^EM, ReST and RFT: expectation maximization with a model's own graded samples.
+
+In: prompts with solutions, reward functions, perhaps human completions. Out: the model after
+`num_rounds` rounds. The outer loop is in rounds.py, what a round's stages do in self_play.py.
+
+Sources: ReST^EM, arXiv 2312.06585, Algorithm 1; ReST, arXiv 2308.08998, Algorithm 1; RFT, arXiv
+2308.01825, section 3.3.
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from transformers.trainer_utils import TrainOutput
+from trl import SFTTrainer
+
+from trl_selfplay.evaluation.heldout import HeldOutScores
+from trl_selfplay.rollouts.normal_forms import default_normal_form
+from trl_selfplay.rollouts.played import PlayedRound
+from trl_selfplay.rollouts.prompts import PromptRow, refuse_seen_heldout
+from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
+from trl_selfplay.rollouts.rows import WEIGHT, build_training_rows
+from trl_selfplay.rollouts.selection import select
+from trl_selfplay.rounds.identity import name_function, summarize
+from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
+from trl_selfplay.rounds.loop import run_rounds
+from trl_selfplay.rounds.stages import load_history, load_samples
+from trl_selfplay.trainers import construction
+from trl_selfplay.trainers.rest_em.config import ReSTEMConfig
+from trl_selfplay.trainers.rest_em.gold import Gold, draw_gold, grade_gold, load_gold
+from trl_selfplay.trainers.rest_em.row_weights import (
+    WeightCollator,
+    relative_weights,
+    weigh_log_probs,
+)
+from trl_selfplay.trainers.rest_em.thresholds import above_threshold
+from trl_selfplay.trainers.sft_construction import (
+    SFTArguments,
+    load_sft_parts,
+    show_parent_parameters,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class ReSTEMTrainer(SFTTrainer):
+    """Trains a causal language model on its own rewarded samples, round after round.
+
+    Takes what `trl.SFTTrainer` takes, in its order, and the keyword-only parameters below. The
+    datasets have the columns `prompt` (text or chat messages) and `solution`, as for STaRTrainer;
+    all columns reach the reward functions.
+
+    Args:
+        reward_funcs: As GRPOTrainer takes them: a callable, an async one, a model id, a sequence
+            classifier, or a list of these.
+        reward_processing_classes: Tokenizers of reward models, one for each of `reward_funcs`.
+        few_shot_examples: Mappings with `prompt`, `completion` and `solution` that stand before
+            every prompt.
+        normal_form: Completions of a prompt with equal normal form are duplicates; None compares
+            them lower-cased with white space folded. RFT's is
+            `trl_selfplay.rollouts.normal_forms.reasoning_path`.
+        gold_dataset: Human completions to mix in: `prompt` and `completion`, or `messages`. With
+            `improve_thresholds` they are graded and filtered like the model's own.
+        eval_reward_funcs: Functions that grade held-out completions in place of `reward_funcs`:
+            the true scorer where those are a reward model, whose own score rises also where it is
+            misled. None grades them alike.
+
+    Raises:
+        ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
+
+    Source: ReST^EM, arXiv 2312.06585, Algorithm 1.
+    """
+
+    args: ReSTEMConfig
+    _tag_names = ["trl", "sft", "trl-selfplay", "rest-em"]  # noqa: RUF012  # as in TRL
+    _name = "ReST^EM"
+    _paper = {  # noqa: RUF012  # as in TRL
+        "title": (
+            "Beyond Human Data: Scaling Self-Training for Problem-Solving with Language Models"
+        ),
+        "id": "2312.06585",
+        "citation": """\
+@article{singh2024beyond,
+    title        = {{Beyond Human Data: Scaling Self-Training for Problem-Solving with Language Models}},
+    author       = {Avi Singh and John D. Co-Reyes and Rishabh Agarwal and others},
+    year         = 2024,
+    journal      = {Transactions on Machine Learning Research},
+    eprint       = {arXiv:2312.06585},
+}""",
+    }
+
+    @show_parent_parameters
+    def __init__(
+        self,
+        model: Any,
+        args: ReSTEMConfig | None = None,
+        *positional: Any,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
+        normal_form: Callable[[str], Hashable] | None = None,
+        gold_dataset: Any = None,
+        eval_reward_funcs: Any = None,
+        **named: Unpack[SFTArguments],
+    ) -> None:
+        if args is not None and gold_dataset is None:
+            _refuse_without_gold(args)
+        parts = load_sft_parts(
+            ReSTEMConfig, "ReSTEM", model, args, positional, named, reward_funcs, few_shot_examples
+        )
+        if parts.args.loss_weighting == "reward" and parts.for_parent.get("compute_loss_func"):
+            raise ValueError(
+                "loss_weighting='reward' with a `compute_loss_func`: the weights would not reach "
+                "it. Leave one out."
+            )
+        self.run = parts.run
+        self.run.improve_steps = parts.args.num_improve_steps
+        self.run.improve_rate_factor = parts.args.improve_learning_rate_factor
+        super().__init__(**parts.for_parent)
+        if self.args.loss_weighting == "reward":
+            self.data_collator = WeightCollator(self.data_collator)
+        self.eval_dataset = parts.eval_dataset
+        self.normal_form = normal_form or default_normal_form
+        self.self_play = construction.build_self_play(
+            self,
+            parts.rows,
+            parts.heldout,
+            parts.examples,
+            reward_funcs=reward_funcs,
+            reward_processing_classes=reward_processing_classes,
+            eval_reward_funcs=eval_reward_funcs,
+        )
+        self.self_play.check_prompts(hinted=False)
+        self.self_play.warn_unreadable_solutions()
+        self.gold = self._load_gold(gold_dataset)
+        self.run.identity |= {
+            "normal_form": name_function(self.normal_form),
+            "gold_dataset": summarize(
+                sorted((r.prompt_id, r.completion) for r in self.gold.rollouts)
+            ),
+        }
+        if self.args.warm_up_on_gold:
+            self.run.warm_up_rows = build_training_rows(
+                self._fitting(self.gold.rollouts),
+                self._prompt_ids(parts.rows),
+                self.self_play.eos_token_id,
+                seed=self.args.seed,
+                completion_only=self.args.completion_only_loss is not False,
+            )
+
+    def train(
+        self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Run all rounds, or with `resume_from_checkpoint=True` those that `output_dir` lacks.
+
+        Raises:
+            EmptyRoundError, FileExistsError, ValueError: As `run_rounds`.
+        """
+        return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
+
+    def play_round(self, round_index: int) -> PlayedRound:
+        """Grow (the E-step): sample and grade; Improve: select what the M-step trains on."""
+        play, args, folder = self.self_play, self.args, self.run.folder(round_index)
+        grow = self.run.sampling_round(round_index)
+        rows = play.draw_prompts(grow)
+        if round_index == grow:
+            rollouts = play.sample(rows, round_index, "train", folder)
+        else:  # an Improve step on the same samples and scores
+            rollouts = load_samples(self.run.folder(grow))
+        step = self.run.improve_steps
+        earlier = range(max(grow - args.history_rounds * step, 0), grow, step)
+        history, gold = load_history(self.run, earlier), self._score_gold()
+        prompt_ids = self._prompt_ids(play.rows if earlier else rows)
+        is_selected = self._selection_rule(round_index - grow, [*rollouts, *history, *gold])
+        if args.improve_thresholds is not None:
+            gold = [rollout for rollout in gold if is_selected(rollout)]
+        selection = select(
+            rollouts,
+            reward_threshold=args.reward_threshold,
+            leak_filter=None,
+            prompts={},
+            normal_form=self.normal_form if args.deduplicate else None,
+            max_per_prompt=args.max_per_prompt,
+            fits=lambda rollout: play.fits(rollout, prompt_ids),
+            seed=args.seed + grow,
+            is_correct=is_selected,
+            history=history,
+            best_first=args.improve_thresholds is not None,
+            beside=gold if args.deduplicate_against_gold else (),
+        )
+        num_own = len(selection.kept) + len(selection.history)
+        gold = draw_gold(self._fitting(gold), args.gold_ratio, num_own, args.seed + grow)
+        played = play.finish(
+            rollouts,
+            selection,
+            prompt_ids,
+            round_index,
+            folder,
+            gold=gold,
+            weigh=relative_weights if args.loss_weighting == "reward" else None,
+            metrics=play.watch_diversity(self.run, rollouts, self.normal_form),
+        )
+        self._warn_repeated(played, round_index - grow, round_index)
+        return self._describe_improve(played, round_index - grow, grow)
+
+    def _selection_rule(
+        self, improve: int, rollouts: Sequence[Rollout]
+    ) -> Callable[[Rollout], bool]:
+        """Return F(x, y; τ): the threshold of this Improve step, or that of the reward."""
+        args = self.args
+        if args.improve_thresholds is not None:
+            level = args.improve_thresholds[improve]
+            is_above = above_threshold(rollouts, args.threshold_kind, level)
+        elif args.loss_weighting == "reward":
+            is_above = above_threshold((), "value", 0.0)
+        else:
+            return lambda rollout: rollout.passes(args.reward_threshold)
+        return lambda rollout: not rollout.is_truncated and is_above(rollout)
+
+    def _warn_repeated(self, played: PlayedRound, improve: int, round_index: int) -> None:
+        """Warn of an Improve step that selects what the one before it did.
+
+        What a higher threshold selects is part of what a lower one does, so as many are the same.
+        """
+        if improve == 0 or played.num_examples == 0:
+            return
+        if played.num_examples == self.run.lines[round_index - 1]["examples"]:
+            logger.warning(
+                "round %d: this Improve step selects the same %d completions as the one before, so "
+                "it repeats it. Use thresholds that are further apart, a reward that has more "
+                "degrees, or a higher max_per_prompt.",
+                round_index,
+                played.num_examples,
+            )
+
+    def _describe_improve(self, played: PlayedRound, improve: int, grow: int) -> PlayedRound:
+        args = self.args
+        if args.improve_thresholds is None:
+            return played
+        return played.as_improve_step(
+            grow // self.run.improve_steps, improve, args.improve_thresholds[improve],
+            may_be_skipped=improve > 0 and args.on_empty_round == "stop",
+        )  # fmt: skip
+
+    def _load_gold(self, gold_dataset: Any) -> Gold:
+        if gold_dataset is None:
+            return Gold((), {})
+        play = self.self_play
+        gold = load_gold(
+            gold_dataset,
+            play.rows,
+            play.formatter,
+            play.eos_token_ids,
+            play.eos_token_id,
+            needs_solutions=self.args.improve_thresholds is not None,
+        )
+        refuse_seen_heldout(play.heldout, list(gold.rows.values()), "gold_dataset")
+        return gold
+
+    def _score_gold(self) -> list[Rollout]:
+        """Return the gold completions, graded once a run if thresholds are to filter them."""
+        if self.args.improve_thresholds is None or not self.gold.rollouts:
+            return list(self.gold.rollouts)
+        path = self.run.root / "gold.parquet"
+        if self.is_world_process_zero() and not path.exists():
+            save_rollouts(path, grade_gold(self.gold, self.self_play.collector))
+        self.accelerator.wait_for_everyone()
+        return load_rollouts(path)
+
+    def _prompt_ids(self, rows: Sequence[PromptRow]) -> dict[str, tuple[int, ...]]:
+        """Return the prompts as trained on, those of gold completions as well."""
+        return self.self_play.training_prompt_ids([*rows, *self.gold.rows.values()])
+
+    def _fitting(self, gold: Sequence[Rollout]) -> list[Rollout]:
+        prompt_ids = self._prompt_ids(())
+        fitting = [r for r in gold if self.self_play.fits(r, prompt_ids)]
+        if len(fitting) < len(gold):
+            logger.warning(
+                "%d of %d gold completions are longer than max_length=%s with their prompts and "
+                "are left out.",
+                len(gold) - len(fitting),
+                len(gold),
+                self.args.max_length,
+            )
+        return fitting
+
+    def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
+        """Score the held-out prompts; before round 0 also with few-shot examples."""
+        play = self.self_play
+        if not play.heldout:
+            return None
+        return play.score(play.heldout, folder=folder, with_few_shot=round_index < 0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the round, and with steps that go on over rounds."""
+        log_with_round(self, super().log, logs, start_time)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Let the rows' weights pass to the collator."""
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        if WEIGHT not in columns:
+            self._signature_columns: Any = [*columns, WEIGHT]
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the parent's loss, each row's log-likelihood times its weight."""
+        if (weights := inputs.pop(WEIGHT, None)) is not None:
+            model = weigh_log_probs(model, weights)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Sample and grade held-out prompts, see `construction.evaluate_heldout`.
+
+        Takes the parent's arguments: `eval_dataset` (a dataset of prompts and solutions, a dict of
+        them, the name of a set, None for the trainer's own), `ignore_keys`, `metric_key_prefix`.
+        """
+        return construction.evaluate_heldout(self, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card, and what each round came to."""
+        super().create_model_card(*args, **kwargs)
+        add_rounds_to_card(self)
+
+
+def _refuse_without_gold(args: Any) -> None:
+    """Raise ValueError for settings that concern gold completions where none are given."""
+    for name, neutral in (
+        ("warm_up_on_gold", False),
+        ("gold_ratio", None),
+        ("deduplicate_against_gold", False),
+    ):
+        if (value := getattr(args, name, neutral)) != neutral:
+            raise ValueError(
+                f"{name}={value!r} needs a `gold_dataset` of human completions; there is none."
+            )

@@ -1,0 +1,305 @@
+"""Configuration of SPINTrainer, with the published recipe as a preset."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from datasets import Dataset
+from trl import DPOConfig
+
+from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.trainers.config import (
+    SelfPlayConfig,
+    check_self_play_config,
+    graded_metric_names,
+    guess_greater_is_better,
+    switch_off_bf16_without_gpu,
+)
+from trl_selfplay.trainers.field_checks import ABOVE_0, check_fields
+from trl_selfplay.trainers.ported_scripts import takes_ported_fields
+from trl_selfplay.trainers.spin.discriminator import measure_heldout
+
+logger = logging.getLogger(__name__)
+
+# Official code of SPIN, arXiv 2401.01335 (configs, scripts and README of uclaml/SPIN): RMSProp
+# without weight decay, linear schedule with a tenth of warm-up, 64 pairs a step, 2 epochs, a
+# greedy opponent with at most 256 tokens, this round's and the last round's pairs.
+_PAPER: dict[str, Any] = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 8,
+    "optim": "rmsprop",
+    "weight_decay": 0.0,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+    "max_length": 1024,
+    "max_completion_length": 256,
+    "temperature": 0.0,
+    "history_rounds": 1,
+}
+# The loss of a pair of which policy and opponent say the same, by beta and label smoothing ε, as
+# TRL defines the losses; "sft" is the data's own likelihood, whatever the opponent.
+_LN_2 = math.log(2.0)
+_FIRST_LOSSES: dict[str, Callable[[float, float], float]] = {
+    **dict.fromkeys(
+        ("sigmoid", "sigmoid_norm", "robust", "aot", "aot_unpaired"), lambda beta, e: _LN_2
+    ),
+    **dict.fromkeys(("nca_pair", "bco_pair"), lambda beta, e: 2.0 * _LN_2),
+    **dict.fromkeys(("hinge", "apo_zero", "apo_down"), lambda beta, e: 1.0),
+    "ipo": lambda beta, e: 1.0 / (4.0 * beta**2),
+    "sppo_hard": lambda beta, e: 1.0 / (2.0 * beta**2),
+    "exo_pair": lambda beta, e: -_LN_2 - 0.5 * math.log(e * (1.0 - e)),
+    "discopop": lambda beta, e: 0.5 * _LN_2 + 0.5,
+}
+_SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
+_PAPER_LEARNING_RATES = (5e-7, 5e-7, 1e-7, 1e-7)
+_PAPER_BETAS = (0.1, 0.1, 0.1, 5.0)
+
+
+@takes_ported_fields
+@dataclass
+class SPINConfig(SelfPlayConfig, DPOConfig):
+    """Configuration of `SPINTrainer`: DPOConfig's fields, per round, and those of the outer loop.
+
+    The defaults are the algorithm of SPIN (arXiv 2401.01335): the opponent is sampled as it is
+    (temperature 1, nothing filtered), each round trains on its own pairs, from where the last
+    round ended, with the logistic loss. `SPINConfig.from_paper` gives the published recipe.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  # as in TRL: read by the parser, not a field
+        *DPOConfig._VALID_DICT_FIELDS,
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+    _BOUNDS = {"round_betas": ABOVE_0}  # noqa: RUF012  # not a field
+
+    start_from: str = field(
+        default="previous",
+        metadata={
+            "help": "Weights that a round's training starts from. SPIN's opponent is the policy as "
+            "it enters the round, so only 'previous' is right.",
+            "choices": ["previous"],
+        },
+    )
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={
+            "help": "The opponent's log-probs are computed once a round, before any update. False "
+            "is refused: TRL would then use another opponent."
+        },
+    )
+    round_betas: list[float] | None = field(
+        default=None, metadata={"help": "One beta for each round, in place of `beta`."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.start_from != "previous":
+            raise ValueError(
+                f"start_from={self.start_from!r}: SPIN's opponent is the policy as it enters the "
+                "round (arXiv 2401.01335, equation 4.7); a restart from the base would begin away "
+                "from it. Leave it 'previous'."
+            )
+        check_fields(self)
+        switch_off_bf16_without_gpu(self)
+        self._has_task_score = False
+        self._chooses_by_default = self.metric_for_best_model is None
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_logps"
+        guess_greater_is_better(self)
+        super().__post_init__()
+        check_self_play_config(self)
+        if not self.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs=False: TRL would compare with the base model or the "
+                "checkpoint on disk, which is the wrong opponent from round 1 on. Leave it True."
+            )
+        if not self.disable_dropout:
+            raise ValueError(
+                "disable_dropout=False: with dropout the policy differs from its opponent at the "
+                "first step of each round, so the margins don't begin at 0. Leave it True."
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha}: the opponent's log-probs have no "
+                "noise and the policy's would, so the margins don't begin at 0. Leave it out."
+            )
+        if self.stop_strings:
+            raise ValueError(
+                f"stop_strings={self.stop_strings!r}: the opponent's completions would end without "
+                "EOS and the data's with it, which tells them apart. Leave it out."
+            )
+        given: Any = self.generation_kwargs or {}  # text has become a dict by now
+        if "eos_token_id" in given:
+            raise ValueError(
+                f"generation_kwargs has eos_token_id={given['eos_token_id']}: the "
+                "opponent's completions would end otherwise than the data's, which tells them "
+                "apart. Set it in the model's generation config."
+            )
+        self._refuse_unused()
+        self._check_betas()
+        self._warn_other_loss()
+        self._warn_off_policy()
+
+    def _refuse_unused(self) -> None:
+        """Raise ValueError for fields of DPOConfig that would be wrong or without effect."""
+        if self.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model=True: SPIN's opponent stays as it is within a round and becomes the "
+                "policy at the start of the next, without any setting. Leave sync_ref_model out."
+            )
+        if not self.loss_type:
+            raise ValueError("loss_type=[]; leave it out for SPIN's own, ['sigmoid'].")
+        unknown = sorted(set(self.loss_type) - {*_FIRST_LOSSES, "sft"})
+        if unknown:
+            raise ValueError(
+                f"loss_type={self.loss_type}: TRL has no loss {unknown[0]!r}; choose among "
+                f"{sorted({*_FIRST_LOSSES, 'sft'})}."
+            )
+        losses = set(self.loss_type)
+        if losses == {"sft"}:
+            raise ValueError(
+                "loss_type=['sft'] alone has no opponent: that is supervised fine-tuning, for which "
+                "TRL has SFTTrainer. Add it to SPIN's loss with loss_type=['sigmoid', 'sft'] and "
+                "`loss_weights`."
+            )
+        if "exo_pair" in losses and not 0.0 < self.label_smoothing < 1.0:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} with loss_type={self.loss_type}: "
+                "'exo_pair' needs a value between 0 and 1; its paper recommends 1e-3."
+            )
+        if "robust" in losses and not 0.0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} with loss_type={self.loss_type}: it must "
+                "be at least 0 and below 0.5 for 'robust'."
+            )
+        for name, is_used, condition in (
+            ("label_smoothing", bool(losses & _SMOOTHED), f"a loss_type of {sorted(_SMOOTHED)}"),
+            ("discopop_tau", "discopop" in losses, "loss_type=['discopop']"),
+            (
+                "f_alpha_divergence_coef",
+                self.f_divergence_type == "alpha_divergence",
+                "f_divergence_type='alpha_divergence'",
+            ),
+            ("ref_model_mixup_alpha", False, "sync_ref_model=True, which SPIN has no use for"),
+            ("ref_model_sync_steps", False, "sync_ref_model=True, which SPIN has no use for"),
+            ("label_smoothing_factor", False, "models that are trained on labels"),
+            ("padding_free", False, "SFTTrainer; TRL pads pairs whatever is set"),
+            ("truncation_mode", False, "rows that are cut, and SPIN leaves long ones out instead"),
+        ):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default and not is_used:
+                raise ValueError(
+                    f"{name}={value!r} has no effect here: it is for {condition}. Leave it out."
+                )
+
+    def _check_betas(self) -> None:
+        if self.round_betas is not None and len(self.round_betas) != self.num_rounds:
+            raise ValueError(
+                f"round_betas has {len(self.round_betas)} values for num_rounds={self.num_rounds}; "
+                "give one a round."
+            )
+
+    def heldout_metric_names(self) -> tuple[str, ...]:
+        """Return the metrics of a held-out set, without the set's prefix."""
+        pair = {"prompt_id": "", "chosen_ids": [0], "has_opponent": True,
+                "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}  # fmt: skip
+        metrics, _ = measure_heldout(Dataset.from_list([pair]), [(0.0, 0.0)], self.beta, "eval")
+        graded = graded_metric_names(self.num_generations_eval) if self._has_task_score else ()
+        return (*(name.removeprefix("eval_") for name in metrics), *graded)
+
+    def choose_by_task_score(self) -> None:
+        """Let held-out accuracy choose the best round, unless the user has named a metric."""
+        self._has_task_score = True
+        if self._chooses_by_default:
+            self.metric_for_best_model = "eval_accuracy"
+
+    def first_loss(self, beta: float) -> float | None:
+        """Return the loss at the first step of a round, where every margin is 0.
+
+        ln 2 for SPIN's own, the logistic loss. None where it depends on the model: for 'sft' and
+        with `use_weighting`. A mixture of experts adds its balancing loss.
+        """
+        if self.use_weighting or "sft" in self.loss_type:
+            return None
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        return sum(
+            weight * _FIRST_LOSSES[name](beta, self.label_smoothing)
+            for name, weight in zip(self.loss_type, weights, strict=True)
+        )
+
+    def _warn_other_loss(self) -> None:
+        """Say what becomes of ln 2, and of the theory, under another loss than the paper's."""
+        changed = [
+            f"{name}={getattr(self, name)!r}"
+            for name in (
+                "loss_type",
+                "loss_weights",
+                "f_divergence_type",
+                "ld_alpha",
+                "use_weighting",
+            )
+            if getattr(self, name) not in (None, False, ["sigmoid"], [1.0], "reverse_kl")
+        ]
+        if not changed:
+            return
+        first = self.first_loss(self.beta if self.round_betas is None else self.round_betas[0])
+        logger.warning(
+            "%s: the margins still begin each round at 0, but the loss then is %s, where SPIN's "
+            "logistic loss is ln 2 = 0.6931, and the fixed point that the paper proves is of the "
+            "logistic loss. Held-out win rate, margin, loss and distance are measured with the "
+            "logistic loss of whole completions.",
+            ", ".join(changed),
+            "not known beforehand" if first is None else f"{first:.4f}",
+        )
+
+    def _warn_off_policy(self) -> None:
+        options = build_sampling_options(self, ())  # with generation_kwargs laid over
+        changed = [
+            f"{name}={getattr(options, name)}"
+            for name, neutral in (
+                ("temperature", (1.0,)),
+                ("top_p", (1.0,)),
+                ("top_k", (0,)),
+                ("min_p", (None, 0.0)),
+                ("repetition_penalty", (1.0,)),
+            )
+            if getattr(options, name) not in neutral
+        ]
+        if changed:
+            logger.warning(
+                "%s: the opponent is sampled from another distribution than the one whose "
+                "log-probs are in the loss. The published recipe did so (greedy); the fixed point "
+                "of the theory needs temperature=1.0 without filters.",
+                ", ".join(changed),
+            )
+
+    @classmethod
+    def from_paper(cls, **overrides: Any) -> Self:
+        """Return the published recipe.
+
+        It departs from the formula in two places: completions are decoded greedily, so they are
+        the mode of the opponent and no samples of it, and from round 1 on half of the pairs hold
+        completions of the round before, while the reference of all pairs is the newest opponent.
+        Two things differ from the official code: prompts have the training template also while
+        sampling, and completions that are cut at 256 tokens are dropped, where the code ends them
+        with EOS. The 64 pairs of a step are 8 times 8 in one process; set
+        `gradient_accumulation_steps=1` on 8 GPUs. The schedule ends after the 2 epochs that the
+        paper names, where the scripts stop a 6-epoch schedule early. LoRA needs a learning rate
+        ten to twenty times higher.
+
+        Args:
+            **overrides: Fields to set otherwise, such as `output_dir`. More than 4 rounds repeat
+                the last round's learning rate and beta. `learning_rate` and `beta` are those of
+                round 0, from which the other rounds' keep their proportion.
+
+        Source: SPIN, arXiv 2401.01335, section 6.1, and the configs of uclaml/SPIN.
+        """
+        num_rounds = overrides.get("num_rounds", len(_PAPER_BETAS))
+        per_round = {}
+        for name, schedule in (("learning_rate", _PAPER_LEARNING_RATES), ("beta", _PAPER_BETAS)):
+            scale = overrides.get(name, schedule[0]) / schedule[0]
+            values = [schedule[min(t, len(schedule) - 1)] * scale for t in range(num_rounds)]
+            per_round[f"round_{name}s"] = values
+        return cls(**{**_PAPER, **per_round, "num_rounds": num_rounds, **overrides})

@@ -1,0 +1,177 @@
+"""Pair the data's completions with the opponent's, and look for what gives the opponent away.
+
+In: the rollouts of a round and the tokens of the data's completions. Out: what became of every
+rollout, the parent's rows (chosen = the data's completion, rejected = the opponent's own, token by
+token as it was sampled), and warnings. Pure functions of records.
+
+Source: SPIN, arXiv 2401.01335, equation 4.7: y from the data, y' sampled by the opponent.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+
+from datasets import Dataset
+
+from trl_selfplay.rollouts.completions import ChosenTokens
+from trl_selfplay.rollouts.funnel import Funnel, Outcome, OutcomeCounts
+from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.selection import Selection
+
+# Thresholds are ours: a single token that half of the pairs can be told apart by, a length that
+# tells apart nine of ten. Below this many pairs chance alone gives such numbers.
+_TELLING_SHARE = 0.5
+_TELLING_LENGTH = 0.9
+_FEWEST_PAIRS = 16
+
+
+def select_pairs(
+    rollouts: Sequence[Rollout], chosen: Mapping[str, ChosenTokens], max_length: int | None
+) -> Selection:
+    """Decide which of the opponent's completions are trained on, each against the data's.
+
+    A completion cut by length is dropped: kept, it would teach that the opponent doesn't end, and
+    with an EOS added that ends don't follow unfinished sentences. An empty one is told apart by its
+    first token. One that equals the data's token by token has loss ln 2 and no gradient whatever
+    the policy. A pair whose longer side exceeds `max_length` is dropped, never truncated. Equal
+    completions of one prompt stay: they are what the opponent's distribution looks like.
+
+    Args:
+        rollouts: Of one round, each (prompt_id, sample_index) once.
+        chosen: The tokens of each prompt id.
+        max_length: Most tokens of prompt and completion; None is no limit.
+    """
+    ordered = sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_index))
+    outcomes = [(r, _outcome(r, chosen[r.prompt_id], max_length)) for r in ordered]
+    counts: Counter[str] = Counter(outcome for _, outcome in outcomes)
+    kept = tuple(r for r, outcome in outcomes if outcome == "kept")
+    return Selection(
+        kept=kept,
+        outcomes=tuple(outcomes),
+        funnel=Funnel(
+            prompts=len({r.prompt_id for r in ordered}),
+            prompts_solved=len({r.prompt_id for r in kept}),
+            unhinted=OutcomeCounts(**counts),
+        ),
+    )
+
+
+def _outcome(rollout: Rollout, tokens: ChosenTokens, max_length: int | None) -> Outcome:
+    if rollout.is_truncated:
+        return "truncated"
+    if not rollout.completion.strip():
+        return "empty"
+    if rollout.completion_ids == tokens.chosen_ids:
+        return "identical"
+    longest = max(len(rollout.completion_ids), len(tokens.chosen_ids))
+    if max_length is not None and len(tokens.prompt_ids) + longest > max_length:
+        return "too_long"
+    return "kept"
+
+
+def build_pair_rows(
+    rollouts: Sequence[Rollout], chosen: Mapping[str, ChosenTokens], seed: int | None
+) -> Dataset:
+    """Build the rows of DPOTrainer, still without the opponent's log-probs.
+
+    Args:
+        rollouts: The selected ones, in an order that doesn't depend on how they were sampled.
+        chosen: The tokens of each prompt id.
+        seed: Of the shuffle (the parent draws the same row order in every round); None keeps the
+            order.
+
+    Returns:
+        Columns `prompt_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`; EOS ends a rejected
+        completion exactly if it was sampled.
+    """
+    rows = Dataset.from_dict(
+        {
+            "prompt_id": [r.prompt_id for r in rollouts],
+            "prompt_ids": [list(chosen[r.prompt_id].prompt_ids) for r in rollouts],
+            "chosen_ids": [list(chosen[r.prompt_id].chosen_ids) for r in rollouts],
+            "rejected_ids": [list(r.completion_ids) for r in rollouts],
+        }
+    )
+    return rows if seed is None else rows.shuffle(seed=seed).flatten_indices()
+
+
+def pair_metrics(
+    rollouts: Sequence[Rollout],
+    selection: Selection,
+    chosen: Mapping[str, ChosenTokens],
+    num_examples: int,
+) -> dict[str, float]:
+    """Return the numbers of a round for the log: play/… of what was sampled, select/… of pairs."""
+    counts, sampled = selection.funnel.unhinted, len(rollouts)
+    return {
+        "play/completions": float(sampled),
+        "play/mean_length": fmean(len(r.completion_ids) for r in rollouts),
+        "play/mean_length_chosen": fmean(len(chosen[r.prompt_id].chosen_ids) for r in rollouts),
+        "play/truncated": counts.truncated / sampled,
+        "play/identical": counts.identical / sampled,
+        "play/empty": counts.empty / sampled,
+        "play/distinct": len({(r.prompt_id, r.completion_ids) for r in rollouts}) / sampled,
+        "select/kept": float(counts.kept),
+        "select/examples": float(num_examples),
+    }
+
+
+def find_giveaways(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    decode: Callable[[int], str],
+    eos_token_ids: Sequence[int],
+) -> list[str]:
+    """Return what tells the data's completions from the opponent's without reading them.
+
+    Looks at the first token, the last, the last before EOS, and the length. A discriminator that
+    can use one of these learns format instead of content.
+
+    Args:
+        pairs: (chosen, rejected) token ids; too few say nothing.
+        decode: Returns a token's text.
+        eos_token_ids: Tokens that end a completion.
+
+    Returns:
+        One sentence with numbers for each giveaway.
+    """
+    if len(pairs) < _FEWEST_PAIRS:
+        return []
+    sides = [[tuple(c) for c, _ in pairs], [tuple(r) for _, r in pairs]]
+    found = []
+    eos = set(eos_token_ids)
+    for place, pick in (
+        ("first token", lambda ids: ids[:1]),
+        ("last token", lambda ids: ids[-1:]),
+        ("last token before EOS", lambda ids: ids[-2:-1] if ids[-1] in eos else ids[-1:]),
+    ):
+        of_chosen, of_rejected = (Counter(pick(ids) for ids in side) for side in sides)
+        token, difference = max(
+            (
+                (t, (of_chosen[t] - of_rejected[t]) / len(pairs))
+                for t in sorted({*of_chosen, *of_rejected})
+            ),
+            key=lambda entry: abs(entry[1]),
+        )
+        if abs(difference) > _TELLING_SHARE:
+            text = repr(decode(token[0])) if token else "nothing"
+            found.append(
+                f"the {place} is {text} in {of_chosen[token] / len(pairs):.0%} of the data's "
+                f"completions and in {of_rejected[token] / len(pairs):.0%} of the opponent's"
+            )
+    lengths = [[len(ids) for ids in side] for side in sides]
+    longer = _share_longer(*lengths)
+    if max(longer, 1.0 - longer) > _TELLING_LENGTH:
+        found.append(
+            f"length alone tells {max(longer, 1.0 - longer):.0%} of them apart (mean "
+            f"{fmean(lengths[0]):.0f} tokens in the data, {fmean(lengths[1]):.0f} of the opponent)"
+        )
+    return found
+
+
+def _share_longer(first: Sequence[int], second: Sequence[int]) -> float:
+    """Return how often a member of `first` exceeds one of `second`, ties as half (the AUC)."""
+    counts, wins = Counter(second), 0.0
+    for length, times in Counter(first).items():
+        below = sum(n for other, n in counts.items() if other < length)
+        wins += times * (below + 0.5 * counts[length])
+    return wins / (len(first) * len(second))

@@ -1,0 +1,459 @@
+"""SPIN: a model learns to tell the data from its former self, until it can't.
+
+In: prompts with the data's completions. Out: the model after `num_rounds` rounds.
+Source: SPIN, arXiv 2401.01335, Algorithm 1 and equation 4.7. The outer loop is in rounds.py, the
+pairs in pairs.py, the opponent's log-probs in opponent.py.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainingArguments
+from transformers.trainer_utils import TrainOutput
+from trl import DPOTrainer
+
+from trl_selfplay.evaluation.heldout import HeldOutScores, metric_prefixes
+from trl_selfplay.evaluation.monitor import find_convergence, warn_falling_likelihood
+from trl_selfplay.evaluation.report import print_completions, say
+from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.rollouts.completions import (
+    ChosenTokens,
+    drop_long_rows,
+    load_chosen_rows,
+    tokenize_chosen,
+)
+from trl_selfplay.rollouts.played import PlayedRound
+from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets
+from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
+from trl_selfplay.rounds.loop import run_rounds
+from trl_selfplay.rounds.noise import switch_noise_off
+from trl_selfplay.rounds.run import UNTRAINED
+from trl_selfplay.rounds.stages import load_kept, save_selection
+from trl_selfplay.trainers.construction import (
+    build_run,
+    build_self_play,
+    check_adapters,
+    load_processing_class,
+    read_config,
+    refuse_optimizers,
+)
+from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
+from trl_selfplay.trainers.reference import check_opponent, score_pairs, store_opponent
+from trl_selfplay.trainers.spin.config import SPINConfig
+from trl_selfplay.trainers.spin.discriminator import (
+    build_heldout_rows,
+    load_scores,
+    measure_heldout,
+    save_scores,
+)
+from trl_selfplay.trainers.spin.pairs import (
+    build_pair_rows,
+    find_giveaways,
+    pair_metrics,
+    select_pairs,
+)
+
+logger = logging.getLogger(__name__)
+
+_REMEDY = (
+    "Completions that are cut need a higher max_completion_length or a model that knows its EOS "
+    "token (start from one that was fine-tuned on such data). Empty ones come from a model that "
+    "ends at once: check that the chat template's generation prompt is the one it was trained "
+    "with. If all equal the data's, there is nothing left to learn."
+)
+
+
+class SPINTrainer(DPOTrainer):
+    """Trains a causal language model against its own completions, round after round.
+
+    Takes what `trl.DPOTrainer` takes, in its order. `train_dataset` has the columns `prompt` and
+    `completion`, `messages` (the last assistant turn is the completion), or `prompt` and `chosen`;
+    the rejected completions are the model's own. `eval_dataset`, one set or a dict of sets, holds
+    held-out rows of the same form.
+
+    Args:
+        eval_reward_funcs: Functions that grade what the policy answers to held-out prompts, as
+            GRPOTrainer takes them: a score of the task, which then chooses the best round
+            (`eval_accuracy`) where `metric_for_best_model` names no other. Without it the
+            likelihood of the data chooses (`eval_logps`). They get every column of `eval_dataset`;
+            `solution` is the data's completion where there is no such column.
+
+    Raises:
+        ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
+
+    Source: SPIN, arXiv 2401.01335, Algorithm 1.
+    """
+
+    args: SPINConfig
+    _tag_names = ["trl", "dpo", "trl-selfplay", "spin"]  # noqa: RUF012  # as in TRL
+    _name = "SPIN"
+    _paper = {  # noqa: RUF012  # as in TRL
+        "title": "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models",
+        "id": "2401.01335",
+        "citation": """\
+@inproceedings{chen2024selfplay,
+    title        = {{Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models}},
+    author       = {Zixiang Chen and Yihe Deng and Huizhuo Yuan and Kaixuan Ji and Quanquan Gu},
+    year         = 2024,
+    booktitle    = {Proceedings of the 41st International Conference on Machine Learning},
+    eprint       = {arXiv:2401.01335},
+}""",
+    }
+
+    @explains_foreign_arguments
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: SPINConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        eval_reward_funcs: Any = None,
+    ) -> None:
+        args = read_config(args, SPINConfig, model, "SPIN")
+        _refuse_unused(ref_model, compute_metrics)
+        refuse_optimizers(optimizers)
+        check_adapters(model, peft_config)
+        _refuse_uncopied_adapters(model)
+        rows = load_chosen_rows(train_dataset, "train_dataset")
+        heldout = load_heldout_sets(eval_dataset, rows, load_chosen_rows)
+        tokenizer = load_processing_class(model, processing_class, args)
+        # One row for the parent to be built on; no round ever trains on it.
+        placeholder = Dataset.from_list([{"prompt": "?", "chosen": " yes", "rejected": " no"}])
+        if eval_reward_funcs is not None:
+            if not heldout:
+                raise ValueError("eval_reward_funcs needs an `eval_dataset` of held-out prompts.")
+            args.choose_by_task_score()
+        self.run = build_run(args, model, peft_config, list(heldout))
+        uses_peft = peft_config is not None or hasattr(model, "peft_config")
+        had_ref_adapter = "ref" in getattr(model, "peft_config", {})
+        # The parent loads no second model if it may precompute (plain model) or has adapters to
+        # switch off; with adapters precomputing would only hash all weights.
+        args.precompute_ref_log_probs = not uses_peft
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=placeholder,
+                eval_dataset=placeholder if heldout else None,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        finally:
+            args.precompute_ref_log_probs = True
+        self.precompute_ref_logps = True  # the loss reads the stored columns
+        policy: Any = self.model
+        if "ref" in getattr(policy, "peft_config", {}) and not had_ref_adapter:
+            policy.delete_adapter("ref")  # the parent's copy: right in round 0 only
+        self.eval_dataset = eval_dataset
+        self.self_play = build_self_play(self, rows, heldout, eval_reward_funcs=eval_reward_funcs)
+        collector = self.self_play.collector
+        # Pairs aren't graded; held-out completions are, where there is something to grade with.
+        self._graded_play = (
+            None
+            if collector.eval_scorer is None
+            else replace(self.self_play, collector=replace(collector, scorer=collector.eval_scorer))
+        )
+        if switched := switch_noise_off(policy):
+            logger.warning(
+                "Dropout and other noise is switched off in the whole model (%s): with it the "
+                "policy would differ from its opponent at the first step of each round.",
+                ", ".join(switched),
+            )
+        pair: Any = self.train_dataset  # the placeholder, with the opponent's columns
+        for column in ("ref_chosen_logps", "ref_rejected_logps"):
+            pair = pair.add_column(column, [0.0])
+        self.run.placeholder = pair
+        self.chosen: dict[str, ChosenTokens] = {}
+        rows[:] = self._tokenize(rows, "train_dataset")
+        for name, heldout_rows in heldout.items():
+            heldout_rows[:] = self._tokenize(heldout_rows, f"eval_dataset {name}".strip())
+        self.self_play.check_prompts(hinted=False)
+        self._heldout_pairs: dict[str, Dataset] = {}
+        self._checked_round: int | None = None
+
+    def _tokenize(self, rows: list[PromptRow], name: str) -> list[PromptRow]:
+        play, args = self.self_play, self.args
+        tokens = tokenize_chosen(play.formatter, rows, play.eos_token_ids, play.eos_token_id)
+        self.chosen |= tokens
+        most = build_sampling_options(args, ()).max_completion_length
+        return drop_long_rows(rows, tokens, args.max_length, most, name)
+
+    def train(
+        self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Run all rounds; `resume_from_checkpoint=True` goes on where a run in `output_dir` stopped.
+
+        Raises:
+            EmptyRoundError: A round kept no pair and `on_empty_round` is "raise".
+            FileExistsError: `output_dir` holds rounds and resuming was not asked for.
+            ValueError: It holds rounds of another configuration, or `trial` was given.
+            WrongOpponentError: At the first step of a round its margins are not 0.
+        """
+        return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
+
+    def play_round(self, round_index: int) -> PlayedRound:
+        """Sample y' ~ p_θt(·|x), pair it with the data's y, and score both under p_θt."""
+        play, args, folder = self.self_play, self.args, self.run.folder(round_index)
+        self.beta = args.beta if args.round_betas is None else args.round_betas[round_index]
+        rollouts = play.sample(play.draw_prompts(round_index), round_index, "train", folder)
+        selection = select_pairs(rollouts, self.chosen, args.max_length)
+        earlier = range(max(round_index - args.history_rounds, 0), round_index)
+        history = [r for t in earlier for r in load_kept(self.run.folder(t))]
+        pairs = build_pair_rows(
+            [*selection.kept, *history], self.chosen, seed=args.seed + round_index
+        )
+        if self.is_world_process_zero():
+            save_selection(folder / "selection.parquet", selection)
+            if args.log_completions:
+                print_completions(rollouts, args.num_completions_to_print)
+        self._warn_giveaways(pairs, round_index)
+        training_rows = store_opponent(self, pairs, folder / "dataset")  # log p_θt(y), log p_θt(y')
+        self._play_heldout(round_index, folder)
+        return PlayedRound(
+            training_rows,
+            len(training_rows) if selection.kept else 0,  # earlier rounds' pairs alone are no round
+            selection.funnel,
+            tuple(rollouts),
+            pair_metrics(rollouts, selection, self.chosen, len(training_rows)),
+            {},
+            _REMEDY,
+        )
+
+    def _play_heldout(self, round_index: int, folder: Path) -> None:
+        """Let the opponent complete the held-out prompts, and score both sides under it."""
+        for name, rows in self.self_play.heldout.items():
+            where = folder / "evaluation" / name
+            rollouts = self.self_play.sample(rows, round_index, "eval", where)
+            pairs = build_heldout_rows(rows, self.chosen, rollouts)
+            with self._whole_completions():
+                self._heldout_pairs[name] = store_opponent(self, pairs, where / "pairs")
+
+    @contextmanager
+    def _whole_completions(self) -> Iterator[None]:
+        """Sum log-probs over whole completions also under `ld_alpha`, which leaves out tails.
+
+        What is left out depends on the other completion, and held-out scores of the data's must
+        not depend on the opponent's.
+        """
+        ld_alpha, self.ld_alpha = self.ld_alpha, None
+        try:
+            yield
+        finally:
+            self.ld_alpha = ld_alpha
+
+    def _warn_giveaways(self, pairs: Dataset, round_index: int) -> None:
+        tokenizer: Any = self.self_play.formatter.tokenizer  # its stubs know lists of texts only
+        found = find_giveaways(
+            list(zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)),
+            lambda token: tokenizer.decode([token]),
+            self.self_play.eos_token_ids,
+        )
+        if found:
+            logger.warning(
+                "round %d: the opponent's completions can be told apart without reading them: %s. "
+                "If this is format and not style, the round learns the format: look at the data's "
+                "first and last tokens, the chat template and max_completion_length.",
+                round_index,
+                "; ".join(found),
+            )
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Leave the parent's placeholder as it is.
+
+        The parent would score it at construction, through a file that a second process looks for
+        in a folder of its own.
+        """
+        return dataset
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Return the opponent's summed log-probs of both completions, asked once a round.
+
+        The opponent is the policy as it enters the round. A subclass may return those of another,
+        which the loss then compares with; margins then don't begin at 0, and aren't checked.
+        """
+        return self.compute_policy_log_probs(model, inputs)
+
+    def compute_policy_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Return the summed log-probs of both completions under the model as it is now.
+
+        The parent switches adapters off (or to "ref") unless it has a reference model. Here the
+        model itself is the reference, at the moment it is asked.
+        """
+        self.ref_model: Any = self.model
+        try:
+            return super().compute_ref_log_probs(model, inputs)
+        finally:
+            self.ref_model = None
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check the opponent before the first step of a fresh round, then train as the parent."""
+        round_index = self.run.round_index
+        if round_index is not None and self._checked_round != round_index:
+            own = type(self).compute_ref_log_probs is SPINTrainer.compute_ref_log_probs
+            if own and self.state.global_step == 0:  # else it goes on from a checkpoint
+                check_opponent(self, model, inputs, round_index)
+            self._checked_round = round_index
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
+        """Score the policy on held-out prompts, against the opponent of the round that it ended.
+
+        What is in `folder` is read back: a run that goes on has other weights than before round 0.
+        """
+        if not self.self_play.heldout:
+            return None
+        path = None if folder is None else folder / "scores.json"
+        if path is not None and (scored := load_scores(path)) is not None:
+            return scored
+        scores = self._score(self.self_play.heldout, "eval", folder)
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        if path is not None and self.is_world_process_zero():
+            save_scores(path, scores)
+        for prefix in metric_prefixes(list(self.self_play.heldout), "eval").values():
+            if self.is_world_process_zero() and (text := find_convergence(scores.metrics, prefix)):
+                say(f"round {round_index}: {text}")
+        self._warn_choice(round_index, scores)
+        return scores
+
+    def _warn_choice(self, round_index: int, scores: HeldOutScores) -> None:
+        """Warn of a choice by likelihood that goes against what the rounds are for."""
+        chosen = self.run.chosen_metric or ""
+        if round_index == UNTRAINED or not chosen.endswith("_logps"):
+            return
+        untrained = load_scores(self.run.folder(UNTRAINED) / "evaluation" / "scores.json")
+        if untrained is None or not (self.run.loads_best_round and self.is_world_process_zero()):
+            return
+        before, prefix = untrained.metrics, chosen.removesuffix("_logps")
+        if warning := warn_falling_likelihood(before, scores.metrics, round_index, prefix):
+            logger.warning("%s", warning)
+
+    def _score(
+        self, sets: Mapping[str, list[PromptRow]], prefix: str, folder: Path | None = None
+    ) -> HeldOutScores:
+        started = time.monotonic()
+        metrics: dict[str, float] = {}
+        first: dict[str, float] | None = None
+        heldout = self.self_play.heldout
+        own = {id(rows): self._heldout_pairs.get(name) for name, rows in heldout.items()}
+        for name, set_prefix in metric_prefixes(list(sets), prefix).items():
+            pairs = own.get(id(sets[name]))
+            if pairs is None:
+                pairs = build_heldout_rows(sets[name], self.chosen, ())
+            with self._whole_completions():
+                logps = score_pairs(self, pairs, self.compute_policy_log_probs)
+            measured, per_prompt = measure_heldout(pairs, logps, self.beta, set_prefix)
+            metrics |= measured
+            first = per_prompt if first is None else first
+        if self._graded_play is not None:
+            graded = self._graded_play.score(sets, folder=folder, prefix=prefix)
+            metrics, first = metrics | graded.metrics, graded.greedy
+        return HeldOutScores(metrics, first or {}, time.monotonic() - started)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the round, and with steps that go on over rounds."""
+        log_with_round(self, super().log, logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Return `eval_logps` and, for the trainer's own sets, what sets the policy off its opponent.
+
+        Takes a dataset in the form of `eval_dataset`, a dict of them, or the name of a set, whose
+        metrics have no name of their own in front, as in the parent; None scores all of the
+        trainer's own.
+
+        Raises:
+            ValueError: There is no held-out set, or none of that name.
+        """
+        sets = self.self_play.heldout
+        if isinstance(eval_dataset, str):
+            if eval_dataset not in sets:
+                raise ValueError(f"no held-out set {eval_dataset!r}; there are {sorted(sets)}.")
+            sets = {"": sets[eval_dataset]}  # the caller's prefix names it, as in the parent
+        elif eval_dataset is not None:
+            sets = load_heldout_sets(eval_dataset, self.self_play.rows, load_chosen_rows)
+            for name, rows in sets.items():
+                rows[:] = self._tokenize(rows, f"eval_dataset {name}".strip())
+        if not sets:
+            raise ValueError(
+                "evaluate() needs an `eval_dataset` of held-out prompts with the data's completions."
+            )
+        scores = self._score(sets, metric_key_prefix)
+        metrics = {**scores.metrics, f"{metric_key_prefix}_runtime": round(scores.seconds, 4)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card, and what each round came to."""
+        super().create_model_card(*args, **kwargs)
+        add_rounds_to_card(self)
+
+
+def _refuse_uncopied_adapters(model: Any) -> None:
+    """Raise ValueError for adapters that the parent can't copy, as it does at construction."""
+    adapters = getattr(model, "peft_config", {})
+    if adapters and "default" not in adapters:
+        raise ValueError(
+            f"the model's adapters are named {list(adapters)}; TRL's DPOTrainer takes the one named "
+            "'default'. Load it with PeftModel.from_pretrained(base, path, is_trainable=True)."
+        )
+    for config in adapters.values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if getattr(config, "bias", "none") != "none":
+            reason = f"bias={config.bias!r}, of which PEFT allows one adapter in a model"
+        elif getattr(config, "layer_replication", None):
+            reason = "layer_replication, which PEFT would do once more"
+        elif kind == "ADALORA":
+            reason = "AdaLoRA, of which PEFT allows one trainable adapter in a model"
+        else:
+            continue
+        raise ValueError(
+            f"the model comes with an adapter that has {reason}; TRL's DPOTrainer puts a copy beside "
+            "it at construction. Merge the adapter into its base first, or pass the base model and "
+            "`peft_config`."
+        )
+
+
+def _refuse_unused(ref_model: Any, compute_metrics: Any) -> None:
+    """Raise ValueError for the parent's arguments that rounds would get wrong or ignore."""
+    if isinstance(ref_model, TrainingArguments):
+        raise TypeError(
+            f"ref_model is a {type(ref_model).__name__}: DPOTrainer's second parameter is "
+            "`ref_model`. Pass the config by name: args=…."
+        )
+    if ref_model is not None:
+        raise ValueError(
+            "`ref_model` was given, but SPIN's reference is the policy itself as it enters each "
+            "round: its log-probs are computed once a round, and no second model is held. Leave it "
+            "out. For another opponent override `compute_ref_log_probs(model, inputs)` in a "
+            "subclass; its log-probs are then what the loss compares with."
+        )
+    if compute_metrics is not None:
+        raise ValueError(
+            "`compute_metrics` was given, but held-out rows are scored by log-probs of whole "
+            "completions: there are no logits to compute metrics from. Leave it out."
+        )

@@ -1,0 +1,181 @@
+"""STaR: a model trains on its own rationales that reached the right answer.
+
+In: prompts with solutions, reward functions. Out: the model after `num_rounds` rounds.
+Source: STaR, arXiv 2203.14465, Algorithm 1. The outer loop is in rounds.py, what a round's stages
+do in self_play.py.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from transformers.trainer_utils import TrainOutput
+from trl import SFTTrainer
+
+from trl_selfplay.evaluation.heldout import HeldOutScores
+from trl_selfplay.rollouts.normal_forms import default_normal_form
+from trl_selfplay.rollouts.played import PlayedRound
+from trl_selfplay.rollouts.prompts import HintFormatter
+from trl_selfplay.rollouts.selection import select, unsolved_prompts
+from trl_selfplay.rounds.identity import name_function
+from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
+from trl_selfplay.rounds.loop import run_rounds
+from trl_selfplay.rounds.stages import load_history
+from trl_selfplay.trainers.construction import build_self_play, evaluate_heldout
+from trl_selfplay.trainers.sft_construction import (
+    SFTArguments,
+    load_sft_parts,
+    show_parent_parameters,
+)
+from trl_selfplay.trainers.star.config import STaRConfig
+from trl_selfplay.trainers.star.rationalization import add_hint, find_leak
+
+
+class STaRTrainer(SFTTrainer):
+    """Trains a causal language model on its own correct rationales, round after round.
+
+    Takes what `trl.SFTTrainer` takes, in its order, and the keyword-only parameters below.
+    `train_dataset` has the columns `prompt` (text or chat messages) and `solution`; all columns
+    reach the reward functions. `eval_dataset`, one set or a dict of sets, holds held-out prompts in
+    the same form.
+
+    Args:
+        reward_funcs: As GRPOTrainer takes them: a callable
+            `f(prompts, completions, **columns) -> list[float | None]`, an async one, a model id, a
+            sequence classifier, or a list of these.
+        reward_processing_classes: Tokenizers of reward models, one for each of `reward_funcs`.
+        few_shot_examples: Mappings with `prompt`, `completion` and `solution` that stand before
+            every prompt while sampling.
+        normal_form: Completions of a prompt with equal normal form are duplicates; None compares
+            them lower-cased with white space folded.
+        hint_formatter: `f(prompt, solution) -> prompt` that shows the answer; None marks the right
+            option of a multiple-choice prompt, or puts the answer in parentheses.
+        leak_filter: `f(prompt, completion, solution) -> str | None`, the reason why a hinted
+            completion quotes its hint instead of reasoning; None uses `find_leak`.
+
+    Raises:
+        ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
+
+    Source: STaR, arXiv 2203.14465, Algorithm 1.
+    """
+
+    args: STaRConfig
+    _tag_names = ["trl", "sft", "trl-selfplay", "star"]  # noqa: RUF012  # as in TRL
+    _name = "STaR"
+    _paper = {  # noqa: RUF012  # as in TRL
+        "title": "STaR: Bootstrapping Reasoning With Reasoning",
+        "id": "2203.14465",
+        "citation": """\
+@inproceedings{zelikman2022star,
+    title        = {{STaR: Bootstrapping Reasoning With Reasoning}},
+    author       = {Eric Zelikman and Yuhuai Wu and Jesse Mu and Noah D. Goodman},
+    year         = 2022,
+    booktitle    = {Advances in Neural Information Processing Systems 35},
+    eprint       = {arXiv:2203.14465},
+}""",
+    }
+
+    @show_parent_parameters
+    def __init__(
+        self,
+        model: Any,
+        args: STaRConfig | None = None,
+        *positional: Any,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
+        normal_form: Callable[[str], Hashable] | None = None,
+        hint_formatter: HintFormatter | None = None,
+        leak_filter: Callable[[Any, str, Any], str | None] | None = None,
+        **named: Unpack[SFTArguments],
+    ) -> None:
+        parts = load_sft_parts(
+            STaRConfig, "STaR", model, args, positional, named, reward_funcs, few_shot_examples
+        )
+        self.run = parts.run
+        super().__init__(**parts.for_parent)
+        self.eval_dataset = parts.eval_dataset
+        self.normal_form = normal_form or default_normal_form
+        self.leak_filter = leak_filter or find_leak
+        hint_formatter = hint_formatter or add_hint
+        self.run.identity |= {
+            "normal_form": name_function(self.normal_form),
+            "hint_formatter": name_function(hint_formatter),
+            "leak_filter": name_function(self.leak_filter),
+        }
+        self.self_play = build_self_play(
+            self,
+            parts.rows,
+            parts.heldout,
+            parts.examples,
+            hint_formatter,
+            reward_funcs,
+            reward_processing_classes,
+        )
+        self.self_play.check_prompts(hinted=self.args.rationalize)
+        self.self_play.warn_unreadable_solutions()
+
+    def train(
+        self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Run all rounds; `resume_from_checkpoint=True` goes on where a run in `output_dir` stopped.
+
+        Raises:
+            EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
+            FileExistsError: `output_dir` holds rounds and resuming was not asked for.
+            ValueError: It holds rounds of another configuration, or `trial` was given.
+        """
+        return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
+
+    def play_round(self, round_index: int) -> PlayedRound:
+        """Sample, grade, rationalize and select: lines 3 to 6 of Algorithm 1 and D of line 7."""
+        play, args, folder = self.self_play, self.args, self.run.folder(round_index)
+        rows = play.draw_prompts(round_index)
+        rollouts = play.sample(rows, round_index, "train", folder)  # lines 3 and 5
+        if args.rationalize:
+            unsolved = unsolved_prompts(rollouts, args.reward_threshold)
+            failed = [row for row in rows if row.prompt_id in unsolved]
+            rollouts += play.sample(failed, round_index, "hint", folder)  # lines 4 and 6
+        earlier = range(max(round_index - args.history_rounds, 0), round_index)
+        prompt_ids = play.training_prompt_ids(play.rows if earlier else rows)
+        selection = select(
+            rollouts,
+            reward_threshold=args.reward_threshold,
+            leak_filter=self.leak_filter,
+            prompts={row.prompt_id: (row.prompt, row.solution) for row in rows},
+            normal_form=self.normal_form if args.deduplicate else None,
+            max_per_prompt=args.max_per_prompt,
+            fits=lambda rollout: play.fits(rollout, prompt_ids),
+            seed=args.seed + round_index,
+            history=load_history(self.run, earlier),
+        )
+        metrics = play.watch_diversity(self.run, rollouts, self.normal_form)
+        return play.finish(  # line 7
+            rollouts, selection, prompt_ids, round_index, folder, metrics=metrics
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the round, and with steps that go on over rounds."""
+        log_with_round(self, super().log, logs, start_time)
+
+    def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
+        """Score the held-out prompts for the record; before round 0 in the few-shot form as well."""
+        if not self.self_play.heldout:
+            return None
+        return self.self_play.score(
+            self.self_play.heldout, folder=folder, with_few_shot=round_index < 0
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Sample and grade held-out prompts; return `eval_accuracy` (greedy), `eval_pass@k`, ….
+
+        Takes the parent's arguments: `eval_dataset` (prompts and solutions, a dict of such sets, or
+        the name of a set in the trainer's own; None scores all of these), `ignore_keys`,
+        `metric_key_prefix`.
+        """
+        return evaluate_heldout(self, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card, and what each round came to."""
+        super().create_model_card(*args, **kwargs)
+        add_rounds_to_card(self)
