@@ -1,8 +1,8 @@
 import pytest
 import torch
 from naive_thoughts import dense_mask
-from trl_selfplay.thoughts import attention
 
+from trl_selfplay.trainers.quiet_star import attention
 from trl_selfplay.trainers.quiet_star.attention import attend
 from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout, ThoughtMemory, new_text_layout
 
