@@ -19,7 +19,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import argparse
 import datetime
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -34,10 +33,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, disable_progress_bars, load_from_disk
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
+from reading import digest_json, digest_rows, digest_weights
 from tiny_runs import (
     build_model,
     build_tokenizer,
@@ -46,7 +45,6 @@ from tiny_runs import (
     gold_rows,
     last_digits,
     sum_rows,
-    trainable,
 )
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
@@ -73,19 +71,12 @@ LIBRARIES = (
     "numpy",
     "tokenizers",
 )
-# Digested by name, so that a column which a later version adds changes nothing.
-ROLLOUT_KEY = ("round_index", "phase", "prompt_id", "sample_index")
-ROLLOUT_COLUMNS = (
-    "prompt_ids", "completion_ids", "prompt", "completion", "finish", "hinted", "logprob",
-    "reward", "rewards",
-)  # fmt: skip
-SELECTION_COLUMNS = ("prompt_id", "hinted", "sample_index", "outcome")
 TIMES = ("seconds",)
 
 COMMON = {
     "num_rounds": 2, "max_completion_length": 10, "per_device_train_batch_size": 4,
     "learning_rate": 1e-2, "logging_steps": 1, "report_to": [], "disable_tqdm": True,
-    "activation_checkpointing": False, "use_cpu": True, "seed": 7,
+    "gradient_checkpointing": False, "use_cpu": True, "seed": 7,
 }  # fmt: skip
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
 FEW_SHOT = [
@@ -248,53 +239,13 @@ class Weights(TrainerCallback):
         self.digests.append(digest_weights(model))
 
 
-def digest_weights(model: Any) -> str:
-    """Return the digest of the trainable weights' names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, weight in trainable(model).items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def digest_json(value: Any) -> str:
-    """Return the digest of plain values; a float's repr tells its every bit."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def digest_columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
-    """Return how many rows there are, and the digest of each column."""
-    return {
-        "rows": len(rows),
-        **{name: digest_json([row.get(name) for row in rows]) for name in columns},
-    }
-
-
 def digest_run(trainer: Any, folder: Path, ended: Sequence[str]) -> dict[str, Any]:
     """Return all digests of a finished run, by what they are of."""
     root = folder / "_rounds"
     found: dict[str, Any] = {
         "weights": {"end": digest_weights(trainer.model), "after each training": list(ended)}
     }
-    rollouts = []
-    for path in sorted(root.rglob("*.parquet")):
-        rows = pq.read_table(path).to_pylist()
-        where = path.relative_to(root)
-        if where.name == "selection.parquet":
-            rows.sort(key=lambda row: [str(row[name]) for name in SELECTION_COLUMNS])
-            found[f"selection {where.parent}"] = digest_columns(rows, SELECTION_COLUMNS)
-        elif rows and "completion_ids" in rows[0]:
-            rollouts += [{**row, "folder": str(where.parent)} for row in rows]
-    by_folder: dict[str, list[Any]] = {}
-    for row in rollouts:
-        by_folder.setdefault(row["folder"], []).append(row)
-    for name, rows in by_folder.items():
-        rows.sort(key=lambda row: [str(row[k]).rjust(4) for k in ROLLOUT_KEY] + [row["prompt"]])
-        found[f"rollouts {name}"] = digest_columns(rows, (*ROLLOUT_KEY, *ROLLOUT_COLUMNS))
-    for path in sorted(root.rglob("dataset_info.json")):
-        data = load_from_disk(str(path.parent))
-        name = f"dataset {path.parent.relative_to(root)}"
-        found[name] = digest_columns(data.to_list(), sorted(data.column_names))
+    found |= digest_rows(root)
     if (root / "rounds.jsonl").exists():
         for text in (root / "rounds.jsonl").read_text().splitlines():
             line = json.loads(text)

@@ -79,12 +79,3 @@ def even_share(completions: list[str], **columns: Any) -> list[float]:
 def last_digits(completion: str) -> tuple[str, ...]:
     """A normal form: the last two digits."""
     return tuple([w for w in completion.split() if w.isdigit()][-2:])
-
-
-def trainable(model: Any) -> dict[str, torch.Tensor]:
-    """Return copies of the trainable weights by name, in the order of their names."""
-    return {
-        name: weight.detach().cpu().clone()
-        for name, weight in sorted(model.named_parameters())
-        if weight.requires_grad
-    }
