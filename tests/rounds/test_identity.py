@@ -13,6 +13,7 @@ from trl import DPOConfig, SFTConfig
 
 from trl_selfplay import ReSTEMConfig, SPINConfig, STaRConfig
 from trl_selfplay.disk import DamagedFileError
+from trl_selfplay.rollouts.normal_forms import reasoning_path
 from trl_selfplay.rounds.identity import (
     FIXED,
     FREE,
@@ -24,6 +25,7 @@ from trl_selfplay.rounds.identity import (
     describe_adapters,
     describe_run,
     digest_weights,
+    name_function,
 )
 
 CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig)
@@ -206,6 +208,29 @@ def test_the_record_of_an_older_version_is_read(tmp_path, tiny_model, word_token
     path.write_text(json.dumps(old | {"peft_config": str(recorded)}))
     with pytest.raises(ValueError, match=r"peft_config\.default\.r: '8' on disk, '4' now"):
         check_identity(now, path, 1, is_trained=True)
+
+
+def test_functions_of_the_package_are_known_wherever_they_are_defined(path) -> None:
+    """Records of earlier versions name their module."""
+    described = describe(other={"normal_form": name_function(reasoning_path)})
+    check_identity(described, path, 1, is_trained=True)
+    assert json.loads(path.read_text())["normal_form"] == "trl_selfplay.reasoning_path"
+    for recorded, fits in (
+        ("trl_selfplay.normal_forms.reasoning_path", True),
+        ("trl_selfplay.normal_forms.default_normal_form", False),
+        ("another.normal_forms.reasoning_path", False),
+    ):
+        path.write_text(json.dumps({**described.settings, "normal_form": recorded}))
+        if fits:
+            check_identity(described, path, 1, is_trained=True)
+        else:
+            with pytest.raises(ValueError, match=r"normal_form: '.*' now"):
+                check_identity(described, path, 1, is_trained=True)
+
+
+def test_functions_of_others_are_known_by_their_module() -> None:
+    assert name_function(describe) == f"{__name__}.describe"
+    assert name_function(str.upper) == "None.str.upper"
 
 
 def test_any_kind_of_adapter_has_defaults_whatever_its_config_asks_for(path) -> None:

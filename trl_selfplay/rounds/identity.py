@@ -105,6 +105,14 @@ FIXED = _names(
     temperature_eval top_k top_p warm_up_on_gold
     """
 )
+# Functions of the package are recorded without their module, which may move. What records called
+# those that a run may take before that was so.
+_EARLIER_NAMES = {
+    "trl_selfplay.normal_forms.default_normal_form": "trl_selfplay.default_normal_form",
+    "trl_selfplay.normal_forms.reasoning_path": "trl_selfplay.reasoning_path",
+    "trl_selfplay.rationalization.add_hint": "trl_selfplay.add_hint",
+    "trl_selfplay.rationalization.find_leak": "trl_selfplay.find_leak",
+}
 _SECRET = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
 _MASK = "(not recorded)"
 _ADAPTERS = "peft_config"
@@ -199,9 +207,13 @@ def summarize(values: Sequence[Any]) -> str:
 
 
 def name_function(function: Any) -> str:
-    """Return what to know a function by in another process."""
+    """Return what to know a function by in another process; the package's own without a module."""
     named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"  # str.upper has no module
+    module = getattr(named, "__module__", None)  # str.upper has none
+    package = __name__.partition(".")[0]
+    if module is not None and module.partition(".")[0] == package:
+        module = package
+    return f"{module}.{named.__qualname__}"
 
 
 def source_digests(functions: Iterable[Any]) -> str:
@@ -303,7 +315,7 @@ def check_identity(
             path,
             "Delete it and go on, with the settings that the run began with, or bring it back.",
         ):
-            recorded = _flatten(json.loads(path.read_text()))
+            recorded = _with_present_names(_flatten(json.loads(path.read_text())))
         differing = _differing(described, recorded, num_finished)
         _refuse(differing, path, is_trained)
         changed = [name for name in differing if _top(name) in UNTIL_TRAINED]
@@ -407,6 +419,13 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in json.loads(json.dumps(dict(values), default=str)).items():
         _add(flat, name, value)
     return flat
+
+
+def _with_present_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _EARLIER_NAMES.get(value, value) if isinstance(value, str) else value
+        for name, value in recorded.items()
+    }
 
 
 def _add(flat: dict[str, Any], name: str, value: Any) -> None:
