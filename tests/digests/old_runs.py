@@ -64,15 +64,16 @@ def save_model() -> None:
     tokenizer.save_pretrained(MODEL)
 
 
-def build_trainer(name: str, exact: Any = exact_reward) -> Any:
+def build_trainer(name: str, exact: Any = exact_reward, **changes: Any) -> Any:
     """Return the trainer of a run by its name, whose folders lie in the working directory.
 
-    STaR and SPIN read their model from `model/`; ReST gets it as an object.
+    STaR and SPIN read their model from `model/`; ReST gets it as an object. `changes` are fields
+    of the config.
     """
     if name == "star":
         return STaRTrainer(
             str(MODEL),
-            STaRConfig(**{**_COMMON, **_GRADED}),
+            STaRConfig(**{**_COMMON, **_GRADED, **changes}),
             train_dataset=sum_rows(0, 10),
             eval_dataset=sum_rows(12, 14),
             reward_funcs=exact_reward,
@@ -87,7 +88,7 @@ def build_trainer(name: str, exact: Any = exact_reward) -> Any:
         tokenizer = build_tokenizer()
         return ReSTEMTrainer(
             build_model(tokenizer),
-            ReSTEMConfig(**{**_COMMON, **_GRADED, **fields}),
+            ReSTEMConfig(**{**_COMMON, **_GRADED, **fields, **changes}),
             train_dataset=sum_rows(0, 10),
             gold_dataset=gold_rows(0, 4),
             reward_funcs=[exact, equations_reward],
@@ -96,7 +97,7 @@ def build_trainer(name: str, exact: Any = exact_reward) -> Any:
     fields = {"max_completion_length": 24, "history_rounds": 1, "round_betas": [0.1, 0.5]}
     return SPINTrainer(
         str(MODEL),
-        args=SPINConfig(**{**_COMMON, **fields}),
+        args=SPINConfig(**{**_COMMON, **fields, **changes}),
         train_dataset=data_rows(0, 10),
         eval_dataset=data_rows(12, 14),
         eval_reward_funcs=exact_reward,
