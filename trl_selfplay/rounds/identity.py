@@ -158,7 +158,7 @@ def describe_run(
 
 
 def describe_trainer(trainer: Any) -> Description:
-    """Return what makes a trainer's run, see `describe_run`; its method adds `run.identity`."""
+    """Return what makes a trainer's run, see `describe_run`; its method adds `trainer.identity()`."""
     play, run = trainer.self_play, trainer.run
     scorer, eval_scorer = play.collector.scorer, play.collector.eval_scorer
     examples = [
@@ -196,7 +196,7 @@ def describe_trainer(trainer: Any) -> Description:
             else f"{name_function(optimizer[0])} {optimizer[1]}",
             "number_of_processes": trainer.accelerator.num_processes,
             "few_shot_examples": summarize(examples),
-            **run.identity,
+            **trainer.identity(),
         },
     )
 

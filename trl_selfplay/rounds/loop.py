@@ -105,6 +105,7 @@ def _run_rounds(
     trainer: Any, train_parent: Callable[..., TrainOutput], resume: bool | str | None
 ) -> TrainOutput:
     args, run = trainer.args, trainer.run
+    run.warm_up_rows = trainer.warm_up_rows()
     _refuse_callbacks(trainer)
     if run.placeholder is not None:
         try_step(trainer, run.placeholder)

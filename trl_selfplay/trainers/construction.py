@@ -6,7 +6,6 @@ those that the rounds need.
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -37,7 +36,7 @@ from trl_selfplay.generation.transformers_sampler import (
 from trl_selfplay.generation.trial import try_model
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.collection import Collector
-from trl_selfplay.rollouts.prompts import HintFormatter, PromptRow, load_heldout_sets
+from trl_selfplay.rollouts.prompts import HintFormatter, PromptRow
 from trl_selfplay.rollouts.rendering import FewShotExample, PromptFormatter, read_start
 from trl_selfplay.rounds.run import Run
 from trl_selfplay.rounds.stages import SelfPlay
@@ -423,48 +422,3 @@ def _build_scorer(
         },
         get_trainer_state=lambda: trainer.state,
     )
-
-
-def evaluate_heldout(
-    trainer: Any,
-    eval_dataset: Any = None,
-    ignore_keys: list[str] | None = None,
-    metric_key_prefix: str = "eval",
-) -> dict[str, float]:
-    """Answer the parent's `evaluate`: score held-out prompts, log, and tell the callbacks.
-
-    Args:
-        trainer: The trainer.
-        eval_dataset: Prompts and solutions, a dict of such sets, or the name of a set in the
-            trainer's own; None scores all of these.
-        ignore_keys: There are no logits to leave keys out of.
-        metric_key_prefix: What the names of the metrics begin with.
-
-    Raises:
-        ValueError: There is no held-out set, or none of that name.
-    """
-    play: SelfPlay = trainer.self_play
-    if eval_dataset is None:
-        sets = play.heldout
-    elif isinstance(eval_dataset, str):
-        if eval_dataset not in play.heldout:
-            raise ValueError(
-                f"no held-out set {eval_dataset!r}; eval_dataset has {sorted(play.heldout)}."
-            )
-        sets = {"": play.heldout[eval_dataset]}
-    else:
-        sets = load_heldout_sets(eval_dataset, play.rows)
-        for name, rows in sets.items():
-            play.check_columns(rows, name or "eval_dataset")
-    if not sets:
-        raise ValueError("evaluate() needs an `eval_dataset` of held-out prompts and solutions.")
-    scores = play.score(sets, prefix=metric_key_prefix)
-    metrics = {**scores.metrics, f"{metric_key_prefix}_runtime": round(scores.seconds, 4)}
-    chosen = trainer.run.chosen_metric
-    if eval_dataset is None and metric_key_prefix == "eval" and chosen is not None:
-        metrics.setdefault(chosen, math.nan)  # nothing could be graded; the parent looks it up
-    trainer.log(dict(metrics))
-    trainer.control = trainer.callback_handler.on_evaluate(
-        trainer.args, trainer.state, trainer.control, metrics
-    )
-    return metrics

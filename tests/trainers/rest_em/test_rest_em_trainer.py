@@ -12,9 +12,8 @@ import torch
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig
 from tiny_rewards import contains_solution, digit_share
-from trl import SFTTrainer
 
-from trl_selfplay import EmptyRoundError, ReSTEMTrainer
+from trl_selfplay import EmptyRoundError
 from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.evaluation.report import round_table
 from trl_selfplay.rewards import equations_reward, exact_reward
@@ -56,10 +55,6 @@ def record_sampling(trainer, recorder):
 
     sampler.sample = sample_and_record
     return weights
-
-
-def test_the_trainer_is_a_direct_subclass_of_its_parent() -> None:
-    assert ReSTEMTrainer.__bases__ == (SFTTrainer,)
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])

@@ -11,7 +11,6 @@ import torch
 from datasets import load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
-from trl import DPOTrainer
 
 from trl_selfplay import EmptyRoundError, SPINConfig, SPINTrainer, WrongOpponentError
 from trl_selfplay.generation.random_streams import stream_key
@@ -70,10 +69,6 @@ def build_case(build_spin, tiny_model, word_tokenizer, tmp_path):
 
 def first_steps(recorder):
     return [recorder.steps[t][0] for t in sorted(recorder.steps)]
-
-
-def test_the_trainer_is_a_direct_subclass_of_its_parent() -> None:
-    assert SPINTrainer.__bases__ == (DPOTrainer,)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from trl_selfplay import EmptyRoundError, STaRTrainer
+from trl_selfplay import EmptyRoundError
 from trl_selfplay.generation.sampler import SampledCompletion
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rows import build_training_rows
@@ -35,10 +35,6 @@ def assert_equal(weights, others) -> None:
 
 def differs(weights, others) -> bool:
     return any(not torch.equal(weights[name], others[name]) for name in weights)
-
-
-def test_the_trainer_is_a_direct_subclass_of_its_parent() -> None:
-    assert STaRTrainer.__bases__ == (SFTTrainer,)
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])

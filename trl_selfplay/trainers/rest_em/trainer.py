@@ -9,13 +9,11 @@ Sources: ReST^EM, arXiv 2312.06585, Algorithm 1; ReST, arXiv 2308.08998, Algorit
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Unpack
 
-from transformers.trainer_utils import TrainOutput
+from datasets import Dataset
 from trl import SFTTrainer
 
-from trl_selfplay.evaluation.heldout import HeldOutScores
 from trl_selfplay.rollouts.normal_forms import default_normal_form
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, refuse_seen_heldout
@@ -23,10 +21,8 @@ from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.rows import WEIGHT, build_training_rows
 from trl_selfplay.rollouts.selection import select
 from trl_selfplay.rounds.identity import name_function, summarize
-from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
-from trl_selfplay.rounds.loop import run_rounds
 from trl_selfplay.rounds.stages import load_history, load_samples
-from trl_selfplay.trainers import construction
+from trl_selfplay.trainers.construction import build_self_play
 from trl_selfplay.trainers.rest_em.config import ReSTEMConfig
 from trl_selfplay.trainers.rest_em.gold import Gold, draw_gold, grade_gold, load_gold
 from trl_selfplay.trainers.rest_em.row_weights import (
@@ -35,6 +31,7 @@ from trl_selfplay.trainers.rest_em.row_weights import (
     weigh_log_probs,
 )
 from trl_selfplay.trainers.rest_em.thresholds import above_threshold
+from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.sft_construction import (
     SFTArguments,
     load_sft_parts,
@@ -44,7 +41,7 @@ from trl_selfplay.trainers.sft_construction import (
 logger = logging.getLogger(__name__)
 
 
-class ReSTEMTrainer(SFTTrainer):
+class ReSTEMTrainer(RoundsMixin, SFTTrainer):
     """Trains a causal language model on its own rewarded samples, round after round.
 
     Takes what `trl.SFTTrainer` takes, in its order, and the keyword-only parameters below. The
@@ -122,7 +119,7 @@ class ReSTEMTrainer(SFTTrainer):
             self.data_collator = WeightCollator(self.data_collator)
         self.eval_dataset = parts.eval_dataset
         self.normal_form = normal_form or default_normal_form
-        self.self_play = construction.build_self_play(
+        self.self_play = build_self_play(
             self,
             parts.rows,
             parts.heldout,
@@ -134,30 +131,23 @@ class ReSTEMTrainer(SFTTrainer):
         self.self_play.check_prompts(hinted=False)
         self.self_play.warn_unreadable_solutions()
         self.gold = self._load_gold(gold_dataset)
-        self.run.identity |= {
-            "normal_form": name_function(self.normal_form),
-            "gold_dataset": summarize(
-                sorted((r.prompt_id, r.completion) for r in self.gold.rollouts)
-            ),
-        }
-        if self.args.warm_up_on_gold:
-            self.run.warm_up_rows = build_training_rows(
-                self._fitting(self.gold.rollouts),
-                self._prompt_ids(parts.rows),
-                self.self_play.eos_token_id,
-                seed=self.args.seed,
-                completion_only=self.args.completion_only_loss is not False,
-            )
 
-    def train(
-        self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
-    ) -> TrainOutput:
-        """Run all rounds, or with `resume_from_checkpoint=True` those that `output_dir` lacks.
+    def identity(self) -> dict[str, Any]:
+        """Return the name of the normal form, and a digest of the gold completions."""
+        gold = sorted((r.prompt_id, r.completion) for r in self.gold.rollouts)
+        return {"normal_form": name_function(self.normal_form), "gold_dataset": summarize(gold)}
 
-        Raises:
-            EmptyRoundError, FileExistsError, ValueError: As `run_rounds`.
-        """
-        return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
+    def warm_up_rows(self) -> Dataset | None:
+        """Return the gold completions with `warm_up_on_gold`."""
+        if not self.args.warm_up_on_gold:
+            return None
+        return build_training_rows(
+            self._fitting(self.gold.rollouts),
+            self._prompt_ids(self.self_play.rows),
+            self.self_play.eos_token_id,
+            seed=self.args.seed,
+            completion_only=self.args.completion_only_loss is not False,
+        )
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Grow (the E-step): sample and grade; Improve: select what the M-step trains on."""
@@ -285,17 +275,6 @@ class ReSTEMTrainer(SFTTrainer):
             )
         return fitting
 
-    def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
-        """Score the held-out prompts; before round 0 also with few-shot examples."""
-        play = self.self_play
-        if not play.heldout:
-            return None
-        return play.score(play.heldout, folder=folder, with_few_shot=round_index < 0)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the round, and with steps that go on over rounds."""
-        log_with_round(self, super().log, logs, start_time)
-
     def _set_signature_columns_if_needed(self) -> None:
         """Let the rows' weights pass to the collator."""
         super()._set_signature_columns_if_needed()
@@ -308,19 +287,6 @@ class ReSTEMTrainer(SFTTrainer):
         if (weights := inputs.pop(WEIGHT, None)) is not None:
             model = weigh_log_probs(model, weights)
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Sample and grade held-out prompts, see `construction.evaluate_heldout`.
-
-        Takes the parent's arguments: `eval_dataset` (a dataset of prompts and solutions, a dict of
-        them, the name of a set, None for the trainer's own), `ignore_keys`, `metric_key_prefix`.
-        """
-        return construction.evaluate_heldout(self, *args, **kwargs)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's model card, and what each round came to."""
-        super().create_model_card(*args, **kwargs)
-        add_rounds_to_card(self)
 
 
 def _refuse_without_gold(args: Any) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import TrainingArguments
-from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 
 from trl_selfplay.evaluation.heldout import HeldOutScores, metric_prefixes
@@ -30,8 +29,6 @@ from trl_selfplay.rollouts.completions import (
 )
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets
-from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
-from trl_selfplay.rounds.loop import run_rounds
 from trl_selfplay.rounds.noise import switch_noise_off
 from trl_selfplay.rounds.run import UNTRAINED
 from trl_selfplay.rounds.stages import load_kept, save_selection
@@ -45,6 +42,7 @@ from trl_selfplay.trainers.construction import (
 )
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.reference import check_opponent, score_pairs, store_opponent
+from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.spin.config import SPINConfig
 from trl_selfplay.trainers.spin.discriminator import (
     build_heldout_rows,
@@ -69,7 +67,7 @@ _REMEDY = (
 )
 
 
-class SPINTrainer(DPOTrainer):
+class SPINTrainer(RoundsMixin, DPOTrainer):
     """Trains a causal language model against its own completions, round after round.
 
     Takes what `trl.DPOTrainer` takes, in its order. `train_dataset` has the columns `prompt` and
@@ -182,9 +180,11 @@ class SPINTrainer(DPOTrainer):
             pair = pair.add_column(column, [0.0])
         self.run.placeholder = pair
         self.chosen: dict[str, ChosenTokens] = {}
-        rows[:] = self._tokenize(rows, "train_dataset")
-        for name, heldout_rows in heldout.items():
-            heldout_rows[:] = self._tokenize(heldout_rows, f"eval_dataset {name}".strip())
+        self.self_play = replace(
+            self.self_play,
+            rows=self._tokenize(rows, "train_dataset"),
+            heldout=self._tokenize_sets(heldout),
+        )
         self.self_play.check_prompts(hinted=False)
         self._heldout_pairs: dict[str, Dataset] = {}
         self._checked_round: int | None = None
@@ -196,18 +196,8 @@ class SPINTrainer(DPOTrainer):
         most = build_sampling_options(args, ()).max_completion_length
         return drop_long_rows(rows, tokens, args.max_length, most, name)
 
-    def train(
-        self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
-    ) -> TrainOutput:
-        """Run all rounds; `resume_from_checkpoint=True` goes on where a run in `output_dir` stopped.
-
-        Raises:
-            EmptyRoundError: A round kept no pair and `on_empty_round` is "raise".
-            FileExistsError: `output_dir` holds rounds and resuming was not asked for.
-            ValueError: It holds rounds of another configuration, or `trial` was given.
-            WrongOpponentError: At the first step of a round its margins are not 0.
-        """
-        return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
+    def _tokenize_sets(self, sets: Mapping[str, list[PromptRow]]) -> dict[str, list[PromptRow]]:
+        return {n: self._tokenize(rows, f"eval_dataset {n}".strip()) for n, rows in sets.items()}
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Sample y' ~ p_θt(·|x), pair it with the data's y, and score both under p_θt."""
@@ -323,7 +313,7 @@ class SPINTrainer(DPOTrainer):
         path = None if folder is None else folder / "scores.json"
         if path is not None and (scored := load_scores(path)) is not None:
             return scored
-        scores = self._score(self.self_play.heldout, "eval", folder)
+        scores = self.score_sets(self.self_play.heldout, folder=folder)
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if path is not None and self.is_world_process_zero():
             save_scores(path, scores)
@@ -345,18 +335,28 @@ class SPINTrainer(DPOTrainer):
         if warning := warn_falling_likelihood(before, scores.metrics, round_index, prefix):
             logger.warning("%s", warning)
 
-    def _score(
-        self, sets: Mapping[str, list[PromptRow]], prefix: str, folder: Path | None = None
+    def load_sets(self, eval_dataset: Any) -> dict[str, list[PromptRow]]:
+        """Return the held-out sets that `evaluate` was given, with the data's completions."""
+        return self._tokenize_sets(
+            load_heldout_sets(eval_dataset, self.self_play.rows, load_chosen_rows)
+        )
+
+    def score_sets(
+        self,
+        sets: Mapping[str, list[PromptRow]],
+        prefix: str = "eval",
+        folder: Path | None = None,
+        with_few_shot: bool = False,
     ) -> HeldOutScores:
+        """Score the data's completions: `eval_logps`, and how well the policy knows its opponent's.
+
+        The opponent's completions are those that the last round sampled for the trainer's own sets.
+        """
         started = time.monotonic()
         metrics: dict[str, float] = {}
         first: dict[str, float] | None = None
-        heldout = self.self_play.heldout
-        own = {id(rows): self._heldout_pairs.get(name) for name, rows in heldout.items()}
         for name, set_prefix in metric_prefixes(list(sets), prefix).items():
-            pairs = own.get(id(sets[name]))
-            if pairs is None:
-                pairs = build_heldout_rows(sets[name], self.chosen, ())
+            pairs = self._pairs_of(sets[name])
             with self._whole_completions():
                 logps = score_pairs(self, pairs, self.compute_policy_log_probs)
             measured, per_prompt = measure_heldout(pairs, logps, self.beta, set_prefix)
@@ -367,50 +367,13 @@ class SPINTrainer(DPOTrainer):
             metrics, first = metrics | graded.metrics, graded.greedy
         return HeldOutScores(metrics, first or {}, time.monotonic() - started)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the round, and with steps that go on over rounds."""
-        log_with_round(self, super().log, logs, start_time)
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Return `eval_logps` and, for the trainer's own sets, what sets the policy off its opponent.
-
-        Takes a dataset in the form of `eval_dataset`, a dict of them, or the name of a set, whose
-        metrics have no name of their own in front, as in the parent; None scores all of the
-        trainer's own.
-
-        Raises:
-            ValueError: There is no held-out set, or none of that name.
-        """
+    def _pairs_of(self, rows: list[PromptRow]) -> Dataset:
+        """Return held-out rows, with the opponent's completions if it was sampled for them."""
         sets = self.self_play.heldout
-        if isinstance(eval_dataset, str):
-            if eval_dataset not in sets:
-                raise ValueError(f"no held-out set {eval_dataset!r}; there are {sorted(sets)}.")
-            sets = {"": sets[eval_dataset]}  # the caller's prefix names it, as in the parent
-        elif eval_dataset is not None:
-            sets = load_heldout_sets(eval_dataset, self.self_play.rows, load_chosen_rows)
-            for name, rows in sets.items():
-                rows[:] = self._tokenize(rows, f"eval_dataset {name}".strip())
-        if not sets:
-            raise ValueError(
-                "evaluate() needs an `eval_dataset` of held-out prompts with the data's completions."
-            )
-        scores = self._score(sets, metric_key_prefix)
-        metrics = {**scores.metrics, f"{metric_key_prefix}_runtime": round(scores.seconds, 4)}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's model card, and what each round came to."""
-        super().create_model_card(*args, **kwargs)
-        add_rounds_to_card(self)
+        name = next((name for name, own in sets.items() if own is rows), None)
+        if name is None or name not in self._heldout_pairs:
+            return build_heldout_rows(rows, self.chosen, ())
+        return self._heldout_pairs[name]
 
 
 def _refuse_uncopied_adapters(model: Any) -> None:

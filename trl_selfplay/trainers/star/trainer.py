@@ -6,22 +6,18 @@ do in self_play.py.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Unpack
 
-from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from trl_selfplay.evaluation.heldout import HeldOutScores
 from trl_selfplay.rollouts.normal_forms import default_normal_form
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import HintFormatter
 from trl_selfplay.rollouts.selection import select, unsolved_prompts
 from trl_selfplay.rounds.identity import name_function
-from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
-from trl_selfplay.rounds.loop import run_rounds
 from trl_selfplay.rounds.stages import load_history
-from trl_selfplay.trainers.construction import build_self_play, evaluate_heldout
+from trl_selfplay.trainers.construction import build_self_play
+from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.sft_construction import (
     SFTArguments,
     load_sft_parts,
@@ -31,7 +27,7 @@ from trl_selfplay.trainers.star.config import STaRConfig
 from trl_selfplay.trainers.star.rationalization import add_hint, find_leak
 
 
-class STaRTrainer(SFTTrainer):
+class STaRTrainer(RoundsMixin, SFTTrainer):
     """Trains a causal language model on its own correct rationales, round after round.
 
     Takes what `trl.SFTTrainer` takes, in its order, and the keyword-only parameters below.
@@ -97,35 +93,26 @@ class STaRTrainer(SFTTrainer):
         self.eval_dataset = parts.eval_dataset
         self.normal_form = normal_form or default_normal_form
         self.leak_filter = leak_filter or find_leak
-        hint_formatter = hint_formatter or add_hint
-        self.run.identity |= {
-            "normal_form": name_function(self.normal_form),
-            "hint_formatter": name_function(hint_formatter),
-            "leak_filter": name_function(self.leak_filter),
-        }
+        self.hint_formatter = hint_formatter or add_hint
         self.self_play = build_self_play(
             self,
             parts.rows,
             parts.heldout,
             parts.examples,
-            hint_formatter,
+            self.hint_formatter,
             reward_funcs,
             reward_processing_classes,
         )
         self.self_play.check_prompts(hinted=self.args.rationalize)
         self.self_play.warn_unreadable_solutions()
 
-    def train(
-        self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
-    ) -> TrainOutput:
-        """Run all rounds; `resume_from_checkpoint=True` goes on where a run in `output_dir` stopped.
-
-        Raises:
-            EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
-            FileExistsError: `output_dir` holds rounds and resuming was not asked for.
-            ValueError: It holds rounds of another configuration, or `trial` was given.
-        """
-        return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
+    def identity(self) -> dict[str, Any]:
+        """Return the names of the functions that select completions."""
+        return {
+            "normal_form": name_function(self.normal_form),
+            "hint_formatter": name_function(self.hint_formatter),
+            "leak_filter": name_function(self.leak_filter),
+        }
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Sample, grade, rationalize and select: lines 3 to 6 of Algorithm 1 and D of line 7."""
@@ -153,29 +140,3 @@ class STaRTrainer(SFTTrainer):
         return play.finish(  # line 7
             rollouts, selection, prompt_ids, round_index, folder, metrics=metrics
         )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the round, and with steps that go on over rounds."""
-        log_with_round(self, super().log, logs, start_time)
-
-    def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
-        """Score the held-out prompts for the record; before round 0 in the few-shot form as well."""
-        if not self.self_play.heldout:
-            return None
-        return self.self_play.score(
-            self.self_play.heldout, folder=folder, with_few_shot=round_index < 0
-        )
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Sample and grade held-out prompts; return `eval_accuracy` (greedy), `eval_pass@k`, ….
-
-        Takes the parent's arguments: `eval_dataset` (prompts and solutions, a dict of such sets, or
-        the name of a set in the trainer's own; None scores all of these), `ignore_keys`,
-        `metric_key_prefix`.
-        """
-        return evaluate_heldout(self, *args, **kwargs)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's model card, and what each round came to."""
-        super().create_model_card(*args, **kwargs)
-        add_rounds_to_card(self)

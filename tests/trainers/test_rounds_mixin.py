@@ -1,0 +1,48 @@
+"""What trainers over rounds have in common, and what each says itself."""
+
+import inspect
+
+import pytest
+
+import trl_selfplay
+from trl_selfplay.trainers.rounds import RoundsMixin
+
+TRAINERS = [
+    trainer
+    for name in trl_selfplay.__all__
+    if inspect.isclass(trainer := getattr(trl_selfplay, name)) and issubclass(trainer, RoundsMixin)
+]
+MIXINS = [
+    c for c in {c: 0 for t in TRAINERS for c in t.__bases__} if "trl_selfplay" in c.__module__
+]
+# What a method may say about itself; all else in a mixin is the same for every method.
+HOOKS = {
+    "play_round", "identity", "warm_up_rows", "load_sets", "score_sets", "score_heldout",
+}  # fmt: skip
+
+
+def test_there_are_trainers_and_mixins() -> None:
+    assert len(TRAINERS) >= 3
+    assert RoundsMixin in MIXINS
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_round_is_read_in_the_methods_own_file(trainer) -> None:
+    assert trainer.play_round.__module__ == trainer.__module__
+    assert all(base in MIXINS for base in trainer.__bases__[:-1])
+    assert trainer.__bases__[-1].__module__.startswith("trl.")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_what_is_common_is_not_overridden(trainer) -> None:
+    common = {name for mixin in MIXINS for name in vars(mixin) if not name.startswith("__")}
+    assert set(vars(trainer)) & common <= HOOKS
+
+
+def test_a_trainer_without_rounds_says_what_is_missing() -> None:
+    class Unfinished(RoundsMixin):
+        def __init__(self) -> None:
+            pass
+
+    with pytest.raises(NotImplementedError, match=r"Unfinished must define play_round"):
+        Unfinished().play_round(0)

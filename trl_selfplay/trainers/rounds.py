@@ -1,0 +1,154 @@
+"""What every trainer over rounds has in common: training, evaluation, the log and the model card.
+
+In: a trainer that can play a round. Out: `RoundsMixin`, which stands before a TRL trainer among the
+bases. What a round is, from sampling to selection, is in each trainer's `play_round`.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+
+from trl_selfplay.evaluation.heldout import HeldOutScores
+from trl_selfplay.rollouts.played import PlayedRound
+from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets
+from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
+from trl_selfplay.rounds.loop import run_rounds
+from trl_selfplay.rounds.run import UNTRAINED, Run
+from trl_selfplay.rounds.stages import SelfPlay
+
+
+class RoundsMixin(Trainer):
+    """Adds rounds of sampling and training to a TRL trainer: `class MyTrainer(RoundsMixin, SFTTrainer)`.
+
+    A trainer defines `play_round` and, in its constructor, `run` and `self_play`. It may override
+    `identity`, `warm_up_rows`, `load_sets`, `score_sets` and `score_heldout`.
+
+    Attributes:
+        run: Where the rounds lie on disk.
+        self_play: What samples, grades and scores.
+    """
+
+    args: Any
+    run: Run
+    self_play: SelfPlay
+
+    def play_round(self, round_index: int) -> PlayedRound:
+        """Return what a round trains on; called with the weights that the round begins with."""
+        raise NotImplementedError(f"{type(self).__name__} must define play_round(round_index).")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the method adds to what must stay equal when a run is resumed, by name."""
+        return {}
+
+    def warm_up_rows(self) -> Dataset | None:
+        """Return what to train on before anything is sampled for training; None for nothing."""
+        return None
+
+    def train(
+        self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Run all rounds; `resume_from_checkpoint=True` continues a run in `output_dir`.
+
+        Raises:
+            EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
+            FileExistsError: `output_dir` holds rounds and resuming was not asked for.
+            ValueError: It holds rounds of another configuration, or `trial` was given.
+        """
+        return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the round, and with steps that go on over rounds."""
+        log_with_round(self, super().log, logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card, and the result of each round."""
+        super().create_model_card(*args, **kwargs)
+        add_rounds_to_card(self)
+
+    def load_sets(self, eval_dataset: Any) -> dict[str, list[PromptRow]]:
+        """Return the held-out sets that `evaluate` was given, by name; a single one is named "".
+
+        Raises:
+            ValueError, TypeError: For rows that can't be scored.
+        """
+        sets = load_heldout_sets(eval_dataset, self.self_play.rows)
+        for name, rows in sets.items():
+            self.self_play.check_columns(rows, name or "eval_dataset")
+        return sets
+
+    def score_sets(
+        self,
+        sets: Mapping[str, list[PromptRow]],
+        prefix: str = "eval",
+        folder: Path | None = None,
+        with_few_shot: bool = False,
+    ) -> HeldOutScores:
+        """Score held-out sets with the current weights.
+
+        Args:
+            sets: By name, which stands in the metrics' names after `prefix`.
+            prefix: First part of the metrics' names.
+            folder: Keeps what is sampled; what it already holds is not sampled again.
+            with_few_shot: Score them with the few-shot examples in the prompt as well.
+        """
+        return self.self_play.score(sets, folder=folder, prefix=prefix, with_few_shot=with_few_shot)
+
+    def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
+        """Score the trainer's held-out sets after a round, or before the first (`UNTRAINED`).
+
+        Returns:
+            None without held-out sets.
+        """
+        sets = self.self_play.heldout
+        if not sets:
+            return None
+        return self.score_sets(sets, folder=folder, with_few_shot=round_index == UNTRAINED)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Score held-out prompts with the current weights, log the metrics and return them.
+
+        Args:
+            eval_dataset: A dataset in the form of the trainer's own, a dict of such sets, or the
+                name of one of the trainer's sets, whose metrics then don't have the name in front,
+                as in the parent. None scores all of the trainer's.
+            ignore_keys: Has no use, since there are no logits to leave keys out of.
+            metric_key_prefix: First part of the metrics' names.
+
+        Raises:
+            ValueError: There is no held-out set, or none of that name.
+        """
+        own = self.self_play.heldout
+        if eval_dataset is None:
+            sets = own
+        elif isinstance(eval_dataset, str):
+            if eval_dataset not in own:
+                raise ValueError(
+                    f"no held-out set {eval_dataset!r}; eval_dataset has {sorted(own)}."
+                )
+            sets = {"": own[eval_dataset]}
+        else:
+            sets = self.load_sets(eval_dataset)
+        if not sets:
+            raise ValueError(
+                "evaluate() needs an `eval_dataset` of held-out rows in the form of `train_dataset`."
+            )
+        scores = self.score_sets(sets, prefix=metric_key_prefix)
+        metrics = {**scores.metrics, f"{metric_key_prefix}_runtime": round(scores.seconds, 4)}
+        chosen = self.run.chosen_metric
+        if eval_dataset is None and metric_key_prefix == "eval" and chosen is not None:
+            metrics.setdefault(chosen, math.nan)  # nothing could be graded; the parent looks it up
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
