@@ -1,7 +1,5 @@
 """A STaR run small enough for a second: a tiny model, a dozen sums, a reward it often meets."""
 
-import gc
-
 import pytest
 from datasets import Dataset
 from tiny_rewards import contains_solution, digit_share
@@ -16,9 +14,6 @@ from trl_selfplay import (
     STaRTrainer,
 )
 from trl_selfplay.rounds.weights import trainable_parameters
-
-# Memory is collected several times a round; what the imports made need not be looked at each time.
-gc.freeze()
 
 
 class Recorder(TrainerCallback):
