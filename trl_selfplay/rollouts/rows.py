@@ -1,10 +1,12 @@
 """Turn selected rollouts into the rows that the parent trainer trains on.
 
-In: selected rollouts and their unhinted training prompts. Out: a dataset of `input_ids` and
-`labels`, final: nothing downstream tokenizes, truncates or masks again.
+In: selected rollouts and their unhinted training prompts, or pairs of completions. Out: a dataset of
+`input_ids` and `labels`, or of the two sides of pairs; final: nothing downstream tokenizes,
+truncates or masks again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -67,3 +69,34 @@ def build_training_rows(
         columns[WEIGHT] = weigh([r.reward for r in rollouts], lengths)
     rows = Dataset.from_dict(columns)
     return rows.shuffle(seed=seed).flatten_indices()
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two completions of one prompt as tokens, the chosen one to be preferred."""
+
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+
+
+def build_pair_rows(pairs: Sequence[Pair], seed: int | None) -> Dataset:
+    """Build the rows of DPOTrainer, still without the reference's log-probs.
+
+    Args:
+        pairs: In an order that doesn't depend on how their completions were sampled.
+        seed: Seed of the shuffle (the parent draws the same row order in every round); None keeps
+            the order.
+
+    Returns:
+        The fields of `Pair` as columns.
+    """
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = Dataset.from_dict(
+        {
+            "prompt_id": [pair.prompt_id for pair in pairs],
+            **{name: [list(getattr(pair, name)) for pair in pairs] for name in columns},
+        }
+    )
+    return rows if seed is None else rows.shuffle(seed=seed).flatten_indices()

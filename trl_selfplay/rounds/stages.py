@@ -36,9 +36,10 @@ from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rewards.answer import is_answer
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.collection import Assignment, Collector, read_plan
+from trl_selfplay.rollouts.gold import Gold, load_gold
 from trl_selfplay.rollouts.played import PlayedRound
-from trl_selfplay.rollouts.prompts import PromptRow
-from trl_selfplay.rollouts.record import Rollout, load_rollouts
+from trl_selfplay.rollouts.prompts import PromptRow, refuse_seen_heldout
+from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.rendering import PromptFormatter, check_lengths, check_training_lengths
 from trl_selfplay.rollouts.rows import (
     RowWeights,
@@ -272,6 +273,54 @@ class SelfPlay:
         """Return the prompts as trained on: never hinted, few-shot only if configured."""
         few_shot = bool(self.formatter.few_shot_examples) and self.config.few_shot_in_training
         return {row.prompt_id: self.formatter.token_ids(row, few_shot=few_shot) for row in rows}
+
+    def load_gold(self, dataset: Any, *, needs_solutions: bool) -> Gold:
+        """Return a dataset's human completions, none for None.
+
+        Args:
+            dataset: As `gold.load_gold` takes it.
+            needs_solutions: Whether they will be graded.
+
+        Raises:
+            TypeError, ValueError: For rows that can't work, or whose prompts are held out.
+        """
+        if dataset is None:
+            return Gold((), {})
+        gold = load_gold(
+            dataset,
+            self.rows,
+            self.formatter,
+            self.eos_token_ids,
+            self.eos_token_id,
+            needs_solutions=needs_solutions,
+        )
+        refuse_seen_heldout(self.heldout, list(gold.rows.values()), "gold_dataset")
+        return gold
+
+    def grade_gold(self, gold: Gold, path: Path) -> list[Rollout]:
+        """Return the human completions with their rewards, graded once per run and kept at `path`."""
+        if not gold.rollouts:
+            return []
+        accelerator = self.collector.accelerator
+        if accelerator.is_main_process and not path.exists():
+            save_rollouts(path, self.collector.grade(gold.rollouts, gold.rows))
+        accelerator.wait_for_everyone()
+        return load_rollouts(path)
+
+    def drop_long_gold(
+        self, gold: Sequence[Rollout], prompt_ids: Mapping[str, tuple[int, ...]]
+    ) -> list[Rollout]:
+        """Return the human completions that fit in `max_length` with their prompts; warn of others."""
+        fitting = [rollout for rollout in gold if self.fits(rollout, prompt_ids)]
+        if len(fitting) < len(gold):
+            logger.warning(
+                "%d of %d gold completions are longer than max_length=%s with their prompts and "
+                "are left out.",
+                len(gold) - len(fitting),
+                len(gold),
+                self.config.max_length,
+            )
+        return fitting
 
     def fits(self, rollout: Rollout, prompt_ids: Mapping[str, tuple[int, ...]]) -> bool:
         """Say whether a training example is no longer than `max_length`."""

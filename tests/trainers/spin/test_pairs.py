@@ -3,7 +3,8 @@
 import pytest
 
 from trl_selfplay.rollouts.completions import ChosenTokens
-from trl_selfplay.trainers.spin.pairs import build_pair_rows, find_giveaways, select_pairs
+from trl_selfplay.rollouts.rows import build_pair_rows
+from trl_selfplay.trainers.spin.pairs import find_giveaways, pair_up, select_pairs
 
 CHOSEN = {"a": ChosenTokens((5, 6), (7, 8, 1)), "b": ChosenTokens((5,), (9, 1))}
 
@@ -55,8 +56,9 @@ def test_equal_completions_of_the_opponent_stay(rollout) -> None:
 def test_rows_hold_exact_tokens_and_their_order_depends_on_the_seed_alone(rollout) -> None:
     """SP-9: EOS is there exactly if it was sampled."""
     rollouts = [rollout(index=i, ids=(i + 10, 4)) for i in range(8)]
-    rows = build_pair_rows(rollouts, CHOSEN, seed=3)
-    assert rows.to_list() == build_pair_rows(rollouts, CHOSEN, seed=3).to_list()
+    pairs = pair_up(rollouts, CHOSEN)
+    rows = build_pair_rows(pairs, seed=3)
+    assert rows.to_list() == build_pair_rows(pairs, seed=3).to_list()
     assert rows["rejected_ids"] != [list(r.completion_ids) for r in rollouts]
     assert sorted(rows["rejected_ids"]) == [list(r.completion_ids) for r in rollouts]
     assert rows[0]["chosen_ids"] == [7, 8, 1]

@@ -16,15 +16,15 @@ from trl import SFTTrainer
 
 from trl_selfplay.rollouts.normal_forms import default_normal_form
 from trl_selfplay.rollouts.played import PlayedRound
-from trl_selfplay.rollouts.prompts import PromptRow, refuse_seen_heldout
-from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
+from trl_selfplay.rollouts.prompts import PromptRow
+from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.rows import WEIGHT, build_training_rows
 from trl_selfplay.rollouts.selection import select
 from trl_selfplay.rounds.identity import name_function, summarize
 from trl_selfplay.rounds.stages import load_history, load_samples
 from trl_selfplay.trainers.construction import build_self_play
 from trl_selfplay.trainers.rest_em.config import ReSTEMConfig
-from trl_selfplay.trainers.rest_em.gold import Gold, draw_gold, grade_gold, load_gold
+from trl_selfplay.trainers.rest_em.gold import draw_gold
 from trl_selfplay.trainers.rest_em.row_weights import (
     WeightCollator,
     relative_weights,
@@ -130,7 +130,9 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         )
         self.self_play.check_prompts(hinted=False)
         self.self_play.warn_unreadable_solutions()
-        self.gold = self._load_gold(gold_dataset)
+        self.gold = self.self_play.load_gold(
+            gold_dataset, needs_solutions=self.args.improve_thresholds is not None
+        )
 
     def identity(self) -> dict[str, Any]:
         """Return the name of the normal form, and a digest of the gold completions."""
@@ -233,47 +235,21 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
             may_be_skipped=improve > 0 and args.on_empty_round == "stop",
         )  # fmt: skip
 
-    def _load_gold(self, gold_dataset: Any) -> Gold:
-        if gold_dataset is None:
-            return Gold((), {})
-        play = self.self_play
-        gold = load_gold(
-            gold_dataset,
-            play.rows,
-            play.formatter,
-            play.eos_token_ids,
-            play.eos_token_id,
-            needs_solutions=self.args.improve_thresholds is not None,
-        )
-        refuse_seen_heldout(play.heldout, list(gold.rows.values()), "gold_dataset")
-        return gold
-
     def _score_gold(self) -> list[Rollout]:
-        """Return the gold completions, graded once a run if thresholds are to filter them."""
-        if self.args.improve_thresholds is None or not self.gold.rollouts:
+        """Return the gold completions, graded once a run if thresholds are to filter them.
+
+        Source: ReST, arXiv 2308.08998, Algorithm 1: all of D_g is scored, the original data too.
+        """
+        if self.args.improve_thresholds is None:
             return list(self.gold.rollouts)
-        path = self.run.root / "gold.parquet"
-        if self.is_world_process_zero() and not path.exists():
-            save_rollouts(path, grade_gold(self.gold, self.self_play.collector))
-        self.accelerator.wait_for_everyone()
-        return load_rollouts(path)
+        return self.self_play.grade_gold(self.gold, self.run.root / "gold.parquet")
 
     def _prompt_ids(self, rows: Sequence[PromptRow]) -> dict[str, tuple[int, ...]]:
         """Return the prompts as trained on, those of gold completions as well."""
         return self.self_play.training_prompt_ids([*rows, *self.gold.rows.values()])
 
     def _fitting(self, gold: Sequence[Rollout]) -> list[Rollout]:
-        prompt_ids = self._prompt_ids(())
-        fitting = [r for r in gold if self.self_play.fits(r, prompt_ids)]
-        if len(fitting) < len(gold):
-            logger.warning(
-                "%d of %d gold completions are longer than max_length=%s with their prompts and "
-                "are left out.",
-                len(gold) - len(fitting),
-                len(gold),
-                self.args.max_length,
-            )
-        return fitting
+        return self.self_play.drop_long_gold(gold, self._prompt_ids(()))
 
     def _set_signature_columns_if_needed(self) -> None:
         """Let the rows' weights pass to the collator."""

@@ -1,8 +1,8 @@
 """Pair the data's completions with the opponent's, and look for what gives the opponent away.
 
 In: the rollouts of a round and the tokens of the data's completions. Out: what became of every
-rollout, the parent's rows (chosen = the data's completion, rejected = the opponent's own, token by
-token as it was sampled), and warnings. Pure functions of records.
+rollout, pairs (chosen = the data's completion, rejected = the opponent's own, token by token as it
+was sampled), and warnings. Pure functions of records.
 
 Source: SPIN, arXiv 2401.01335, equation 4.7: y from the data, y' sampled by the opponent.
 """
@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from datasets import Dataset
-
 from trl_selfplay.rollouts.completions import ChosenTokens
 from trl_selfplay.rollouts.funnel import Funnel, Outcome, OutcomeCounts
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.rows import Pair
 from trl_selfplay.rollouts.selection import Selection
 
 # Thresholds are ours: a single token that half of the pairs can be told apart by, a length that
@@ -69,30 +68,20 @@ def _outcome(rollout: Rollout, tokens: ChosenTokens, max_length: int | None) -> 
     return "kept"
 
 
-def build_pair_rows(
-    rollouts: Sequence[Rollout], chosen: Mapping[str, ChosenTokens], seed: int | None
-) -> Dataset:
-    """Build the rows of DPOTrainer, still without the opponent's log-probs.
+def pair_up(rollouts: Sequence[Rollout], chosen: Mapping[str, ChosenTokens]) -> list[Pair]:
+    """Return each completion of the opponent as the rejected side of a pair with the data's.
 
-    Args:
-        rollouts: The selected ones, in an order that doesn't depend on how they were sampled.
-        chosen: The tokens of each prompt id.
-        seed: Of the shuffle (the parent draws the same row order in every round); None keeps the
-            order.
-
-    Returns:
-        Columns `prompt_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`; EOS ends a rejected
-        completion exactly if it was sampled.
+    EOS ends the rejected side exactly if it was sampled.
     """
-    rows = Dataset.from_dict(
-        {
-            "prompt_id": [r.prompt_id for r in rollouts],
-            "prompt_ids": [list(chosen[r.prompt_id].prompt_ids) for r in rollouts],
-            "chosen_ids": [list(chosen[r.prompt_id].chosen_ids) for r in rollouts],
-            "rejected_ids": [list(r.completion_ids) for r in rollouts],
-        }
-    )
-    return rows if seed is None else rows.shuffle(seed=seed).flatten_indices()
+    return [
+        Pair(
+            prompt_id=r.prompt_id,
+            prompt_ids=chosen[r.prompt_id].prompt_ids,
+            chosen_ids=chosen[r.prompt_id].chosen_ids,
+            rejected_ids=r.completion_ids,
+        )
+        for r in rollouts
+    ]
 
 
 def pair_metrics(

@@ -29,6 +29,7 @@ from trl_selfplay.rollouts.completions import (
 )
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets
+from trl_selfplay.rollouts.rows import build_pair_rows
 from trl_selfplay.rounds.noise import switch_noise_off
 from trl_selfplay.rounds.run import UNTRAINED
 from trl_selfplay.rounds.stages import load_kept, save_selection
@@ -51,9 +52,9 @@ from trl_selfplay.trainers.spin.discriminator import (
     save_scores,
 )
 from trl_selfplay.trainers.spin.pairs import (
-    build_pair_rows,
     find_giveaways,
     pair_metrics,
+    pair_up,
     select_pairs,
 )
 
@@ -208,7 +209,7 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
         earlier = range(max(round_index - args.history_rounds, 0), round_index)
         history = [r for t in earlier for r in load_kept(self.run.folder(t))]
         pairs = build_pair_rows(
-            [*selection.kept, *history], self.chosen, seed=args.seed + round_index
+            pair_up([*selection.kept, *history], self.chosen), seed=args.seed + round_index
         )
         if self.is_world_process_zero():
             save_selection(folder / "selection.parquet", selection)

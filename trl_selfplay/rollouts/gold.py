@@ -1,0 +1,115 @@
+"""Human completions, to train on beside the model's own.
+
+In: a dataset with prompts and completions. Out: `Rollout`s of the phase "gold", with the tokens
+that a sampled completion would have.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from datasets import Dataset
+
+from trl_selfplay.rollouts.completions import load_chosen_rows, tokenize_chosen
+from trl_selfplay.rollouts.prompts import PromptRow, as_plain_rows, message_text
+from trl_selfplay.rollouts.record import Rollout, hash_prompt
+from trl_selfplay.rollouts.rendering import PromptFormatter
+
+# Sample indices of gold completions count down from here: those of samples start at 0.
+_FIRST_INDEX = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Gold:
+    """The human completions as ungraded rollouts, and the row that each one's prompt is."""
+
+    rollouts: tuple[Rollout, ...]
+    rows: Mapping[str, PromptRow]
+
+
+def load_gold(
+    dataset: Any,
+    train_rows: Sequence[PromptRow],
+    formatter: PromptFormatter,
+    eos_token_ids: Sequence[int],
+    eos_token_id: int,
+    *,
+    needs_solutions: bool,
+) -> Gold:
+    """Return the human completions of a dataset, each (prompt, completion) once.
+
+    A prompt that is also a training prompt has that row's id, solution and columns; another one
+    has its own.
+
+    Args:
+        dataset: In one of the forms of `load_chosen_rows`: `prompt` and `completion`, or
+            `messages`; `solution` as well where the prompt is no training prompt.
+        train_rows: The training prompts.
+        formatter: Renders prompts.
+        eos_token_ids: Tokens that end a completion.
+        eos_token_id: The one to end completions with that have none.
+        needs_solutions: Whether the completions will be graded.
+
+    Raises:
+        TypeError, ValueError: As `load_chosen_rows`; or a row is to be graded and has no solution.
+    """
+    name = "gold_dataset"
+    chosen = load_chosen_rows(dataset, name)
+    if chosen[0].is_conversational != train_rows[0].is_conversational:
+        raise ValueError(
+            f"`{name}` and `train_dataset` differ: one has chat messages as prompts and the other "
+            "plain text. Use one kind for both."
+        )
+    formatter.warn_control_tokens(chosen, with_solutions=True)
+    tokens = tokenize_chosen(formatter, chosen, eos_token_ids, eos_token_id)
+    twins = {row.question: row for row in train_rows}
+    rollouts: list[Rollout] = []
+    rows: dict[str, PromptRow] = {}
+    counts: dict[str, int] = {}
+    for row in chosen:
+        prompt_row = twins.get(row.question) or _own_row(dataset, row, train_rows[0].columns)
+        has_solutions = "solution" in train_rows[0].columns
+        if needs_solutions and has_solutions and prompt_row.solution is None:
+            raise ValueError(
+                f"`{name}` row {row.row_index} has a prompt that is not in `train_dataset`, and no "
+                "`solution`: gold completions are graded here like the model's own. "
+                "Add the column `solution`, or leave such rows out."
+            )
+        missing = sorted(train_rows[0].columns.keys() - prompt_row.columns.keys())
+        if needs_solutions and missing:
+            raise ValueError(
+                f"`{name}` row {row.row_index} has a prompt that is not in `train_dataset`, and not "
+                f"its columns {missing}, which the reward functions get. Add them, or leave such "
+                "rows out."
+            )
+        prompt_id = prompt_row.prompt_id
+        rows[prompt_id] = prompt_row
+        place = counts.setdefault(prompt_id, 0)
+        counts[prompt_id] += 1
+        ids = tokens[row.prompt_id]
+        text = row.solution if isinstance(row.solution, str) else message_text(row.solution[0])
+        if not text:  # a tool call
+            text = str(formatter.tokenizer.decode(list(ids.chosen_ids), skip_special_tokens=True))
+        rollouts.append(
+            Rollout(
+                round_index=-1,
+                phase="gold",
+                prompt_id=prompt_id,
+                sample_index=_FIRST_INDEX - place,
+                prompt_ids=ids.prompt_ids,
+                completion_ids=ids.chosen_ids,
+                prompt=str(row.prompt),
+                completion=text,
+                finish="eos",
+            )
+        )
+    return Gold(tuple(sorted(rollouts, key=lambda r: (r.prompt_id, -r.sample_index))), rows)
+
+
+def _own_row(dataset: Dataset, row: PromptRow, train_columns: Collection[str]) -> PromptRow:
+    """Return the row of a prompt that is no training prompt."""
+    record = as_plain_rows(dataset)[row.row_index]
+    solution = record.get("solution")
+    columns = {k: v for k, v in record.items() if k in train_columns}
+    prompt_id = hash_prompt(row.prompt, solution, row.template_arguments)
+    return replace(row, prompt_id=prompt_id, solution=solution, columns=columns)
