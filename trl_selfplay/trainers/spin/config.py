@@ -11,7 +11,6 @@ from trl import DPOConfig
 
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.trainers.config import (
-    SelfPlayConfig,
     check_self_play_config,
     graded_metric_names,
     guess_greater_is_better,
@@ -19,6 +18,7 @@ from trl_selfplay.trainers.config import (
 )
 from trl_selfplay.trainers.field_checks import ABOVE_0, check_fields
 from trl_selfplay.trainers.ported_scripts import takes_ported_fields
+from trl_selfplay.trainers.reference_config import ReferenceConfig
 from trl_selfplay.trainers.spin.discriminator import measure_heldout
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ _PAPER_BETAS = (0.1, 0.1, 0.1, 5.0)
 
 @takes_ported_fields
 @dataclass
-class SPINConfig(SelfPlayConfig, DPOConfig):
+class SPINConfig(ReferenceConfig, DPOConfig):
     """Configuration of `SPINTrainer`: DPOConfig's fields, per round, and those of the outer loop.
 
     The defaults are the algorithm of SPIN (arXiv 2401.01335): the opponent is sampled as it is
@@ -74,33 +74,14 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
         "chat_template_kwargs",
     ]
     _BOUNDS = {"round_betas": ABOVE_0}  # noqa: RUF012  # not a field
+    _reference = "opponent"
 
-    start_from: str = field(
-        default="previous",
-        metadata={
-            "help": "Weights that a round's training starts from. SPIN's opponent is the policy as "
-            "it enters the round, so only 'previous' is right.",
-            "choices": ["previous"],
-        },
-    )
-    precompute_ref_log_probs: bool = field(
-        default=True,
-        metadata={
-            "help": "The opponent's log-probs are computed once a round, before any update. False "
-            "is refused: TRL would then use another opponent."
-        },
-    )
     round_betas: list[float] | None = field(
         default=None, metadata={"help": "One beta for each round, in place of `beta`."}
     )
 
     def __post_init__(self) -> None:
-        if self.start_from != "previous":
-            raise ValueError(
-                f"start_from={self.start_from!r}: SPIN's opponent is the policy as it enters the "
-                "round (arXiv 2401.01335, equation 4.7); a restart from the base would begin away "
-                "from it. Leave it 'previous'."
-            )
+        self.refuse_restart()
         check_fields(self)
         switch_off_bf16_without_gpu(self)
         self._has_task_score = False
@@ -110,21 +91,6 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
         guess_greater_is_better(self)
         super().__post_init__()
         check_self_play_config(self)
-        if not self.precompute_ref_log_probs:
-            raise ValueError(
-                "precompute_ref_log_probs=False: TRL would compare with the base model or the "
-                "checkpoint on disk, which is the wrong opponent from round 1 on. Leave it True."
-            )
-        if not self.disable_dropout:
-            raise ValueError(
-                "disable_dropout=False: with dropout the policy differs from its opponent at the "
-                "first step of each round, so the margins don't begin at 0. Leave it True."
-            )
-        if self.neftune_noise_alpha is not None:
-            raise ValueError(
-                f"neftune_noise_alpha={self.neftune_noise_alpha}: the opponent's log-probs have no "
-                "noise and the policy's would, so the margins don't begin at 0. Leave it out."
-            )
         if self.stop_strings:
             raise ValueError(
                 f"stop_strings={self.stop_strings!r}: the opponent's completions would end without "
@@ -144,11 +110,6 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
 
     def _refuse_unused(self) -> None:
         """Raise ValueError for fields of DPOConfig that would be wrong or without effect."""
-        if self.sync_ref_model:
-            raise ValueError(
-                "sync_ref_model=True: SPIN's opponent stays as it is within a round and becomes the "
-                "policy at the start of the next, without any setting. Leave sync_ref_model out."
-            )
         if not self.loss_type:
             raise ValueError("loss_type=[]; leave it out for SPIN's own, ['sigmoid'].")
         unknown = sorted(set(self.loss_type) - {*_FIRST_LOSSES, "sft"})
@@ -174,25 +135,14 @@ class SPINConfig(SelfPlayConfig, DPOConfig):
                 f"label_smoothing={self.label_smoothing} with loss_type={self.loss_type}: it must "
                 "be at least 0 and below 0.5 for 'robust'."
             )
-        for name, is_used, condition in (
-            ("label_smoothing", bool(losses & _SMOOTHED), f"a loss_type of {sorted(_SMOOTHED)}"),
-            ("discopop_tau", "discopop" in losses, "loss_type=['discopop']"),
-            (
-                "f_alpha_divergence_coef",
-                self.f_divergence_type == "alpha_divergence",
-                "f_divergence_type='alpha_divergence'",
-            ),
-            ("ref_model_mixup_alpha", False, "sync_ref_model=True, which SPIN has no use for"),
-            ("ref_model_sync_steps", False, "sync_ref_model=True, which SPIN has no use for"),
-            ("label_smoothing_factor", False, "models that are trained on labels"),
-            ("padding_free", False, "SFTTrainer; TRL pads pairs whatever is set"),
-            ("truncation_mode", False, "rows that are cut, and SPIN leaves long ones out instead"),
-        ):
-            value, default = getattr(self, name), self.__dataclass_fields__[name].default
-            if value != default and not is_used:
-                raise ValueError(
-                    f"{name}={value!r} has no effect here: it is for {condition}. Leave it out."
-                )
+        unused = {}
+        if not losses & _SMOOTHED:
+            unused["label_smoothing"] = f"a loss_type of {sorted(_SMOOTHED)}"
+        if "discopop" not in losses:
+            unused["discopop_tau"] = "loss_type=['discopop']"
+        if self.f_divergence_type != "alpha_divergence":
+            unused["f_alpha_divergence_coef"] = "f_divergence_type='alpha_divergence'"
+        self.check_reference(unused)
 
     def _check_betas(self) -> None:
         if self.round_betas is not None and len(self.round_betas) != self.num_rounds:
