@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from em_tasks import load_task, train_start
 from held_out_curve import Curve, held_out_accuracy
+from recipe_demos import demo_lora
 
 from trl_selfplay.disk import save_text
 
@@ -79,11 +80,7 @@ def load_rows(args: argparse.Namespace) -> dict[str, Any]:
 
 def lora() -> Any:
     """Return the adapter that every run trains."""
-    from peft import LoraConfig
-
-    from trl_selfplay.demos.words import DEMO_LORA
-
-    return LoraConfig(**DEMO_LORA)
+    return demo_lora("star")
 
 
 def start_folder(args: argparse.Namespace) -> str:

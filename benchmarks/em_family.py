@@ -44,6 +44,7 @@ from statistics import fmean
 from typing import Any
 
 from em_tasks import START_RATE, TASKS, load_start, load_task
+from recipe_demos import demo_lora, demo_settings
 
 from trl_selfplay.disk import save_text
 
@@ -88,16 +89,13 @@ def build_trainer(
     task_name: str, arm: str, seed: int, folder: str, results: Path
 ) -> tuple[Any, Any]:
     """Return the arm's trainer and the task with its held-out prompts."""
-    from peft import LoraConfig
-
     from trl_selfplay import ReSTEMConfig
-    from trl_selfplay.demos import words
     from trl_selfplay.rewards import exact_reward
     from trl_selfplay.rollouts.normal_forms import reasoning_path
 
     task = load_task(task_name, seed)
     settings = {
-        **words.DEMO_SETTINGS,
+        **demo_settings("rest_em", ReSTEMConfig),
         "num_prompts_per_round": None,
         "few_shot_in_training": False,
         "num_rounds": NUM_ROUNDS,
@@ -123,7 +121,7 @@ def build_trainer(
         ReSTEMConfig(**settings),
         train_dataset=task.train.select_columns(["prompt", "solution"]),
         few_shot_examples=task.few_shot,
-        peft_config=LoraConfig(**words.DEMO_LORA),
+        peft_config=demo_lora("rest_em"),
         reward_funcs=task.graded_reward if arm == "rest" else exact_reward,
         eval_reward_funcs=exact_reward,
         **arguments,

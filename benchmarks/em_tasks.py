@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from recipe_demos import demo_flags, demo_lora
 
 from trl_selfplay.demos import words
 
@@ -83,7 +84,7 @@ def load_reversal(seed: int) -> Task:
         split.report,
         split.few_shot,
         graded_reward=words.position_reward,
-        max_completion_length=words.DEMO_SETTINGS["max_completion_length"],
+        max_completion_length=demo_flags("rest_em")["max_completion_length"],
     )
 
 
@@ -148,7 +149,6 @@ def train_start(source: str, rows: Dataset, steps: int, seed: int, dtype: str = 
         dtype: Of the weights.
     """
     import torch
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
@@ -170,7 +170,7 @@ def train_start(source: str, rows: Dataset, steps: int, seed: int, dtype: str = 
             ),
             train_dataset=Dataset.from_list(examples),
             processing_class=tokenizer,
-            peft_config=LoraConfig(**words.DEMO_LORA),
+            peft_config=demo_lora("rest_em"),
         )  # fmt: skip
         if steps:
             trainer.train()

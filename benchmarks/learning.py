@@ -31,9 +31,11 @@ from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
+from recipe_demos import demo_lora, demo_settings
 
-from trl_selfplay.demos.words import demo_arguments, demo_split, load_demo_model_path
-from trl_selfplay.rewards import extract_answer
+from trl_selfplay import STaRConfig
+from trl_selfplay.demos.words import demo_split, load_demo_model_path
+from trl_selfplay.rewards import exact_reward, extract_answer
 from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts
 from trl_selfplay.rollouts.prompts import load_prompt_rows
 from trl_selfplay.rollouts.record import load_rollouts
@@ -51,14 +53,15 @@ NUM_SAMPLES, NUM_PASS_AT_K = 8, 64
 def build_trainer(cls: type, seed: int, folder: str, **changes: Any) -> Any:
     """Return a trainer with the demo's settings; its `split` holds the report set as well."""
     split = demo_split(seed)
-    config, trainer_arguments = demo_arguments(folder, seed=seed, **changes)
+    settings = demo_settings("star", STaRConfig)
     trainer = cls(
         load_demo_model_path(),
-        config,
+        STaRConfig(folder, **{**settings, "seed": seed, **changes}),
         train_dataset=split.train,
         eval_dataset=split.select,
         few_shot_examples=split.few_shot,
-        **trainer_arguments,
+        peft_config=demo_lora("star"),
+        reward_funcs=exact_reward,
     )
     trainer.split = split
     return trainer

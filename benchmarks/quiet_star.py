@@ -37,6 +37,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from recipe_demos import demo_flags, demo_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -108,7 +109,7 @@ def train(arm: str, seed: int) -> tuple[Any, dict[str, Any]]:
     """Train an arm; return its trainer, and its seconds and steps."""
     rows = train_rows(seed)
     changes: dict[str, Any] = {"seed": seed, "output_dir": tempfile.mkdtemp(), "disable_tqdm": True}
-    settings = {**demo.SETTINGS, **changes}
+    settings = demo_settings("quiet_star", QuietSTaRConfig) | changes
     if arm in ("sft", "sft_time"):
         cls, config = SFTTrainer, SFTConfig
         settings = {k: v for k, v in settings.items() if k in SFTConfig.__dataclass_fields__}
@@ -150,7 +151,7 @@ def steps_in(seconds: float, seed: int) -> int:
 
 def sft_seconds(steps: int, seed: int) -> float:
     """Return the seconds that some steps of SFT take from the checkpoint, set-up included."""
-    settings = {k: v for k, v in demo.SETTINGS.items() if k in SFTConfig.__dataclass_fields__}
+    settings = demo_settings("quiet_star", SFTConfig)
     settings |= {"max_steps": steps, "output_dir": tempfile.mkdtemp(), "disable_tqdm": True}
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(checkpoint(seed)),
@@ -245,13 +246,14 @@ def write_summary(seeds: list[int]) -> None:
         for arm in ARMS
     }
     versions = ", ".join(f"{n} {version(n)}" for n in ("trl", "transformers", "torch"))
+    flags = demo_flags("quiet_star")
     layers, width = demo.MODEL["num_hidden_layers"], demo.MODEL["hidden_size"]
     text = [
         "# Does thinking help where one pass isn't enough?",
         "",
-        f"Pointer chasing, {layers} layers of width {width}, {demo.SETTINGS['max_steps']} steps of "
-        f"{demo.SETTINGS['per_device_train_batch_size']} lines, thoughts of {demo.REMARK_LENGTH} "
-        f"tokens, {demo.SETTINGS['num_thoughts']} a token, float32. {platform.machine()}, "
+        f"Pointer chasing, {layers} layers of width {width}, {flags['max_steps']} steps of "
+        f"{flags['per_device_train_batch_size']} lines, thoughts of {demo.REMARK_LENGTH} "
+        f"tokens, {flags['num_thoughts']} a token, float32. {platform.machine()}, "
         f"{platform.system()}, 1 CPU thread; {versions}; seeds {sorted(seeds)}; "
         f"{datetime.date.today().isoformat()}. Script: `benchmarks/quiet_star.py`, which says what "
         f"the arms are. Mean [least, most] over seeds on {NUM_SCORED} held-out lines: −log p in "

@@ -1,6 +1,6 @@
 """Does SPIN's demo learn, and more than fine-tuning on the same completions? With its controls.
 
-Arms, each with the recipe's model, questions and settings (`style.STYLE_SETTINGS`):
+Arms, each with the recipe's model, questions and settings (`recipes/spin.py`):
 
 - spin: the recipe.
 - sft_steps: fine-tuning on the data's completions, as many optimizer steps as spin, as many
@@ -42,7 +42,7 @@ from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
-from peft import LoraConfig
+from recipe_demos import demo_flags, demo_lora, demo_settings
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -108,11 +108,7 @@ class BaseOpponentTrainer(TimedTrainer):
 
 def build_trainer(arm: str, seed: int) -> tuple[Any, list[dict[str, Any]]]:
     """Return the arm's trainer with the recipe's settings, and the held-out rows."""
-    settings = {
-        name: value
-        for name, value in style.STYLE_SETTINGS.items()
-        if name in SPINConfig.__dataclass_fields__
-    }
+    settings = demo_settings("spin", SPINConfig)
     settings |= {"output_dir": tempfile.mkdtemp(), "seed": seed}
     settings |= {"load_best_round_at_end": False, "disable_tqdm": True}
     if arm.endswith("_01"):
@@ -124,7 +120,7 @@ def build_trainer(arm: str, seed: int) -> tuple[Any, list[dict[str, Any]]]:
         args=SPINConfig(**settings),
         train_dataset=train,
         eval_dataset=test,
-        peft_config=LoraConfig(**style.STYLE_LORA),
+        peft_config=demo_lora("spin"),
     )
     return trainer, rows
 
@@ -227,7 +223,7 @@ def run_sft(arm: str, seed: int, rate: float) -> dict[str, Any]:
             ]
         ).shuffle(seed=seed),
         processing_class=scorer.processing_class,
-        peft_config=LoraConfig(**style.STYLE_LORA),
+        peft_config=demo_lora("spin"),
     )  # fmt: skip
     copy_into(trainer.model, dict(scorer.model.named_parameters()), "spin's first adapter")
     at_steps = AtSteps(steps, score)
@@ -261,7 +257,7 @@ def load(arm: str, seed: int) -> dict[str, Any]:
 def write_summary() -> None:
     """Write results/spin.md from the records present."""
     versions = ", ".join(f"{n} {version(n)}" for n in ("trl", "transformers", "peft", "torch"))
-    settings = style.STYLE_SETTINGS
+    settings = demo_flags("spin")
     found = {arm: reported(arm) for arm in ARMS}
     seeds = sorted({seed for records in found.values() for seed in records})
     text = [

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from recipe_demos import demo_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -93,7 +93,7 @@ def build_trainer(arm: str, tuning: str, folder: str) -> Any:
     path = words.load_demo_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
     pairs = build_pairs(tokenizer)
-    peft_config = LoraConfig(**style.STYLE_LORA) if tuning == "lora" else None
+    peft_config = demo_lora("spin") if tuning == "lora" else None
     settings: dict[str, Any] = {
         "max_steps": NUM_PAIRS // BATCH,
         "learning_rate": 1e-5,

@@ -25,6 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from recipe_demos import demo_flags, demo_lora
+
 RESULTS = Path(__file__).parent / "results" / "whole_round"
 ARMS = ("selfplay", "generate-8", "generate-32", "generate-64")
 NUM_GENERATIONS = 8
@@ -50,10 +52,8 @@ def has_answer(completions: list[str], **kwargs: Any) -> list[float]:
 
 def run_selfplay(num_prompts: int, kept_path: Path) -> dict[str, float]:
     """One round of STaRTrainer without rationalization and evaluation."""
-    from peft import LoraConfig
-
     from trl_selfplay import STaRConfig, STaRTrainer
-    from trl_selfplay.demos.words import DEMO_LORA, DEMO_SETTINGS, demo_split, load_demo_model_path
+    from trl_selfplay.demos.words import demo_split, load_demo_model_path
 
     split = demo_split(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -64,13 +64,13 @@ def run_selfplay(num_prompts: int, kept_path: Path) -> dict[str, float]:
                 num_rounds=1,
                 num_generations=NUM_GENERATIONS,
                 rationalize=False,
-                **{name: DEMO_SETTINGS[name] for name in SAMPLING},
+                **{name: demo_flags("star")[name] for name in SAMPLING},
                 **TRAINING,
             ),
             train_dataset=split.train.select(range(num_prompts)),
             reward_funcs=has_answer,
             few_shot_examples=split.few_shot,
-            peft_config=LoraConfig(**DEMO_LORA),
+            peft_config=demo_lora("star"),
         )
         trainer.train()
         line = trainer.run.lines[0]
@@ -86,18 +86,19 @@ def run_by_hand(num_prompts: int, batch: int, kept_path: Path) -> dict[str, floa
     """What a careful person writes: generate in sorted batches, filter, SFTTrainer."""
     import torch
     from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from trl_selfplay.demos.words import DEMO_LORA, DEMO_SETTINGS, demo_split, load_demo_model_path
+    from trl_selfplay.demos.words import demo_split, load_demo_model_path
 
     set_seed(42)
+    demo = demo_flags("star")
     split = demo_split(0)
     path = load_demo_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(path, dtype="float32"), LoraConfig(**DEMO_LORA)
+        AutoModelForCausalLM.from_pretrained(path, dtype="float32"), demo_lora("star")
     )
     shots = "".join(f"{e['prompt']}{e['completion']}\n\n" for e in split.few_shot)
     rows = split.train.select(range(num_prompts)).to_list()
@@ -116,12 +117,12 @@ def run_by_hand(num_prompts: int, batch: int, kept_path: Path) -> dict[str, floa
             output = model.generate(
                 **encoded,
                 do_sample=True,
-                temperature=DEMO_SETTINGS["temperature"],
+                temperature=demo["temperature"],
                 top_k=0,
-                top_p=DEMO_SETTINGS["top_p"],
+                top_p=demo["top_p"],
                 num_return_sequences=NUM_GENERATIONS,
-                max_new_tokens=DEMO_SETTINGS["max_completion_length"],
-                stop_strings=DEMO_SETTINGS["stop_strings"],
+                max_new_tokens=demo["max_completion_length"],
+                stop_strings=demo["stop_strings"],
                 tokenizer=tokenizer,
                 pad_token_id=tokenizer.pad_token_id,
             )

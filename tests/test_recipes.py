@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_peft_config
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 from trl.rewards import think_format_reward
 from trl.scripts.grpo import GRPOScriptArguments
 
 from trl_selfplay import QuietSTaRConfig, QuietSTaRModel, STaRConfig
-from trl_selfplay.demos import pointers
 from trl_selfplay.demos.script_arguments import GradedScriptArguments, load_reward_func, prepare
-from trl_selfplay.demos.words import demo_arguments
 from trl_selfplay.rewards import exact_reward
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -140,8 +138,8 @@ def test_the_demo_runs_from_one_command(tmp_path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "The demo differs from the paper: 8 completions a prompt" in done.stdout
-    assert "prompts that chose nothing" in done.stdout
+    assert "The demo differs from the paper: 8 completions per prompt" in done.stdout
+    assert "prompts not used for selection" in done.stdout
     assert "funnel: sampled" in done.stdout
     assert (tmp_path / "star-demo/rounds.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -152,9 +150,9 @@ def test_the_demo_runs_from_one_command(tmp_path) -> None:
     ("recipe", "folder", "said"),
     [
         ("spin", "spin-demo", "Right result in the data's style"),
-        ("rest_em", "rest-em-demo", "prompts that chose nothing"),
-        ("rest", "rest-demo", "prompts that chose nothing"),
-        ("rft", "rft-demo", "prompts that chose nothing"),
+        ("rest_em", "rest-em-demo", "prompts not used for selection"),
+        ("rest", "rest-demo", "prompts not used for selection"),
+        ("rft", "rft-demo", "prompts not used for selection"),
     ],
 )
 def test_each_recipe_runs_at_its_smallest_size(tmp_path, recipe, folder, said) -> None:
@@ -192,7 +190,7 @@ def test_quiet_star_trains_a_model_and_text_from_disk(
     assert (output / saved).exists()
     assert (output / "gains.png").read_bytes()[:4] == b"\x89PNG"
     said = capsys.readouterr().out
-    assert "Held-out loss in nats a token" in said
+    assert "Held-out loss in nats per token" in said
     assert "held-out lines" not in said  # those are the demo's
     ids = AutoTokenizer.from_pretrained(wide_model_folder)(texts[0], return_tensors="pt")
     text = QuietSTaRModel.from_pretrained(output).generate(ids["input_ids"], max_new_tokens=2)
@@ -218,10 +216,7 @@ def test_the_quiet_star_demo_runs_at_its_smallest_size(tmp_path) -> None:
 
 def test_a_dataset_switches_the_quiet_star_demo_off(quiet_star, tmp_path) -> None:
     _, config, model, _ = quiet_star.parse_arguments(["--output_dir", str(tmp_path)])
-    settings = pointers.recipe_defaults()
-    assert {name: getattr(config, name) for name in settings if name != "output_dir"} == {
-        name: value for name, value in settings.items() if name != "output_dir"
-    }
+    assert (config.num_ahead_tokens, config.thought_length) == (1, 4)
     assert not model.use_peft
     flags = ["--dataset_name", "x", "--output_dir", str(tmp_path)]
     _, config, model, _ = quiet_star.parse_arguments(flags)
@@ -244,14 +239,14 @@ def test_every_flag_of_the_sft_script_is_known_to_quiet_star(quiet_star) -> None
     assert {f.name for c in theirs for f in fields(c)} <= set(everything)
 
 
-def test_without_a_dataset_the_flags_defaults_are_the_demo(star, tmp_path) -> None:
-    script, config, model, _ = star.parse_arguments(["--output_dir", str(tmp_path)])
-    expected, arguments = demo_arguments(str(tmp_path), seed=config.seed)
-    assert config.to_dict() == expected.to_dict()
-    lora, wanted = get_peft_config(model), arguments["peft_config"]
-    for name in ("r", "lora_alpha", "lora_dropout", "target_modules"):
-        assert getattr(lora, name) == getattr(wanted, name)
-    assert [load_reward_func(name) for name in script.reward_funcs] == [exact_reward]
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_without_a_dataset_the_flags_defaults_are_the_demo(path, tmp_path) -> None:
+    (recipe,) = load_recipe(path.stem)
+    for flags, changes in (([], {}), (["--smoke"], recipe.SMOKE)):
+        parsed = recipe.parse_arguments([*flags, "--output_dir", str(tmp_path)])
+        given = {name: value for part in parsed for name, value in vars(part).items()}
+        wanted = recipe.DEMO | changes | {"output_dir": str(tmp_path)}
+        assert {name: given[name] for name in wanted} == wanted
 
 
 def test_a_flag_of_another_trainer_is_an_error_that_says_what_to_do(tmp_path) -> None:
@@ -321,6 +316,6 @@ def test_plain_prompts_become_chat_turns_on_request(star, sums) -> None:
     assert rows[0]["prompt"] == [{"role": "user", "content": "Q 0 + 0 = ?"}]
 
 
-def test_a_recipe_is_at_most_120_lines_long() -> None:
+def test_a_recipe_is_at_most_130_lines_long() -> None:
     for path in RECIPES.glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 120, path
+        assert len(path.read_text().splitlines()) <= 130, path

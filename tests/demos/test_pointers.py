@@ -1,13 +1,10 @@
 """Quiet-STaR's demo task: right answers, remarks as they are asked for, lines held out."""
 
 import re
-from dataclasses import fields
 
 import pytest
-import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_selfplay import QuietSTaRConfig
 from trl_selfplay.demos.pointers import (
     DASHES,
     IDLE_WORDS,
@@ -19,7 +16,6 @@ from trl_selfplay.demos.pointers import (
     build_tokenizer,
     pointer_split,
     pretrain,
-    recipe_defaults,
     token_rows,
 )
 
@@ -105,12 +101,3 @@ def test_pre_training_saves_a_model_once(tmp_path) -> None:
     written = (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns
     pretrain(tmp_path / "base", seed=1, smoke=True)
     assert (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns == written
-
-
-@pytest.mark.parametrize("smollm2", [False, True])
-@pytest.mark.parametrize("smoke", [False, True])
-def test_the_demos_settings_are_flags(smoke, smollm2) -> None:
-    known = {f.name for c in (QuietSTaRConfig, trl.ModelConfig) for f in fields(c)}
-    settings = recipe_defaults(smoke, smollm2)
-    assert set(settings) <= known
-    assert settings.get("use_peft", False) == smollm2

@@ -9,15 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_selfplay import ReSTEMConfig
 from trl_selfplay.demos import words
 from trl_selfplay.demos.words import (
-    DEMO_SETTINGS,
     NUM_FEW_SHOT,
     NUM_REPORT,
     NUM_SELECT,
     NUM_TRAIN,
-    demo_arguments,
     demo_split,
     load_demo_model_path,
 )
@@ -101,13 +98,6 @@ def test_the_demo_prompts_are_rows_that_the_trainer_takes() -> None:
     assert len(load_prompt_rows(demo_split(0).train, "train_dataset")) == NUM_TRAIN
 
 
-def test_the_demo_configuration_takes_changes(tmp_path) -> None:
-    config, arguments = demo_arguments(str(tmp_path), seed=3, num_rounds=1)
-    assert (config.num_rounds, config.seed) == (1, 3)
-    assert config.num_generations == DEMO_SETTINGS["num_generations"] == 8
-    assert arguments["reward_funcs"] is exact_reward
-
-
 @pytest.mark.parametrize(
     ("module", "call", "remedy"),
     [
@@ -175,13 +165,3 @@ def test_gold_completions_end_in_the_solution() -> None:
     gold = words.gold_completions(train)
     completions, solutions = gold["completion"], gold["solution"]
     assert exact_reward(completions=completions, solution=solutions) == [1.0] * len(train)
-
-
-@pytest.mark.parametrize("method", ["rest_em", "rest", "rft"])
-def test_the_recipes_defaults_make_a_configuration(method, tmp_path) -> None:
-    names = ReSTEMConfig.__dataclass_fields__
-    for smoke in (False, True):
-        settings = {k: v for k, v in words.rest_em_defaults(method, smoke).items() if k in names}
-        config = ReSTEMConfig(**{**settings, "output_dir": str(tmp_path)})
-        assert config.improve_thresholds == ([50.0, 75.0] if method == "rest" else None)
-        assert config.warm_up_on_gold is (method == "rft")

@@ -1,7 +1,7 @@
-"""How well a model follows the pointers of demo_pointers.py, with and without thoughts.
+"""Score how well a model follows the pointers of pointers.py, with and without thoughts.
 
 In: lines, a model, thoughts. Out: the loss of each completion token, which answers are right, and
-what the recipe prints and draws at its end.
+the summary and plot at the end of the recipe.
 """
 
 import sys
@@ -21,22 +21,23 @@ from trl_selfplay.trainers.quiet_star.sampling import ThinkingColumns, sample_th
 from trl_selfplay.trainers.quiet_star.storage import ThoughtSettings
 from trl_selfplay.trainers.quiet_star.unrolled import ThoughtBatch, gather_columns, unroll
 
-# Tokens of a text in the picture.
+# Maximum number of tokens shown in the plot.
 _PICTURE_TOKENS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedLines:
-    """Lines as tokens, padded on the right, on the CPU.
+    """B tokenized lines, padded on the right, on the CPU.
 
     Attributes:
-        ids: int64 (B, S).
-        mask: 1 on text, int64 (B, S).
-        columns: Columns before each completion token, where lines think, int64 (B, U).
+        ids: Token ids, int64 (B, S).
+        mask: 1 on text, 0 on padding, int64 (B, S).
+        columns: The column before each of the U completion tokens, where the model thinks, int64
+            (B, U).
         is_real: False where `columns` is padding, bool (B, U).
-        is_answer: Whether the token after a column is an answer, bool (B, U).
-        hops: Of each line, int64 (B,).
-        candidates: All tokens that are answers somewhere, int64 (C,).
+        is_answer: True if the token after a column is an answer, bool (B, U).
+        hops: Number of pointers to follow in each line, int64 (B,).
+        candidates: All tokens that are an answer in some line, int64 (C,).
     """
 
     ids: torch.Tensor
@@ -48,7 +49,7 @@ class EncodedLines:
     candidates: torch.Tensor
 
     def part(self, first: int, count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Return ids, mask, columns and is_real of some lines, on a device."""
+        """Return ids, mask, columns and is_real of `count` lines on a device."""
         rows = slice(first, first + count)
         tensors = (self.ids, self.mask, self.columns, self.is_real)
         return tuple(tensor[rows].to(device) for tensor in tensors)
@@ -56,11 +57,12 @@ class EncodedLines:
 
 @dataclass(frozen=True, slots=True)
 class LineScores:
-    """How well completion tokens are predicted, one value a column of `EncodedLines`.
+    """How well completion tokens are predicted, one value per column of `EncodedLines`.
 
     Attributes:
         nll: −log p of the token, float32 (B, U).
-        is_right: Whether it is the likeliest of the answers, bool (B, U); of use at answers.
+        is_right: True if it is the most likely of the candidates, bool (B, U). Only meaningful for
+            answers.
     """
 
     nll: torch.Tensor
@@ -68,7 +70,7 @@ class LineScores:
 
 
 def encode_lines(tokenizer: Any, rows: Sequence[dict[str, Any]]) -> EncodedLines:
-    """Tokenize lines, and find what they predict and which of it are answers."""
+    """Tokenize lines, and locate their completion tokens and the answers among them."""
     rows_of_ids, rows_of_columns, rows_of_answers = [], [], []
     for row in rows:
         text = row["prompt"] + row["completion"]
@@ -101,15 +103,15 @@ def think_about(
     seed: int = 0,
     rows: int = 64,
 ) -> torch.Tensor:
-    """Sample thoughts before each completion token, int64 (B, U·K, n), on the CPU.
+    """Sample K thoughts of n tokens before each completion token, int64 (B, U·K, n), on the CPU.
 
     Args:
         causal_lm: A model with a thought module, in eval mode.
-        lines: The lines.
-        settings: How it thinks.
-        num_thoughts: K.
-        seed: Of the thoughts.
-        rows: Lines at a time.
+        lines: The lines to think about.
+        settings: Length n and temperature of the thoughts, and the barred tokens.
+        num_thoughts: K, the number of thoughts per token.
+        seed: Seeds the thoughts.
+        rows: Number of lines per forward pass.
     """
     start = getattr(causal_lm, ATTRIBUTE).start_and_end()[0]
     device, parts = start.device, []
@@ -130,13 +132,13 @@ def think_about(
 def score_lines(
     causal_lm: Any, lines: EncodedLines, thoughts: torch.Tensor | None, rows: int = 64
 ) -> LineScores:
-    """Score completion tokens without thoughts, or after the given ones, whose probabilities are averaged.
+    """Score completion tokens without thoughts, or by the mean probability over the given thoughts.
 
     Args:
-        causal_lm: A model in eval mode; with a thought module if `thoughts` are given.
-        lines: The lines.
-        thoughts: (B, U·K, n), or None.
-        rows: Lines at a time.
+        causal_lm: A model in eval mode, with a thought module if `thoughts` are given.
+        lines: The lines to score.
+        thoughts: (B, U·K, n) from `think_about`, or None.
+        rows: Number of lines per forward pass.
     """
     device = causal_lm.get_input_embeddings().weight.device
     candidates = lines.candidates.to(device)
@@ -163,7 +165,7 @@ def _mixed_log_probs(
     columns: torch.Tensor,
     thoughts: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the log of the mean over K thoughts of the next token's probabilities, (B, U, V)."""
+    """Return the log of the next token's mean probability over K thoughts, (B, U, V)."""
     num_thoughts = thoughts.shape[1] // columns.shape[1]
     anchors = columns.repeat_interleave(num_thoughts, dim=1)
     batch = ThoughtBatch(anchors, thoughts, torch.ones_like(anchors, dtype=torch.bool), 1)
@@ -178,13 +180,13 @@ def _mixed_log_probs(
 
 @dataclass(frozen=True, slots=True)
 class AnswerReport:
-    """Held-out answers of the demo, by mean −log p in nats and by share right.
+    """Scores of the answers in held-out lines.
 
     Attributes:
-        loss: Without thoughts.
-        accuracy: Without thoughts, the likeliest of the nodes.
-        loss_with_thoughts: Each answer after a thought of its own.
-        accuracy_with_thoughts: The same.
+        loss: Mean −log p without thoughts, in nats.
+        accuracy: Share of answers that are the most likely node, without thoughts.
+        loss_with_thoughts: The loss with one thought before each answer.
+        accuracy_with_thoughts: The accuracy with one thought before each answer.
     """
 
     loss: float
@@ -194,7 +196,7 @@ class AnswerReport:
 
 
 def score_answers(trainer: Any, lines: Sequence[dict[str, Any]]) -> AnswerReport | None:
-    """Score a QuietSTaRTrainer's model on the answers of held-out lines; None if there are none."""
+    """Score a QuietSTaRTrainer's model on the answers in `lines`; None without lines or thoughts."""
     if not lines or not trainer.args.num_thoughts:
         return None
     model = thinking_model(trainer)
@@ -209,7 +211,7 @@ def score_answers(trainer: Any, lines: Sequence[dict[str, Any]]) -> AnswerReport
 
 
 def thinking_model(trainer: Any) -> QuietSTaRModel:
-    """Return a trainer's model as one that thinks, in eval mode."""
+    """Return a trainer's model as a QuietSTaRModel in eval mode."""
     args = trainer.args
     barred = tuple(barred_token_ids(trainer.processing_class))
     settings = ThoughtSettings(args.thought_length, args.thought_temperature, barred)
@@ -219,22 +221,22 @@ def thinking_model(trainer: Any) -> QuietSTaRModel:
 def report_thoughts(
     trainer: Any, lines: Sequence[dict[str, Any]], before: AnswerReport | None
 ) -> Path | None:
-    """Print held-out losses with and without thoughts, and draw the gain of thinking along a text.
+    """Print held-out losses with and without thoughts, and plot the gain of thinking along a text.
 
     Args:
         trainer: A trained QuietSTaRTrainer.
         lines: The demo's held-out lines; empty for other datasets.
-        before: From `score_answers` before training.
+        before: What `score_answers` returned before training.
 
     Returns:
-        The picture's path; None without a held-out set or without thoughts.
+        The path of the plot, or None without a held-out set or thoughts.
     """
     if trainer.eval_dataset is None or not trainer.args.num_thoughts:
         return None
     scores = trainer.evaluate()
     write = sys.stdout.write
     write(
-        "Held-out loss in nats a token: "
+        "Held-out loss in nats per token: "
         f"{scores['eval_thought/base_loss']:.3f} without thoughts, "
         f"{scores['eval_thought/talk_loss']:.3f} with thoughts.\n"
     )

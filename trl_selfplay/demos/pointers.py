@@ -1,7 +1,7 @@
-"""Quiet-STaR's demo: follow pointers through a map, which takes more steps than the model has layers.
+"""Quiet-STaR's demo: follow pointers through a map for more steps than the model has layers.
 
-In: a seed. Out: lines of text, and a tiny model that was pre-trained on lines of which some show
-the steps. How it is scored is in pointer_scores.py.
+In: a seed. Out: lines of text, and a tiny model pre-trained on lines some of which show the steps.
+pointer_scores.py scores it.
 """
 
 import random
@@ -16,12 +16,12 @@ from datasets import Dataset
 
 NODES = ("a", "b", "c", "d", "e", "f")
 HOPS = (1, 2, 3, 4)
-# Nodes whose pointers are followed in each line.
+# Each line follows the pointers from these nodes.
 STARTS = ("a", "b", "c")
-# What stands between two dashes of a pre-training line: the steps, or words that don't help.
+# Length of the remarks between dashes in pre-training lines: the steps, or idle words.
 REMARK_LENGTH = 4
 IDLE_WORDS = ("hm", "well", "so", "now")
-# The dashes that begin and end a remark are also what thoughts begin with.
+# Dashes enclose a remark; the start and end of a thought are initialized to their embedding.
 DASHES = "---"
 PAUSE = "…"
 _SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -30,19 +30,19 @@ _SIGNS = ("?", "=", ",", ".", ";", "_", DASHES, PAUSE)
 
 @dataclass(frozen=True, slots=True)
 class Remarks:
-    """How often pre-training lines say something before their answers, and what.
+    """How many pre-training lines have remarks before their answers, and of which kind.
 
     Attributes:
-        shown: Share of the lines that have remarks before each answer.
-        steps: Share of the remarks that are the steps; the others don't help.
+        shown: Share of lines with a remark before each answer.
+        steps: Share of remarks that show the steps; the others are idle words.
     """
 
     shown: float = 0.7
     steps: float = 0.5
 
 
-# The tiny model, LlamaConfig's fields. Weights begin wider than the usual 0.02, with which a model
-# of this width takes far longer to learn a lookup.
+# LlamaConfig's fields for the tiny model. At the usual initializer_range of 0.02, a model of this
+# width takes far longer to learn a lookup.
 MODEL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -68,45 +68,14 @@ PRETRAINING: dict[str, Any] = {
     "disable_tqdm": True,
     "gradient_checkpointing": False,
 }
-SETTINGS: dict[str, Any] = {
-    "output_dir": "quiet-star-demo",
-    "thought_length": REMARK_LENGTH,
-    "num_thoughts": 2,
-    "num_ahead_tokens": 1,
-    "max_steps": 300,
-    "per_device_train_batch_size": 32,
-    "learning_rate": 1e-3,
-    "logging_steps": 50,
-    "save_strategy": "no",
-    "report_to": [],
-    "gradient_checkpointing": False,
-    # A model of this size is as fast without a GPU, and is pre-trained in the same process.
-    "use_cpu": True,
-    "bf16": False,
-}
-# A step of these takes 25 s on one CPU core.
-_SMOLLM2_SETTINGS: dict[str, Any] = {
-    "output_dir": "quiet-star-smollm2",
-    "use_cpu": False,
-    "bf16": None,
-    "max_steps": 36,
-    "per_device_train_batch_size": 4,
-    "logging_steps": 4,
-    "use_peft": True,
-    "lora_r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.0,
-    "lora_target_modules": "all-linear",
-}
-_SMOKE_SETTINGS: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4}
 NUM_PRETRAINING, NUM_TRAIN, NUM_HELD_OUT = 20_000, 10_000, 300
-# Seeds of runs are small numbers; these keep their lines apart.
+# Run seeds are small numbers; these offsets keep the lines of the three sets apart.
 _PRETRAINING_SEED, _HELD_OUT_SEED = 1_000_000, 2_000_000
 REMARKS = Remarks()
 
 
 def build_tokenizer() -> Any:
-    """Return a tokenizer with a token for each word of the lines, 28 in all."""
+    """Return a tokenizer with one token per word, 28 in all."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -120,15 +89,15 @@ def build_lines(count: int, seed: int, remarks: Remarks | None = None) -> list[d
     """Return lines such as "b f ; f a ; … ? 2" and " a = f , b = a , c = e .".
 
     The pointers of a line form one cycle through all nodes, so no node leads back to itself in
-    less than `len(NODES)` steps.
+    fewer than `len(NODES)` steps.
 
     Args:
-        count: Lines.
+        count: Number of lines.
         seed: The same seed gives the same lines.
-        remarks: Of pre-training; None for lines that show no steps.
+        remarks: The remarks of pre-training lines, or None for lines without remarks.
 
     Returns:
-        Rows with `prompt`, `completion`, `hops` and `steps`, the helpful remark of each answer.
+        Rows with `prompt`, `completion`, `hops` and `steps` (for each answer, the remark that helps).
     """
     rng = random.Random(seed)
     return [_build_line(rng, remarks) for _ in range(count)]
@@ -161,14 +130,14 @@ def _build_line(rng: random.Random, remarks: Remarks | None) -> dict[str, Any]:
 
 
 def pretrain(folder: str | Path, seed: int, smoke: bool = False) -> None:
-    """Pre-train the tiny model on lines of which some have remarks, and save it with its tokenizer.
+    """Pre-train the tiny model on lines some of which have remarks, and save it with its tokenizer.
 
-    A folder that holds a model already is left as it is.
+    A folder that already holds a model is left as it is.
 
     Args:
-        folder: Where to.
-        seed: Of weights and lines.
-        smoke: Train for a few steps, which teach it nothing.
+        folder: Folder to save to.
+        seed: Seeds the weights and the lines.
+        smoke: Train for a few steps only, which teach it nothing.
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -196,7 +165,7 @@ def pretrain(folder: str | Path, seed: int, smoke: bool = False) -> None:
 
 
 def token_rows(tokenizer: Any, lines: Sequence[dict[str, Any]]) -> Dataset:
-    """Return lines as `input_ids` and `labels`, of which only completions have any."""
+    """Return lines as `input_ids` and `labels`; prompt tokens have the label -100."""
     rows = []
     for line in lines:
         prompt, completion = (tokenizer(line[k])["input_ids"] for k in ("prompt", "completion"))
@@ -205,7 +174,7 @@ def token_rows(tokenizer: Any, lines: Sequence[dict[str, Any]]) -> Dataset:
 
 
 def heldout_lines(count: int, seed: int) -> list[dict[str, Any]]:
-    """Return lines whose prompts a seed's model meets neither in pre-training nor in training."""
+    """Return lines whose prompts occur neither in pre-training nor in training with this seed."""
     pretraining = build_lines(NUM_PRETRAINING, _PRETRAINING_SEED + seed, REMARKS)
     seen = {line["prompt"] for line in (*pretraining, *build_lines(NUM_TRAIN, seed))}
     lines = build_lines(2 * count, _HELD_OUT_SEED + seed)
@@ -213,9 +182,9 @@ def heldout_lines(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def pointer_split(seed: int, smoke: bool = False) -> tuple[Dataset, Dataset, list[dict[str, Any]]]:
-    """Return lines to train on and held-out ones as datasets, and the held-out ones with their hops.
+    """Return training and held-out lines as datasets, and the held-out lines with their hops.
 
-    No line shows its steps. Columns: `prompt` and `completion`.
+    No line shows its steps. The datasets have the columns `prompt` and `completion`.
     """
     lines = build_lines(64 if smoke else NUM_TRAIN, seed)
     heldout = heldout_lines(16 if smoke else NUM_HELD_OUT, seed)
@@ -224,8 +193,3 @@ def pointer_split(seed: int, smoke: bool = False) -> tuple[Dataset, Dataset, lis
         for part in (lines, heldout)
     )
     return train, test, heldout
-
-
-def recipe_defaults(smoke: bool = False, smollm2: bool = False) -> dict[str, Any]:
-    """Return the demo's settings under the names of a recipe's flags, to be its defaults."""
-    return SETTINGS | (_SMOLLM2_SETTINGS if smollm2 else {}) | (_SMOKE_SETTINGS if smoke else {})

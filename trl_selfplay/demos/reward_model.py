@@ -1,14 +1,14 @@
-"""The ReST demo's reward model: a classifier that learnt how good the base model's own samples are.
+"""The reward model of the ReST demo: a classifier trained on the base model's own graded samples.
 
-In: prompts that nothing else uses, and the demo's model. Out: a folder with a sequence classifier of
-one label, whose score is a real number: the share of words in their place, as far as it can tell. It
-errs, as reward models do; held-out prompts are graded by the true scorer.
+In: prompts that nothing else uses, and the demo's model. Out: a folder with a sequence classifier
+with one label, which predicts the share of words at the right position. Like any reward model it
+makes mistakes, so held-out prompts are graded by the true scorer.
 """
 
 import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from trl_selfplay.demos.words import DEMO_SETTINGS, DemoSplit, load_demo_model_path, position_reward
+from trl_selfplay.demos.words import DemoSplit, load_demo_model_path, position_reward
 from trl_selfplay.disk import replace_folder
 from trl_selfplay.rewards.reward_model import RewardModel
 from trl_selfplay.rollouts.record import Rollout
@@ -32,28 +32,33 @@ from trl_selfplay.trainers.rest_em.trainer import ReSTEMTrainer
 
 logger = logging.getLogger(__name__)
 
-# The model's first layers are enough to compare two lists, and a third of the work.
+# The first layers are enough to compare two lists, at a third of the cost.
 NUM_LAYERS = 10
 NUM_SAMPLES, NUM_EPOCHS, LEARNING_RATE, BATCH_SIZE = 6, 3, 1e-4, 8
-# One prompt in so many is not trained on but shows how well scores order completions.
+# One prompt in six is held out to measure how well the scores rank completions.
 _EVERY_CHECKED = 6
 
 
 def load_demo_reward_model(
-    output_dir: str, split: DemoSplit, seed: int = 0, smoke: bool = False
+    output_dir: str,
+    split: DemoSplit,
+    sampling: Mapping[str, Any],
+    seed: int = 0,
+    smoke: bool = False,
 ) -> str:
-    """Return the folder of the demo's reward model, made once in the run's output directory.
+    """Return the folder of the demo's reward model, trained once per output directory.
 
     Args:
-        output_dir: Of the run.
+        output_dir: The run's output directory; the model is saved in `reward_model` below it.
         split: Its `judged` prompts are sampled, with its few-shot examples.
-        seed: Of the samples and of the training.
-        smoke: Sample and train as little as shows that everything works.
+        sampling: Holds the run's `temperature`, `top_p`, `max_completion_length`, `stop_strings`.
+        seed: Seeds both sampling and training.
+        smoke: Only sample and train enough to show that everything works.
     """
     folder = Path(output_dir) / "reward_model"
     if folder.exists():
         return str(folder)
-    rollouts = sample_graded(split, seed, smoke)
+    rollouts = sample_graded(split, sampling, seed, smoke)
     prompts = sorted({rollout.prompt_id for rollout in rollouts})
     checked = set(prompts[::_EVERY_CHECKED])
     classifier, tokenizer = train_classifier(
@@ -63,8 +68,8 @@ def load_demo_reward_model(
         RewardModel(classifier, tokenizer), [r for r in rollouts if r.prompt_id in checked]
     )
     logger.warning(
-        "The demo's reward model orders %.0f %% of %d pairs of completions, of prompts that it "
-        "never saw, as the true scorer does (50 %% is chance).",
+        "The demo's reward model ranks %.0f %% of %d pairs of completions to unseen prompts as the "
+        "true scorer does (50 %% is chance).",
         100 * share,
         pairs,
     )
@@ -75,33 +80,36 @@ def load_demo_reward_model(
     return str(folder)
 
 
-def sample_graded(split: DemoSplit, seed: int, smoke: bool) -> list[Rollout]:
-    """Return the base model's samples of the judged prompts, truly graded."""
-    names = ("temperature", "top_p", "max_completion_length", "stop_strings", "report_to")
+def sample_graded(
+    split: DemoSplit, sampling: Mapping[str, Any], seed: int, smoke: bool
+) -> list[Rollout]:
+    """Return samples of the base model for the judged prompts, graded by the true scorer."""
+    names = ("temperature", "top_p", "max_completion_length", "stop_strings")
     with tempfile.TemporaryDirectory() as folder:
         config = ReSTEMConfig(
             folder,
             num_generations=2 if smoke else NUM_SAMPLES,
             top_k=0,
             seed=seed,
-            **{name: DEMO_SETTINGS[name] for name in names},
+            report_to=[],
+            **{name: sampling[name] for name in names},
         )
-        sampling = ReSTEMTrainer(
+        trainer = ReSTEMTrainer(
             load_demo_model_path(),
             config,
             train_dataset=split.judged.select(range(8)) if smoke else split.judged,
             few_shot_examples=split.few_shot,
             reward_funcs=position_reward,
         )
-        play = sampling.self_play
+        play = trainer.self_play
         rollouts = play.sample(play.rows, 0, "train", Path(folder))
     texts = {row.prompt_id: str(row.prompt) for row in play.rows}
-    # Without the few-shot examples, as the classifier will be asked.
+    # The prompts without few-shot examples, as the classifier will see them.
     return [replace(r, prompt=texts[r.prompt_id]) for r in rollouts if not r.is_truncated]
 
 
 def train_classifier(rollouts: Sequence[Rollout], seed: int, num_epochs: int) -> tuple[Any, Any]:
-    """Return a classifier that predicts the rollouts' rewards (squared error), and its tokenizer."""
+    """Train a classifier on the rollouts' rewards (squared error); return it and its tokenizer."""
     source = load_demo_model_path()
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -109,7 +117,7 @@ def train_classifier(rollouts: Sequence[Rollout], seed: int, num_epochs: int) ->
         source, num_labels=1, num_hidden_layers=NUM_LAYERS, problem_type="regression"
     )
     config.pad_token_id = tokenizer.pad_token_id
-    set_seed(seed)  # the head is new
+    set_seed(seed)  # for the new head
     classifier = AutoModelForSequenceClassification.from_pretrained(source, config=config)
     rows = Dataset.from_list(
         [
@@ -140,10 +148,11 @@ def train_classifier(rollouts: Sequence[Rollout], seed: int, num_epochs: int) ->
 def share_ordered_alike(
     judge: Callable[..., Sequence[float | None]], rollouts: Sequence[Rollout]
 ) -> tuple[float, int]:
-    """Return how often the judge orders two completions of a prompt as their rewards do.
+    """Compare the judge's ranking of completions to the same prompt with that of their rewards.
 
     Returns:
-        The share, and the number of pairs with different rewards that it is of; 0.5 for none.
+        The share of pairs that both rank alike, among pairs with different rewards (0.5 if there
+        are none), and the number of these pairs.
     """
     scores = judge([r.prompt for r in rollouts], [r.completion for r in rollouts])
     alike = [

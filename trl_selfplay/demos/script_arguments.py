@@ -1,7 +1,7 @@
 """What the recipes share: flags, datasets by name, reward functions by name.
 
-In: parsed flags, those of TRL's GRPO script and a few more. Out: datasets with the columns that
-the trainers read, reward functions, and keyword arguments for loading the model.
+In: the flags of TRL's GRPO script and a few more. Out: datasets with the columns that the trainers
+read, reward functions, and keyword arguments for loading the model.
 """
 
 import dataclasses
@@ -21,28 +21,39 @@ from trl_selfplay.trainers.ported_scripts import explain_unknown_flags
 
 @dataclass
 class GradedScriptArguments(trl.ScriptArguments):
-    """Arguments of a recipe; those of the run are the config's."""
+    """Arguments of a recipe besides the configuration of the run."""
 
     reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A reward model's id or folder."}
+        default=None, metadata={"help": "Reward model: a Hub id or a folder."}
     )
-    # Names such as exact_reward, from trl_selfplay.rewards or trl.rewards; math needs [math].
     reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Functions by name or import path, or reward models."}
+        default=None,
+        metadata={
+            "help": "Reward functions, by name (exact_reward, math_reward, … of trl_selfplay.rewards or "
+            "trl.rewards) or by import path, or reward models by Hub id or folder."
+        },
     )
-    prompt_column: str = field(default="prompt", metadata={"help": "The column of prompts."})
-    solution_column: str = field(default="solution", metadata={"help": "The column of solutions."})
-    chat: bool = field(default=False, metadata={"help": "Make plain-text prompts chat turns."})
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column that holds the prompts."}
+    )
+    solution_column: str = field(
+        default="solution", metadata={"help": "Column that holds the solutions."}
+    )
+    chat: bool = field(
+        default=False, metadata={"help": "Turn plain-text prompts into chat messages."}
+    )
     smoke: bool = field(default=False, metadata={"help": "Run the demo at its smallest size."})
 
 
 @dataclass
 class JudgedScriptArguments(GradedScriptArguments):
-    """Arguments of a recipe whose training completions a reward model scores."""
+    """Arguments of a recipe in which a reward model scores the training completions."""
 
     eval_reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "What grades held-out prompts, named as reward_funcs; None: the same."},
+        metadata={
+            "help": "Reward functions for held-out prompts, given like reward_funcs. None: the same."
+        },
     )
 
 
@@ -56,16 +67,16 @@ def parse_script_arguments(
 
     Args:
         config_class: The trainer's configuration.
-        flags: Of the command line; None takes the process's own.
-        demo_defaults: `f(script_args)` returns the flags' defaults where no dataset is named.
-        script_class: Of the recipe's own arguments.
+        flags: Command-line flags; None takes those of the process.
+        demo_defaults: `f(script_args)` returns the defaults to use when no dataset is named.
+        script_class: Dataclass of the recipe's own arguments.
 
     Raises:
-        ValueError: A flag or a key of the YAML file that no class has, with what takes its place.
+        ValueError: A flag or YAML key is unknown. The message says what to use instead.
     """
     types: Any = (script_class, config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
     parser = trl.TrlParser(types)
-    # Help is for the whole parser below to give.
+    # The full parser below prints the help.
     given = [f for f in (sys.argv[1:] if flags is None else flags) if f not in ("-h", "--help")]
     known = trl.TrlParser(types[::3]).parse_args_and_config(given, return_remaining_strings=True)
     if not (known[0].dataset_name or known[1].datasets):
@@ -81,33 +92,35 @@ def parse_script_arguments(
 
 
 def load_reward_func(name: str) -> Any:
-    """Return the function of this name or import path; else it names a reward model.
+    """Return the reward function with this name or import path, or the id or folder of a reward model.
 
     Raises:
-        ValueError: No function of this name.
+        ValueError: There is no function with this name.
     """
     for module in (rewards, trl.rewards):
         if name.endswith("_reward") and hasattr(module, name):
             return getattr(module, name)
-    if name == "get_soft_overlong_punishment":  # with the values of TRL's script
+    if name == "get_soft_overlong_punishment":  # TRL's script uses these values
         return trl.rewards.get_soft_overlong_punishment(1280, 256)
     if "/" in name or Path(name).is_dir():
         return name
     if "." not in name:
-        raise ValueError(f"no reward function {name!r}, such as 'exact_reward' or 'math_reward'")
+        raise ValueError(
+            f"no reward function {name!r}; give a name such as 'exact_reward', or an import path"
+        )
     sys.path.insert(0, str(Path.cwd()))
     module_name, _, function = name.rpartition(".")
     return getattr(importlib.import_module(module_name), function)
 
 
 def load_reward_funcs(script_args: GradedScriptArguments) -> list[Any]:
-    """Return the reward functions and models that the flags name."""
+    """Return the reward functions and reward models named by the flags."""
     names = [*(script_args.reward_funcs or []), script_args.reward_model_name_or_path]
     return [load_reward_func(name) for name in names if name]
 
 
 def prepare(dataset: Any, script_args: GradedScriptArguments) -> Any:
-    """Give a dataset the columns `prompt` and `solution`."""
+    """Rename a dataset's columns to `prompt` and `solution`, with chat prompts on request."""
     names = {script_args.prompt_column: "prompt", script_args.solution_column: "solution"}
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
     if not script_args.chat:
@@ -122,15 +135,16 @@ def prepare(dataset: Any, script_args: GradedScriptArguments) -> Any:
 
 
 def load_sets(script_args: GradedScriptArguments, dataset_args: Any) -> dict[str, Any] | None:
-    """Return the named dataset's training and held-out set; None if no dataset is named.
+    """Return the named dataset as `train_dataset` and `eval_dataset`, or None if none is named.
 
-    The keys are those of SFTTrainer: `train_dataset` and `eval_dataset`.
+    Raises:
+        ValueError: `dataset_streaming` is set.
     """
     if script_args.dataset_streaming:
         raise ValueError(
-            "dataset_streaming=True: rounds come back to the same prompts, so the set must be "
-            "finite. Leave it out; for a part of a large set give `datasets` in a YAML file, with "
-            "`split: train[:1000]`."
+            "dataset_streaming=True isn't supported: every round revisits the same prompts, so the "
+            "dataset must be finite. Leave it out; to use part of a large dataset, give `datasets` "
+            "in a YAML file with `split: train[:1000]`."
         )
     if dataset_args.datasets:
         sets = trl.get_dataset(dataset_args)
@@ -146,7 +160,7 @@ def load_sets(script_args: GradedScriptArguments, dataset_args: Any) -> dict[str
 
 
 def model_arguments(training_args: Any, model_args: Any) -> dict[str, Any]:
-    """Return quantization and adapters by name; how to load the model goes into the config."""
+    """Return the quantization and adapter arguments; put the loading options into the config."""
     loading = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
@@ -160,7 +174,7 @@ def model_arguments(training_args: Any, model_args: Any) -> dict[str, Any]:
 
 
 def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -> None:
-    """Run all rounds, or go on with them, save the model, and push it if asked to."""
+    """Run or resume all rounds, save the model, and push it if requested."""
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
