@@ -266,7 +266,7 @@ def accuracies(metrics: dict[str, float]) -> dict[str, float]:
 
 def record_of(trainer: Any, line: dict[str, Any], arm: str) -> dict[str, Any]:
     """Return a round's accuracies, and how much of what it kept has right scratchpads."""
-    from trl_selfplay.rounds.stages import load_kept
+    from trl_selfplay.rollouts.stored import load_kept
 
     kept = [] if arm == "gold" else load_kept(trainer.run.folder(line["round"]))
     counts = {"plain": [0, 0], "hinted": [0, 0]}  # kept, of these with a right scratchpad

@@ -91,7 +91,7 @@ def build_trainer(
     """Return the arm's trainer and the task with its held-out prompts."""
     from trl_selfplay import ReSTEMConfig
     from trl_selfplay.rewards import exact_reward
-    from trl_selfplay.rollouts.normal_forms import reasoning_path
+    from trl_selfplay.rollouts.selection import reasoning_path
 
     task = load_task(task_name, seed)
     settings = {
@@ -195,23 +195,19 @@ def score(trainer: Any, rows: Sequence[Any], few_shot: bool = False) -> dict[str
     """Score held-out prompts: greedily, and the first of them sampled for pass@k and diversity."""
     from trl_selfplay.evaluation.diversity import distinct_correct, distinct_ratios
     from trl_selfplay.evaluation.estimates import summarize_heldout
-    from trl_selfplay.evaluation.heldout import score_prompts
     from trl_selfplay.evaluation.report import SamplingProgress
-    from trl_selfplay.rollouts.normal_forms import default_normal_form
+    from trl_selfplay.rollouts.selection import default_normal_form
 
     play, args = trainer.self_play, trainer.args
     # `unfiltered` counts every completion as right while it trains.
-    collector = replace(play.collector, reward_threshold=1.0)
+    play = replace(play, collector=replace(play.collector, reward_threshold=1.0))
     rollouts = []
     for part, args.num_generations_eval in (
         (rows[:NUM_SAMPLED], NUM_SAMPLES),
         (rows[NUM_SAMPLED:], 0),
     ):
         with SamplingProgress(len(part), "report", disable=True) as progress:
-            rollouts += score_prompts(
-                collector, play.formatter, part, args, play.eos_token_ids, progress,
-                few_shot=few_shot, prefix="report",
-            )[1]  # fmt: skip
+            rollouts += play.sample_heldout(part, progress, few_shot=few_shot)
     metrics = summarize_heldout(rollouts, reward_threshold=1.0, prefix="report")
     sampled = [r for r in rollouts if r.sample_index > 0]
     metrics["report_distinct"] = fmean(distinct_ratios(sampled, default_normal_form).values())
@@ -224,7 +220,7 @@ def score(trainer: Any, rows: Sequence[Any], few_shot: bool = False) -> dict[str
 def kept_rows(trainer: Any) -> list[list[list[int]]]:
     """Return the first round's kept rows: prompt and completion ids as trained on."""
     from trl_selfplay.rollouts.rows import training_completion_ids
-    from trl_selfplay.rounds.stages import load_kept
+    from trl_selfplay.rollouts.stored import load_kept
 
     play = trainer.self_play
     prompt_ids = play.training_prompt_ids(play.rows)

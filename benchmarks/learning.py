@@ -40,9 +40,9 @@ from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts
 from trl_selfplay.rollouts.prompts import load_prompt_rows
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rows import training_completion_ids
+from trl_selfplay.rollouts.stored import load_kept
 from trl_selfplay.rounds.loop import PlayedRound
 from trl_selfplay.rounds.run import find_best_round
-from trl_selfplay.rounds.stages import load_kept
 from trl_selfplay.rounds.weights import load_saved_model
 
 RESULTS = Path(__file__).parent / "results" / "learning"

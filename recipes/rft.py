@@ -21,7 +21,7 @@ from typing import Any
 
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
 from trl_selfplay.demos import script_arguments, words
-from trl_selfplay.rollouts.normal_forms import reasoning_path
+from trl_selfplay.rollouts.selection import reasoning_path
 
 # The demo's flags.
 DEMO: dict[str, Any] = {

@@ -15,7 +15,7 @@ from trl_selfplay.evaluation.diversity import (
     warn_poorer_samples,
     warn_sharpening,
 )
-from trl_selfplay.rollouts.normal_forms import default_normal_form as form
+from trl_selfplay.rollouts.selection import default_normal_form as form
 
 
 def sample_set(make_rollout, texts, rewards=None, length=4):

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from trl_selfplay.rewards.equations import equations_reward, find_equations, is_true_equation
-from trl_selfplay.rollouts.normal_forms import default_normal_form, reasoning_path
+from trl_selfplay.rollouts.selection import default_normal_form, reasoning_path
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts, describe_funnel
-from trl_selfplay.rollouts.normal_forms import default_normal_form
 from trl_selfplay.rollouts.record import Rollout
-from trl_selfplay.rollouts.selection import Selection, select, unsolved_prompts
+from trl_selfplay.rollouts.selection import (
+    Selection,
+    SelectionRules,
+    default_normal_form,
+    select,
+    unsolved_prompts,
+)
 
 
 def make_rollout(
@@ -36,24 +42,28 @@ def make_rollout(
     return replace(rollout, **changes)
 
 
-def leaks(prompt: Any, completion: str, solution: Any) -> str | None:
+def leaks(rollout: Rollout) -> str | None:
     for reason in ("mentions_hint", "answer_only"):
-        if completion.startswith(reason):
+        if rollout.completion.startswith(reason):
             return reason
     return None
 
 
-def run_select(rollouts: list[Rollout], **changes: Any) -> Selection:
+def run_select(
+    rollouts: list[Rollout],
+    reward_threshold: float = 1.0,
+    history: Sequence[Rollout] = (),
+    beside: Sequence[Rollout] = (),
+    **changes: Any,
+) -> Selection:
     options: dict[str, Any] = {
-        "reward_threshold": 1.0,
-        "leak_filter": leaks,
-        "prompts": {r.prompt_id: ("q", "a") for r in rollouts},
+        "is_correct": lambda r: r.passes(reward_threshold),
+        "leak_reason": leaks,
         "normal_form": default_normal_form,
-        "max_per_prompt": None,
-        "fits": None,
         "seed": 0,
     }
-    return select(rollouts, **{**options, **changes})
+    rules = SelectionRules(**{**options, **changes})
+    return select(rollouts, rules, history=history, beside=beside)
 
 
 @st.composite
@@ -89,7 +99,7 @@ def select_naively(rollouts: list[Rollout], threshold: float) -> dict[tuple[str,
             outcome = "truncated"
         elif r.reward < threshold:
             outcome = "failed"
-        elif r.hinted and leaks("q", r.completion, "a"):
+        elif r.hinted and leaks(r):
             outcome = "leaked"
         elif r.completion == "d":
             outcome = "too_long"
@@ -201,11 +211,11 @@ def test_a_hinted_completion_with_a_wrong_answer_is_dropped() -> None:
     assert selection.funnel.hinted.failed == 1
 
 
-def test_the_leak_filter_is_asked_of_correct_hinted_rollouts_alone() -> None:
+def test_correct_hinted_rollouts_alone_are_asked_for_leaks() -> None:
     asked = []
 
-    def record(prompt: Any, completion: str, solution: Any) -> str | None:
-        asked.append((prompt, completion, solution))
+    def record(rollout: Rollout) -> str | None:
+        asked.append(rollout.completion)
         return None
 
     rollouts = [
@@ -214,13 +224,8 @@ def test_the_leak_filter_is_asked_of_correct_hinted_rollouts_alone() -> None:
         make_rollout(2, "cut", finish="length", hinted=True),
         make_rollout(3, "right", hinted=True),
     ]
-    run_select(rollouts, leak_filter=record, prompts={"p0": ("the prompt", "7")})
-    assert asked == [("the prompt", "right", "7")]
-
-
-def test_a_leak_filter_that_returns_a_verdict_in_place_of_a_reason_is_an_error() -> None:
-    with pytest.raises(TypeError, match="leak_filter returned True"):
-        run_select([make_rollout(0, hinted=True)], leak_filter=lambda *_: True)
+    run_select(rollouts, leak_reason=record)
+    assert asked == ["right"]
 
 
 def test_leak_reasons_are_counted() -> None:
@@ -352,11 +357,9 @@ def test_what_a_higher_threshold_selects_is_part_of_what_a_lower_one_does_with_h
     old = [make_rollout(5, "Same  path", 0.9, round_index=-1)]
     selected = []
     for threshold in (0.3, 0.6):
-        selection = select(
-            new, reward_threshold=1.0, leak_filter=None, prompts={}, seed=0, history=old,
-            normal_form=default_normal_form, max_per_prompt=None, fits=None, best_first=True,
-            is_correct=lambda r, t=threshold: r.reward > t,
-        )  # fmt: skip
+        selection = run_select(
+            new, history=old, best_first=True, is_correct=lambda r, t=threshold: r.reward > t
+        )
         rollouts = (*selection.kept, *selection.history)
         selected.append({(r.round_index, r.sample_index) for r in rollouts})
     assert selected == [{(-1, 5), (0, 1)}] * 2
@@ -367,8 +370,5 @@ def test_what_is_trained_on_anyway_is_no_news() -> None:
     gold = [make_rollout(-1, "Gold  path"), make_rollout(-2, "gold path 2", prompt_id="p1")]
     rollouts = [make_rollout(0, "gold path"), make_rollout(1, "gold path 2")]
     for form, kept in ((default_normal_form, [1]), (None, [0, 1])):
-        selection = select(
-            rollouts, reward_threshold=1.0, leak_filter=None, prompts={}, seed=0,
-            normal_form=form, max_per_prompt=None, fits=None, beside=gold,
-        )  # fmt: skip
+        selection = run_select(rollouts, normal_form=form, beside=gold)
         assert [r.sample_index for r in selection.kept] == kept

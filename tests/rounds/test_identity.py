@@ -13,7 +13,7 @@ from trl import DPOConfig, SFTConfig
 
 from trl_selfplay import ReSTEMConfig, SPINConfig, STaRConfig
 from trl_selfplay.disk import DamagedFileError
-from trl_selfplay.rollouts.normal_forms import reasoning_path
+from trl_selfplay.rollouts.selection import reasoning_path
 from trl_selfplay.rounds.identity import (
     FIXED,
     FREE,

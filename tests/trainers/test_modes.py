@@ -8,7 +8,7 @@ from datasets import load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from trl_selfplay.rollouts.record import load_rollouts
-from trl_selfplay.rounds.stages import load_kept
+from trl_selfplay.rollouts.stored import load_kept
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 8}
 

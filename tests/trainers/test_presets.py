@@ -23,7 +23,7 @@ from trl_selfplay import (
     STaRTrainer,
 )
 from trl_selfplay.rewards import choice_reward, equations_reward, exact_reward
-from trl_selfplay.rollouts.normal_forms import reasoning_path
+from trl_selfplay.rollouts.selection import reasoning_path
 from trl_selfplay.trainers.rest_em.config import _PRESETS as REST_EM_PRESETS
 from trl_selfplay.trainers.star.config import PAPER_PRESETS as STAR_PRESETS
 

@@ -14,9 +14,6 @@ from trl_selfplay.rollouts.funnel import Funnel
 LITTLE_TO_GAIN = 0.95
 MOST_HINTED = 0.5
 MOST_TRUNCATED = 0.1
-# Of SPIN's convergence: nats that are no longer worth a round, and pairs that can say so.
-LEAST_DISTANCE = 0.01
-FEWEST_PAIRS = 20
 
 _PASS_AT_K = re.compile(r"(.+)_pass@(\d+)")
 _ACCURACY = re.compile(r"(.+)_accuracy")
@@ -150,58 +147,3 @@ def rounds_without_gain(
         return 0
     best = best_round(history, greater_is_better)
     return sum(round_index > best for round_index, _ in history)
-
-
-def find_convergence(metrics: Mapping[str, float], prefix: str = "eval") -> str | None:
-    """Return a sentence if held-out pairs of data and opponent can't be told apart.
-
-    That is: the 95 % interval of the win rate includes one half, and ln 2 minus the held-out loss
-    is below .01. Neither alone would do: a round with a tiny learning rate leaves the loss at
-    ln 2 though every pair is told apart, and few pairs make a wide interval.
-
-    Args:
-        metrics: As `discriminator.measure_heldout` returns them.
-        prefix: Of the held-out set.
-
-    Source: SPIN, arXiv 2401.01335, theorem 5.2: no gain is left when the opponent is the data.
-    """
-    needed = ("win_rate", "win_rate_low", "win_rate_high", "distance", "pairs")
-    if any(f"{prefix}_{name}" not in metrics for name in needed):
-        return None
-    win_rate, low, high, distance, pairs = (metrics[f"{prefix}_{name}"] for name in needed)
-    if pairs < FEWEST_PAIRS or not low <= 0.5 <= high or distance >= LEAST_DISTANCE:
-        return None
-    return (
-        f"converged: {pairs:.0f} held-out pairs of the data and the opponent can't be told apart "
-        f"(win rate {win_rate:.2f}, 95 % interval {low:.2f} to {high:.2f}; ln 2 - loss = "
-        f"{distance:.4f}). More rounds have little to learn from these prompts."
-    )
-
-
-def warn_falling_likelihood(
-    before: Mapping[str, float],
-    metrics: Mapping[str, float],
-    round_index: int,
-    prefix: str = "eval",
-) -> str | None:
-    """Return a warning if a round tells the data from its opponent, yet makes the data less likely.
-
-    SPIN's loss asks for a margin between the two alone, so both log-probs often fall. A choice by
-    `…_logps` then hands back a model from before, however well the rounds work.
-
-    Args:
-        before: The untrained model's metrics.
-        metrics: The round's, as `discriminator.measure_heldout` returns them.
-        round_index: The round.
-        prefix: Of the held-out set that chooses.
-    """
-    logps, win_rate = f"{prefix}_logps", f"{prefix}_win_rate"
-    if metrics[logps] >= before[logps] or metrics.get(f"{win_rate}_low", 0.0) <= 0.5:
-        return None
-    return (
-        f"round {round_index}: {logps} is {metrics[logps]:.3f}, below the untrained model's "
-        f"{before[logps]:.3f}, while the policy tells the data from its opponent ({win_rate} "
-        f"{metrics[win_rate]:.2f}). Chosen by {logps}, an earlier model is loaded at the end, perhaps "
-        "the untrained one. Let a score of your task choose (`eval_reward_funcs`), or keep the last "
-        "round with load_best_round_at_end=False."
-    )

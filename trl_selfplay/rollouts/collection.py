@@ -9,13 +9,14 @@ finds the plan, reads the shards that are whole and goes on with the first that 
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -25,13 +26,8 @@ from trl_selfplay.disk import DamagedFileError, naming_damage, save_text
 from trl_selfplay.generation.random_streams import Phase, stream_key
 from trl_selfplay.generation.sampler import Sampler, SampleRequest, SamplingOptions
 from trl_selfplay.rewards.scoring import Scorer
-from trl_selfplay.rollouts.one_ahead import one_ahead
 from trl_selfplay.rollouts.prompts import PromptRow
-from trl_selfplay.rollouts.record import (
-    Rollout,
-    load_rollouts,
-    save_rollouts,
-)
+from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +35,9 @@ logger = logging.getLogger(__name__)
 # be filled again within it.
 BATCHES_PER_SHARD = 4
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+Item = TypeVar("Item")
+_END = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +274,27 @@ class Collector:
         if self.refuses_negative_rewards and not is_heldout:
             _check_not_negative(graded, scorer.names)
         return graded
+
+
+def one_ahead(items: Iterator[Item], stop: Event) -> Generator[Item]:
+    """Yield the items in order; the one after next is not begun before the next was asked for.
+
+    What the iterator raises is raised here, in its turn. Closing, or an exception such as Ctrl-C,
+    sets `stop`, waits for what is in progress, and closes the iterator.
+
+    Args:
+        items: Used in the second thread alone.
+        stop: What makes the items looks at it, to end early.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as thread:
+        try:
+            coming = thread.submit(next, items, _END)
+            while (item := coming.result()) is not _END:
+                coming = thread.submit(next, items, _END)
+                yield item  # type: ignore[misc]
+        finally:
+            stop.set()
+            thread.submit(getattr(items, "close", int)).result()
 
 
 def _check_not_negative(rollouts: Sequence[Rollout], names: Sequence[str]) -> None:

@@ -3,14 +3,17 @@
 In: the stages' results. Out: one record, made by a trainer's `play_round`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
 
 from trl_selfplay.rollouts.funnel import Funnel
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.selection import Selection
+from trl_selfplay.rollouts.stored import StoredRollouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,7 @@ class PlayedRound:
         training_rows: The parent's dataset, final.
         num_examples: Selected examples; packed rows hold several.
         funnel: Counts of what each selection step dropped.
-        rollouts: All graded rollouts of the round.
+        rollouts: All graded rollouts of the round, read from disk as they are iterated over.
         metrics: Numbers for the log, with the prefixes play/ and select/.
         rewards: Mean weighted reward, and the mean of each function by name.
         remedy: Why a round of this method is left empty and what to do; "" where rewards decide.
@@ -32,7 +35,7 @@ class PlayedRound:
     training_rows: Dataset
     num_examples: int
     funnel: Funnel
-    rollouts: tuple[Rollout, ...]
+    rollouts: StoredRollouts | Sequence[Rollout]
     metrics: dict[str, float]
     rewards: dict[str, float | None]
     remedy: str = ""
@@ -47,3 +50,31 @@ class PlayedRound:
         shown = None if threshold == float("-inf") else threshold
         details = {"grow": grow, "improve": improve, "threshold": shown}
         return replace(self, details=details, may_be_skipped=may_be_skipped)
+
+
+def mean_rewards(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float | None]:
+    """Return the mean weighted reward and each function's mean, abstentions left out."""
+    columns = {"mean": [r.reward for r in rollouts]}
+    columns |= {name: [r.rewards[i] for r in rollouts] for i, name in enumerate(names)}
+    return {
+        name: fmean(scores) if (scores := [v for v in values if v is not None]) else None
+        for name, values in columns.items()
+    }
+
+
+def round_metrics(selection: Selection, rewards: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the numbers of a round for the log: play/… of what was sampled, select/… of the rest."""
+    rollouts = selection.rollouts
+    unhinted = [r for r in rollouts if not r.hinted]
+    metrics = {
+        "play/completions": float(len(rollouts)),
+        "play/mean_length": fmean(len(r.completion_ids) for r in unhinted),
+        "play/truncated": fmean(r.is_truncated for r in unhinted),
+        "select/kept": float(len(selection.kept)),
+        "select/kept_hinted": float(sum(r.hinted for r in selection.kept)),
+        "select/prompts_solved": len({r.prompt_id for r in selection.kept if not r.hinted})
+        / len({r.prompt_id for r in unhinted}),
+        "select/examples": float(len(selection.examples)),
+    }
+    metrics |= {f"play/reward_{n}": v for n, v in rewards.items() if v is not None}
+    return metrics

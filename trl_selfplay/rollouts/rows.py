@@ -5,12 +5,15 @@ In: selected rollouts and their unhinted training prompts, or pairs of completio
 truncates or masks again.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from trl_selfplay.disk import replace_folder
 from trl_selfplay.rollouts.record import Rollout
 
 IGNORE_INDEX = -100
@@ -100,3 +103,11 @@ def build_pair_rows(pairs: Sequence[Pair], seed: int | None) -> Dataset:
         }
     )
     return rows if seed is None else rows.shuffle(seed=seed).flatten_indices()
+
+
+def save_rows(folder: Path, rows: Dataset) -> None:
+    """Write a dataset so that a reader sees either all of it or nothing."""
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    rows.save_to_disk(str(temporary))
+    replace_folder(temporary, folder)

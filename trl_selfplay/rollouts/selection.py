@@ -1,6 +1,6 @@
 """Choose which graded rollouts the model trains on, and count what each step dropped.
 
-In: the graded rollouts of one round. Out: the kept ones, what became of every rollout, and a
+In: the graded rollouts of one round. Out: the kept ones, the outcome of every rollout, and a
 `Funnel`. Pure functions of records, options and seed: the order of the records has no influence.
 
 The steps, in this order: abstentions and completions cut by length go, the reward must reach the
@@ -12,15 +12,43 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from trl_selfplay.rewards.equations import find_equations
 from trl_selfplay.rollouts.funnel import Funnel, Outcome, OutcomeCounts
-from trl_selfplay.rollouts.normal_forms import default_normal_form
-from trl_selfplay.rollouts.prompts import Prompt
 from trl_selfplay.rollouts.record import Rollout
 
-LeakFilter = Callable[[Any, str, Any], str | None]
 NormalForm = Callable[[str], Hashable]
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionRules:
+    """Which rollouts of a round are trained on.
+
+    Attributes:
+        is_correct: Whether a rollout that was graded and ended by itself is right.
+        seed: Seed of the draw under the cap, which depends on nothing but it and the ids.
+        leak_reason: Returns why a completion quotes its hint, or None. Asked only of correct,
+            hinted rollouts. None lets all pass.
+        fits: Whether a rollout fits in a training row; None lets all pass.
+        normal_form: Of a prompt's completions with equal normal form the one with the lowest
+            sample index stays. None keeps duplicates.
+        max_per_prompt: Maximum rollouts kept per prompt, after deduplication; None keeps all.
+        best_first: Of duplicates the one with the highest reward stays, and the cap keeps the
+            highest rewards, so that what a higher threshold selects is part of what a lower one
+            does.
+    """
+
+    is_correct: Callable[[Rollout], bool]
+    seed: int
+    leak_reason: Callable[[Rollout], str | None] | None = None
+    fits: Callable[[Rollout], bool] | None = None
+    normal_form: NormalForm | None = None
+    max_per_prompt: int | None = None
+    best_first: bool = False
+
+    def lets_pass(self, rollout: Rollout) -> bool:
+        """Return whether a rollout is right and fits."""
+        return self.is_correct(rollout) and (self.fits is None or self.fits(rollout))
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,107 +57,89 @@ class Selection:
 
     Attributes:
         kept: Rollouts of the round, by (prompt_id, sample_index).
-        outcomes: Every rollout's outcome, likewise.
+        outcomes: Every rollout of the round with its outcome, in the same order.
         funnel: Their counts.
         history: Rollouts of earlier rounds that are trained on as well.
+        gold: Human completions that are trained on as well.
     """
 
     kept: tuple[Rollout, ...]
     outcomes: tuple[tuple[Rollout, Outcome], ...]
     funnel: Funnel
     history: tuple[Rollout, ...] = ()
+    gold: tuple[Rollout, ...] = ()
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """All rollouts of the round."""
+        return [rollout for rollout, _ in self.outcomes]
+
+    @property
+    def examples(self) -> list[Rollout]:
+        """What is trained on: of this round, of earlier ones, and human completions."""
+        return [*self.kept, *self.history, *self.gold]
 
 
 def select(
     rollouts: Sequence[Rollout],
+    rules: SelectionRules,
     *,
-    reward_threshold: float,
-    leak_filter: LeakFilter | None,
-    prompts: Mapping[str, tuple[Prompt, Any]],
-    normal_form: NormalForm | None,
-    max_per_prompt: int | None,
-    fits: Callable[[Rollout], bool] | None,
-    seed: int,
-    is_correct: Callable[[Rollout], bool] | None = None,
     history: Sequence[Rollout] = (),
     beside: Sequence[Rollout] = (),
-    best_first: bool = False,
 ) -> Selection:
     """Select one round's rollouts to train on.
 
     Args:
         rollouts: Graded, each (prompt_id, sample_index) once, in any order.
-        reward_threshold: A reward at this or above is correct.
-        leak_filter: `f(prompt, completion, solution)` returns why a hinted completion quotes its
-            hint, or None. Asked only of correct, hinted rollouts. None lets all pass.
-        prompts: The unhinted prompt and the solution of each prompt id, for the leak filter.
-        normal_form: Of a prompt's completions with equal normal form the one with the lowest
-            sample index stays. None keeps duplicates.
-        max_per_prompt: Most rollouts to keep of a prompt, after deduplication; None keeps all.
-        fits: Says whether a rollout fits in a training row; None lets all pass.
-        seed: Of the draw under the cap, which depends on nothing but it and the ids.
-        is_correct: Decides instead of `reward_threshold`, on rollouts that were graded and ended
-            by themselves.
+        rules: What decides.
         history: What earlier rounds selected, the newest round first. Those that repeat a newer
             one are left out, whatever `normal_form`; the others join the new ones before the cap
             is applied, and are counted apart.
         beside: What is trained on in any case; a rollout with the normal form of one of these, of
             its prompt, is a duplicate.
-        best_first: Of duplicates the one with the highest reward stays, and the cap keeps the
-            highest rewards, so that what a higher threshold selects is part of what a lower one
-            does.
 
     Raises:
         ValueError: Two rollouts have the same prompt id and sample index, or one is not graded.
-        TypeError: The leak filter returned something else than a reason or None.
     """
     ordered = sorted(rollouts, key=_key)
     _check_records(ordered)
-    if is_correct is None:
-
-        def is_correct(rollout: Rollout) -> bool:
-            return rollout.passes(reward_threshold)
-
     outcomes: dict[tuple[str, int], Outcome] = {}
     leak_reasons: Counter[str] = Counter()
     candidates: dict[str, list[Rollout]] = {}
     for rollout in ordered:
-        outcome = _grade_outcome(rollout, is_correct)
-        if outcome == "kept" and rollout.hinted and leak_filter is not None:
-            reason = _leak_reason(rollout, leak_filter, prompts)
+        outcome = _grade_outcome(rollout, rules.is_correct)
+        if outcome == "kept" and rollout.hinted and rules.leak_reason is not None:
+            reason = rules.leak_reason(rollout)
             if reason is not None:
                 leak_reasons[reason] += 1
                 outcome = "leaked"
-        if outcome == "kept" and fits is not None and not fits(rollout):
+        if outcome == "kept" and rules.fits is not None and not rules.fits(rollout):
             outcome = "too_long"
         outcomes[_key(rollout)] = outcome
         if outcome == "kept":
             candidates.setdefault(rollout.prompt_id, []).append(rollout)
-    form = normal_form or default_normal_form
+    form = rules.normal_form or default_normal_form
     seen = {(r.prompt_id, form(r.completion)) for same in candidates.values() for r in same}
     given: dict[str, set[Hashable]] = {}
     for rollout in beside:
         given.setdefault(rollout.prompt_id, set()).add(form(rollout.completion))
     earlier: list[Rollout] = []
-    for rollout in history:
-        if not is_correct(rollout) or (fits is not None and not fits(rollout)):
-            continue
+    for rollout in filter(rules.lets_pass, history):
         key = (rollout.prompt_id, form(rollout.completion))
-        if key not in seen or (best_first and normal_form):  # among duplicates the best stays
+        # Among duplicates the best stays.
+        if key not in seen or (rules.best_first and rules.normal_form):
             seen.add(key)
             earlier.append(rollout)
             candidates.setdefault(rollout.prompt_id, []).append(rollout)
     newest = ordered[0].round_index if ordered else 0
     dropped: dict[int, Outcome] = {}
     for prompt_id, same_prompt in candidates.items():
-        if best_first:
-            same_prompt.sort(
-                key=lambda r: -(r.reward or 0.0)
-            )  # stable: of equal ones the first stays
+        if rules.best_first:  # the sort is stable: of equal ones the first stays
+            same_prompt.sort(key=lambda r: -(r.reward or 0.0))
         distinct, duplicates = _split_duplicates(
-            same_prompt, normal_form, given.get(prompt_id, set())
+            same_prompt, rules.normal_form, given.get(prompt_id, set())
         )
-        capped = _over_cap(distinct, max_per_prompt, seed, newest, best_first)
+        capped = _over_cap(distinct, rules, newest)
         dropped |= {id(r): "duplicate" for r in duplicates}
         dropped |= {id(r): "capped" for r in capped}
     outcomes |= {_key(r): dropped[id(r)] for r in ordered if id(r) in dropped}
@@ -168,19 +178,6 @@ def _grade_outcome(rollout: Rollout, is_correct: Callable[[Rollout], bool]) -> O
     return "kept" if is_correct(rollout) else "failed"
 
 
-def _leak_reason(
-    rollout: Rollout, leak_filter: LeakFilter, prompts: Mapping[str, tuple[Prompt, Any]]
-) -> str | None:
-    prompt, solution = prompts[rollout.prompt_id]
-    reason = leak_filter(prompt, rollout.completion, solution)
-    if reason is not None and not isinstance(reason, str):
-        raise TypeError(
-            f"leak_filter returned {reason!r}; return the reason as a short text such as "
-            '"mentions_hint" for a completion to drop, or None for one to keep.'
-        )
-    return reason
-
-
 def _split_duplicates(
     same_prompt: Sequence[Rollout], normal_form: NormalForm | None, given: set[Hashable]
 ) -> tuple[list[Rollout], list[Rollout]]:
@@ -201,26 +198,22 @@ def _split_duplicates(
 
 
 def _over_cap(
-    distinct: Sequence[Rollout],
-    max_per_prompt: int | None,
-    seed: int,
-    round_index: int,
-    best_first: bool,
+    distinct: Sequence[Rollout], rules: SelectionRules, round_index: int
 ) -> list[Rollout]:
     """Return the rollouts of one prompt that are over the cap, drawn by a hash of seed and ids."""
-    if max_per_prompt is None:
+    if rules.max_per_prompt is None:
         return []
 
-    def lot(rollout: Rollout) -> bytes:
-        text = f"{seed}/{rollout.prompt_id}/{rollout.sample_index}"
+    def draw(rollout: Rollout) -> bytes:
+        text = f"{rules.seed}/{rollout.prompt_id}/{rollout.sample_index}"
         if rollout.round_index != round_index:  # of an earlier round, under an index of its own
             text += f"/{rollout.round_index}"
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
     def rank(rollout: Rollout) -> tuple[float, bytes]:
-        return -(rollout.reward or 0.0) if best_first else 0.0, lot(rollout)
+        return -(rollout.reward or 0.0) if rules.best_first else 0.0, draw(rollout)
 
-    return sorted(distinct, key=rank)[max_per_prompt:]
+    return sorted(distinct, key=rank)[rules.max_per_prompt :]
 
 
 def _build_funnel(
@@ -254,3 +247,35 @@ def unsolved_prompts(rollouts: Collection[Rollout], reward_threshold: float) -> 
     """
     solved = {r.prompt_id for r in rollouts if not r.hinted and r.passes(reward_threshold)}
     return {r.prompt_id for r in rollouts} - solved
+
+
+# Forms under which two completions of one prompt count as the same.
+
+
+def default_normal_form(completion: str) -> str:
+    r"""Return a completion lower-cased and with white space folded.
+
+    >>> default_normal_form(" 3 + 4\n= 7. Answer:  7 ")
+    '3 + 4 = 7. answer: 7'
+    """
+    return " ".join(completion.lower().split())
+
+
+def reasoning_path(completion: str) -> tuple[str, ...]:
+    """Return the list of equations of a completion, in order, without blanks.
+
+    Two orders of the same equations, or of the operands of one, are different paths. A text
+    without any equation is its own path, lower-cased and with white space folded: the official
+    code would take all such texts of a prompt for one.
+
+    Source: RFT, arXiv 2308.01825, section 3.3: one path for each distinct equation list. Of the
+    paths with one list RFT keeps the one farthest from the others by edit distance; here it is the
+    one that was sampled first.
+
+    >>> reasoning_path("Half of 48 is <<48 / 2=24>>24.") == reasoning_path("So <<48/2 = 24>>24 clips.")
+    True
+    """
+    equations = find_equations(completion)
+    if not equations:
+        return (default_normal_form(completion),)
+    return tuple("".join(equation.split()) for equation in equations)

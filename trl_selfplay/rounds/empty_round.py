@@ -3,10 +3,12 @@
 In: what a round's selection came to. Out: a warning or an error with the funnel and completions.
 """
 
+import heapq
 import logging
 from typing import Any
 
 from trl_selfplay.rollouts.funnel import Funnel, describe_funnel
+from trl_selfplay.rollouts.record import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ def handle_empty_round(args: Any, round_index: int, played: Any) -> None:
     """
     examples = "\n".join(
         f"--- {r.prompt[-200:]!r}\n    → {r.completion[:300]!r} (finish {r.finish}, reward {r.reward})"
-        for r in sorted(played.rollouts, key=lambda r: r.finish == "length")[:3]  # finished first
+        for r in heapq.nsmallest(3, played.rollouts, key=_finished_first)
     )
     funnel = played.funnel
     kept = (
@@ -46,6 +48,10 @@ def handle_empty_round(args: Any, round_index: int, played: Any) -> None:
     if args.on_empty_round == "raise":
         raise EmptyRoundError(message)
     logger.warning("stopping: %s", message)
+
+
+def _finished_first(rollout: Rollout) -> tuple[bool, bool, str, int]:
+    return rollout.is_truncated, rollout.hinted, rollout.prompt_id, rollout.sample_index
 
 
 def _remedy(args: Any, played: Any) -> str:

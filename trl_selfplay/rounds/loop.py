@@ -334,7 +334,7 @@ def _finish_round(
     args, run, state = trainer.args, trainer.run, trainer.state
     gain = standard_error = None
     if before is not None and scores is not None:
-        gain, standard_error = paired_difference(before.greedy, scores.greedy)
+        gain, standard_error = paired_difference(before.by_prompt, scores.by_prompt)
     if scores is not None:
         trainer.log(dict(scores.metrics))
         _warn_sharpening(run, round_index, trainer.self_play.collector.eval_threshold)

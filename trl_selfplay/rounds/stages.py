@@ -8,45 +8,48 @@ call these in the order of their papers.
 import logging
 import math
 import random
-import shutil
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset
 from trl import pack_dataset
 
-from trl_selfplay.disk import (
-    BRING_BACK,
-    DamagedFileError,
-    naming_damage,
-    replace_folder,
-    save_table,
-)
+from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.evaluation.diversity import diversity_metrics, warn_poorer_samples
-from trl_selfplay.evaluation.heldout import HeldOutScores, score_all
+from trl_selfplay.evaluation.estimates import summarize_heldout
+from trl_selfplay.evaluation.heldout import (
+    HeldOutScores,
+    greedy_scores,
+    heldout_options,
+    metric_prefixes,
+)
 from trl_selfplay.evaluation.report import SamplingProgress, print_completions
 from trl_selfplay.generation.random_streams import Phase
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rewards.answer import is_answer
 from trl_selfplay.rewards.scoring import Scorer
-from trl_selfplay.rollouts.collection import Assignment, Collector, read_plan
+from trl_selfplay.rollouts.collection import Assignment, Collector, Progress
 from trl_selfplay.rollouts.gold import Gold, load_gold
-from trl_selfplay.rollouts.played import PlayedRound
+from trl_selfplay.rollouts.played import PlayedRound, mean_rewards, round_metrics
 from trl_selfplay.rollouts.prompts import PromptRow, refuse_seen_heldout
 from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.rendering import PromptFormatter, check_lengths, check_training_lengths
 from trl_selfplay.rollouts.rows import (
     RowWeights,
     build_training_rows,
+    save_rows,
     training_completion_ids,
 )
 from trl_selfplay.rollouts.selection import Selection
+from trl_selfplay.rollouts.stored import (
+    StoredRollouts,
+    load_outcomes,
+    load_samples,
+    save_selection,
+)
 from trl_selfplay.rounds.run import Run
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,7 @@ class SelfPlay:
         eos_token_ids: Tokens that end a completion.
         eos_token_id: The one that is added in training after a stop string.
         context_length: Most positions of the model, or None.
+        run: Knows where rounds lie on disk.
     """
 
     config: Any
@@ -80,6 +84,7 @@ class SelfPlay:
     eos_token_ids: tuple[int, ...]
     eos_token_id: int
     context_length: int | None
+    run: Run
 
     @property
     def lacks_embeddings(self) -> bool:
@@ -213,30 +218,93 @@ class SelfPlay:
 
     def score(
         self,
-        sets: Mapping[str, list[PromptRow]],
+        sets: Mapping[str, Sequence[PromptRow]],
         *,
         folder: Path | None = None,
         prefix: str = "eval",
         with_few_shot: bool = False,
     ) -> HeldOutScores:
-        """Score held-out sets with the current weights, see `heldout.score_all`."""
-        forms = 2 if with_few_shot and self.formatter.few_shot_examples else 1
-        samples = sum(map(len, sets.values())) * (1 + self.config.num_generations_eval) * forms
+        """Score held-out sets with the current weights, in the form of the prompt that is trained on.
+
+        Args:
+            sets: Prompts by the name of their set.
+            folder: Where samples are kept; None keeps nothing.
+            prefix: What the names of the metrics begin with.
+            with_few_shot: Score them also with the few-shot examples in the prompt, under
+                `<prefix>_few_shot_…`: what the untrained model can do when it is shown the task.
+        """
+        started = time.monotonic()
+        has_examples = bool(self.formatter.few_shot_examples)
+        forms = {"": has_examples and self.config.few_shot_in_training}
+        if with_few_shot and has_examples and not forms[""]:
+            forms["few_shot_"] = True
+        threshold = self.collector.eval_threshold
+        metrics: dict[str, float] = {}
+        of_sets: list[dict[str, float]] = []
+        samples = sum(map(len, sets.values())) * (1 + self.config.num_generations_eval) * len(forms)
         with self._progress("held-out", samples, ("num_generations_eval",)) as progress:
-            scores = score_all(
-                self.collector,
-                self.formatter,
-                sets,
-                self.config,
-                self.eos_token_ids,
-                progress,
-                folder=folder,
-                prefix=prefix,
-                with_few_shot=with_few_shot,
-            )
+            for name, set_prefix in metric_prefixes(list(sets), prefix).items():
+                for form, few_shot in forms.items():
+                    rollouts = self.sample_heldout(
+                        sets[name],
+                        progress,
+                        few_shot=few_shot,
+                        folder=folder,
+                        prefix=f"{name}-{form}" if name else form,
+                    )
+                    metrics |= summarize_heldout(
+                        rollouts,
+                        reward_threshold=threshold,
+                        prefix=f"{set_prefix}_{form}".rstrip("_"),
+                    )
+                    of_sets.append(greedy_scores(rollouts, threshold))
         logged = _take_logged(self.collector.eval_scorer or self.collector.scorer)
-        scores.metrics.update({f"{prefix}_{n}": v for n, v in logged.items()})
-        return scores
+        metrics |= {f"{prefix}_{name}": value for name, value in logged.items()}
+        return HeldOutScores(metrics, of_sets[0] if of_sets else {}, time.monotonic() - started)
+
+    def sample_heldout(
+        self,
+        rows: Sequence[PromptRow],
+        progress: Progress,
+        *,
+        few_shot: bool = False,
+        folder: Path | None = None,
+        prefix: str = "",
+    ) -> list[Rollout]:
+        """Sample and grade held-out prompts, once greedily and `num_generations_eval` times at random.
+
+        The random streams don't depend on the round: every round, and a later evaluation of a
+        saved model, meets the same noise, so that differences between rounds are differences of
+        weights.
+
+        Args:
+            rows: The prompts.
+            progress: Told of finished samples.
+            few_shot: Show the few-shot examples before each prompt.
+            folder: Where samples are kept; None keeps nothing.
+            prefix: Prefix of the files' names.
+
+        Returns:
+            The rollouts; `sample_index` 0 is the greedy one.
+        """
+        greedy, sampled = heldout_options(self.config, self.eos_token_ids)
+        prompt_ids = [self.formatter.token_ids(row, few_shot=few_shot) for row in rows]
+        rollouts: list[Rollout] = []
+        for name, options, indices in (
+            ("greedy-", greedy, (0,)),
+            ("sampled-", sampled, tuple(range(1, self.config.num_generations_eval + 1))),
+        ):
+            if indices:
+                rollouts += self.collector.collect(
+                    [Assignment(r, ids, indices) for r, ids in zip(rows, prompt_ids, strict=True)],
+                    options,
+                    round_index=0,  # the key of the streams, see above
+                    phase="eval",
+                    progress=progress,
+                    folder=folder,
+                    prefix=prefix + name,
+                )
+        return rollouts
 
     def _progress(
         self,
@@ -251,16 +319,15 @@ class SelfPlay:
 
     def watch_diversity(
         self,
-        run: Run,
+        round_index: int,
         rollouts: Sequence[Rollout],
         normal_form: Callable[[str], Hashable],
     ) -> dict[str, float]:
         """Return the numbers of a round's diversity; warn if round 0's samples were richer."""
-        round_index = run.round_index or 0
         first: Sequence[Rollout] = rollouts
         if round_index > 0:
             try:
-                first = load_samples(run.folder(0))
+                first = load_samples(self.run.folder(0))
             except (DamagedFileError, FileNotFoundError) as error:
                 logger.warning("diversity isn't compared with round 0's: %s", error)
         threshold = self.collector.reward_threshold
@@ -329,31 +396,26 @@ class SelfPlay:
         completion = training_completion_ids(rollout, self.eos_token_id)
         return len(prompt_ids[rollout.prompt_id]) + len(completion) <= self.config.max_length
 
-    def finish(
+    def build_sft_round(
         self,
-        rollouts: Sequence[Rollout],
+        round_index: int,
         selection: Selection,
         prompt_ids: Mapping[str, tuple[int, ...]],
-        round_index: int,
-        folder: Path,
         *,
-        gold: Sequence[Rollout] = (),
         weigh: RowWeights | None = None,
         metrics: Mapping[str, float] = MappingProxyType({}),
     ) -> PlayedRound:
-        """Write the selection down, build the parent's rows and the round's numbers.
+        """Write the selection down; build SFTTrainer's rows and the round's numbers.
 
         Args:
-            rollouts: All of the round.
-            selection: What became of them.
+            round_index: The round that trains on them.
+            selection: What is trained on, and the outcome of every rollout.
             prompt_ids: Prompts as trained on.
-            round_index: The round.
-            folder: Of the round.
-            gold: Human completions to train on as well.
             weigh: Gives each row a weight; gold completions without a reward weigh 1.
             metrics: What else to log of the round.
         """
-        examples = [*selection.kept, *selection.history, *gold]
+        folder = self.run.folder(round_index)
+        examples, rollouts = selection.examples, selection.rollouts
         rows = build_training_rows(
             examples,
             prompt_ids,
@@ -364,24 +426,30 @@ class SelfPlay:
         )
         if self.config.packing and examples:
             rows = pack_dataset(rows, self.config.max_length, self.config.packing_strategy)
+        self.keep_selection(folder, selection)
         if self.collector.accelerator.is_main_process:
-            save_selection(folder / "selection.parquet", selection)
-            if self.config.log_completions:
-                print_completions(rollouts, self.config.num_completions_to_print)
             save_rows(folder / "dataset", rows)
         self.collector.accelerator.wait_for_everyone()
         scorer = self.collector.scorer
         rewards = mean_rewards(rollouts, () if scorer is None else scorer.names)
+        sampled_in = rollouts[0].round_index if rollouts else round_index
         return PlayedRound(
             rows,
             len(examples),
-            replace(selection.funnel, gold=len(gold)),
-            tuple(rollouts),
-            round_metrics(rollouts, selection, rewards, len(examples))
+            replace(selection.funnel, gold=len(selection.gold)),
+            StoredRollouts(self.run.folder(sampled_in)),
+            round_metrics(selection, rewards)
             | dict(metrics)
             | {f"play/{n}": v for n, v in _take_logged(scorer).items()},
             rewards,
         )
+
+    def keep_selection(self, folder: Path, selection: Selection) -> None:
+        """Write the outcome of each rollout into the round's folder; print what was asked for."""
+        if self.collector.accelerator.is_main_process:
+            save_selection(folder / "selection.parquet", selection)
+            if self.config.log_completions:
+                print_completions(selection.rollouts, self.config.num_completions_to_print)
 
 
 def _longest(rows: Sequence[PromptRow]) -> list[PromptRow]:
@@ -412,72 +480,6 @@ def _take_logged(scorer: Scorer | None) -> dict[str, float]:
     return {} if scorer is None else scorer.take_metrics()
 
 
-def save_selection(path: Path, selection: Selection) -> None:
-    """Write what became of each rollout: prompt_id, sample_index, hinted, outcome."""
-    rollouts, outcomes = zip(*selection.outcomes, strict=True) if selection.outcomes else ((), ())
-    save_table(
-        path,
-        pa.table(
-            {
-                "prompt_id": pa.array([r.prompt_id for r in rollouts], pa.string()),
-                "sample_index": pa.array([r.sample_index for r in rollouts], pa.int32()),
-                "hinted": pa.array([r.hinted for r in rollouts], pa.bool_()),
-                "outcome": pa.array(list(outcomes), pa.string()),
-            }
-        ),
-    )
-
-
-def load_samples(folder: Path) -> list[Rollout]:
-    """Return all rollouts that a round sampled, from its folder.
-
-    Raises:
-        DamagedFileError: A shard that was planned can't be read, lacks a prompt, or is gone.
-        FileNotFoundError: The round has no samples on disk.
-    """
-    samples = folder / "samples"
-    plans = {prefix: read_plan(samples / f"{prefix}plan.json") for prefix in ("", "hint-")}
-    if plans[""] is None:
-        raise FileNotFoundError(
-            f"{samples} has no samples of that round, which this one needs too. {BRING_BACK}"
-        )
-    rollouts: list[Rollout] = []
-    for prefix, shards in plans.items():
-        for number, shard in enumerate(shards or ()):
-            if not shard.prompt_ids:
-                continue
-            path = samples / f"{prefix}{number:05d}.parquet"
-            held = load_rollouts(path)
-            if missing := set(shard.prompt_ids) - {r.prompt_id for r in held}:
-                raise DamagedFileError(
-                    f"{path} lacks {len(missing)} of the {len(shard.prompt_ids)} prompts that were "
-                    f"sampled into it. {BRING_BACK}"
-                )
-            rollouts += held
-    return sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_index))
-
-
-def load_outcomes(folder: Path, outcomes: Collection[str]) -> list[Rollout]:
-    """Return the rollouts of a round that came to one of these outcomes, from its folder.
-
-    Raises:
-        DamagedFileError, FileNotFoundError: As `load_samples`.
-    """
-    rollouts = load_samples(folder)
-    path = folder / "selection.parquet"
-    with naming_damage(path, BRING_BACK):
-        selection = pq.read_table(path).to_pylist()
-        chosen = {
-            (s["prompt_id"], s["sample_index"]) for s in selection if s["outcome"] in outcomes
-        }
-    return [r for r in rollouts if (r.prompt_id, r.sample_index) in chosen]
-
-
-def load_kept(folder: Path) -> list[Rollout]:
-    """Return the rollouts that an earlier round kept, from its folder."""
-    return load_outcomes(folder, ("kept",))
-
-
 def load_history(run: Run, rounds: Iterable[int]) -> list[Rollout]:
     """Return what these rounds selected before the cap, the newest round first.
 
@@ -489,43 +491,3 @@ def load_history(run: Run, rounds: Iterable[int]) -> list[Rollout]:
         for round_index in sorted(rounds, reverse=True)
         for rollout in load_outcomes(run.folder(round_index), ("kept", "capped"))
     ]
-
-
-def save_rows(folder: Path, rows: Dataset) -> None:
-    """Write a dataset so that a reader sees either all of it or nothing."""
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    rows.save_to_disk(str(temporary))
-    replace_folder(temporary, folder)
-
-
-def mean_rewards(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float | None]:
-    """Return the mean weighted reward and each function's mean, abstentions left out."""
-    columns = {"mean": [r.reward for r in rollouts]}
-    columns |= {name: [r.rewards[i] for r in rollouts] for i, name in enumerate(names)}
-    return {
-        name: fmean(scores) if (scores := [v for v in values if v is not None]) else None
-        for name, values in columns.items()
-    }
-
-
-def round_metrics(
-    rollouts: Sequence[Rollout],
-    selection: Selection,
-    rewards: Mapping[str, float | None],
-    num_examples: int,
-) -> dict[str, float]:
-    """Return the numbers of a round for the log: play/… of what was sampled, select/… of the rest."""
-    unhinted = [r for r in rollouts if not r.hinted]
-    metrics = {
-        "play/completions": float(len(rollouts)),
-        "play/mean_length": fmean(len(r.completion_ids) for r in unhinted),
-        "play/truncated": fmean(r.is_truncated for r in unhinted),
-        "select/kept": float(len(selection.kept)),
-        "select/kept_hinted": float(sum(r.hinted for r in selection.kept)),
-        "select/prompts_solved": len({r.prompt_id for r in selection.kept if not r.hinted})
-        / len({r.prompt_id for r in unhinted}),
-        "select/examples": float(num_examples),
-    }
-    metrics |= {f"play/reward_{n}": v for n, v in rewards.items() if v is not None}
-    return metrics

@@ -342,6 +342,7 @@ def build_self_play(
         eos_token_ids=collect_eos_token_ids(trainer.model, tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         context_length=traits.context_length,
+        run=trainer.run,
     )
 
 

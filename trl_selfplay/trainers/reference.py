@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from trl_selfplay.disk import DamagedFileError, naming_damage
 from trl_selfplay.generation.model_traits import sampling_state
-from trl_selfplay.rounds.stages import save_rows
+from trl_selfplay.rollouts.rows import save_rows
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,20 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from trl_selfplay.rollouts.normal_forms import default_normal_form, reasoning_path
 from trl_selfplay.rollouts.record import load_rollouts, save_rollouts
-from trl_selfplay.rollouts.selection import select
+from trl_selfplay.rollouts.selection import (
+    SelectionRules,
+    default_normal_form,
+    reasoning_path,
+    select,
+)
 
 
-def run_select(rollouts, *, cap=None, seed=0, form=default_normal_form, **changes):
-    return select(
-        rollouts, reward_threshold=1.0, leak_filter=None, prompts={}, normal_form=form,
-        max_per_prompt=cap, fits=None, seed=seed, **changes,
-    )  # fmt: skip
+def run_select(rollouts, *, cap=None, seed=0, form=default_normal_form, history=()):
+    rules = SelectionRules(
+        is_correct=lambda r: r.passes(1.0), seed=seed, normal_form=form, max_per_prompt=cap
+    )
+    return select(rollouts, rules, history=history)
 
 
 def test_exact_steps_never_lower_the_expected_reward() -> None:

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from tiny_rewards import digit_share
 
-from trl_selfplay.rounds.stages import load_kept, load_samples
+from trl_selfplay.rollouts.stored import load_kept, load_samples
 from trl_selfplay.trainers.rest_em.row_weights import relative_weights
 
 

@@ -17,10 +17,10 @@ from trl_selfplay import EmptyRoundError
 from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.evaluation.report import round_table
 from trl_selfplay.rewards import equations_reward, exact_reward
-from trl_selfplay.rollouts.normal_forms import default_normal_form, reasoning_path
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rows import training_completion_ids
-from trl_selfplay.rounds.stages import load_kept, load_samples
+from trl_selfplay.rollouts.selection import default_normal_form, reasoning_path
+from trl_selfplay.rollouts.stored import load_kept, load_samples
 from trl_selfplay.trainers.rest_em.gold import draw_gold
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 8}

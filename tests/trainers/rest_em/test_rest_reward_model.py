@@ -6,7 +6,7 @@ from tiny_rewards import contains_solution, digit_share
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from trl_selfplay.rollouts.record import load_rollouts
-from trl_selfplay.rounds.stages import load_samples
+from trl_selfplay.rollouts.stored import load_samples
 
 
 @pytest.fixture

@@ -7,8 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_selfplay.evaluation.monitor import find_convergence
-from trl_selfplay.trainers.spin.discriminator import LN_2, logistic_loss, measure_heldout
+from trl_selfplay.trainers.spin.discriminator import (
+    LN_2,
+    find_convergence,
+    load_scores,
+    logistic_loss,
+    measure_heldout,
+)
 
 P_DATA = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
 P_T = np.array([0.1, 0.2, 0.3, 0.15, 0.25])
@@ -110,3 +115,10 @@ def test_convergence_needs_even_odds_and_a_loss_at_ln_2() -> None:
     assert find_convergence(heldout(rng.normal(1.0, 1.0, 60))[0]) is None
     assert find_convergence(heldout(even[:10])[0]) is None  # too few to say
     assert find_convergence({"eval_logps": -1.0}) is None
+
+
+def test_scores_of_earlier_runs_are_read(tmp_path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text('{"metrics": {"eval_logps": -1.0}, "greedy": {"p": -1.0}, "seconds": 2.0}')
+    scores = load_scores(path)
+    assert (scores.by_prompt, scores.metrics) == ({"p": -1.0}, {"eval_logps": -1.0})

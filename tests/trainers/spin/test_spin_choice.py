@@ -7,8 +7,7 @@ from datasets import load_from_disk
 
 from trl_selfplay import EmptyRoundError
 from trl_selfplay.evaluation.heldout import HeldOutScores
-from trl_selfplay.evaluation.monitor import warn_falling_likelihood
-from trl_selfplay.trainers.spin.discriminator import save_scores
+from trl_selfplay.trainers.spin.discriminator import save_scores, warn_falling_likelihood
 
 
 def says_so(completions, **kwargs):

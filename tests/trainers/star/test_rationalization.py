@@ -4,8 +4,10 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
-from trl_selfplay.trainers.star.rationalization import add_hint, find_leak
+from trl_selfplay.rollouts.prompts import load_prompt_rows
+from trl_selfplay.trainers.star.rationalization import add_hint, find_leak, leaks_of_rows
 
 CQA = (
     "Q: What can be used to carry a small dog?\n"
@@ -261,3 +263,20 @@ def test_a_long_completion_is_judged_in_no_time() -> None:
     assert find_leak(GSM8K, "the answer is given " * 15_000 + "\n" * 20_000, "72") is not None
     assert find_leak(GSM8K, "so " * 50_000 + " " * 50_000 + "x", "72") is None
     assert add_hint(" \n" * 20_000 + "Why?" + " \n" * 20_000, "72").count("(72)") == 1
+
+
+def test_the_filter_is_asked_with_the_unhinted_prompt_and_the_solution(make_rollout) -> None:
+    asked = []
+    rows = load_prompt_rows(Dataset.from_list([{"prompt": "Q", "solution": "7"}]), "train")
+    leak_reason = leaks_of_rows(lambda *given: asked.append(given), rows)
+    rollout = make_rollout(prompt_id=rows[0].prompt_id, prompt="Q (7)", completion="so 7")
+    assert leak_reason(rollout) is None
+    assert asked == [("Q", "so 7", "7")]
+
+
+def test_a_leak_filter_that_returns_a_verdict_in_place_of_a_reason_is_an_error(
+    make_rollout,
+) -> None:
+    rows = load_prompt_rows(Dataset.from_list([{"prompt": "Q"}]), "train")
+    with pytest.raises(TypeError, match="leak_filter returned True"):
+        leaks_of_rows(lambda *_: True, rows)(make_rollout(prompt_id=rows[0].prompt_id))

@@ -16,7 +16,7 @@ from trl_selfplay import EmptyRoundError
 from trl_selfplay.generation.sampler import SampledCompletion
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rows import build_training_rows
-from trl_selfplay.rounds.stages import load_kept, load_samples
+from trl_selfplay.rollouts.stored import load_kept, load_samples
 from trl_selfplay.rounds.weights import trainable_parameters
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 8}

@@ -9,19 +9,20 @@ Sources: ReST^EM, arXiv 2312.06585, Algorithm 1; ReST, arXiv 2308.08998, Algorit
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 from datasets import Dataset
 from trl import SFTTrainer
 
-from trl_selfplay.rollouts.normal_forms import default_normal_form
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.rows import WEIGHT, build_training_rows
-from trl_selfplay.rollouts.selection import select
+from trl_selfplay.rollouts.selection import SelectionRules, default_normal_form, select
+from trl_selfplay.rollouts.stored import load_samples
 from trl_selfplay.rounds.identity import name_function, summarize
-from trl_selfplay.rounds.stages import load_history, load_samples
+from trl_selfplay.rounds.stages import load_history
 from trl_selfplay.trainers.construction import build_self_play
 from trl_selfplay.trainers.rest_em.config import ReSTEMConfig
 from trl_selfplay.trainers.rest_em.gold import draw_gold
@@ -56,7 +57,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
             every prompt.
         normal_form: Completions of a prompt with equal normal form are duplicates; None compares
             them lower-cased with white space folded. RFT's is
-            `trl_selfplay.rollouts.normal_forms.reasoning_path`.
+            `trl_selfplay.rollouts.selection.reasoning_path`.
         gold_dataset: Human completions to mix in: `prompt` and `completion`, or `messages`. With
             `improve_thresholds` they are graded and filtered like the model's own.
         eval_reward_funcs: Functions that grade held-out completions in place of `reward_funcs`:
@@ -167,31 +168,24 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         is_selected = self._selection_rule(round_index - grow, [*rollouts, *history, *gold])
         if args.improve_thresholds is not None:
             gold = [rollout for rollout in gold if is_selected(rollout)]
-        selection = select(
-            rollouts,
-            reward_threshold=args.reward_threshold,
-            leak_filter=None,
-            prompts={},
+        rules = SelectionRules(
+            is_correct=is_selected,
+            seed=args.seed + grow,
+            fits=lambda rollout: play.fits(rollout, prompt_ids),
             normal_form=self.normal_form if args.deduplicate else None,
             max_per_prompt=args.max_per_prompt,
-            fits=lambda rollout: play.fits(rollout, prompt_ids),
-            seed=args.seed + grow,
-            is_correct=is_selected,
-            history=history,
             best_first=args.improve_thresholds is not None,
-            beside=gold if args.deduplicate_against_gold else (),
         )
+        beside = gold if args.deduplicate_against_gold else ()
+        selection = select(rollouts, rules, history=history, beside=beside)
         num_own = len(selection.kept) + len(selection.history)
         gold = draw_gold(self._fitting(gold), args.gold_ratio, num_own, args.seed + grow)
-        played = play.finish(
-            rollouts,
-            selection,
-            prompt_ids,
+        played = play.build_sft_round(
             round_index,
-            folder,
-            gold=gold,
+            replace(selection, gold=tuple(gold)),
+            prompt_ids,
             weigh=relative_weights if args.loss_weighting == "reward" else None,
-            metrics=play.watch_diversity(self.run, rollouts, self.normal_form),
+            metrics=play.watch_diversity(round_index, rollouts, self.normal_form),
         )
         self._warn_repeated(played, round_index - grow, round_index)
         return self._describe_improve(played, round_index - grow, grow)

@@ -85,13 +85,11 @@ def pair_up(rollouts: Sequence[Rollout], chosen: Mapping[str, ChosenTokens]) -> 
 
 
 def pair_metrics(
-    rollouts: Sequence[Rollout],
-    selection: Selection,
-    chosen: Mapping[str, ChosenTokens],
-    num_examples: int,
+    selection: Selection, chosen: Mapping[str, ChosenTokens], num_examples: int
 ) -> dict[str, float]:
     """Return the numbers of a round for the log: play/… of what was sampled, select/… of pairs."""
-    counts, sampled = selection.funnel.unhinted, len(rollouts)
+    rollouts, counts = selection.rollouts, selection.funnel.unhinted
+    sampled = len(rollouts)
     return {
         "play/completions": float(sampled),
         "play/mean_length": fmean(len(r.completion_ids) for r in rollouts),

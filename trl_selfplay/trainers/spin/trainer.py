@@ -18,8 +18,7 @@ from transformers import TrainingArguments
 from trl import DPOTrainer
 
 from trl_selfplay.evaluation.heldout import HeldOutScores, metric_prefixes
-from trl_selfplay.evaluation.monitor import find_convergence, warn_falling_likelihood
-from trl_selfplay.evaluation.report import print_completions, say
+from trl_selfplay.evaluation.report import say
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rollouts.completions import (
     ChosenTokens,
@@ -30,9 +29,9 @@ from trl_selfplay.rollouts.completions import (
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets
 from trl_selfplay.rollouts.rows import build_pair_rows
+from trl_selfplay.rollouts.stored import StoredRollouts, load_kept
 from trl_selfplay.rounds.noise import switch_noise_off
 from trl_selfplay.rounds.run import UNTRAINED
-from trl_selfplay.rounds.stages import load_kept, save_selection
 from trl_selfplay.trainers.construction import (
     build_run,
     build_self_play,
@@ -47,9 +46,11 @@ from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.spin.config import SPINConfig
 from trl_selfplay.trainers.spin.discriminator import (
     build_heldout_rows,
+    find_convergence,
     load_scores,
     measure_heldout,
     save_scores,
+    warn_falling_likelihood,
 )
 from trl_selfplay.trainers.spin.pairs import (
     find_giveaways,
@@ -163,13 +164,6 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
             policy.delete_adapter("ref")  # the parent's copy: right in round 0 only
         self.eval_dataset = eval_dataset
         self.self_play = build_self_play(self, rows, heldout, eval_reward_funcs=eval_reward_funcs)
-        collector = self.self_play.collector
-        # Pairs aren't graded; held-out completions are, where there is something to grade with.
-        self._graded_play = (
-            None
-            if collector.eval_scorer is None
-            else replace(self.self_play, collector=replace(collector, scorer=collector.eval_scorer))
-        )
         if switched := switch_noise_off(policy):
             logger.warning(
                 "Dropout and other noise is switched off in the whole model (%s): with it the "
@@ -187,6 +181,13 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
             heldout=self._tokenize_sets(heldout),
         )
         self.self_play.check_prompts(hinted=False)
+        collector = self.self_play.collector
+        # Pairs aren't graded; held-out completions are, where there is something to grade with.
+        self._graded_play = (
+            None
+            if collector.eval_scorer is None
+            else replace(self.self_play, collector=replace(collector, scorer=collector.eval_scorer))
+        )
         self._heldout_pairs: dict[str, Dataset] = {}
         self._checked_round: int | None = None
 
@@ -211,10 +212,7 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
         pairs = build_pair_rows(
             pair_up([*selection.kept, *history], self.chosen), seed=args.seed + round_index
         )
-        if self.is_world_process_zero():
-            save_selection(folder / "selection.parquet", selection)
-            if args.log_completions:
-                print_completions(rollouts, args.num_completions_to_print)
+        play.keep_selection(folder, selection)
         self._warn_giveaways(pairs, round_index)
         training_rows = store_opponent(self, pairs, folder / "dataset")  # log p_θt(y), log p_θt(y')
         self._play_heldout(round_index, folder)
@@ -222,8 +220,8 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
             training_rows,
             len(training_rows) if selection.kept else 0,  # earlier rounds' pairs alone are no round
             selection.funnel,
-            tuple(rollouts),
-            pair_metrics(rollouts, selection, self.chosen, len(training_rows)),
+            StoredRollouts(folder),
+            pair_metrics(selection, self.chosen, len(training_rows)),
             {},
             _REMEDY,
         )
@@ -365,7 +363,7 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
             first = per_prompt if first is None else first
         if self._graded_play is not None:
             graded = self._graded_play.score(sets, folder=folder, prefix=prefix)
-            metrics, first = metrics | graded.metrics, graded.greedy
+            metrics, first = {**metrics, **graded.metrics}, dict(graded.by_prompt)
         return HeldOutScores(metrics, first or {}, time.monotonic() - started)
 
     def _pairs_of(self, rows: list[PromptRow]) -> Dataset:

@@ -9,12 +9,13 @@ Source: STaR, arXiv 2203.14465, section 3.3 and figures 1 and 2. The paper has n
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trl_selfplay.rewards.answer import final_answer
-from trl_selfplay.rollouts.prompts import Messages, Prompt
+from trl_selfplay.rollouts.prompts import Messages, Prompt, PromptRow
+from trl_selfplay.rollouts.record import Rollout
 
 HINT_MARKER = "(CORRECT)"
 
@@ -52,6 +53,34 @@ def add_hint(prompt: Prompt, solution: Any) -> Prompt:
         "a hint goes into the last text turn of the user, and this chat prompt has none: "
         f"{prompt!r:.200}. Give a `hint_formatter` that knows where the answer belongs."
     )
+
+
+def leaks_of_rows(
+    leak_filter: Callable[[Any, str, Any], str | None], rows: Sequence[PromptRow]
+) -> Callable[[Rollout], str | None]:
+    """Return what asks the filter about a rollout, with the unhinted prompt and the solution.
+
+    Args:
+        leak_filter: `f(prompt, completion, solution)` returns why a hinted completion quotes its
+            hint, or None.
+        rows: The prompts that were sampled.
+
+    Raises:
+        TypeError: When asked: the filter returned something else than a reason or None.
+    """
+    by_id = {row.prompt_id: row for row in rows}
+
+    def leak_reason(rollout: Rollout) -> str | None:
+        row = by_id[rollout.prompt_id]
+        reason = leak_filter(row.prompt, rollout.completion, row.solution)
+        if reason is not None and not isinstance(reason, str):
+            raise TypeError(
+                f"leak_filter returned {reason!r}; return the reason as a short text such as "
+                '"mentions_hint" for a completion to drop, or None for one to keep.'
+            )
+        return reason
+
+    return leak_reason
 
 
 def find_leak(prompt: Prompt, completion: str, solution: Any) -> str | None:

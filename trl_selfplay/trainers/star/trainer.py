@@ -10,10 +10,14 @@ from typing import Any, Unpack
 
 from trl import SFTTrainer
 
-from trl_selfplay.rollouts.normal_forms import default_normal_form
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import HintFormatter
-from trl_selfplay.rollouts.selection import select, unsolved_prompts
+from trl_selfplay.rollouts.selection import (
+    SelectionRules,
+    default_normal_form,
+    select,
+    unsolved_prompts,
+)
 from trl_selfplay.rounds.identity import name_function
 from trl_selfplay.rounds.stages import load_history
 from trl_selfplay.trainers.construction import build_self_play
@@ -24,7 +28,7 @@ from trl_selfplay.trainers.sft_construction import (
     show_parent_parameters,
 )
 from trl_selfplay.trainers.star.config import STaRConfig
-from trl_selfplay.trainers.star.rationalization import add_hint, find_leak
+from trl_selfplay.trainers.star.rationalization import add_hint, find_leak, leaks_of_rows
 
 
 class STaRTrainer(RoundsMixin, SFTTrainer):
@@ -125,18 +129,14 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
             rollouts += play.sample(failed, round_index, "hint", folder)  # lines 4 and 6
         earlier = range(max(round_index - args.history_rounds, 0), round_index)
         prompt_ids = play.training_prompt_ids(play.rows if earlier else rows)
-        selection = select(
-            rollouts,
-            reward_threshold=args.reward_threshold,
-            leak_filter=self.leak_filter,
-            prompts={row.prompt_id: (row.prompt, row.solution) for row in rows},
+        rules = SelectionRules(
+            is_correct=lambda rollout: rollout.passes(args.reward_threshold),
+            seed=args.seed + round_index,
+            leak_reason=leaks_of_rows(self.leak_filter, rows),
+            fits=lambda rollout: play.fits(rollout, prompt_ids),
             normal_form=self.normal_form if args.deduplicate else None,
             max_per_prompt=args.max_per_prompt,
-            fits=lambda rollout: play.fits(rollout, prompt_ids),
-            seed=args.seed + round_index,
-            history=load_history(self.run, earlier),
         )
-        metrics = play.watch_diversity(self.run, rollouts, self.normal_form)
-        return play.finish(  # line 7
-            rollouts, selection, prompt_ids, round_index, folder, metrics=metrics
-        )
+        selection = select(rollouts, rules, history=load_history(self.run, earlier))
+        metrics = play.watch_diversity(round_index, rollouts, self.normal_form)
+        return play.build_sft_round(round_index, selection, prompt_ids, metrics=metrics)  # line 7

@@ -1,0 +1,69 @@
+"""What a round sampled and selected, read back from its folder."""
+
+import json
+
+import pytest
+
+from trl_selfplay.disk import DamagedFileError
+from trl_selfplay.rollouts.record import save_rollouts
+from trl_selfplay.rollouts.stored import StoredRollouts, load_kept, load_samples
+
+PROMPTS = [f"{i:032x}" for i in range(6)]
+
+
+@pytest.fixture
+def folder(tmp_path, make_rollout):
+    """Three shards of two prompts and two samples each, as planned."""
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    plan = []
+    for number in range(3):
+        prompt_ids = PROMPTS[2 * number : 2 * number + 2]
+        plan.append({"prompt_ids": prompt_ids, "batch_size": 4})
+        rollouts = [make_rollout(prompt_id=p, sample_index=i) for p in prompt_ids for i in (0, 1)]
+        save_rollouts(samples / f"{number:05d}.parquet", rollouts)
+    (samples / "plan.json").write_text(json.dumps(plan))
+    return tmp_path
+
+
+def test_all_that_was_planned_is_read(folder) -> None:
+    found = load_samples(folder)
+    assert [(r.prompt_id, r.sample_index) for r in found] == [
+        (p, i) for p in PROMPTS for i in (0, 1)
+    ]
+
+
+def test_a_round_is_iterated_over_one_shard_at_a_time(folder) -> None:
+    stored = StoredRollouts(folder)
+    assert len(stored) == 12
+    assert sorted(stored, key=lambda r: (r.prompt_id, r.sample_index)) == load_samples(folder)
+    opened = iter(stored)
+    next(opened)
+    for path in sorted((folder / "samples").glob("*.parquet"))[1:]:
+        path.unlink()  # not yet read
+    assert [next(opened).prompt_id for _ in range(3)] == [PROMPTS[0], *[PROMPTS[1]] * 2]
+    with pytest.raises(DamagedFileError, match=r"00001\.parquet"):
+        next(opened)
+
+
+def test_a_missing_shard_of_an_earlier_round_is_noticed(folder) -> None:
+    """A third of the prompts would be gone without a word."""
+    (folder / "samples" / "00001.parquet").unlink()
+    with pytest.raises(DamagedFileError, match=r"00001\.parquet can't be read .* Bring it back"):
+        load_samples(folder)
+
+
+def test_a_shard_that_lacks_a_prompt_is_noticed(folder, make_rollout) -> None:
+    save_rollouts(folder / "samples" / "00002.parquet", [make_rollout(prompt_id=PROMPTS[4])])
+    with pytest.raises(DamagedFileError, match=r"00002\.parquet lacks 1 of the 2 prompts"):
+        load_samples(folder)
+
+
+def test_a_missing_plan_or_selection_is_noticed(folder) -> None:
+    with pytest.raises(
+        DamagedFileError, match=r"selection\.parquet can't be read .* Bring it back"
+    ):
+        load_kept(folder)
+    (folder / "samples" / "plan.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no samples of that round"):
+        load_samples(folder)
