@@ -39,7 +39,6 @@ from trl_selfplay import SPINConfig, SPINTrainer
 from trl_selfplay.demos import style, words
 from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts
 from trl_selfplay.rounds.loop import PlayedRound
-from trl_selfplay.trainers.reference import store_opponent
 
 RESULTS = Path(__file__).parent / "results" / "spin_cost"
 ARMS = ("spin", "second_model", "sft")
@@ -83,7 +82,7 @@ class FixedPairsTrainer(SPINTrainer):
     def play_round(self, round_index: int) -> PlayedRound:
         """Score the pairs under the policy as it is."""
         started = time.monotonic()
-        rows = store_opponent(self, self.pairs, self.run.folder(round_index) / "dataset")
+        rows = self.store_reference(self.pairs, self.run.folder(round_index) / "dataset")
         self.scoring_s, self.forward_s = time.monotonic() - started, 0.0
         return PlayedRound(rows, len(rows), Funnel(0, 0, OutcomeCounts()), (), {}, {})
 

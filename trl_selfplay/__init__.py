@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trl_selfplay.trainers.quiet_star.config import QuietSTaRConfig
     from trl_selfplay.trainers.quiet_star.model import QuietSTaRModel
     from trl_selfplay.trainers.quiet_star.trainer import QuietSTaRTrainer
-    from trl_selfplay.trainers.reference import WrongOpponentError
+    from trl_selfplay.trainers.reference import WrongOpponentError, WrongReferenceError
     from trl_selfplay.trainers.rest_em.config import ReSTEMConfig
     from trl_selfplay.trainers.rest_em.trainer import ReSTEMTrainer
     from trl_selfplay.trainers.spin.config import SPINConfig
@@ -35,6 +35,7 @@ __all__ = [
     "STaRConfig",
     "STaRTrainer",
     "WrongOpponentError",
+    "WrongReferenceError",
     "__version__",
 ]
 
@@ -51,6 +52,7 @@ _MODULE_OF = {
     "STaRConfig": "trl_selfplay.trainers.star.config",
     "STaRTrainer": "trl_selfplay.trainers.star.trainer",
     "WrongOpponentError": "trl_selfplay.trainers.reference",
+    "WrongReferenceError": "trl_selfplay.trainers.reference",
 }
 
 

@@ -1,8 +1,9 @@
-"""SPIN's opponent: the policy as it enters a round, known by the log-probs that it gave.
+"""The reference of a DPO loss over rounds: the policy as it enters a round.
 
-In: a DPO trainer whose model still is the opponent, and pairs. Out: the summed log-prob of both
-completions of each pair, stored with the rows, so that no second model is held; and the check, at
-the first step of a round, that what is trained against really is the policy that is trained.
+In: a DPO trainer over rounds, and pairs of token ids. Out: `ReferenceMixin`, which builds the parent
+without a reference model, stores with each pair the summed log-probs that the entering policy gives
+to both completions, and checks, at the first step of a round, that what is compared with really is
+the policy that is trained.
 
 Source: SPIN, arXiv 2401.01335, equation 4.7: the reference is p_θt, which equals p_θ at the start
 of round t, so every margin is 0 there.
@@ -10,7 +11,7 @@ of round t, so every margin is 0 there.
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset, load_from_disk
 from torch.nn import functional
+from transformers import TrainingArguments
+from trl import DPOTrainer
 
 from trl_selfplay.disk import DamagedFileError, naming_damage
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.rollouts.rows import save_rows
+from trl_selfplay.rounds.noise import switch_noise_off
+from trl_selfplay.rounds.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -31,131 +36,307 @@ _BETA_OF_TOLERANCE = 0.1
 # How much further than re-scoring noise a reduced-precision difference may be.
 _SPREADS = 3.0
 
-_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+_MASKS = ("chosen_mask", "rejected_mask")
 
 
-class WrongOpponentError(RuntimeError):
+class WrongReferenceError(RuntimeError):
     """The stored log-probs are not those of the policy that enters the round."""
 
 
-def score_pairs(
-    trainer: Any, rows: Dataset, log_probs: Callable[[Any, dict[str, Any]], Any]
-) -> list[tuple[float, float]]:
-    """Return (log p(chosen), log p(rejected)) of each row.
+WrongOpponentError = WrongReferenceError  # what SPIN calls its reference
 
-    Sums over the completion's tokens, in nats, in eval mode, through the parent's own collator.
-    Under several processes each scores its share and all return all.
 
-    Args:
-        trainer: A `SPINTrainer`; its model, modes and adapters stay as they are.
-        rows: With `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        log_probs: Scores a batch: the trainer's `compute_policy_log_probs` or
-            `compute_ref_log_probs`.
+class ReferenceMixin(DPOTrainer):
+    """Makes the policy, as it enters a round, the reference of the parent's loss.
+
+    Stands first among the bases: `class MyTrainer(ReferenceMixin, RoundsMixin, DPOTrainer)`.
+    `play_round` passes its pairs through `store_reference`. No second model is held.
+
+    Rows have `prompt_ids`, `chosen_ids` and `rejected_ids`, perhaps `chosen_mask` and
+    `rejected_mask`: 1 for each token of the completion that the policy wrote, 0 for one that it
+    read, such as a tool's answer. Without a mask it wrote all of them.
     """
-    args, accelerator = trainer.args, trainer.accelerator
-    size = args.precompute_ref_batch_size or args.per_device_train_batch_size
-    examples = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list()
-    # By length, so that little is computed on padding.
-    order = sorted(
-        range(len(examples)),
-        key=lambda i: (sum(len(ids) for ids in examples[i].values()), i),
-    )
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    scored: list[tuple[int, float, float]] = []
-    with sampling_state(trainer.model, None):
-        for indices in batches[accelerator.process_index :: accelerator.num_processes]:
-            batch = trainer.data_collator([examples[i] for i in indices])
-            batch = send_to_device(dict(batch), accelerator.device)
-            chosen, rejected = log_probs(trainer.model, batch)
-            scored += zip(indices, chosen.tolist(), rejected.tolist(), strict=True)
-    if accelerator.num_processes > 1:
-        scored = gather_object(scored)
-    return [(chosen, rejected) for _, chosen, rejected in sorted(scored)]
 
+    args: Any
+    run: Run
+    collated_columns: tuple[str, ...] = _MASKS
 
-def store_opponent(trainer: Any, rows: Dataset, folder: Path) -> Dataset:
-    """Return rows with the opponent's log-probs, computed and written down once.
+    def __init__(self, *, args: Any, model: Any, peft_config: Any = None, **parent: Any) -> None:
+        """Build the parent without a reference model.
 
-    What an interrupted run has written is read back, never computed again.
+        Args:
+            args: The trainer's configuration, a `ReferenceConfig`.
+            model: As DPOTrainer takes it.
+            peft_config: As DPOTrainer takes it.
+            **parent: DPOTrainer's other arguments, with `placeholder_pair()` as `train_dataset`.
 
-    Args:
-        trainer: A `SPINTrainer` whose model is the opponent.
-        rows: Of `build_pair_rows`.
-        folder: Where the dataset is kept.
-    """
-    if folder.exists():
+        Raises:
+            ValueError: For adapters that the parent can't copy.
+        """
+        _refuse_uncopied_adapters(model)
+        uses_peft = peft_config is not None or hasattr(model, "peft_config")
+        had_ref_adapter = "ref" in getattr(model, "peft_config", {})
+        # The parent loads no second model if it may precompute (plain model) or has adapters to
+        # switch off; with adapters precomputing would only hash all weights.
+        args.precompute_ref_log_probs = not uses_peft
         try:
-            with naming_damage(folder, "The opponent scores its pairs again."):
-                stored = load_from_disk(str(folder))
-                stored.data.validate(full=True)
-                return stored
-        except DamagedFileError as error:  # the weights are still the opponent's
-            logger.warning("%s", error)
-        trainer.accelerator.wait_for_everyone()  # all have looked before one deletes
-        if trainer.is_world_process_zero():
-            shutil.rmtree(folder)
-    if len(rows) == 0:  # a dataset without rows can't be read back
-        return rows
-    logps = score_pairs(trainer, rows, trainer.compute_ref_log_probs)
-    for column, values in zip(_COLUMNS, zip(*logps, strict=True), strict=True):
-        rows = rows.add_column(column, list(values))
-    trainer.accelerator.wait_for_everyone()  # all have looked before one writes
-    if trainer.is_world_process_zero():
-        save_rows(folder, rows)
-    trainer.accelerator.wait_for_everyone()
-    return rows
+            super().__init__(model=model, args=args, peft_config=peft_config, **parent)
+        finally:
+            args.precompute_ref_log_probs = True
+        self.precompute_ref_logps = True  # the loss reads the stored columns
+        policy: Any = self.model
+        if "ref" in getattr(policy, "peft_config", {}) and not had_ref_adapter:
+            policy.delete_adapter("ref")  # the parent's copy: right in round 0 only
+        self.data_collator = MaskCollator(self.data_collator)
+        placeholder: Any = self.train_dataset  # as every row of a round has them
+        for column in _LOGPS:
+            placeholder = placeholder.add_column(column, [0.0])
+        self.train_dataset = placeholder
+        self._checked_round: int | None = None
 
+    def switch_noise_off(self) -> None:
+        """Switch dropout and other noise off for good: scored twice, a policy must say the same."""
+        if switched := switch_noise_off(self.model):
+            logger.warning(
+                "Dropout and other noise is switched off in the whole model (%s): with it the "
+                "policy would differ from its %s at the first step of each round.",
+                ", ".join(switched),
+                self.args._reference,
+            )
 
-def check_opponent(trainer: Any, model: Any, inputs: Mapping[str, Any], round_index: int) -> None:
-    """Raise unless the policy, about to be trained, gives a batch the stored log-probs.
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Leave the parent's placeholder as it is.
 
-    In float32 within `TOLERANCE`. In lower precision within three times the spread that re-scoring
-    the batch at other paddings gives, because sums of rounded numbers depend on the padding.
+        The parent would score it at construction, through a file that a second process looks for
+        in a folder of its own.
+        """
+        return dataset
 
-    Args:
-        trainer: A `SPINTrainer`.
-        model: As the training step uses it, wrapped; it is left in train mode.
-        inputs: The first batch of the round.
-        round_index: For the error.
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Return the reference's summed log-probs of both completions, asked once per round.
 
-    Raises:
-        WrongOpponentError: With the largest difference and what usually causes it.
-    """
-    model.train()  # as the step that follows: noise of that mode counts as well
-    inputs = send_to_device(dict(inputs), trainer.accelerator.device)
-    stored = torch.cat([inputs[column] for column in _COLUMNS]).float()
-    live = _rescore(trainer, model, inputs)
-    tolerance = TOLERANCE * max(1.0, trainer.beta / _BETA_OF_TOLERANCE)
-    gap = trainer.beta * float((live - stored).abs().max())
-    if gap <= tolerance:
-        return
-    if not _is_float32(trainer):
-        spread = max(
-            float((_rescore(trainer, model, other) - live).abs().max())
-            for other in _other_paddings(inputs)
+        The reference is the policy as it enters the round. A subclass may return those of another
+        model, which the loss then compares with; margins then don't begin at 0, and aren't checked.
+        """
+        return self.compute_policy_log_probs(model, inputs)
+
+    def compute_policy_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Return the summed log-probs of both completions under the model as it is now.
+
+        The parent switches adapters off (or to "ref") unless it has a reference model. Here the
+        model itself is the reference, at the moment it is asked.
+        """
+        self.ref_model: Any = self.model
+        try:
+            return super().compute_ref_log_probs(model, inputs)
+        finally:
+            self.ref_model = None
+
+    def score_pairs(
+        self, rows: Dataset, log_probs: Callable[[Any, dict[str, Any]], Any]
+    ) -> list[tuple[float, float]]:
+        """Return (log p(chosen), log p(rejected)) of each row.
+
+        Sums over the completion's tokens, in nats, in eval mode, through the parent's own collator.
+        Under several processes each scores its share and all return all.
+
+        Args:
+            rows: Pairs of token ids, as the class says.
+            log_probs: Scores a batch: `compute_policy_log_probs` or `compute_ref_log_probs`.
+        """
+        args, accelerator = self.args, self.accelerator
+        policy: Any = self.model
+        size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+        masks = [column for column in _MASKS if column in rows.column_names]
+        examples = rows.select_columns([*_IDS, *masks]).to_list()
+        # By length, so that little is computed on padding.
+        order = sorted(
+            range(len(examples)), key=lambda i: (sum(len(examples[i][c]) for c in _IDS), i)
         )
-        tolerance = max(tolerance, _SPREADS * trainer.beta * spread)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        scored: list[tuple[int, float, float]] = []
+        with sampling_state(policy, None):
+            for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+                batch = self.data_collator([examples[i] for i in indices])
+                batch = send_to_device(dict(batch), accelerator.device)
+                chosen, rejected = log_probs(policy, batch)
+                scored += zip(indices, chosen.tolist(), rejected.tolist(), strict=True)
+        if accelerator.num_processes > 1:
+            scored = gather_object(scored)
+        return [(chosen, rejected) for _, chosen, rejected in sorted(scored)]
+
+    def store_reference(self, rows: Dataset, folder: Path) -> Dataset:
+        """Return rows with the reference's log-probs, computed and written down once.
+
+        What an interrupted run has written is read back, never computed again.
+
+        Args:
+            rows: Pairs of token ids, as the class says.
+            folder: Where the dataset is kept.
+        """
+        if folder.exists():
+            try:
+                with naming_damage(folder, "Its pairs are scored again."):
+                    stored = load_from_disk(str(folder))
+                    stored.data.validate(full=True)
+                    return stored
+            except DamagedFileError as error:  # the weights are still the reference's
+                logger.warning("%s", error)
+            self.accelerator.wait_for_everyone()  # all have looked before one deletes
+            if self.is_world_process_zero():
+                shutil.rmtree(folder)
+        if len(rows) == 0:  # a dataset without rows can't be read back
+            return rows
+        logps = self.score_pairs(rows, self.compute_ref_log_probs)
+        for column, values in zip(_LOGPS, zip(*logps, strict=True), strict=True):
+            rows = rows.add_column(column, list(values))
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        if self.is_world_process_zero():
+            save_rows(folder, rows)
+        self.accelerator.wait_for_everyone()
+        return rows
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check the reference before the first step of a fresh round, then train as the parent."""
+        round_index = self.run.round_index
+        if round_index is not None and self._checked_round != round_index:
+            own = type(self).compute_ref_log_probs is ReferenceMixin.compute_ref_log_probs
+            if own and self.state.global_step == 0:  # else it goes on from a checkpoint
+                self.check_reference(model, inputs, round_index)
+            self._checked_round = round_index
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def check_reference(self, model: Any, inputs: Mapping[str, Any], round_index: int) -> None:
+        """Raise unless the policy, about to be trained, gives a batch the stored log-probs.
+
+        In float32 within `TOLERANCE`. In lower precision within three times the spread that
+        re-scoring the batch at other paddings gives, because sums of rounded numbers depend on the
+        padding.
+
+        Args:
+            model: As the training step uses it, wrapped; it is left in train mode.
+            inputs: The first batch of the round.
+            round_index: For the error.
+
+        Raises:
+            WrongReferenceError: With the largest difference and what usually causes it.
+        """
+        model.train()  # as the step that follows: noise of that mode counts as well
+        inputs = send_to_device(dict(inputs), self.accelerator.device)
+        stored = torch.cat([inputs[column] for column in _LOGPS]).float()
+        live = self._rescore(model, inputs)
+        tolerance = TOLERANCE * max(1.0, self.beta / _BETA_OF_TOLERANCE)
+        gap = self.beta * float((live - stored).abs().max())
         if gap <= tolerance:
             return
-    raise WrongOpponentError(
-        f"round {round_index}: before the first step the policy's log-probs differ from the stored "
-        f"ones of its opponent by {gap:.3g} (times beta={trainer.beta:g}), and at most "
-        f"{tolerance:.3g} is rounding. The opponent must be the policy as it enters the round, so "
-        "that every margin begins at 0. Usual reasons: a callback or hook changed the weights "
-        "between scoring and training, something is random in train mode, `data_collator` builds "
-        "other batches in training, or the stored rows under `_rounds` are of other weights (then delete the "
-        "round's `dataset` folder)."
-    )
+        if not self._is_float32():
+            spread = max(
+                float((self._rescore(model, other) - live).abs().max())
+                for other in _other_paddings(inputs)
+            )
+            tolerance = max(tolerance, _SPREADS * self.beta * spread)
+            if gap <= tolerance:
+                return
+        name = self.args._reference
+        raise WrongReferenceError(
+            f"round {round_index}: before the first step the policy's log-probs differ from the "
+            f"stored ones of its {name} by {gap:.3g} (times beta={self.beta:g}), and at most "
+            f"{tolerance:.3g} is rounding. The {name} must be the policy as it enters the round, so "
+            "that every margin begins at 0. Usual reasons: a callback or hook changed the "
+            "weights between scoring and training, something is random in train mode, "
+            "`data_collator` builds other batches in training, or the stored rows under `_rounds` "
+            "are of other weights (then delete the round's `dataset` folder)."
+        )
+
+    def _rescore(self, model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+        return torch.cat(self.compute_policy_log_probs(model, dict(inputs))).float()
+
+    def _is_float32(self) -> bool:
+        if self.accelerator.mixed_precision != "no":
+            return False
+        model: Any = self.model
+        return all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def _rescore(trainer: Any, model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    return torch.cat(trainer.compute_policy_log_probs(model, inputs)).float()
+class MaskCollator:
+    """Takes the tokens that the policy only read out of another collator's `completion_mask`."""
+
+    def __init__(self, collator: Callable[..., Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Return the batch, chosen completions first: (2 * rows, tokens), padded on the right.
+
+        Raises:
+            ValueError: A mask isn't as long as its completion.
+        """
+        batch = self.collator(rows)
+        for first, side in ((0, "chosen"), (len(rows), "rejected")):
+            for place, row in enumerate(rows):
+                if (mask := row.get(f"{side}_mask")) is None:
+                    continue
+                start, length = len(row["prompt_ids"]), len(row[f"{side}_ids"])
+                if len(mask) != length:
+                    raise ValueError(
+                        f"`{side}_mask` has {len(mask)} values for the {length} tokens of "
+                        f"`{side}_ids`. Give one per token: 1 where the policy wrote it, else 0."
+                    )
+                written = batch["completion_mask"][first + place, start : start + length]
+                written *= torch.tensor(mask, dtype=written.dtype)[: len(written)]
+        return batch
 
 
-def _is_float32(trainer: Any) -> bool:
-    if trainer.accelerator.mixed_precision != "no":
-        return False
-    return all(p.dtype == torch.float32 for p in trainer.model.parameters())
+def placeholder_pair() -> Dataset:
+    """Return one row for the parent to be built on; no round ever trains on it."""
+    return Dataset.from_list([{"prompt": "?", "chosen": " yes", "rejected": " no"}])
+
+
+def refuse_ref_model(ref_model: Any, method: str) -> None:
+    """Raise for a reference model, which rounds would get wrong.
+
+    Raises:
+        TypeError: It is a config.
+        ValueError: It is anything else but None.
+    """
+    if isinstance(ref_model, TrainingArguments):
+        raise TypeError(
+            f"ref_model is a {type(ref_model).__name__}: DPOTrainer's second parameter is "
+            "`ref_model`. Pass the config by name: args=…."
+        )
+    if ref_model is not None:
+        raise ValueError(
+            f"`ref_model` was given, but {method}'s reference is the policy itself as it enters "
+            "each round: its log-probs are computed once per round, and no second model is held. "
+            "Leave it out. For another reference override `compute_ref_log_probs(model, inputs)` "
+            "in a subclass; its log-probs are then what the loss compares with."
+        )
+
+
+def _refuse_uncopied_adapters(model: Any) -> None:
+    """Raise ValueError for adapters that the parent can't copy, as it does at construction."""
+    adapters = getattr(model, "peft_config", {})
+    if adapters and "default" not in adapters:
+        raise ValueError(
+            f"the model's adapters are named {list(adapters)}; TRL's DPOTrainer takes the one named "
+            "'default'. Load it with PeftModel.from_pretrained(base, path, is_trainable=True)."
+        )
+    for config in adapters.values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if getattr(config, "bias", "none") != "none":
+            reason = f"bias={config.bias!r}, of which PEFT allows one adapter in a model"
+        elif getattr(config, "layer_replication", None):
+            reason = "layer_replication, which PEFT would do once more"
+        elif kind == "ADALORA":
+            reason = "AdaLoRA, of which PEFT allows one trainable adapter in a model"
+        else:
+            continue
+        raise ValueError(
+            f"the model comes with an adapter that has {reason}; TRL's DPOTrainer puts a copy beside "
+            "it at construction. Merge the adapter into its base first, or pass the base model and "
+            "`peft_config`."
+        )
 
 
 def _other_paddings(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:

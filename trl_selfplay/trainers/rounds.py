@@ -31,11 +31,13 @@ class RoundsMixin(Trainer):
     Attributes:
         run: Where the rounds lie on disk.
         self_play: What samples, grades and scores.
+        collated_columns: Columns of a round's rows that the collator gets beside the parent's.
     """
 
     args: Any
     run: Run
     self_play: SelfPlay
+    collated_columns: tuple[str, ...] = ()
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Return what a round trains on; called with the weights that the round begins with."""
@@ -69,6 +71,11 @@ class RoundsMixin(Trainer):
         """Write TRL's model card, and the result of each round."""
         super().create_model_card(*args, **kwargs)
         add_rounds_to_card(self)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns: Any = list(dict.fromkeys([*columns, *self.collated_columns]))
 
     def load_sets(self, eval_dataset: Any) -> dict[str, list[PromptRow]]:
         """Return the held-out sets that `evaluate` was given, by name; a single one is named "".

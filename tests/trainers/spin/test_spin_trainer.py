@@ -16,7 +16,6 @@ from trl_selfplay import EmptyRoundError, SPINConfig, SPINTrainer, WrongOpponent
 from trl_selfplay.generation.random_streams import stream_key
 from trl_selfplay.generation.sampler import SampleRequest, build_sampling_options
 from trl_selfplay.rollouts.record import load_rollouts
-from trl_selfplay.trainers.reference import check_opponent, store_opponent
 
 LN_2 = math.log(2.0)
 CASES = ("full", "lora", "user", "nf4", "full-path")
@@ -130,14 +129,14 @@ def test_another_opponent_does_not_begin_at_ln_2(build_case, case) -> None:
     loss = float(trainer.compute_loss(trainer.model, stale).detach())
     assert abs(loss - LN_2) > 100 * 1e-5
     with pytest.raises(WrongOpponentError, match="round 1"):
-        check_opponent(trainer, trainer.model, stale, 1)
-    again = store_opponent(trainer, rows_of(trainer, 0).remove_columns(["ref_chosen_logps",
+        trainer.check_reference(trainer.model, stale, 1)
+    again = trainer.store_reference(rows_of(trainer, 0).remove_columns(["ref_chosen_logps",
                            "ref_rejected_logps"]), trainer.run.root / "again")  # fmt: skip
     fresh = batch_of(trainer, again)
     assert float(trainer.compute_loss(trainer.model, fresh).detach()) == pytest.approx(
         LN_2, abs=1e-5
     )
-    check_opponent(trainer, trainer.model, fresh, 1)
+    trainer.check_reference(trainer.model, fresh, 1)
 
 
 class AgainstTheBase(SPINTrainer):

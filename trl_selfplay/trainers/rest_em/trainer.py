@@ -71,6 +71,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
     """
 
     args: ReSTEMConfig
+    collated_columns = (WEIGHT,)
     _tag_names = ["trl", "sft", "trl-selfplay", "rest-em"]  # noqa: RUF012  # as in TRL
     _name = "ReST^EM"
     _paper = {  # noqa: RUF012  # as in TRL
@@ -244,13 +245,6 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
 
     def _fitting(self, gold: Sequence[Rollout]) -> list[Rollout]:
         return self.self_play.drop_long_gold(gold, self._prompt_ids(()))
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Let the rows' weights pass to the collator."""
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns or []
-        if WEIGHT not in columns:
-            self._signature_columns: Any = [*columns, WEIGHT]
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the parent's loss, each row's log-likelihood times its weight."""

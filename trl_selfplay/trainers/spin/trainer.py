@@ -1,8 +1,8 @@
 """SPIN: a model learns to tell the data from its former self, until it can't.
 
 In: prompts with the data's completions. Out: the model after `num_rounds` rounds.
-Source: SPIN, arXiv 2401.01335, Algorithm 1 and equation 4.7. The outer loop is in rounds.py, the
-pairs in pairs.py, the opponent's log-probs in opponent.py.
+Source: SPIN, arXiv 2401.01335, Algorithm 1 and equation 4.7. The opponent is the
+reference of `ReferenceMixin`: the policy as it enters the round.
 """
 
 import logging
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import TrainingArguments
 from trl import DPOTrainer
 
 from trl_selfplay.evaluation.heldout import HeldOutScores, metric_prefixes
@@ -30,7 +29,6 @@ from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets
 from trl_selfplay.rollouts.rows import build_pair_rows
 from trl_selfplay.rollouts.stored import StoredRollouts, load_kept
-from trl_selfplay.rounds.noise import switch_noise_off
 from trl_selfplay.rounds.run import UNTRAINED
 from trl_selfplay.trainers.construction import (
     build_run,
@@ -41,7 +39,7 @@ from trl_selfplay.trainers.construction import (
     refuse_optimizers,
 )
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
-from trl_selfplay.trainers.reference import check_opponent, score_pairs, store_opponent
+from trl_selfplay.trainers.reference import ReferenceMixin, placeholder_pair, refuse_ref_model
 from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.spin.config import SPINConfig
 from trl_selfplay.trainers.spin.discriminator import (
@@ -69,7 +67,7 @@ _REMEDY = (
 )
 
 
-class SPINTrainer(RoundsMixin, DPOTrainer):
+class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     """Trains a causal language model against its own completions, round after round.
 
     Takes what `trl.DPOTrainer` takes, in its order. `train_dataset` has the columns `prompt` and
@@ -125,55 +123,37 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
         eval_reward_funcs: Any = None,
     ) -> None:
         args = read_config(args, SPINConfig, model, "SPIN")
-        _refuse_unused(ref_model, compute_metrics)
+        refuse_ref_model(ref_model, "SPIN")
+        if compute_metrics is not None:
+            raise ValueError(
+                "`compute_metrics` was given, but held-out rows are scored by log-probs of whole "
+                "completions: there are no logits to compute metrics from. Leave it out."
+            )
         refuse_optimizers(optimizers)
         check_adapters(model, peft_config)
-        _refuse_uncopied_adapters(model)
         rows = load_chosen_rows(train_dataset, "train_dataset")
         heldout = load_heldout_sets(eval_dataset, rows, load_chosen_rows)
         tokenizer = load_processing_class(model, processing_class, args)
-        # One row for the parent to be built on; no round ever trains on it.
-        placeholder = Dataset.from_list([{"prompt": "?", "chosen": " yes", "rejected": " no"}])
+        placeholder = placeholder_pair()
         if eval_reward_funcs is not None:
             if not heldout:
                 raise ValueError("eval_reward_funcs needs an `eval_dataset` of held-out prompts.")
             args.choose_by_task_score()
         self.run = build_run(args, model, peft_config, list(heldout))
-        uses_peft = peft_config is not None or hasattr(model, "peft_config")
-        had_ref_adapter = "ref" in getattr(model, "peft_config", {})
-        # The parent loads no second model if it may precompute (plain model) or has adapters to
-        # switch off; with adapters precomputing would only hash all weights.
-        args.precompute_ref_log_probs = not uses_peft
-        try:
-            super().__init__(
-                model=model,
-                args=args,
-                data_collator=data_collator,
-                train_dataset=placeholder,
-                eval_dataset=placeholder if heldout else None,
-                processing_class=tokenizer,
-                callbacks=callbacks,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-            )
-        finally:
-            args.precompute_ref_log_probs = True
-        self.precompute_ref_logps = True  # the loss reads the stored columns
-        policy: Any = self.model
-        if "ref" in getattr(policy, "peft_config", {}) and not had_ref_adapter:
-            policy.delete_adapter("ref")  # the parent's copy: right in round 0 only
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=placeholder,
+            eval_dataset=placeholder if heldout else None,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
         self.eval_dataset = eval_dataset
         self.self_play = build_self_play(self, rows, heldout, eval_reward_funcs=eval_reward_funcs)
-        if switched := switch_noise_off(policy):
-            logger.warning(
-                "Dropout and other noise is switched off in the whole model (%s): with it the "
-                "policy would differ from its opponent at the first step of each round.",
-                ", ".join(switched),
-            )
-        pair: Any = self.train_dataset  # the placeholder, with the opponent's columns
-        for column in ("ref_chosen_logps", "ref_rejected_logps"):
-            pair = pair.add_column(column, [0.0])
-        self.run.placeholder = pair
+        self.switch_noise_off()
         self.chosen: dict[str, ChosenTokens] = {}
         self.self_play = replace(
             self.self_play,
@@ -189,7 +169,6 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
             else replace(self.self_play, collector=replace(collector, scorer=collector.eval_scorer))
         )
         self._heldout_pairs: dict[str, Dataset] = {}
-        self._checked_round: int | None = None
 
     def _tokenize(self, rows: list[PromptRow], name: str) -> list[PromptRow]:
         play, args = self.self_play, self.args
@@ -214,7 +193,7 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
         )
         play.keep_selection(folder, selection)
         self._warn_giveaways(pairs, round_index)
-        training_rows = store_opponent(self, pairs, folder / "dataset")  # log p_θt(y), log p_θt(y')
+        training_rows = self.store_reference(pairs, folder / "dataset")  # log p_θt(y), log p_θt(y')
         self._play_heldout(round_index, folder)
         return PlayedRound(
             training_rows,
@@ -233,7 +212,7 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
             rollouts = self.self_play.sample(rows, round_index, "eval", where)
             pairs = build_heldout_rows(rows, self.chosen, rollouts)
             with self._whole_completions():
-                self._heldout_pairs[name] = store_opponent(self, pairs, where / "pairs")
+                self._heldout_pairs[name] = self.store_reference(pairs, where / "pairs")
 
     @contextmanager
     def _whole_completions(self) -> Iterator[None]:
@@ -263,44 +242,6 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
                 round_index,
                 "; ".join(found),
             )
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Leave the parent's placeholder as it is.
-
-        The parent would score it at construction, through a file that a second process looks for
-        in a folder of its own.
-        """
-        return dataset
-
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """Return the opponent's summed log-probs of both completions, asked once a round.
-
-        The opponent is the policy as it enters the round. A subclass may return those of another,
-        which the loss then compares with; margins then don't begin at 0, and aren't checked.
-        """
-        return self.compute_policy_log_probs(model, inputs)
-
-    def compute_policy_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """Return the summed log-probs of both completions under the model as it is now.
-
-        The parent switches adapters off (or to "ref") unless it has a reference model. Here the
-        model itself is the reference, at the moment it is asked.
-        """
-        self.ref_model: Any = self.model
-        try:
-            return super().compute_ref_log_probs(model, inputs)
-        finally:
-            self.ref_model = None
-
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Check the opponent before the first step of a fresh round, then train as the parent."""
-        round_index = self.run.round_index
-        if round_index is not None and self._checked_round != round_index:
-            own = type(self).compute_ref_log_probs is SPINTrainer.compute_ref_log_probs
-            if own and self.state.global_step == 0:  # else it goes on from a checkpoint
-                check_opponent(self, model, inputs, round_index)
-            self._checked_round = round_index
-        return super().training_step(model, inputs, *args, **kwargs)
 
     def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
         """Score the policy on held-out prompts, against the opponent of the round that it ended.
@@ -357,7 +298,7 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
         for name, set_prefix in metric_prefixes(list(sets), prefix).items():
             pairs = self._pairs_of(sets[name])
             with self._whole_completions():
-                logps = score_pairs(self, pairs, self.compute_policy_log_probs)
+                logps = self.score_pairs(pairs, self.compute_policy_log_probs)
             measured, per_prompt = measure_heldout(pairs, logps, self.beta, set_prefix)
             metrics |= measured
             first = per_prompt if first is None else first
@@ -373,49 +314,3 @@ class SPINTrainer(RoundsMixin, DPOTrainer):
         if name is None or name not in self._heldout_pairs:
             return build_heldout_rows(rows, self.chosen, ())
         return self._heldout_pairs[name]
-
-
-def _refuse_uncopied_adapters(model: Any) -> None:
-    """Raise ValueError for adapters that the parent can't copy, as it does at construction."""
-    adapters = getattr(model, "peft_config", {})
-    if adapters and "default" not in adapters:
-        raise ValueError(
-            f"the model's adapters are named {list(adapters)}; TRL's DPOTrainer takes the one named "
-            "'default'. Load it with PeftModel.from_pretrained(base, path, is_trainable=True)."
-        )
-    for config in adapters.values():
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        if getattr(config, "bias", "none") != "none":
-            reason = f"bias={config.bias!r}, of which PEFT allows one adapter in a model"
-        elif getattr(config, "layer_replication", None):
-            reason = "layer_replication, which PEFT would do once more"
-        elif kind == "ADALORA":
-            reason = "AdaLoRA, of which PEFT allows one trainable adapter in a model"
-        else:
-            continue
-        raise ValueError(
-            f"the model comes with an adapter that has {reason}; TRL's DPOTrainer puts a copy beside "
-            "it at construction. Merge the adapter into its base first, or pass the base model and "
-            "`peft_config`."
-        )
-
-
-def _refuse_unused(ref_model: Any, compute_metrics: Any) -> None:
-    """Raise ValueError for the parent's arguments that rounds would get wrong or ignore."""
-    if isinstance(ref_model, TrainingArguments):
-        raise TypeError(
-            f"ref_model is a {type(ref_model).__name__}: DPOTrainer's second parameter is "
-            "`ref_model`. Pass the config by name: args=…."
-        )
-    if ref_model is not None:
-        raise ValueError(
-            "`ref_model` was given, but SPIN's reference is the policy itself as it enters each "
-            "round: its log-probs are computed once a round, and no second model is held. Leave it "
-            "out. For another opponent override `compute_ref_log_probs(model, inputs)` in a "
-            "subclass; its log-probs are then what the loss compares with."
-        )
-    if compute_metrics is not None:
-        raise ValueError(
-            "`compute_metrics` was given, but held-out rows are scored by log-probs of whole "
-            "completions: there are no logits to compute metrics from. Leave it out."
-        )
