@@ -173,7 +173,7 @@ def run_arm(task_name: str, arm: str, seed: int, results: Path) -> dict[str, Any
     record["train_minutes"] = (time.monotonic() - before) / 60
     lines = trainer.run.lines
     # Of ReST the end of each Grow step: its Improve steps train on the same samples.
-    step = trainer.run.improve_steps
+    step = trainer.args.num_improve_steps
     record["by_round"] = []
     for line in lines[step - 1 :: step]:
         if line is not lines[-1]:

@@ -15,25 +15,17 @@ from trl_selfplay import ReSTEMConfig, SPINConfig, STaRConfig
 from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.rollouts.selection import reasoning_path
 from trl_selfplay.rounds.identity import (
-    FIXED,
-    FREE,
-    MAY_GROW,
-    PER_ROUND,
-    UNTIL_TRAINED,
-    WARNED,
+    PARENTS_FIELDS,
     check_identity,
     describe_adapters,
     describe_run,
     digest_weights,
     name_function,
+    resume_rules,
 )
+from trl_selfplay.rounds.plan import OnResume, declared_rules, per_round_lists
 
 CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig)
-# Settings that aren't fields of a config.
-NO_FIELDS = {
-    "number_of_processes", "compute_loss_func", "compute_loss_func_source", "reward_funcs_source",
-    "eval_reward_funcs_source", "optimizer_cls_and_kwargs", "normal_form", "leak_filter",
-}  # fmt: skip
 # Of PEFT's configurations.
 NOT_RECORDED = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 PLAIN = {
@@ -58,33 +50,64 @@ def check(path):
     check_identity(describe(), path, 0, is_trained=False)
     first = path.read_text()
 
-    def check(described, num_finished=1, is_trained=True):
+    def check(described, num_finished=1, is_trained=True, num_sampled=0):
         path.write_text(first)
-        return check_identity(described, path, num_finished, is_trained=is_trained)
+        return check_identity(
+            described, path, num_finished, is_trained=is_trained, num_sampled=num_sampled
+        )
 
     return check
 
 
-def test_every_field_of_every_config_has_its_place_in_the_table() -> None:
-    tables = [FREE, WARNED, UNTIL_TRAINED, FIXED, MAY_GROW, frozenset(PER_ROUND)]
-    for config in CONFIGS:
-        names = {field.name for field in dataclasses.fields(config)}
-        assert names - frozenset().union(*tables) == set()
-    known = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
-    assert frozenset().union(*tables) - known == NO_FIELDS
-    assert sum(map(len, tables)) == len(frozenset().union(*tables))
+def parents_fields(config):
+    """Return the names of TRL's and transformers' fields."""
+    (parent,) = {SFTConfig, DPOConfig} & set(config.__mro__)
+    return {field.name for field in dataclasses.fields(parent)}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_field_says_when_it_may_change_on_resume(config) -> None:
+    """Ours in their annotation, the parents' in one table, by exact name and once."""
+    in_table = [name for names in PARENTS_FIELDS.values() for name in names]
+    assert len(in_table) == len(set(in_table))
+    names = {field.name for field in dataclasses.fields(config)}
+    assert parents_fields(config) <= set(in_table)
+    declared = declared_rules(config)
+    assert declared.keys() == names - parents_fields(config)
+    rules = resume_rules(config)
+    assert {name: rules[name] for name in declared} == declared
+
+
+def test_the_table_names_no_field_that_no_parent_has() -> None:
+    known = set().union(*map(parents_fields, CONFIGS))
+    assert {name for names in PARENTS_FIELDS.values() for name in names} <= known
+
+
+def test_a_field_declared_again_keeps_its_rule() -> None:
+    assert resume_rules(ReSTEMConfig)["num_generations"] is OnResume.UNTIL_TRAINED
+    assert resume_rules(ReSTEMConfig)["temperature"] is OnResume.FIXED
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_lists_with_a_value_per_round_replace_a_field(config) -> None:
+    lists = per_round_lists(config)
+    assert lists == {
+        "round_learning_rates": "learning_rate",
+        "round_max_steps": "max_steps",
+        "round_temperatures": "temperature",
+        **({"round_betas": "beta"} if config is SPINConfig else {}),
+    }
+    assert set(lists.values()) <= {field.name for field in dataclasses.fields(config)}
 
 
 def test_what_decides_which_samples_there_are_may_never_change() -> None:
-    """By another table: fields of ours that the sampler or the reward functions read."""
-    own = {
-        field.name
+    """By another table: fields of ours that neither the sampler nor the reward functions read."""
+    rest = {
+        name
         for config in CONFIGS
-        for field in dataclasses.fields(config)
-        if not any(field.name in c.__dataclass_fields__ for c in (SFTConfig, DPOConfig))
+        for name in {field.name for field in dataclasses.fields(config)} - parents_fields(config)
+        if resume_rules(config)[name] not in (OnResume.FIXED, OnResume.MAY_GROW)
     }
-    sampling = own & (FIXED | MAY_GROW)
-    rest = own - sampling
     assert rest == {
         "deduplicate", "deduplicate_against_gold", "gold_ratio", "history_rounds",
         "improve_learning_rate_factor",
@@ -93,8 +116,8 @@ def test_what_decides_which_samples_there_are_may_never_change() -> None:
         "reward_threshold", "round_betas", "round_learning_rates", "round_max_steps",
         "start_from", "stop_after_rounds_without_gain", "threshold_kind",
     }  # fmt: skip
-    parents = {field.name for field in dataclasses.fields(TrainingArguments)} & FIXED
-    assert parents == {"metric_for_best_model", "seed"}
+    parents = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert parents & PARENTS_FIELDS[OnResume.FIXED] == {"metric_for_best_model", "seed"}
 
 
 def test_what_computes_the_same_goes_on_without_a_word(check, caplog) -> None:
@@ -179,6 +202,30 @@ def test_rates_of_later_rounds_may_be_given_one_by_one(tmp_path) -> None:
                        is_trained=True)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("num_finished", "num_sampled", "temperatures", "is_kept"),
+    [
+        (1, 1, [0.7, 1.0, 1.0], True),  # the first round sampled at `temperature`
+        (1, 2, [0.7, 0.7, 1.0], True),
+        (1, 2, [0.7, 1.0, 1.0], False),  # the second one has begun to
+        (2, 0, [0.7, 1.0, 1.0], False),
+        (0, 0, [1.0, 1.0, 1.0], True),
+    ],
+)
+def test_a_temperature_may_change_until_its_round_samples(
+    check, num_finished, num_sampled, temperatures, is_kept
+) -> None:
+    described = describe(
+        num_rounds=3, round_max_steps=[10, 20, 30], round_temperatures=temperatures
+    )
+    arguments = {"num_finished": num_finished, "num_sampled": num_sampled}
+    if is_kept:
+        assert check(described, **arguments) == []
+    else:
+        with pytest.raises(ValueError, match=r"round_temperatures: None on disk, \[0\.7, 1\.0"):
+            check(described, **arguments)
+
+
 def test_a_field_that_one_version_knows_counts_as_its_default(check, path) -> None:
     first = json.loads(path.read_text())
     older = {k: v for k, v in first.items() if k not in ("repetition_penalty", "min_p")}
@@ -198,7 +245,8 @@ def test_the_record_of_an_older_version_is_read(tmp_path, tiny_model, word_token
     other = {"peft_config": adapters, "weights": "3, abc", "eval_reward_funcs": None}
     now = describe(other=other)
     nested = {k: v for k, v in now.settings.items() if not k.startswith("peft_config.")}
-    old = {k: v for k, v in nested.items() if k not in {*FREE, *WARNED, "weights"}}
+    left_out = {k for k in nested if now.rule(k) in (OnResume.FREE, OnResume.WARNED)}
+    old = {k: v for k, v in nested.items() if k not in {*left_out, "weights"}}
     recorded = {k: dict(v) for k, v in adapters.items()}
     del recorded["default"]["use_dora"]  # a field that only one version knows
     path.write_text(json.dumps(old | {"peft_config": str(recorded), "eval_reward_funcs": "None"}))

@@ -4,9 +4,8 @@ In: the stages' results. Out: one record, made by a trainer's `play_round`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from datasets import Dataset
 
@@ -28,8 +27,6 @@ class PlayedRound:
         metrics: Numbers for the log, with the prefixes play/ and select/.
         rewards: Mean weighted reward, and the mean of each function by name.
         remedy: Why a round of this method is left empty and what to do; "" where rewards decide.
-        details: What else to write down of the round.
-        may_be_skipped: An empty round leaves the weights as they are, and the next one begins.
     """
 
     training_rows: Dataset
@@ -39,17 +36,6 @@ class PlayedRound:
     metrics: dict[str, float]
     rewards: dict[str, float | None]
     remedy: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
-    may_be_skipped: bool = False
-
-    def as_improve_step(
-        self, grow: int, improve: int, threshold: float, *, may_be_skipped: bool
-    ) -> "PlayedRound":
-        """Return the round as one of several that train on the same samples (ReST)."""
-        # JSON has no infinity.
-        shown = None if threshold == float("-inf") else threshold
-        details = {"grow": grow, "improve": improve, "threshold": shown}
-        return replace(self, details=details, may_be_skipped=may_be_skipped)
 
 
 def mean_rewards(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float | None]:

@@ -66,7 +66,7 @@ def _switch_checkpointing_on(trainer: Any) -> None:
 
 
 def _num_steps(args: Any) -> int:
-    steps = (args.round_max_steps or [args.max_steps])[0]
+    steps = args.plan_rounds()[0].settings.get("max_steps", args.max_steps)
     return steps if steps > 0 else _USUAL_STEPS
 
 

@@ -21,6 +21,7 @@ import torch
 
 from trl_selfplay.disk import naming_damage, save_text
 from trl_selfplay.rollouts.prompts import canonical_prompt
+from trl_selfplay.rounds.plan import OnResume, declared_rules, per_round_lists
 
 logger = logging.getLogger(__name__)
 
@@ -29,82 +30,73 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# When a setting may change on resume. What isn't named may not: samples depend on it.
+# When a setting may change on resume. Fields of ours say so in their annotation, see `OnResume`.
 
-# Always: how often, how loud, where, and how fast it runs, but not what is computed.
-FREE = _names(
-    """
-    accelerator_config activation_checkpointing activation_checkpointing_kwargs
-    activation_offloading batch_eval_metrics bf16_full_eval chat_template_path
-    dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
-    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataset_num_proc ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
-    ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_eval
-    do_predict do_train enable_jit_checkpoint eval_accumulation_steps eval_delay
-    eval_do_concat_batches eval_on_start eval_packing eval_steps eval_strategy
-    eval_use_gather_object fp16_full_eval fsdp fsdp_config full_determinism
-    gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_model_id
-    hub_private_repo hub_revision hub_strategy hub_token include_for_metrics
-    include_num_input_tokens_seen label_names liger_kernel_config load_best_round_at_end
-    local_rank log_completions log_level log_level_replica log_on_each_node logging_first_step
-    logging_nan_inf_filter logging_steps logging_strategy num_completions_to_print
-    on_empty_round output_dir parallelism_config per_device_eval_batch_size
-    precompute_ref_batch_size precompute_ref_log_probs prediction_loss_only project push_to_hub
-    remove_unused_columns report_to restore_callback_states_from_checkpoint
-    resume_from_checkpoint run_name save_on_each_node save_only_model save_steps save_strategy
-    save_total_limit skip_memory_metrics stop_after_rounds_without_gain tf32 torch_compile
-    torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id
-    trackio_space_id trackio_static_space_id trust_remote_code use_cache use_cpu
-    use_liger_kernel
-    """
-)
-# Until a round has been trained on without a word (but for functions that may have graded samples
-# before), then with a warning: the rounds go on, and
-# come to something else than they would have.
-WARNED = _names(
-    """
-    auto_find_batch_size average_tokens_across_devices dataloader_drop_last
-    gradient_accumulation_steps ignore_data_skip load_best_model_at_end
-    per_device_train_batch_size greater_is_better number_of_processes compute_loss_func_source
-    reward_funcs_source eval_reward_funcs_source
-    """
-)
-# Until a round has been trained on: selection and training alone read them, so that the samples
-# on disk stay valid.
-UNTIL_TRAINED = _names(
-    """
-    adam_beta1 adam_beta2 adam_epsilon beta bf16 completion_only_loss data_seed dataset_kwargs
-    deduplicate deduplicate_against_gold disable_dropout discopop_tau f_alpha_divergence_coef
-    f_divergence_type fp16 gold_ratio history_rounds improve_learning_rate_factor
-    improve_thresholds label_smoothing label_smoothing_factor ld_alpha learning_rate
-    length_column_name loss_type loss_weighting loss_weights lr_scheduler_kwargs
-    lr_scheduler_type max_grad_norm max_length max_per_prompt max_steps neftune_noise_alpha
-    num_generations num_train_epochs optim optim_args optim_target_modules packing
-    packing_strategy pad_to_multiple_of padding_free ref_model_mixup_alpha ref_model_sync_steps
-    reward_threshold router_aux_loss_coef shuffle_dataset start_from sync_ref_model
-    threshold_kind train_sampling_strategy truncation_mode use_weighting warmup_steps
-    weight_decay compute_loss_func leak_filter normal_form optimizer_cls_and_kwargs
-    """
-)
-# May grow: rounds are added at the end.
-MAY_GROW = frozenset({"num_rounds"})
-# One value per round in place of the field named here. Those of finished rounds must stay, and a
-# longer run needs more of them.
-PER_ROUND = {
-    "round_learning_rates": "learning_rate",
-    "round_max_steps": "max_steps",
-    "round_betas": "beta",
+# The parents' fields, by exact name.
+PARENTS_FIELDS = {
+    OnResume.FREE: _names(
+        """
+        accelerator_config activation_checkpointing activation_checkpointing_kwargs
+        activation_offloading batch_eval_metrics bf16_full_eval chat_template_path
+        dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
+        dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
+        dataset_num_proc ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+        ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm
+        do_eval do_predict do_train enable_jit_checkpoint eval_accumulation_steps eval_delay
+        eval_do_concat_batches eval_on_start eval_packing eval_steps eval_strategy
+        eval_use_gather_object fp16_full_eval fsdp fsdp_config full_determinism
+        gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_model_id
+        hub_private_repo hub_revision hub_strategy hub_token include_for_metrics
+        include_num_input_tokens_seen label_names liger_kernel_config local_rank log_level
+        log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter
+        logging_steps logging_strategy output_dir parallelism_config per_device_eval_batch_size
+        precompute_ref_batch_size precompute_ref_log_probs prediction_loss_only project
+        push_to_hub remove_unused_columns report_to restore_callback_states_from_checkpoint
+        resume_from_checkpoint run_name save_on_each_node save_only_model save_steps
+        save_strategy save_total_limit skip_memory_metrics tf32 torch_compile
+        torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id
+        trackio_space_id trackio_static_space_id trust_remote_code use_cache use_cpu
+        use_liger_kernel
+        """
+    ),
+    OnResume.WARNED: _names(
+        """
+        auto_find_batch_size average_tokens_across_devices dataloader_drop_last
+        gradient_accumulation_steps greater_is_better ignore_data_skip load_best_model_at_end
+        per_device_train_batch_size
+        """
+    ),
+    OnResume.UNTIL_TRAINED: _names(
+        """
+        adam_beta1 adam_beta2 adam_epsilon beta bf16 completion_only_loss data_seed
+        dataset_kwargs disable_dropout discopop_tau f_alpha_divergence_coef f_divergence_type
+        fp16 label_smoothing label_smoothing_factor ld_alpha learning_rate length_column_name
+        loss_type loss_weights lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_length
+        max_steps neftune_noise_alpha num_train_epochs optim optim_args optim_target_modules
+        packing packing_strategy pad_to_multiple_of padding_free ref_model_mixup_alpha
+        ref_model_sync_steps router_aux_loss_coef shuffle_dataset sync_ref_model
+        train_sampling_strategy truncation_mode use_weighting warmup_steps weight_decay
+        """
+    ),
+    OnResume.FIXED: _names(
+        """
+        assistant_only_loss dataset_text_field eos_token metric_for_best_model
+        model_init_kwargs pad_token seed
+        """
+    ),
 }
-# Fixed, and named so that each field of the configs has its place in one of these.
-FIXED = _names(
-    """
-    assistant_only_loss chat_template_kwargs dataset_text_field eos_token few_shot_in_training
-    few_shot_rounds generation_kwargs max_completion_length metric_for_best_model min_p
-    model_init_kwargs num_generations_eval num_prompts_per_round pad_token rationalize
-    repetition_penalty reward_weights sanitize_control_tokens seed stop_strings temperature
-    temperature_eval top_k top_p warm_up_on_gold
-    """
-)
+# What isn't a field. Everything else that makes a run is fixed.
+_NO_FIELDS = {
+    OnResume.WARNED: _names(
+        """
+        compute_loss_func_source eval_reward_funcs_source number_of_processes
+        reward_funcs_source
+        """
+    ),
+    OnResume.UNTIL_TRAINED: _names(
+        "compute_loss_func leak_filter normal_form optimizer_cls_and_kwargs"
+    ),
+}
 # Functions of the package are recorded without their module, which may move. What records called
 # those that a run may take before that was so.
 _EARLIER_NAMES = {
@@ -128,10 +120,18 @@ class Description:
         settings: By name. Values in a dict have the dict's name before theirs, with a dot.
         defaults: What a setting is taken as where a record doesn't name it: it was written by a
             version of the package, of TRL or of PEFT that doesn't know it.
+        rules: When a setting may change, by name; never where a name is missing.
+        per_round: Lists with one value per round, and the field that each replaces.
     """
 
     settings: dict[str, Any]
     defaults: dict[str, Any]
+    rules: dict[str, OnResume]
+    per_round: dict[str, str]
+
+    def rule(self, name: str) -> OnResume:
+        """Return when a setting may change on resume."""
+        return self.rules.get(_top(name), OnResume.FIXED)
 
 
 def describe_run(
@@ -154,7 +154,20 @@ def describe_run(
     defaults = {f.name: f.default for f in fields}
     for name, adapter in adapters.items():
         defaults |= {f"peft_config.{name}.{k}": v for k, v in _default_adapter(adapter).items()}
-    return Description(settings, _flatten(defaults))
+    return Description(
+        settings, _flatten(defaults), resume_rules(type(config)), per_round_lists(type(config))
+    )
+
+
+def resume_rules(config_class: type) -> dict[str, OnResume]:
+    """Return when each setting of a run may change on resume, by name."""
+    rules = {
+        name: rule
+        for table in (PARENTS_FIELDS, _NO_FIELDS)
+        for rule, names in table.items()
+        for name in names
+    }
+    return rules | declared_rules(config_class)
 
 
 def describe_trainer(trainer: Any) -> Description:
@@ -287,7 +300,12 @@ def _default_adapter(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_identity(
-    described: Description, path: Path, num_finished: int, *, is_trained: bool
+    described: Description,
+    path: Path,
+    num_finished: int,
+    *,
+    is_trained: bool,
+    num_sampled: int = 0,
 ) -> list[str]:
     """Compare with what is on disk, and write it down for the next time.
 
@@ -297,8 +315,9 @@ def check_identity(
     Args:
         described: From `describe_run`.
         path: Of the record.
-        num_finished: Rounds whose values were used; per-round values before that must not change.
+        num_finished: Finished rounds, whose values must not change.
         is_trained: A round has been trained on.
+        num_sampled: Rounds that have begun to sample, if more than are finished.
 
     Raises:
         DamagedFileError: The record can't be read.
@@ -316,9 +335,13 @@ def check_identity(
             "Delete it and go on, with the settings that the run began with, or bring it back.",
         ):
             recorded = _with_present_names(_flatten(json.loads(path.read_text())))
-        differing = _differing(described, recorded, num_finished)
-        _refuse(differing, path, is_trained)
-        changed = [name for name in differing if _top(name) in UNTIL_TRAINED]
+        num_used = {
+            OnResume.UNTIL_TRAINED: num_finished,
+            OnResume.FIXED: max(num_sampled, num_finished),
+        }
+        differing = _differing(described, recorded, num_used)
+        _refuse(described, differing, path, is_trained)
+        changed = [name for name in differing if described.rule(name) is OnResume.UNTIL_TRAINED]
         if is_trained:
             _warn(differing)
         elif sources := sorted(name for name in differing if name.endswith("reward_funcs_source")):
@@ -332,9 +355,15 @@ def check_identity(
 
 
 def _differing(
-    described: Description, recorded: Mapping[str, Any], num_finished: int
+    described: Description, recorded: Mapping[str, Any], num_used: Mapping[OnResume, int]
 ) -> dict[str, str]:
-    """Return what differs and is not free to, with its value on disk and now, by name."""
+    """Return what differs and is not free to, with its value on disk and now, by name.
+
+    Args:
+        described: What the run is now.
+        recorded: What it was.
+        num_used: How many values of a list with one per round are used up, by the list's rule.
+    """
     settings = described.settings
     before, now = {**described.defaults, **recorded}, {**described.defaults, **settings}
     known = {_top(name) for name in before} & {_top(name) for name in now}
@@ -342,12 +371,22 @@ def _differing(
     known |= {_top(name) for name in (*before, *now) if name.startswith(_HELDOUT)}
     found = {}
     for name in sorted({*recorded, *settings}):
-        was, is_ = before.get(name), now.get(name)
+        was: Any = before.get(name)
+        is_: Any = now.get(name)
         if _top(name) not in known or (
             _top(name) == _ADAPTERS and (name not in before or name not in now)
         ):  # only one version knows it
             continue
-        if was != is_ and not _may_be(name, was, is_, before, num_finished):
+        rule = described.rule(name)
+        if was == is_ or rule is OnResume.FREE or (rule is OnResume.MAY_GROW and is_ >= was):
+            continue
+        if name in described.per_round:
+            count = num_used[rule]
+            single = [before.get(described.per_round[name])] * count
+            is_kept = (was or single)[:count] == (is_ or single)[:count]
+        else:
+            is_kept = False
+        if not is_kept:
             found[name] = f"{was!r} on disk, {is_!r} now"
     adapters = [sorted(_adapters(names)) for names in (recorded, settings)]
     if _ADAPTERS in known and adapters[0] != adapters[1]:
@@ -361,31 +400,21 @@ def _adapters(names: Iterable[str]) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith(f"{_ADAPTERS}.")}
 
 
-def _may_be(
-    name: str, recorded: Any, now: Any, all_recorded: Mapping[str, Any], num_finished: int
-) -> bool:
-    if _top(name) in FREE:
-        return True
-    if name in MAY_GROW:
-        return bool(now >= recorded)
-    if name in PER_ROUND:
-        single = [all_recorded.get(PER_ROUND[name])] * num_finished
-        used = [single if values is None else values for values in (recorded, now)]
-        return bool(used[0][:num_finished] == used[1][:num_finished])
-    return False
-
-
-def _refuse(differing: Mapping[str, str], path: Path, is_trained: bool) -> None:
+def _refuse(
+    described: Description, differing: Mapping[str, str], path: Path, is_trained: bool
+) -> None:
+    late = [n for n in differing if described.rule(n) is OnResume.UNTIL_TRAINED]
+    late = [n for n in late if n not in described.per_round]
     refused = {
         name: text
         for name, text in differing.items()
-        if _top(name) not in WARNED and (is_trained or _top(name) not in UNTIL_TRAINED)
+        if described.rule(name) is not OnResume.WARNED and (is_trained or name not in late)
     }
     if "weights" in refused:
         refused["weights"] += ": the model's weights are not those that the run began with"
     if refused:
-        late = sorted({_top(name) for name in refused} & UNTIL_TRAINED)
-        by_round = sorted(name for name, single in PER_ROUND.items() if single in late)
+        late = sorted({_top(name) for name in late if name in refused})
+        by_round = sorted(name for name, single in described.per_round.items() if single in late)
         when = (
             f"\n{', '.join(late)} may change until a round has been trained on, and one has"
             + (f"; {', '.join(by_round)} may for later rounds." if by_round else ".")

@@ -113,7 +113,8 @@ class RoundCallback(TrainerCallback):
             return
         start = "base" if args.start_from == "base" else run.weights_before(round_index)
         if state.is_world_process_zero:
-            sampled_from = run.weights_before(run.sampling_round(round_index))
+            plan = args.plan_rounds()[round_index]
+            sampled_from = run.weights_before(plan.sampling_round)
             source = sampled_from if round_index == 0 else f"{sampled_from}'s model"
             say(
                 f"round {round_index}: sample from {source}, train from {start}, "

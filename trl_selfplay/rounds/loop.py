@@ -10,7 +10,7 @@ on disk before the next begins, and whatever is found there is not done again:
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from trl_selfplay.rounds.log import (
     load_log_history,
     say_where_interrupted,
 )
+from trl_selfplay.rounds.plan import RoundPlan
 from trl_selfplay.rounds.run import (
     UNTRAINED,
     Run,
@@ -106,10 +107,11 @@ def _run_rounds(
 ) -> TrainOutput:
     args, run = trainer.args, trainer.run
     run.warm_up_rows = trainer.warm_up_rows()
-    _refuse_callbacks(trainer)
+    plans = args.plan_rounds()
+    _refuse_callbacks(trainer, len(plans))
     if run.placeholder is not None:
         try_step(trainer, run.placeholder)
-    _open_run(trainer, resume)
+    _open_run(trainer, plans, resume)
     callback = RoundCallback(trainer)
     trainer.add_callback(callback)
     output: TrainOutput | None = None
@@ -121,40 +123,35 @@ def _run_rounds(
             _report_baseline(run, before, getattr(args, "rewards_have_degrees", False))
             _load_newest_weights(trainer)
             if run.warm_up_rows is not None and not run.lines:
-                settings = {"output_dir": str(run.warm_up_folder)}
-                if not load_outcome(trainer, run.warm_up_folder):
-                    trained = train_on(trainer, train_parent, run.warm_up_rows, settings, args.seed)
+                folder = run.warm_up_folder
+                if not load_outcome(trainer, folder):
+                    trained = train_on(trainer, train_parent, run.warm_up_rows, folder, args.seed)
                     ended = trained is not None and ends_run(trainer.state)
                 history += trainer.state.log_history
-            num_rounds = args.num_rounds * run.improve_steps
-            if len(run.lines) == num_rounds:
-                say(f"all {num_rounds} rounds in {args.output_dir} were finished before")
-            for round_index in range(len(run.lines), num_rounds):
+            if len(run.lines) == len(plans):
+                say(f"all {len(plans)} rounds in {args.output_dir} were finished before")
+            for plan in plans[len(run.lines) :]:
                 if ended or has_stalled(run, args.stop_after_rounds_without_gain):
                     break
-                run.round_index = round_index
-                run.steps_before = sum(line["steps"] for line in run.lines)
-                if call_round_event(trainer, "on_round_begin", round_index):
-                    break
-                started = time.monotonic()
-                played = trainer.play_round(round_index)
-                run.seconds = {"sample": time.monotonic() - started, "train": 0.0}
-                if played.num_examples == 0 and not played.may_be_skipped:
-                    handle_empty_round(args, round_index, played)
-                    break
-                for warning in (
-                    warn_hint_share(played.funnel, round_index),
-                    warn_truncation(played.funnel, round_index),
-                    warn_long(played.funnel, round_index, args.max_length),
-                ):
-                    if warning:
-                        logger.warning("%s", warning)
-                output = _train_round(trainer, train_parent, round_index, played) or output
-                scores = trainer.score_heldout(round_index, run.folder(round_index) / "evaluation")
-                ended = _finish_round(trainer, round_index, played, before, scores)
-                history += trainer.state.log_history
-                if call_round_event(trainer, "on_round_end", round_index):
-                    break
+                with changed_settings(args, plan.settings):
+                    run.round_index = plan.round_index
+                    run.steps_before = sum(line["steps"] for line in run.lines)
+                    if call_round_event(trainer, "on_round_begin", plan.round_index):
+                        break
+                    started = time.monotonic()
+                    played = trainer.play_round(plan.round_index)
+                    run.seconds = {"sample": time.monotonic() - started, "train": 0.0}
+                    if played.num_examples == 0 and not plan.may_be_skipped:
+                        handle_empty_round(args, plan.round_index, played)
+                        break
+                    _warn_of_samples(played, plan.round_index, args.max_length)
+                    output = _train_round(trainer, train_parent, plan, played) or output
+                    folder = run.folder(plan.round_index)
+                    scores = trainer.score_heldout(plan.round_index, folder / "evaluation")
+                    ended = _finish_round(trainer, plan, played, before, scores)
+                    history += trainer.state.log_history
+                    if call_round_event(trainer, "on_round_end", plan.round_index):
+                        break
     finally:
         run.round_index, run.steps_before = None, 0
         trainer.remove_callback(callback)
@@ -162,7 +159,7 @@ def _run_rounds(
     _load_chosen_weights(trainer)
     if history:
         trainer.state.log_history = history
-    with changed_settings(args, {}):  # not pushed, as after the parent's training
+    with changed_settings(args, {"push_to_hub": False}):  # as after the parent's training
         trainer.save_model(args.output_dir)
     trainer.create_model_card(model_name=Path(args.output_dir).name)
     total_steps = sum(line["steps"] for line in run.lines)
@@ -172,10 +169,9 @@ def _run_rounds(
     return output._replace(global_step=total_steps)
 
 
-def _refuse_callbacks(trainer: Any) -> None:
+def _refuse_callbacks(trainer: Any, num_rounds: int) -> None:
     """Raise ValueError for callbacks that fail only once a round's training has begun."""
-    run = trainer.run
-    trainings = trainer.args.num_rounds * run.improve_steps + (run.warm_up_rows is not None)
+    trainings = num_rounds + (trainer.run.warm_up_rows is not None)
     if trainings == 1 and not isinstance(trainer.model, PeftModel):
         return
     if any(isinstance(c, BEMACallback) for c in trainer.callback_handler.callbacks):
@@ -186,7 +182,7 @@ def _refuse_callbacks(trainer: Any) -> None:
         )
 
 
-def _open_run(trainer: Any, resume: bool | str | None) -> None:
+def _open_run(trainer: Any, plans: Sequence[RoundPlan], resume: bool | str | None) -> None:
     """Find out what is on disk, refuse what doesn't fit, and put the initial weights in place."""
     args, run = trainer.args, trainer.run
     source = Path(trainer.model.config.name_or_path)
@@ -218,10 +214,14 @@ def _open_run(trainer: Any, resume: bool | str | None) -> None:
         )
     trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     if trainer.is_world_process_zero():
-        begun = -(-len(run.lines) // run.improve_steps)  # Grow steps, by which values are given
-        is_trained = bool(run.lines) or any(run.root.glob("*/model"))
+        # The lists with a value per round have one for all rounds that share their samples.
+        sampling = sorted({plan.sampling_round for plan in plans})
         changed = check_identity(
-            describe_trainer(trainer), run.root / "config.json", begun, is_trained=is_trained
+            describe_trainer(trainer),
+            run.root / "config.json",
+            num_finished=sum(index < len(run.lines) for index in sampling),
+            is_trained=bool(run.lines) or any(run.root.glob("*/model")),
+            num_sampled=sum((run.folder(index) / "samples").exists() for index in sampling),
         )
         if changed:
             say(f"the samples on disk are kept; {', '.join(changed)} changed since")
@@ -275,10 +275,21 @@ def _report_baseline(run: Run, before: HeldOutScores | None, has_degrees: bool) 
         logger.warning("before round 0: %s", warning)
 
 
+def _warn_of_samples(played: PlayedRound, round_index: int, max_length: int | None) -> None:
+    for warning in (
+        warn_hint_share(played.funnel, round_index),
+        warn_truncation(played.funnel, round_index),
+        warn_long(played.funnel, round_index, max_length),
+    ):
+        if warning:
+            logger.warning("%s", warning)
+
+
 def _train_round(
-    trainer: Any, train_parent: Callable[..., TrainOutput], round_index: int, played: PlayedRound
+    trainer: Any, train_parent: Callable[..., TrainOutput], plan: RoundPlan, played: PlayedRound
 ) -> TrainOutput | None:
     """Train on the round's rows and keep the outcome; None if that was done before a kill."""
+    round_index = plan.round_index
     args, run = trainer.args, trainer.run
     folder = run.folder(round_index)
     if load_outcome(trainer, folder):
@@ -299,39 +310,21 @@ def _train_round(
         )
         rows = None
     started = time.monotonic()
-    output = train_on(
-        trainer,
-        train_parent,
-        rows,
-        _settings_of_round(trainer, round_index),
-        args.seed + round_index,
-    )
+    output = train_on(trainer, train_parent, rows, folder, args.seed + round_index)
     run.seconds["train"] = time.monotonic() - started
     return output
 
 
-def _settings_of_round(trainer: Any, round_index: int) -> dict[str, Any]:
-    """Return what the round changes in the parent's arguments: its folder and its own values."""
-    args, run = trainer.args, trainer.run
-    place, improve = divmod(round_index, run.improve_steps)
-    rates, steps = args.round_learning_rates, args.round_max_steps
-    rate = args.learning_rate if rates is None else rates[place]
-    return {
-        "output_dir": str(run.folder(round_index)),
-        "learning_rate": rate * run.improve_rate_factor**improve,
-        "max_steps": args.max_steps if steps is None else steps[place],
-    }
-
-
 def _finish_round(
     trainer: Any,
-    round_index: int,
+    plan: RoundPlan,
     played: PlayedRound,
     before: HeldOutScores | None,
     scores: HeldOutScores | None,
 ) -> bool:
     """Log and write down a finished round, delete what is no longer needed; say if the run ends."""
     args, run, state = trainer.args, trainer.run, trainer.state
+    round_index = plan.round_index
     gain = standard_error = None
     if before is not None and scores is not None:
         gain, standard_error = paired_difference(before.by_prompt, scores.by_prompt)
@@ -340,8 +333,8 @@ def _finish_round(
         _warn_sharpening(run, round_index, trainer.self_play.collector.eval_threshold)
     line: dict[str, Any] = {
         "round": round_index,
-        **played.details,
-        "sampled_from": run.weights_before(run.sampling_round(round_index)),
+        **plan.details,
+        "sampled_from": run.weights_before(plan.sampling_round),
         "trained_from": "base" if args.start_from == "base" else run.weights_before(round_index),
         "funnel": played.funnel.to_dict(),
         "rewards": played.rewards,
@@ -355,7 +348,7 @@ def _finish_round(
         },
         "examples": played.num_examples,
         "steps": state.global_step,
-        "learning_rate": _settings_of_round(trainer, round_index)["learning_rate"],
+        "learning_rate": args.learning_rate,
     }
     if round_index == 0 and before is not None:
         line["eval_before"] = before.metrics

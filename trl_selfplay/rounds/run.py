@@ -41,8 +41,6 @@ class Run:
         keeps_initial_weights: Save the initial weights; False where they can be read again from
             the model's own source.
         keeps_every_model: Keep each round's model (adapters), not only the last and the best.
-        improve_steps: Rounds that train on the same samples, those of the first of them (ReST).
-        improve_rate_factor: What the learning rate falls by from one of them to the next.
         warm_up_rows: What to train on before the first sampling, or None.
         identity: What the method adds to what must stay equal over the run's processes, by name.
         was_opened: This process has begun a run before.
@@ -55,8 +53,6 @@ class Run:
     keeps_initial_weights: bool
     keeps_every_model: bool
     greater_is_better: bool = True
-    improve_steps: int = 1
-    improve_rate_factor: float = 1.0
     warm_up_rows: Dataset | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
     round_index: int | None = None
@@ -76,10 +72,6 @@ class Run:
     def warm_up_folder(self) -> Path:
         """Where the training before the first sampling lies."""
         return self.root / "warm-up"
-
-    def sampling_round(self, round_index: int) -> int:
-        """Return the round whose samples a round trains on: itself, but for Improve steps."""
-        return round_index - round_index % self.improve_steps
 
     def weights_before(self, round_index: int) -> str:
         """Return what to call the weights that a round finds."""

@@ -38,22 +38,24 @@ def train_on(
     trainer: Any,
     train_parent: Callable[..., TrainOutput],
     rows: Dataset | None,
-    settings: Mapping[str, Any],
+    folder: Path,
     seed: int,
 ) -> TrainOutput | None:
-    """Train on rows (None: not at all), from the last whole checkpoint; keep model and state.
+    """Train on rows (None: not at all), from the folder's last whole checkpoint.
+
+    Model and state are kept in the folder; nothing is pushed from it.
 
     Raises:
         FloatingPointError: The weights are no longer finite. No model is kept.
         OSError: The disk is full; what is whole is kept.
     """
-    folder = Path(settings["output_dir"])
     trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     folder.mkdir(parents=True, exist_ok=True)
     free_optimizer(trainer)
     # Dropout must not depend on what happened in this process before: a resumed round starts alike.
     set_seed(seed)
     output = None
+    settings = {"output_dir": str(folder), "push_to_hub": False}
     with changed_settings(trainer.args, settings), saying_what_is_kept(folder):
         checkpoint = last_whole_checkpoint(folder, trainer.accelerator)
         if rows is None:
@@ -161,11 +163,10 @@ def _load_state(trainer: Any, path: Path | None) -> TrainerState:
 
 @contextmanager
 def changed_settings(args: Any, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Give the parent other arguments while it trains; nothing is pushed from a round's folder."""
-    changed = {**settings, "push_to_hub": False}
-    previous = {name: getattr(args, name) for name in changed}
+    """Give the trainer other arguments for a while."""
+    previous = {name: getattr(args, name) for name in settings}
     try:
-        for name, value in changed.items():
+        for name, value in settings.items():
             setattr(args, name, value)
         yield
     finally:

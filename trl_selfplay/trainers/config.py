@@ -6,7 +6,7 @@ config. Where GRPOConfig has a field, the one here has its name, type and meanin
 
 import logging
 from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
@@ -16,6 +16,13 @@ from trl_selfplay.generation.generation_options import is_neutral
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rollouts.prompts import check_template_kwargs
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rounds.plan import (
+    OnResume,
+    PerRound,
+    RoundPlan,
+    per_round_lists,
+    plan_equal_rounds,
+)
 from trl_selfplay.trainers.field_checks import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -49,101 +56,119 @@ class SelfPlayConfig:
         "history_rounds": AT_LEAST_0,
         "round_learning_rates": AT_LEAST_0,
         "round_max_steps": AT_LEAST_1,
+        "round_temperatures": Bounds(0, meaning="0.0 is greedy"),
         "stop_after_rounds_without_gain": AT_LEAST_1,
     }
 
-    num_rounds: int = field(
+    num_rounds: Annotated[int, OnResume.MAY_GROW] = field(
         default=3,
-        metadata={"help": "Rounds of sampling, grading, selecting and training."},
+        metadata={
+            "help": "Rounds of sampling, grading, selecting and training.",
+        },
     )
-    num_prompts_per_round: int | None = field(
+    num_prompts_per_round: Annotated[int | None, OnResume.FIXED] = field(
         default=None,
         metadata={
             "help": "Prompts to draw afresh for each round, without replacement within a round. "
-            "None uses all prompts in every round."
+            "None uses all prompts in every round.",
         },
     )
-    num_generations: int = field(
-        default=1, metadata={"help": "Completions to sample for each prompt."}
+    num_generations: Annotated[int, OnResume.UNTIL_TRAINED] = field(
+        default=1,
+        metadata={"help": "Completions to sample for each prompt."},
     )
-    max_completion_length: int = field(
+    max_completion_length: Annotated[int, OnResume.FIXED] = field(
         default=512,
-        metadata={"help": "Most tokens of a completion. One that is cut here is never trained on."},
+        metadata={
+            "help": "Most tokens of a completion. One that is cut here is never trained on.",
+        },
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature; 0.0 is greedy decoding."}
-    )
-    top_p: float = field(
+    temperature: Annotated[float, OnResume.FIXED] = field(
         default=1.0,
-        metadata={"help": "Sample from the smallest set of tokens with this mass; 1.0 is off."},
+        metadata={"help": "Sampling temperature; 0.0 is greedy decoding."},
     )
-    top_k: int = field(
-        default=0, metadata={"help": "Sample from this many likeliest tokens; 0 is off."}
+    top_p: Annotated[float, OnResume.FIXED] = field(
+        default=1.0,
+        metadata={
+            "help": "Sample from the smallest set of tokens with this mass; 1.0 is off.",
+        },
     )
-    min_p: float | None = field(
+    top_k: Annotated[int, OnResume.FIXED] = field(
+        default=0,
+        metadata={
+            "help": "Sample from this many likeliest tokens; 0 is off.",
+        },
+    )
+    min_p: Annotated[float | None, OnResume.FIXED] = field(
         default=None,
         metadata={
             "help": "Drop tokens below this share of the likeliest token's probability; None is "
-            "off."
+            "off.",
         },
     )
-    repetition_penalty: float = field(
+    repetition_penalty: Annotated[float, OnResume.FIXED] = field(
         default=1.0,
-        metadata={"help": "Above 1.0, tokens that already occurred become less likely."},
+        metadata={
+            "help": "Above 1.0, tokens that already occurred become less likely.",
+        },
     )
-    stop_strings: list[str] | None = field(
+    stop_strings: Annotated[list[str] | None, OnResume.FIXED] = field(
         default=None,
         metadata={
             "help": "A completion ends with the token that completes one of these. It is trained "
-            "on with EOS added, so that the model learns to stop there."
+            "on with EOS added, so that the model learns to stop there.",
         },
     )
-    generation_kwargs: dict[str, Any] | str | None = field(
+    generation_kwargs: Annotated[dict[str, Any] | str | None, OnResume.FIXED] = field(
         default=None,
         metadata={
             "help": "More generation options, overriding the fields above: `eos_token_id`, "
             "`max_new_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`. "
-            "Any other one is an error."
+            "Any other one is an error.",
         },
     )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
+    chat_template_kwargs: Annotated[dict[str, Any] | str | None, OnResume.FIXED] = field(
         default=None,
         metadata={
             "help": "Keyword arguments for the chat template, such as `enable_thinking`. A row's own "
-            "`chat_template_kwargs`, in a column of that name, win."
+            "`chat_template_kwargs`, in a column of that name, win.",
         },
     )
-    sanitize_control_tokens: bool = field(
+    sanitize_control_tokens: Annotated[bool, OnResume.FIXED] = field(
         default=False,
         metadata={
             "help": "Read special tokens in the text of prompts, hints and data as plain text, so "
             "that only the chat template writes control tokens, as the argument of "
-            "`apply_chat_template` of that name does. False reads them as control tokens, as TRL."
+            "`apply_chat_template` of that name does. False reads them as control tokens, as TRL.",
         },
     )
-    log_completions: bool = field(
+    log_completions: Annotated[bool, OnResume.FREE] = field(
         default=False,
-        metadata={"help": "Print sampled completions with their rewards in each round."},
+        metadata={
+            "help": "Print sampled completions with their rewards in each round.",
+        },
     )
-    num_completions_to_print: int | None = field(
+    num_completions_to_print: Annotated[int | None, OnResume.FREE] = field(
         default=None,
-        metadata={"help": "How many completions `log_completions` prints; None prints all."},
+        metadata={
+            "help": "How many completions `log_completions` prints; None prints all.",
+        },
     )
-    num_generations_eval: int = field(
+    num_generations_eval: Annotated[int, OnResume.FIXED] = field(
         default=1,
         metadata={
             "help": "Completions to sample for each held-out prompt, beside the greedy one, for "
-            "`eval_pass@k`; 0 samples none."
+            "`eval_pass@k`; 0 samples none.",
         },
     )
-    temperature_eval: float = field(
+    temperature_eval: Annotated[float, OnResume.FIXED] = field(
         default=1.0,
         metadata={
             "help": "Temperature of the held-out samples (with top_p 0.95), the same in every "
-            "round so that rounds compare (ReST^EM, arXiv 2312.06585, Fig. 5)."
+            "round so that rounds compare (ReST^EM, arXiv 2312.06585, Fig. 5).",
         },
     )
-    start_from: str = field(
+    start_from: Annotated[str, OnResume.UNTIL_TRAINED] = field(
         default="base",
         metadata={
             "help": "Weights that a round's training starts from: those before round 0 or those "
@@ -151,19 +176,37 @@ class SelfPlayConfig:
             "choices": ["base", "previous"],
         },
     )
-    history_rounds: int = field(
+    history_rounds: Annotated[int, OnResume.UNTIL_TRAINED] = field(
         default=0,
-        metadata={"help": "Earlier rounds whose selected samples are trained on too."},
+        metadata={
+            "help": "Earlier rounds whose selected samples are trained on too.",
+        },
     )
-    round_learning_rates: list[float] | None = field(
+    round_learning_rates: Annotated[
+        list[float] | None, PerRound("learning_rate"), OnResume.UNTIL_TRAINED
+    ] = field(
         default=None,
-        metadata={"help": "One learning rate for each round, in place of `learning_rate`."},
+        metadata={
+            "help": "One learning rate for each round, in place of `learning_rate`.",
+        },
     )
-    round_max_steps: list[int] | None = field(
-        default=None,
-        metadata={"help": "One number of optimizer steps for each round, in place of `max_steps`."},
+    round_max_steps: Annotated[list[int] | None, PerRound("max_steps"), OnResume.UNTIL_TRAINED] = (
+        field(
+            default=None,
+            metadata={
+                "help": "One number of optimizer steps for each round, in place of `max_steps`.",
+            },
+        )
     )
-    on_empty_round: str = field(
+    round_temperatures: Annotated[list[float] | None, PerRound("temperature"), OnResume.FIXED] = (
+        field(
+            default=None,
+            metadata={
+                "help": "One sampling temperature per round, in place of `temperature`.",
+            },
+        )
+    )
+    on_empty_round: Annotated[str, OnResume.FREE] = field(
         default="raise",
         metadata={
             "help": "What to do when a round keeps nothing: raise `EmptyRoundError`, or stop and "
@@ -171,20 +214,24 @@ class SelfPlayConfig:
             "choices": ["raise", "stop"],
         },
     )
-    load_best_round_at_end: bool | None = field(
+    load_best_round_at_end: Annotated[bool | None, OnResume.FREE] = field(
         default=None,
         metadata={
             "help": "Load the weights with the best held-out score at the end, the untrained model "
-            "included. None: on with an `eval_dataset`."
+            "included. None: on with an `eval_dataset`.",
         },
     )
-    stop_after_rounds_without_gain: int | None = field(
+    stop_after_rounds_without_gain: Annotated[int | None, OnResume.FREE] = field(
         default=None,
         metadata={
             "help": "Stop after this many rounds whose held-out score is not above the best so "
-            "far. None never stops."
+            "far. None never stops.",
         },
     )
+
+    def plan_rounds(self) -> tuple[RoundPlan, ...]:
+        """Return what each round of the run does: whose samples it trains on, and its values."""
+        return plan_equal_rounds(self)
 
 
 def switch_off_bf16_without_gpu(config: Any) -> None:
@@ -305,11 +352,20 @@ def check_self_play_config(config: Any) -> None:
         )
     if config.chat_template_kwargs:
         check_template_kwargs(config.chat_template_kwargs, "chat_template_kwargs")
-    options = build_sampling_options(config, ())  # with generation_kwargs laid over
-    if options.temperature == 0.0 and config.num_generations > 1:
+    for name in per_round_lists(type(config)):
+        values = getattr(config, name)
+        if values is not None and len(values) < config.num_rounds:
+            raise ValueError(
+                f"{name} has {len(values)} values for num_rounds={config.num_rounds}; give one per "
+                "round."
+            )
+    if config.num_generations > 1 and 0.0 in sampling_temperatures(config):
+        given = f"round_temperatures={config.round_temperatures}"
+        if config.round_temperatures is None:
+            given = "temperature=0.0"
         raise ValueError(
-            f"num_generations={config.num_generations} with temperature=0.0: greedy decoding would "
-            "give copies of one completion. Set temperature above 0 (0.7 to 1.0 are usual) or "
+            f"num_generations={config.num_generations} with {given}: greedy decoding would give "
+            "copies of one completion. Set temperatures above 0 (0.7 to 1.0 are usual) or "
             "num_generations=1."
         )
     if config.temperature_eval == 0.0 and config.num_generations_eval > 1:
@@ -317,24 +373,29 @@ def check_self_play_config(config: Any) -> None:
             f"num_generations_eval={config.num_generations_eval} with temperature_eval=0.0 would "
             "grade copies. `eval_accuracy` is greedy already; set temperature_eval above 0."
         )
-    for name in ("round_learning_rates", "round_max_steps"):
-        values = getattr(config, name)
-        if values is not None and len(values) < config.num_rounds:
-            raise ValueError(
-                f"{name} has {len(values)} values for num_rounds={config.num_rounds}; give one a "
-                "round."
-            )
-    last_round = config.num_rounds * getattr(config, "num_improve_steps", 1)
-    if config.seed + last_round > LARGEST_SEED:
+    num_rounds = len(config.plan_rounds())
+    if config.seed + num_rounds > LARGEST_SEED:
         raise ValueError(
-            f"seed={config.seed} with {last_round} rounds: each round adds its index to the seed, "
+            f"seed={config.seed} with {num_rounds} rounds: each round adds its index to the seed, "
             f"which may be at most {LARGEST_SEED}. Set a lower seed."
         )
+
+
+def sampling_temperatures(config: Any) -> tuple[float, ...]:
+    """Return the temperatures that the rounds sample at, with `generation_kwargs` laid over."""
+    if config.round_temperatures is not None:
+        return tuple(config.round_temperatures[: config.num_rounds])
+    return (build_sampling_options(config, ()).temperature,)
 
 
 def _check_generation_kwargs(config: Any) -> None:
     """Check the values of `generation_kwargs`, and leave out what says what holds anyway."""
     given = dict(config.generation_kwargs or {})
+    if config.round_temperatures is not None and "temperature" in given:
+        raise ValueError(
+            f"generation_kwargs has temperature={given['temperature']} with round_temperatures="
+            f"{config.round_temperatures}, which it would override. Leave one out."
+        )
     hints, bounds = get_type_hints(SelfPlayConfig), bounds_of(SelfPlayConfig)
     for keyword, value in list(given.items()):
         if keyword in _FIELD_OF_KEYWORD:
@@ -344,10 +405,13 @@ def _check_generation_kwargs(config: Any) -> None:
         elif keyword == "eos_token_id":
             check_value("generation_kwargs['eos_token_id']", value, int | list[int], AT_LEAST_0)
         elif keyword == "do_sample":
-            temperature = given.get("temperature", config.temperature)
-            if value is not (temperature > 0.0):
+            temperatures = config.round_temperatures or [
+                given.get("temperature", config.temperature)
+            ]
+            if any(value is not (temperature > 0.0) for temperature in temperatures):
                 raise ValueError(
-                    f"generation_kwargs has do_sample={value!r} with temperature={temperature}; "
+                    f"generation_kwargs has do_sample={value!r} with temperature="
+                    f"{', '.join(map(str, temperatures))}; "
                     "whether tokens are drawn follows from the temperature, and 0.0 is greedy. Set "
                     "`temperature`, and leave do_sample out."
                 )

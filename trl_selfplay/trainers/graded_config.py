@@ -1,8 +1,9 @@
 """Fields of the configs whose rounds are graded by reward functions, and their checks."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from trl_selfplay.rounds.plan import OnResume
 from trl_selfplay.trainers.config import (
     SelfPlayConfig,
     check_self_play_config,
@@ -23,38 +24,44 @@ class GradedConfig(SelfPlayConfig):
         "few_shot_rounds": AT_LEAST_0,
     }
 
-    reward_weights: list[float] | None = field(
+    reward_weights: Annotated[list[float] | None, OnResume.FIXED] = field(
         default=None,
-        metadata={"help": "Weight of each reward function; None weighs all with 1.0."},
+        metadata={
+            "help": "Weight of each reward function; None weighs all with 1.0.",
+        },
     )
-    reward_threshold: float = field(
+    reward_threshold: Annotated[float, OnResume.UNTIL_TRAINED] = field(
         default=1.0,
-        metadata={"help": "A completion is correct if its weighted reward is at least this."},
+        metadata={
+            "help": "A completion is correct if its weighted reward is at least this.",
+        },
     )
-    max_per_prompt: int | None = field(
+    max_per_prompt: Annotated[int | None, OnResume.UNTIL_TRAINED] = field(
         default=None,
         metadata={
             "help": "Most completions to keep of a prompt, drawn at random after deduplication. "
-            "None keeps all."
+            "None keeps all.",
         },
     )
-    deduplicate: bool = field(
+    deduplicate: Annotated[bool, OnResume.UNTIL_TRAINED] = field(
         default=True,
-        metadata={"help": "Keep one of a prompt's completions that are equal in normal form."},
+        metadata={
+            "help": "Keep one of a prompt's completions that are equal in normal form.",
+        },
     )
-    few_shot_in_training: bool = field(
+    few_shot_in_training: Annotated[bool, OnResume.FIXED] = field(
         default=False,
         metadata={
             "help": "Train (and evaluate) with the few-shot examples in the prompt, and not only "
-            "sample with them."
+            "sample with them.",
         },
     )
-    few_shot_rounds: int | None = field(
+    few_shot_rounds: Annotated[int | None, OnResume.FIXED] = field(
         default=None,
         metadata={
             "help": "Sample with the few-shot examples in this many first rounds only; from then "
             "on the model is asked in the form that it is trained on. None: in all rounds, as in "
-            "the paper."
+            "the paper.",
         },
     )
 

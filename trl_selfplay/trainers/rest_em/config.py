@@ -1,10 +1,12 @@
 """Configuration of ReSTEMTrainer, with the settings of three papers as presets."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from trl import SFTConfig
 
+from trl_selfplay.rounds.plan import OnResume, RoundPlan
 from trl_selfplay.trainers.field_checks import ABOVE_0, Bounds
 from trl_selfplay.trainers.graded_config import GradedConfig
 from trl_selfplay.trainers.ported_scripts import takes_ported_fields
@@ -114,17 +116,17 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
             "and not only sample with them."
         },
     )
-    improve_thresholds: list[float] | None = field(
+    improve_thresholds: Annotated[list[float] | None, OnResume.UNTIL_TRAINED] = field(
         default=None,
         metadata={
             "help": "ReST: the rising thresholds of the Improve steps that follow each Grow step. "
             "All train on the same samples, those with a reward strictly above the threshold, and "
             "each goes on from the one before; `num_rounds` counts the Grow steps. -inf as the "
             "first one selects everything. None trains once a round on what reaches "
-            "reward_threshold."
+            "reward_threshold.",
         },
     )
-    threshold_kind: str = field(
+    threshold_kind: Annotated[str, OnResume.UNTIL_TRAINED] = field(
         default="value",
         metadata={
             "help": "What improve_thresholds are: rewards, percentiles (0 to 100) of the prompt's "
@@ -132,14 +134,14 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
             "choices": ["value", "percentile", "interpolate"],
         },
     )
-    improve_learning_rate_factor: float = field(
+    improve_learning_rate_factor: Annotated[float, OnResume.UNTIL_TRAINED] = field(
         default=0.5,
         metadata={
             "help": "What each Improve step multiplies the learning rate of the one before with. "
-            "ReST lowers it by a factor that it doesn't give."
+            "ReST lowers it by a factor that it doesn't give.",
         },
     )
-    loss_weighting: str = field(
+    loss_weighting: Annotated[str, OnResume.UNTIL_TRAINED] = field(
         default="filter",
         metadata={
             "help": "'filter' trains on what reaches the threshold, all alike; 'reward' on every "
@@ -149,25 +151,25 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
             "choices": ["filter", "reward"],
         },
     )
-    gold_ratio: float | None = field(
+    gold_ratio: Annotated[float | None, OnResume.UNTIL_TRAINED] = field(
         default=None,
         metadata={
             "help": "Gold completions for each selected one of the model's own, drawn without "
-            "repetition. None trains on each of gold_dataset once a round."
+            "repetition. None trains on each of gold_dataset once a round.",
         },
     )
-    deduplicate_against_gold: bool = field(
+    deduplicate_against_gold: Annotated[bool, OnResume.UNTIL_TRAINED] = field(
         default=False,
         metadata={
             "help": "Drop a completion that has the normal form of one of its prompt's gold "
-            "completions. Off: one with that form is kept beside gold, as in RFT's code."
+            "completions. Off: one with that form is kept beside gold, as in RFT's code.",
         },
     )
-    warm_up_on_gold: bool = field(
+    warm_up_on_gold: Annotated[bool, OnResume.FIXED] = field(
         default=False,
         metadata={
             "help": "Train on gold_dataset before the first sampling: ReST's first step, and RFT's "
-            "sampler. start_from='base' still means the weights before it."
+            "sampler. start_from='base' still means the weights before it.",
         },
     )
 
@@ -189,6 +191,33 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
     def num_improve_steps(self) -> int:
         """Improve steps that follow each Grow step; 1 without `improve_thresholds`."""
         return len(self.improve_thresholds or [None])
+
+    def plan_rounds(self) -> tuple[RoundPlan, ...]:
+        """Return the Improve steps of each Grow step as rounds that train on its samples."""
+        if self.improve_thresholds is None:
+            return super().plan_rounds()
+        plans: list[RoundPlan] = []
+        for grow in super().plan_rounds():
+            rate = grow.settings.get("learning_rate", self.learning_rate)
+            first = len(plans)
+            for improve, threshold in enumerate(self.improve_thresholds):
+                factor = self.improve_learning_rate_factor**improve
+                # JSON has no infinity.
+                shown = None if threshold == -math.inf else threshold
+                plans.append(
+                    RoundPlan(
+                        first + improve,
+                        sampling_round=first,
+                        settings={**grow.settings, "learning_rate": rate * factor},
+                        details={
+                            "grow": grow.round_index,
+                            "improve": improve,
+                            "threshold": shown,
+                        },
+                        may_be_skipped=improve > 0 and self.on_empty_round == "stop",
+                    )
+                )
+        return tuple(plans)
 
     def _check_improve_steps(self) -> None:
         if self.improve_thresholds is None:

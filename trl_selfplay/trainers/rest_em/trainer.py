@@ -114,8 +114,6 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
                 "it. Leave one out."
             )
         self.run = parts.run
-        self.run.improve_steps = parts.args.num_improve_steps
-        self.run.improve_rate_factor = parts.args.improve_learning_rate_factor
         super().__init__(**parts.for_parent)
         if self.args.loss_weighting == "reward":
             self.data_collator = WeightCollator(self.data_collator)
@@ -156,17 +154,18 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
     def play_round(self, round_index: int) -> PlayedRound:
         """Grow (the E-step): sample and grade; Improve: select what the M-step trains on."""
         play, args, folder = self.self_play, self.args, self.run.folder(round_index)
-        grow = self.run.sampling_round(round_index)
+        improve = round_index % args.num_improve_steps
+        grow = round_index - improve  # the round that samples
         rows = play.draw_prompts(grow)
-        if round_index == grow:
+        if improve == 0:
             rollouts = play.sample(rows, round_index, "train", folder)
         else:  # an Improve step on the same samples and scores
             rollouts = load_samples(self.run.folder(grow))
-        step = self.run.improve_steps
+        step = args.num_improve_steps
         earlier = range(max(grow - args.history_rounds * step, 0), grow, step)
         history, gold = load_history(self.run, earlier), self._score_gold()
         prompt_ids = self._prompt_ids(play.rows if earlier else rows)
-        is_selected = self._selection_rule(round_index - grow, [*rollouts, *history, *gold])
+        is_selected = self._selection_rule(improve, [*rollouts, *history, *gold])
         if args.improve_thresholds is not None:
             gold = [rollout for rollout in gold if is_selected(rollout)]
         rules = SelectionRules(
@@ -188,8 +187,8 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
             weigh=relative_weights if args.loss_weighting == "reward" else None,
             metrics=play.watch_diversity(round_index, rollouts, self.normal_form),
         )
-        self._warn_repeated(played, round_index - grow, round_index)
-        return self._describe_improve(played, round_index - grow, grow)
+        self._warn_repeated(played, improve, round_index)
+        return played
 
     def _selection_rule(
         self, improve: int, rollouts: Sequence[Rollout]
@@ -220,15 +219,6 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
                 round_index,
                 played.num_examples,
             )
-
-    def _describe_improve(self, played: PlayedRound, improve: int, grow: int) -> PlayedRound:
-        args = self.args
-        if args.improve_thresholds is None:
-            return played
-        return played.as_improve_step(
-            grow // self.run.improve_steps, improve, args.improve_thresholds[improve],
-            may_be_skipped=improve > 0 and args.on_empty_round == "stop",
-        )  # fmt: skip
 
     def _score_gold(self) -> list[Rollout]:
         """Return the gold completions, graded once a run if thresholds are to filter them.

@@ -4,16 +4,18 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from datasets import Dataset
 from trl import DPOConfig
 
 from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.rounds.plan import OnResume, PerRound
 from trl_selfplay.trainers.config import (
     check_self_play_config,
     graded_metric_names,
     guess_greater_is_better,
+    sampling_temperatures,
     switch_off_bf16_without_gpu,
 )
 from trl_selfplay.trainers.field_checks import ABOVE_0, check_fields
@@ -76,8 +78,11 @@ class SPINConfig(ReferenceConfig, DPOConfig):
     _BOUNDS = {"round_betas": ABOVE_0}  # noqa: RUF012  # not a field
     _reference = "opponent"
 
-    round_betas: list[float] | None = field(
-        default=None, metadata={"help": "One beta for each round, in place of `beta`."}
+    round_betas: Annotated[list[float] | None, PerRound("beta"), OnResume.UNTIL_TRAINED] = field(
+        default=None,
+        metadata={
+            "help": "One beta for each round, in place of `beta`.",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -207,9 +212,13 @@ class SPINConfig(ReferenceConfig, DPOConfig):
     def _warn_off_policy(self) -> None:
         options = build_sampling_options(self, ())  # with generation_kwargs laid over
         changed = [
+            f"temperature={temperature}"
+            for temperature in dict.fromkeys(sampling_temperatures(self))
+            if temperature != 1.0
+        ]
+        changed += [
             f"{name}={getattr(options, name)}"
             for name, neutral in (
-                ("temperature", (1.0,)),
                 ("top_p", (1.0,)),
                 ("top_k", (0,)),
                 ("min_p", (None, 0.0)),

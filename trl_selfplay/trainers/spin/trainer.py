@@ -183,7 +183,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     def play_round(self, round_index: int) -> PlayedRound:
         """Sample y' ~ p_θt(·|x), pair it with the data's y, and score both under p_θt."""
         play, args, folder = self.self_play, self.args, self.run.folder(round_index)
-        self.beta = args.beta if args.round_betas is None else args.round_betas[round_index]
+        self.beta = args.beta  # the round's own, see `round_betas`
         rollouts = play.sample(play.draw_prompts(round_index), round_index, "train", folder)
         selection = select_pairs(rollouts, self.chosen, args.max_length)
         earlier = range(max(round_index - args.history_rounds, 0), round_index)

@@ -1,10 +1,11 @@
 """Configuration of STaRTrainer, with the paper's settings as presets."""
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from trl import SFTConfig
 
+from trl_selfplay.rounds.plan import OnResume
 from trl_selfplay.trainers.graded_config import GradedConfig
 from trl_selfplay.trainers.ported_scripts import takes_ported_fields
 
@@ -48,11 +49,11 @@ class STaRConfig(GradedConfig, SFTConfig):
     temperature: float = field(
         default=0.0, metadata={"help": "Sampling temperature; 0.0 is greedy, as in the paper."}
     )
-    rationalize: bool = field(
+    rationalize: Annotated[bool, OnResume.FIXED] = field(
         default=True,
         metadata={
             "help": "Sample prompts that no completion solved again with the answer as hint, and "
-            "train on what passes without the hint."
+            "train on what passes without the hint.",
         },
     )
 

@@ -1,0 +1,97 @@
+"""What the fields of a config mean to its rounds: when they may change, and which differ by round.
+
+In: a config whose annotations say so, as `Annotated[int, OnResume.FIXED]`: the parser of command
+lines hands a field's metadata on to argparse, which takes no names but its own. Out: a rule per
+field, and a plan per round, known before the first one begins. A method whose rounds aren't all
+alike, such as ReST's Improve steps, makes its own plan.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class OnResume(StrEnum):
+    """When a field may have another value in a run that is resumed."""
+
+    FREE = "free"
+    """Always: how often, how loud, where and how fast, but not what is computed."""
+    WARNED = "warned"
+    """Always, but once a round has been trained on with a warning: the rounds to come go on to
+    another result."""
+    UNTIL_TRAINED = "until_trained"
+    """Until a round has been trained on: selection and training alone read it, so that the samples
+    on disk stay valid. A value in a list of one per round: until its round is finished."""
+    MAY_GROW = "may_grow"
+    """Always, to a larger value: rounds are added at the end."""
+    FIXED = "fixed"
+    """Never: samples depend on it. A value in a list of one per round: until its round samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerRound:
+    """Marks a list with one value per round.
+
+    Attributes:
+        replaces: The field in place of which a round's value stands.
+    """
+
+    replaces: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPlan:
+    """One round of a run.
+
+    Attributes:
+        round_index: Its place in the run.
+        sampling_round: The round whose samples it trains on: itself, or an earlier one.
+        settings: Fields of the config that have another value while this round is played and
+            trained on.
+        details: What rounds.jsonl records of the round besides its results.
+        may_be_skipped: If the round keeps nothing, it leaves the weights as they are and the next
+            one begins.
+    """
+
+    round_index: int
+    sampling_round: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    may_be_skipped: bool = False
+
+
+def declared_rules(config_class: type) -> dict[str, OnResume]:
+    """Return when fields may change on resume, of those whose annotation says so."""
+    return {name: mark for name, mark in _marks(config_class) if isinstance(mark, OnResume)}
+
+
+def per_round_lists(config_class: type) -> dict[str, str]:
+    """Return the fields that hold one value per round, and the field that each replaces."""
+    return {n: mark.replaces for n, mark in _marks(config_class) if isinstance(mark, PerRound)}
+
+
+def _marks(config_class: type) -> Iterator[tuple[str, Any]]:
+    """Yield what the annotations say; a field that is declared again keeps what was said of it."""
+    for base in reversed(config_class.__mro__):
+        for name, annotation in inspect.get_annotations(base).items():
+            for mark in getattr(annotation, "__metadata__", ()):
+                yield name, mark
+
+
+def plan_equal_rounds(config: Any) -> tuple[RoundPlan, ...]:
+    """Return one plan per round that samples for itself, with its values of the lists.
+
+    Args:
+        config: With `num_rounds`, and lists that are None or hold a value for each round.
+    """
+    lists = {
+        replaced: values
+        for name, replaced in per_round_lists(type(config)).items()
+        if (values := getattr(config, name)) is not None
+    }
+    return tuple(
+        RoundPlan(index, index, {name: values[index] for name, values in lists.items()})
+        for index in range(config.num_rounds)
+    )
