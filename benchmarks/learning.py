@@ -112,7 +112,7 @@ def run_arm(arm: str, seed: int) -> dict[str, Any]:
     trainer.train()
     record["minutes"] = (time.monotonic() - started) / 60
     record["lines"] = trainer.run.lines
-    chosen = find_best_round(trainer.run)
+    chosen = find_best_round(trainer.run, trainer.run.lines)
     record["chosen_round"] = chosen
     # The best round's weights are in place: pass@8 for them, greedy accuracy for all rounds.
     record["report"] = report_scores(trainer, num_samples=NUM_SAMPLES if arm == "star" else 0)

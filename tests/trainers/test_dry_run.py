@@ -91,7 +91,7 @@ def test_a_trial_step_leaves_everything_as_it_was(request, method, changes) -> N
     trainer = request.getfixturevalue(f"build_{method}")(**changes)
     trainer.model.eval()
     before = state_of(trainer)
-    try_step(trainer, trainer.run.placeholder)
+    try_step(trainer, trainer.placeholder)
     after = state_of(trainer)
     assert before["trainer"].keys() == after["trainer"].keys()
     assert all(v is after["trainer"][k] for k, v in before["trainer"].items())
@@ -132,4 +132,4 @@ def test_a_run_is_bit_equal_with_and_without_a_trial_step(request, monkeypatch, 
 def test_weights_and_packing_are_tried_out_too(build_rest_em) -> None:
     for changes in ({"loss_weighting": "reward"}, {"packing": True, "max_length": 64}):
         trainer = build_rest_em(**changes)
-        try_step(trainer, trainer.run.placeholder)
+        try_step(trainer, trainer.placeholder)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallb
 
 from trl_selfplay.rollouts.record import SCHEMA
 from trl_selfplay.rounds.log import say_where_interrupted
+from trl_selfplay.rounds.run import RoundProgress
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -47,9 +48,8 @@ def test_the_model_of_the_end_is_in_output_dir(build_star, tmp_path) -> None:
     assert tokenizer(text).input_ids == trainer.processing_class(text).input_ids
 
 
-def test_an_interruption_before_the_first_round_is_told_as_that(build_star, caplog) -> None:
-    trainer = build_star()
-    with pytest.raises(KeyboardInterrupt), say_where_interrupted(trainer.run):
+def test_an_interruption_before_the_first_round_is_told_as_that(caplog) -> None:
+    with pytest.raises(KeyboardInterrupt), say_where_interrupted(RoundProgress(())):
         raise KeyboardInterrupt
     assert "interrupted before round 0; go on with train(resume" in caplog.text
 

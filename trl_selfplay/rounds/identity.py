@@ -172,15 +172,13 @@ def resume_rules(config_class: type) -> dict[str, OnResume]:
 
 def describe_trainer(trainer: Any) -> Description:
     """Return what makes a trainer's run, see `describe_run`; its method adds `trainer.identity()`."""
-    play, run = trainer.self_play, trainer.run
+    play = trainer.self_play
     scorer, eval_scorer = play.collector.scorer, play.collector.eval_scorer
     examples = [
         (canonical_prompt(e.prompt), e.completion, str(e.solution))
         for e in play.formatter.few_shot_examples
     ]
     sets = {f"{_HELDOUT} {name}".strip(): rows for name, rows in play.heldout.items()}
-    if "weights" not in run.identity:  # before this process changes them
-        run.identity["weights"] = digest_weights(trainer.model, run.keeps_initial_weights)
     compute_loss = getattr(trainer, "compute_loss_func", None)
     optimizer = getattr(trainer, "optimizer_cls_and_kwargs", None)
     quantization = getattr(trainer.model.config, "quantization_config", None)
@@ -193,7 +191,7 @@ def describe_trainer(trainer: Any) -> Description:
         {
             "method": trainer._name,
             "model": trainer.model.config.name_or_path,
-            "weights": run.identity["weights"],
+            "weights": trainer.weights_digest,
             "peft_config": describe_adapters(trainer.model),
             "quantization_config": getattr(quantization, "to_dict", lambda: quantization)(),
             "reward_funcs": None if scorer is None else str(scorer.names),

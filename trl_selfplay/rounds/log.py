@@ -4,6 +4,7 @@ In: a trainer over rounds. Out: log lines whose steps go on over rounds, calls o
 `on_round_begin` and `on_round_end`, a table in the model card.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_selfplay.evaluation.monitor import warn_warmup
 from trl_selfplay.evaluation.report import rounds_markdown, say
-from trl_selfplay.rounds.run import Run
+from trl_selfplay.rounds.run import RoundProgress, Run
 
 logger = logging.getLogger(__name__)
 
@@ -22,23 +23,30 @@ logger = logging.getLogger(__name__)
 def log_with_round(
     trainer: Any, log_parent: Callable[..., None], logs: dict[str, float], start_time: float | None
 ) -> None:
-    """Log with the round and with steps that go on over rounds, leaving the loop's own counters."""
-    run = trainer.run
-    if run.round_index is not None:
-        logs["round"] = run.round_index
-    step = trainer.state.global_step
-    trainer.state.global_step = step + run.steps_before
+    """Log with the round and with steps that go on over rounds.
+
+    The parent and its trackers see a copy of the state with those steps; its log history is the
+    state's own.
+    """
+    progress: RoundProgress | None = trainer.progress
+    if progress is None or progress.round_index is None:
+        log_parent(logs, start_time)
+        return
+    logs["round"] = progress.round_index
+    state = trainer.state
+    trainer.state = copy.copy(state)
+    trainer.state.global_step += progress.steps_before
     try:
         log_parent(logs, start_time)
     finally:
-        trainer.state.global_step = step
+        trainer.state = state
 
 
-def load_log_history(run: Run) -> list[dict[str, Any]]:
+def load_log_history(run: Run, num_finished: int) -> list[dict[str, Any]]:
     """Return what the finished rounds logged, the warm-up first, from their states on disk."""
-    if not run.lines:
+    if not num_finished:
         return []  # the warm-up, if there is one, is logged again
-    folders = [run.warm_up_folder, *(run.folder(line["round"]) for line in run.lines)]
+    folders = [run.warm_up_folder, *map(run.folder, range(num_finished))]
     history: list[dict[str, Any]] = []
     for path in (folder / "trainer_state.json" for folder in folders):
         try:
@@ -53,14 +61,16 @@ def load_log_history(run: Run) -> list[dict[str, Any]]:
 def add_rounds_to_card(trainer: Any) -> None:
     """Append the table of rounds to the model card that TRL wrote into the output directory."""
     path = Path(trainer.args.output_dir) / "README.md"
-    if trainer.run.lines and trainer.is_world_process_zero() and path.exists():
-        run = trainer.run
-        table = rounds_markdown(run.lines, run.chosen_metric, run.greater_is_better)
+    if not (trainer.is_world_process_zero() and path.exists()):
+        return
+    run: Run = trainer.run
+    if lines := run.lines:
+        table = rounds_markdown(lines, run.chosen_metric, run.greater_is_better)
         path.write_text(f"{path.read_text().rstrip()}\n\n{table}\n")
 
 
-def call_round_event(trainer: Any, event: str, round_index: int) -> bool:
-    """Tell the callbacks that know the event; say whether one asked to stop the run.
+def call_round_event(trainer: Any, event: str, progress: RoundProgress) -> bool:
+    """Tell the callbacks that know the event; return whether one asked to stop the run.
 
     They get and may return the control, as for the parent's events.
     """
@@ -73,15 +83,15 @@ def call_round_event(trainer: Any, event: str, round_index: int) -> bool:
                 trainer.control,
                 model=trainer.model,
                 processing_class=trainer.processing_class,
-                round_index=round_index,
-                lines=trainer.run.lines,
+                round_index=progress.round_index,
+                lines=progress.lines,
             )
             trainer.control = control if control is not None else trainer.control
     return trainer.control.should_training_stop
 
 
 @contextmanager
-def say_where_interrupted(run: Run) -> Iterator[None]:
+def say_where_interrupted(progress: RoundProgress) -> Iterator[None]:
     """Tell, when interrupted, which round it was and how to go on."""
     try:
         yield
@@ -89,7 +99,8 @@ def say_where_interrupted(run: Run) -> Iterator[None]:
         KeyboardInterrupt,
         SystemExit,
     ):  # an exit with code 0 would look like the end of the run
-        where = "before round 0" if run.round_index is None else f"in round {run.round_index}"
+        index = progress.round_index
+        where = "before round 0" if index is None else f"in round {index}"
         logger.warning(
             "interrupted %s; go on with train(resume_from_checkpoint=True) on the same output_dir.",
             where,
@@ -100,30 +111,31 @@ def say_where_interrupted(run: Run) -> Iterator[None]:
 class RoundCallback(TrainerCallback):
     """Tells the plan, and hands waiting numbers to the trackers, once the parent has begun."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, progress: RoundProgress) -> None:
         self.trainer = trainer
+        self.progress = progress
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the plan and warn of a round shorter than its warm-up; flush waiting numbers."""
-        run: Run = self.trainer.run
-        round_index = run.round_index
+        progress = self.progress
+        round_index = progress.round_index
         if round_index is None:
             return
-        start = "base" if args.start_from == "base" else run.weights_before(round_index)
+        start = "base" if args.start_from == "base" else progress.weights_before(round_index)
         if state.is_world_process_zero:
-            plan = args.plan_rounds()[round_index]
-            sampled_from = run.weights_before(plan.sampling_round)
+            plan = progress.plans[round_index]
+            sampled_from = progress.weights_before(plan.sampling_round)
             source = sampled_from if round_index == 0 else f"{sampled_from}'s model"
             say(
                 f"round {round_index}: sample from {source}, train from {start}, "
-                f"{run.num_examples} examples, {state.max_steps} steps"
+                f"{progress.num_examples} examples, {state.max_steps} steps"
             )
             if warning := warn_warmup(
                 state.max_steps, args.get_warmup_steps(state.max_steps), round_index
             ):
                 logger.warning("%s", warning)
-        for logs in run.pending_logs:
+        for logs in progress.pending_logs:
             self.trainer.log(logs)
-        run.pending_logs.clear()
+        progress.pending_logs.clear()

@@ -10,10 +10,11 @@ on disk before the next begins, and whatever is found there is not done again:
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
 from trl import BEMACallback
@@ -37,7 +38,7 @@ from trl_selfplay.rounds.checkpoints import list_checkpoints
 from trl_selfplay.rounds.dry_run import try_step
 from trl_selfplay.rounds.early_stopping import ends_run
 from trl_selfplay.rounds.empty_round import handle_empty_round
-from trl_selfplay.rounds.identity import check_identity, describe_trainer
+from trl_selfplay.rounds.identity import check_identity, describe_trainer, digest_weights
 from trl_selfplay.rounds.log import (
     RoundCallback,
     call_round_event,
@@ -47,12 +48,12 @@ from trl_selfplay.rounds.log import (
 from trl_selfplay.rounds.plan import RoundPlan
 from trl_selfplay.rounds.run import (
     UNTRAINED,
+    RoundProgress,
     Run,
     append_line,
     drop_what_samples_became,
     find_best_round,
     has_stalled,
-    load_lines,
 )
 from trl_selfplay.rounds.training import (
     changed_settings,
@@ -106,41 +107,37 @@ def _run_rounds(
     trainer: Any, train_parent: Callable[..., TrainOutput], resume: bool | str | None
 ) -> TrainOutput:
     args, run = trainer.args, trainer.run
-    run.warm_up_rows = trainer.warm_up_rows()
-    plans = args.plan_rounds()
-    _refuse_callbacks(trainer, len(plans))
-    if run.placeholder is not None:
-        try_step(trainer, run.placeholder)
-    _open_run(trainer, plans, resume)
-    callback = RoundCallback(trainer)
+    progress = RoundProgress(args.plan_rounds(), trainer.warm_up_rows())
+    _refuse_callbacks(trainer, progress)
+    try_step(trainer, trainer.placeholder)
+    _open_run(trainer, progress, resume)
+    callback = RoundCallback(trainer, progress)
     trainer.add_callback(callback)
     output: TrainOutput | None = None
-    history = load_log_history(run)
+    history = load_log_history(run, len(progress.lines))
     ended = False  # by a callback
+    trainer.progress = progress
     try:
-        with say_where_interrupted(run):
+        with say_where_interrupted(progress):
             before = trainer.score_heldout(UNTRAINED, run.folder(UNTRAINED) / "evaluation")
-            _report_baseline(run, before, getattr(args, "rewards_have_degrees", False))
-            _load_newest_weights(trainer)
-            if run.warm_up_rows is not None and not run.lines:
-                folder = run.warm_up_folder
-                if not load_outcome(trainer, folder):
-                    trained = train_on(trainer, train_parent, run.warm_up_rows, folder, args.seed)
-                    ended = trained is not None and ends_run(trainer.state)
+            _report_baseline(progress, before, args.rewards_have_degrees)
+            _load_newest_weights(trainer, progress)
+            if progress.warm_up_rows is not None and not progress.lines:
+                ended = _warm_up(trainer, train_parent, progress.warm_up_rows)
                 history += trainer.state.log_history
-            if len(run.lines) == len(plans):
-                say(f"all {len(plans)} rounds in {args.output_dir} were finished before")
-            for plan in plans[len(run.lines) :]:
-                if ended or has_stalled(run, args.stop_after_rounds_without_gain):
+            if len(progress.lines) == len(progress.plans):
+                say(f"all {len(progress.lines)} rounds in {args.output_dir} were finished before")
+            for plan in progress.plans[len(progress.lines) :]:
+                patience = args.stop_after_rounds_without_gain
+                if ended or has_stalled(run, progress.lines, patience):
                     break
+                progress.begin(plan.round_index)
                 with changed_settings(args, plan.settings):
-                    run.round_index = plan.round_index
-                    run.steps_before = sum(line["steps"] for line in run.lines)
-                    if call_round_event(trainer, "on_round_begin", plan.round_index):
+                    if call_round_event(trainer, "on_round_begin", progress):
                         break
                     started = time.monotonic()
                     played = trainer.play_round(plan.round_index)
-                    run.seconds = {"sample": time.monotonic() - started, "train": 0.0}
+                    progress.seconds = {"sample": time.monotonic() - started, "train": 0.0}
                     if played.num_examples == 0 and not plan.may_be_skipped:
                         handle_empty_round(args, plan.round_index, played)
                         break
@@ -150,28 +147,27 @@ def _run_rounds(
                     scores = trainer.score_heldout(plan.round_index, folder / "evaluation")
                     ended = _finish_round(trainer, plan, played, before, scores)
                     history += trainer.state.log_history
-                    if call_round_event(trainer, "on_round_end", plan.round_index):
+                    if call_round_event(trainer, "on_round_end", progress):
                         break
     finally:
-        run.round_index, run.steps_before = None, 0
+        trainer.progress = None
         trainer.remove_callback(callback)
         free_optimizer(trainer)
-    _load_chosen_weights(trainer)
+    _load_chosen_weights(trainer, progress.lines)
     if history:
         trainer.state.log_history = history
     with changed_settings(args, {"push_to_hub": False}):  # as after the parent's training
         trainer.save_model(args.output_dir)
     trainer.create_model_card(model_name=Path(args.output_dir).name)
-    total_steps = sum(line["steps"] for line in run.lines)
-    trainer.state.global_step = total_steps
+    trainer.state.global_step = progress.total_steps
     if output is None:
-        return TrainOutput(total_steps, 0.0, {})
-    return output._replace(global_step=total_steps)
+        return TrainOutput(progress.total_steps, 0.0, {})
+    return output._replace(global_step=progress.total_steps)
 
 
-def _refuse_callbacks(trainer: Any, num_rounds: int) -> None:
+def _refuse_callbacks(trainer: Any, progress: RoundProgress) -> None:
     """Raise ValueError for callbacks that fail only once a round's training has begun."""
-    trainings = num_rounds + (trainer.run.warm_up_rows is not None)
+    trainings = len(progress.plans) + (progress.warm_up_rows is not None)
     if trainings == 1 and not isinstance(trainer.model, PeftModel):
         return
     if any(isinstance(c, BEMACallback) for c in trainer.callback_handler.callbacks):
@@ -182,7 +178,7 @@ def _refuse_callbacks(trainer: Any, num_rounds: int) -> None:
         )
 
 
-def _open_run(trainer: Any, plans: Sequence[RoundPlan], resume: bool | str | None) -> None:
+def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) -> None:
     """Find out what is on disk, refuse what doesn't fit, and put the initial weights in place."""
     args, run = trainer.args, trainer.run
     source = Path(trainer.model.config.name_or_path)
@@ -206,21 +202,23 @@ def _open_run(trainer: Any, plans: Sequence[RoundPlan], resume: bool | str | Non
             f"{args.output_dir!r} already holds rounds. Go on with "
             "train(resume_from_checkpoint=True), or choose another output_dir (or delete this one)."
         )
-    run.lines = load_lines(run.lines_path)
+    progress.lines = run.lines
     has_initial_weights = run.initial_weights.exists()
     if run.keeps_initial_weights and not has_initial_weights and run.folder(0).exists():
         raise DamagedFileError(
             f"{run.initial_weights} is gone, and rounds begin with the weights in it. {BRING_BACK}"
         )
+    if not trainer.has_begun:  # before this process changes them
+        trainer.weights_digest = digest_weights(trainer.model, run.keeps_initial_weights)
     trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     if trainer.is_world_process_zero():
         # The lists with a value per round have one for all rounds that share their samples.
-        sampling = sorted({plan.sampling_round for plan in plans})
+        sampling = {plan.sampling_round for plan in progress.plans}
         changed = check_identity(
             describe_trainer(trainer),
             run.root / "config.json",
-            num_finished=sum(index < len(run.lines) for index in sampling),
-            is_trained=bool(run.lines) or any(run.root.glob("*/model")),
+            num_finished=sum(index < len(progress.lines) for index in sampling),
+            is_trained=bool(progress.lines) or any(run.root.glob("*/model")),
             num_sampled=sum((run.folder(index) / "samples").exists() for index in sampling),
         )
         if changed:
@@ -235,11 +233,11 @@ def _open_run(trainer: Any, plans: Sequence[RoundPlan], resume: bool | str | Non
             "which the main process wrote: all processes need the same disk. Choose an output_dir "
             "on a shared one."
         )
-    if has_initial_weights or run.was_opened:  # training, here or elsewhere, has changed them
+    if has_initial_weights or trainer.has_begun:  # training, here or elsewhere, has changed them
         reload_initial_weights(trainer.model, args, run.initial_weights)
     elif run.keeps_initial_weights and trainer.is_world_process_zero():
         save_trainable(trainer.model, run.initial_weights)
-    run.was_opened = True
+    trainer.has_begun = True
     trainer.accelerator.wait_for_everyone()
     is_new = not has_initial_weights and run.initial_weights.exists()
     if trainer.accelerator.num_processes > 1 and is_new:
@@ -247,16 +245,16 @@ def _open_run(trainer: Any, plans: Sequence[RoundPlan], resume: bool | str | Non
         load_trainable(trainer.model, run.initial_weights)
 
 
-def _load_newest_weights(trainer: Any) -> None:
+def _load_newest_weights(trainer: Any, progress: RoundProgress) -> None:
     """Put the weights of the last finished round in place.
 
     Raises:
         FileNotFoundError: They are gone, and the next round needs them.
     """
     run = trainer.run
-    if not run.lines:
+    if not progress.lines:
         return
-    newest = len(run.lines) - 1
+    newest = len(progress.lines) - 1
     folder = run.folder(newest) / "model"
     if folder.exists():
         load_saved_model(trainer.model, folder)
@@ -267,12 +265,24 @@ def _load_newest_weights(trainer: Any) -> None:
         )
 
 
-def _report_baseline(run: Run, before: HeldOutScores | None, has_degrees: bool) -> None:
-    if before is None or run.lines:
+def _report_baseline(
+    progress: RoundProgress, before: HeldOutScores | None, has_degrees: bool
+) -> None:
+    if before is None or progress.lines:
         return
-    run.pending_logs.append(dict(before.metrics))
+    progress.pending_logs.append(dict(before.metrics))
     if warning := warn_baseline(before.metrics, has_degrees):
         logger.warning("before round 0: %s", warning)
+
+
+def _warm_up(trainer: Any, train_parent: Callable[..., TrainOutput], rows: Dataset) -> bool:
+    """Train before anything is sampled; return whether a callback ended the run."""
+    folder = trainer.run.warm_up_folder
+    if load_outcome(trainer, folder):
+        return False
+    return train_on(
+        trainer, train_parent, rows, folder, trainer.args.seed
+    ) is not None and ends_run(trainer.state)
 
 
 def _warn_of_samples(played: PlayedRound, round_index: int, max_length: int | None) -> None:
@@ -290,17 +300,17 @@ def _train_round(
 ) -> TrainOutput | None:
     """Train on the round's rows and keep the outcome; None if that was done before a kill."""
     round_index = plan.round_index
-    args, run = trainer.args, trainer.run
+    args, run, progress = trainer.args, trainer.run, trainer.progress
     folder = run.folder(round_index)
     if load_outcome(trainer, folder):
-        run.pending_logs.clear()  # logged before the kill
+        progress.pending_logs.clear()  # logged before the kill
         return None
-    if args.start_from == "base" and (round_index > 0 or run.warm_up_rows is not None):
+    if args.start_from == "base" and (round_index > 0 or progress.warm_up_rows is not None):
         reload_initial_weights(trainer.model, args, run.initial_weights)
-    run.pending_logs.append(played.metrics)
+    progress.pending_logs.append(played.metrics)
     if list_checkpoints(folder):
-        run.pending_logs.clear()  # logged before the kill
-    run.num_examples = played.num_examples
+        progress.pending_logs.clear()  # logged before the kill
+    progress.num_examples = played.num_examples
     rows = played.training_rows
     if played.num_examples == 0:
         logger.warning(
@@ -311,7 +321,7 @@ def _train_round(
         rows = None
     started = time.monotonic()
     output = train_on(trainer, train_parent, rows, folder, args.seed + round_index)
-    run.seconds["train"] = time.monotonic() - started
+    progress.seconds["train"] = time.monotonic() - started
     return output
 
 
@@ -322,8 +332,8 @@ def _finish_round(
     before: HeldOutScores | None,
     scores: HeldOutScores | None,
 ) -> bool:
-    """Log and write down a finished round, delete what is no longer needed; say if the run ends."""
-    args, run, state = trainer.args, trainer.run, trainer.state
+    """Log and write down a finished round, delete what is no longer needed; return whether the run ends."""
+    args, run, progress, state = trainer.args, trainer.run, trainer.progress, trainer.state
     round_index = plan.round_index
     gain = standard_error = None
     if before is not None and scores is not None:
@@ -334,8 +344,10 @@ def _finish_round(
     line: dict[str, Any] = {
         "round": round_index,
         **plan.details,
-        "sampled_from": run.weights_before(plan.sampling_round),
-        "trained_from": "base" if args.start_from == "base" else run.weights_before(round_index),
+        "sampled_from": progress.weights_before(plan.sampling_round),
+        "trained_from": "base"
+        if args.start_from == "base"
+        else progress.weights_before(round_index),
         "funnel": played.funnel.to_dict(),
         "rewards": played.rewards,
         "metrics": {n: v for n, v in played.metrics.items() if n.startswith(("play/", "select/"))},
@@ -343,7 +355,7 @@ def _finish_round(
         "gain": gain,
         "gain_standard_error": standard_error,
         "seconds": {
-            **{phase: round(seconds, 1) for phase, seconds in run.seconds.items()},
+            **{phase: round(seconds, 1) for phase, seconds in progress.seconds.items()},
             "evaluate": 0.0 if scores is None else round(scores.seconds, 1),
         },
         "examples": played.num_examples,
@@ -353,14 +365,14 @@ def _finish_round(
     if round_index == 0 and before is not None:
         line["eval_before"] = before.metrics
     if trainer.is_world_process_zero():
-        append_line(run.lines_path, line, run.lines)
+        append_line(run.lines_path, line, progress.lines)
         # With the held-out scores, for the log_history of a run that goes on.
         save_state(state, run.folder(round_index))
-    run.lines.append(line)
+    progress.lines.append(line)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        _delete_what_is_done(trainer, round_index)
-        print_round_table(run.lines, run.chosen_metric)
+        _delete_what_is_done(run, progress.lines)
+        print_round_table(progress.lines, run.chosen_metric)
     return ends_run(state)  # also where a kill came after it was trained
 
 
@@ -383,25 +395,25 @@ def _warn_sharpening(run: Run, round_index: int, threshold: float | None) -> Non
         logger.warning("%s", warning)
 
 
-def _delete_what_is_done(trainer: Any, round_index: int) -> None:
-    """Delete a finished round's checkpoints and, for full fine-tuning, models nobody needs."""
-    run = trainer.run
+def _delete_what_is_done(run: Run, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Delete finished rounds' checkpoints and, for full fine-tuning, models nobody needs."""
+    round_index = len(lines) - 1
     for index in range(round_index + 1):  # earlier ones too: a kill may have come in between
         for checkpoint in list_checkpoints(run.folder(index)):
             shutil.rmtree(checkpoint)
     if not run.keeps_every_model:
-        needed = {round_index, find_best_round(run)}
+        needed = {round_index, find_best_round(run, lines)}
         for index in range(round_index):
             if index not in needed:
                 shutil.rmtree(run.folder(index) / "model", ignore_errors=True)
 
 
-def _load_chosen_weights(trainer: Any) -> None:
+def _load_chosen_weights(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     """Put the best round's weights in place where that was asked for."""
     args, run = trainer.args, trainer.run
-    if not run.lines or not run.loads_best_round:
+    if not lines or not run.loads_best_round:
         return
-    chosen, last = find_best_round(run), len(run.lines) - 1
+    chosen, last = find_best_round(run, lines), len(lines) - 1
     if chosen == last:
         return
     if chosen == UNTRAINED:

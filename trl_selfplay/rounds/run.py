@@ -1,13 +1,13 @@
 """The folder of a run: where its rounds lie, which are finished, and which was best.
 
-In: `output_dir/_rounds`. Out: `Run`, the state of a run, and what is read from and written to disk
-beside the rollouts. Whatever is written is whole or absent.
+In: `output_dir/_rounds`. Out: `Run`, what is settled for a run; `RoundProgress`, where it stands; and
+what is read from and written to disk beside the rollouts. Whatever is written is whole or absent.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,34 +17,25 @@ from datasets import Dataset
 from trl_selfplay.disk import DamagedFileError, save_text
 from trl_selfplay.evaluation.monitor import best_round, rounds_without_gain
 from trl_selfplay.rounds.checkpoints import pass_over_checkpoints
+from trl_selfplay.rounds.plan import RoundPlan
 
 logger = logging.getLogger(__name__)
 
 UNTRAINED = -1
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Run:
-    """Where a run stands, and where its rounds lie on disk.
+    """What is settled when a trainer is built: where rounds lie on disk and which models are kept.
 
     Attributes:
         root: `output_dir/_rounds`.
-        lines: One record a finished round, as in rounds.jsonl.
-        round_index: The round in progress, None outside `train()`.
-        steps_before: Optimizer steps of the rounds before it: the offset of the log.
-        pending_logs: Numbers that wait for the trackers, which start with the parent's training.
-        num_examples: Selected examples of the round in progress.
-        seconds: Wall time of the round's phases in this process, by name.
         chosen_metric: The held-out metric that chooses the best round, None without held-out set.
-        greater_is_better: Whether a higher value of it is better.
         loads_best_round: Put the best round's weights in place at the end.
         keeps_initial_weights: Save the initial weights; False where they can be read again from
             the model's own source.
         keeps_every_model: Keep each round's model (adapters), not only the last and the best.
-        warm_up_rows: What to train on before the first sampling, or None.
-        identity: What the method adds to what must stay equal over the run's processes, by name.
-        was_opened: This process has begun a run before.
-        placeholder: A row in the form that the parent trains on; it was built on it.
+        greater_is_better: Whether a higher value of `chosen_metric` is better.
     """
 
     root: Path
@@ -53,16 +44,6 @@ class Run:
     keeps_initial_weights: bool
     keeps_every_model: bool
     greater_is_better: bool = True
-    warm_up_rows: Dataset | None = None
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    round_index: int | None = None
-    steps_before: int = 0
-    pending_logs: list[dict[str, float]] = field(default_factory=list)
-    num_examples: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    identity: dict[str, Any] = field(default_factory=dict)
-    was_opened: bool = False
-    placeholder: Dataset | None = None
 
     def folder(self, round_index: int) -> Path:
         """Return the folder of a round; that of the untrained model is `before`."""
@@ -72,12 +53,6 @@ class Run:
     def warm_up_folder(self) -> Path:
         """Where the training before the first sampling lies."""
         return self.root / "warm-up"
-
-    def weights_before(self, round_index: int) -> str:
-        """Return what to call the weights that a round finds."""
-        if round_index == 0 and self.warm_up_rows is not None:
-            return "warm-up"
-        return name_of_weights(round_index - 1)
 
     @property
     def initial_weights(self) -> Path:
@@ -91,8 +66,59 @@ class Run:
 
     @property
     def lines_path(self) -> Path:
-        """One line for each finished round."""
+        """One line per finished round."""
         return self.root / "rounds.jsonl"
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The finished rounds' records in order, read from disk.
+
+        Raises:
+            DamagedFileError: A line before the last can't be read.
+        """
+        return load_lines(self.lines_path)
+
+
+@dataclass(slots=True)
+class RoundProgress:
+    """Where one call of `train` stands: what changes from round to round.
+
+    Attributes:
+        plans: One per round of the run.
+        warm_up_rows: What to train on before anything is sampled for training, or None.
+        lines: Records of the finished rounds, as in rounds.jsonl.
+        round_index: The round in progress; None before the first.
+        steps_before: Optimizer steps of the rounds before it, the offset of the log.
+        pending_logs: Numbers that wait for the trackers, which start with the parent's training.
+        num_examples: Selected examples of the round in progress.
+        seconds: Wall time of its phases in this process, by name.
+    """
+
+    plans: Sequence[RoundPlan]
+    warm_up_rows: Dataset | None = None
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    round_index: int | None = None
+    steps_before: int = 0
+    pending_logs: list[dict[str, float]] = field(default_factory=list)
+    num_examples: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def begin(self, round_index: int) -> None:
+        """Go on to a round."""
+        self.round_index = round_index
+        self.steps_before = self.total_steps
+        self.num_examples, self.seconds = 0, {}
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all finished rounds."""
+        return sum(line["steps"] for line in self.lines)
+
+    def weights_before(self, round_index: int) -> str:
+        """Return what to call the weights that a round finds."""
+        if round_index == 0 and self.warm_up_rows is not None:
+            return "warm-up"
+        return name_of_weights(round_index - 1)
 
 
 def load_lines(path: Path) -> list[dict[str, Any]]:
@@ -144,30 +170,30 @@ def name_of_weights(round_index: int) -> str:
     return "base" if round_index == UNTRAINED else f"round {round_index}"
 
 
-def _heldout_history(run: Run) -> list[tuple[int, float]]:
-    """Return (round, held-out score) of the untrained model and each finished round."""
-    metric, lines = run.chosen_metric, run.lines
-    if metric is None or not lines:
-        return []
-    scored = [(UNTRAINED, lines[0].get("eval_before", {}).get(metric))]
-    scored += [(line["round"], line["eval"].get(metric)) for line in lines]
-    return [(index, value) for index, value in scored if value is not None]
-
-
-def find_best_round(run: Run) -> int:
-    """Return the round with the best held-out score, or the last one without held-out scores."""
-    history = _heldout_history(run)
+def find_best_round(run: Run, lines: Sequence[Mapping[str, Any]]) -> int:
+    """Return the finished round with the best held-out score, the last one without such scores."""
+    history = _heldout_history(run, lines)
     if not history:
-        return len(run.lines) - 1
+        return len(lines) - 1
     return best_round(history, run.greater_is_better)
 
 
-def has_stalled(run: Run, patience: int | None) -> bool:
-    """Say whether the held-out score has not risen for `patience` rounds."""
-    history = _heldout_history(run)
+def has_stalled(run: Run, lines: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """Return whether the held-out score has not improved for `patience` rounds."""
+    history = _heldout_history(run, lines)
     if patience is None or not history:
         return False
     stalled = rounds_without_gain(history, run.greater_is_better)
     if stalled >= patience:
         logger.warning("stopping: %d rounds in a row without a better held-out score.", stalled)
     return stalled >= patience
+
+
+def _heldout_history(run: Run, lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """Return (round, held-out score) of the untrained model and each finished round."""
+    metric = run.chosen_metric
+    if metric is None or not lines:
+        return []
+    scored = [(UNTRAINED, lines[0].get("eval_before", {}).get(metric))]
+    scored += [(line["round"], line["eval"].get(metric)) for line in lines]
+    return [(index, value) for index, value in scored if value is not None]

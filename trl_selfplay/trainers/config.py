@@ -229,6 +229,11 @@ class SelfPlayConfig:
         },
     )
 
+    @property
+    def rewards_have_degrees(self) -> bool:
+        """Whether completions are trained on that `reward_threshold` doesn't count as correct."""
+        return False
+
     def plan_rounds(self) -> tuple[RoundPlan, ...]:
         """Return what each round of the run does: whose samples it trains on, and its values."""
         return plan_equal_rounds(self)

@@ -289,7 +289,7 @@ def build_self_play(
     held-out ones in place of `reward_funcs`.
     """
     args, tokenizer = trainer.args, trainer.processing_class
-    trainer.run.placeholder = trainer.train_dataset  # as the parent has prepared it
+    trainer.placeholder = trainer.train_dataset  # as the parent has prepared it
     keep_4bit_weights_trainable(trainer.model)
     check_trainable(trainer.model)
     check_head(trainer.model)
@@ -304,7 +304,7 @@ def build_self_play(
         else _build_scorer(trainer, reward_funcs, args.reward_weights, reward_processing_classes)
     )
     eval_scorer = None if eval_reward_funcs is None else _build_scorer(trainer, eval_reward_funcs)
-    has_degrees = getattr(args, "rewards_have_degrees", False)
+    has_degrees = args.rewards_have_degrees
     threshold = getattr(args, "reward_threshold", 1.0)
     return SelfPlay(
         config=args,

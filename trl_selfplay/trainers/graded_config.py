@@ -65,11 +65,6 @@ class GradedConfig(SelfPlayConfig):
         },
     )
 
-    @property
-    def rewards_have_degrees(self) -> bool:
-        """Whether completions are trained on that `reward_threshold` doesn't count as correct."""
-        return False
-
     def __post_init__(self) -> None:
         config: Any = self  # the other base of each config is TRL's
         refuse_grpo_loss(config.loss_type)

@@ -26,7 +26,7 @@ from trl_selfplay.disk import DamagedFileError, naming_damage
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.rollouts.rows import save_rows
 from trl_selfplay.rounds.noise import switch_noise_off
-from trl_selfplay.rounds.run import Run
+from trl_selfplay.rounds.run import RoundProgress, Run
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class ReferenceMixin(DPOTrainer):
 
     args: Any
     run: Run
+    progress: RoundProgress | None
     collated_columns: tuple[str, ...] = _MASKS
 
     def __init__(self, *, args: Any, model: Any, peft_config: Any = None, **parent: Any) -> None:
@@ -200,7 +201,7 @@ class ReferenceMixin(DPOTrainer):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Check the reference before the first step of a fresh round, then train as the parent."""
-        round_index = self.run.round_index
+        round_index = None if self.progress is None else self.progress.round_index
         if round_index is not None and self._checked_round != round_index:
             own = type(self).compute_ref_log_probs is ReferenceMixin.compute_ref_log_probs
             if own and self.state.global_step == 0:  # else it goes on from a checkpoint

@@ -18,7 +18,7 @@ from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets
 from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds.loop import run_rounds
-from trl_selfplay.rounds.run import UNTRAINED, Run
+from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run
 from trl_selfplay.rounds.stages import SelfPlay
 
 
@@ -31,12 +31,20 @@ class RoundsMixin(Trainer):
     Attributes:
         run: Where the rounds lie on disk.
         self_play: What samples, grades and scores.
+        placeholder: The row that the parent was built on, as it prepared it.
+        progress: Where `train` stands; None outside it.
+        weights_digest: Of the weights with which the first `train` in this process began.
+        has_begun: `train` was called in this process and may have changed the weights.
         collated_columns: Columns of a round's rows that the collator gets beside the parent's.
     """
 
     args: Any
     run: Run
     self_play: SelfPlay
+    placeholder: Dataset
+    progress: RoundProgress | None = None
+    weights_digest: str | None = None
+    has_begun: bool = False
     collated_columns: tuple[str, ...] = ()
 
     def play_round(self, round_index: int) -> PlayedRound:

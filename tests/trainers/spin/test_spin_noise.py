@@ -69,7 +69,7 @@ def test_rounds_begin_at_ln_2_and_go_on_by_the_formula_whatever_noise_a_model_ha
     expected, step = [], trainer.training_step
 
     def recorded_step(model, inputs, *args, **kwargs):
-        if trainer.run.round_index is not None:  # not the step that is tried before sampling
+        if trainer.progress is not None:  # not the step that is tried before sampling
             expected.append(formula(trainer.model, inputs, trainer.beta))
         return step(model, inputs, *args, **kwargs)
 
