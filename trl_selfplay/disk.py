@@ -45,6 +45,10 @@ class DamagedFileError(RuntimeError):
     """A file of a run is there and can't be read, or is gone and needed."""
 
 
+class NewerFormatError(RuntimeError):
+    """A file of a run was written by a later version of the package than this one."""
+
+
 @contextmanager
 def naming_damage(path: Path, remedy: str) -> Iterator[None]:
     """Name a file or folder, and what to do, where reading it fails inside.

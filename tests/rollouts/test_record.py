@@ -1,12 +1,13 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_selfplay.disk import DamagedFileError
+from trl_selfplay.disk import DamagedFileError, NewerFormatError
 from trl_selfplay.rollouts.record import (
+    FORMAT,
     SCHEMA,
     Rollout,
     hash_prompt,
@@ -16,25 +17,40 @@ from trl_selfplay.rollouts.record import (
 
 token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(tuple)
 scores = st.none() | st.floats(allow_nan=False)
-rollouts = st.lists(
-    st.builds(
-        Rollout,
-        round_index=st.integers(-1, 9),
-        phase=st.sampled_from(["train", "hint", "eval"]),
-        prompt_id=st.text("0123456789abcdef", min_size=32, max_size=32),
-        sample_index=st.integers(0, 99),
-        prompt_ids=token_ids,
-        completion_ids=token_ids,
-        prompt=st.text(),
-        completion=st.text(),
-        finish=st.sampled_from(["eos", "stop", "length"]),
-        hinted=st.booleans(),
-        logprob=scores,
-        reward=scores,
-        rewards=st.lists(scores, max_size=3).map(tuple),
-    ),
-    max_size=5,
+ids_and_masks = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), max_size=6)
+plain_rollouts = st.builds(
+    Rollout,
+    round_index=st.integers(-1, 9),
+    phase=st.sampled_from(["train", "hint", "eval"]),
+    prompt_id=st.text("0123456789abcdef", min_size=32, max_size=32),
+    sample_index=st.integers(0, 99),
+    prompt_ids=token_ids,
+    completion_ids=token_ids,
+    prompt=st.text(),
+    completion=st.text(),
+    finish=st.sampled_from(["eos", "stop", "length"]),
+    hinted=st.booleans(),
+    logprob=scores,
+    reward=scores,
+    rewards=st.lists(scores, max_size=3).map(tuple),
 )
+
+
+@st.composite
+def any_rollout(draw: st.DrawFn) -> Rollout:
+    """A rollout of which every second has tokens that the policy didn't write."""
+    rollout = draw(plain_rollouts)
+    if draw(st.booleans()):
+        return rollout
+    drawn = draw(ids_and_masks)
+    return replace(
+        rollout,
+        completion_ids=tuple(i for i, _ in drawn),
+        completion_mask=tuple(m for _, m in drawn),
+    )
+
+
+rollouts = st.lists(any_rollout(), max_size=5)
 
 
 @given(rollouts)
@@ -42,6 +58,32 @@ def test_a_shard_reads_back_as_it_was_written(tmp_path_factory, written) -> None
     path = tmp_path_factory.mktemp("shard") / "00000.parquet"
     save_rollouts(path, written)
     assert load_rollouts(path) == written
+
+
+def test_a_shard_without_a_format_number_is_of_the_first_format(tmp_path, make_rollout) -> None:
+    path, rollout = tmp_path / "00000.parquet", make_rollout()
+    save_rollouts(path, [rollout])
+    first = pq.read_table(path).drop_columns(["completion_mask"])
+    pq.write_table(first.replace_schema_metadata(None), path)
+    assert load_rollouts(path) == [rollout]
+
+
+def test_a_shard_of_a_later_format_is_left_alone_and_named(tmp_path, make_rollout) -> None:
+    path = tmp_path / "00000.parquet"
+    save_rollouts(path, [make_rollout()])
+    table = pq.read_table(path)
+    key = next(iter(table.schema.metadata))
+    later = {key: str(FORMAT + 1).encode()}
+    pq.write_table(table.replace_schema_metadata(later), path)
+    with pytest.raises(
+        NewerFormatError, match=rf"00000\.parquet has format {FORMAT + 1} .*upgrade"
+    ):
+        load_rollouts(path)
+
+
+def test_a_mask_of_another_length_is_refused(make_rollout) -> None:
+    with pytest.raises(ValueError, match="completion_mask has 1 entries for 3 completion_ids"):
+        make_rollout(completion_mask=(True,))
 
 
 def test_the_schema_has_every_field_of_the_record() -> None:

@@ -52,3 +52,16 @@ def test_prompts_are_learnt_where_the_loss_is_not_on_completions_alone(make_roll
     prompts = {rollout.prompt_id: (1, 2)}
     rows = build_training_rows([rollout], prompts, EOS, seed=0, completion_only=False)
     assert rows[0]["labels"] == rows[0]["input_ids"] == [1, 2, 7, EOS]
+
+
+def test_what_the_policy_did_not_write_is_not_learnt(make_rollout) -> None:
+    """An EOS that is added after a stop string is learnt all the same."""
+    rollout = make_rollout(
+        completion_ids=(5, 6, 7, 8), completion_mask=(True, False, False, True), finish="stop"
+    )
+    row = build_training_rows(
+        [rollout], {rollout.prompt_id: (1, 2)}, EOS, 0, weigh=lambda _, lengths: lengths
+    )[0]
+    assert row["input_ids"] == [1, 2, 5, 6, 7, 8, EOS]
+    assert row["labels"] == [-100, -100, 5, -100, -100, 8, EOS]
+    assert row["weight"] == 3  # tokens to learn

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_selfplay.disk import BRING_BACK, naming_damage, save_table
+from trl_selfplay.disk import BRING_BACK, NewerFormatError, naming_damage, save_table
 from trl_selfplay.generation.random_streams import Phase
 from trl_selfplay.generation.sampler import Finish
 
@@ -35,9 +35,15 @@ class Rollout:
         completion: `completion_ids` as text without special tokens, for graders and people.
         finish: "eos", "stop" (a stop string) or "length" (cut).
         hinted: Sampled with the answer as hint (rationalization).
-        logprob: Sum over the completion under the distribution it was sampled from, or None.
+        logprob: Sum over the policy's own tokens under the distribution they were sampled from, or
+            None.
         reward: Weighted sum of `rewards`, or None where every function abstained.
         rewards: Each function's own score, None where it abstained; empty while ungraded.
+        completion_mask: For each of `completion_ids`, whether the policy wrote it; the other tokens
+            come from a tool or an environment and are never learnt. None: it wrote all of them.
+
+    Raises:
+        ValueError: `completion_mask` and `completion_ids` differ in length.
     """
 
     round_index: int
@@ -53,6 +59,16 @@ class Rollout:
     logprob: float | None = None
     reward: float | None = None
     rewards: tuple[float | None, ...] = ()
+    completion_mask: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the mask's length."""
+        mask, count = self.completion_mask, len(self.completion_ids)
+        if mask is not None and len(mask) != count:
+            raise ValueError(
+                f"completion_mask has {len(mask)} entries for {count} completion_ids; give one per "
+                "token, or None where the policy wrote all of them."
+            )
 
     @property
     def is_graded(self) -> bool:
@@ -69,6 +85,10 @@ class Rollout:
         return not self.is_truncated and self.reward is not None and self.reward >= threshold
 
 
+# The format of the files, in their metadata. 1, which files without a number have, lacks
+# `completion_mask`.
+FORMAT = 2
+_FORMAT_KEY = b"trl_selfplay_rollouts_format"
 SCHEMA = pa.schema(
     [
         ("round_index", pa.int32()),
@@ -84,7 +104,9 @@ SCHEMA = pa.schema(
         ("logprob", pa.float64()),
         ("reward", pa.float64()),
         ("rewards", pa.list_(pa.float64())),
-    ]
+        ("completion_mask", pa.list_(pa.bool_())),
+    ],
+    metadata={_FORMAT_KEY: str(FORMAT).encode()},
 )
 
 
@@ -133,9 +155,21 @@ def load_rollouts(path: Path, remedy: str = BRING_BACK) -> list[Rollout]:
 
     Raises:
         DamagedFileError: The file is cut short, isn't Parquet or lacks a column.
+        NewerFormatError: A later version of the package wrote it.
     """
     with naming_damage(path, remedy):
-        rows = pq.read_table(path).select(SCHEMA.names).cast(SCHEMA).to_pylist()
+        table = pq.read_table(path)
+        version = int((table.schema.metadata or {}).get(_FORMAT_KEY, b"1"))
+        if version > FORMAT:
+            raise NewerFormatError(
+                f"{path} has format {version} of rollouts, and this version of trl-selfplay reads "
+                f"formats up to {FORMAT}. Go on with the version that wrote it, or a later one: "
+                "pip install --upgrade trl-selfplay."
+            )
+        if version < 2:
+            absent = pa.nulls(len(table), SCHEMA.field("completion_mask").type)
+            table = table.append_column("completion_mask", absent)
+        rows = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
         return [_rollout(row) for row in rows]
 
 

@@ -54,7 +54,8 @@ def build_training_rows(
         weigh: Gives each row its value in the column `weight`; None adds no column.
 
     Returns:
-        Columns `input_ids` and `labels` (-100 on prompt tokens that aren't learnt), and `weight` if asked for.
+        Columns `input_ids` and `labels` (-100 on prompt tokens that aren't learnt and on completion
+        tokens that the policy didn't write), and `weight` if asked for.
 
     Source: STaR, arXiv 2203.14465, Eq. 2: the gradient is that of log p(rationale, answer | x),
     with x unhinted, so prompt tokens carry no loss.
@@ -65,13 +66,22 @@ def build_training_rows(
         completion = training_completion_ids(rollout, eos_token_id)
         input_ids.append([*prompt, *completion])
         learnt = [IGNORE_INDEX] * len(prompt) if completion_only else prompt
-        labels.append([*learnt, *completion])
+        labels.append([*learnt, *_own_tokens(rollout, completion)])
     columns: dict[str, list[Any]] = {"input_ids": input_ids, "labels": labels}
     if weigh is not None:
         lengths = [sum(label != IGNORE_INDEX for label in row[1:]) for row in labels]
         columns[WEIGHT] = weigh([r.reward for r in rollouts], lengths)
     rows = Dataset.from_dict(columns)
     return rows.shuffle(seed=seed).flatten_indices()
+
+
+def _own_tokens(rollout: Rollout, completion: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a training completion with -100 in place of what the policy didn't write."""
+    mask = rollout.completion_mask
+    if mask is None:
+        return completion
+    own = (t if is_own else IGNORE_INDEX for t, is_own in zip(completion, mask, strict=False))
+    return (*own, *completion[len(mask) :])  # an EOS that was added is learnt
 
 
 @dataclass(frozen=True, slots=True)
