@@ -12,7 +12,7 @@ import torch
 from trl.rewards import think_format_reward
 
 from trl_selfplay.rewards import choice_reward, exact_reward, math_reward, puzzle_reward, scoring
-from trl_selfplay.rewards.scoring import Scorer
+from trl_selfplay.rewards.scoring import Scorer, columns_read
 from trl_selfplay.rewards.worker import close_workers
 
 
@@ -474,3 +474,59 @@ def test_a_reward_model_may_be_named_like_a_function() -> None:
         Scorer("exact_reward")
     with pytest.raises(OSError, match="huggingface"):
         Scorer("owner/helpful_reward")
+
+
+def names_one(completions, gold, **kwargs):
+    return [0.0] * len(completions)
+
+
+def looks_up(completions, **kwargs):
+    return [kwargs["gold"]] * len(completions)
+
+
+def closes_over(completions, **columns):
+    return [(lambda: columns["gold"])() for _ in completions]
+
+
+def takes_all_of_them(completions, **columns):
+    return [len(locals()["columns"])] * len(completions)
+
+
+async def waits(completions, gold, **kwargs):
+    return [0.0] * len(completions)
+
+
+class Graded:
+    def __call__(self, completions, gold, **kwargs):
+        return [0.0] * len(completions)
+
+    def looks_up(self, completions, **kwargs):
+        return [kwargs.get("id")] * len(completions)
+
+
+@functools.wraps(names_one)
+def wrapped(*args, **kwargs):
+    return names_one(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("reward_funcs", "read"),
+    [
+        (None, []),
+        ("org/reward-model", []),
+        (names_one, ["gold"]),
+        (waits, ["gold"]),
+        (Graded(), ["gold"]),
+        (functools.partial(names_one, extra=1), ["gold"]),
+        (exact_reward, ["solution"]),
+        (math_reward, ["solution"]),
+        ([exact_reward, names_one], ["gold", "solution"]),
+        *((f, ["gold", "id", "solution"]) for f in (looks_up, closes_over, takes_all_of_them)),
+        (Graded().looks_up, ["gold", "id", "solution"]),
+        (wrapped, ["gold", "id", "solution"]),
+        (max, ["gold", "id", "solution"]),
+    ],
+)
+def test_the_columns_that_reward_functions_read_are_known(reward_funcs, read) -> None:
+    columns = ["prompt", "completion", "gold", "id", "solution"]
+    assert columns_read(reward_funcs, columns) == read

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 from trl import extract_prompt
 
+from trl_selfplay.rewards import exact_reward
 from trl_selfplay.rollouts.completions import drop_long_rows, load_chosen_rows, tokenize_chosen
 from trl_selfplay.rollouts.rendering import PromptFormatter
 
@@ -221,3 +222,12 @@ def test_the_format_of_a_dataset_has_no_influence(kind) -> None:
     (row,) = load_chosen_rows(dataset.with_format(kind), "train_dataset")
     assert [row] == load_chosen_rows(dataset, "train_dataset")
     assert type(row.columns["n"]) is int
+
+
+def test_rows_that_graders_tell_apart_are_not_merged() -> None:
+    rows = Dataset.from_list(
+        [{"prompt": "a", "completion": "b", "solution": s, "id": i} for i, s in enumerate("112")]
+    )
+    assert len(load_chosen_rows(rows, "d")) == 1
+    found = load_chosen_rows(rows, "d", reward_funcs=exact_reward)
+    assert sorted(row.columns["solution"] for row in found) == ["1", "2"]

@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from trl_selfplay.rewards import exact_reward
 from trl_selfplay.rollouts.prompts import check_template_kwargs, load_heldout_sets, load_prompt_rows
 from trl_selfplay.rollouts.record import hash_prompt
 
@@ -145,6 +146,32 @@ def test_what_rendering_passes_itself_is_no_argument_of_the_template() -> None:
         with pytest.raises(ValueError, match=f"'{name}'.*passed on anyway"):
             check_template_kwargs({name: None}, "chat_template_kwargs")
     check_template_kwargs({"documents": [], "enable_thinking": False}, "chat_template_kwargs")
+
+
+def test_rows_that_differ_in_a_column_that_is_read_are_different_prompts() -> None:
+    """And all others have the ids that they have without these columns."""
+    records = [
+        {"prompt": "a", "solution": "1", "level": 1, "source": "x"},
+        {"prompt": "a", "solution": "1", "level": 2, "source": "x"},
+        {"prompt": "a", "solution": "1", "level": 2, "source": "y"},
+        {"prompt": "b", "solution": "1", "level": 2, "source": "x"},
+    ]
+
+    def by_level(completions, level, **kwargs):
+        return [0.0] * len(completions)
+
+    def ids(records, reward_funcs):
+        rows = load_prompt_rows(Dataset.from_list(records), "d", reward_funcs=reward_funcs)
+        return {(r.prompt, r.columns["level"]): r.prompt_id for r in rows}
+
+    found = ids(records, [by_level])
+    assert set(found) == {("a", 1), ("a", 2), ("b", 2)}
+    assert len(set(found.values())) == 3
+    assert found["b", 2] == hash_prompt("b", "1")
+    assert found == ids(records[::-1], [by_level])  # whatever the order
+    # Where nothing reads the level the rows are one; with one level there is nothing to tell apart.
+    assert set(ids(records, exact_reward).values()) == {hash_prompt(p, "1") for p in "ab"}
+    assert ids(records[1:], by_level)["a", 2] == hash_prompt("a", "1")
 
 
 def test_a_solution_is_needed_only_where_something_uses_it() -> None:

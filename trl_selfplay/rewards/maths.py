@@ -41,7 +41,10 @@ _pool = WorkerPool(__name__, "verdict")
 
 
 def math_reward(
-    completions: Sequence[Any], solution: Sequence[Any], **kwargs: Any
+    completions: Sequence[Any],
+    solution: Sequence[Any],
+    prompts: Sequence[Any] | None = None,
+    **kwargs: Any,
 ) -> list[float | None]:
     r"""Give 1.0 where a completion's final answer equals the solution in value, else 0.0.
 
@@ -54,8 +57,8 @@ def math_reward(
         completions: Text, or messages whose last one counts.
         solution: The ground truth in LaTeX, with or without `$` or `\boxed{}`, or a plain number
             or expression; of one with worked steps the final answer.
-        **kwargs: Other columns; `prompts` tells which completions belong together, else the
-            solution does.
+        prompts: Which completions belong together; by default those with one solution do.
+        **kwargs: Other columns, unused.
 
     Raises:
         ImportError: math-verify is not installed.
@@ -67,7 +70,7 @@ def math_reward(
             for completion, gold in zip(completions, solution, strict=True)
         ],
         DEADLINE_S,
-        groups=list(map(pickle.dumps, kwargs.get("prompts", solution))),
+        groups=list(map(pickle.dumps, solution if prompts is None else prompts)),
     )
     if unparsed := sum(v is None for v in verdicts) - reasons.total():
         reasons["the solution can't be parsed; for words use exact_reward"] = unparsed

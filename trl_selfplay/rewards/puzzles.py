@@ -52,6 +52,7 @@ class puzzle_reward:
         completions: Sequence[Any],
         solution: Sequence[Any],
         metadata: Sequence[Any] | None = None,
+        prompts: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
         """Score each completion; None where the scorer failed, with a counted warning."""
@@ -69,7 +70,7 @@ class puzzle_reward:
             answer = without_thoughts(text).strip() if marked is None else marked
             entry = {"question": "", "answer": gold, "metadata": details}
             calls.append((self.name, answer, entry))
-        groups = list(map(pickle.dumps, kwargs.get("prompts", solution)))
+        groups = list(map(pickle.dumps, solution if prompts is None else prompts))
         scores, reasons = _pool.call_each(calls, DEADLINE_S, groups)
         for reason, count in reasons.items():
             logger.warning(

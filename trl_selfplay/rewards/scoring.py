@@ -6,6 +6,7 @@ callables, async callables, model ids and sequence classifiers.
 """
 
 import asyncio
+import dis
 import functools
 import inspect
 import logging
@@ -311,6 +312,51 @@ def _start_loop() -> tuple[asyncio.AbstractEventLoop, Callable[[], None]]:
             thread.join(timeout=5.0)  # a function that blocks must not keep the program
 
     return loop, end
+
+
+def columns_read(reward_funcs: Any, columns: Collection[str]) -> list[str]:
+    """Return those of a dataset's columns that reward functions read, sorted.
+
+    A function reads its named parameters, and all columns if its code uses its `**kwargs`. One
+    that has them for no other reason than that every column is passed reads no more than it names.
+    Reward models read no columns.
+
+    Args:
+        reward_funcs: As `Scorer` takes them; None reads nothing.
+        columns: The dataset's.
+    """
+    entries = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    passed = {name for name in columns if name not in _NOT_FORWARDED}
+    found: set[str] = set()
+    for entry in entries:
+        if callable(entry) and not isinstance(entry, (nn.Module, RewardModel)):
+            named = _names_read(entry)
+            found |= passed if named is None else passed & named
+    return sorted(found)
+
+
+def _names_read(function: Callable[..., Any]) -> set[str] | None:
+    """Return the columns that a function may read; None for all there are."""
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):  # some built-ins have no signature
+        return None
+    if any(p.kind is p.VAR_KEYWORD and _uses(function, p.name) for p in parameters):
+        return None
+    return {p.name for p in parameters}
+
+
+def _uses(function: Callable[..., Any], parameter: str) -> bool:
+    """Return whether a function's code mentions one of its parameters."""
+    inner = _without_partial(function)
+    code = getattr(inner, "__code__", None) or getattr(type(inner).__call__, "__code__", None)
+    if code is None or parameter in code.co_cellvars or "locals" in code.co_names:
+        return True
+    for instruction in dis.get_instructions(code):
+        named = instruction.argval  # a tuple where one instruction loads two variables
+        if parameter == named or (isinstance(named, tuple) and parameter in named):
+            return True
+    return False
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

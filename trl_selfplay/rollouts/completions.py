@@ -12,6 +12,7 @@ from typing import Any
 
 from trl import extract_prompt
 
+from trl_selfplay.rewards.scoring import columns_read
 from trl_selfplay.rollouts.prompts import (
     Prompt,
     PromptRow,
@@ -40,17 +41,19 @@ class ChosenTokens:
     chosen_ids: tuple[int, ...]
 
 
-def load_chosen_rows(dataset: Any, name: str) -> list[PromptRow]:
+def load_chosen_rows(dataset: Any, name: str, reward_funcs: Any = None) -> list[PromptRow]:
     """Check a dataset row by row; return prompts with the data's completion as `solution`.
 
     The completion is text, or a list with one assistant message for chat prompts. A row's `tools`
-    and `chat_template_kwargs` go with it. Rows with equal prompt and completion are merged; those
-    with `label=False` hold completions to avoid and are left out.
+    and `chat_template_kwargs` go with it. Rows with equal prompt and completion are merged, unless
+    they differ in what reward functions read; those with `label=False` hold completions to avoid
+    and are left out.
 
     Args:
         dataset: A `datasets.Dataset` with `prompt` and `completion`, `messages` (the last turn is
             the completion), or `prompt` and `chosen`. A `rejected` column is not used.
         name: What to call it in errors, such as "train_dataset".
+        reward_funcs: What grades completions of these prompts, as a trainer takes it.
 
     Raises:
         TypeError: Not a `Dataset`, or a row of another kind.
@@ -71,13 +74,15 @@ def load_chosen_rows(dataset: Any, name: str) -> list[PromptRow]:
             "%s: the column `rejected` is not used; only the data's own completions are.",
             name,
         )
+    read = columns_read(reward_funcs, columns - {*form, "rejected"})
     records, extra = [], {}
     for index, record in enumerate(as_plain_rows(dataset)):
         if form[1] == "completion" and record.get("label") is False:
             continue
         prompt, completion = _split(record, form, f"`{name}` row {index}")
         kept = {c: record[c] for c in _TEMPLATE_COLUMNS if c in columns}
-        records.append((index, {"prompt": prompt, "solution": completion, **kept}))
+        own = {"prompt": prompt, "solution": completion, **kept}
+        records.append((index, own, {c: record[c] for c in read}))
         extra[index] = {c: v for c, v in record.items() if c not in (*form, "rejected")}
     if dropped := len(dataset) - len(records):
         what = f"{dropped} of {len(dataset)} rows of `{name}` have label=False"

@@ -9,11 +9,12 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from trl_selfplay.rewards.scoring import columns_read
 from trl_selfplay.rollouts.record import hash_prompt
 
 logger = logging.getLogger(__name__)
@@ -89,16 +90,20 @@ class PromptRow:
         return canonical_prompt(self.prompt)
 
 
-def load_prompt_rows(dataset: Any, name: str, needs_solution: str | None = None) -> list[PromptRow]:
+def load_prompt_rows(
+    dataset: Any, name: str, needs_solution: str | None = None, reward_funcs: Any = None
+) -> list[PromptRow]:
     """Check a dataset row by row and return its prompts, sorted by `prompt_id`.
 
-    Rows with equal prompt and solution are merged, with one notice. The order of the rows has no
-    influence on anything that follows.
+    Rows are merged, with one notice, if prompt, solution, what the chat template gets, and what
+    reward functions read are equal. The order of the rows has no influence on anything that
+    follows.
 
     Args:
         dataset: A `datasets.Dataset` with the column `prompt`.
         name: What to call it in errors, such as "train_dataset".
         needs_solution: What uses the column `solution`, for the error; None where nothing does.
+        reward_funcs: What grades completions of these prompts, as a trainer takes it.
 
     Raises:
         TypeError: Not a `Dataset`, or a row whose prompt is neither text nor messages.
@@ -121,7 +126,9 @@ def load_prompt_rows(dataset: Any, name: str, needs_solution: str | None = None)
             f"{needs_solution} needs it. Rename a column with "
             '`dataset.rename_column("answer", "solution")`.'
         )
-    return collect_rows(enumerate(as_plain_rows(dataset)), name)
+    read = columns_read(reward_funcs, dataset.column_names)
+    records = enumerate(as_plain_rows(dataset))
+    return collect_rows(((i, r, {c: r[c] for c in read}) for i, r in records), name)
 
 
 def as_plain_rows(dataset: Dataset) -> Dataset:
@@ -151,20 +158,26 @@ def check_dataset(dataset: Any, name: str, columns: str) -> None:
         raise ValueError(f"`{name}` is empty: there is no prompt to sample from.")
 
 
-def collect_rows(records: Iterable[tuple[int, Mapping[str, Any]]], name: str) -> list[PromptRow]:
+def collect_rows(
+    records: Iterable[tuple[int, Mapping[str, Any], Mapping[str, Any]]], name: str
+) -> list[PromptRow]:
     """Check records one by one and return them as rows, sorted by `prompt_id`.
 
+    A row's id depends on the columns that graders read only where it would else be that of another
+    row, so that other rows have the ids that they have without these columns.
+
     Args:
-        records: Each with its index in the user's dataset.
+        records: Each as its index in the user's dataset, the record, and what graders read of it
+            beside prompt and solution.
         name: What to call the dataset in errors.
 
     Raises:
         TypeError, ValueError: As `load_prompt_rows`.
     """
-    rows: dict[str, PromptRow] = {}
+    same: dict[str, dict[str, PromptRow]] = {}  # by id, and by the id with what graders read
     kinds: dict[bool, int] = {}
     count = 0
-    for index, record in records:
+    for index, record, read in records:
         count += 1
         row = _build_row(record, index, name)
         kinds.setdefault(isinstance(row.prompt, str), index)
@@ -173,7 +186,14 @@ def collect_rows(records: Iterable[tuple[int, Mapping[str, Any]]], name: str) ->
                 f"`{name}` mixes plain-text prompts (row {kinds[True]}) and chat messages (row "
                 f"{kinds[False]}). Use one kind for all rows."
             )
-        rows.setdefault(row.prompt_id, row)
+        full_id = hash_prompt(row.prompt, row.solution, row.template_arguments, read)
+        same.setdefault(row.prompt_id, {}).setdefault(full_id, row)
+    rows = {
+        prompt_id: replace(row, prompt_id=prompt_id)
+        for plain_id, by_full_id in same.items()
+        for full_id, row in by_full_id.items()
+        for prompt_id in (plain_id if len(by_full_id) == 1 else full_id,)
+    }
     if len(rows) < count:
         logger.warning(
             "%s: %d of %d rows repeat an earlier prompt and solution; each is used once.",

@@ -27,7 +27,8 @@ class Rollout:
         round_index: The round that sampled it, counted from 0; -1 is the untrained model.
         phase: "train", "hint", "eval", or "gold" (a human completion, `round_index` -1).
         prompt_id: 128-bit hash of the canonical JSON of (prompt, solution), and of the row's
-            `tools` and `chat_template_kwargs` where it has any, as 32 hex digits.
+            `tools` and `chat_template_kwargs` where it has any, as 32 hex digits. Where rows differ
+            in nothing but columns that reward functions read, of these columns as well.
         sample_index: Which of the prompt's samples; hinted ones go on at `num_generations`.
         prompt_ids: Tokens that the model was conditioned on, few-shot examples and hint included.
         completion_ids: Tokens that the policy produced; EOS only if it was sampled.
@@ -111,17 +112,25 @@ SCHEMA = pa.schema(
 
 
 def hash_prompt(
-    prompt: Any, solution: Any, template_arguments: Mapping[str, Any] | None = None
+    prompt: Any,
+    solution: Any,
+    template_arguments: Mapping[str, Any] | None = None,
+    columns: Mapping[str, Any] | None = None,
 ) -> str:
     """Return a row's `prompt_id`: 32 hex digits, equal everywhere.
 
     Args:
-        prompt: The prompt.
-        solution: Its solution.
+        prompt: Text or messages.
+        solution: The ground truth, or None.
         template_arguments: What else the row gives the chat template; None or nothing leaves the
             id that of prompt and solution.
+        columns: What else tells the row from others, by column; likewise.
     """
-    row = [prompt, solution, dict(template_arguments)] if template_arguments else [prompt, solution]
+    row = [prompt, solution]
+    if template_arguments or columns:
+        row.append(dict(template_arguments or {}))
+    if columns:
+        row.append(dict(columns))
     canonical = json.dumps(
         row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
     )

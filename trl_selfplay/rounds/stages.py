@@ -92,6 +92,12 @@ class SelfPlay:
         count = self.formatter.num_embeddings
         return count is not None and len(self.formatter.tokenizer) > count
 
+    @property
+    def heldout_graders(self) -> list[Callable[..., Any]]:
+        """The functions that grade held-out completions, without reward models."""
+        scorer = self.collector.eval_scorer or self.collector.scorer
+        return [] if scorer is None else scorer.callables
+
     def check_prompts(self, hinted: bool) -> None:
         """Raise ValueError now for prompts that can't be rendered, sampled from or trained on."""
         for name, rows in {"train_dataset": self.rows, **self.heldout}.items():

@@ -4,6 +4,7 @@ In: the constructor's arguments, by place or by name as SFTTrainer takes them. O
 says what to do, or what the parent gets and what the rounds need.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def load_sft_parts(
     named: Mapping[str, Any],
     reward_funcs: Any,
     few_shot_examples: Sequence[Mapping[str, Any]] | None,
+    eval_reward_funcs: Any = None,
 ) -> SFTParts:
     """Check a constructor's arguments and read its datasets, before a model is loaded.
 
@@ -95,6 +97,7 @@ def load_sft_parts(
         named: And by name.
         reward_funcs: Of the trainer.
         few_shot_examples: Likewise.
+        eval_reward_funcs: Grade held-out completions in place of `reward_funcs`.
 
     Raises:
         ValueError, TypeError: For arguments or rows that can't work.
@@ -119,8 +122,11 @@ def load_sft_parts(
         given.get("train_dataset"),
         "train_dataset",
         needs_solution=hints if getattr(args, "rationalize", False) else None,
+        reward_funcs=reward_funcs,
     )
-    heldout = load_heldout_sets(given.get("eval_dataset"), rows)
+    graders = reward_funcs if eval_reward_funcs is None else eval_reward_funcs
+    load_rows = functools.partial(load_prompt_rows, reward_funcs=graders)
+    heldout = load_heldout_sets(given.get("eval_dataset"), rows, load_rows)
     tokenizer = load_processing_class(model, given.get("processing_class"), args)
     placeholder = placeholder_dataset(tokenizer)
     kept = {name: value for name, value in given.items() if name not in _NOT_FOR_THE_PARENT}

@@ -106,8 +106,9 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         if args is not None and gold_dataset is None:
             _refuse_without_gold(args)
         parts = load_sft_parts(
-            ReSTEMConfig, "ReSTEM", model, args, positional, named, reward_funcs, few_shot_examples
-        )
+            ReSTEMConfig, "ReSTEM", model, args, positional, named, reward_funcs, few_shot_examples,
+            eval_reward_funcs,
+        )  # fmt: skip
         if parts.args.loss_weighting == "reward" and parts.for_parent.get("compute_loss_func"):
             raise ValueError(
                 "loss_weighting='reward' with a `compute_loss_func`: the weights would not reach "

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         refuse_optimizers(optimizers)
         check_adapters(model, peft_config)
         rows = load_chosen_rows(train_dataset, "train_dataset")
-        heldout = load_heldout_sets(eval_dataset, rows, load_chosen_rows)
+        load_rows = partial(load_chosen_rows, reward_funcs=eval_reward_funcs)
+        heldout = load_heldout_sets(eval_dataset, rows, load_rows)
         tokenizer = load_processing_class(model, processing_class, args)
         placeholder = placeholder_pair()
         if eval_reward_funcs is not None:
@@ -277,9 +279,8 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
 
     def load_sets(self, eval_dataset: Any) -> dict[str, list[PromptRow]]:
         """Return the held-out sets that `evaluate` was given, with the data's completions."""
-        return self._tokenize_sets(
-            load_heldout_sets(eval_dataset, self.self_play.rows, load_chosen_rows)
-        )
+        load_rows = partial(load_chosen_rows, reward_funcs=self.self_play.heldout_graders)
+        return self._tokenize_sets(load_heldout_sets(eval_dataset, self.self_play.rows, load_rows))
 
     def score_sets(
         self,
