@@ -4,6 +4,7 @@ import errno
 import logging
 import re
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import BEMACallback
 
-from trl_selfplay import EmptyRoundError, STaRConfig, STaRTrainer, rollouts
+from trl_selfplay import EmptyRoundError, STaRConfig, STaRTrainer
 from trl_selfplay.rewards import exact_reward
 from trl_selfplay.rollouts.record import load_rollouts
 
@@ -215,7 +216,7 @@ def test_a_corrupt_shard_is_sampled_again_alone(build_star, caplog) -> None:
 
 
 def test_a_full_disk_stops_the_run_and_resuming_goes_on(build_star, monkeypatch) -> None:
-    write = rollouts.pq.write_table
+    write = pq.write_table
     whole = small_batches(build_star("whole", num_rounds=1))
     whole.train()
     count = 0
@@ -227,11 +228,11 @@ def test_a_full_disk_stops_the_run_and_resuming_goes_on(build_star, monkeypatch)
             raise OSError(errno.ENOSPC, "No space left on device")
         write(table, file)
 
-    monkeypatch.setattr(rollouts.pq, "write_table", fill_up)
+    monkeypatch.setattr(pq, "write_table", fill_up)
     trainer = small_batches(build_star(num_rounds=1))
     with pytest.raises(OSError, match="make room"):
         trainer.train()
-    monkeypatch.setattr(rollouts.pq, "write_table", write)
+    monkeypatch.setattr(pq, "write_table", write)
     resumed = small_batches(build_star(num_rounds=1))
     resumed.train(resume_from_checkpoint=True)
     assert resumed.train_dataset.to_list() == whole.train_dataset.to_list()
