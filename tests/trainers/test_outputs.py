@@ -9,7 +9,12 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    TrainerCallback,
+)
 
 from trl_selfplay.rollouts.record import SCHEMA
 from trl_selfplay.rounds.log import say_where_interrupted
@@ -190,3 +195,28 @@ def test_no_way_of_a_function_to_exit_ends_a_run_without_a_word(build_star, capl
     with pytest.raises(SystemExit):
         build_star("other", normal_form=exits).train()
     assert "interrupted in round 0; go on with train(resume_from_checkpoint=True)" in caplog.text
+
+
+class StepWatcher(TrainerCallback):
+    """Keeps the steps that the trackers see, and those that the parent counts."""
+
+    def __init__(self) -> None:
+        self.logged, self.counted = [], []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            self.logged.append((logs["round"], state.global_step))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.counted.append(state.global_step)
+
+
+def test_logged_steps_go_on_over_rounds_while_the_parent_counts_anew(build_star) -> None:
+    watcher = StepWatcher()
+    trainer = build_star(max_steps=2, callbacks=[watcher])
+    trainer.train()
+    assert watcher.counted == [1, 2, 1, 2]
+    assert watcher.logged == [(0, 1), (0, 2), (1, 3), (1, 4)]
+    history = [line["step"] for line in trainer.state.log_history if "loss" in line]
+    assert history == [1, 2, 3, 4]
+    assert trainer.progress is None

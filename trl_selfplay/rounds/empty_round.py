@@ -79,13 +79,8 @@ def _remedy(args: Any, played: Any) -> str:
             "its EOS token."
         )
     highest = max((r.reward for r in played.rollouts if r.reward is not None), default=0.0)
-    level = f"lower reward_threshold={args.reward_threshold} (the highest reward was {highest:g})"
-    if getattr(args, "improve_thresholds", None) is not None:
-        level = f"lower improve_thresholds ({args.improve_thresholds})"
-    elif getattr(args, "loss_weighting", "filter") == "reward":
-        level = "give rewards above 0, which loss_weighting='reward' asks for"
     return (
         "A wrong answer format is the usual reason; compare these completions with what the reward "
         "functions expect. Show the format with few_shot_examples, sample more (num_generations, "
-        f"temperature), raise max_completion_length, or {level}."
+        f"temperature), raise max_completion_length, or {args.how_to_keep_more(highest)}."
     )

@@ -76,6 +76,13 @@ class GradedConfig(SelfPlayConfig):
         super().__post_init__()  # type: ignore[misc]
         check_graded_config(config)
 
+    def how_to_keep_more(self, highest_reward: float) -> str:
+        """Return what lets more completions pass, in words that follow "or"."""
+        return (
+            f"lower reward_threshold={self.reward_threshold} (the highest reward was "
+            f"{highest_reward:g})"
+        )
+
     def heldout_metric_names(self) -> tuple[str, ...]:
         """Return the metrics of a held-out set, without the set's prefix."""
         return graded_metric_names(self.num_generations_eval)

@@ -187,6 +187,14 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
         """Whether completions are trained on that `reward_threshold` doesn't count as correct."""
         return self.improve_thresholds is not None or self.loss_weighting == "reward"
 
+    def how_to_keep_more(self, highest_reward: float) -> str:
+        """Return what lets more completions pass, in words that follow "or"."""
+        if self.improve_thresholds is not None:
+            return f"lower improve_thresholds ({self.improve_thresholds})"
+        if self.loss_weighting == "reward":
+            return "give rewards above 0, which loss_weighting='reward' asks for"
+        return super().how_to_keep_more(highest_reward)
+
     @property
     def num_improve_steps(self) -> int:
         """Improve steps that follow each Grow step; 1 without `improve_thresholds`."""

@@ -10,13 +10,11 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from math import inf, isfinite
 from statistics import fmean
-from typing import Literal
 
 import numpy as np
 
 from trl_selfplay.rollouts.record import Rollout
 
-ThresholdKind = Literal["value", "percentile", "interpolate"]
 THRESHOLD_KINDS = ("value", "percentile", "interpolate")
 _RANGES = {"value": (-inf, inf), "percentile": (0.0, 100.0), "interpolate": (0.0, 1.0)}
 
