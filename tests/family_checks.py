@@ -20,7 +20,7 @@ from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.generation.trial import try_model
 
-TRAINERS = ("STaR", "ReSTEM", "SPIN", "QuietSTaR")
+TRAINERS = ("STaR", "ReSTEM", "SPIN", "IRPO", "QuietSTaR")
 # Many ids end a completion, so that rows leave early and their places are filled again.
 EOS_IDS = (EOS, *range(3, VOCAB_SIZE, 16))
 _LENGTH = 12
@@ -171,7 +171,11 @@ def build_trainer(trainer: str, model: Any, folder: Path, tokenizer: Any, **sett
         graded = {}
     else:
         rows = {"prompt": PROMPTS, "solution": ["x", "yz", "w", "v"]}
-        graded = {"reward_funcs": lambda completions, **_: [1.0] * len(completions)}
+        # For IRPO one of a prompt's two completions is right and the other is wrong.
+        right = (1.0, 0.0) if trainer == "IRPO" else (1.0, 1.0)
+        graded = {"reward_funcs": lambda completions, **_: [
+            right[i % 2] for i in range(len(completions))
+        ]}  # fmt: skip
     return trainer_class(
         model,
         args=args,

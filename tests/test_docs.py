@@ -57,7 +57,9 @@ def test_the_pages_have_an_example_and_a_diff_for_each_kind_of_script() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", OUR_SCRIPTS, ids=["example", "from GRPO", "from SFT", "from DPO", "SFT to Quiet-STaR"]
+    "script",
+    OUR_SCRIPTS,
+    ids=["example", "IRPO", "from GRPO", "from SFT", "from DPO", "SFT to Quiet-STaR"],
 )
 def test_a_script_of_the_readme_builds_its_trainer(
     script, saved_tiny_model, sums, monkeypatch, tmp_path
@@ -93,7 +95,7 @@ def test_a_script_of_the_readme_builds_its_trainer(
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(saved_tiny_model)
     small, configs = re.subn(
-        r"\b((?:STaR|SPIN)Config\()",
+        r"\b((?:STaR|SPIN|IRPO)Config\()",
         r"\1max_completion_length=8, report_to=[], use_cpu=True, ",
         small,
     )
@@ -107,7 +109,8 @@ def test_a_script_of_the_readme_builds_its_trainer(
     if thinking:
         assert isinstance(trainer, trl_selfplay.QuietSTaRTrainer)
         return
-    assert isinstance(trainer, trl_selfplay.STaRTrainer | trl_selfplay.SPINTrainer)
+    kinds = trl_selfplay.STaRTrainer | trl_selfplay.SPINTrainer | trl_selfplay.IRPOTrainer
+    assert isinstance(trainer, kinds)
     solutions = [row.solution for row in trainer.self_play.rows]
     if isinstance(trainer, trl_selfplay.SPINTrainer):
         solutions = [messages[-1]["content"] for messages in solutions]

@@ -27,6 +27,7 @@ FLOW = (
     "trainers.star",
     "trainers.rest_em",
     "trainers.spin",
+    "trainers.irpo",
     "trainers.quiet_star",
     "demos",
 )

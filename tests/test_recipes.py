@@ -151,6 +151,7 @@ def test_the_demo_runs_from_one_command(tmp_path) -> None:
     [
         ("spin", "spin-demo", "Right result in the data's style"),
         ("rest_em", "rest-em-demo", "prompts not used for selection"),
+        ("irpo", "irpo-demo", "prompts not used for selection"),
         ("rest", "rest-demo", "prompts not used for selection"),
         ("rft", "rft-demo", "prompts not used for selection"),
     ],

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trl_selfplay.rollouts.record import Rollout
     from trl_selfplay.rounds.empty_round import EmptyRoundError
+    from trl_selfplay.trainers.irpo.config import IRPOConfig
+    from trl_selfplay.trainers.irpo.trainer import IRPOTrainer
     from trl_selfplay.trainers.quiet_star.config import QuietSTaRConfig
     from trl_selfplay.trainers.quiet_star.model import QuietSTaRModel
     from trl_selfplay.trainers.quiet_star.trainer import QuietSTaRTrainer
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "EmptyRoundError",
+    "IRPOConfig",
+    "IRPOTrainer",
     "QuietSTaRConfig",
     "QuietSTaRModel",
     "QuietSTaRTrainer",
@@ -41,6 +45,8 @@ __all__ = [
 
 _MODULE_OF = {
     "EmptyRoundError": "trl_selfplay.rounds.empty_round",
+    "IRPOConfig": "trl_selfplay.trainers.irpo.config",
+    "IRPOTrainer": "trl_selfplay.trainers.irpo.trainer",
     "QuietSTaRConfig": "trl_selfplay.trainers.quiet_star.config",
     "QuietSTaRModel": "trl_selfplay.trainers.quiet_star.model",
     "QuietSTaRTrainer": "trl_selfplay.trainers.quiet_star.trainer",

@@ -11,7 +11,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, get_peft_model
 from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
-from trl_selfplay import ReSTEMConfig, SPINConfig, STaRConfig
+from trl_selfplay import IRPOConfig, ReSTEMConfig, SPINConfig, STaRConfig
 from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.rollouts.selection import reasoning_path
 from trl_selfplay.rounds.identity import (
@@ -25,7 +25,7 @@ from trl_selfplay.rounds.identity import (
 )
 from trl_selfplay.rounds.plan import OnResume, declared_rules, per_round_lists
 
-CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig)
+CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig, IRPOConfig)
 # Of PEFT's configurations.
 NOT_RECORDED = {"base_model_name_or_path", "revision", "inference_mode", "peft_version"}
 PLAIN = {
@@ -112,7 +112,8 @@ def test_what_decides_which_samples_there_are_may_never_change() -> None:
         "deduplicate", "deduplicate_against_gold", "gold_ratio", "history_rounds",
         "improve_learning_rate_factor",
         "improve_thresholds", "load_best_round_at_end", "log_completions", "loss_weighting",
-        "max_per_prompt", "num_completions_to_print", "num_generations", "on_empty_round",
+        "max_per_prompt", "nll_coef", "num_completions_to_print", "num_generations",
+        "on_empty_round",
         "reward_threshold", "round_betas", "round_learning_rates", "round_max_steps",
         "start_from", "stop_after_rounds_without_gain", "threshold_kind",
     }  # fmt: skip

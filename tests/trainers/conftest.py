@@ -6,6 +6,8 @@ from tiny_rewards import contains_solution, digit_share
 from transformers import TrainerCallback
 
 from trl_selfplay import (
+    IRPOConfig,
+    IRPOTrainer,
     ReSTEMConfig,
     ReSTEMTrainer,
     SPINConfig,
@@ -150,6 +152,43 @@ def build_spin(tmp_path, tiny_model, word_tokenizer, answers):
             tiny_model(word_tokenizer) if model is None else model,
             args=SPINConfig(str(tmp_path / folder), **settings),
             train_dataset=answers(12) if train_dataset is None else train_dataset,
+            **arguments,
+        )
+
+    return build
+
+
+@pytest.fixture
+def build_irpo(tmp_path, tiny_model, word_tokenizer, sums):
+    """Return a function that builds an IRPOTrainer; keywords that are fields go to the config."""
+
+    def build(folder="run", *, model=None, train_dataset=None, **changes):
+        fields = IRPOConfig.__dataclass_fields__
+        settings = {
+            "num_rounds": 3,
+            "num_generations": 4,
+            "temperature": 1.0,
+            "max_per_prompt": 2,
+            "max_completion_length": 64,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": [],
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+        }
+        settings |= {k: v for k, v in changes.items() if k in fields}
+        arguments = {
+            "reward_funcs": contains_solution,
+            "processing_class": word_tokenizer,
+            **{k: v for k, v in changes.items() if k not in fields},
+        }
+        return IRPOTrainer(
+            tiny_model(word_tokenizer) if model is None else model,
+            args=IRPOConfig(str(tmp_path / folder), **settings),
+            train_dataset=sums(12) if train_dataset is None else train_dataset,
             **arguments,
         )
 

@@ -4,7 +4,7 @@ import pytest
 from transformers import EarlyStoppingCallback
 
 
-@pytest.mark.parametrize("method", ["star", "rest_em", "spin"])
+@pytest.mark.parametrize("method", ["star", "rest_em", "spin", "irpo"])
 @pytest.mark.parametrize("name", ["eval_reward", "eval_rewards/accuracies", "reward", "abc", ""])
 def test_an_unknown_metric_is_refused_with_those_that_there_are(
     request, sums, answers, method, name
@@ -38,7 +38,7 @@ def test_a_metric_is_that_of_the_first_set_unless_another_is_named(
     assert trainer.run.chosen_metric == full
 
 
-@pytest.mark.parametrize("method", ["star", "rest_em", "spin"])
+@pytest.mark.parametrize("method", ["star", "rest_em", "spin", "irpo"])
 def test_the_metrics_that_there_are_are_those_of_a_round(request, sums, answers, method) -> None:
     """Named from what one prompt would be measured by, so they can't differ from what is logged."""
     heldout = (answers if method == "spin" else sums)(4, first=90)

@@ -11,6 +11,7 @@ import pytest
 
 from trl_selfplay import (
     EmptyRoundError,
+    IRPOConfig,
     QuietSTaRConfig,
     ReSTEMConfig,
     SPINConfig,
@@ -18,7 +19,7 @@ from trl_selfplay import (
 )
 from trl_selfplay.trainers.field_checks import bounds_of
 
-CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig, QuietSTaRConfig)
+CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig, IRPOConfig, QuietSTaRConfig)
 VALUES = (0, -1, 1.5, math.nan, math.inf, 1e308, 2**63, "", "abc", [], None)
 SWEEP = [(c, f.name, v) for c in CONFIGS for f in fields(c) for v in VALUES]
 SHARE = 10
@@ -75,13 +76,14 @@ def stands_in_an_earlier_one(config_class, name, value, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_every_value_is_refused_or_a_run_with_it_ends(
-    tmp_path, monkeypatch, build_star, build_rest_em, build_spin, config_class
+    tmp_path, monkeypatch, build_star, build_rest_em, build_spin, build_irpo, config_class
 ) -> None:
     """What the constructors of the config and the trainer accept runs, or fails before sampling."""
     monkeypatch.chdir(tmp_path)
     accepted, unnamed = construct(tmp_path, [case for case in SWEEP if case[0] is config_class])
     assert unnamed == []
-    builders = {STaRConfig: build_star, ReSTEMConfig: build_rest_em, SPINConfig: build_spin}
+    builders = {STaRConfig: build_star, ReSTEMConfig: build_rest_em, SPINConfig: build_spin,
+                IRPOConfig: build_irpo}  # fmt: skip
     became, late = Counter(accepted=len(accepted)), []
     for index, (_, name, value) in enumerate(accepted):
         if config_class not in builders:

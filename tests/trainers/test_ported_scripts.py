@@ -8,6 +8,7 @@ import pytest
 from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig, SFTTrainer
 
 from trl_selfplay import (
+    IRPOConfig,
     QuietSTaRConfig,
     QuietSTaRTrainer,
     ReSTEMConfig,
@@ -18,7 +19,7 @@ from trl_selfplay import (
 )
 from trl_selfplay.trainers.ported_scripts import _ARGUMENTS, _FIELDS, _advice
 
-CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig, QuietSTaRConfig)
+CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig, IRPOConfig, QuietSTaRConfig)
 TRL_CONFIGS = (GRPOConfig, RLOOConfig, SFTConfig, DPOConfig, KTOConfig)
 
 

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_selfplay import (
+    IRPOConfig,
+    IRPOTrainer,
     QuietSTaRConfig,
     QuietSTaRTrainer,
     ReSTEMConfig,
@@ -24,6 +26,7 @@ from trl_selfplay import (
 )
 from trl_selfplay.rewards import choice_reward, equations_reward, exact_reward
 from trl_selfplay.rollouts.selection import reasoning_path
+from trl_selfplay.trainers.irpo.config import _PRESETS as IRPO_PRESETS
 from trl_selfplay.trainers.rest_em.config import _PRESETS as REST_EM_PRESETS
 from trl_selfplay.trainers.star.config import PAPER_PRESETS as STAR_PRESETS
 
@@ -36,6 +39,7 @@ QUIET = {
 SHORT = {"max_completion_length": 10, "per_device_train_batch_size": 4}
 STAR_ROUNDS = {"commonsense_qa": 30, "gsm8k": 36, "addition": 16}
 REST_EM_ROUNDS = {"math": 3, "rest": 2 * 3, "rft": 1}
+IRPO_ROUNDS = {"gsm8k": 4, "arc": 3, "math": 3}
 
 
 @pytest.fixture
@@ -107,6 +111,7 @@ def assert_trained(lines, rounds) -> None:
 def test_the_presets_are_those_that_run_below() -> None:
     assert set(STAR_PRESETS) == set(STAR_ROUNDS)
     assert set(REST_EM_PRESETS) == set(REST_EM_ROUNDS)
+    assert set(IRPO_PRESETS) == set(IRPO_ROUNDS)
 
 
 @pytest.mark.full
@@ -174,6 +179,25 @@ def test_the_preset_of_spin_runs_to_its_end(half_taught, tokenizer, tmp_path) ->
     )  # fmt: skip
     trainer.train()
     assert_trained(read_lines(trainer), 4)
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [p if p == "gsm8k" else pytest.param(p, marks=pytest.mark.slow) for p in IRPO_PRESETS],
+)
+def test_a_preset_of_irpo_runs_to_its_end(preset, half_taught, tokenizer, tmp_path) -> None:
+    rows, reward = (choices(), choice_reward) if preset == "arc" else (additions(), exact_reward)
+    trainer = IRPOTrainer(
+        half_taught(rows),
+        args=IRPOConfig.from_paper(
+            preset, output_dir=str(tmp_path), **QUIET, **SHORT, num_generations=6, max_steps=1,
+            gradient_accumulation_steps=1,
+        ),
+        train_dataset=rows.remove_columns("completion"), reward_funcs=reward,
+        processing_class=tokenizer, gold_dataset=rows,
+    )  # fmt: skip
+    trainer.train()
+    assert_trained(read_lines(trainer), IRPO_ROUNDS[preset])
 
 
 @pytest.mark.slow

@@ -18,8 +18,11 @@ Outcome = Literal[
     "capped",
     "identical",
     "empty",
+    "unpaired",
 ]
 
+# Records name these only where they occur, as those that were written before there were any.
+_RARE = ("unpaired",)
 _HINTED_PREFIX = "hinted_"
 _REASON_PREFIX = "leak_"
 
@@ -39,6 +42,7 @@ class OutcomeCounts:
         kept: To be trained on.
         identical: SPIN: the data's own completion, which teaches nothing as its opponent.
         empty: SPIN: nothing but the end.
+        unpaired: IRPO: right, and its prompt has no wrong one to be paired with.
     """
 
     abstained: int = 0
@@ -51,6 +55,11 @@ class OutcomeCounts:
     kept: int = 0
     identical: int = 0
     empty: int = 0
+    unpaired: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the counts by outcome, without rare ones that are 0."""
+        return {name: n for name, n in asdict(self).items() if n or name not in _RARE}
 
     @property
     def sampled(self) -> int:
@@ -124,9 +133,9 @@ class Funnel:
             "prompts": self.prompts,
             "prompts_solved": self.prompts_solved,
             "sampled": self.unhinted.sampled,
-            **asdict(self.unhinted),
+            **self.unhinted.to_dict(),
             "hinted_sampled": self.hinted.sampled,
-            **{_HINTED_PREFIX + name: count for name, count in asdict(self.hinted).items()},
+            **{_HINTED_PREFIX + name: count for name, count in self.hinted.to_dict().items()},
             **{_REASON_PREFIX + reason: count for reason, count in self.leak_reasons},
             "history": self.history,
             "gold": self.gold,

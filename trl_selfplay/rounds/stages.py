@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from datasets import Dataset
 from trl import pack_dataset
 
 from trl_selfplay.disk import DamagedFileError
@@ -421,7 +422,7 @@ class SelfPlay:
             metrics: What else to log of the round.
         """
         folder = self.run.folder(round_index)
-        examples, rollouts = selection.examples, selection.rollouts
+        examples = selection.examples
         rows = build_training_rows(
             examples,
             prompt_ids,
@@ -436,12 +437,31 @@ class SelfPlay:
         if self.collector.accelerator.is_main_process:
             save_rows(folder / "dataset", rows)
         self.collector.accelerator.wait_for_everyone()
-        scorer = self.collector.scorer
+        return self.describe_round(round_index, selection, rows, len(examples), metrics)
+
+    def describe_round(
+        self,
+        round_index: int,
+        selection: Selection,
+        rows: Dataset,
+        num_examples: int,
+        metrics: Mapping[str, float],
+    ) -> PlayedRound:
+        """Return what a round trains on, with its rewards and numbers for the log.
+
+        Args:
+            round_index: The round that trains on them.
+            selection: What is trained on, and the outcome of every rollout.
+            rows: The parent's dataset, final.
+            num_examples: Selected examples; packed rows hold several.
+            metrics: What else to log of the round; replaces what is measured for every method.
+        """
+        rollouts, scorer = selection.rollouts, self.collector.scorer
         rewards = mean_rewards(rollouts, () if scorer is None else scorer.names)
         sampled_in = rollouts[0].round_index if rollouts else round_index
         return PlayedRound(
             rows,
-            len(examples),
+            num_examples,
             replace(selection.funnel, gold=len(selection.gold)),
             StoredRollouts(self.run.folder(sampled_in)),
             round_metrics(selection, rewards)

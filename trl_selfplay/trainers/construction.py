@@ -65,24 +65,40 @@ def read_config(args: Any, config_class: Any, model: Any, method: str) -> Any:
     return args
 
 
-def check_arguments(
-    args: Any, *, model: Any, reward_funcs: Any, peft_config: Any, **unused: Any
-) -> None:
+def check_arguments(args: Any, *, model: Any, peft_config: Any, **unused: Any) -> None:
     """Raise for arguments that can't work, before a model is loaded.
 
     Raises:
-        ValueError: No reward function, an argument that rounds would ignore, or a PEFT
-            initialisation that changes base weights.
+        ValueError: An argument that rounds would ignore, or a PEFT initialisation that changes base
+            weights.
+    """
+    check_adapters(model, peft_config)
+    refuse_unused_arguments(**unused, args=args)
+    if args.packing and args.max_length is None:
+        raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
+
+
+def check_rewards(args: Any, reward_funcs: Any, few_shot_examples: Any) -> None:
+    """Raise ValueError for rewards that can't decide, and few-shot rounds without examples.
+
+    Several reward functions, each weighing 1.0, can't decide where any one alone reaches 1.0.
     """
     if reward_funcs is None or reward_funcs == []:
         raise ValueError(
             "`reward_funcs` is missing: something must say which completions are right. Pass a "
             "function such as trl_selfplay.rewards.exact_reward, a reward model id, or a list."
         )
-    check_adapters(model, peft_config)
-    refuse_unused_arguments(**unused, args=args)
-    if args.packing and args.max_length is None:
-        raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
+    several = isinstance(reward_funcs, list | tuple) and len(reward_funcs) > 1
+    by_threshold = not args.rewards_have_degrees
+    if several and by_threshold and args.reward_weights is None and args.reward_threshold == 1.0:
+        raise ValueError(
+            f"{len(reward_funcs)} reward functions with weights of 1.0 and reward_threshold=1.0: "
+            "one of them alone would make a completion correct, a reward for the format for "
+            f"example. Set reward_threshold={float(len(reward_funcs))} if all must be met, or say "
+            "with reward_weights which of them count (1.0 and 0.0 for answer and format)."
+        )
+    if args.few_shot_rounds is not None and not few_shot_examples:
+        raise ValueError(f"few_shot_rounds={args.few_shot_rounds} needs `few_shot_examples`.")
 
 
 def check_adapters(model: Any, peft_config: Any) -> None:
@@ -155,6 +171,17 @@ def refuse_optimizers(optimizers: tuple[Any, Any]) -> None:
         )
 
 
+def refuse_logit_metrics(**given: Any) -> None:
+    """Raise ValueError for arguments that compute held-out metrics from logits."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` was given, but held-out prompts are sampled and graded by "
+                "`reward_funcs`: there are no logits to compute metrics from. Leave it out; log a "
+                "number of your own with `log_metric` in a reward function."
+            )
+
+
 def refuse_unused_arguments(
     optimizers: tuple[Any, Any],
     compute_metrics: Any,
@@ -164,16 +191,10 @@ def refuse_unused_arguments(
 ) -> None:
     """Raise ValueError for parent arguments that a run over rounds would silently ignore."""
     refuse_optimizers(optimizers)
-    for name, value in (
-        ("compute_metrics", compute_metrics),
-        ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
-    ):
-        if value is not None:
-            raise ValueError(
-                f"`{name}` was given, but held-out prompts are sampled and graded by "
-                "`reward_funcs`: there are no logits to compute metrics from. Leave it out; log a "
-                "number of your own with `log_metric` in a reward function."
-            )
+    refuse_logit_metrics(
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+    )
     if formatting_func is not None:
         raise ValueError(
             "`formatting_func` was given, but the trained text is the model's own. Format the "

@@ -18,6 +18,7 @@ from trl_selfplay.rounds.run import Run
 from trl_selfplay.trainers.construction import (
     build_run,
     check_arguments,
+    check_rewards,
     load_processing_class,
     placeholder_dataset,
     read_config,
@@ -107,16 +108,13 @@ def load_sft_parts(
     args = read_config(args, config_class, model, method)
     unused = {name: given.get(name) for name in _NOT_FOR_THE_PARENT}
     peft_config = given.get("peft_config")
+    check_rewards(args, reward_funcs, few_shot_examples)
     check_arguments(
         args,
         model=model,
-        reward_funcs=reward_funcs,
         peft_config=peft_config,
         **unused,
     )
-    _check_threshold(args, reward_funcs)
-    if args.few_shot_rounds is not None and not few_shot_examples:
-        raise ValueError(f"few_shot_rounds={args.few_shot_rounds} needs `few_shot_examples`.")
     hints = "rationalize=True, which shows the solution as a hint (set it to False otherwise),"
     rows = load_prompt_rows(
         given.get("train_dataset"),
@@ -145,22 +143,6 @@ def load_sft_parts(
             "eval_dataset": placeholder if heldout else None,
         },
     )
-
-
-def _check_threshold(args: Any, reward_funcs: Any) -> None:
-    """Refuse several reward functions, each weighing 1.0, where any one alone reaches 1.0."""
-    several = isinstance(reward_funcs, list | tuple) and len(reward_funcs) > 1
-    by_threshold = (
-        getattr(args, "improve_thresholds", None) is None
-        and getattr(args, "loss_weighting", "filter") == "filter"
-    )
-    if several and by_threshold and args.reward_weights is None and args.reward_threshold == 1.0:
-        raise ValueError(
-            f"{len(reward_funcs)} reward functions with weights of 1.0 and reward_threshold=1.0: "
-            "one of them alone would make a completion correct, a reward for the format for "
-            f"example. Set reward_threshold={float(len(reward_funcs))} if all must be met, or say "
-            "with reward_weights which of them count (1.0 and 0.0 for answer and format)."
-        )
 
 
 def show_parent_parameters(init: Callable[..., None]) -> Callable[..., None]:

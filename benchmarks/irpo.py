@@ -1,0 +1,256 @@
+"""Does IRPO gain more than STaR and ReST^EM from the same number of samples? And is it the NLL term?
+
+The task is that of addition.py: a decoder of 0.8 M parameters adds numbers of 2 to 4 digits with a
+scratchpad, right on about a third of them at the start. All arms sample 8 completions of 192
+prompts in each of 3 rounds, with the same sampling, the same reward and all weights trained; the
+weights that are reported are 120 optimizer steps of 16 examples away from the base in every arm.
+
+- star: one right completion per prompt, trained from the base in each round (120 steps). Without
+  rationalization, which would sample more.
+- rest_em: every right completion once, trained from the base in each round (120 steps).
+- irpo: up to 10 pairs of a right and a wrong completion per prompt, each round trained from the one
+  before (3 times 40 steps). A pair is an example, and costs two.
+- irpo_without_nll: the same with nll_coef=0.0, which is DPO alone.
+
+Each arm has its learning rate chosen among RATES on the held-out prompts of a seed that is not
+reported. Held-out prompts of the reported seeds choose nothing: scores are those of the last round,
+and of each round on the way there. An arm, rate and seed is a process of its own and a file under
+results/irpo; what is there is not run again:
+
+    OMP_NUM_THREADS=1 python benchmarks/irpo.py --tune --seeds 100
+    OMP_NUM_THREADS=1 python benchmarks/irpo.py --seeds 0 1 2
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from addition import draw_sums, load_base, right_answer, rows_of, training_settings
+
+from trl_selfplay.disk import save_text
+
+RESULTS = Path(__file__).parent / "results" / "irpo"
+ARMS = ("star", "rest_em", "irpo", "irpo_without_nll")
+RATES = {
+    "star": (3e-4, 1e-3),
+    "rest_em": (3e-4, 1e-3),
+    "irpo": (1e-4, 3e-4, 1e-3),
+    "irpo_without_nll": (1e-5, 3e-5, 1e-4),
+}
+TUNING_SEED = 100
+DIGITS = (2, 3, 4)
+PROMPTS_PER_LENGTH, NUM_ROUNDS, NUM_GENERATIONS, STEPS = 64, 3, 8, 120
+
+
+def build_trainer(arm: str, rate: float, seed: int, folder: str) -> Any:
+    """Return the trainer of an arm, on the base that all arms of a seed share."""
+    from trl_selfplay import (
+        IRPOConfig,
+        IRPOTrainer,
+        ReSTEMConfig,
+        ReSTEMTrainer,
+        STaRConfig,
+        STaRTrainer,
+    )
+
+    sums = draw_sums(seed)
+    trainer: Any
+    config: Any
+    changes: dict[str, Any]
+    if arm == "star":
+        trainer, config = STaRTrainer, STaRConfig
+        changes = {"rationalize": False, "max_per_prompt": 1}
+    elif arm == "rest_em":
+        trainer, config = ReSTEMTrainer, ReSTEMConfig
+        changes = {"few_shot_in_training": False, "max_per_prompt": None}
+    else:
+        trainer, config = IRPOTrainer, IRPOConfig
+        changes = {"max_per_prompt": 10, "nll_coef": float(arm == "irpo")}
+    from_previous = config is IRPOConfig
+    settings = {
+        **training_settings(seed),
+        "num_rounds": NUM_ROUNDS,
+        "num_generations": NUM_GENERATIONS,
+        "temperature": 1.0,
+        "top_k": 0,
+        "max_completion_length": 48,  # four digits need 42 with EOS
+        "max_steps": STEPS // NUM_ROUNDS if from_previous else STEPS,
+        "per_device_train_batch_size": 16,
+        "warmup_steps": 5,
+        "learning_rate": rate,
+        "num_generations_eval": 0,
+        "load_best_round_at_end": False,
+        "on_empty_round": "stop",
+        **changes,
+    }
+    return trainer(
+        load_base(seed, sums["base"]),
+        args=config(folder, **settings),
+        train_dataset=rows_of(
+            [pair for n in DIGITS for pair in sums["train"][n][:PROMPTS_PER_LENGTH]]
+        ),
+        eval_dataset=rows_of([pair for n in DIGITS for pair in sums["held_out"][n]]),
+        reward_funcs=right_answer,
+    )
+
+
+def run_arm(arm: str, rate: float, seed: int) -> dict[str, Any]:
+    """Train one arm; return held-out accuracy before and after each round."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(arm, rate, seed, f"{folder}/run")
+        trainer.train()
+        lines = trainer.run.lines
+    return {
+        "arm": arm,
+        "rate": rate,
+        "seed": seed,
+        "before": lines[0]["eval_before"]["eval_accuracy"] if lines else None,
+        "accuracy": [line["eval"]["eval_accuracy"] for line in lines],
+        "sampled": sum(line["funnel"]["sampled"] for line in lines),
+        "right": [line["rewards"]["mean"] for line in lines],
+        "examples": [line["examples"] for line in lines],
+        "steps": [line["steps"] for line in lines],
+        "seconds": [line["seconds"] for line in lines],
+        "minutes": (time.monotonic() - started) / 60,
+        "machine": f"{platform.machine()}, {platform.system()}, one thread",
+        "versions": {name: version(name) for name in ("trl", "transformers", "torch")},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def record_path(results: Path, arm: str, rate: float, seed: int) -> Path:
+    """Return where a run's record lies."""
+    return results / f"{arm}-{rate:g}-{seed}.json"
+
+
+def chosen_rate(results: Path, arm: str) -> float | None:
+    """Return the rate with the best last round on the tuning seed, or None if one is missing."""
+    scores = {}
+    for rate in RATES[arm]:
+        path = record_path(results, arm, rate, TUNING_SEED)
+        if not path.exists():
+            return None
+        scores[rate] = (json.loads(path.read_text())["accuracy"] or [0.0])[-1]
+    return max(scores, key=lambda rate: scores[rate])
+
+
+def spread(values: list[float]) -> str:
+    """Return the mean, and the range over several seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{fmean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
+
+
+def write_summary(results: Path) -> None:
+    """Write the tables of the records that are present beside their folder."""
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    reported = [r for r in records if r["seed"] != TUNING_SEED]
+    first = records[0]
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    lines = [
+        "# IRPO against STaR and ReST^EM at equal samples",
+        "",
+        f"A decoder of 0.8 M parameters, sums of {DIGITS[0]} to {DIGITS[-1]} digits with a "
+        f"scratchpad, {len(DIGITS) * PROMPTS_PER_LENGTH} prompts, {NUM_ROUNDS} rounds of "
+        f"{NUM_GENERATIONS} samples at temperature 1, {STEPS} steps of 16 examples from the base to "
+        f"the weights that are reported. {first['machine']}; {versions}; seeds "
+        f"{sorted({r['seed'] for r in reported})}; {max(r['date'] for r in records)}. Script: "
+        "`benchmarks/irpo.py`, which says what the arms are. Accuracy is greedy on 300 held-out "
+        "sums, which chose nothing; they alone make one seed's standard error up to 0.03. Mean "
+        "over seeds, and range. The machine was shared, so minutes say little.",
+        "",
+        "| arm | seeds | learning rate | base | "
+        + " | ".join(f"round {t}" for t in range(NUM_ROUNDS))
+        + " | samples | minutes |",
+        "|---" * (6 + NUM_ROUNDS) + "|",
+    ]
+    for arm in ARMS:
+        found = [r for r in reported if r["arm"] == arm]
+        if not found:
+            lines.append(f"| {arm} | 0 | not measured |" + " |" * (NUM_ROUNDS + 3))
+            continue
+        rounds = [
+            spread([r["accuracy"][t] for r in found if t < len(r["accuracy"])])
+            for t in range(max(len(r["accuracy"]) for r in found))
+        ]
+        rounds += ["–"] * (NUM_ROUNDS - len(rounds))
+        cells = [
+            arm,
+            str(len(found)),
+            ", ".join(f"{rate:g}" for rate in sorted({r["rate"] for r in found})),
+            spread([r["before"] for r in found]),
+            *rounds,
+            ", ".join(f"{n:,}" for n in sorted({r["sampled"] for r in found})),
+            f"{fmean(r['minutes'] for r in found):.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "By seed: accuracy after each round, and examples (pairs for IRPO).",
+        "",
+        "| arm | seed | base | accuracy | share of samples that are right | examples |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in sorted(reported, key=lambda r: (ARMS.index(r["arm"]), r["seed"])):
+        accuracy, right = (", ".join(f"{v:.2f}" for v in r[k]) for k in ("accuracy", "right"))
+        examples = ", ".join(map(str, r["examples"]))
+        lines.append(
+            f"| {r['arm']} | {r['seed']} | {r['before']:.2f} | {accuracy} | {right} | {examples} |"
+        )
+    lines += ["", f"Learning rates, last round's accuracy on seed {TUNING_SEED}:", ""]
+    for arm in ARMS:
+        tried = {r["rate"]: r for r in records if (r["arm"], r["seed"]) == (arm, TUNING_SEED)}
+        scores = ", ".join(
+            f"{rate:g}: {(tried[rate]['accuracy'] or [0.0])[-1]:.3f}" for rate in sorted(tried)
+        )
+        lines.append(f"- {arm}: {scores or 'not measured'}")
+    notes = results.with_name(f"{results.name}_notes.md")
+    if notes.exists():
+        lines += ["", notes.read_text().rstrip()]
+    results.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Run what is missing and write the summary."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--tune", action="store_true", help="run all learning rates")
+    parser.add_argument("--rate", type=float, help="the only learning rate")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--here", action="store_true", help="run one arm in this process")
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for arm in args.arms:
+            rates = RATES[arm] if args.tune else (args.rate or chosen_rate(args.results, arm),)
+            for rate in rates:
+                if rate is None:
+                    raise ValueError(
+                        f"no rate is chosen for {arm}: run --tune --seeds {TUNING_SEED}."
+                    )
+                path = record_path(args.results, arm, rate, seed)
+                if path.exists():
+                    continue
+                if args.here:
+                    save_text(path, json.dumps(run_arm(arm, rate, seed), indent=1))
+                    continue
+                command = [sys.executable, __file__, "--here", "--results", str(args.results)]
+                command += ["--arms", arm, "--seeds", str(seed), "--rate", str(rate)]
+                subprocess.run(command, check=True)
+    if not args.here:
+        write_summary(args.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""IRPO: a model learns to prefer its right answers to its wrong ones, round after round.
+
+In: prompts with solutions, reward functions, perhaps human completions. Out: the model after
+`num_rounds` rounds. Which completions are paired is decided in pairs.py.
+
+Source: IRPO, arXiv 2404.19733, section 2.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from trl import DPOTrainer
+
+from trl_selfplay.rollouts.gold import Gold
+from trl_selfplay.rollouts.played import PlayedRound
+from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets, load_prompt_rows
+from trl_selfplay.rollouts.rendering import load_few_shot_examples
+from trl_selfplay.rollouts.rows import Pair, build_pair_rows, training_completion_ids
+from trl_selfplay.rollouts.selection import default_normal_form
+from trl_selfplay.rounds.identity import summarize
+from trl_selfplay.trainers.construction import (
+    build_run,
+    build_self_play,
+    check_adapters,
+    check_rewards,
+    load_processing_class,
+    read_config,
+    refuse_logit_metrics,
+    refuse_optimizers,
+)
+from trl_selfplay.trainers.irpo.config import IRPOConfig
+from trl_selfplay.trainers.irpo.pairs import pair_rollouts
+from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
+from trl_selfplay.trainers.reference import ReferenceMixin, placeholder_pair, refuse_ref_model
+from trl_selfplay.trainers.rounds import RoundsMixin
+
+_REMEDY = (
+    "No prompt has both a right and a wrong completion that could be paired. Sample more of them "
+    "(num_generations), at a higher temperature where all are right, or take other prompts."
+)
+
+
+class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
+    """Trains a causal language model on pairs of its own right and wrong completions.
+
+    Takes what `trl.DPOTrainer` takes, in its order, and the keyword-only parameters below. The
+    datasets have the columns `prompt` (text or chat messages) and `solution`, as for STaRTrainer;
+    all columns reach the reward functions. The loss is DPO's against the policy as it enters the
+    round, and the chosen completions' negative log-likelihood per token (`nll_coef`).
+
+    Args:
+        reward_funcs: As GRPOTrainer takes them: a callable, an async one, a model id, a sequence
+            classifier, or a list of these. A completion is right if its reward is at least
+            `reward_threshold`, and else wrong.
+        reward_processing_classes: Tokenizers of reward models, one for each of `reward_funcs`.
+        few_shot_examples: Mappings with `prompt`, `completion` and `solution` that stand before
+            every prompt.
+        gold_dataset: Human completions of training prompts: `prompt` and `completion`, or
+            `messages`. They are graded like the model's own, and right ones may be chosen.
+        eval_reward_funcs: Functions that grade held-out completions in place of `reward_funcs`;
+            None grades them alike.
+
+    Raises:
+        ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
+
+    Source: IRPO, arXiv 2404.19733, section 2.
+    """
+
+    args: IRPOConfig
+    _tag_names = ["trl", "dpo", "trl-selfplay", "irpo"]  # noqa: RUF012  # as in TRL
+    _name = "IRPO"
+    _paper = {  # noqa: RUF012  # as in TRL
+        "title": "Iterative Reasoning Preference Optimization",
+        "id": "2404.19733",
+        "citation": """\
+@inproceedings{pang2024iterative,
+    title        = {{Iterative Reasoning Preference Optimization}},
+    author       = {Richard Yuanzhe Pang and Weizhe Yuan and Kyunghyun Cho and He He and Sainbayar Sukhbaatar and Jason Weston},
+    year         = 2024,
+    booktitle    = {Advances in Neural Information Processing Systems 37},
+    eprint       = {arXiv:2404.19733},
+}""",
+    }
+
+    @explains_foreign_arguments
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: IRPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
+        gold_dataset: Any = None,
+        eval_reward_funcs: Any = None,
+    ) -> None:
+        args = read_config(args, IRPOConfig, model, "IRPO")
+        refuse_ref_model(ref_model, "IRPO")
+        refuse_optimizers(optimizers)
+        refuse_logit_metrics(compute_metrics=compute_metrics)
+        check_rewards(args, reward_funcs, few_shot_examples)
+        check_adapters(model, peft_config)
+        rows = load_prompt_rows(train_dataset, "train_dataset")
+        heldout = load_heldout_sets(eval_dataset, rows)
+        examples = load_few_shot_examples(few_shot_examples, rows[0].is_conversational)
+        self.run = build_run(args, model, peft_config, list(heldout))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=placeholder_pair(),
+            eval_dataset=placeholder_pair() if heldout else None,
+            processing_class=load_processing_class(model, processing_class, args),
+            callbacks=callbacks,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self.eval_dataset = eval_dataset
+        self.self_play = build_self_play(
+            self,
+            rows,
+            heldout,
+            examples,
+            reward_funcs=reward_funcs,
+            reward_processing_classes=reward_processing_classes,
+            eval_reward_funcs=eval_reward_funcs,
+        )
+        self.switch_noise_off()
+        self.self_play.check_prompts(hinted=False)
+        self.self_play.warn_unreadable_solutions()
+        self.gold = self.self_play.load_gold(gold_dataset, needs_solutions=True)
+        _refuse_unpaired(self.gold, rows)
+
+    def identity(self) -> dict[str, Any]:
+        """Return a digest of the human completions."""
+        gold = sorted((r.prompt_id, r.completion) for r in self.gold.rollouts)
+        return {"gold_dataset": summarize(gold)}
+
+    def play_round(self, round_index: int) -> PlayedRound:
+        """Sample and grade under M_t, pair right with wrong, and score the pairs under M_t."""
+        play, args, folder = self.self_play, self.args, self.run.folder(round_index)
+        rows = play.draw_prompts(round_index)
+        rollouts = play.sample(rows, round_index, "train", folder)
+        prompt_ids = play.training_prompt_ids(rows)
+        gold = play.grade_gold(self.gold, self.run.root / "gold.parquet")
+        gold = [rollout for rollout in gold if rollout.prompt_id in prompt_ids]
+        pairing = pair_rollouts(
+            rollouts,
+            play.drop_long_gold(gold, prompt_ids),
+            is_right=lambda rollout: rollout.passes(args.reward_threshold),
+            fits=lambda rollout: play.fits(rollout, prompt_ids),
+            deduplicate=args.deduplicate,
+            max_pairs=args.max_per_prompt,
+            seed=args.seed + round_index,
+        )
+        play.keep_selection(folder, pairing.selection)
+        pairs = [
+            Pair(
+                prompt_id=right.prompt_id,
+                prompt_ids=prompt_ids[right.prompt_id],
+                chosen_ids=training_completion_ids(right, play.eos_token_id),
+                rejected_ids=training_completion_ids(wrong, play.eos_token_id),
+            )
+            for right, wrong in pairing.pairs
+        ]
+        training_rows = self.store_reference(
+            build_pair_rows(pairs, seed=args.seed + round_index), folder / "dataset"
+        )
+        diversity = play.watch_diversity(round_index, rollouts, default_normal_form)
+        played = play.describe_round(
+            round_index, pairing.selection, training_rows, len(pairs), diversity | pairing.metrics
+        )
+        return replace(played, remedy=_REMEDY) if played.funnel.correct else played
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return DPO's loss plus `nll_coef` times the chosen completions' loss per token.
+
+        Each row counts alike, however long its chosen completion is; in TRL's "sft" loss each token
+        of the batch does.
+        """
+        seen: list[torch.Tensor] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            outputs = model(*args, **kwargs)
+            seen.append(outputs.log_probs)  # of the parent's one forward
+            return outputs
+
+        loss = super().compute_loss(forward, inputs, *args, **kwargs)
+        nll = chosen_nll(seen[0], inputs["completion_mask"])
+        mode = "train" if model.training else "eval"
+        self._metrics[mode]["nll"].append(self.accelerator.gather(nll.detach()).mean().item())
+        return loss + self.args.nll_coef * nll
+
+
+def chosen_nll(log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """Return −log π(y_w) / |y_w|, averaged over the rows of a batch.
+
+    Args:
+        log_probs: Of each next token, 0 outside of completions; shape (2 * rows, tokens - 1), the
+            chosen completions first.
+        completion_mask: 1 on the tokens of completions; shape (2 * rows, tokens).
+
+    Source: IRPO, arXiv 2404.19733, equation 1.
+    """
+    log_probs, _ = log_probs.chunk(2)
+    lengths = completion_mask[:, 1:].sum(dim=1).chunk(2)[0]
+    return -(log_probs.sum(dim=1) / lengths).mean()
+
+
+def _refuse_unpaired(gold: Gold, rows: Sequence[PromptRow]) -> None:
+    """Raise ValueError for human completions of prompts that are never sampled."""
+    unknown = gold.rows.keys() - {row.prompt_id for row in rows}
+    if unknown:
+        example = next(row for name, row in gold.rows.items() if name in unknown)
+        raise ValueError(
+            f"`gold_dataset` has {len(unknown)} prompts that are not in `train_dataset`, such as row "
+            f"{example.row_index}: no wrong completion of theirs is sampled, so they would never be "
+            "in a pair. Leave them out."
+        )
