@@ -95,6 +95,18 @@ def test_without_heldout_prompts_the_table_shows_the_funnel_alone() -> None:
     assert "pass@" not in header
 
 
+def test_scores_that_were_measured_are_shown_whatever_the_method() -> None:
+    measured = {"eval_logps": -1.0, "eval_win_rate": 0.7, "eval_margin": 0.2, "eval_loss": 0.6}
+    pairs = make_line(0, None, eval=measured, rewards={})
+    header, row, caption = map(cells, round_table([pairs], "eval_logps").splitlines())
+    assert header[4:-1] == ["logps", "win_rate", "margin"]
+    assert row[4:-1] == ["-1.000", "0.700", "0.200"]
+    assert "correct" not in caption[0]
+    graded = make_line(0, None, eval=measured | evaluation(0.4, 0.5), rewards={})
+    header, *_ = map(cells, round_table([graded], "eval_accuracy").splitlines())
+    assert header[4:-1] == ["accuracy", "pass@8", "logps", "win_rate", "margin"]
+
+
 def test_of_several_heldout_sets_the_chosen_ones_scores_are_shown() -> None:
     scores = evaluation(0.3, 0.4, "eval_easy") | evaluation(0.1, 0.2, "eval_hard")
     lines = [make_line(0, None, eval=scores)]

@@ -98,6 +98,13 @@ def test_an_example_that_does_not_fit_is_refused(example, message) -> None:
         load_few_shot_examples([example], conversational=False)
 
 
+def test_an_example_needs_a_solution_only_where_hints_show_it() -> None:
+    example = {"prompt": "Q", "completion": "A"}
+    assert load_few_shot_examples([example], False)[0].solution is None
+    with pytest.raises(ValueError, match=r"lacks \['solution'\]"):
+        load_few_shot_examples([example], False, needs_solution=True)
+
+
 # --- the time of the run ---
 
 DATED = "{{ strftime_now('%-d') }} {{ strftime_now('100%% %Y') }} " + (

@@ -236,14 +236,12 @@ def _rows(lines: Sequence[Mapping[str, Any]], metric: str | None) -> list[list[s
     """Return the table's header and rows as text."""
     metric = metric or _default_metric(lines) or "eval_accuracy"
     prefix = _prefix(metric)
+    known = {name for _, metrics in _evaluations(lines) for name in metrics}
     k = max((_largest_k(m, prefix) for _, m in _evaluations(lines)), default=0)
-    scores = ["accuracy", *([f"pass@{k}"] if k else [])]
-    if not lines[0]["rewards"]:
-        scores = ["logps", "win_rate", "margin"]
-    elif not re.search(r"(?:accuracy|pass@\d+)$", metric):
-        known = {name for _, metrics in _evaluations(lines) for name in metrics}
-        scores = [metric.removeprefix(f"{prefix}_"), *scores]
-        scores = [name for name in scores if f"{prefix}_{name}" in known] or scores[:1]
+    scores = ["accuracy", f"pass@{k}", "logps", "win_rate", "margin"]
+    if (chosen := metric.removeprefix(f"{prefix}_")) not in scores and "pass@" not in chosen:
+        scores = [chosen, *scores]
+    scores = [name for name in scores if f"{prefix}_{name}" in known]
     rows = [["round", "gain ± s.e.", "funnel", "steps", *scores, "seconds"]]
     before = lines[0].get("eval_before") or {}
     for name, form in (("before", prefix), ("before, few-shot", f"{prefix}_few_shot")):
@@ -265,8 +263,8 @@ def _rows(lines: Sequence[Mapping[str, Any]], metric: str | None) -> list[list[s
 
 
 def _caption(lines: Sequence[Mapping[str, Any]]) -> str:
-    graded = ""  # pairs are not graded
-    if lines[0]["rewards"]:
+    graded = ""
+    if _is_graded(lines[0]):
         graded = "correct + rationalized → " if _uses_hints(lines) else "correct → "
     return (
         f"funnel: sampled → finished → {graded}kept → trained; seconds: {'/'.join(_phases(lines))}"
@@ -277,9 +275,14 @@ def _uses_hints(lines: Sequence[Mapping[str, Any]]) -> bool:
     return any(Funnel.from_dict(line["funnel"]).hinted.sampled for line in lines)
 
 
+def _is_graded(line: Mapping[str, Any]) -> bool:
+    """Return whether reward functions graded the round's samples, so that some are correct."""
+    return bool(line["rewards"])
+
+
 def _chain(funnel: Funnel, line: Mapping[str, Any], uses_hints: bool) -> str:
     with_hint = f" + {funnel.rationalized:,}" if uses_hints else ""
-    graded = f"{funnel.correct:,}{with_hint} → " if line["rewards"] else ""
+    graded = f"{funnel.correct:,}{with_hint} → " if _is_graded(line) else ""
     kept = f"{graded}{funnel.kept:,} → {line['examples']:,}"
     return f"{funnel.sampled:,} → {funnel.finished:,} → {kept}"
 

@@ -40,9 +40,9 @@ class OutcomeCounts:
         duplicate: Equal in normal form to another one of the same prompt.
         capped: Over the most that are kept of a prompt.
         kept: To be trained on.
-        identical: SPIN: the data's own completion, which teaches nothing as its opponent.
-        empty: SPIN: nothing but the end.
-        unpaired: IRPO: right, and its prompt has no wrong one to be paired with.
+        identical: Equal to the completion that it would be paired with.
+        empty: Nothing but the end.
+        unpaired: Right, and its prompt has no wrong one to be paired with.
     """
 
     abstained: int = 0

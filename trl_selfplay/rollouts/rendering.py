@@ -49,14 +49,18 @@ class FewShotExample:
 
 
 def load_few_shot_examples(
-    examples: Sequence[Mapping[str, Any]] | None, conversational: bool
+    examples: Sequence[Mapping[str, Any]] | None,
+    conversational: bool,
+    *,
+    needs_solution: bool = False,
 ) -> tuple[FewShotExample, ...]:
     """Check few-shot examples and bring them into the dataset's form.
 
     Args:
-        examples: Mappings with `prompt`, `completion` and `solution`.
+        examples: Mappings with `prompt`, `completion` and perhaps `solution`.
         conversational: Whether the dataset's prompts are chat messages. A plain-text example is
             then made a user turn and an assistant turn.
+        needs_solution: Hints show the solution of examples as well.
 
     Raises:
         ValueError: A key is missing, or an example is chat messages where the dataset is text.
@@ -65,10 +69,11 @@ def load_few_shot_examples(
     checked = []
     for index, example in enumerate(examples or ()):
         where = f"few_shot_examples[{index}]"
-        if missing := {"prompt", "completion", "solution"} - set(example):
+        needed = {"prompt", "completion", *(["solution"] if needs_solution else ())}
+        if missing := needed - set(example):
             raise ValueError(
                 f"{where} lacks {sorted(missing)}; each example needs `prompt`, `completion` (the "
-                "rationale with its answer) and `solution`."
+                "rationale with its answer), and with rationalize=True the `solution` for its hint."
             )
         prompt = example["prompt"]
         check_prompt(prompt, where)
@@ -80,7 +85,7 @@ def load_few_shot_examples(
                 f"{where} is a list of chat messages, but the dataset's prompts are plain text. "
                 "Give the example's prompt as text."
             )
-        checked.append(FewShotExample(prompt, completion, example["solution"]))
+        checked.append(FewShotExample(prompt, completion, example.get("solution")))
     return tuple(checked)
 
 

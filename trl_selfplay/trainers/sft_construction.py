@@ -116,10 +116,11 @@ def load_sft_parts(
         **unused,
     )
     hints = "rationalize=True, which shows the solution as a hint (set it to False otherwise),"
+    rationalizes = getattr(args, "rationalize", False)
     rows = load_prompt_rows(
         given.get("train_dataset"),
         "train_dataset",
-        needs_solution=hints if getattr(args, "rationalize", False) else None,
+        needs_solution=hints if rationalizes else None,
         reward_funcs=reward_funcs,
     )
     graders = reward_funcs if eval_reward_funcs is None else eval_reward_funcs
@@ -133,7 +134,9 @@ def load_sft_parts(
         run=build_run(args, model, peft_config, list(heldout)),
         rows=rows,
         heldout=heldout,
-        examples=load_few_shot_examples(few_shot_examples, rows[0].is_conversational),
+        examples=load_few_shot_examples(
+            few_shot_examples, rows[0].is_conversational, needs_solution=rationalizes
+        ),
         eval_dataset=given.get("eval_dataset"),
         for_parent={
             **kept,
