@@ -370,9 +370,17 @@ def canonical_prompt(prompt: Any) -> str:
 def load_heldout_sets(
     eval_dataset: Any,
     train_rows: list[PromptRow],
-    load_rows: Callable[[Any, str], list[PromptRow]] = load_prompt_rows,
+    load_rows: Callable[..., list[PromptRow]] = load_prompt_rows,
+    reward_funcs: Any = None,
 ) -> dict[str, list[PromptRow]]:
     """Return the held-out sets by name ("" for a single one), none of them seen in training.
+
+    Args:
+        eval_dataset: A dataset, a dict of them, or None.
+        train_rows: The prompts that are trained on.
+        load_rows: `load_prompt_rows` or another function with its first two parameters and
+            `reward_funcs`.
+        reward_funcs: What grades completions of held-out prompts, as a trainer takes it.
 
     Raises:
         ValueError: A held-out prompt is also a training prompt, whatever its solution, or a set
@@ -385,7 +393,10 @@ def load_heldout_sets(
         named = eval_dataset
     else:
         named = {"": eval_dataset}
-    sets = {name: load_rows(dataset, _heldout_label(name)) for name, dataset in named.items()}
+    sets = {
+        name: load_rows(dataset, _heldout_label(name), reward_funcs=reward_funcs)
+        for name, dataset in named.items()
+    }
     refuse_seen_heldout(sets, train_rows, "train_dataset")
     return sets
 

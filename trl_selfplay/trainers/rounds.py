@@ -6,7 +6,6 @@ bases. What a round is, from sampling to selection, is in each trainer's `play_r
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.evaluation.heldout import HeldOutScores
 from trl_selfplay.rollouts.played import PlayedRound
-from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets, load_prompt_rows
+from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets
 from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds.loop import run_rounds
 from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run
@@ -92,8 +91,8 @@ class RoundsMixin(Trainer):
         Raises:
             ValueError, TypeError: For rows that can't be scored.
         """
-        load_rows = partial(load_prompt_rows, reward_funcs=self.self_play.heldout_graders)
-        sets = load_heldout_sets(eval_dataset, self.self_play.rows, load_rows)
+        graders = self.self_play.heldout_graders
+        sets = load_heldout_sets(eval_dataset, self.self_play.rows, reward_funcs=graders)
         for name, rows in sets.items():
             self.self_play.check_columns(rows, name or "eval_dataset")
         return sets

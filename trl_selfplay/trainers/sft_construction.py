@@ -4,7 +4,6 @@ In: the constructor's arguments, by place or by name as SFTTrainer takes them. O
 says what to do, or what the parent gets and what the rounds need.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,8 +123,7 @@ def load_sft_parts(
         reward_funcs=reward_funcs,
     )
     graders = reward_funcs if eval_reward_funcs is None else eval_reward_funcs
-    load_rows = functools.partial(load_prompt_rows, reward_funcs=graders)
-    heldout = load_heldout_sets(given.get("eval_dataset"), rows, load_rows)
+    heldout = load_heldout_sets(given.get("eval_dataset"), rows, reward_funcs=graders)
     tokenizer = load_processing_class(model, given.get("processing_class"), args)
     placeholder = placeholder_dataset(tokenizer)
     kept = {name: value for name, value in given.items() if name not in _NOT_FOR_THE_PARENT}

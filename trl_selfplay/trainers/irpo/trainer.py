@@ -112,8 +112,9 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         refuse_logit_metrics(compute_metrics=compute_metrics)
         check_rewards(args, reward_funcs, few_shot_examples)
         check_adapters(model, peft_config)
-        rows = load_prompt_rows(train_dataset, "train_dataset")
-        heldout = load_heldout_sets(eval_dataset, rows)
+        rows = load_prompt_rows(train_dataset, "train_dataset", reward_funcs=reward_funcs)
+        graders = reward_funcs if eval_reward_funcs is None else eval_reward_funcs
+        heldout = load_heldout_sets(eval_dataset, rows, reward_funcs=graders)
         examples = load_few_shot_examples(few_shot_examples, rows[0].is_conversational)
         self.run = build_run(args, model, peft_config, list(heldout))
         super().__init__(

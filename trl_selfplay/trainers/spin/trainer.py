@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +132,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         refuse_optimizers(optimizers)
         check_adapters(model, peft_config)
         rows = load_chosen_rows(train_dataset, "train_dataset")
-        load_rows = partial(load_chosen_rows, reward_funcs=eval_reward_funcs)
-        heldout = load_heldout_sets(eval_dataset, rows, load_rows)
+        heldout = load_heldout_sets(eval_dataset, rows, load_chosen_rows, eval_reward_funcs)
         tokenizer = load_processing_class(model, processing_class, args)
         placeholder = placeholder_pair()
         if eval_reward_funcs is not None:
@@ -279,8 +277,10 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
 
     def load_sets(self, eval_dataset: Any) -> dict[str, list[PromptRow]]:
         """Return the held-out sets that `evaluate` was given, with the data's completions."""
-        load_rows = partial(load_chosen_rows, reward_funcs=self.self_play.heldout_graders)
-        return self._tokenize_sets(load_heldout_sets(eval_dataset, self.self_play.rows, load_rows))
+        play = self.self_play
+        return self._tokenize_sets(
+            load_heldout_sets(eval_dataset, play.rows, load_chosen_rows, play.heldout_graders)
+        )
 
     def score_sets(
         self,
