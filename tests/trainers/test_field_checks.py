@@ -146,7 +146,7 @@ def test_every_value_is_refused_or_a_run_with_it_ends(
         ),
         ({"reward_threshold": math.nan}, "a finite number"),
         ({"reward_weights": []}, "one for each reward function"),
-        ({"stop_strings": [""]}, "an empty text"),
+        ({"stop_strings": [""]}, "an empty string"),
         ({"eval_strategy": "sometimes"}, "one of"),
         ({"include_num_input_tokens_seen": "most"}, "choose one of"),
         ({"torch_compile_mode": "fast"}, "choose one of"),
@@ -217,6 +217,6 @@ def test_bounds_are_of_numbers_that_exist(config_class) -> None:
 def test_fields_without_use_are_named_in_one_line(tmp_path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         make(STaRConfig, tmp_path, per_device_eval_batch_size=2, label_names=["a"], bf16=False)
-    [message] = [r.message for r in caplog.records if "of no use here" in r.message]
+    [message] = [r.message for r in caplog.records if "without effect here" in r.message]
     assert "per_device_eval_batch_size=2" in message
     assert "label_names=['a']" in message

@@ -69,18 +69,18 @@ class SelfPlayConfig:
     num_prompts_per_round: Annotated[int | None, OnResume.FIXED] = field(
         default=None,
         metadata={
-            "help": "Prompts to draw afresh for each round, without replacement within a round. "
-            "None uses all prompts in every round.",
+            "help": "Prompts drawn anew for each round, without replacement within the round. None "
+            "uses all prompts in every round.",
         },
     )
     num_generations: Annotated[int, OnResume.UNTIL_TRAINED] = field(
         default=1,
-        metadata={"help": "Completions to sample for each prompt."},
+        metadata={"help": "Completions sampled per prompt."},
     )
     max_completion_length: Annotated[int, OnResume.FIXED] = field(
         default=512,
         metadata={
-            "help": "Most tokens of a completion. One that is cut here is never trained on.",
+            "help": "Maximum tokens per completion. Truncated completions are never trained on.",
         },
     )
     temperature: Annotated[float, OnResume.FIXED] = field(
@@ -90,56 +90,56 @@ class SelfPlayConfig:
     top_p: Annotated[float, OnResume.FIXED] = field(
         default=1.0,
         metadata={
-            "help": "Sample from the smallest set of tokens with this mass; 1.0 is off.",
+            "help": "Sample from the smallest set of tokens with this probability mass; 1.0 disables it.",
         },
     )
     top_k: Annotated[int, OnResume.FIXED] = field(
         default=0,
         metadata={
-            "help": "Sample from this many likeliest tokens; 0 is off.",
+            "help": "Sample from this many most likely tokens; 0 disables it.",
         },
     )
     min_p: Annotated[float | None, OnResume.FIXED] = field(
         default=None,
         metadata={
-            "help": "Drop tokens below this share of the likeliest token's probability; None is "
-            "off.",
+            "help": "Drop tokens whose probability is below this fraction of the most likely token's; "
+            "None disables it.",
         },
     )
     repetition_penalty: Annotated[float, OnResume.FIXED] = field(
         default=1.0,
         metadata={
-            "help": "Above 1.0, tokens that already occurred become less likely.",
+            "help": "Values above 1.0 make tokens that have already occurred less likely.",
         },
     )
     stop_strings: Annotated[list[str] | None, OnResume.FIXED] = field(
         default=None,
         metadata={
-            "help": "A completion ends with the token that completes one of these. It is trained "
-            "on with EOS added, so that the model learns to stop there.",
+            "help": "A completion ends with the token that completes one of these strings. In training "
+            "EOS follows it, so that the model learns to stop there.",
         },
     )
     generation_kwargs: Annotated[dict[str, Any] | str | None, OnResume.FIXED] = field(
         default=None,
         metadata={
-            "help": "More generation options, overriding the fields above: `eos_token_id`, "
+            "help": "Further generation options, which override the fields above: `eos_token_id`, "
             "`max_new_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`. "
-            "Any other one is an error.",
+            "Any other is an error.",
         },
     )
     chat_template_kwargs: Annotated[dict[str, Any] | str | None, OnResume.FIXED] = field(
         default=None,
         metadata={
-            "help": "Keyword arguments for the chat template, such as `enable_thinking`. A row's own "
-            "`chat_template_kwargs`, in a column of that name, win.",
+            "help": "Keyword arguments for the chat template, such as `enable_thinking`. A row's own, "
+            "in a column `chat_template_kwargs`, take precedence.",
         },
     )
     sanitize_control_tokens: Annotated[bool, OnResume.FIXED] = field(
         default=False,
         metadata={
             "help": "Read special tokens in the text of prompts, hints and data as plain text, so "
-            "that only the chat template writes control tokens, as the argument of "
-            "`apply_chat_template` of that name does. False reads them as control tokens, as TRL.",
+            "that only the chat template writes control tokens, like the argument of the same name "
+            "of `apply_chat_template`. False reads them as control tokens, as TRL does.",
         },
     )
     log_completions: Annotated[bool, OnResume.FREE] = field(
@@ -151,35 +151,35 @@ class SelfPlayConfig:
     num_completions_to_print: Annotated[int | None, OnResume.FREE] = field(
         default=None,
         metadata={
-            "help": "How many completions `log_completions` prints; None prints all.",
+            "help": "Number of completions that `log_completions` prints; None prints all.",
         },
     )
     num_generations_eval: Annotated[int, OnResume.FIXED] = field(
         default=1,
         metadata={
-            "help": "Completions to sample for each held-out prompt, beside the greedy one, for "
-            "`eval_pass@k`; 0 samples none.",
+            "help": "Completions sampled per held-out prompt for `eval_pass@k`, in addition to the "
+            "greedy one; 0 samples none.",
         },
     )
     temperature_eval: Annotated[float, OnResume.FIXED] = field(
         default=1.0,
         metadata={
-            "help": "Temperature of the held-out samples (with top_p 0.95), the same in every "
-            "round so that rounds compare (ReST^EM, arXiv 2312.06585, Fig. 5).",
+            "help": "Temperature of the held-out samples (with top_p 0.95). It is the same in every "
+            "round, so that rounds can be compared (ReST^EM, arXiv 2312.06585, Fig. 5).",
         },
     )
     start_from: Annotated[str, OnResume.UNTIL_TRAINED] = field(
         default="base",
         metadata={
-            "help": "Weights that a round's training starts from: those before round 0 or those "
-            "the previous round ended with. Sampling always uses the newest.",
+            "help": "Weights from which a round's training starts: those before round 0, or those with "
+            "which the previous round ended. Sampling always uses the newest.",
             "choices": ["base", "previous"],
         },
     )
     history_rounds: Annotated[int, OnResume.UNTIL_TRAINED] = field(
         default=0,
         metadata={
-            "help": "Earlier rounds whose selected samples are trained on too.",
+            "help": "Number of earlier rounds whose selected samples are trained on as well.",
         },
     )
     round_learning_rates: Annotated[
@@ -187,14 +187,14 @@ class SelfPlayConfig:
     ] = field(
         default=None,
         metadata={
-            "help": "One learning rate for each round, in place of `learning_rate`.",
+            "help": "One learning rate per round, in place of `learning_rate`.",
         },
     )
     round_max_steps: Annotated[list[int] | None, PerRound("max_steps"), OnResume.UNTIL_TRAINED] = (
         field(
             default=None,
             metadata={
-                "help": "One number of optimizer steps for each round, in place of `max_steps`.",
+                "help": "One number of optimizer steps per round, in place of `max_steps`.",
             },
         )
     )
@@ -209,23 +209,23 @@ class SelfPlayConfig:
     on_empty_round: Annotated[str, OnResume.FREE] = field(
         default="raise",
         metadata={
-            "help": "What to do when a round keeps nothing: raise `EmptyRoundError`, or stop and "
-            "keep the rounds before it.",
+            "help": "What happens when a round keeps nothing: raise `EmptyRoundError`, or stop and keep "
+            "the rounds before it.",
             "choices": ["raise", "stop"],
         },
     )
     load_best_round_at_end: Annotated[bool | None, OnResume.FREE] = field(
         default=None,
         metadata={
-            "help": "Load the weights with the best held-out score at the end, the untrained model "
-            "included. None: on with an `eval_dataset`.",
+            "help": "Load the weights with the best held-out score at the end, which may be those of the "
+            "untrained model. None does so if there is an `eval_dataset`.",
         },
     )
     stop_after_rounds_without_gain: Annotated[int | None, OnResume.FREE] = field(
         default=None,
         metadata={
-            "help": "Stop after this many rounds whose held-out score is not above the best so "
-            "far. None never stops.",
+            "help": "Stop after this many rounds without a better held-out score than the best so far. "
+            "None never stops.",
         },
     )
 
@@ -240,7 +240,7 @@ class SelfPlayConfig:
 
 
 def switch_off_bf16_without_gpu(config: Any) -> None:
-    """Set TRL's default `bf16=None` to False on a machine that has no accelerator, and say so.
+    """Set TRL's default `bf16=None` to False on a machine without an accelerator, and log it.
 
     TRL resolves None to bfloat16, which raises on a machine without a GPU, or with `use_cpu=True`
     trains in a precision that most CPUs emulate slowly.
@@ -254,7 +254,7 @@ def switch_off_bf16_without_gpu(config: Any) -> None:
         )
 
 
-# Fields in whose place `generation_kwargs` may stand.
+# Keywords of `generation_kwargs` that override a field.
 _FIELD_OF_KEYWORD = {
     "max_new_tokens": "max_completion_length",
     **{n: n for n in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
@@ -309,7 +309,7 @@ def guess_greater_is_better(config: Any) -> None:
 
 
 def check_parent_fields(config: Any) -> None:
-    """Refuse fields of the parent that rounds would get wrong; warn of those without use here."""
+    """Refuse fields of the parent that rounds would get wrong; warn of those without effect."""
     defaults = {each.name: each.default for each in fields(config)}
     for name, reason in _REFUSED.items():
         if value := getattr(config, name, None):
@@ -337,8 +337,8 @@ def check_parent_fields(config: Any) -> None:
     ]
     if without_use:
         logger.warning(
-            "%s: of no use here, because held-out prompts are scored by the trainer itself, and "
-            "nothing is pushed before the end.",
+            "%s: without effect here, because the trainer itself scores held-out prompts, and nothing "
+            "is pushed before the end.",
             ", ".join(without_use),
         )
 
@@ -352,8 +352,8 @@ def check_self_play_config(config: Any) -> None:
     _check_generation_kwargs(config)
     if "" in (config.stop_strings or ()):
         raise ValueError(
-            f"stop_strings={config.stop_strings!r}; an empty text would end every completion before "
-            "it began. Leave it out."
+            f"stop_strings={config.stop_strings!r}: an empty string would end every completion "
+            "before it began. Leave it out."
         )
     if config.chat_template_kwargs:
         check_template_kwargs(config.chat_template_kwargs, "chat_template_kwargs")
@@ -387,14 +387,14 @@ def check_self_play_config(config: Any) -> None:
 
 
 def sampling_temperatures(config: Any) -> tuple[float, ...]:
-    """Return the temperatures that the rounds sample at, with `generation_kwargs` laid over."""
+    """Return the temperatures that the rounds sample at, with `generation_kwargs` applied."""
     if config.round_temperatures is not None:
         return tuple(config.round_temperatures[: config.num_rounds])
     return (build_sampling_options(config, ()).temperature,)
 
 
 def _check_generation_kwargs(config: Any) -> None:
-    """Check the values of `generation_kwargs`, and leave out what says what holds anyway."""
+    """Check the values of `generation_kwargs`, and drop those that change nothing."""
     given = dict(config.generation_kwargs or {})
     if config.round_temperatures is not None and "temperature" in given:
         raise ValueError(

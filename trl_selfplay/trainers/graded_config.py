@@ -27,7 +27,7 @@ class GradedConfig(SelfPlayConfig):
     reward_weights: Annotated[list[float] | None, OnResume.FIXED] = field(
         default=None,
         metadata={
-            "help": "Weight of each reward function; None weighs all with 1.0.",
+            "help": "Weight of each reward function; None gives each a weight of 1.0.",
         },
     )
     reward_threshold: Annotated[float, OnResume.UNTIL_TRAINED] = field(
@@ -39,29 +39,28 @@ class GradedConfig(SelfPlayConfig):
     max_per_prompt: Annotated[int | None, OnResume.UNTIL_TRAINED] = field(
         default=None,
         metadata={
-            "help": "Most completions to keep of a prompt, drawn at random after deduplication. "
-            "None keeps all.",
+            "help": "Maximum completions kept per prompt, drawn at random after deduplication. None "
+            "keeps all.",
         },
     )
     deduplicate: Annotated[bool, OnResume.UNTIL_TRAINED] = field(
         default=True,
         metadata={
-            "help": "Keep one of a prompt's completions that are equal in normal form.",
+            "help": "Keep only one of a prompt's completions with the same normal form.",
         },
     )
     few_shot_in_training: Annotated[bool, OnResume.FIXED] = field(
         default=False,
         metadata={
-            "help": "Train (and evaluate) with the few-shot examples in the prompt, and not only "
-            "sample with them.",
+            "help": "Keep the few-shot examples in the prompt for training and evaluation as well, not "
+            "only for sampling.",
         },
     )
     few_shot_rounds: Annotated[int | None, OnResume.FIXED] = field(
         default=None,
         metadata={
-            "help": "Sample with the few-shot examples in this many first rounds only; from then "
-            "on the model is asked in the form that it is trained on. None: in all rounds, as in "
-            "the paper.",
+            "help": "Number of first rounds that sample with the few-shot examples; later ones ask in "
+            "the form that the model is trained on. None: all rounds, as in the paper.",
         },
     )
 

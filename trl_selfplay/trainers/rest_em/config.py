@@ -92,84 +92,81 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
         "gold_ratio": ABOVE_0,
     }
 
-    num_generations: int = field(
-        default=32, metadata={"help": "Completions to sample for each prompt."}
-    )
+    num_generations: int = field(default=32, metadata={"help": "Completions sampled per prompt."})
     temperature: float = field(
         default=0.7, metadata={"help": "Sampling temperature; 0.0 is greedy decoding."}
     )
     top_k: int = field(
-        default=40, metadata={"help": "Sample from this many likeliest tokens; 0 is off."}
+        default=40, metadata={"help": "Sample from this many most likely tokens; 0 disables it."}
     )
     max_per_prompt: int | None = field(
         default=10,
         metadata={
-            "help": "Most completions to keep of a prompt after deduplication, drawn at random; "
-            "with improve_thresholds those with the highest rewards, so that each Improve step's "
-            "set is part of the one before. None keeps all."
+            "help": "Maximum completions kept per prompt after deduplication, drawn at random; with "
+            "improve_thresholds those with the highest rewards, so that the set of each Improve "
+            "step is a subset of the one before. None keeps all."
         },
     )
     few_shot_in_training: bool = field(
         default=True,
         metadata={
-            "help": "Train and evaluate with the few-shot examples in the prompt, as ReST^EM does, "
-            "and not only sample with them."
+            "help": "Keep the few-shot examples in the prompt for training and evaluation as well, as "
+            "ReST^EM does, not only for sampling."
         },
     )
     improve_thresholds: Annotated[list[float] | None, OnResume.UNTIL_TRAINED] = field(
         default=None,
         metadata={
-            "help": "ReST: the rising thresholds of the Improve steps that follow each Grow step. "
-            "All train on the same samples, those with a reward strictly above the threshold, and "
-            "each goes on from the one before; `num_rounds` counts the Grow steps. -inf as the "
-            "first one selects everything. None trains once a round on what reaches "
-            "reward_threshold.",
+            "help": "ReST: increasing thresholds of the Improve steps that follow each Grow step. Each "
+            "trains on the same samples, those with a reward strictly above its threshold, and "
+            "continues from the one before; `num_rounds` counts the Grow steps. -inf as the first "
+            "selects everything. None trains once per round on what reaches reward_threshold.",
         },
     )
     threshold_kind: Annotated[str, OnResume.UNTIL_TRAINED] = field(
         default="value",
         metadata={
-            "help": "What improve_thresholds are: rewards, percentiles (0 to 100) of the prompt's "
-            "own rewards, or places between their mean (0) and maximum (1).",
+            "help": "Unit of improve_thresholds: rewards, percentiles (0 to 100) of the rewards of the "
+            "same prompt, or positions between their mean (0) and maximum (1).",
             "choices": ["value", "percentile", "interpolate"],
         },
     )
     improve_learning_rate_factor: Annotated[float, OnResume.UNTIL_TRAINED] = field(
         default=0.5,
         metadata={
-            "help": "What each Improve step multiplies the learning rate of the one before with. "
-            "ReST lowers it by a factor that it doesn't give.",
+            "help": "Factor by which each Improve step multiplies the learning rate of the one before. "
+            "ReST lowers the rate, by a factor that the paper doesn't give.",
         },
     )
     loss_weighting: Annotated[str, OnResume.UNTIL_TRAINED] = field(
         default="filter",
         metadata={
-            "help": "'filter' trains on what reaches the threshold, all alike; 'reward' on every "
-            "completion with a reward above 0, weighted with it (arXiv 2312.06585, Eq. 3): with "
-            "its reward by the round's mean, so that neither the scale of the rewards nor the "
-            "batch size matters. A gold completion that isn't graded weighs 1.0, as the mean does.",
+            "help": "'filter' trains on what reaches the threshold, with equal weights; 'reward' on every "
+            "completion with a reward above 0, weighted by it (arXiv 2312.06585, Eq. 3). The weight "
+            "is the reward divided by the round's mean, so that neither the scale of the rewards "
+            "nor the batch size matters. A gold completion without a reward has weight 1.0.",
             "choices": ["filter", "reward"],
         },
     )
     gold_ratio: Annotated[float | None, OnResume.UNTIL_TRAINED] = field(
         default=None,
         metadata={
-            "help": "Gold completions for each selected one of the model's own, drawn without "
-            "repetition. None trains on each of gold_dataset once a round.",
+            "help": "Gold completions per selected completion of the model's own, drawn without "
+            "replacement. None trains on all of gold_dataset once per round.",
         },
     )
     deduplicate_against_gold: Annotated[bool, OnResume.UNTIL_TRAINED] = field(
         default=False,
         metadata={
-            "help": "Drop a completion that has the normal form of one of its prompt's gold "
-            "completions. Off: one with that form is kept beside gold, as in RFT's code.",
+            "help": "Drop a completion with the normal form of a gold completion of its prompt. False "
+            "keeps it in addition to the gold one, as RFT's code does.",
         },
     )
     warm_up_on_gold: Annotated[bool, OnResume.FIXED] = field(
         default=False,
         metadata={
-            "help": "Train on gold_dataset before the first sampling: ReST's first step, and RFT's "
-            "sampler. start_from='base' still means the weights before it.",
+            "help": "Train on gold_dataset before sampling begins: ReST's first step, and how RFT gets "
+            "its sampler. start_from='base' still means the weights before that.",
         },
     )
 

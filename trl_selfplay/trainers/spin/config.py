@@ -81,7 +81,7 @@ class SPINConfig(ReferenceConfig, DPOConfig):
     round_betas: Annotated[list[float] | None, PerRound("beta"), OnResume.UNTIL_TRAINED] = field(
         default=None,
         metadata={
-            "help": "One beta for each round, in place of `beta`.",
+            "help": "One beta per round, in place of `beta`.",
         },
     )
 
@@ -153,7 +153,7 @@ class SPINConfig(ReferenceConfig, DPOConfig):
         if self.round_betas is not None and len(self.round_betas) != self.num_rounds:
             raise ValueError(
                 f"round_betas has {len(self.round_betas)} values for num_rounds={self.num_rounds}; "
-                "give one a round."
+                "give one per round."
             )
 
     def heldout_metric_names(self) -> tuple[str, ...]:

@@ -52,8 +52,8 @@ class STaRConfig(GradedConfig, SFTConfig):
     rationalize: Annotated[bool, OnResume.FIXED] = field(
         default=True,
         metadata={
-            "help": "Sample prompts that no completion solved again with the answer as hint, and "
-            "train on what passes without the hint.",
+            "help": "Sample prompts that no completion solved once more, with the answer as a hint, and "
+            "train on the correct completions without the hint.",
         },
     )
 
