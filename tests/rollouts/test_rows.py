@@ -1,6 +1,11 @@
 import pytest
 
-from trl_selfplay.rollouts.rows import build_training_rows, training_completion_ids
+from trl_selfplay.rollouts.rows import (
+    build_pair_rows,
+    build_training_rows,
+    pair_of,
+    training_completion_ids,
+)
 
 EOS = 9
 
@@ -65,3 +70,18 @@ def test_what_the_policy_did_not_write_is_not_learnt(make_rollout) -> None:
     assert row["input_ids"] == [1, 2, 5, 6, 7, 8, EOS]
     assert row["labels"] == [-100, -100, 5, -100, -100, 8, EOS]
     assert row["weight"] == 3  # tokens to learn
+
+
+def test_pairs_of_rollouts_carry_what_the_policy_wrote(make_rollout) -> None:
+    """A column of masks is there only if a pair has one."""
+    chosen = make_rollout(completion_ids=(5, 6), completion_mask=(True, False), finish="stop")
+    rejected = make_rollout(sample_index=1, completion_ids=(7, EOS), finish="eos")
+    pair = pair_of(chosen, rejected, (1, 2), EOS)
+    assert (pair.chosen_ids, pair.chosen_mask) == ((5, 6, EOS), (True, False, True))
+    (row,) = build_pair_rows([pair], seed=0).to_list()
+    assert row == {
+        "prompt_id": chosen.prompt_id, "prompt_ids": [1, 2], "chosen_ids": [5, 6, EOS],
+        "rejected_ids": [7, EOS], "chosen_mask": [True, False, True],
+    }  # fmt: skip
+    plain = pair_of(rejected, rejected, (1, 2), EOS)
+    assert "chosen_mask" not in build_pair_rows([plain], seed=0).column_names

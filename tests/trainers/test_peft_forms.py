@@ -1,4 +1,4 @@
-"""Every PEFT form over two rounds of SPIN and STaR: right in all respects, or refused at the start."""
+"""Every PEFT form over two rounds of SPIN, IRPO and STaR: right in all respects, or refused at the start."""
 
 import math
 import random
@@ -125,9 +125,9 @@ def check_form(build, tiny_model, tokenizer, form, recorder=None) -> None:
     initial = state_of(whole.model)
     whole.train()
 
-    if recorder is not None:  # SPIN
+    if recorder is not None:  # SPIN, and IRPO, whose loss has one more term
         for steps in recorder.steps.values():
-            assert steps[0]["loss"] == pytest.approx(LN_2, abs=1e-6)
+            assert steps[0]["loss"] - steps[0].get("nll", 0.0) == pytest.approx(LN_2, abs=1e-6)
             assert steps[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
     else:  # STaR, from the base
         for begun in keep.begun:
@@ -181,6 +181,14 @@ def test_spin_is_right_with_every_form_of_peft_or_refuses_it(
     build_spin, tiny_model, word_tokenizer, pair_recorder, form
 ) -> None:
     run_form(build_spin, tiny_model, word_tokenizer, form, pair_recorder)
+
+
+@pytest.mark.parametrize("form", draw_forms(0.02, seed=4))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_irpo_is_right_with_every_form_of_peft_or_refuses_it(
+    build_irpo, tiny_model, word_tokenizer, pair_recorder, form
+) -> None:
+    run_form(build_irpo, tiny_model, word_tokenizer, form, pair_recorder)
 
 
 @pytest.mark.parametrize("form", draw_forms(0.05, seed=2))

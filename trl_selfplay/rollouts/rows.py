@@ -7,7 +7,7 @@ truncates or masks again.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +77,50 @@ def build_training_rows(
 
 def _own_tokens(rollout: Rollout, completion: tuple[int, ...]) -> tuple[int, ...]:
     """Return a training completion with -100 in place of what the policy didn't write."""
-    mask = rollout.completion_mask
+    mask = _training_mask(rollout, completion)
     if mask is None:
         return completion
-    own = (t if is_own else IGNORE_INDEX for t, is_own in zip(completion, mask, strict=False))
-    return (*own, *completion[len(mask) :])  # an EOS that was added is learnt
+    return tuple(t if own else IGNORE_INDEX for t, own in zip(completion, mask, strict=True))
+
+
+def _training_mask(rollout: Rollout, completion: tuple[int, ...]) -> tuple[bool, ...] | None:
+    """Return which tokens of a training completion are learnt, or None for all."""
+    mask = rollout.completion_mask
+    if mask is None:
+        return None
+    return (*mask, *[True] * (len(completion) - len(mask)))  # an EOS that was added is learnt
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two completions of one prompt as tokens, the chosen one to be preferred."""
+    """Two completions of one prompt as tokens, the chosen one to be preferred.
+
+    A mask says which of a completion's tokens the policy wrote; None: all of them.
+    """
 
     prompt_id: str
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
+    chosen_mask: tuple[bool, ...] | None = None
+    rejected_mask: tuple[bool, ...] | None = None
+
+
+def pair_of(
+    chosen: Rollout, rejected: Rollout, prompt_ids: tuple[int, ...], eos_token_id: int
+) -> Pair:
+    """Return two rollouts of one prompt as a pair, `prompt_ids` being the prompt as trained on."""
+    chosen_ids, rejected_ids = (
+        training_completion_ids(r, eos_token_id) for r in (chosen, rejected)
+    )
+    return Pair(
+        prompt_id=chosen.prompt_id,
+        prompt_ids=prompt_ids,
+        chosen_ids=chosen_ids,
+        rejected_ids=rejected_ids,
+        chosen_mask=_training_mask(chosen, chosen_ids),
+        rejected_mask=_training_mask(rejected, rejected_ids),
+    )
 
 
 def build_pair_rows(pairs: Sequence[Pair], seed: int | None) -> Dataset:
@@ -103,13 +132,14 @@ def build_pair_rows(pairs: Sequence[Pair], seed: int | None) -> Dataset:
             the order.
 
     Returns:
-        The fields of `Pair` as columns.
+        The fields of `Pair` as columns; a mask only where a pair has one.
     """
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    columns = {f.name: [getattr(pair, f.name) for pair in pairs] for f in fields(Pair)}
     rows = Dataset.from_dict(
         {
-            "prompt_id": [pair.prompt_id for pair in pairs],
-            **{name: [list(getattr(pair, name)) for pair in pairs] for name in columns},
+            name: [list(value) if isinstance(value, tuple) else value for value in values]
+            for name, values in columns.items()
+            if not name.endswith("_mask") or any(value is not None for value in values)
         }
     )
     return rows if seed is None else rows.shuffle(seed=seed).flatten_indices()

@@ -130,6 +130,21 @@ def test_the_loss_is_the_papers_row_by_row(build_irpo) -> None:
     assert abs(float((by_token - nll).detach())) > 1e-3
 
 
+def test_the_likelihood_is_per_token_that_the_policy_wrote(build_irpo) -> None:
+    """IR-3, of completions with tokens that it only read."""
+    trainer = build_irpo(beta=1e-9)
+    rows = [
+        {"prompt_ids": [5, 6], "chosen_ids": [8, 9, 10, 1], "rejected_ids": [7, 1],
+         "chosen_mask": [1, 0, 0, 1], "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0},
+        {"prompt_ids": [5], "chosen_ids": [9, 1], "rejected_ids": [7, 8, 1],
+         "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0},
+    ]  # fmt: skip
+    first, second = (side_logps(trainer.model.eval(), row, "chosen_ids") for row in rows)
+    expected = (-(first[0] + first[3]) / 2 - second.mean()) / 2
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
+    assert float((loss - LN_2).detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
+
+
 class KeepsBatches(IRPOTrainer):
     """Keeps the rows' tokens of every batch that it is trained on."""
 

@@ -17,7 +17,7 @@ from trl_selfplay.rollouts.gold import Gold
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets, load_prompt_rows
 from trl_selfplay.rollouts.rendering import load_few_shot_examples
-from trl_selfplay.rollouts.rows import Pair, build_pair_rows, training_completion_ids
+from trl_selfplay.rollouts.rows import build_pair_rows, pair_of
 from trl_selfplay.rollouts.selection import default_normal_form
 from trl_selfplay.rounds.identity import summarize
 from trl_selfplay.trainers.construction import (
@@ -168,12 +168,7 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         )
         play.keep_selection(folder, pairing.selection)
         pairs = [
-            Pair(
-                prompt_id=right.prompt_id,
-                prompt_ids=prompt_ids[right.prompt_id],
-                chosen_ids=training_completion_ids(right, play.eos_token_id),
-                rejected_ids=training_completion_ids(wrong, play.eos_token_id),
-            )
+            pair_of(right, wrong, prompt_ids[right.prompt_id], play.eos_token_id)
             for right, wrong in pairing.pairs
         ]
         training_rows = self.store_reference(
