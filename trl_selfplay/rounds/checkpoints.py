@@ -1,4 +1,4 @@
-"""Is a checkpoint of the parent's training whole, so that training goes on as if never stopped?
+"""Check that a checkpoint of the parent's training is whole, so that it continues exactly.
 
 In: a folder of `checkpoint-*`, as `transformers.Trainer` writes them, with DeepSpeed's and FSDP's
 layouts. Out: the newest one that holds everything that training goes on from.
@@ -27,7 +27,7 @@ from transformers.utils import (
 logger = logging.getLogger(__name__)
 
 _STATE = "trainer_state.json"
-# What a checkpoint's state is called once training no longer goes on from it.
+# Name of a checkpoint's state once training no longer continues from it.
 _PASSED_OVER = "trainer_state.passed_over.json"
 # Files of `torch.save`, which are zip archives with a checksum of each part.
 _TORCH_FILES = re.compile(
@@ -37,7 +37,7 @@ _TORCH_FILES = re.compile(
 
 
 def last_whole_checkpoint(folder: Path, accelerator: Accelerator) -> str | None:
-    """Return the newest checkpoint in `folder` that training can go on from exactly.
+    """Return the newest checkpoint in `folder` from which training can continue exactly.
 
     It holds weights, optimizer, scheduler, the random state of each process, the gradient scaler
     where there is one, and the trainer's state, all readable. Others stay on disk and are passed
@@ -56,7 +56,7 @@ def last_whole_checkpoint(folder: Path, accelerator: Accelerator) -> str | None:
 
 
 def refuse_broken(checkpoint: Path, accelerator: Accelerator) -> None:
-    """Raise ValueError, naming the file, if training can't go on exactly from a checkpoint."""
+    """Raise ValueError, naming the file, if training can't continue exactly from a checkpoint."""
     fault = _first_fault(checkpoint, accelerator)
     if fault is not None:
         raise ValueError(
@@ -81,7 +81,7 @@ def _find(folder: Path, accelerator: Accelerator) -> str | None:
 
 
 def pass_over_checkpoints(folder: Path) -> None:
-    """Let no training go on from the checkpoints in `folder`; they stay on disk."""
+    """Keep training from continuing at the checkpoints in `folder`, which stay on disk."""
     for checkpoint in list_checkpoints(folder):
         _pass_over(checkpoint)
 
@@ -101,7 +101,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _first_fault(checkpoint: Path, accelerator: Accelerator) -> str | None:
-    """Say what is missing from a checkpoint or can't be read, None if nothing is."""
+    """Return what is missing from a checkpoint or can't be read, None if nothing is."""
     return next(_faults(checkpoint, accelerator), None)
 
 
@@ -177,7 +177,7 @@ def _missing_in_deepspeed(checkpoint: Path) -> Iterator[str]:
 
 
 def _missing_random_states(checkpoint: Path, num_processes: int) -> Iterator[str]:
-    """Say which process's random state is missing.
+    """Return which process's random state is missing.
 
     Raises:
         ValueError: Those of another number of processes are there.

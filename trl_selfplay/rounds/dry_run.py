@@ -21,7 +21,7 @@ from datasets import Dataset
 
 from trl_selfplay.rounds.training import free_optimizer
 
-# Of the schedule, where the number of steps isn't known before there are rows.
+# Steps of the schedule where their number isn't known before there are rows.
 _USUAL_STEPS = 1000
 
 
@@ -79,7 +79,7 @@ def _undone(trainer: Any) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     trainer._metrics = copy.deepcopy(trainer._metrics)  # the loss appends to it
     try:
-        # Of this process's device alone: a machine's other ones belong to other processes.
+        # Only this process's device: the machine's other devices belong to other processes.
         device = trainer.args.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield

@@ -1,4 +1,4 @@
-"""Tell apart why the parent's training ended before its last step, also after a kill.
+"""Tell why the parent's training ended before its last step, also after a kill.
 
 In: the parent's callbacks and its state. Out: the patience of an `EarlyStoppingCallback`, counted
 within one training and written into the state; whether a round or the whole run ends.
@@ -25,7 +25,7 @@ def restore_patience(callbacks: Sequence[TrainerCallback], state: TrainerState |
 
 
 def note_patience(callbacks: Sequence[TrainerCallback], state: TrainerState) -> None:
-    """Write the callbacks' counts into the state; the parent does so in checkpoints alone."""
+    """Write the callbacks' counts into the state, as the parent does in checkpoints alone."""
     counts = {
         type(c).__name__: c.state() for c in callbacks if isinstance(c, EarlyStoppingCallback)
     }

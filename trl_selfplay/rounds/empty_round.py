@@ -1,4 +1,4 @@
-"""A round that kept nothing: stop the run, or raise, and say what the usual reason is.
+"""A round that kept nothing: stop the run, or raise, with the usual reason.
 
 In: what a round's selection came to. Out: a warning or an error with the funnel and completions.
 """
@@ -7,7 +7,8 @@ import heapq
 import logging
 from typing import Any
 
-from trl_selfplay.rollouts.funnel import Funnel, describe_funnel
+from trl_selfplay.rollouts.funnel import describe_funnel
+from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import Rollout
 
 logger = logging.getLogger(__name__)
@@ -17,13 +18,8 @@ class EmptyRoundError(RuntimeError):
     """A round kept nothing to train on."""
 
 
-def handle_empty_round(args: Any, round_index: int, played: Any) -> None:
-    """Say why a round kept nothing and what to do, with the funnel and three completions.
-
-    Args:
-        args: The trainer's.
-        round_index: The round.
-        played: The `PlayedRound`.
+def handle_empty_round(args: Any, round_index: int, played: PlayedRound) -> None:
+    """Report why a round kept nothing and what to do, with the funnel and three completions.
 
     Raises:
         EmptyRoundError: Unless `on_empty_round` is "stop", which warns.
@@ -54,9 +50,9 @@ def _finished_first(rollout: Rollout) -> tuple[bool, bool, str, int]:
     return rollout.is_truncated, rollout.hinted, rollout.prompt_id, rollout.sample_index
 
 
-def _remedy(args: Any, played: Any) -> str:
+def _remedy(args: Any, played: PlayedRound) -> str:
     """Return what to do about a round that rewards left empty."""
-    funnel: Funnel = played.funnel
+    funnel = played.funnel
     num_too_long = funnel.unhinted.too_long + funnel.hinted.too_long
     num_abstained = funnel.unhinted.abstained + funnel.hinted.abstained
     num_sampled = funnel.unhinted.sampled + funnel.hinted.sampled

@@ -30,9 +30,8 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# When a setting may change on resume. Fields of ours say so in their annotation, see `OnResume`.
-
-# The parents' fields, by exact name.
+# When the parents' fields may change on resume, by exact name. Fields of ours say so in their
+# annotation, see `OnResume`.
 PARENTS_FIELDS = {
     OnResume.FREE: _names(
         """
@@ -218,7 +217,7 @@ def summarize(values: Sequence[Any]) -> str:
 
 
 def name_function(function: Any) -> str:
-    """Return what to know a function by in another process; the package's own without a module."""
+    """Return the name of a function for the record; the package's own without their module."""
     named = function if hasattr(function, "__qualname__") else type(function)
     module = getattr(named, "__module__", None)  # str.upper has none
     package = __name__.partition(".")[0]
@@ -305,17 +304,17 @@ def check_identity(
     is_trained: bool,
     num_sampled: int = 0,
 ) -> list[str]:
-    """Compare with what is on disk, and write it down for the next time.
-
-    Returns:
-        The settings of selection and training that changed; none once a round was trained on.
+    """Compare a run with its record on disk, then record it as it is now.
 
     Args:
-        described: From `describe_run`.
-        path: Of the record.
+        described: The run as it is now.
+        path: File of the record.
         num_finished: Finished rounds, whose values must not change.
         is_trained: A round has been trained on.
         num_sampled: Rounds that have begun to sample, if more than are finished.
+
+    Returns:
+        The settings of selection and training that changed; none once a round was trained on.
 
     Raises:
         DamagedFileError: The record can't be read.
@@ -381,11 +380,9 @@ def _differing(
         if name in described.per_round:
             count = num_used[rule]
             single = [before.get(described.per_round[name])] * count
-            is_kept = (was or single)[:count] == (is_ or single)[:count]
-        else:
-            is_kept = False
-        if not is_kept:
-            found[name] = f"{was!r} on disk, {is_!r} now"
+            if (was or single)[:count] == (is_ or single)[:count]:
+                continue
+        found[name] = f"{was!r} on disk, {is_!r} now"
     adapters = [sorted(_adapters(names)) for names in (recorded, settings)]
     if _ADAPTERS in known and adapters[0] != adapters[1]:
         found[_ADAPTERS] = f"{adapters[0]} on disk, {adapters[1]} now"
@@ -401,17 +398,20 @@ def _adapters(names: Iterable[str]) -> set[str]:
 def _refuse(
     described: Description, differing: Mapping[str, str], path: Path, is_trained: bool
 ) -> None:
-    late = [n for n in differing if described.rule(n) is OnResume.UNTIL_TRAINED]
-    late = [n for n in late if n not in described.per_round]
+    until_trained = {
+        name
+        for name in differing
+        if described.rule(name) is OnResume.UNTIL_TRAINED and name not in described.per_round
+    }
     refused = {
         name: text
         for name, text in differing.items()
-        if described.rule(name) is not OnResume.WARNED and (is_trained or name not in late)
+        if described.rule(name) is not OnResume.WARNED and (is_trained or name not in until_trained)
     }
     if "weights" in refused:
         refused["weights"] += ": the model's weights are not those that the run began with"
     if refused:
-        late = sorted({_top(name) for name in late if name in refused})
+        late = sorted({_top(name) for name in until_trained & refused.keys()})
         by_round = sorted(name for name, single in described.per_round.items() if single in late)
         when = (
             f"\n{', '.join(late)} may change until a round has been trained on, and one has"

@@ -1,6 +1,6 @@
-"""What a run tells while it goes: the plan of a round, events, log lines, the model card.
+"""What a run reports as it goes: the plan of each round, events, log lines, the model card.
 
-In: a trainer over rounds. Out: log lines whose steps go on over rounds, calls of the callbacks'
+In: a trainer over rounds. Out: log lines whose steps continue over rounds, calls of the callbacks'
 `on_round_begin` and `on_round_end`, a table in the model card.
 """
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def log_with_round(
     trainer: Any, log_parent: Callable[..., None], logs: dict[str, float], start_time: float | None
 ) -> None:
-    """Log with the round and with steps that go on over rounds.
+    """Log with the round, and with steps that continue over rounds.
 
     The parent and its trackers see a copy of the state with those steps; its log history is the
     state's own.
@@ -70,9 +70,9 @@ def add_rounds_to_card(trainer: Any) -> None:
 
 
 def call_round_event(trainer: Any, event: str, progress: RoundProgress) -> bool:
-    """Tell the callbacks that know the event; return whether one asked to stop the run.
+    """Call the callbacks that handle the event; return whether one asked to stop the run.
 
-    They get and may return the control, as for the parent's events.
+    They get the control and may return it, as for the parent's events.
     """
     trainer.control.should_training_stop = False  # the parent sets it at the end of every training
     for callback in trainer.callback_handler.callbacks:
@@ -92,7 +92,7 @@ def call_round_event(trainer: Any, event: str, progress: RoundProgress) -> bool:
 
 @contextmanager
 def say_where_interrupted(progress: RoundProgress) -> Iterator[None]:
-    """Tell, when interrupted, which round it was and how to go on."""
+    """Log, when interrupted, in which round and how to continue."""
     try:
         yield
     except (
@@ -109,7 +109,7 @@ def say_where_interrupted(progress: RoundProgress) -> Iterator[None]:
 
 
 class RoundCallback(TrainerCallback):
-    """Tells the plan, and hands waiting numbers to the trackers, once the parent has begun."""
+    """Reports a round's plan, and logs what has waited, once the parent's training has begun."""
 
     def __init__(self, trainer: Any, progress: RoundProgress) -> None:
         self.trainer = trainer
@@ -118,7 +118,7 @@ class RoundCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the plan and warn of a round shorter than its warm-up; flush waiting numbers."""
+        """Report the plan, warn of a round shorter than its warm-up, and log what has waited."""
         progress = self.progress
         round_index = progress.round_index
         if round_index is None:

@@ -1,8 +1,8 @@
-"""The outer loop: play a round, train on it with the untouched parent, score it, write it down.
+"""The outer loop: play a round, train on it with the untouched parent, score it and record it.
 
 In: a trainer that can play a round and score held-out prompts, and its parent's `train`. Out: the
-model after all rounds, and `_rounds/` in the output directory. Every phase leaves something whole
-on disk before the next begins, and whatever is found there is not done again:
+model after all rounds, and `_rounds/` in the output directory. Every phase leaves its result
+on disk, complete, before the next begins, and what is already there isn't done again:
 
     samples/, selection.parquet, dataset/ → checkpoint-*/ → model/ → evaluation/ → rounds.jsonl
 """
@@ -79,15 +79,15 @@ def run_rounds(
     trial: Any = None,
     ignore_keys_for_eval: list[str] | None = None,
 ) -> TrainOutput:
-    """Run all rounds that are not yet on disk and return the parent's outcome over all of them.
+    """Run every round that isn't on disk yet and return the parent's output over all of them.
 
     Args:
         trainer: A trainer over rounds that is a `transformers.Trainer`.
         train_parent: The parent class's bound `train`.
-        resume_from_checkpoint: True goes on where the output directory's rounds stop, from the
-            first unfinished shard or checkpoint; on an empty directory it starts round 0.
-        trial: As `transformers.Trainer.train` takes it; must be None.
-        ignore_keys_for_eval: Likewise; held-out prompts give no logits to leave keys out of.
+        resume_from_checkpoint: True continues where the rounds in the output directory stop, at
+            the first unfinished shard or checkpoint; with an empty directory it starts round 0.
+        trial: Must be None, since hyperparameter search over rounds isn't supported.
+        ignore_keys_for_eval: Has no use, since there are no logits to leave keys out of.
 
     Raises:
         EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
@@ -179,7 +179,7 @@ def _refuse_callbacks(trainer: Any, progress: RoundProgress) -> None:
 
 
 def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) -> None:
-    """Find out what is on disk, refuse what doesn't fit, and put the initial weights in place."""
+    """Read what is on disk, refuse what doesn't fit, and put the initial weights in place."""
     args, run = trainer.args, trainer.run
     source = Path(trainer.model.config.name_or_path)
     if source.is_dir() and source.resolve() == Path(args.output_dir).resolve():
@@ -212,7 +212,7 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
         trainer.weights_digest = digest_weights(trainer.model, run.keeps_initial_weights)
     trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     if trainer.is_world_process_zero():
-        # The lists with a value per round have one for all rounds that share their samples.
+        # Rounds that share their samples also share one value of each list.
         sampling = {plan.sampling_round for plan in progress.plans}
         changed = check_identity(
             describe_trainer(trainer),
@@ -241,7 +241,7 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
     trainer.accelerator.wait_for_everyone()
     is_new = not has_initial_weights and run.initial_weights.exists()
     if trainer.accelerator.num_processes > 1 and is_new:
-        # An adapter that each process drew for itself: DDP would make them equal only in training.
+        # Each process drew a new adapter of its own; DDP would make them equal only in training.
         load_trainable(trainer.model, run.initial_weights)
 
 
@@ -258,7 +258,7 @@ def _load_newest_weights(trainer: Any, progress: RoundProgress) -> None:
     folder = run.folder(newest) / "model"
     if folder.exists():
         load_saved_model(trainer.model, folder)
-    elif not (run.folder(newest + 1) / "model").exists():  # that round is trained, and goes on
+    elif not (run.folder(newest + 1) / "model").exists():  # the next one has been trained
         raise FileNotFoundError(
             f"{folder} is gone, and round {newest + 1} begins with the weights in it. Bring it back, "
             "or start anew in another output_dir."
@@ -280,9 +280,8 @@ def _warm_up(trainer: Any, train_parent: Callable[..., TrainOutput], rows: Datas
     folder = trainer.run.warm_up_folder
     if load_outcome(trainer, folder):
         return False
-    return train_on(
-        trainer, train_parent, rows, folder, trainer.args.seed
-    ) is not None and ends_run(trainer.state)
+    output = train_on(trainer, train_parent, rows, folder, trainer.args.seed)
+    return output is not None and ends_run(trainer.state)
 
 
 def _warn_of_samples(played: PlayedRound, round_index: int, max_length: int | None) -> None:
@@ -298,7 +297,7 @@ def _warn_of_samples(played: PlayedRound, round_index: int, max_length: int | No
 def _train_round(
     trainer: Any, train_parent: Callable[..., TrainOutput], plan: RoundPlan, played: PlayedRound
 ) -> TrainOutput | None:
-    """Train on the round's rows and keep the outcome; None if that was done before a kill."""
+    """Train on the round's rows and save the result; return None if an earlier process has."""
     round_index = plan.round_index
     args, run, progress = trainer.args, trainer.run, trainer.progress
     folder = run.folder(round_index)
@@ -332,7 +331,7 @@ def _finish_round(
     before: HeldOutScores | None,
     scores: HeldOutScores | None,
 ) -> bool:
-    """Log and write down a finished round, delete what is no longer needed; return whether the run ends."""
+    """Log and record a finished round, delete what isn't needed; return whether the run ends."""
     args, run, progress, state = trainer.args, trainer.run, trainer.progress, trainer.state
     round_index = plan.round_index
     gain = standard_error = None
@@ -377,8 +376,8 @@ def _finish_round(
 
 
 def _warn_sharpening(run: Run, round_index: int, threshold: float | None) -> None:
-    """Compare held-out samples with those before training, where both are kept."""
-    if threshold is None:  # rewards have degrees, and no sample is simply right
+    """Warn if held-out samples are less varied than before training, where both are on disk."""
+    if threshold is None:  # with rewards of degrees no sample is simply right
         return
     before, now = (
         [
@@ -396,7 +395,7 @@ def _warn_sharpening(run: Run, round_index: int, threshold: float | None) -> Non
 
 
 def _delete_what_is_done(run: Run, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Delete finished rounds' checkpoints and, for full fine-tuning, models nobody needs."""
+    """Delete finished rounds' checkpoints and, with full fine-tuning, models no longer needed."""
     round_index = len(lines) - 1
     for index in range(round_index + 1):  # earlier ones too: a kill may have come in between
         for checkpoint in list_checkpoints(run.folder(index)):
@@ -409,7 +408,7 @@ def _delete_what_is_done(run: Run, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _load_chosen_weights(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Put the best round's weights in place where that was asked for."""
+    """Load the best round's weights if that was asked for."""
     args, run = trainer.args, trainer.run
     if not lines or not run.loads_best_round:
         return

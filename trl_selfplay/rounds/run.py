@@ -51,22 +51,22 @@ class Run:
 
     @property
     def warm_up_folder(self) -> Path:
-        """Where the training before the first sampling lies."""
+        """The folder of the training before anything is sampled."""
         return self.root / "warm-up"
 
     @property
     def initial_weights(self) -> Path:
-        """The trainable parameters from before round 0."""
+        """The file of the trainable parameters from before round 0."""
         return self.root / "initial" / "trainable.safetensors"
 
     @property
     def rendering_path(self) -> Path:
-        """What renders the prompts, fixed when the run began."""
+        """The record of what renders the prompts, fixed when the run began."""
         return self.root / "rendering.json"
 
     @property
     def lines_path(self) -> Path:
-        """One line per finished round."""
+        """The file with one line per finished round."""
         return self.root / "rounds.jsonl"
 
     @property
@@ -104,7 +104,7 @@ class RoundProgress:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def begin(self, round_index: int) -> None:
-        """Go on to a round."""
+        """Begin a round."""
         self.round_index = round_index
         self.steps_before = self.total_steps
         self.num_examples, self.seconds = 0, {}
@@ -150,12 +150,12 @@ def load_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> None:
-    """Write all lines anew: an interrupted append would leave half a line."""
+    """Rewrite all lines: an interrupted append would leave half a line."""
     save_text(path, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
 
 
 def drop_what_samples_became(run: Run) -> None:
-    """Let round 0 be selected and trained anew from its samples, whose settings have changed."""
+    """Make round 0 select and train anew from its samples, after a change of settings."""
     for folder in (run.folder(UNTRAINED), run.folder(0)):
         for made in (folder / "dataset", *folder.glob("evaluation/*/pairs")):
             shutil.rmtree(made, ignore_errors=True)

@@ -81,12 +81,12 @@ def train_on(
 
 
 def save_state(state: TrainerState, folder: Path) -> None:
-    """Write down what a training into `folder` came to."""
+    """Save the state that a training into `folder` ended with."""
     save_file_with(folder / "trainer_state.json", lambda path: state.save_to_json(str(path)))
 
 
 def load_outcome(trainer: Any, folder: Path) -> bool:
-    """Put in place what a training into `folder` ended with; return whether there is such."""
+    """Restore what a training into `folder` ended with; return whether there is such a result."""
     if not (folder / "model").exists():
         return False
     try:
@@ -116,7 +116,7 @@ def _check_finite(trainer: Any, folder: Path) -> None:
 
 
 def _refuse_less_than_a_batch(trainer: Any, rows: Dataset) -> None:
-    """Raise ValueError for rows of which the parent would drop all, and train on none."""
+    """Raise ValueError for so few rows that the parent would drop all of them."""
     args = trainer.args
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(rows) < batch:
@@ -129,7 +129,7 @@ def _refuse_less_than_a_batch(trainer: Any, rows: Dataset) -> None:
 
 
 def _load_if_last(trainer: Any, checkpoint: Path) -> bool:
-    """Put in place what the parent would have ended with, if no step is left after a checkpoint.
+    """Restore what the parent would have ended with, if no step is left after a checkpoint.
 
     The parent, resumed there amid an epoch or after early stopping, would take one more step.
     """
@@ -151,7 +151,7 @@ def _state_in(checkpoint: str | Path) -> Path:
 
 
 def _load_state(trainer: Any, path: Path | None) -> TrainerState:
-    """Return a state as it was saved (None: a new one), and as this process's own."""
+    """Return a saved state (None: a new one) as this process's own."""
     state = TrainerState()
     if path is not None:
         with naming_damage(path, BRING_BACK):
@@ -163,7 +163,7 @@ def _load_state(trainer: Any, path: Path | None) -> TrainerState:
 
 @contextmanager
 def changed_settings(args: Any, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Give the trainer other arguments for a while."""
+    """Set arguments of the trainer to other values while this lasts."""
     previous = {name: getattr(args, name) for name in settings}
     try:
         for name, value in settings.items():
