@@ -1,10 +1,13 @@
 """What the config plans for each round, before the first one begins."""
 
 import math
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import pytest
 
 from trl_selfplay import ReSTEMConfig, SPINConfig, STaRConfig
+from trl_selfplay.rounds.plan import OnResume, PerRound, declared_rules
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": []}
 
@@ -70,3 +73,20 @@ def test_temperatures_that_cannot_work_are_named() -> None:
             STaRConfig("a", num_rounds=2, **{**CPU, **changes})
     # `temperature` itself is then not read.
     STaRConfig("a", num_rounds=2, num_generations=2, round_temperatures=[1.0, 0.5], **CPU)
+
+
+@dataclass
+class CooledConfig(STaRConfig):
+    """A method's config in a module with `from __future__ import annotations`."""
+
+    coolness: "Annotated[float, OnResume.FREE]" = 1.0
+    round_top_ps: "Annotated[list[float] | None, PerRound('top_p'), OnResume.FIXED]" = None
+    temperature: float = field(default=0.5)
+
+
+def test_annotations_that_are_text_are_read_too() -> None:
+    config = CooledConfig("a", num_rounds=2, round_top_ps=[1.0, 0.5], **CPU)
+    assert [plan.settings for plan in config.plan_rounds()] == [{"top_p": 1.0}, {"top_p": 0.5}]
+    rules = declared_rules(CooledConfig)
+    assert rules["coolness"] is OnResume.FREE
+    assert rules["temperature"] is OnResume.FIXED  # as where it was declared first

@@ -75,7 +75,11 @@ def per_round_lists(config_class: type) -> dict[str, str]:
 def _marks(config_class: type) -> Iterator[tuple[str, Any]]:
     """Yield what the annotations say; a field that is declared again keeps what was said of it."""
     for base in reversed(config_class.__mro__):
-        for name, annotation in inspect.get_annotations(base).items():
+        annotations = inspect.get_annotations(base)
+        # Text under `from __future__ import annotations`; the parents' isn't always importable.
+        if any(isinstance(text, str) and "Annotated[" in text for text in annotations.values()):
+            annotations = inspect.get_annotations(base, eval_str=True)
+        for name, annotation in annotations.items():
             for mark in getattr(annotation, "__metadata__", ()):
                 yield name, mark
 

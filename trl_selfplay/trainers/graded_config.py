@@ -17,7 +17,7 @@ from trl_selfplay.trainers.ported_scripts import refuse_grpo_loss
 
 @dataclass
 class GradedConfig(SelfPlayConfig):
-    """Fields of selection by reward, which STaR and ReST^EM share."""
+    """Fields of selection by reward."""
 
     _BOUNDS = {  # noqa: RUF012  # not a field
         "max_per_prompt": AT_LEAST_1,
