@@ -35,6 +35,10 @@ from trl_selfplay.trainers.field_checks import (
 
 logger = logging.getLogger(__name__)
 
+# Fields of SelfPlayConfig that may be JSON on a command line. Each trainer's config adds them to
+# `_VALID_DICT_FIELDS` of its TRL config, which parses them.
+DICT_FIELDS = ("generation_kwargs", "chat_template_kwargs")
+
 
 @dataclass
 class SelfPlayConfig:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from trl import DPOConfig
 
 from trl_selfplay.rounds.plan import OnResume
+from trl_selfplay.trainers.config import DICT_FIELDS
 from trl_selfplay.trainers.field_checks import AT_LEAST_0
 from trl_selfplay.trainers.graded_config import GradedConfig
 from trl_selfplay.trainers.ported_scripts import takes_ported_fields
@@ -59,11 +60,7 @@ class IRPOConfig(ReferenceConfig, GradedConfig, DPOConfig):
     weight 1. `IRPOConfig.from_paper` gives the settings of each experiment.
     """
 
-    _VALID_DICT_FIELDS = [  # noqa: RUF012  # as in TRL: read by the parser, not a field
-        *DPOConfig._VALID_DICT_FIELDS,
-        "generation_kwargs",
-        "chat_template_kwargs",
-    ]
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, *DICT_FIELDS]  # noqa: RUF012  # not a field
     _BOUNDS = {"nll_coef": AT_LEAST_0}  # noqa: RUF012  # not a field
 
     num_generations: int = field(default=30, metadata={"help": "Completions to sample per prompt."})

@@ -12,6 +12,7 @@ from trl import DPOConfig
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rounds.plan import OnResume, PerRound
 from trl_selfplay.trainers.config import (
+    DICT_FIELDS,
     check_self_play_config,
     graded_metric_names,
     guess_greater_is_better,
@@ -70,11 +71,7 @@ class SPINConfig(ReferenceConfig, DPOConfig):
     round ended, with the logistic loss. `SPINConfig.from_paper` gives the published recipe.
     """
 
-    _VALID_DICT_FIELDS = [  # noqa: RUF012  # as in TRL: read by the parser, not a field
-        *DPOConfig._VALID_DICT_FIELDS,
-        "generation_kwargs",
-        "chat_template_kwargs",
-    ]
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, *DICT_FIELDS]  # noqa: RUF012  # not a field
     _BOUNDS = {"round_betas": ABOVE_0}  # noqa: RUF012  # not a field
     _reference = "opponent"
 
