@@ -1,47 +1,93 @@
-"""Build a round-based trainer: check its arguments, make its parts, answer its parent.
+"""Build a trainer over rounds: check its arguments and its model, make its parts.
 
-In: the constructor's arguments. Out: an error that says what to do, or the pieces that the parent
-gets in place of the user's (one placeholder row, since the real rows are made round by round) and
-those that the rounds need.
+In: the constructor's arguments, then the model that the parent has built. Out: an error that says
+what to do, or the parts that the rounds need. `RoundsMixin` calls these in their order.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedTokenizerBase, TrainingArguments
 
 from trl_selfplay.evaluation.heldout import metric_prefixes
 from trl_selfplay.generation.model_traits import (
     TEXT_MODEL_ADVICE,
+    ModelTraits,
     has_whole_weights,
     input_device,
     sampling_state,
     without_adapters,
 )
 from trl_selfplay.generation.transformers_sampler import (
-    TransformersSampler,
     check_generation_config,
-    collect_eos_token_ids,
     keep_4bit_weights_trainable,
 )
 from trl_selfplay.generation.trial import try_model
 from trl_selfplay.rewards.scoring import Scorer
-from trl_selfplay.rollouts.collection import Collector
-from trl_selfplay.rollouts.prompts import HintFormatter, PromptRow
-from trl_selfplay.rollouts.rendering import FewShotExample, PromptFormatter, read_start
+from trl_selfplay.rollouts.prompts import PromptRow
+from trl_selfplay.rollouts.rendering import FewShotExample, load_few_shot_examples, read_start
 from trl_selfplay.rounds.run import Run
-from trl_selfplay.rounds.stages import SelfPlay
 from trl_selfplay.rounds.weights import check_head, check_peft_config
 from trl_selfplay.trainers.ported_scripts import check_config_class
+
+# Arguments of the parents that rounds would ignore or get wrong, and what to do instead.
+_NO_LOGITS = (
+    "held-out rows are scored by reward functions or by log-probs of whole completions: there are no "
+    "logits to compute metrics from. Leave it out; a reward function can log a number of its own with "
+    "`log_metric`."
+)
+REFUSED = {
+    "optimizers": "every round starts with a fresh optimizer and scheduler, and yours would serve the "
+    "first round only. Choose the optimizer with `args.optim` or `optimizer_cls_and_kwargs`, where "
+    "the trainer has it.",
+    "compute_metrics": _NO_LOGITS,
+    "preprocess_logits_for_metrics": _NO_LOGITS,
+    "formatting_func": "the trained text is the model's own. Format the `prompt` column of the "
+    "dataset instead.",
+    "ref_model": "the reference is the policy itself as it enters each round: its log-probs are "
+    "computed once per round, and no second model is held. Leave it out. For another reference "
+    "override `compute_ref_log_probs(model, inputs)` in a subclass; its log-probs are then what the "
+    "loss compares with.",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grading:
+    """What grades completions, and which count as right.
+
+    Attributes:
+        reward_funcs: As the trainer takes them; None if nothing is graded.
+        reward_processing_classes: Tokenizers of reward models.
+        reward_weights: One per reward function; None weighs all with 1.0.
+        eval_reward_funcs: Grade held-out completions in place of `reward_funcs`.
+        threshold: A completion is right if its reward is at least this.
+        has_degrees: Completions are trained on that the threshold doesn't count as right.
+        refuses_negative: A reward below 0 is an error.
+    """
+
+    reward_funcs: Any = None
+    reward_processing_classes: Any = None
+    reward_weights: Sequence[float] | None = None
+    eval_reward_funcs: Any = None
+    threshold: float = 1.0
+    has_degrees: bool = False
+    refuses_negative: bool = False
+
+    @property
+    def heldout_funcs(self) -> Any:
+        """What grades held-out completions."""
+        return self.reward_funcs if self.eval_reward_funcs is None else self.eval_reward_funcs
 
 
 def read_config(args: Any, config_class: Any, model: Any, method: str) -> Any:
@@ -65,40 +111,35 @@ def read_config(args: Any, config_class: Any, model: Any, method: str) -> Any:
     return args
 
 
-def check_arguments(args: Any, *, model: Any, peft_config: Any, **unused: Any) -> None:
-    """Raise for arguments that can't work, before a model is loaded.
+def refuse_arguments(**given: Any) -> None:
+    """Raise for arguments of a parent that a run over rounds would get wrong or ignore.
+
+    Args:
+        **given: Arguments named in `REFUSED`, as the constructor got them.
 
     Raises:
-        ValueError: An argument that rounds would ignore, or a PEFT initialisation that changes base
-            weights.
+        TypeError: A config stands in the place of one of them.
+        ValueError: One was given.
     """
-    check_adapters(model, peft_config)
-    refuse_unused_arguments(**unused, args=args)
+    for name, value in given.items():
+        if isinstance(value, TrainingArguments):
+            raise TypeError(
+                f"`{name}` is a {type(value).__name__}. Pass the config by name: args=…."
+            )
+        parts = value if isinstance(value, tuple | list) else (value,)  # optimizer and scheduler
+        if any(part is not None for part in parts):
+            raise ValueError(f"`{name}` was given, but {REFUSED[name]}")
+
+
+def check_sft_config(args: Any) -> None:
+    """Raise ValueError for fields of SFTConfig that rounds have no use for, or that lack another."""
+    if args.assistant_only_loss:
+        raise ValueError(
+            "assistant_only_loss=True has no use here: the loss is on the completion's tokens "
+            "alone. Leave it out."
+        )
     if args.packing and args.max_length is None:
         raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
-
-
-def check_rewards(args: Any, reward_funcs: Any, few_shot_examples: Any) -> None:
-    """Raise ValueError for rewards that can't decide, and few-shot rounds without examples.
-
-    Several reward functions, each weighing 1.0, can't decide where any one alone reaches 1.0.
-    """
-    if reward_funcs is None or reward_funcs == []:
-        raise ValueError(
-            "`reward_funcs` is missing: something must say which completions are right. Pass a "
-            "function such as trl_selfplay.rewards.exact_reward, a reward model id, or a list."
-        )
-    several = isinstance(reward_funcs, list | tuple) and len(reward_funcs) > 1
-    by_threshold = not args.rewards_have_degrees
-    if several and by_threshold and args.reward_weights is None and args.reward_threshold == 1.0:
-        raise ValueError(
-            f"{len(reward_funcs)} reward functions with weights of 1.0 and reward_threshold=1.0: "
-            "one of them alone would make a completion correct, a reward for the format for "
-            f"example. Set reward_threshold={float(len(reward_funcs))} if all must be met, or say "
-            "with reward_weights which of them count (1.0 and 0.0 for answer and format)."
-        )
-    if args.few_shot_rounds is not None and not few_shot_examples:
-        raise ValueError(f"few_shot_rounds={args.few_shot_rounds} needs `few_shot_examples`.")
 
 
 def check_adapters(model: Any, peft_config: Any) -> None:
@@ -161,50 +202,56 @@ def check_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None
             )
 
 
-def refuse_optimizers(optimizers: tuple[Any, Any]) -> None:
-    """Raise ValueError for optimizer objects, which would serve the first round only."""
-    if any(part is not None for part in optimizers or ()):
-        raise ValueError(
-            "`optimizers` was given, but every round starts with a fresh optimizer and scheduler, "
-            "and yours would serve the first round only. Choose the optimizer with `args.optim` "
-            "or `optimizer_cls_and_kwargs`, where the trainer has it."
-        )
-
-
-def refuse_logit_metrics(**given: Any) -> None:
-    """Raise ValueError for arguments that compute held-out metrics from logits."""
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"`{name}` was given, but held-out prompts are sampled and graded by "
-                "`reward_funcs`: there are no logits to compute metrics from. Leave it out; log a "
-                "number of your own with `log_metric` in a reward function."
-            )
-
-
-def refuse_unused_arguments(
-    optimizers: tuple[Any, Any],
-    compute_metrics: Any,
-    preprocess_logits_for_metrics: Any,
-    formatting_func: Any,
+def read_grading(
     args: Any,
-) -> None:
-    """Raise ValueError for parent arguments that a run over rounds would silently ignore."""
-    refuse_optimizers(optimizers)
-    refuse_logit_metrics(
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+    reward_funcs: Any,
+    reward_processing_classes: Any = None,
+    eval_reward_funcs: Any = None,
+) -> Grading:
+    """Check the reward functions of a trainer whose config is a `GradedConfig`.
+
+    Raises:
+        ValueError: There are none, or several of which one alone would make a completion right.
+    """
+    if reward_funcs is None or reward_funcs == []:
+        raise ValueError(
+            "`reward_funcs` is missing: something must say which completions are right. Pass a "
+            "function such as trl_selfplay.rewards.exact_reward, a reward model id, or a list."
+        )
+    several = isinstance(reward_funcs, list | tuple) and len(reward_funcs) > 1
+    by_threshold = not args.rewards_have_degrees
+    if several and by_threshold and args.reward_weights is None and args.reward_threshold == 1.0:
+        raise ValueError(
+            f"{len(reward_funcs)} reward functions with weights of 1.0 and reward_threshold=1.0: "
+            "one of them alone would make a completion correct, a reward for the format for "
+            f"example. Set reward_threshold={float(len(reward_funcs))} if all must be met, or say "
+            "with reward_weights which of them count (1.0 and 0.0 for answer and format)."
+        )
+    return Grading(
+        reward_funcs=reward_funcs,
+        reward_processing_classes=reward_processing_classes,
+        reward_weights=args.reward_weights,
+        eval_reward_funcs=eval_reward_funcs,
+        threshold=args.reward_threshold,
+        has_degrees=args.rewards_have_degrees,
     )
-    if formatting_func is not None:
-        raise ValueError(
-            "`formatting_func` was given, but the trained text is the model's own. Format the "
-            "`prompt` column of the dataset instead."
-        )
-    if args.assistant_only_loss:
-        raise ValueError(
-            "assistant_only_loss=True has no use here: the loss is on the completion's tokens "
-            "alone. Leave it out."
-        )
+
+
+def read_examples(
+    args: Any,
+    few_shot_examples: Sequence[Mapping[str, Any]] | None,
+    rows: Sequence[PromptRow],
+    needs_solution: bool = False,
+) -> tuple[FewShotExample, ...]:
+    """Return few-shot examples in the form of the training rows, of a `GradedConfig`.
+
+    Raises:
+        ValueError, TypeError: For examples that can't work, or a setting that needs some.
+    """
+    if args.few_shot_rounds is not None and not few_shot_examples:
+        raise ValueError(f"few_shot_rounds={args.few_shot_rounds} needs `few_shot_examples`.")
+    conversational = rows[0].is_conversational
+    return load_few_shot_examples(few_shot_examples, conversational, needs_solution=needs_solution)
 
 
 def load_processing_class(model: Any, processing_class: Any, args: Any) -> PreTrainedTokenizerBase:
@@ -233,12 +280,6 @@ def load_processing_class(model: Any, processing_class: Any, args: Any) -> PreTr
             "`tokenizer.eos_token`."
         )
     return processing_class
-
-
-def placeholder_dataset(tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Return one final row for the parent to be built on; no round ever trains on it."""
-    eos = tokenizer.eos_token_id
-    return Dataset.from_dict({"input_ids": [[eos, eos]], "labels": [[-100, eos]]})
 
 
 def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[str]) -> Run:
@@ -294,110 +335,64 @@ def _choosing_metric(args: Any, heldout_names: Sequence[str]) -> str:
     )
 
 
-def build_self_play(
-    trainer: Any,
-    rows: list[PromptRow],
-    heldout: Mapping[str, list[PromptRow]],
-    few_shot_examples: Sequence[FewShotExample] = (),
-    hint_formatter: HintFormatter | None = None,
-    reward_funcs: Any = None,
-    reward_processing_classes: Any = None,
-    eval_reward_funcs: Any = None,
-) -> SelfPlay:
-    """Put the stages of a round together for a trainer whose parent has been built.
+def check_built_model(
+    model: Any, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, balanced: bool
+) -> ModelTraits:
+    """Check the model that the parent has built, and return how it is sampled from.
 
-    Without reward functions completions are sampled and not graded; `eval_reward_funcs` grade the
-    held-out ones in place of `reward_funcs`.
+    Args:
+        model: With its adapters.
+        accelerator: The parent's.
+        tokenizer: As the parent has prepared it.
+        balanced: The loss has a term that balances the load of experts.
+
+    Raises:
+        ValueError: The model can't be trained, saved, sampled from or scored as rounds do.
     """
-    args, tokenizer = trainer.args, trainer.processing_class
-    trainer.placeholder = trainer.train_dataset  # as the parent has prepared it
-    keep_4bit_weights_trainable(trainer.model)
-    check_trainable(trainer.model)
-    check_head(trainer.model)
-    check_generation_config(trainer.model.generation_config)
-    check_saveable(trainer.model)
-    check_special_tokens(trainer.model, tokenizer)
-    traits = try_model(trainer.model, trainer.accelerator)
-    check_parent_forward(trainer)
-    scorer = (
-        None
-        if reward_funcs is None
-        else _build_scorer(trainer, reward_funcs, args.reward_weights, reward_processing_classes)
-    )
-    eval_scorer = None if eval_reward_funcs is None else _build_scorer(trainer, eval_reward_funcs)
-    has_degrees = args.rewards_have_degrees
-    threshold = getattr(args, "reward_threshold", 1.0)
-    return SelfPlay(
-        config=args,
-        rows=rows,
-        heldout=heldout,
-        formatter=PromptFormatter(
-            tokenizer,
-            few_shot_examples,
-            hint_formatter,
-            args.chat_template_kwargs,
-            sanitize_control_tokens=args.sanitize_control_tokens,
-            start=_start_of_run(trainer),
-            num_embeddings=trainer.model.get_input_embeddings().weight.shape[0],
-        ),
-        collector=Collector(
-            sampler=TransformersSampler(
-                lambda: trainer.model_wrapped,
-                tokenizer,
-                accelerator=trainer.accelerator,
-                traits=traits,
-            ),
-            scorer=scorer,
-            eval_scorer=eval_scorer,
-            tokenizer=tokenizer,
-            accelerator=trainer.accelerator,
-            seed=args.seed,
-            reward_threshold=threshold,
-            has_degrees=has_degrees,
-            # The true scorer's, or what the run itself is to be judged by, is right or wrong.
-            eval_threshold=None
-            if has_degrees and eval_scorer is None and not _counts_right(args)
-            else threshold,
-            refuses_negative_rewards=getattr(args, "loss_weighting", "filter") == "reward",
-        ),
-        eos_token_ids=collect_eos_token_ids(trainer.model, tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        context_length=traits.context_length,
-        run=trainer.run,
-    )
+    keep_4bit_weights_trainable(model)
+    check_trainable(model)
+    check_head(model)
+    check_generation_config(model.generation_config)
+    check_saveable(model)
+    check_special_tokens(model, tokenizer)
+    traits = try_model(model, accelerator)
+    check_parent_forward(model, accelerator, tokenizer.eos_token_id, balanced)
+    return traits
 
 
-def check_parent_forward(trainer: Any) -> None:
+def check_parent_forward(
+    model: Any, accelerator: Accelerator, token_id: int, balanced: bool
+) -> None:
     """Raise ValueError if TRL's forward, which computes the loss, fails on the model's class.
 
     It takes the model apart into backbone and head, which some classes don't allow, and counts
     experts by a name that some configs don't have.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not has_whole_weights(model):
+    if not has_whole_weights(accelerator.unwrap_model(model)):
         return  # sharded
-    balanced = trainer.aux_loss_enabled
-    failure = _failure_of_forward(trainer, balanced)
+    failure = _failure_of_forward(model, accelerator, token_id, balanced)
     if failure is None:
         return
-    if balanced and _failure_of_forward(trainer, balanced=False) is None:
+    if balanced and _failure_of_forward(model, accelerator, token_id, balanced=False) is None:
         advice = (
             "Set router_aux_loss_coef=0.0 in the config: without the balancing loss of its experts "
             "it trains."
         )
     else:
         advice = "Use a model of another class."
-    base = without_adapters(model)
+    base = without_adapters(accelerator.unwrap_model(model))
     raise ValueError(
         f"TRL can't train {type(base).__name__}: its forward fails with {type(failure).__name__}: "
         f"{failure}. {advice}"
     ) from failure
 
 
-def _failure_of_forward(trainer: Any, balanced: bool) -> Exception | None:
+def _failure_of_forward(
+    model: Any, accelerator: Accelerator, token_id: int, balanced: bool
+) -> Exception | None:
     """Return what TRL's forward raises on a few tokens, or None."""
-    device = input_device(trainer.accelerator.unwrap_model(trainer.model))
-    ids = torch.full((1, 4), trainer.processing_class.eos_token_id, device=device)
+    device = input_device(accelerator.unwrap_model(model))
+    ids = torch.full((1, 4), token_id, device=device)
     inputs: dict[str, Any] = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -405,9 +400,9 @@ def _failure_of_forward(trainer: Any, balanced: bool) -> Exception | None:
     }
     if balanced:
         inputs["output_router_logits"] = True
-    ready = sampling_state(trainer.model, trainer.accelerator)
+    ready = sampling_state(model, accelerator)
     try:
-        with ready as unwrapped, trainer.accelerator.autocast(), torch.no_grad():
+        with ready as unwrapped, accelerator.autocast(), torch.no_grad():
             unwrapped(**inputs, fused_lm_head=True)
     except torch.OutOfMemoryError:
         raise
@@ -416,31 +411,46 @@ def _failure_of_forward(trainer: Any, balanced: bool) -> Exception | None:
     return None
 
 
-def _start_of_run(trainer: Any) -> datetime:
+def start_of_run(run: Run, accelerator: Accelerator) -> datetime:
     """Return when the run in the output directory began, or now; the same in all processes."""
-    start = [read_start(trainer.run.rendering_path)]
-    if trainer.accelerator.num_processes > 1:
+    start = [read_start(run.rendering_path)]
+    if accelerator.num_processes > 1:
         start = broadcast_object_list(start)
     return start[0]
 
 
-def _counts_right(args: Any) -> bool:
-    """Return whether the best round is chosen by a share of right completions."""
-    return bool(re.search(r"(?:accuracy|pass@\d+)$", args.metric_for_best_model or ""))
-
-
-def _build_scorer(
-    trainer: Any, reward_funcs: Any, weights: Any = None, processing_classes: Any = None
-) -> Scorer:
-    return Scorer(
-        reward_funcs,
-        reward_weights=weights,
-        reward_processing_classes=processing_classes,
-        device=trainer.accelerator.device,
+def build_scorers(
+    grading: Grading, args: Any, device: torch.device, get_trainer_state: Callable[[], Any]
+) -> tuple[Scorer | None, Scorer | None]:
+    """Return what grades the rounds' completions and held-out ones; None where nothing does."""
+    build = partial(
+        Scorer,
+        device=device,
         # As GRPOTrainer, but for the revision, which is the policy's.
         model_init_kwargs={
-            "trust_remote_code": trainer.args.trust_remote_code,
-            **{k: v for k, v in (trainer.args.model_init_kwargs or {}).items() if k != "revision"},
+            "trust_remote_code": args.trust_remote_code,
+            **{k: v for k, v in (args.model_init_kwargs or {}).items() if k != "revision"},
         },
-        get_trainer_state=lambda: trainer.state,
+        get_trainer_state=get_trainer_state,
     )
+    scorer = eval_scorer = None
+    if grading.reward_funcs is not None:
+        scorer = build(
+            grading.reward_funcs,
+            reward_weights=grading.reward_weights,
+            reward_processing_classes=grading.reward_processing_classes,
+        )
+    if grading.eval_reward_funcs is not None:
+        eval_scorer = build(grading.eval_reward_funcs)
+    return scorer, eval_scorer
+
+
+def heldout_threshold(grading: Grading, args: Any) -> float | None:
+    """Return the reward at which a held-out completion is right; None where rewards have degrees.
+
+    The true scorer's, or what the run itself is to be judged by, is right or wrong.
+    """
+    counts_right = re.search(r"(?:accuracy|pass@\d+)$", args.metric_for_best_model or "")
+    if grading.has_degrees and grading.eval_reward_funcs is None and not counts_right:
+        return None
+    return grading.threshold

@@ -13,20 +13,20 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset, load_from_disk
 from torch.nn import functional
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from trl_selfplay.disk import DamagedFileError, naming_damage
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.rollouts.rows import save_rows
 from trl_selfplay.rounds.noise import switch_noise_off
-from trl_selfplay.rounds.run import RoundProgress, Run
+from trl_selfplay.trainers.rounds import RoundsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class WrongReferenceError(RuntimeError):
 WrongOpponentError = WrongReferenceError  # what SPIN calls its reference
 
 
-class ReferenceMixin(DPOTrainer):
+class ReferenceMixin(RoundsMixin, DPOTrainer):
     """Makes the policy, as it enters a round, the reference of the parent's loss.
 
     Stands first among the bases: `class MyTrainer(ReferenceMixin, RoundsMixin, DPOTrainer)`.
@@ -59,22 +59,20 @@ class ReferenceMixin(DPOTrainer):
     read, such as a tool's answer. Without a mask it wrote all of them.
     """
 
-    args: Any
-    run: Run
-    progress: RoundProgress | None
-    collated_columns: tuple[str, ...] = _MASKS
+    collated_columns = _MASKS
 
-    def __init__(self, *, args: Any, model: Any, peft_config: Any = None, **parent: Any) -> None:
-        """Build the parent without a reference model.
+    def __init__(self, model: Any, args: Any, *rest: Any, peft_config: Any, **named: Any) -> None:
+        """Build the parent without a reference model, and the stages as `RoundsMixin`.
 
         Args:
+            model: As DPOTrainer takes it, like `peft_config`.
             args: The trainer's configuration, a `ReferenceConfig`.
-            model: As DPOTrainer takes it.
-            peft_config: As DPOTrainer takes it.
-            **parent: DPOTrainer's other arguments, with `placeholder_pair()` as `train_dataset`.
+            *rest: As `RoundsMixin` takes it.
+            peft_config: For new adapters.
+            **named: As `RoundsMixin` takes it.
 
         Raises:
-            ValueError: For adapters that the parent can't copy.
+            ValueError, TypeError: For arguments, rows or a model that can't work.
         """
         _refuse_uncopied_adapters(model)
         uses_peft = peft_config is not None or hasattr(model, "peft_config")
@@ -83,7 +81,7 @@ class ReferenceMixin(DPOTrainer):
         # switch off; with adapters precomputing would only hash all weights.
         args.precompute_ref_log_probs = not uses_peft
         try:
-            super().__init__(model=model, args=args, peft_config=peft_config, **parent)
+            super().__init__(model, args, *rest, peft_config=peft_config, **named)
         finally:
             args.precompute_ref_log_probs = True
         self.precompute_ref_logps = True  # the loss reads the stored columns
@@ -91,21 +89,21 @@ class ReferenceMixin(DPOTrainer):
         if "ref" in getattr(policy, "peft_config", {}) and not had_ref_adapter:
             policy.delete_adapter("ref")  # the parent's copy: right in round 0 only
         self.data_collator = MaskCollator(self.data_collator)
-        placeholder: Any = self.train_dataset  # as every row of a round has them
-        for column in _LOGPS:
-            placeholder = placeholder.add_column(column, [0.0])
-        self.train_dataset = placeholder
+        for column in _LOGPS:  # as every row of a round has them
+            self.placeholder = cast("Any", self.placeholder).add_column(column, [0.0])
         self._checked_round: int | None = None
-
-    def switch_noise_off(self) -> None:
-        """Switch dropout and other noise off for good: scored twice, a policy must say the same."""
-        if switched := switch_noise_off(self.model):
+        # Scored twice, a policy must say the same.
+        if switched := switch_noise_off(policy):
             logger.warning(
                 "Dropout and other noise is switched off in the whole model (%s): with it the "
                 "policy would differ from its %s at the first step of each round.",
                 ", ".join(switched),
-                self.args._reference,
+                args._reference,
             )
+
+    def placeholder_rows(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Return one pair for the parent to be built on; no round ever trains on it."""
+        return Dataset.from_list([{"prompt": "?", "chosen": " yes", "rejected": " no"}])
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Leave the parent's placeholder as it is.
@@ -287,32 +285,6 @@ class MaskCollator:
                 written = batch["completion_mask"][first + place, start : start + length]
                 written *= torch.tensor(mask, dtype=written.dtype)[: len(written)]
         return batch
-
-
-def placeholder_pair() -> Dataset:
-    """Return one row for the parent to be built on; no round ever trains on it."""
-    return Dataset.from_list([{"prompt": "?", "chosen": " yes", "rejected": " no"}])
-
-
-def refuse_ref_model(ref_model: Any, method: str) -> None:
-    """Raise for a reference model, which rounds would get wrong.
-
-    Raises:
-        TypeError: It is a config.
-        ValueError: It is anything else but None.
-    """
-    if isinstance(ref_model, TrainingArguments):
-        raise TypeError(
-            f"ref_model is a {type(ref_model).__name__}: DPOTrainer's second parameter is "
-            "`ref_model`. Pass the config by name: args=…."
-        )
-    if ref_model is not None:
-        raise ValueError(
-            f"`ref_model` was given, but {method}'s reference is the policy itself as it enters "
-            "each round: its log-probs are computed once per round, and no second model is held. "
-            "Leave it out. For another reference override `compute_ref_log_probs(model, inputs)` "
-            "in a subclass; its log-probs are then what the loss compares with."
-        )
 
 
 def _refuse_uncopied_adapters(model: Any) -> None:

@@ -1,32 +1,50 @@
-"""What every trainer over rounds has in common: training, evaluation, the log and the model card.
+"""What every trainer over rounds has in common: stages, training, evaluation, log, model card.
 
 In: a trainer that can play a round. Out: `RoundsMixin`, which stands before a TRL trainer among the
 bases. What a round is, from sampling to selection, is in each trainer's `play_round`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.evaluation.heldout import HeldOutScores
+from trl_selfplay.generation.transformers_sampler import TransformersSampler, collect_eos_token_ids
+from trl_selfplay.rollouts.collection import Collector
 from trl_selfplay.rollouts.played import PlayedRound
-from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets
+from trl_selfplay.rollouts.prompts import (
+    HintFormatter,
+    PromptRow,
+    load_heldout_sets,
+    load_prompt_rows,
+)
+from trl_selfplay.rollouts.rendering import FewShotExample, PromptFormatter
 from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds.loop import run_rounds
 from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run
 from trl_selfplay.rounds.stages import SelfPlay
+from trl_selfplay.trainers.construction import (
+    Grading,
+    build_run,
+    build_scorers,
+    check_adapters,
+    check_built_model,
+    heldout_threshold,
+    load_processing_class,
+    start_of_run,
+)
 
 
 class RoundsMixin(Trainer):
     """Adds rounds of sampling and training to a TRL trainer: `class MyTrainer(RoundsMixin, SFTTrainer)`.
 
-    A trainer defines `play_round` and, in its constructor, `run` and `self_play`. It may override
-    `identity`, `warm_up_rows`, `load_sets`, `score_sets` and `score_heldout`.
+    A trainer defines `play_round`. It may override `load_rows`, `placeholder_rows`, `identity`,
+    `warm_up_rows`, `load_sets`, `score_sets` and `score_heldout`.
 
     Attributes:
         run: Where the rounds lie on disk.
@@ -35,6 +53,7 @@ class RoundsMixin(Trainer):
         progress: Where `train` stands; None outside it.
         weights_digest: Of the weights with which the first `train` in this process began.
         has_begun: `train` was called in this process and may have changed the weights.
+        load_rows: Reads a dataset, given it, its name in errors, and `reward_funcs`.
         collated_columns: Columns of a round's rows that the collator gets beside the parent's.
     """
 
@@ -45,7 +64,111 @@ class RoundsMixin(Trainer):
     progress: RoundProgress | None = None
     weights_digest: str | None = None
     has_begun: bool = False
+    load_rows: Callable[..., list[PromptRow]] = staticmethod(load_prompt_rows)
     collated_columns: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any,
+        rows: list[PromptRow],
+        *,
+        eval_dataset: Any,
+        processing_class: Any,
+        peft_config: Any,
+        grading: Grading,
+        examples: tuple[FewShotExample, ...] = (),
+        hint_formatter: HintFormatter | None = None,
+        **parent: Any,
+    ) -> None:
+        """Build the parent on a placeholder row, since each round makes its own; then the stages.
+
+        Args:
+            model: As the parent takes it, like `eval_dataset`, `processing_class`, `peft_config`.
+            args: From `read_config`.
+            rows: The training prompts.
+            eval_dataset: Held-out prompts, one set or a dict of sets.
+            processing_class: A tokenizer; None loads the model's.
+            peft_config: For new adapters.
+            grading: What grades completions.
+            examples: Few-shot examples.
+            hint_formatter: Shows the solution in a prompt.
+            **parent: The parent's other arguments.
+
+        Raises:
+            ValueError, TypeError: For arguments, rows or a model that can't work.
+        """
+        check_adapters(model, peft_config)
+        heldout = load_heldout_sets(eval_dataset, rows, self.load_rows, grading.heldout_funcs)
+        tokenizer = load_processing_class(model, processing_class, args)
+        self.run = build_run(args, model, peft_config, list(heldout))
+        placeholder = self.placeholder_rows(tokenizer)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=placeholder,
+            eval_dataset=placeholder if heldout else None,
+            processing_class=tokenizer,
+            peft_config=peft_config,  # type: ignore[call-arg]  # of TRL's trainers
+            **parent,
+        )
+        self.placeholder = cast("Dataset", self.train_dataset)
+        self.eval_dataset = eval_dataset
+        self.self_play = self._build_self_play(rows, heldout, grading, examples, hint_formatter)
+
+    def _build_self_play(
+        self,
+        rows: list[PromptRow],
+        heldout: Mapping[str, list[PromptRow]],
+        grading: Grading,
+        examples: tuple[FewShotExample, ...],
+        hint_formatter: HintFormatter | None,
+    ) -> SelfPlay:
+        """Put the stages of a round together, once the parent has been built."""
+        args, model, accelerator = self.args, cast("Any", self.model), self.accelerator
+        tokenizer = cast("PreTrainedTokenizerBase", self.processing_class)
+        balanced = cast("Any", self).aux_loss_enabled  # of TRL's trainers
+        traits = check_built_model(model, accelerator, tokenizer, balanced)
+        # Training puts other objects in these two places.
+        sampler = TransformersSampler(
+            lambda: self.model_wrapped, tokenizer, accelerator=accelerator, traits=traits
+        )
+        scorer, eval_scorer = build_scorers(grading, args, accelerator.device, lambda: self.state)
+        return SelfPlay(
+            config=args,
+            rows=rows,
+            heldout=heldout,
+            formatter=PromptFormatter(
+                tokenizer,
+                examples,
+                hint_formatter,
+                args.chat_template_kwargs,
+                sanitize_control_tokens=args.sanitize_control_tokens,
+                start=start_of_run(self.run, accelerator),
+                num_embeddings=model.get_input_embeddings().weight.shape[0],
+            ),
+            collector=Collector(
+                sampler=sampler,
+                scorer=scorer,
+                eval_scorer=eval_scorer,
+                tokenizer=tokenizer,
+                accelerator=accelerator,
+                seed=args.seed,
+                reward_threshold=grading.threshold,
+                has_degrees=grading.has_degrees,
+                eval_threshold=heldout_threshold(grading, args),
+                refuses_negative_rewards=grading.refuses_negative,
+            ),
+            eos_token_ids=collect_eos_token_ids(model, tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            context_length=traits.context_length,
+            run=self.run,
+        )
+
+    def placeholder_rows(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Return one row for the parent to be built on; no round ever trains on it."""
+        eos = tokenizer.eos_token_id
+        return Dataset.from_dict({"input_ids": [[eos, eos]], "labels": [[-100, eos]]})
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Return what a round trains on; called with the weights that the round begins with."""
@@ -91,8 +214,8 @@ class RoundsMixin(Trainer):
         Raises:
             ValueError, TypeError: For rows that can't be scored.
         """
-        graders = self.self_play.heldout_graders
-        sets = load_heldout_sets(eval_dataset, self.self_play.rows, reward_funcs=graders)
+        play = self.self_play
+        sets = load_heldout_sets(eval_dataset, play.rows, self.load_rows, play.heldout_graders)
         for name, rows in sets.items():
             self.self_play.check_columns(rows, name or "eval_dataset")
         return sets

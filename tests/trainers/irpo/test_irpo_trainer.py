@@ -358,7 +358,7 @@ def test_held_out_prompts_are_graded_and_the_card_names_the_paper(build_irpo, su
     ("changes", "kind", "message"),
     [
         ({"reward_funcs": None}, ValueError, "`reward_funcs` is missing"),
-        ({"ref_model": "gpt2"}, ValueError, "IRPO's reference is the policy itself"),
+        ({"ref_model": "gpt2"}, ValueError, "the reference is the policy itself"),
         ({"compute_metrics": print}, ValueError, "`compute_metrics` was given"),
         ({"optimizers": (torch.optim.SGD, None)}, ValueError, "`optimizers` was given"),
         ({"few_shot_rounds": 1}, ValueError, "needs `few_shot_examples`"),

@@ -6,7 +6,7 @@ In: prompts with solutions, reward functions, perhaps human completions. Out: th
 Source: IRPO, arXiv 2404.19733, section 2.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,25 +15,20 @@ from trl import DPOTrainer
 
 from trl_selfplay.rollouts.gold import Gold
 from trl_selfplay.rollouts.played import PlayedRound
-from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets, load_prompt_rows
-from trl_selfplay.rollouts.rendering import load_few_shot_examples
+from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
 from trl_selfplay.rollouts.rows import build_pair_rows, pair_of
 from trl_selfplay.rollouts.selection import default_normal_form
 from trl_selfplay.rounds.identity import summarize
 from trl_selfplay.trainers.construction import (
-    build_run,
-    build_self_play,
-    check_adapters,
-    check_rewards,
-    load_processing_class,
     read_config,
-    refuse_logit_metrics,
-    refuse_optimizers,
+    read_examples,
+    read_grading,
+    refuse_arguments,
 )
 from trl_selfplay.trainers.irpo.config import IRPOConfig
 from trl_selfplay.trainers.irpo.pairs import pair_rollouts
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
-from trl_selfplay.trainers.reference import ReferenceMixin, placeholder_pair, refuse_ref_model
+from trl_selfplay.trainers.reference import ReferenceMixin
 from trl_selfplay.trainers.rounds import RoundsMixin
 
 _REMEDY = (
@@ -86,59 +81,27 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
 
     @explains_foreign_arguments
     def __init__(
-        self,
-        model: Any,
-        ref_model: Any = None,
-        args: IRPOConfig | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        compute_metrics: Callable[..., Any] | None = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        *,
-        reward_funcs: Any = None,
+        self, model: Any, ref_model: None = None, args: IRPOConfig | None = None,
+        data_collator: Any = None, train_dataset: Any = None, eval_dataset: Any = None,
+        processing_class: Any = None, compute_metrics: None = None,
+        callbacks: list[Any] | None = None, optimizers: tuple[None, None] = (None, None),
+        quantization_config: Any = None, peft_config: Any = None, *,
+        reward_funcs: Any = None, eval_reward_funcs: Any = None,
         reward_processing_classes: Any = None,
-        few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
-        gold_dataset: Any = None,
-        eval_reward_funcs: Any = None,
-    ) -> None:
+        few_shot_examples: Sequence[Mapping[str, Any]] | None = None, gold_dataset: Any = None,
+    ) -> None:  # fmt: skip
         args = read_config(args, IRPOConfig, model, "IRPO")
-        refuse_ref_model(ref_model, "IRPO")
-        refuse_optimizers(optimizers)
-        refuse_logit_metrics(compute_metrics=compute_metrics)
-        check_rewards(args, reward_funcs, few_shot_examples)
-        check_adapters(model, peft_config)
+        refuse_arguments(
+            ref_model=ref_model, compute_metrics=compute_metrics, optimizers=optimizers
+        )
+        grading = read_grading(args, reward_funcs, reward_processing_classes, eval_reward_funcs)
         rows = load_prompt_rows(train_dataset, "train_dataset", reward_funcs=reward_funcs)
-        graders = reward_funcs if eval_reward_funcs is None else eval_reward_funcs
-        heldout = load_heldout_sets(eval_dataset, rows, reward_funcs=graders)
-        examples = load_few_shot_examples(few_shot_examples, rows[0].is_conversational)
-        self.run = build_run(args, model, peft_config, list(heldout))
         super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=placeholder_pair(),
-            eval_dataset=placeholder_pair() if heldout else None,
-            processing_class=load_processing_class(model, processing_class, args),
-            callbacks=callbacks,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
-        self.eval_dataset = eval_dataset
-        self.self_play = build_self_play(
-            self,
-            rows,
-            heldout,
-            examples,
-            reward_funcs=reward_funcs,
-            reward_processing_classes=reward_processing_classes,
-            eval_reward_funcs=eval_reward_funcs,
-        )
-        self.switch_noise_off()
+            model, args, rows, eval_dataset=eval_dataset, processing_class=processing_class,
+            peft_config=peft_config, quantization_config=quantization_config,
+            data_collator=data_collator, callbacks=callbacks,
+            examples=read_examples(args, few_shot_examples, rows), grading=grading,
+        )  # fmt: skip
         self.self_play.check_prompts(hinted=False)
         self.self_play.warn_unreadable_solutions()
         self.gold = self.self_play.load_gold(gold_dataset, needs_solutions=True)

@@ -10,20 +10,27 @@ Sources: ReST^EM, arXiv 2312.06585, Algorithm 1; ReST, arXiv 2308.08998, Algorit
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any
 
 from datasets import Dataset
 from trl import SFTTrainer
 
 from trl_selfplay.rollouts.played import PlayedRound
-from trl_selfplay.rollouts.prompts import PromptRow
+from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.rows import WEIGHT, build_training_rows
 from trl_selfplay.rollouts.selection import SelectionRules, default_normal_form, select
 from trl_selfplay.rollouts.stored import load_samples
 from trl_selfplay.rounds.identity import name_function, summarize
 from trl_selfplay.rounds.stages import load_history
-from trl_selfplay.trainers.construction import build_self_play
+from trl_selfplay.trainers.construction import (
+    check_sft_config,
+    read_config,
+    read_examples,
+    read_grading,
+    refuse_arguments,
+)
+from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.rest_em.config import ReSTEMConfig
 from trl_selfplay.trainers.rest_em.gold import draw_gold
 from trl_selfplay.trainers.rest_em.row_weights import (
@@ -33,11 +40,6 @@ from trl_selfplay.trainers.rest_em.row_weights import (
 )
 from trl_selfplay.trainers.rest_em.thresholds import above_threshold
 from trl_selfplay.trainers.rounds import RoundsMixin
-from trl_selfplay.trainers.sft_construction import (
-    SFTArguments,
-    load_sft_parts,
-    show_parent_parameters,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -89,50 +91,50 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
 }""",
     }
 
-    @show_parent_parameters
+    @explains_foreign_arguments
     def __init__(
-        self,
-        model: Any,
-        args: ReSTEMConfig | None = None,
-        *positional: Any,
-        reward_funcs: Any = None,
+        self, model: Any, args: ReSTEMConfig | None = None, data_collator: Any = None,
+        train_dataset: Any = None, eval_dataset: Any = None, processing_class: Any = None,
+        compute_loss_func: Callable[..., Any] | None = None, compute_metrics: None = None,
+        callbacks: list[Any] | None = None, optimizers: tuple[None, None] = (None, None),
+        optimizer_cls_and_kwargs: Any = None, preprocess_logits_for_metrics: None = None,
+        quantization_config: Any = None, peft_config: Any = None, formatting_func: None = None, *,
+        reward_funcs: Any = None, eval_reward_funcs: Any = None,
         reward_processing_classes: Any = None,
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
-        normal_form: Callable[[str], Hashable] | None = None,
-        gold_dataset: Any = None,
-        eval_reward_funcs: Any = None,
-        **named: Unpack[SFTArguments],
-    ) -> None:
-        if args is not None and gold_dataset is None:
-            _refuse_without_gold(args)
-        parts = load_sft_parts(
-            ReSTEMConfig, "ReSTEM", model, args, positional, named, reward_funcs, few_shot_examples,
-            eval_reward_funcs,
+        normal_form: Callable[[str], Hashable] | None = None, gold_dataset: Any = None,
+    ) -> None:  # fmt: skip
+        args = read_config(args, ReSTEMConfig, model, "ReSTEM")
+        refuse_arguments(
+            compute_metrics=compute_metrics, optimizers=optimizers, formatting_func=formatting_func,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
-        if parts.args.loss_weighting == "reward" and parts.for_parent.get("compute_loss_func"):
+        check_sft_config(args)
+        if gold_dataset is None:
+            _refuse_without_gold(args)
+        weighs = args.loss_weighting == "reward"
+        if weighs and compute_loss_func is not None:
             raise ValueError(
                 "loss_weighting='reward' with a `compute_loss_func`: the weights would not reach "
                 "it. Leave one out."
             )
-        self.run = parts.run
-        super().__init__(**parts.for_parent)
-        if self.args.loss_weighting == "reward":
-            self.data_collator = WeightCollator(self.data_collator)
-        self.eval_dataset = parts.eval_dataset
+        grading = read_grading(args, reward_funcs, reward_processing_classes, eval_reward_funcs)
+        rows = load_prompt_rows(train_dataset, "train_dataset", reward_funcs=reward_funcs)
         self.normal_form = normal_form or default_normal_form
-        self.self_play = build_self_play(
-            self,
-            parts.rows,
-            parts.heldout,
-            parts.examples,
-            reward_funcs=reward_funcs,
-            reward_processing_classes=reward_processing_classes,
-            eval_reward_funcs=eval_reward_funcs,
-        )
+        super().__init__(
+            model, args, rows, eval_dataset=eval_dataset, processing_class=processing_class,
+            peft_config=peft_config, quantization_config=quantization_config,
+            data_collator=data_collator, callbacks=callbacks,
+            compute_loss_func=compute_loss_func, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            grading=replace(grading, refuses_negative=weighs),
+            examples=read_examples(args, few_shot_examples, rows),
+        )  # fmt: skip
+        if weighs:
+            self.data_collator = WeightCollator(self.data_collator)
         self.self_play.check_prompts(hinted=False)
         self.self_play.warn_unreadable_solutions()
         self.gold = self.self_play.load_gold(
-            gold_dataset, needs_solutions=self.args.improve_thresholds is not None
+            gold_dataset, needs_solutions=args.improve_thresholds is not None
         )
 
     def identity(self) -> dict[str, Any]:

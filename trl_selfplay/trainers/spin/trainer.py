@@ -7,7 +7,7 @@ reference of `ReferenceMixin`: the policy as it enters the round.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,20 +26,13 @@ from trl_selfplay.rollouts.completions import (
     tokenize_chosen,
 )
 from trl_selfplay.rollouts.played import PlayedRound
-from trl_selfplay.rollouts.prompts import PromptRow, load_heldout_sets
+from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.rows import build_pair_rows
 from trl_selfplay.rollouts.stored import StoredRollouts, load_kept
 from trl_selfplay.rounds.run import UNTRAINED
-from trl_selfplay.trainers.construction import (
-    build_run,
-    build_self_play,
-    check_adapters,
-    load_processing_class,
-    read_config,
-    refuse_optimizers,
-)
+from trl_selfplay.trainers.construction import Grading, read_config, refuse_arguments
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
-from trl_selfplay.trainers.reference import ReferenceMixin, placeholder_pair, refuse_ref_model
+from trl_selfplay.trainers.reference import ReferenceMixin
 from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.spin.config import SPINConfig
 from trl_selfplay.trainers.spin.discriminator import (
@@ -89,6 +82,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     """
 
     args: SPINConfig
+    load_rows = staticmethod(load_chosen_rows)
     _tag_names = ["trl", "dpo", "trl-selfplay", "spin"]  # noqa: RUF012  # as in TRL
     _name = "SPIN"
     _paper = {  # noqa: RUF012  # as in TRL
@@ -106,59 +100,33 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
 
     @explains_foreign_arguments
     def __init__(
-        self,
-        model: Any,
-        ref_model: Any = None,
-        args: SPINConfig | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        compute_metrics: Callable[..., Any] | None = None,
-        callbacks: list[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
-        *,
+        self, model: Any, ref_model: None = None, args: SPINConfig | None = None,
+        data_collator: Any = None, train_dataset: Any = None, eval_dataset: Any = None,
+        processing_class: Any = None, compute_metrics: None = None,
+        callbacks: list[Any] | None = None, optimizers: tuple[None, None] = (None, None),
+        quantization_config: Any = None, peft_config: Any = None, *,
         eval_reward_funcs: Any = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         args = read_config(args, SPINConfig, model, "SPIN")
-        refuse_ref_model(ref_model, "SPIN")
-        if compute_metrics is not None:
-            raise ValueError(
-                "`compute_metrics` was given, but held-out rows are scored by log-probs of whole "
-                "completions: there are no logits to compute metrics from. Leave it out."
-            )
-        refuse_optimizers(optimizers)
-        check_adapters(model, peft_config)
+        refuse_arguments(
+            ref_model=ref_model, compute_metrics=compute_metrics, optimizers=optimizers
+        )
         rows = load_chosen_rows(train_dataset, "train_dataset")
-        heldout = load_heldout_sets(eval_dataset, rows, load_chosen_rows, eval_reward_funcs)
-        tokenizer = load_processing_class(model, processing_class, args)
-        placeholder = placeholder_pair()
         if eval_reward_funcs is not None:
-            if not heldout:
+            if not eval_dataset:
                 raise ValueError("eval_reward_funcs needs an `eval_dataset` of held-out prompts.")
             args.choose_by_task_score()
-        self.run = build_run(args, model, peft_config, list(heldout))
         super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=placeholder,
-            eval_dataset=placeholder if heldout else None,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
-        self.eval_dataset = eval_dataset
-        self.self_play = build_self_play(self, rows, heldout, eval_reward_funcs=eval_reward_funcs)
-        self.switch_noise_off()
+            model, args, rows, eval_dataset=eval_dataset, processing_class=processing_class,
+            peft_config=peft_config, quantization_config=quantization_config,
+            data_collator=data_collator, callbacks=callbacks,
+            grading=Grading(eval_reward_funcs=eval_reward_funcs),
+        )  # fmt: skip
         self.chosen: dict[str, ChosenTokens] = {}
         self.self_play = replace(
             self.self_play,
             rows=self._tokenize(rows, "train_dataset"),
-            heldout=self._tokenize_sets(heldout),
+            heldout=self._tokenize_sets(self.self_play.heldout),
         )
         self.self_play.check_prompts(hinted=False)
         collector = self.self_play.collector
@@ -277,10 +245,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
 
     def load_sets(self, eval_dataset: Any) -> dict[str, list[PromptRow]]:
         """Return the held-out sets that `evaluate` was given, with the data's completions."""
-        play = self.self_play
-        return self._tokenize_sets(
-            load_heldout_sets(eval_dataset, play.rows, load_chosen_rows, play.heldout_graders)
-        )
+        return self._tokenize_sets(super().load_sets(eval_dataset))
 
     def score_sets(
         self,

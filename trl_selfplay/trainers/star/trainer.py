@@ -6,12 +6,12 @@ do in self_play.py.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any
 
 from trl import SFTTrainer
 
 from trl_selfplay.rollouts.played import PlayedRound
-from trl_selfplay.rollouts.prompts import HintFormatter
+from trl_selfplay.rollouts.prompts import HintFormatter, load_prompt_rows
 from trl_selfplay.rollouts.selection import (
     SelectionRules,
     default_normal_form,
@@ -20,15 +20,21 @@ from trl_selfplay.rollouts.selection import (
 )
 from trl_selfplay.rounds.identity import name_function
 from trl_selfplay.rounds.stages import load_history
-from trl_selfplay.trainers.construction import build_self_play
-from trl_selfplay.trainers.rounds import RoundsMixin
-from trl_selfplay.trainers.sft_construction import (
-    SFTArguments,
-    load_sft_parts,
-    show_parent_parameters,
+from trl_selfplay.trainers.construction import (
+    check_sft_config,
+    read_config,
+    read_examples,
+    read_grading,
+    refuse_arguments,
 )
+from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
+from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.star.config import STaRConfig
 from trl_selfplay.trainers.star.rationalization import add_hint, find_leak, leaks_of_rows
+
+_SHOWS_SOLUTIONS = (
+    "rationalize=True, which shows the solution as a hint (set it to False otherwise),"
+)
 
 
 class STaRTrainer(RoundsMixin, SFTTrainer):
@@ -75,39 +81,46 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
 }""",
     }
 
-    @show_parent_parameters
+    @explains_foreign_arguments
     def __init__(
-        self,
-        model: Any,
-        args: STaRConfig | None = None,
-        *positional: Any,
-        reward_funcs: Any = None,
-        reward_processing_classes: Any = None,
+        self, model: Any, args: STaRConfig | None = None, data_collator: Any = None,
+        train_dataset: Any = None, eval_dataset: Any = None, processing_class: Any = None,
+        compute_loss_func: Callable[..., Any] | None = None, compute_metrics: None = None,
+        callbacks: list[Any] | None = None, optimizers: tuple[None, None] = (None, None),
+        optimizer_cls_and_kwargs: Any = None, preprocess_logits_for_metrics: None = None,
+        quantization_config: Any = None, peft_config: Any = None, formatting_func: None = None, *,
+        reward_funcs: Any = None, reward_processing_classes: Any = None,
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
         normal_form: Callable[[str], Hashable] | None = None,
         hint_formatter: HintFormatter | None = None,
         leak_filter: Callable[[Any, str, Any], str | None] | None = None,
-        **named: Unpack[SFTArguments],
-    ) -> None:
-        parts = load_sft_parts(
-            STaRConfig, "STaR", model, args, positional, named, reward_funcs, few_shot_examples
-        )
-        self.run = parts.run
-        super().__init__(**parts.for_parent)
-        self.eval_dataset = parts.eval_dataset
-        self.normal_form = normal_form or default_normal_form
-        self.leak_filter = leak_filter or find_leak
-        self.hint_formatter = hint_formatter or add_hint
-        self.self_play = build_self_play(
-            self,
-            parts.rows,
-            parts.heldout,
-            parts.examples,
-            self.hint_formatter,
+    ) -> None:  # fmt: skip
+        args = read_config(args, STaRConfig, model, "STaR")
+        refuse_arguments(
+            compute_metrics=compute_metrics, optimizers=optimizers, formatting_func=formatting_func,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )  # fmt: skip
+        check_sft_config(args)
+        grading = read_grading(args, reward_funcs, reward_processing_classes)
+        rows = load_prompt_rows(
+            train_dataset,
+            "train_dataset",
+            _SHOWS_SOLUTIONS if args.rationalize else None,
             reward_funcs,
-            reward_processing_classes,
         )
-        self.self_play.check_prompts(hinted=self.args.rationalize)
+        self.normal_form = normal_form or default_normal_form
+        self.hint_formatter = hint_formatter or add_hint
+        self.leak_filter = leak_filter or find_leak
+        super().__init__(
+            model, args, rows, eval_dataset=eval_dataset, processing_class=processing_class,
+            peft_config=peft_config, quantization_config=quantization_config,
+            data_collator=data_collator, callbacks=callbacks,
+            compute_loss_func=compute_loss_func, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            grading=grading,
+            examples=read_examples(args, few_shot_examples, rows, args.rationalize),
+            hint_formatter=self.hint_formatter,
+        )  # fmt: skip
+        self.self_play.check_prompts(hinted=args.rationalize)
         self.self_play.warn_unreadable_solutions()
 
     def identity(self) -> dict[str, Any]:
