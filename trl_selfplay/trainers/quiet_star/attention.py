@@ -1,8 +1,12 @@
-"""Attention of text and its thoughts in one forward, without a mask over all pairs of tokens.
+"""Attention of a text and its thoughts in one forward, without a mask over all pairs of tokens.
 
-In: queries, keys and values of a layer and the layout of their tokens. Out: what dense attention
-under the mask "text causally; a thought sees the text up to its anchor and itself" would give. A
-thought's two kinds of keys are two small products, merged by log-sum-exp.
+In: queries, keys and values of a layer and the layout of their tokens. Out: the result of dense
+attention under the mask "text is causal; a thought sees the text up to its anchor, and itself
+causally". A thought's keys are of two kinds, so its scores are two small products that share one
+softmax.
+
+Shapes: B rows, H query heads, Hkv key heads (R = H / Hkv queries per key head), T text columns, G
+thought blocks of L tokens, S text columns including those in memory, d channels.
 """
 
 from collections.abc import Iterator
@@ -16,19 +20,22 @@ from transformers import AttentionInterface
 from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout
 
 NAME = "trl_selfplay_thoughts"
-# Scores of one chunk of blocks. Chunks bound the memory (16 MiB in float32 on a CPU, where they
-# also stay near its caches), and each stops at the last column that one of its blocks sees.
+# Maximum number of scores computed at once. Chunks bound the memory (16 MiB in float32 on a CPU,
+# close to the size of its caches), and each chunk skips text columns that none of its blocks sees.
 CPU_CHUNK_SCORES = 1 << 22
 DEVICE_CHUNK_SCORES = 1 << 27
-# Keyword arguments of other attention functions that would change what a token sees.
+# Keyword arguments of transformers' attention functions that would change what a token sees.
 _UNSUPPORTED = ("s_aux", "position_bias", "cache")
 
 
 class _SplitAttention(torch.autograd.Function):
-    """Softmax over text keys and own keys together; scores are recomputed in the backward pass.
+    """One softmax over text keys and own keys; the backward pass recomputes the scores.
 
-    Shapes: query (B, Hkv, G, R, L, d), R query heads to a key head; text keys and values
-    (B, Hkv, S, d); own ones (B, Hkv, G, Lk, d). Values, and so the output, may have another d.
+    Only the output and the log-sum-exp of each query are kept, as in FlashAttention.
+
+    Shapes: query (B, Hkv, G, R, L, d); text keys and values (B, Hkv, S, d); own keys and values
+    (B, Hkv, G, Lk, d), where Lk counts the block's tokens in memory as well. Values, and so the
+    output, may have another width than keys.
     """
 
     @staticmethod
@@ -50,14 +57,17 @@ class _SplitAttention(torch.autograd.Function):
             text, own = _scores(
                 query[:, :, g], text_key[:, :, s], own_key[:, :, g], masks, g, s, scaling, softcap
             )
-            top = torch.maximum(text.amax(-1), own.amax(-1))
+            # The softmax spans both kinds of keys, so they share the maximum and the total. Each
+            # token sees itself, so no row is empty.
+            top = torch.maximum(text.amax(-1), own.amax(-1))  # (B, Hkv, g, R, L)
             text.sub_(top[..., None]).exp_()
             own.sub_(top[..., None]).exp_()
             total = text.sum(-1) + own.sum(-1)
+            # Divide after the products: the output is smaller than the scores.
             merged = _times_text(text.to(query.dtype), text_value[:, :, s])
             merged += _times_own(own.to(query.dtype), own_value[:, :, g])
             out[:, :, g] = merged / total[..., None].to(query.dtype)
-            lse[:, :, g] = top + total.log()
+            lse[:, :, g] = top + total.log()  # all that the backward pass needs of the softmax
         ctx.save_for_backward(query, text_key, text_value, own_key, own_value, out, lse, *masks)
         ctx.settings = (reach, scaling, softcap)
         return out
@@ -74,8 +84,11 @@ class _SplitAttention(torch.autograd.Function):
             q, d_out, own_k = query[:, :, g], grad[:, :, g], own_key[:, :, g]
             keys = text_key[:, :, s]
             scores = _scores(q, keys, own_k, tuple(masks), g, s, scaling, softcap)
+            # With p = softmax(score): d_score = p · (d_p − Σ p·d_p), and Σ p·d_p = out · d_out.
             dot = (d_out.float() * out[:, :, g].float()).sum(-1, keepdim=True)
-            shares = [(x - lse[:, :, g, :, :, None]).exp_() for x in scores]
+            shares = [(x - lse[:, :, g, :, :, None]).exp_() for x in scores]  # p, text and own
+            # Blocks of several chunks see the same text columns, so their gradients add up; own
+            # keys belong to one block and are written once.
             d_text_value[:, :, s] += _transposed_text(shares[0].to(grad.dtype), d_out)
             d_own_value[:, :, g] = _transposed_own(shares[1].to(grad.dtype), d_out)
             d_shares = [
@@ -85,7 +98,9 @@ class _SplitAttention(torch.autograd.Function):
             d_scores = []
             for share, d_share, score in zip(shares, d_shares, scores, strict=True):
                 d_score = share * (d_share.float() - dot)
-                if softcap is not None:  # masked scores have a share of 0
+                # d tanh(x) = 1 − tanh²(x). Masked scores are −inf, with a share of 0: any finite
+                # value does for them.
+                if softcap is not None:
                     capped = score.masked_fill(share == 0, 0.0)
                     d_score *= 1.0 - (capped / softcap) ** 2
                 d_scores.append((d_score * scaling).to(grad.dtype))
@@ -96,12 +111,13 @@ class _SplitAttention(torch.autograd.Function):
 
 
 def _chunks(query: torch.Tensor, reach: list[int]) -> Iterator[tuple[slice, slice]]:
-    """Cut the blocks into chunks; yield each with the text columns that it can see."""
+    """Split the blocks into chunks; yield each chunk with the text columns that it can see."""
     batch, heads, num_blocks, repeats, length, _ = query.shape
     budget = CPU_CHUNK_SCORES if query.device.type == "cpu" else DEVICE_CHUNK_SCORES
     size = max(1, budget // (batch * heads * repeats * length * max(reach)))
     for first in range(0, num_blocks, size):
         last = min(first + size, num_blocks)
+        # `reach` doesn't decrease, so the chunk's last block sees furthest.
         yield slice(first, last), slice(0, reach[last - 1])
 
 
@@ -115,7 +131,7 @@ def _scores(
     scaling: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float32 scores against text (…, L, S) and own block (…, L, Lk), -inf where hidden."""
+    """Return float32 scores of the text (…, L, S) and of the own block (…, L, Lk), -inf if masked."""
     text_mask, own_mask = masks
     text = _times_text(query, text_key.transpose(-1, -2)).float().mul_(scaling)
     own = _times_own(query, own_key.transpose(-1, -2)).float().mul_(scaling)
@@ -127,22 +143,22 @@ def _scores(
 
 
 def _times_text(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Multiply (B, Hkv, G, R, L, a) by each head's (B, Hkv, a, b)."""
+    """Multiply (B, Hkv, G, R, L, a) by a matrix per head, (B, Hkv, a, b)."""
     return (rows.flatten(2, 4) @ matrix).unflatten(2, rows.shape[2:5])
 
 
 def _times_own(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Multiply (B, Hkv, G, R, L, a) by each block's (B, Hkv, G, a, b)."""
+    """Multiply (B, Hkv, G, R, L, a) by a matrix per head and block, (B, Hkv, G, a, b)."""
     return (rows.flatten(3, 4) @ matrix).unflatten(3, rows.shape[3:5])
 
 
 def _transposed_text(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return leftᵀ right summed over a head's rows, (B, Hkv, a, b)."""
+    """Return leftᵀ right, summed over all rows of a head, (B, Hkv, a, b)."""
     return left.flatten(2, 4).transpose(-1, -2) @ right.flatten(2, 4)
 
 
 def _transposed_own(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return leftᵀ right summed over a block's rows, (B, Hkv, G, a, b)."""
+    """Return leftᵀ right, summed over the rows of a block, (B, Hkv, G, a, b)."""
     return left.flatten(3, 4).transpose(-1, -2) @ right.flatten(3, 4)
 
 
@@ -157,17 +173,17 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Let text and thoughts of one layer attend.
+    """Compute one layer's attention over a text and its thoughts.
 
     Args:
-        query: (B, H, T + G·L, d), as `layout` orders the tokens.
+        query: (B, H, T + G·L, d), in the order of `layout`.
         key: (B, Hkv, T + G·L, d); H is a multiple of Hkv.
-        value: As `key`, of any width d_v.
-        layout: Of these tokens; its memory, if any, is read and added to.
-        layer: The layer's index in the memory.
-        scaling: Factor of the scores.
-        window: A token sees those less than this many positions before it; None is no limit.
-        softcap: Scores s become softcap·tanh(s / softcap); None is off.
+        value: (B, Hkv, T + G·L, d_v) with any d_v.
+        layout: Order and visibility of the tokens. Its memory, if any, is read and extended.
+        layer: Index of the layer in the memory.
+        scaling: Factor applied to the scores.
+        window: A token sees tokens less than this many positions before it; None sees all.
+        softcap: Scores s become softcap·tanh(s / softcap); None disables it.
 
     Returns:
         (B, T + G·L, H, d_v).
@@ -177,6 +193,7 @@ def attend(
     if memory is not None:
         text_key, text_value = memory.add_text(layer, text_key, text_value)
     parts = []
+    # Text is ordinary causal attention: it sees no thought.
     if num_text:
         visible = layout.text_visible(window)
         queries = query[:, :, :num_text]
@@ -188,8 +205,9 @@ def attend(
         if memory is not None:
             start = layout.block_start
             own_key, own_value = memory.add_own(layer, start, own_key, own_value)
-        heads = (key.shape[1], query.shape[1] // key.shape[1])
-        queries = query[:, :, num_text:].unflatten(2, blocks).unflatten(1, heads)
+        # Group the query heads by their key head, so that keys needn't be repeated.
+        heads = (key.shape[1], query.shape[1] // key.shape[1])  # (Hkv, R)
+        queries = query[:, :, num_text:].unflatten(2, blocks).unflatten(1, heads)  # Hkv, R, G, L
         out = _SplitAttention.apply(
             queries.transpose(2, 3).contiguous(),  # (B, Hkv, G, R, L, d)
             text_key,
@@ -213,7 +231,7 @@ def _attend_text(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Causal attention of the text, (B, H, T, d); `visible` of None is plain causal."""
+    """Return causal attention of the text, (B, H, T, d); `visible` of None means plain causal."""
     if query.shape[1] != key.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -221,7 +239,8 @@ def _attend_text(
         return nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, is_causal=visible is None, scale=scaling
         )
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    # PyTorch's fused kernel has no soft cap.
+    scores = (query @ key.transpose(-1, -2)).float() * scaling  # (B, H, T, S)
     scores = (scores / softcap).tanh() * softcap
     if visible is None:
         length = query.shape[2]
@@ -242,20 +261,21 @@ def thought_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Answer transformers' attention interface; `attention_mask` and `dropout` have no effect.
+    """Implement transformers' attention interface; `attention_mask` and `dropout` have no effect.
 
     Raises:
-        ValueError: The model didn't hand on the layout, or its attention has a part that is
-            missing here.
+        ValueError: The model doesn't pass the layout on, or its attention has a part that isn't
+            implemented here.
     """
     name = type(module).__name__
     if thought_layout is None:
-        raise ValueError(f"{name} doesn't hand keyword arguments on to its attention function.")
+        raise ValueError(f"{name} doesn't pass keyword arguments on to its attention function.")
     used = [key for key in _UNSUPPORTED if kwargs.get(key) is not None]
     if used:
         raise ValueError(f"{name} attends with {', '.join(used)}, which thoughts don't support.")
     thought_layout.windows.append(sliding_window)
-    # Under autocast positions leave queries and keys in float32; the backward pass has no autocast.
+    # Under autocast, rotary embeddings return queries and keys in float32, but values stay in
+    # bfloat16. The products of the backward pass run outside autocast, so types must match.
     out = attend(
         query.to(value.dtype),
         key.to(value.dtype),
@@ -271,9 +291,9 @@ def thought_attention(
 
 @contextmanager
 def thoughts_attend(model: nn.Module) -> Iterator[None]:
-    """Let a model's attention understand layouts, and put its own attention back.
+    """Replace a model's attention by one that understands layouts, and restore it afterwards.
 
-    Hold it over the backward pass as well: activations that are recomputed there attend again.
+    Keep it active during the backward pass: activation checkpointing runs the attention again.
     """
     config: Any = model.config
     AttentionInterface.register(NAME, thought_attention)

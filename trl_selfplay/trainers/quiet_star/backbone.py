@@ -1,7 +1,7 @@
-"""A causal language model in two parts: states of all tokens, and logits of those that matter.
+"""A causal language model in two parts: hidden states of all tokens, and logits of selected ones.
 
 In: embeddings and a layout, or states and target tokens. Out: states before the head, and
-log-probs whose vocabulary-sized logits exist for one chunk of tokens at a time.
+log-probs. Logits are vocabulary-sized, so they exist for one chunk of tokens at a time.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout
 
-# Logits that exist at once, in elements: 4 MiB in float32 on a CPU, 512 MiB elsewhere.
+# Maximum number of logits at once: 4 MiB in float32 on a CPU, 512 MiB elsewhere.
 CPU_CHUNK_LOGITS = 1 << 20
 DEVICE_CHUNK_LOGITS = 1 << 27
 
@@ -23,12 +23,13 @@ def embed(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def last_states(model: Any, embeddings: torch.Tensor, layout: ThoughtLayout) -> torch.Tensor:
-    """Run the backbone over tokens as `layout` orders them; return (B, T + G·L, d).
+    """Run the backbone over tokens in the order of `layout`; return states (B, T + G·L, d).
 
-    Call it inside `thoughts_attend(model)`. `model` is a causal language model without wrappers.
+    Call this inside `thoughts_attend(model)`. `model` is a causal language model without wrappers.
     """
-    # transformers hands a mask of four dimensions on as it is. This one is empty, so attention
-    # other than ours, which doesn't look at it, would fail instead of seeing too much.
+    # transformers builds no mask of its own if it gets a 4D one, and passes it on unchanged (its
+    # documented behaviour: https://github.com/huggingface/transformers/pull/46507). This mask is
+    # empty: our attention ignores it, and any other would fail instead of seeing too much.
     no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=embeddings.device)
     states: torch.Tensor = model.base_model(
         inputs_embeds=embeddings,
@@ -41,7 +42,7 @@ def last_states(model: Any, embeddings: torch.Tensor, layout: ThoughtLayout) -> 
 
 
 def project(model: Any, states: torch.Tensor) -> torch.Tensor:
-    """Apply the model's head to states (…, d), with its scale and soft cap; return (…, V)."""
+    """Apply the model's head with its scale and soft cap to states (…, d); return logits (…, V)."""
     config = model.config.get_text_config()
     logits: torch.Tensor = model.get_output_embeddings()(states)
     scale = getattr(config, "logit_scale", None)
@@ -55,13 +56,13 @@ def project(model: Any, states: torch.Tensor) -> torch.Tensor:
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Return how many tokens' logits may exist at once."""
+    """Return the maximum number of tokens whose logits are computed at once."""
     budget = CPU_CHUNK_LOGITS if device.type == "cpu" else DEVICE_CHUNK_LOGITS
     return max(1, budget // vocab_size)
 
 
 def bar(logits: torch.Tensor, barred: list[int]) -> torch.Tensor:
-    """Give the barred tokens no probability; returns `logits` itself if there are none."""
+    """Set the logits of barred tokens to -inf; without any, return `logits` itself."""
     if not barred:
         return logits
     index = torch.tensor(barred, device=logits.device)
@@ -77,17 +78,17 @@ def token_log_probs(
     barred: list[int] | None = None,
     rows: int | None = None,
 ) -> torch.Tensor:
-    """Return the log-probs of tokens from the states that predict them, float32 (N,).
+    """Return the log-probs of tokens given the states that predict them, float32 (N,).
 
-    Logits are computed for some rows at a time, and again in the backward pass.
+    Logits are computed chunk by chunk, and again in the backward pass.
 
     Args:
         model: A causal language model without wrappers.
-        states: (N, d).
+        states: States that predict the tokens, (N, d).
         targets: Token ids, int64 (N,).
-        temperature: What logits are divided by.
-        barred: Tokens that are left out of the distribution.
-        rows: Rows at a time; None chooses by the vocabulary's size.
+        temperature: Divides the logits.
+        barred: Tokens excluded from the distribution.
+        rows: Rows per chunk. None: chosen by the size of the vocabulary.
     """
     config = model.config.get_text_config()
     rows = chunk_rows(config.vocab_size, states.device) if rows is None else rows
@@ -107,7 +108,7 @@ def token_log_probs(
 def _score(
     model: Any, states: torch.Tensor, targets: torch.Tensor, temperature: float, barred: list[int]
 ) -> torch.Tensor:
-    """Return the log-probs of one chunk."""
+    """Return the log-probs of one chunk, (n,)."""
     logits = bar(project(model, states).float() / temperature, barred)
     return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
@@ -116,12 +117,12 @@ def _score(
 def describe_predictions(
     model: Any, states: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the entropies of predictions in nats, float32 (N,), and whether they hit, bool (N,).
+    """Return each prediction's entropy in nats, float32 (N,), and whether it is right, bool (N,).
 
     Args:
         model: A causal language model without wrappers.
-        states: (N, d).
-        targets: Token ids, int64 (N,), which the likeliest token hits or not.
+        states: States that predict the tokens, (N, d).
+        targets: Token ids, int64 (N,), compared with the most likely token.
     """
     rows = chunk_rows(model.config.get_text_config().vocab_size, states.device)
     entropies, hits = [], []
@@ -133,5 +134,6 @@ def describe_predictions(
 
 
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:
-    """Return the entropy in nats of log-probs (…, V), of which some may be -inf."""
+    """Return the entropy in nats of log-probs (…, V), some of which may be -inf."""
+    # The clamp avoids 0 · -inf, which is NaN.
     return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)

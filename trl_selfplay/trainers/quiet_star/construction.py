@@ -1,4 +1,4 @@
-"""Build a Quiet-STaR trainer: load the model, add what thinks, and refuse what can't work.
+"""Build a Quiet-STaR trainer: load the model, attach the thought module, refuse what can't work.
 
 In: the constructor's arguments. Out: a model with a thought module, adapters that train and save
 it, and a forward that takes thoughts; or an error that says what to do.
@@ -35,10 +35,10 @@ _ROWS_AT_A_TIME = 64
 
 
 def add_thoughts_to_forward(causal_lm: Any) -> None:
-    """Give a model's forward the keyword `thought_batch`; without it, nothing changes.
+    """Add a keyword `thought_batch` to a model's forward, which then returns `think_and_talk`'s dict.
 
-    With it the forward returns what `think_and_talk` does. Going through the forward lets wrappers
-    (data parallelism, autocast, adapters) see the whole computation.
+    Without the keyword nothing changes. Going through the forward lets wrappers (data parallelism,
+    autocast, adapters) see the whole computation.
     """
     original = causal_lm.forward
 
@@ -54,7 +54,7 @@ def add_thoughts_to_forward(causal_lm: Any) -> None:
 def refuse_unused(
     compute_metrics: Any, compute_loss_func: Any, preprocess_logits_for_metrics: Any
 ) -> None:
-    """Raise ValueError for parent arguments that need logits of the whole vocabulary."""
+    """Raise ValueError for the parent's arguments that need the logits of a whole batch."""
     for name, value in (
         ("compute_metrics", compute_metrics),
         ("compute_loss_func", compute_loss_func),
@@ -68,48 +68,48 @@ def refuse_unused(
 
 
 def refuse_replicas(args: Any) -> None:
-    """Raise ValueError where the model would be copied in one process, or texts be cut up."""
+    """Raise ValueError for parallelism that copies the model within a process or splits texts."""
     for name in ("cp_size", "sp_size"):
         size = getattr(args.parallelism_config, name, 1)
         if size > 1:
             raise ValueError(
-                f"parallelism_config has {name}={size}, which splits a text over processes, away "
+                f"parallelism_config has {name}={size}, which splits a text across processes, away "
                 "from its thoughts. Use data parallelism."
             )
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process sees {args.n_gpu} GPUs, over which it would split a batch without its "
-            "thoughts. Start the script with torchrun or accelerate launch, or let it see one GPU "
-            "with CUDA_VISIBLE_DEVICES=0."
+            f"one process sees {args.n_gpu} GPUs and would split a batch across them without its "
+            "thoughts. Start the script with torchrun or accelerate launch, or show it one GPU with "
+            "CUDA_VISIBLE_DEVICES=0."
         )
 
 
 def refuse_optimizer_without_thoughts(optimizer: Any, module: Any) -> None:
-    """Raise ValueError for a user's optimizer that doesn't hold the mixing head and the vectors."""
+    """Raise ValueError if a user's optimizer lacks the mixing head and the thought vectors."""
     if optimizer is None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(parameter) not in held for parameter in module.parameters()):
         raise ValueError(
-            "`optimizers` was given with an optimizer that was made before the model had a mixing "
-            "head and vectors of thoughts, so these would never train. Use optimizer_cls_and_kwargs, "
-            "or `optim` in the config."
+            "the optimizer in `optimizers` was created before the model had a mixing head and "
+            "thought vectors, so these would never train. Use optimizer_cls_and_kwargs, or `optim` "
+            "in the config."
         )
 
 
 def refuse_added_tokens(model: Any, num_embeddings: int) -> None:
-    """Raise ValueError where `chat_template_path` has added tokens to the base of adapters."""
+    """Raise ValueError if `chat_template_path` has added tokens to a base model with adapters."""
     count = model.get_input_embeddings().weight.shape[0]
     if isinstance(model, PeftModel) and count != num_embeddings:
         raise ValueError(
             f"chat_template_path brings the base model from {num_embeddings} to {count} embeddings, "
-            "which adapters don't save, so what is trained could not be loaded. Set it to the "
+            "which adapters don't save, so the trained model could not be loaded. Set it to the "
             "template's file, or train without `peft_config`."
         )
 
 
 def refuse_unknown_tokens(dataset: Any, tokenizer: Any, model: Any) -> None:
-    """Raise ValueError if a dataset holds tokens that the model has no embedding for."""
+    """Raise ValueError if a dataset has tokens without an embedding in the model."""
     count = model.get_input_embeddings().weight.shape[0]
     check_special_tokens(model, tokenizer)
     is_tokenized = isinstance(dataset, Dataset) and "input_ids" in dataset.column_names
@@ -120,13 +120,13 @@ def refuse_unknown_tokens(dataset: Any, tokenizer: Any, model: Any) -> None:
 
 
 def check_rows(dataset: Any, name: str, args: Any, formats: bool) -> None:
-    """Raise ValueError if the first row of a dataset is missing, or has no text to train on.
+    """Raise ValueError if a dataset has no rows, or no text in its first row.
 
     Args:
-        dataset: What the constructor was given; other types are left to the parent.
-        name: What to call it.
-        args: Its `dataset_text_field`.
-        formats: Whether something else makes the text of a row, which is then not looked at.
+        dataset: The constructor's argument; types other than datasets are left to the parent.
+        name: Name of the argument, for the error.
+        args: The configuration, for `dataset_text_field`.
+        formats: True if the user formats rows, whose columns then aren't checked.
     """
     if isinstance(dataset, dict):
         for key, each in dataset.items():
@@ -136,13 +136,15 @@ def check_rows(dataset: Any, name: str, args: Any, formats: bool) -> None:
         return
     row = next(iter(dataset), None)
     if row is None:
-        raise ValueError(f"{name} has no rows: an empty split, or a filter that left nothing.")
+        raise ValueError(
+            f"{name} has no rows. Is the split empty, or did a filter remove all rows?"
+        )
     if formats or {"input_ids", "messages", "conversations"} & row.keys():
         return
     if "prompt" in row and "completion" not in row:
         raise ValueError(
             f"{name} has a column `prompt` and no `completion`: its columns are "
-            f"{', '.join(sorted(row))}. Rename the one with the text that is to follow the prompt."
+            f"{', '.join(sorted(row))}. Rename the column that holds the completions."
         )
     field = args.dataset_text_field
     if "prompt" not in row and field not in row:
@@ -156,13 +158,13 @@ def check_rows(dataset: Any, name: str, args: Any, formats: bool) -> None:
 
 
 def check_batch(batch: Any) -> None:
-    """Raise ValueError if a collated batch lacks what thoughts need, or has what they don't know."""
+    """Raise ValueError if a collated batch doesn't have exactly the keys that thoughts support."""
     known = ("input_ids", "labels", "attention_mask")
     missing, unknown = set(known) - batch.keys(), batch.keys() - set(known)
     if missing or unknown:
         raise ValueError(
             f"`data_collator` returns {', '.join(sorted(batch))}. Thoughts need {', '.join(known)} "
-            "and know nothing else, such as several texts in a row. Leave `data_collator` out, or "
+            "and support nothing else, such as several texts per row. Leave `data_collator` out, or "
             "let it return these three."
         )
 
@@ -170,11 +172,13 @@ def check_batch(batch: Any) -> None:
 def refuse_rows_without_room(
     dataset: Any, columns: Collection[str], collate: Any, num_ahead_tokens: int
 ) -> None:
-    """Raise ValueError if no row of a training set has room for a thought; streams aren't read.
+    """Raise ValueError if no row of a training set has room for a thought.
+
+    Iterable datasets aren't read.
 
     Args:
         dataset: The training set.
-        columns: Those that `collate` gets.
+        columns: The columns passed to `collate`.
         collate: The data collator.
         num_ahead_tokens: n_true.
     """
@@ -190,18 +194,18 @@ def refuse_rows_without_room(
             return
         most = max(most, int(predicted_tokens(labels, mask).sum(1).max()))
     raise ValueError(
-        f"no row of train_dataset has room for a thought: one stands before num_ahead_tokens="
-        f"{num_ahead_tokens} tokens to learn, and no row has more than {most}. Set "
-        f"num_ahead_tokens={max(1, most)} or less, raise max_length where it cuts rows, or set "
-        "completion_only_loss=False where completions are short."
+        f"no row of train_dataset has room for a thought: a thought needs num_ahead_tokens="
+        f"{num_ahead_tokens} labelled tokens after it, and no row has more than {most}. Set "
+        f"num_ahead_tokens={max(1, most)} or less, raise max_length if it truncates rows, or set "
+        "completion_only_loss=False if completions are short."
     )
 
 
 def load_model(model: Any, args: Any, quantization_config: Any) -> tuple[Any, Any]:
-    """Return a model that can be added to, loaded as the parent would if it is given by name.
+    """Return a model to attach thoughts to; a name is loaded as the parent would load it.
 
-    What was saved with thoughts, and a QuietSTaRModel, keeps its head, vectors and adapters, and
-    these train.
+    A model saved with thoughts, or a QuietSTaRModel, keeps its head, vectors and adapters, which go
+    on training.
     """
     if isinstance(model, QuietSTaRModel):
         return _go_on(model, args, model.config.name_or_path), quantization_config
@@ -212,12 +216,12 @@ def load_model(model: Any, args: Any, quantization_config: Any) -> tuple[Any, An
     if quantization_config is not None:
         if kwargs.get("quantization_config") is not None:
             raise ValueError(
-                "quantization_config is given twice, as an argument and in model_init_kwargs. Leave "
-                "one of them out."
+                "quantization_config is given twice, as an argument and in model_init_kwargs. Remove one "
+                "of them."
             )
         kwargs["quantization_config"] = quantization_config
         kwargs.setdefault("device_map", {"": args.device})
-    args.model_init_kwargs = None  # used up; the parent would warn that it ignores them
+    args.model_init_kwargs = None  # already used; the parent would warn that it ignores them
     hub = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
     folder = find_thoughts(model, hub)
     if folder is not None:
@@ -226,15 +230,14 @@ def load_model(model: Any, args: Any, quantization_config: Any) -> tuple[Any, An
 
 
 def _go_on(thinking: QuietSTaRModel, args: Any, name: str) -> Any:
-    """Return the model inside, whose adapters train again, and say what it begins with."""
+    """Return the wrapped model with its adapters set to train, and log what it starts with."""
     model, length = thinking.model, thinking.settings.thought_length
     if isinstance(model, PeftModel):
         for adapter in model.active_adapters:
             model.peft_config[adapter].inference_mode = False
         model.set_adapter(model.active_adapter)
     logger.info(
-        "%s has learnt to think: its mixing head and the vectors that begin and end a thought are "
-        "kept as they are%s.",
+        "%s was trained to think: its mixing head and its thought vectors are kept%s.",
         name,
         ""
         if length == args.thought_length
@@ -244,34 +247,34 @@ def _go_on(thinking: QuietSTaRModel, args: Any, name: str) -> Any:
 
 
 def refuse_thoughts(model: Any) -> None:
-    """Raise TypeError or warn where `num_thoughts=0` would drop what a model knows of thinking."""
+    """Raise TypeError or warn if `num_thoughts=0` would drop a model's trained thoughts."""
     if isinstance(model, QuietSTaRModel):
         raise TypeError(
-            "num_thoughts=0 is plain SFT, which a QuietSTaRModel is not for. Load the plain model "
+            "num_thoughts=0 is plain SFT, which doesn't take a QuietSTaRModel. Load the plain model "
             "from the folder with AutoModelForCausalLM, or set num_thoughts=2."
         )
     if isinstance(model, str) and (Path(model) / SETTINGS_NAME).exists():
         logger.warning(
-            "num_thoughts=0 is plain SFT: what %s has learnt of thinking is not loaded, and will "
-            "not be in the new run's model.",
+            "num_thoughts=0 is plain SFT: the mixing head and thought vectors of %s are not loaded, "
+            "and the new run's model will not have them.",
             model,
         )
 
 
 def refuse_adapters(model: Any, peft_config: Any) -> None:
-    """Raise ValueError for adapters with which a thought module would not be trained or saved."""
+    """Raise ValueError for adapters that would not train or save the thought module."""
     check_adapters(model, peft_config)
     adapters = getattr(model, "peft_config", {}).values()
     if any(ATTRIBUTE not in (adapter.modules_to_save or ()) for adapter in adapters):
         raise ValueError(
             "the model has adapters already, so the mixing head would not be trained and saved with "
-            "them. Pass the base model and `peft_config`, or merge the adapters first. To go on "
+            "them. Pass the base model and `peft_config`, or merge the adapters first. To continue "
             "from a Quiet-STaR run, pass the name of its folder, or a QuietSTaRModel."
         )
     if adapters and peft_config is not None:
         raise ValueError(
-            "`peft_config` was given, but the model has adapters that learnt to think, which go on "
-            "training. Leave `peft_config` out, or merge the adapters first."
+            "`peft_config` was given, but the model has adapters from an earlier Quiet-STaR run, which "
+            "go on training. Leave `peft_config` out, or merge the adapters first."
         )
     if peft_config is not None and not hasattr(peft_config, "modules_to_save"):
         raise ValueError(
@@ -280,35 +283,35 @@ def refuse_adapters(model: Any, peft_config: Any) -> None:
         )
     if getattr(peft_config, "alora_invocation_tokens", None):
         raise ValueError(
-            "peft_config has alora_invocation_tokens: such adapters switch on at a token, which "
-            "thoughts don't follow. Leave it out."
+            "peft_config has alora_invocation_tokens: such adapters switch on at certain tokens, which "
+            "thoughts don't support. Leave it out."
         )
 
 
 def switch_router_loss_off(model: Any, args: Any) -> None:
-    """Leave a mixture of experts' loss of its router out: it would count thoughts as text."""
+    """Disable the router loss of a mixture of experts, which would count thoughts as text."""
     config = unwrap_causal_lm(model).config.get_text_config()
     own = getattr(config, "router_aux_loss_coef", 0.0)
     if args.router_aux_loss_coef is None and own and hasattr(config, "output_router_logits"):
         args.router_aux_loss_coef = 0.0
         logger.warning(
-            "The loss of the experts' router (router_aux_loss_coef=%s in the model's config) is "
-            "left out: it would count thoughts as text.",
+            "The router loss of the experts (router_aux_loss_coef=%s in the model's config) is "
+            "disabled: it would count thoughts as text.",
             own,
         )
 
 
 def attach_thoughts(model: Any, tokenizer: Any, args: Any) -> None:
-    """Give a model its thought module, or take over the one that it has."""
+    """Attach a thought module to a model, or keep the one that it has."""
     causal_lm = unwrap_causal_lm(model)
     if hasattr(causal_lm, ATTRIBUTE):
         trained_module(causal_lm).rescale(args.meta_token_scale)
         return
     if (Path(causal_lm.config.name_or_path) / SETTINGS_NAME).exists():
         logger.warning(
-            "%s holds a model with thoughts, but the model was loaded without them: it begins with "
-            "an untrained mixing head. To go on from it, pass the folder's name, or "
-            "QuietSTaRModel.from_pretrained of it.",
+            "%s holds a model with thoughts, but the model was loaded without them, so it starts "
+            "with an untrained mixing head. To continue from the saved one, pass the folder's name "
+            "or QuietSTaRModel.from_pretrained(folder).",
             causal_lm.config.name_or_path,
         )
     attach_thought_module(causal_lm, tokenizer, args.meta_token_scale, args.seed)
@@ -325,7 +328,7 @@ def save_thoughts_too(peft_config: Any) -> Any:
 
 
 def longest_row(dataset: Any, max_length: int | None) -> int | None:
-    """Return the longest row's tokens; where rows aren't tokens yet only the limit is known."""
+    """Return the length of the longest row, or `max_length` if rows aren't tokenized yet."""
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return max_length
     return max((len(row) for row in dataset["input_ids"]), default=0)

@@ -1,7 +1,7 @@
-"""The next token after a thought: mixed logits of a text's columns, and text that is generated.
+"""Predict the next token after a thought: mixed logits of a text, and generation.
 
-In: a text whose keys and values are in memory. Out: logits in which each column has thought, or
-new tokens. A thought is dropped after its column: no later token sees it, as in training.
+In: a text whose keys and values are in memory. Out: the logits of each column after its thoughts,
+or new tokens. As in training, no later token sees a thought.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from trl_selfplay.trainers.quiet_star.storage import ThoughtSettings
 
 @dataclass(frozen=True, slots=True)
 class DecodingOptions:
-    """How thoughts are chosen.
+    """How thoughts are sampled.
 
     Attributes:
-        num_thoughts: Thoughts a token; with several, their probabilities are averaged.
-        thought_temperature: 0.0 takes the likeliest tokens.
-        seed: Of the thoughts, and of text that is sampled.
+        num_thoughts: Thoughts per token; the probabilities after several thoughts are averaged.
+        thought_temperature: Temperature of the thoughts; 0.0 is greedy.
+        seed: Seeds the thoughts, and the text if it is sampled.
     """
 
     num_thoughts: int = 1
@@ -47,23 +47,23 @@ def think_at(
     base: torch.Tensor,
     by_row: bool = False,
 ) -> torch.Tensor:
-    """Return the mixed states (B, U, K, d) of some columns after K thoughts each.
+    """Return the mixed states (B, U, K, d) of the given columns after K thoughts each.
 
-    Call it inside `thoughts_attend(model)`, with the text in `memory`.
+    Call this inside `thoughts_attend(model)`, with the text in `memory`.
 
     Args:
         model: A causal language model without wrappers, in eval mode.
-        settings: How it thinks.
-        options: How many thoughts, and their noise.
+        settings: Length of the thoughts, and barred tokens.
+        options: Number, temperature and seed of the thoughts.
         memory: Holds the text; its thoughts are overwritten.
-        text_mask: Of all text in memory, bool (B, S).
-        columns: Rising in each row, int64 (B, U).
-        base: The columns' states without thoughts, (B, U, d).
-        by_row: Whether equal rows think different thoughts. If not, a thought's noise depends on
-            its position and its index alone, so that a row is the same alone and in a batch.
+        text_mask: True for text in memory and False for padding, bool (B, S).
+        columns: Columns in ascending order, int64 (B, U).
+        base: States of the columns without thoughts, (B, U, d).
+        by_row: If True, equal rows think different thoughts. If False, a thought's noise depends only
+            on its position and index, so that a row gets the same thoughts alone and in a batch.
     """
     length, num_thoughts = settings.thought_length, options.num_thoughts
-    anchors = columns.repeat_interleave(num_thoughts, dim=1)  # (B, G)
+    anchors = columns.repeat_interleave(num_thoughts, dim=1)  # (B, G), G = U·K
     start, end = getattr(model, ATTRIBUTE).start_and_end().to(base.dtype)
     memory.forget_thoughts(capacity=length + 2)
     positions = (text_mask.long().cumsum(1) - 1).clamp(min=0).gather(1, columns)
@@ -79,8 +79,11 @@ def think_at(
             model, start, text_mask, anchors, memory, length, keys,
             temperature=options.thought_temperature, barred=settings.barred,
         )  # fmt: skip
-        rest = [embed(model, thoughts.tokens[:, :, -1:])]  # not yet in memory
+        # Sampling never feeds the last token back, so it isn't in memory yet.
+        rest = [embed(model, thoughts.tokens[:, :, -1:])]  # (B, G, 1, d)
     rest.append(end.expand(*anchors.shape, 1, -1))
+    # Two tokens per block follow: the last thought token (or the start) and the end, which predicts
+    # the next token of the text.
     layout = ThoughtLayout(text_mask, anchors, 0, 2, length, memory)
     after = last_states(model, torch.cat(rest, dim=2).flatten(1, 2), layout)  # (B, G·2, d)
     after = after.unflatten(1, (anchors.shape[1], 2))[:, :, -1]
@@ -90,10 +93,11 @@ def think_at(
 
 
 def average_logits(model: Any, mixed: torch.Tensor) -> torch.Tensor:
-    """Return logits (…, V) of states after K thoughts (…, K, d), whose probabilities are averaged."""
+    """Return logits (…, V) from states after K thoughts (…, K, d), averaging the probabilities."""
     if mixed.shape[-2] == 1:
         return project(model, mixed.squeeze(-2))
-    log_probs = project(model, mixed).float().log_softmax(-1)
+    # log of the mean over K of exp(log p)
+    log_probs = project(model, mixed).float().log_softmax(-1)  # (…, K, V)
     return log_probs.logsumexp(-2) - torch.tensor(float(mixed.shape[-2])).log()
 
 
@@ -107,7 +111,7 @@ def mixed_logits(
 ) -> torch.Tensor:
     """Return the logits of every column after its thoughts, (B, S, V).
 
-    Each column's depend on the text up to it alone.
+    They depend only on the text up to the column.
     """
     text_mask, memory = attention_mask.bool(), ThoughtMemory()
     num_columns = input_ids.shape[1]
@@ -133,19 +137,19 @@ def generate_with_thoughts(
 ) -> torch.Tensor:
     """Continue texts, thinking before each token; return (B, S + new tokens).
 
-    Rows of sampled text are independent of each other, thoughts included; greedy text thinks with
-    noise that depends on the position alone, so a row is the same alone and in a batch.
+    Sampled rows, including their thoughts, are independent of each other. Greedy decoding uses
+    thoughts whose noise depends only on the position, so a row is the same alone and in a batch.
 
     Args:
         model: A causal language model without wrappers, in eval mode.
-        settings: How it thinks.
-        options: How thoughts are chosen.
-        sampling: How tokens are chosen, how many at most, and which of them end a row.
-        input_ids: (B, S); shorter rows are padded on the left.
-        attention_mask: 1 on text, (B, S).
-        pad_token_id: What rows that have ended are filled with.
-        should_stop: Says of all ids so far which rows end, bool (B,), beside EOS.
-        memory: Takes the text's keys and values; None makes a new one.
+        settings: Length of the thoughts, and barred tokens.
+        options: Number, temperature and seed of the thoughts.
+        sampling: How tokens are chosen, the maximum number of new tokens, and the EOS ids.
+        input_ids: Prompts, (B, S); shorter rows are padded on the left.
+        attention_mask: 1 on text, 0 on padding, (B, S).
+        pad_token_id: Fills rows that have ended.
+        should_stop: Maps all ids so far to the rows that end, bool (B,), in addition to EOS.
+        memory: Receives keys and values of the text; None creates a new one.
     """
     memory = ThoughtMemory() if memory is None else memory
     text_mask, ids = attention_mask.bool(), input_ids
@@ -158,7 +162,7 @@ def generate_with_thoughts(
     if sampling.repetition_penalty != 1.0:
         seen = torch.zeros((len(ids), len(words)), dtype=torch.bool, device=ids.device)
         seen[text_mask.nonzero()[:, 0], ids[text_mask]] = True
-    new = ids
+    new = ids  # (B, S), then (B, 1): what isn't in memory yet
     with thoughts_attend(model):
         for step in range(sampling.max_completion_length):
             layout = new_text_layout(text_mask, new.shape[1], memory)

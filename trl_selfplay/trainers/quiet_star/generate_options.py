@@ -1,7 +1,7 @@
-"""What `QuietSTaRModel.generate` takes: transformers' keywords, and the model's own defaults.
+"""The options of `QuietSTaRModel.generate`: transformers' keywords, and the model's own defaults.
 
-In: keywords, a generation config, that of the model. Out: how tokens are chosen, or an error that
-names what isn't taken.
+In: keywords, a generation config, and the model's generation config. Out: sampling options, or an
+error that names each option that isn't supported.
 """
 
 import copy
@@ -20,9 +20,9 @@ from trl_selfplay.generation.sampler import SamplingOptions
 
 logger = logging.getLogger(__name__)
 
-# New tokens if nothing says how many, as in transformers.
+# The default of transformers' `generate`.
 _DEFAULT_NEW_TOKENS = 20
-# What only sampling uses, and the values with which it changes nothing.
+# Options that only affect sampling, with the values at which they have no effect.
 _OF_SAMPLING: dict[str, tuple[Any, ...]] = {
     "temperature": (0.0, 1.0),
     "top_k": (0,),
@@ -52,12 +52,12 @@ TAKEN = (
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
-    """How text is continued.
+    """Options of one `generate` call.
 
     Attributes:
-        sampling: How a token is chosen, and how many there are at most.
-        num_return_sequences: Continuations of each prompt.
-        pad_token_id: What rows that have ended are filled with.
+        sampling: How tokens are chosen, and the maximum number of new tokens.
+        num_return_sequences: Continuations per prompt.
+        pad_token_id: Fills rows that have ended.
     """
 
     sampling: SamplingOptions
@@ -66,7 +66,7 @@ class GenerateOptions:
 
 
 def refuse_unknown(options: Mapping[str, Any]) -> None:
-    """Raise TypeError for keywords that `generate` doesn't take, unless they are switched off."""
+    """Raise TypeError for unsupported keywords of `generate`, unless they are switched off."""
     unknown = [
         f"{name}={value!r}"
         for name, value in options.items()
@@ -85,16 +85,16 @@ def read_options(
     of_model: GenerationConfig,
     num_prompt_tokens: int,
 ) -> GenerateOptions:
-    """Return how text is continued: keywords count first, then `given`, then the model's own.
+    """Return the options, from the keywords, then `given`, then the model's generation config.
 
     Args:
-        keywords: By the names of GenerationConfig's fields; None where not said.
+        keywords: Values by the names of GenerationConfig's fields; None if not given.
         given: A generation config, or None.
         of_model: The model's generation config.
-        num_prompt_tokens: Columns of the prompts, padding included.
+        num_prompt_tokens: Number of prompt columns, including padding.
 
     Raises:
-        ValueError: A config sets what is not supported, or a value is out of its range.
+        ValueError: A config sets an unsupported option, or a value is out of range.
     """
     configs = [config for config in (given, of_model) if config is not None]
     for config in configs:
@@ -129,7 +129,7 @@ def read_options(
     if not do_sample:
         if count > 1:
             raise ValueError(
-                f"num_return_sequences={count} without do_sample=True would give copies of one "
+                f"num_return_sequences={count} without do_sample=True would return copies of one "
                 "text. Set do_sample=True."
             )
         unused = [
@@ -146,7 +146,7 @@ def read_options(
 def _read_length(
     keywords: Mapping[str, Any], configs: list[GenerationConfig], num_prompt_tokens: int
 ) -> int:
-    """Return the most new tokens, from the first source that says it."""
+    """Return the maximum number of new tokens, from the first source that sets it."""
     sources = [keywords, *({name: getattr(c, name, None) for name in TAKEN} for c in configs)]
     for source in sources:
         new, whole = source.get("max_new_tokens"), source.get("max_length")

@@ -1,8 +1,7 @@
-"""Where the tokens of one forward stand: the text first, then its thoughts, block after block.
+"""The order of the tokens in one forward: the text, then its thoughts, block after block.
 
-In: padding, the text columns that think, and how far the blocks have come. Out: position ids, and
-masks that tell a thought's own tokens from the text before it. What attention does with them is in
-attention.py.
+In: the padding, the text columns that think, and the number of tokens that each block already has.
+Out: position ids and visibility masks, which attention.py uses.
 """
 
 from dataclasses import dataclass, field
@@ -12,15 +11,15 @@ import torch
 
 @dataclass(slots=True)
 class ThoughtMemory:
-    """Keys and values that later forwards of one text attend to, layer by layer.
+    """Keys and values that later forwards over the same text attend to.
 
-    Text is kept as it comes; a thought's tokens are written into buffers of `capacity` tokens, so
-    that no step copies what earlier steps wrote. Only for forwards without gradients.
+    The text's are concatenated. Those of thoughts are written into buffers of `capacity` tokens, so
+    that no step copies earlier ones. Only for forwards without gradients.
 
     Attributes:
-        capacity: Most tokens that one thought adds.
-        text: Layer index to keys and values (B, Hkv, S, d).
-        own: Layer index to keys and values (B, Hkv, G, capacity, d).
+        capacity: Maximum number of tokens per thought.
+        text: Maps a layer index to keys and values of the text, (B, Hkv, S, d).
+        own: Maps a layer index to keys and values of the thoughts, (B, Hkv, G, capacity, d).
     """
 
     capacity: int = 0
@@ -30,7 +29,7 @@ class ThoughtMemory:
     def add_text(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the text's new keys and values, and return all of them, (B, Hkv, S, d)."""
+        """Append the text's new keys and values, and return all of the text's, (B, Hkv, S, d)."""
         if layer in self.text and keys.shape[2]:
             held_keys, held_values = self.text[layer]
             keys, values = torch.cat([held_keys, keys], 2), torch.cat([held_values, values], 2)
@@ -42,7 +41,7 @@ class ThoughtMemory:
     def add_own(
         self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new tokens (B, Hkv, G, L, d) at `start`, and return all of the thoughts' so far."""
+        """Write keys and values of new tokens (B, Hkv, G, L, d) at `start`; return those of all tokens."""
         stop = start + keys.shape[3]
         if layer not in self.own:
             shape = (*keys.shape[:3], self.capacity)
@@ -56,32 +55,31 @@ class ThoughtMemory:
         return own_keys[:, :, :, :stop], own_values[:, :, :, :stop]
 
     def forget_thoughts(self, capacity: int) -> None:
-        """Drop all thoughts, keep the text, and make room for thoughts of `capacity` tokens."""
+        """Drop all thoughts but keep the text; new thoughts have at most `capacity` tokens."""
         self.own.clear()
         self.capacity = capacity
 
     @property
     def num_text_tokens(self) -> int:
-        """Text columns held, padding included."""
+        """Number of text columns held, including padding."""
         return next(iter(self.text.values()))[0].shape[2] if self.text else 0
 
 
 @dataclass(slots=True)
 class ThoughtLayout:
-    """The tokens of one forward: T of text, then G blocks of L tokens each, block-major.
+    """The tokens of one forward: T text columns, then G blocks of L tokens each, block by block.
 
-    A block's tokens see the text up to their anchor and their own block, causally; text sees text.
-    No token of a text or of another block sees a block.
+    A token of a block sees the text up to the block's anchor, and its own block causally. Text sees
+    only text, and blocks don't see each other.
 
     Attributes:
-        text_mask: Which text columns are no padding, bool (B, S), those in `memory` included.
-        anchors: The last text column that each block sees, int64 (B, G), not decreasing in G.
-        num_new_text: T, the last columns of the text that this forward computes.
-        block_length: L.
-        block_start: Tokens of each block that `memory` holds already.
+        text_mask: True for text and False for padding, bool (B, S), including columns in `memory`.
+        anchors: The last text column that each block sees, int64 (B, G), non-decreasing in G.
+        num_new_text: T. This forward computes the last T columns of the text.
+        block_length: L, the tokens of each block that this forward computes.
+        block_start: Number of tokens of each block that are already in `memory`.
         memory: Keys and values of earlier forwards, or None.
-        windows: The sliding window, or None, of each layer that has used this layout, added by
-            attention.
+        windows: Filled by attention with the sliding window (or None) of each layer.
     """
 
     text_mask: torch.Tensor
@@ -96,25 +94,27 @@ class ThoughtLayout:
 
     @property
     def num_blocks(self) -> int:
-        """G."""
+        """G, the number of blocks."""
         return self.anchors.shape[1]
 
     @property
     def reach(self) -> list[int]:
-        """For each block the number of text columns that it or an earlier one sees in any row."""
+        """For each block, how many text columns it or an earlier block sees in any row."""
         if self._reach is None:
+            # Rows differ in their anchors, so the maximum over rows (G,) may decrease; attention
+            # cuts the text after a chunk's last block and needs it not to.
             furthest = self.anchors.amax(0).cummax(0).values if self.num_blocks else self.anchors
             self._reach = (furthest.flatten() + 1).tolist()
         return self._reach
 
     def text_positions(self) -> torch.Tensor:
-        """Return each text column's position, counted without padding, int64 (B, S)."""
+        """Return the position of each text column, not counting padding, int64 (B, S)."""
         return (self.text_mask.long().cumsum(1) - 1).clamp(min=0)
 
     def position_ids(self) -> torch.Tensor:
-        """Return int64 (B, T + G·L): a thought's tokens go on from their anchor's position.
+        """Return the position ids, int64 (B, T + G·L).
 
-        The token i of a block (counted from 0) after column j stands at j + 1 + i, as if the
+        Token i of a block (counting from 0) whose anchor has position p is at p + 1 + i, as if the
         thought were written into the text there.
         """
         text = self.text_positions()
@@ -126,8 +126,9 @@ class ThoughtLayout:
     def text_visible(self, window: int | None) -> torch.Tensor | None:
         """Return which text columns each new text column sees, bool (B, 1, T, S).
 
-        None means plain causal attention: nothing is in memory, and neither padding on the left
-        nor a window hides anything. Each column sees itself, padding too, so no row is empty.
+        None means plain causal attention, which is faster: nothing is in memory, and neither left
+        padding nor a window hides a column. Every column sees itself, even if it is padding, so
+        that no row of the softmax is empty.
         """
         if ("text", window) not in self._masks:
             self._masks["text", window] = self._build_text_mask(window)
@@ -135,6 +136,7 @@ class ThoughtLayout:
 
     def _build_text_mask(self, window: int | None) -> torch.Tensor | None:
         num_columns = self.text_mask.shape[1]
+        # Padding on the right is hidden by causality already.
         starts_padded = not bool(self.text_mask[:, 0].all())
         if (
             self.num_new_text == num_columns
@@ -146,19 +148,22 @@ class ThoughtLayout:
         queries = columns[num_columns - self.num_new_text :]
         visible = (columns <= queries[:, None]) & self.text_mask[:, None, :]  # (B, T, S)
         if window is not None:
+            # Within a row, distances of columns equal distances of positions.
             visible &= columns > queries[:, None] - window
         return (visible | (columns == queries[:, None]))[:, None]
 
     def thought_visible(self, window: int | None) -> torch.Tensor:
-        """Return which text columns each block sees, bool (B, G, L or 1, S)."""
+        """Return which text columns each block sees, bool (B, G, 1, S), or (B, G, L, S) with a window."""
         if ("thought", window) not in self._masks:
             columns = torch.arange(self.text_mask.shape[1], device=self.text_mask.device)
             visible = (columns <= self.anchors[:, :, None]) & self.text_mask[:, None, :]
             visible = visible[:, :, None]  # (B, G, 1, S)
             if window is not None:
-                positions = self.text_positions()[:, None, None]
+                # With a window, later tokens of a block see less of the text. Positions count, not
+                # columns: a block's tokens have none.
+                positions = self.text_positions()[:, None, None]  # (B, 1, 1, S)
                 queries = self.position_ids()[:, self.num_new_text :]
-                queries = queries.unflatten(1, (self.num_blocks, self.block_length))
+                queries = queries.unflatten(1, (self.num_blocks, self.block_length))  # (B, G, L)
                 visible = visible & (positions > queries[..., None] - window)
             self._masks["thought", window] = visible
         mask = self._masks["thought", window]
@@ -166,7 +171,7 @@ class ThoughtLayout:
         return mask
 
     def own_visible(self, window: int | None) -> torch.Tensor:
-        """Return which of its block's tokens each new one sees, bool (L, block_start + L)."""
+        """Return which tokens of its block each new token sees, bool (L, block_start + L)."""
         keys = torch.arange(self.block_start + self.block_length, device=self.anchors.device)
         queries = keys[self.block_start :, None]
         visible = keys <= queries
@@ -176,6 +181,6 @@ class ThoughtLayout:
 def new_text_layout(
     text_mask: torch.Tensor, num_new_text: int, memory: ThoughtMemory | None = None
 ) -> ThoughtLayout:
-    """Return the layout of text alone."""
+    """Return the layout of a text without thoughts."""
     anchors = torch.zeros((len(text_mask), 0), dtype=torch.long, device=text_mask.device)
     return ThoughtLayout(text_mask, anchors, num_new_text, memory=memory)

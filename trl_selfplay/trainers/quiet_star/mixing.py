@@ -1,4 +1,4 @@
-"""What Quiet-STaR adds to a model: vectors that begin and end a thought, and the mixing head.
+"""What Quiet-STaR adds to a model: the vectors that begin and end a thought, and the mixing head.
 
 In: a causal language model and its tokenizer. Out: one module, attached to the model as
 `quiet_star`, so that optimizer, checkpoints, PEFT and data parallelism treat it like any other.
@@ -11,23 +11,23 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-# The attribute's name, also in `modules_to_save` and in saved weights.
+# Name of the attribute, which also appears in `modules_to_save` and in saved weights.
 ATTRIBUTE = "quiet_star"
-# Text whose embedding the start and end vectors begin with.
+# The start and end vectors are initialized to this text's embedding.
 INITIAL_TEXT = "---"
-# Names that the paper's code gives the two tokens. Thoughts never contain them.
+# Names of the two tokens in the paper's code. Thoughts never contain them.
 META_TOKENS = ("<|startthought|>", "<|endthought|>")
 
 
 class ThoughtModule(nn.Module):
     """The start and end vectors of a thought and the mixing head, in float32.
 
-    A vector is stored divided by `scale`: under Adam, whose steps have the size of the learning
-    rate whatever the gradient, it then moves `scale` times as far in a step.
+    Vectors are stored divided by `scale`. Adam's steps have the size of the learning rate whatever
+    the gradient, so the vectors move `scale` times as far per step.
 
     Args:
-        initial: Vector (d,) that both ends of a thought begin as, as wide as the model's states.
-        scale: What stored vectors are multiplied by.
+        initial: Initial value (d,) of both vectors, as wide as the model's states.
+        scale: Factor between the stored and the actual vectors.
     """
 
     def __init__(self, initial: torch.Tensor, scale: float) -> None:
@@ -48,7 +48,7 @@ class ThoughtModule(nn.Module):
         self.to(initial.device, torch.float32)
 
     def rescale(self, scale: float) -> None:
-        """Store the vectors divided by another scale; they stay the same up to rounding."""
+        """Change the scale; the vectors stay the same up to rounding."""
         if scale == self.scale:
             return
         with torch.no_grad():
@@ -60,10 +60,10 @@ class ThoughtModule(nn.Module):
         return self.vectors * self.scale
 
     def forward(self, base: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
-        """Return the weight w of the thought for states (…, d), float32 (…, 1), unbounded.
+        """Return the thought's mixing weight w for states (…, d), unbounded, float32 (…, 1).
 
-        The mixed state is (1 − w)·base + w·thought. As the official code, w multiplies the
-        thought; the paper's equation 2 names the other share w.
+        The mixed state is (1 − w)·base + w·thought. As in the official code, w multiplies the
+        thought; in the paper's equation 2 it multiplies the base.
         """
         with torch.autocast(base.device.type, enabled=False):
             weight: torch.Tensor = self.head(torch.cat([base, thought], dim=-1).float())
@@ -73,10 +73,10 @@ class ThoughtModule(nn.Module):
 def mix(
     module: Any, base: torch.Tensor, thought: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix states (…, d); return the mixed ones and the weights, float32 (…).
+    """Mix states (…, d); return the mixed states and the weights, float32 (…).
 
-    Mixing before the linear head is mixing logits: p ∝ p_base^(1−w) · p_thought^w. Models that
-    cap their logits get the cap after mixing.
+    Mixing states before a linear head mixes the logits: p ∝ p_base^(1−w) · p_thought^w. A soft cap
+    on logits applies after mixing.
 
     Source: Quiet-STaR, arXiv 2403.09629, equation 2.
     """
@@ -85,16 +85,15 @@ def mix(
 
 
 def attach_thought_module(model: Any, tokenizer: Any, scale: float, seed: int) -> None:
-    """Give a causal language model its `quiet_star` module, unless it has one.
+    """Attach a `quiet_star` module to a causal language model, unless it has one.
 
-    Adapters that were there before are left alone. Nothing else is ever initialised: weights that
-    are loaded later replace these.
+    Existing adapters are left alone. Weights loaded later replace the initial ones.
 
     Args:
         model: A causal language model, not wrapped in PEFT.
-        tokenizer: Tells which embedding the vectors begin with; None takes the mean of all.
+        tokenizer: Tokenizes "---", whose embedding the vectors start as. None: the mean embedding.
         scale: See `ThoughtModule`.
-        seed: For the mixing head's first layers; the global random state is left as it was.
+        seed: Seeds the mixing head's first layers; the global random state isn't changed.
     """
     if hasattr(model, ATTRIBUTE):
         return
@@ -108,7 +107,7 @@ def attach_thought_module(model: Any, tokenizer: Any, scale: float, seed: int) -
 
 
 def _initial_vector(embeddings: Any, tokenizer: Any) -> torch.Tensor:
-    """Return the mean embedding of the tokens of "---", or of all tokens if it has none."""
+    """Return the mean embedding of the tokens of "---", or of the whole vocabulary if it has none."""
     ids: list[int] = []
     if tokenizer is not None:
         ids = tokenizer(INITIAL_TEXT, add_special_tokens=False)["input_ids"]
@@ -120,12 +119,12 @@ def _initial_vector(embeddings: Any, tokenizer: Any) -> torch.Tensor:
 
 
 def unwrap_causal_lm(model: Any) -> Any:
-    """Return the causal language model inside a PEFT model, or the model itself."""
+    """Return the causal language model inside a PEFT model, or the model itself if it isn't one."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def trained_module(causal_lm: Any) -> ThoughtModule:
-    """Return the thought module that trains: PEFT keeps it beside a frozen original."""
+    """Return the trainable thought module; PEFT keeps a frozen original beside it."""
     module = getattr(causal_lm, ATTRIBUTE)
     if hasattr(module, "modules_to_save"):
         module = module.modules_to_save[module.active_adapters[0]]
@@ -134,7 +133,7 @@ def trained_module(causal_lm: Any) -> ThoughtModule:
 
 
 def barred_token_ids(tokenizer: Any) -> list[int]:
-    """Return the ids of tokens that no thought contains: a tokenizer's own thought tokens."""
+    """Return the ids of tokens that no thought may contain: the tokenizer's own thought tokens."""
     if tokenizer is None:
         return []
     vocabulary = tokenizer.get_vocab()

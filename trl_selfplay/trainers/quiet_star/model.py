@@ -1,7 +1,7 @@
-"""A language model that thinks before each token, to score text, to generate, to save and to load.
+"""A language model that thinks before each token: score text, generate, save and load.
 
-In: what QuietSTaRTrainer trained. Out: logits and text in which each token has thought, behind
-the calls that a Hugging Face model answers.
+In: a model trained by QuietSTaRTrainer. Out: logits and text after thoughts, through the methods of
+a Hugging Face model.
 """
 
 from pathlib import Path
@@ -38,15 +38,15 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
 
     `forward` and `generate` compute no gradients; train with `QuietSTaRTrainer`.
 
-    `QuietSTaRModel.from_pretrained(folder)` loads what `save_pretrained` wrote, and
+    `QuietSTaRModel.from_pretrained(folder)` loads a saved model, and
     `model.generate(**tokenizer("2 + 2 =", return_tensors="pt"))` thinks before each token.
 
     Args:
-        model: A causal language model or PEFT model that has a thought module.
-        settings: How it thinks.
+        model: A causal language model or PEFT model with a thought module.
+        settings: Length and temperature of the thoughts, and barred tokens.
 
     Raises:
-        ValueError: It has no thought module.
+        ValueError: The model has no thought module.
     """
 
     def __init__(self, model: Any, settings: ThoughtSettings) -> None:
@@ -78,13 +78,13 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device that inputs go to."""
         embeddings: Any = self.causal_lm.get_input_embeddings()
         return embeddings.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The causal language model's floating-point type."""
+        """The dtype of the causal language model."""
         return self.causal_lm.dtype
 
     def tie_weights(self) -> None:
@@ -108,12 +108,13 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
         """Return the logits of the next token at every position, each after its own thought.
 
         Args:
-            input_ids: (B, S).
-            attention_mask: 1 on text, (B, S); None if nothing is padding.
-            labels: (B, S), -100 where none; gives the mean loss.
-            num_thoughts: Thoughts a token; with several, logits are log-probs of their average.
-            thought_temperature: None for the one of training; 0.0 takes the likeliest tokens.
-            seed: Of the thoughts.
+            input_ids: Token ids, (B, S).
+            attention_mask: 1 on text, 0 on padding, (B, S); None if there is no padding.
+            labels: Token ids, or -100 for positions without loss, (B, S). The output then has a loss.
+            num_thoughts: Thoughts per token. With several, logits are the log of the mean
+                probability.
+            thought_temperature: None uses the training temperature; 0.0 is greedy.
+            seed: Seeds the thoughts.
 
         Raises:
             ValueError: Text and thought don't fit the model's positions.
@@ -156,41 +157,40 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
     ) -> torch.Tensor:
         """Continue texts, thinking before each token; return prompts and new tokens (B, S + new).
 
-        A token costs the forwards of its thought, thought_length + 2, and its own. Shorter prompts
-        are padded on the left. What is None here is taken from `generation_config`, then from the
-        model's own generation config.
+        A token costs thought_length + 2 forwards for its thought, and one of its own. Shorter
+        prompts are padded on the left. Options that are None are taken from `generation_config`,
+        then from the model's own generation config.
 
-        With `do_sample`, rows are independent of each other, thoughts included, so that equal
-        prompts give independent samples. Without, a row is the same alone and in a batch.
+        With `do_sample`, rows and their thoughts are independent of each other, so equal prompts
+        give independent samples. Without it, a row is the same alone and in a batch.
 
         Args:
-            input_ids: (B, S).
-            attention_mask: 1 on text, (B, S); None if nothing is padding.
-            max_new_tokens: Most tokens that are added; 20 if nothing says so.
-            max_length: Most tokens of prompt and continuation.
-            do_sample: Draw tokens instead of taking the likeliest; False if nothing says so.
-            temperature: Of the text, with `do_sample`.
-            top_k: Sample from this many likeliest tokens; 0, if nothing says so, is off.
-            top_p: Sample from the smallest set of tokens with this mass; 1.0 is off.
-            min_p: Sample from tokens with at least this share of the likeliest one's probability.
-            repetition_penalty: Divides the logits of tokens that the row has, after mixing; with
-                several thoughts, their log-probs.
-            num_return_sequences: Continuations of each prompt, one after another; with
-                `do_sample`.
-            eos_token_id: What ends a row; an empty list is nothing.
-            pad_token_id: What rows that have ended are filled with; EOS if nothing says so.
+            input_ids: Prompts, (B, S).
+            attention_mask: 1 on text, 0 on padding, (B, S); None if there is no padding.
+            max_new_tokens: Maximum number of new tokens; 20 by default.
+            max_length: Maximum number of tokens of prompt and continuation.
+            do_sample: Sample tokens instead of greedy decoding; False by default.
+            temperature: Temperature of the text, with `do_sample`.
+            top_k: Sample from this many most likely tokens; 0 (the default) disables it.
+            top_p: Sample from the smallest set of tokens with this mass; 1.0 disables it.
+            min_p: Sample from tokens with at least this share of the highest probability.
+            repetition_penalty: Divides the logits of tokens that already occur in the row, after
+                mixing; with several thoughts, their log-probs.
+            num_return_sequences: Continuations per prompt, one after another, with `do_sample`.
+            eos_token_id: Ids that end a row; an empty list for none.
+            pad_token_id: Fills rows that have ended; EOS by default.
             generation_config: Defaults for this call.
-            stopping_criteria: Functions of (ids, scores) that say which rows end.
-            num_thoughts: Thoughts a token; their probabilities are averaged.
-            thought_temperature: None for the one of training; 0.0 takes the likeliest tokens.
-            seed: Of thoughts and text.
+            stopping_criteria: Functions of (ids, scores) that return which rows end.
+            num_thoughts: Thoughts per token; the probabilities after them are averaged.
+            thought_temperature: None uses the training temperature; 0.0 is greedy.
+            seed: Seeds thoughts and text.
             use_cache: Has no effect: keys and values of the text are always kept.
             **unknown: Other keywords of transformers' `generate`, which must be switched off.
 
         Raises:
-            TypeError: A keyword is not taken.
-            ValueError: A prompt is padded on the right, an option is out of its range or set in a
-                generation config and not supported, or text and thought don't fit the model's
+            TypeError: A keyword is not supported.
+            ValueError: A prompt is padded on the right, an option is out of range, a generation
+                config sets an unsupported option, or text and thought don't fit the model's
                 positions.
         """
         refuse_unknown(unknown)
@@ -198,7 +198,7 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
         if not mask[:, -1].all():
             raise ValueError(
                 "attention_mask ends in 0, so a prompt is padded on the right, where its "
-                "continuation should stand. Set tokenizer.padding_side='left'."
+                "continuation belongs. Set tokenizer.padding_side='left'."
             )
         keywords = {
             "max_new_tokens": max_new_tokens,
@@ -214,7 +214,7 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
             "pad_token_id": pad_token_id,
         }
         how = read_options(keywords, generation_config, self.generation_config, input_ids.shape[1])
-        # The last new token is not thought after.
+        # No thought follows the last new token.
         longest = int(mask.sum(1).max()) + how.sampling.max_completion_length - 1
         self._check_positions(longest)
         with sampling_state(self.model, None):
@@ -246,14 +246,14 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
     def save_pretrained(
         self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save model or adapter, thought vectors, mixing head and settings to a folder.
+        """Save the model or adapter, thought vectors, mixing head and settings to a folder.
 
-        Model files load with transformers or PEFT alone, then without thoughts.
+        transformers or PEFT alone can load the model files, without thoughts.
 
         Args:
             save_directory: The folder.
-            push_to_hub: Also push it, to a repository of the folder's name.
-            **kwargs: For the model's own `save_pretrained`.
+            push_to_hub: Also push it to a repository with the folder's name.
+            **kwargs: Passed to the model's own `save_pretrained`.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -271,19 +271,18 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
         base_model: Any = None,
         **kwargs: Any,
     ) -> Self:
-        """Load what QuietSTaRTrainer or `save_pretrained` saved.
+        """Load a model saved by QuietSTaRTrainer or `save_pretrained`.
 
         Args:
             pretrained_model_name_or_path: A folder, or a repository of the Hub.
-            base_model: For adapters: the base model or its name; None takes the saved name.
-            **kwargs: For `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`
-                and `quantization_config`; float32 if `dtype` is not given. `revision` is that of
-                the repository named first; an adapter's base is loaded as of the revision that it
-                was trained on.
+            base_model: For adapters: the base model or its name; None uses the saved name.
+            **kwargs: Passed to `AutoModelForCausalLM.from_pretrained`, such as `dtype` (float32 by
+                default), `device_map` and `quantization_config`. `revision` applies to the first
+                argument; the base of an adapter is loaded at the revision it was trained on.
 
         Raises:
-            FileNotFoundError: There are no thoughts in the folder.
-            ValueError: The base is another model than the one that was trained.
+            FileNotFoundError: The folder holds no thoughts.
+            ValueError: The base is not the model that was trained.
         """
         hub = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
         folder = local_folder(pretrained_model_name_or_path, hub)
@@ -298,7 +297,7 @@ class QuietSTaRModel(nn.Module, PushToHubMixin):
 
 
 def _any_stops(criteria: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Ask transformers' stopping criteria, one function or a list, which rows end."""
+    """Return the rows that end by transformers' stopping criteria (one function or a list)."""
     if callable(criteria):
         stops: torch.Tensor = torch.as_tensor(criteria(ids, None), device=ids.device)
         return stops.expand(len(ids)) if stops.ndim == 0 else stops.bool()

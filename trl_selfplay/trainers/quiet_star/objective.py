@@ -1,4 +1,4 @@
-"""What thoughts are trained for: the text's likelihood, and REINFORCE on the thoughts themselves.
+"""The loss: the text's likelihood with and without thoughts, and REINFORCE on the thoughts.
 
 In: log-probs of the text with and without thoughts, and of the thoughts. Out: advantages, and sums
 that add up over rows, accumulated batches and processes. Source: arXiv 2403.09629, section 4.4.
@@ -13,12 +13,12 @@ BASELINES = ("mean", "leave_one_out", "base")
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveSums:
-    """The three terms of the loss, summed over the labelled tokens or thinking columns of a batch.
+    """The three terms of the loss, summed over a batch.
 
     Attributes:
-        base: Σ −log p_base over labelled tokens.
-        talk: Σ over columns of the mean over thoughts and tokens ahead of −log p_talk.
-        policy: Σ over columns of the mean over thoughts of −A·log π(thought).
+        base: −log p_base, summed over labelled tokens.
+        talk: −log p_talk, averaged over thoughts and tokens ahead, summed over thinking columns.
+        policy: −A·log π(thought), averaged over thoughts, summed over thinking columns.
     """
 
     base: torch.Tensor
@@ -27,20 +27,27 @@ class ObjectiveSums:
 
 
 def advantages(rewards: torch.Tensor, base: torch.Tensor, baseline: str) -> torch.Tensor:
-    """Return the advantage A of each thought; no gradient flows through it.
+    """Return the advantage A of each thought, (…, K), without gradient.
 
-    "mean": A = max(r − mean over the column's thoughts, 0), the paper's. "base": A =
-    max(r − log-likelihood without thought, 0). "leave_one_out": A = r − mean of the others, signed,
-    whose REINFORCE gradient is unbiased.
+    The baselines for a reward r:
+
+    - "mean", the paper's: A = max(r − mean over the column's thoughts, 0).
+    - "base": A = max(r − log-likelihood without thoughts, 0).
+    - "leave_one_out": A = r − mean over the other thoughts. It has a sign, and its REINFORCE
+      gradient is unbiased.
 
     Args:
-        rewards: Σ_t log p_talk(X_{j+t}), (…, K).
+        rewards: Σ_t log p_talk(X_{j+t}) of each of the K thoughts, (…, K).
         base: Σ_t log p_base(X_{j+t}), (…, 1).
         baseline: One of `BASELINES`.
+
+    Raises:
+        ValueError: The baseline is unknown.
 
     Source: Quiet-STaR, arXiv 2403.09629, equations 6 and 7; leave-one-out as RLOO,
         arXiv 2402.14740.
     """
+    # The likelihood terms of the loss train the rewards; REINFORCE must not do so again.
     rewards, base = rewards.detach(), base.detach()
     if baseline == "mean":
         return (rewards - rewards.mean(-1, keepdim=True)).clamp(min=0.0)
@@ -58,11 +65,12 @@ def base_ahead(
     """Return log p_base of the n_true tokens after each column, (B, U, n_true).
 
     Args:
-        base_log_probs: Column j holds that of token j + 1, (B, S − 1).
-        columns: (B, U).
+        base_log_probs: log p_base, with that of token j + 1 in column j, (B, S − 1).
+        columns: Thinking columns, (B, U).
         num_ahead_tokens: n_true.
     """
     steps = torch.arange(num_ahead_tokens, device=columns.device)
+    # Real columns have n_true tokens after them; the clamp is for columns that aren't real.
     index = (columns[:, :, None] + steps).clamp(max=base_log_probs.shape[1] - 1)
     return base_log_probs.gather(1, index.flatten(1)).unflatten(1, index.shape[1:])
 
@@ -77,14 +85,14 @@ def objective_sums(
     """Sum the terms of L = α·NLL_base + (1 − α)/n_true · Σ_t NLL_talk,t + λ·L_policy.
 
     Args:
-        base_log_probs: (B, S − 1).
-        labelled: Which of them count, bool (B, S − 1).
-        talk_log_probs: 0 on columns that aren't real, (B, U, K, n_true).
-        thought_log_probs: The same, (B, U, K).
-        advantage: The same, (B, U, K).
+        base_log_probs: log p_base of each token, (B, S − 1).
+        labelled: True for the tokens that count, bool (B, S − 1).
+        talk_log_probs: log p_talk, 0 on columns that aren't real, (B, U, K, n_true).
+        thought_log_probs: log π of each thought, 0 on columns that aren't real, (B, U, K).
+        advantage: Advantage of each thought, 0 on columns that aren't real, (B, U, K).
 
-    Source: Quiet-STaR, arXiv 2403.09629, equations 6 to 8. L_policy sums a thought's tokens; the
-        official code takes their mean and scores them at temperature 3.
+    Source: Quiet-STaR, arXiv 2403.09629, equations 6 to 8. L_policy sums over a thought's tokens;
+        the official code averages over them and scores them at temperature 3.
     """
     return ObjectiveSums(
         base=-(base_log_probs * labelled).sum(),

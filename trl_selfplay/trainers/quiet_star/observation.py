@@ -1,7 +1,7 @@
-"""What a person sees of thoughts: numbers for the logs, the thoughts that helped, a picture.
+"""Observe thoughts: metrics for the logs, the most helpful thoughts, and a plot.
 
-In: log-probs with and without thoughts. Out: sums that average over processes, lines of text, a
-PNG of the gain of thinking along a text.
+In: log-probs with and without thoughts. Out: sums that can be averaged over processes, lines of
+text, and a PNG of the gain of thinking along a text.
 """
 
 from collections.abc import Sequence
@@ -29,13 +29,13 @@ QUANTILES = (0.05, 0.5, 0.95)
 
 @dataclass(frozen=True, slots=True)
 class ThoughtScores:
-    """A batch's log-probs by column; 0 on columns that aren't real.
+    """Log-probs of a batch by column; 0 on columns that aren't real.
 
     Attributes:
-        base: Of the n_true tokens without thought, (B, U, n_true).
-        talk: After each thought, (B, U, K, n_true).
-        thought: Σ log π of each thought, (B, U, K).
-        advantage: Of each thought, (B, U, K).
+        base: Log-probs of the n_true tokens ahead without thoughts, (B, U, n_true).
+        talk: Log-probs of the n_true tokens ahead after each thought, (B, U, K, n_true).
+        thought: Log-prob of each thought, (B, U, K).
+        advantage: Advantage of each thought, (B, U, K).
         weights: Mixing weights, (B, U, K, n_true).
     """
 
@@ -46,7 +46,7 @@ class ThoughtScores:
     weights: torch.Tensor
 
     def gains(self) -> torch.Tensor:
-        """Return by how many nats each thought raised the likelihood of its tokens, (B, U, K)."""
+        """Return by how many nats each thought raised the log-likelihood of its tokens, (B, U, K)."""
         return (self.talk - self.base[:, :, None]).detach().sum(-1)
 
 
@@ -58,14 +58,17 @@ def thought_sums(
     thinking: ThinkingColumns,
     thoughts: SampledThoughts,
 ) -> dict[str, torch.Tensor]:
-    """Return what is logged, each as (numerator, denominator) so that batches add up.
+    """Return the metrics of a batch, each as (numerator, denominator) so that batches add up.
 
-    base_loss, talk_loss: nats a token without and with thoughts. gain: nats a token that thoughts
-    give, at the columns that think. reward: nats that a thought adds to all its tokens together.
-    helped: share of columns whose thoughts add something on average. reinforced: share of thoughts
-    with an advantage above 0. spread: standard deviation of a column's rewards. entropy: of the
-    distributions that thoughts were drawn from. all_equal: share of columns with one thought only.
-    weight_*: of the thoughts in the mix; quantiles are of this batch.
+    - base_loss, talk_loss: loss without and with thoughts, in nats per token.
+    - gain: what thoughts add to a token's log-prob at thinking columns, in nats per token.
+    - reward: what a thought adds to the log-probs of all its tokens together, in nats.
+    - helped: share of columns whose thoughts have a positive gain on average.
+    - reinforced: share of thoughts with an advantage above 0.
+    - spread: standard deviation of the rewards of a column.
+    - entropy: mean entropy of the distributions that thoughts were drawn from.
+    - all_equal: share of columns whose thoughts are all the same.
+    - weight_*: mixing weights of the thoughts; the quantiles are those of this batch.
     """
     real = thinking.is_real
     columns, num_thoughts = real.sum().float(), scores.talk.shape[2]
@@ -89,11 +92,12 @@ def thought_sums(
         "all_equal": ((same & real).sum(), columns),
         "weight_mean": (weights.sum(), torch.tensor(float(weights.numel()))),
     }
-    # Also where no column is real, so that all processes reduce the same names; it counts 0.
+    # Present even if no column is real, so that all processes reduce the same names; it then
+    # counts 0.
     counts = (columns > 0).float()
     spread_of = weights.flatten() if len(weights) else torch.zeros(1, device=real.device)
     levels = torch.tensor(QUANTILES, device=real.device)
-    # A part is enough, and `quantile` takes 16 million numbers at most.
+    # A part is enough; `quantile` takes at most 16 million numbers.
     found = spread_of[: 1 << 20].float().quantile(levels)
     for level, value in zip(QUANTILES, found, strict=True):
         pairs[f"weight_p{round(100 * level):02d}"] = (value * counts, counts)
@@ -108,13 +112,13 @@ def thought_sums(
 
 @dataclass(frozen=True, slots=True)
 class HelpfulThought:
-    """A thought and what stood around it, as token ids.
+    """A thought and its context, as token ids.
 
     Attributes:
         before: The text up to the thinking token.
-        thought: The thought, without start and end.
-        after: The tokens that it was to predict.
-        gain: Nats that it added to their log-likelihood.
+        thought: The thought without start and end.
+        after: The tokens to predict.
+        gain: What the thought added to their log-likelihood, in nats.
     """
 
     before: tuple[int, ...]
@@ -132,7 +136,7 @@ def most_helpful(
     num_ahead_tokens: int,
     limit: int = 3,
 ) -> list[HelpfulThought]:
-    """Return the thoughts that helped most, the best first, at most one a row and column."""
+    """Return the most helpful thoughts, best first, at most one per row and column."""
     best, which = gains.masked_fill(~thinking.is_real[:, :, None], float("-inf")).max(-1)
     found = []
     width = best.shape[1]
@@ -156,9 +160,9 @@ def most_helpful(
 
 
 def describe_thoughts(found: Sequence[HelpfulThought], tokenizer: Any, width: int = 60) -> str:
-    """Return a line for each thought: its gain, the text before, the thought, the text after.
+    """Return a line per thought: its gain, the text before, the thought, and the text after.
 
-    Texts are written as Python would, so that none of their characters reaches a terminal.
+    Texts are printed as Python literals, so that no control character reaches the terminal.
     """
     lines = []
     for thought in found:
@@ -174,10 +178,10 @@ class TextGains:
     """The gain of thinking along one text.
 
     Attributes:
-        tokens: The text's tokens, S of them.
-        base: log p of each without thought, S; the first is not predicted and 0.
-        gains: Nats that thinking before it adds to each, S; 0 for the first.
-        helpful: The thoughts that helped most.
+        tokens: The S tokens of the text.
+        base: Log-prob of each token without thoughts; 0 for the first, which isn't predicted.
+        gains: What thinking before each token adds to its log-prob, in nats; 0 for the first.
+        helpful: The most helpful thoughts.
     """
 
     tokens: tuple[int, ...]
@@ -190,15 +194,15 @@ class TextGains:
 def measure_gains(
     model: QuietSTaRModel, token_ids: Sequence[int], num_thoughts: int = 2, seed: int = 0
 ) -> TextGains:
-    """Think before every token of a text, and compare each token's log-prob with and without.
+    """Think before every token of a text, and compare its log-prob with and without thoughts.
 
-    A token's gain is the mean over its thoughts.
+    The gain of a token is the mean over its thoughts.
 
     Args:
         model: The model.
         token_ids: The text, at least two tokens.
-        num_thoughts: Thoughts a token.
-        seed: Of the thoughts.
+        num_thoughts: Thoughts per token.
+        seed: Seeds the thoughts.
     """
     causal_lm, settings = model.causal_lm, model.settings
     ids = torch.tensor([list(token_ids)], device=model.device)
@@ -227,7 +231,7 @@ def measure_gains(
 
 
 def plot_gains(gains: TextGains, tokenizer: Any, path: str | Path) -> None:
-    """Write a PNG: the gain of thinking before each token, under the token's own difficulty.
+    """Plot the gain of thinking before each token, below the token's loss, to a PNG file.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -235,9 +239,7 @@ def plot_gains(gains: TextGains, tokenizer: Any, path: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            'The picture needs matplotlib: pip install "trl-selfplay[demo]".'
-        ) from error
+        raise ImportError('The plot needs matplotlib: pip install "trl-selfplay[demo]".') from error
     count = len(gains.tokens)
     figure = Figure(figsize=(max(6.0, 0.22 * count), 4.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -248,7 +250,7 @@ def plot_gains(gains: TextGains, tokenizer: Any, path: str | Path) -> None:
     lower.bar(places, gains.gains, color=colors)
     lower.axhline(0.0, color="black", linewidth=0.6)
     lower.set_ylabel("gain of thinking\n(nats)")
-    # Without control characters, for which fonts have no sign. A dollar sign would begin a formula.
+    # Fonts have no glyphs for control characters, and a dollar sign would start a formula.
     labels = [repr(tokenizer.decode([t]))[1:-1].replace("$", r"\$") for t in gains.tokens]
     lower.set_xticks(list(places), labels, rotation=90, fontsize=7)
     figure.savefig(path, dpi=120)

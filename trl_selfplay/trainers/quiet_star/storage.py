@@ -1,8 +1,8 @@
-"""A model that thinks, on disk: its weights as transformers or PEFT save them, and two files more.
+"""Save and load a model that thinks: weights as transformers or PEFT save them, and two more files.
 
-In: a folder with saved weights, or one to load. Out: `quiet_star.safetensors` (vectors and mixing
-head), `quiet_star.json` (settings, and samples of the base's weights), and model files that load
-without this package. Nothing is ever initialised on load.
+In: a folder to save to or to load from. Out: `quiet_star.safetensors` (thought vectors and mixing
+head), `quiet_star.json` (settings, and samples of the base model's weights), and model files that
+load without this package. Loading never initializes a weight.
 """
 
 import json
@@ -24,8 +24,8 @@ from trl_selfplay.trainers.quiet_star.support import check_model
 
 WEIGHTS_NAME, SETTINGS_NAME = "quiet_star.safetensors", "quiet_star.json"
 _FORMAT = 1
-# Values kept of each of the base's weights, and how far they may differ: as much as rounding to
-# bfloat16 takes away.
+# Number of values sampled per weight of the base model, and the relative difference allowed, which
+# covers rounding to bfloat16.
 _VALUES_PER_WEIGHT = 4
 _TOLERANCE = 4e-3
 
@@ -35,9 +35,9 @@ class ThoughtSettings:
     """How a model thinks.
 
     Attributes:
-        thought_length: Sampled tokens of a thought.
-        thought_temperature: Of sampling them.
-        barred: Tokens that neither thoughts nor generated text contain.
+        thought_length: Number of sampled tokens per thought.
+        thought_temperature: Sampling temperature of the thoughts.
+        barred: Tokens that neither thoughts nor generated text may contain.
     """
 
     thought_length: int
@@ -48,7 +48,7 @@ class ThoughtSettings:
 def save_settings(
     folder: Path, settings: ThoughtSettings, causal_lm: Any, extra: Mapping[str, Any]
 ) -> None:
-    """Write `quiet_star.json`: settings, the base's name and samples of its weights."""
+    """Write `quiet_star.json`: the settings, and the base model's name and samples of its weights."""
     module = getattr(causal_lm, ATTRIBUTE)
     content = {
         "format": _FORMAT,
@@ -65,10 +65,10 @@ def save_settings(
 
 
 def load_settings(folder: Path) -> tuple[ThoughtSettings, dict[str, Any]]:
-    """Read `quiet_star.json`; return the settings, and all that it holds.
+    """Read `quiet_star.json`; return the settings, and the whole content.
 
     Raises:
-        ValueError: The file is of another format.
+        ValueError: The file has another format.
     """
     content = json.loads((folder / SETTINGS_NAME).read_text())
     if content["format"] != _FORMAT:
@@ -83,7 +83,7 @@ def load_settings(folder: Path) -> tuple[ThoughtSettings, dict[str, Any]]:
 
 
 def save_module(causal_lm: Any, folder: Path) -> None:
-    """Write the thought module's own weights to `quiet_star.safetensors`."""
+    """Write the weights of the thought module to `quiet_star.safetensors`."""
     weights = trained_module(causal_lm).state_dict()
     save_file({n: p.detach().cpu().contiguous() for n, p in weights.items()}, folder / WEIGHTS_NAME)
 
@@ -92,7 +92,7 @@ def load_module(folder: Path, scale: float) -> ThoughtModule:
     """Return the saved thought module, in float32.
 
     Raises:
-        FileNotFoundError: The folder holds none.
+        FileNotFoundError: The folder has no saved thought module.
     """
     path = folder / WEIGHTS_NAME
     if not path.exists():
@@ -107,14 +107,14 @@ def load_module(folder: Path, scale: float) -> ThoughtModule:
 
 
 def find_thoughts(name: str | Path, hub: Mapping[str, Any]) -> Path | None:
-    """Return the folder of a model that was saved with thoughts; None for any other model.
+    """Return the folder of a model that was saved with thoughts, or None for any other model.
 
     Args:
         name: A folder, or a repository of the Hub, which is downloaded only if it has thoughts.
-        hub: `revision`, `token` and `cache_dir`, for the Hub.
+        hub: `revision`, `token` and `cache_dir` for the Hub.
 
     Raises:
-        FileNotFoundError: The folder holds a part of what was saved.
+        FileNotFoundError: The folder has only one of the two files.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -123,7 +123,7 @@ def find_thoughts(name: str | Path, hub: Mapping[str, Any]) -> Path | None:
             (missing,) = {SETTINGS_NAME, WEIGHTS_NAME} - set(found)
             raise FileNotFoundError(
                 f"{folder} has {found[0]}, but no {missing}, so its thoughts would be lost. Copy "
-                f"that file there too, or delete {found[0]} to begin without thoughts."
+                f"that file there too, or delete {found[0]} to start without thoughts."
             )
         return folder if found else None
     from huggingface_hub import hf_hub_download
@@ -132,12 +132,12 @@ def find_thoughts(name: str | Path, hub: Mapping[str, Any]) -> Path | None:
     try:
         hf_hub_download(str(name), SETTINGS_NAME, **hub)
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
-        return None  # where there is no such model, loading it says so
+        return None  # if there is no such model, loading it raises
     return local_folder(name, hub)
 
 
 def local_folder(name: str | Path, hub: Mapping[str, Any]) -> Path:
-    """Return a folder as it is, or a Hub repository's after downloading it."""
+    """Return the folder itself, or the folder of a Hub repository after downloading it."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -148,18 +148,18 @@ def local_folder(name: str | Path, hub: Mapping[str, Any]) -> Path:
 def load_thinking_model(
     folder: Path, base_model: Any, **kwargs: Any
 ) -> tuple[Any, ThoughtSettings]:
-    """Load a saved model with its thought module; return it, and how it thinks.
+    """Load a saved model with its thought module; return it and its settings.
 
-    Adapters come as a PEFT model that names the module in `modules_to_save`, frozen.
+    Adapters are loaded as a frozen PEFT model with the module in its `modules_to_save`.
 
     Args:
-        folder: A run's, a checkpoint's, or one of `QuietSTaRModel.save_pretrained`.
-        base_model: The base model or its name; None takes the saved one.
-        **kwargs: For `AutoModelForCausalLM.from_pretrained`.
+        folder: The folder of a run, of a checkpoint, or of `QuietSTaRModel.save_pretrained`.
+        base_model: The base model or its name; None uses the saved name.
+        **kwargs: Passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        FileNotFoundError: The folder holds no thoughts.
-        ValueError: The base is another model than the one that was trained, or can't think.
+        FileNotFoundError: The folder has no thoughts.
+        ValueError: The base is not the model that was trained, or can't think.
     """
     settings, content = load_settings(folder)
     module = load_module(folder, content["meta_token_scale"])
@@ -171,8 +171,8 @@ def load_thinking_model(
         name = saved["name"] if base_model is None else base_model
         if not name:
             raise ValueError(
-                f"{folder} holds adapters of a base model that had no name, so it can't be loaded "
-                "again. Pass QuietSTaRModel.from_pretrained(folder, base_model=...)."
+                f"{folder} holds adapters of a base model that had no name, so the base can't be "
+                "loaded. Pass it: QuietSTaRModel.from_pretrained(folder, base_model=...)."
             )
         if name == saved["name"] and saved["revision"] and not Path(name).is_dir():
             kwargs["revision"] = saved["revision"]
@@ -187,29 +187,29 @@ def load_thinking_model(
 
 
 def _add_adapters(model: Any, folder: Path) -> Any:
-    """Wrap a model that has its thought module in the adapters of a folder, frozen."""
+    """Wrap a model that has a thought module in the saved adapters, frozen."""
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
-    config.base_model_name_or_path = None  # PEFT fills in the name of the base that is here
+    config.base_model_name_or_path = None  # PEFT fills in the name of this base
     saved = config.modules_to_save or ()
     config.modules_to_save = [*saved, *({ATTRIBUTE} - set(saved))]
     weights = load_peft_weights(str(folder), device="cpu")
     for name, weight in getattr(model, ATTRIBUTE).state_dict().items():
-        weights[f"base_model.model.{ATTRIBUTE}.{name}"] = weight  # a checkpoint has it too
+        weights[f"base_model.model.{ATTRIBUTE}.{name}"] = weight  # a checkpoint's copy is replaced
     adapted = get_peft_model(model, config)
     result: Any = set_peft_model_state_dict(adapted, weights)
     if result.unexpected_keys:
         raise ValueError(
-            f"{folder} has adapter weights for which {type(model).__name__} has no place, "
-            f"{result.unexpected_keys[0]} among them: adapter_config.json is another adapter's."
+            f"{folder} has adapter weights that {type(model).__name__} has no place for, such as "
+            f"{result.unexpected_keys[0]}: adapter_config.json belongs to another adapter."
         )
     return adapted
 
 
 def strip_model_files(folder: Path) -> None:
-    """Take the thought module out of a folder's model files, so that they load without it.
+    """Remove the thought module from a folder's model files, so that they load without it.
 
-    Only files that hold some of its weights are written again.
+    Only files that contain some of its weights are rewritten.
     """
     removed = set()
     for path in sorted(folder.glob("*.safetensors")):
@@ -235,9 +235,9 @@ def strip_model_files(folder: Path) -> None:
 
 
 def sample_base_values(causal_lm: Any) -> dict[str, list[float]]:
-    """Return some values of each of the base's weights that isn't quantized, by name.
+    """Return a few values of each unquantized weight of the base model, by name.
 
-    Adapters and the thought module are left out; names are those without adapters.
+    Adapters and the thought module are left out, and names are those of the model without adapters.
     """
     values: dict[str, list[float]] = {}
     for name, parameter in causal_lm.named_parameters():
@@ -255,7 +255,7 @@ def sample_base_values(causal_lm: Any) -> dict[str, list[float]]:
 def check_base(causal_lm: Any, content: Mapping[str, Any], folder: Path) -> None:
     """Raise ValueError if a model isn't the base that a folder's thoughts were trained on.
 
-    Weights that only one of the two holds as plain numbers (the other quantized) aren't compared.
+    Weights that are quantized in one of the two aren't compared.
     """
     saved, here = content["base_model"]["values"], sample_base_values(causal_lm)
     shared = sorted(saved.keys() & here.keys())
@@ -269,14 +269,14 @@ def check_base(causal_lm: Any, content: Mapping[str, Any], folder: Path) -> None
     ]
     if differing or not shared:
         what = (
-            f"{len(differing)} of {len(shared)} weights differ, {differing[0]} among them"
+            f"{len(differing)} of {len(shared)} weights differ, such as {differing[0]}"
             if shared
             else "they have no weight in common"
         )
         raise ValueError(
             f"{folder} was trained on {content['base_model']['name']!r} (revision "
-            f"{content['base_model']['revision']}), and the model given as its base is another one: "
-            f"{what}. Its mixing head would be meaningless; load the base it was trained on."
+            f"{content['base_model']['revision']}), and the given base is another model: {what}. Its "
+            "mixing head would be meaningless; load the base it was trained on."
         )
 
 

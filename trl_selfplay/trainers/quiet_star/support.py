@@ -1,8 +1,8 @@
-"""Whether a model can think: read off its class, then tried on a few tokens.
+"""Check whether a model can think: first its class, then a trial on a few tokens.
 
-In: a causal language model. Out: an error that says why not. The trial compares thoughts in one
-forward with the same tokens written into an ordinary sequence, so that a model whose attention or
-positions work otherwise than assumed is refused at construction and not trained wrongly.
+In: a causal language model. Out: an error that says why it can't. The trial compares thoughts in one
+forward with the same tokens in an ordinary sequence, so that a model whose attention or positions
+work differently is refused at construction and not trained wrongly.
 """
 
 import logging
@@ -20,9 +20,9 @@ from trl_selfplay.trainers.quiet_star.mixing import unwrap_causal_lm
 
 logger = logging.getLogger(__name__)
 
-# Attention whose meaning is the softmax that split attention computes.
+# Attention functions that compute the softmax that our split attention computes.
 _KNOWN_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
-# Largest difference in logits, relative to their size, that a trial may show.
+# Maximum difference in logits, relative to their size, that a trial allows.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _TRIAL_TEXT, _TRIAL_BLOCK = 6, 3
 
@@ -31,9 +31,9 @@ def check_model(model: Any) -> None:
     """Raise ValueError if the model's thoughts can't be computed in one forward.
 
     Raises:
-        ValueError: Encoder-decoder, multimodal, recurrent or hybrid layers, chunked attention, an
-            attention function of unknown meaning, or results that differ from an ordinary
-            sequence's. The text names the class and the reason.
+        ValueError: The model is an encoder-decoder, multimodal, or has recurrent layers, chunked
+            attention or an unknown attention function, or its results differ from those of an
+            ordinary sequence. The message names the class and the reason.
     """
     causal_lm = unwrap_causal_lm(model)
     name = type(causal_lm).__name__
@@ -44,7 +44,7 @@ def check_model(model: Any) -> None:
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         raise ValueError(
             f"{name} has recurrent or convolutional layers, whose state can't branch into one "
-            f"thought a token. {remedy}"
+            f"thought per token. {remedy}"
         )
     if getattr(config, "hidden_size_per_layer_input", None):
         raise ValueError(
@@ -57,23 +57,23 @@ def check_model(model: Any) -> None:
     if attention not in _KNOWN_ATTENTION:
         raise ValueError(
             f"{name} was loaded with attn_implementation={attention!r}. Thoughts replace the "
-            f"attention function, so it must be one of known meaning: {', '.join(_KNOWN_ATTENTION)}."
+            f"attention function, so it must be a known one: {', '.join(_KNOWN_ATTENTION)}."
         )
     if not traits.takes_position_ids or not getattr(
         causal_lm, "_supports_attention_backend", False
     ):
         raise ValueError(
             f"{name} doesn't take position_ids or an attention function through transformers' "
-            f"interfaces, so it can't be told where thoughts stand. {remedy}"
+            f"interfaces, so thoughts can't be placed. {remedy}"
         )
     if any(p.device.type == "meta" for p in causal_lm.parameters()):
-        return  # sharded weights can't be tried
+        return  # sharded weights allow no trial
     _try_thoughts(causal_lm, name, remedy)
 
 
 @torch.no_grad()
 def _try_thoughts(model: Any, name: str, remedy: str) -> None:
-    """Compare two thoughts, in one forward and token by token, with two ordinary sequences."""
+    """Compare two thoughts, computed in one forward and token by token, with ordinary sequences."""
     weight = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     count = _TRIAL_TEXT + 2 * _TRIAL_BLOCK
@@ -94,7 +94,7 @@ def _try_thoughts(model: Any, name: str, remedy: str) -> None:
                 )
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a model of any design fails in its own way
+        except Exception as error:  # models fail in many ways
             reason = str(error).rstrip(".")
             raise ValueError(f"{name} can't compute thoughts: {reason}. {remedy}") from error
         ours = project(model, states).float()  # (2 ways, 2 blocks, L, V)
@@ -117,7 +117,7 @@ def _try_thoughts(model: Any, name: str, remedy: str) -> None:
 def _states_of_thoughts(
     model: Any, text: torch.Tensor, blocks: torch.Tensor, anchors: torch.Tensor
 ) -> torch.Tensor:
-    """Return the states of two blocks, in one forward and from memory, (2, 2, L, d)."""
+    """Return the states of two blocks, from one forward and from memory, (2, 2, L, d)."""
     mask = torch.ones((1, len(text)), dtype=torch.bool, device=text.device)
     layout = ThoughtLayout(mask, anchors, len(text), blocks.shape[1])
     tokens = torch.cat([text, blocks.flatten()])[None]
@@ -133,13 +133,13 @@ def _states_of_thoughts(
 
 
 def _check_windows(model: Any, layout: ThoughtLayout) -> None:
-    """Raise ValueError if layers have a sliding window of which their attention wasn't told."""
+    """Raise ValueError if layers have a sliding window that they don't pass to their attention."""
     layers = DynamicCache(config=model.config).layers
     windowed = sum(bool(getattr(layer, "is_sliding", False)) for layer in layers)
     told = sum(window is not None for window in layout.windows)
     if told < windowed:
         raise ValueError(
-            f"{windowed} of its layers have a sliding window, and {told} hand it on to their "
+            f"{windowed} of its layers have a sliding window, and {told} pass it on to their "
             "attention function, so thoughts would see more than the text does."
         )
 
@@ -155,8 +155,8 @@ def check_lengths(
     if extra >= limit:
         raise ValueError(
             f"a thought of {num_thought_tokens} + 2 tokens and {num_ahead_tokens} true tokens after it "
-            f"don't fit {type(model).__name__}'s {limit} positions beside a text. Set a shorter "
-            "thought_length or fewer num_ahead_tokens."
+            f"leave no room for a text in the {limit} positions of {type(model).__name__}. Set a "
+            "shorter thought_length or fewer num_ahead_tokens."
         )
     if num_text_tokens + extra > limit:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Quiet-STaR: a model learns to think before each token of ordinary text.
 
 In: text, no rewards. Out: the model with a mixing head and vectors that begin and end a thought.
-There is no outer loop: the parent's training runs as it is, with another loss.
+There are no rounds: the parent's training runs unchanged, with another loss.
 Source: Quiet-STaR, arXiv 2403.09629, Algorithm 1.
 """
 
@@ -93,16 +93,16 @@ logger = logging.getLogger(__name__)
 class QuietSTaRTrainer(SFTTrainer):
     """Trains a causal language model to think before each token.
 
-    Takes what `trl.SFTTrainer` takes, in its order, with text or tokenized rows.
+    Takes the arguments of `trl.SFTTrainer` in the same order, with text or tokenized rows.
 
-    To go on from a model that thinks already, on the same text or another, pass as `model` the
-    folder of a run, of a checkpoint or of `QuietSTaRModel.save_pretrained`, a repository of the Hub
-    that holds one, or a QuietSTaRModel. Its mixing head, its vectors and its adapters train on, and
-    its first logits are those that it was saved with. The vectors don't depend on the length of a
+    To continue from a model that already thinks, on the same or another text, pass as `model` the
+    folder of a run, of a checkpoint or of `QuietSTaRModel.save_pretrained`, a Hub repository of one
+    of these, or a QuietSTaRModel. Its mixing head, thought vectors and adapters go on training, and
+    its first logits are those it was saved with. The vectors don't depend on the length of a
     thought, so `thought_length` may differ.
 
     Raises:
-        ValueError, TypeError: For a model or arguments that can't work, at construction.
+        ValueError, TypeError: At construction, for a model or arguments that can't work.
 
     Source: Quiet-STaR, arXiv 2403.09629, Algorithm 1.
     """
@@ -190,13 +190,15 @@ class QuietSTaRTrainer(SFTTrainer):
             refuse_added_tokens(self.model, num_embeddings)
             check_saveable(self.model)
             refuse_optimizer_without_thoughts(optimizers[0], trained_module(self.causal_lm))
-            # The parent rounds what trains on a quantized model to bfloat16.
+            # TRL casts all trainable weights on a quantized model to bfloat16, but the mixing head and
+            # the vectors need float32. The cast: https://github.com/huggingface/trl/pull/7272.
+            # Remove when TRL leaves `modules_to_save` alone.
             trained_module(self.causal_lm).float().load_state_dict(thought_weights)
             self._prepare_model_and_lengths()
 
     @property
     def causal_lm(self) -> Any:
-        """The causal language model without wrappers; its `quiet_star` holds what was added."""
+        """The causal language model without wrappers; its `quiet_star` is the thought module."""
         return unwrap_causal_lm(self.accelerator.unwrap_model(self.model))
 
     def _prepare_model_and_lengths(self) -> None:
@@ -229,17 +231,17 @@ class QuietSTaRTrainer(SFTTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """Train as the parent.
+        """Train like the parent.
 
         Args:
-            resume_from_checkpoint: A checkpoint's folder, which must be whole. True goes on from the
-                newest whole checkpoint in `output_dir`, and begins if there is none.
-            trial: As the parent's.
-            ignore_keys_for_eval: As the parent's.
+            resume_from_checkpoint: Folder of a complete checkpoint. True resumes from the newest
+                complete checkpoint in `output_dir`, or starts anew if there is none.
+            trial: Passed to the parent.
+            ignore_keys_for_eval: Passed to the parent.
 
         Raises:
-            RuntimeError: Another process trains into `output_dir`.
-            ValueError: The checkpoint lacks a part, such as the optimizer's state.
+            RuntimeError: Another process is training into `output_dir`.
+            ValueError: The checkpoint is incomplete, such as without the optimizer's state.
         """
         resume: Any = resume_from_checkpoint
         if isinstance(resume, str) and resume.lower() in ("true", "false"):
@@ -248,9 +250,8 @@ class QuietSTaRTrainer(SFTTrainer):
             if self.args.save_only_model:
                 raise ValueError(
                     "resume_from_checkpoint=True with save_only_model=True: such checkpoints hold "
-                    "no optimizer, so training could not go on as if never stopped. Set "
-                    "save_only_model=False, or pass the checkpoint as `model` to begin a run with "
-                    "its weights."
+                    "no optimizer state, so training can't resume exactly. Set save_only_model=False, "
+                    "or pass the checkpoint as `model` to start a run from its weights."
                 )
             resume = last_whole_checkpoint(Path(str(self.args.output_dir)), self.accelerator)
         elif resume:
@@ -263,7 +264,7 @@ class QuietSTaRTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Return the micro-batches of a step, and count the columns that will think in them."""
+        """Return the micro-batches of a step, and count the columns that think in them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batch_index["train"] = 0
         if self.args.num_thoughts and num_items is not None:
@@ -271,7 +272,7 @@ class QuietSTaRTrainer(SFTTrainer):
         return batches, num_items
 
     def _count_step(self, batches: list[Any], device: torch.device) -> None:
-        """Count predicted tokens and thinking columns of a step, over all processes."""
+        """Count the predicted tokens and thinking columns of a step, over all processes."""
         counts = torch.zeros(2, dtype=torch.long, device=device)
         for batch in batches:
             mask = batch["attention_mask"]
@@ -284,16 +285,16 @@ class QuietSTaRTrainer(SFTTrainer):
         self._step_counts = counts
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the parent; attention knows thoughts until gradients are computed."""
+        """Train like the parent, with attention that supports thoughts in forward and backward pass."""
         if not self.args.num_thoughts:
             return super().training_step(*args, **kwargs)
         with thoughts_attend(self.causal_lm):
             return super().training_step(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as the parent, and print the thoughts of the first batch that helped most.
+        """Evaluate like the parent, and print the most helpful thoughts of the first batch.
 
-        The same rows think the same thoughts each time.
+        The same rows get the same thought noise in every evaluation.
         """
         self._batch_index["eval"], self._helpful = 0, []
         metrics = super().evaluate(*args, **kwargs)
@@ -309,11 +310,11 @@ class QuietSTaRTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Think at each chosen column, then return the loss of text and thoughts.
+        """Think at each chosen column, and return the loss of text and thoughts.
 
-        L = α·NLL_base + (1 − α)/n_true·Σ_t NLL_talk,t + λ·L_policy, the last in training only.
-        NLL_base is a mean over labelled tokens, the others over thinking columns and thoughts of
-        the whole step, all accumulated batches and processes included.
+        L = α·NLL_base + (1 − α)/n_true·Σ_t NLL_talk,t + λ·L_policy, with the last term only in
+        training. NLL_base is a mean over labelled tokens, the other terms are means over thinking
+        columns and thoughts, all of the whole step, with accumulated batches and processes.
 
         Source: Quiet-STaR, arXiv 2403.09629, equations 6 to 8.
         """
@@ -322,7 +323,7 @@ class QuietSTaRTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise ValueError(
-                "outputs with thoughts are not kept: read the logged metrics, or load the saved "
+                "outputs with thoughts are not kept. Read the logged metrics, or load the saved "
                 "model with QuietSTaRModel for its logits."
             )
         check_batch(inputs)
@@ -352,7 +353,7 @@ class QuietSTaRTrainer(SFTTrainer):
         return loss
 
     def _score(self, outputs: dict[str, torch.Tensor], thinking: ThinkingColumns) -> ThoughtScores:
-        """Sort the forward's log-probs by column, and judge each thought."""
+        """Arrange the forward's log-probs by column, and compute the advantage of each thought."""
         args, width = self.args, thinking.columns.shape[1]
         base = base_ahead(outputs["base_log_probs"], thinking.columns, args.num_ahead_tokens)
         base = base * thinking.is_real[:, :, None]
@@ -377,7 +378,7 @@ class QuietSTaRTrainer(SFTTrainer):
         sums: ObjectiveSums,
         num_labelled: torch.Tensor,
     ) -> None:
-        """Keep the batch's numbers for the log, summed over processes; parent's keys included."""
+        """Record the batch's metrics, summed over processes, including those that the parent logs."""
         mode, mask = self._mode(), inputs["attention_mask"]
         rows = thought_sums(scores, sums, num_labelled, thinking, thoughts)
         labelled = predicted_tokens(inputs["labels"], mask)
@@ -392,7 +393,7 @@ class QuietSTaRTrainer(SFTTrainer):
         ):
             self._warned_nonfinite = True
             logger.warning(
-                "step %d: a loss is not finite. If this goes on the weights are lost: lower "
+                "step %d: a loss is not finite. If this continues, the weights are lost: lower "
                 "learning_rate or reinforce_weight, or set max_grad_norm.",
                 self.state.global_step,
             )
@@ -411,8 +412,9 @@ class QuietSTaRTrainer(SFTTrainer):
     def think(self, inputs: dict[str, Any]) -> tuple[ThinkingColumns, SampledThoughts]:
         """Choose the batch's thinking columns and sample their thoughts, without gradients.
 
-        Columns and thoughts depend on the seed, the step, a row's place in the step, the position
-        in it and the thought's index: not on padding, accumulation or the number of processes.
+        Columns and noise depend on the seed, the step, the row's index in the step, the position
+        in the row and the thought's index, but not on padding, accumulation or the number of
+        processes.
         """
         args = self.args
         mode = self._mode()
@@ -442,7 +444,7 @@ class QuietSTaRTrainer(SFTTrainer):
         return "train" if model.training else "eval"
 
     def _row_indices(self, mode: Literal["train", "eval"], num_rows: int) -> range:
-        """Return the rows' places among those of the step (or of the evaluation), all processes."""
+        """Return the indices of the rows within the step (or the evaluation), over all processes."""
         args, accelerator = self.args, self.accelerator
         size = args.per_device_train_batch_size
         if mode == "eval":
@@ -467,10 +469,10 @@ class QuietSTaRTrainer(SFTTrainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model so that `QuietSTaRModel.from_pretrained` loads it.
+        """Save the model so that `QuietSTaRModel.from_pretrained` can load it.
 
-        Model or adapter files hold no thoughts and load without this package; checkpoints keep
-        them, to go on from.
+        The model or adapter files hold no thoughts and load without this package. Those of
+        checkpoints do, so that training can resume.
 
         Raises:
             FloatingPointError: A weight is NaN or infinite.
@@ -478,9 +480,9 @@ class QuietSTaRTrainer(SFTTrainer):
         broken = nonfinite_weights(self.model_wrapped) if self.args.num_thoughts else []
         if broken:
             raise FloatingPointError(
-                f"after step {self.state.global_step} {len(broken)} trained weights hold NaN or "
-                f"infinity, {broken[0]} among them, so they are not saved; earlier checkpoints are "
-                "as they were. Lower learning_rate or reinforce_weight, or set max_grad_norm."
+                f"after step {self.state.global_step}, {len(broken)} trained weights hold NaN or "
+                f"infinity, such as {broken[0]}, so they are not saved. Earlier checkpoints are "
+                "unchanged. Lower learning_rate or reinforce_weight, or set max_grad_norm."
             )
         super().save_model(output_dir, _internal_call)
         if not self.args.num_thoughts or not self.args.should_save:
