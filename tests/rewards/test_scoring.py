@@ -296,7 +296,7 @@ def test_rewards_whose_sum_overflows_are_refused() -> None:
     scorer = Scorer([tens, length], reward_weights=[1e300, 1e300])
     with pytest.raises(ValueError, match=r"'tens': 10.0, 'length': 2.0.*sum to 1.2e\+301"):
         scorer.weighted((10.0, 2.0))
-    with pytest.raises(ValueError, match="no finite number"):
+    with pytest.raises(ValueError, match="isn't finite"):
         Scorer([tens, length], reward_weights=[1.0, float("inf")])
 
 
@@ -338,7 +338,7 @@ def test_a_function_that_does_not_answer_is_mentioned(is_async, monkeypatch, cap
         scoring.logger.removeHandler(handler)
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        f"reward function {function.__name__} has not answered for 0 s on 1 completions of shard "
+        f"reward function {function.__name__} has not returned after 0 s on 1 completions of shard "
         "00003, round 1"
     )
 

@@ -1,8 +1,11 @@
 """A key-value cache that grows in place.
 
-In: a model's config. Out: transformers' `DynamicCache` with each full-attention layer on a buffer
-that has room for the tokens to come. The stock layer concatenates, and so copies every earlier
-token at every step; on a CPU that took half of the time of decoding with few-shot prompts.
+In: a model's config. Out: transformers' `DynamicCache` whose full-attention layers write into
+buffers with room for later tokens. The stock layer concatenates, which copies every earlier token at
+every step and took half of the decoding time with few-shot prompts on a CPU. Remove when
+`DynamicLayer` grows in place; https://github.com/huggingface/transformers/pull/30536 has the cost.
+
+Shapes: B rows, H key heads, S cached tokens, D channels per head.
 """
 
 from typing import Any
@@ -12,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-# Tokens of room that a full buffer gets when it grows: the memory it wastes against the copies.
+# Spare tokens in a buffer that has grown. More waste memory, fewer mean more copies.
 _ROOM = 64
 
 
@@ -32,6 +35,8 @@ class BufferedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
         end = length + key_states.shape[-2]
+        # Grow the buffers if they lack room. Otherwise only the new tokens are written; the slices
+        # below are views, so attention reads the buffers directly.
         if self._key_buffer is None or self._value_buffer is None or self._is_full(end):
             self._key_buffer = _grown(self.keys, key_states, length, end)
             self._value_buffer = _grown(self.values, value_states, length, end)
@@ -42,9 +47,9 @@ class BufferedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _is_full(self, end: int) -> bool:
-        """Say whether the buffer has no room, or `keys` was replaced and isn't a view of it.
+        """Return whether the buffer lacks room, or `keys` was replaced and isn't a view of it.
 
-        Rows that were joined or columns that were dropped show as another storage.
+        Joining rows or dropping columns gives `keys` a new storage.
         """
         assert self._key_buffer is not None
         assert self.keys is not None
@@ -53,18 +58,19 @@ class BufferedLayer(DynamicLayer):
         )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Repeat, select or drop rows; the next token finds new room."""
+        """Repeat, select or drop rows; the next token allocates new buffers."""
         super().reorder_cache(beam_idx)
         self.release_buffers()
 
     def release_buffers(self) -> None:
-        """Let go of the buffers once `keys` and `values` are no longer views of them."""
+        """Free the buffers once `keys` and `values` are no longer views of them."""
         self._key_buffer = self._value_buffer = None
 
 
 def _grown(held: torch.Tensor | None, states: torch.Tensor, length: int, end: int) -> torch.Tensor:
     batch, heads, _, dim = states.shape
-    # A prefill gets room only with the first decoded token, when its rows have been repeated.
+    # No spare room at prefill: rows are repeated for their samples before the first token is decoded,
+    # which would copy it as well.
     room = _ROOM if length > 0 else 0
     buffer = states.new_empty((batch, heads, end + room, dim))
     if length > 0 and held is not None:
@@ -73,20 +79,19 @@ def _grown(held: torch.Tensor | None, states: torch.Tensor, length: int, end: in
 
 
 def keep_columns(cache: DynamicCache, columns: torch.Tensor) -> None:
-    """Keep the cached tokens where `columns`, bool (S,), is True; full attention layers only."""
-    for layer in _filled(cache):
+    """Keep the cached tokens where `columns`, bool (S,), is True; full-attention layers only."""
+    for layer in _filled(cache):  # layers may be on several devices
         chosen = columns.to(layer.keys.device)
         _replace(layer, layer.keys[:, :, chosen], layer.values[:, :, chosen])
 
 
 def drop_leading(cache: DynamicCache, count: int) -> None:
-    """Drop the oldest `count` cached tokens, which every row masks; attention layers only.
-
-    A layer with a sliding window holds its newest tokens alone, and counts the others.
-    """
+    """Drop the first `count` cached columns, which every row masks; attention layers only."""
     for layer in _filled(cache):
         keys, first = layer.keys, count
         if isinstance(layer, DynamicSlidingWindowLayer):
+            # The layer holds only the newest tokens and counts all. Tokens that have left the window
+            # are gone already, so drop what the reduced count doesn't cover.
             layer.cumulative_length -= count
             first = max(keys.shape[-2] - layer.cumulative_length, 0)
         _replace(
@@ -95,7 +100,7 @@ def drop_leading(cache: DynamicCache, count: int) -> None:
 
 
 def join_caches(first: DynamicCache, second: DynamicCache) -> None:
-    """Add the rows of `second` to `first`, the shorter of both padded with zeros on the left.
+    """Append the rows of `second` to `first`, padding the shorter cache with zeros on the left.
 
     The caller masks the padding. Attention layers only: a recurrent state can't be padded.
     """
@@ -106,19 +111,20 @@ def join_caches(first: DynamicCache, second: DynamicCache) -> None:
 
 
 def _filled(cache: DynamicCache) -> list[Any]:
-    """Return the layers that hold keys; others share those of a layer before them."""
+    """Return the layers that hold keys; the others share the keys of an earlier layer."""
     layers: list[Any] = cache.layers
     return [layer for layer in layers if layer.keys is not None]
 
 
 def _replace(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Set a layer's keys and values; what they were copied from is freed before the next layer's."""
+    """Set a layer's keys and values, and free the old ones before the next layer is copied."""
     layer.keys, layer.values = keys, values
     if isinstance(layer, BufferedLayer):
         layer.release_buffers()
 
 
 def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    # (B1, H, S1, D) and (B2, H, S2, D) → (B1 + B2, H, max(S1, S2), D)
     length = max(first.shape[-2], second.shape[-2])
     return torch.cat(
         [pad(states, (0, 0, length - states.shape[-2], 0)) for states in (first, second)]
@@ -126,7 +132,7 @@ def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def new_cache(config: PretrainedConfig) -> DynamicCache:
-    """Return an empty cache with the layers that a model of this config needs."""
+    """Return an empty cache with the layers that a model with this config needs."""
     cache = DynamicCache(config=config)
     cache.layers = [
         BufferedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers

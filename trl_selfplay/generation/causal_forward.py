@@ -1,7 +1,7 @@
-"""One model's forward pass as decoding needs it.
+"""A model's forward pass for decoding.
 
-In: tokens, the cache they are added to, their positions and mask. Out: the next token's logits, and
-an error where the model didn't use the cache.
+In: tokens, the cache they are added to, their positions and mask. Out: the next token's logits, or
+an error if the model didn't use the cache.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from trl_selfplay.generation.model_traits import ModelTraits, input_device
 
 
 class CausalForward:
-    """One model's forward pass, cut down to the next token's logits.
+    """A model's forward pass, reduced to the next token's logits.
 
     Args:
-        model: Unwrapped, in eval mode.
-        traits: Of this model.
-        autocast: Makes the context of each forward (mixed precision), or None.
+        model: The model without wrappers, in eval mode.
+        traits: The model's traits.
+        autocast: Returns the mixed-precision context of a forward, or None.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class CausalForward:
         return new_cache(self.model.config)
 
     def is_float32(self) -> bool:
-        """Return whether all of the model is computed in float32."""
+        """Return whether the whole model computes in float32."""
         with nullcontext() if self._autocast is None else self._autocast():
             if torch.is_autocast_enabled(self.device.type):
                 return False
@@ -55,11 +55,13 @@ class CausalForward:
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Feed (B, S) tokens into the cache and return the last position's logits, float32 (B, V).
+        """Feed tokens (B, S) into the cache and return the last position's logits, float32 (B, V).
 
         Raises:
             RuntimeError: The model didn't use the cache.
         """
+        # Pass only what this model's forward takes. Without `logits_to_keep`, a prefill computes
+        # logits of the whole prompt.
         kwargs: dict[str, Any] = {}
         if self.traits.takes_position_ids:
             kwargs["position_ids"] = position_ids
@@ -74,31 +76,32 @@ class CausalForward:
                 **{self.traits.cache_name: cache},
                 **kwargs,
             )
+        # A model that ignores the cache it is given would sample without a context.
         if held is not None and _cached_length(cache) != held + input_ids.shape[1]:
             raise RuntimeError(
-                f"{type(self.model).__name__} left {_cached_length(cache)} tokens in its cache "
-                f"where {held + input_ids.shape[1]} were expected, so later tokens would be wrong. Its forward must "
-                "fill the `past_key_values` that it is given."
+                f"{type(self.model).__name__} left {_cached_length(cache)} tokens in its cache instead of "
+                f"{held + input_ids.shape[1]}, so later tokens would be wrong. Its forward must fill the "
+                "`past_key_values` that it is given."
             )
         return outputs.logits[:, -1].float()
 
     def forget_lengths(self) -> None:
-        """Undo what the longest sequence so far left in the model's rotary frequencies.
+        """Reset the model's rotary frequencies.
 
-        Dynamic scaling keeps them stretched until a short sequence comes.
+        Dynamic scaling keeps them stretched for the longest sequence so far, until a short one comes.
         """
         one = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         self.next_logits(one, self.new_cache(), torch.zeros_like(one), None)
 
     def lone_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits after a whole row, (1, S), as float32 (V,), computed without a cache."""
+        """Return the logits after a row of tokens (1, S), computed without a cache, float32 (V,)."""
         with nullcontext() if self._autocast is None else self._autocast():
             outputs = self.model(input_ids=input_ids, use_cache=False)
         return outputs.logits[0, -1].float()
 
 
 def _cached_length(cache: DynamicCache) -> int | None:
-    """Return how many tokens a cache holds; None if all of its layers are recurrent."""
+    """Return the number of cached tokens, or None if all layers are recurrent."""
     if any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
         return cache.get_seq_length()
     return None

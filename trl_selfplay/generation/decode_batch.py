@@ -1,7 +1,9 @@
-"""Rows that are decoded together: one cache, one token a row and step, finished rows leave.
+"""Rows that are decoded together: one cache, one token per row and step; finished rows leave.
 
-In: requests, the model and how it may be fed. Out: `(request index, SampledCompletion)` as rows
-finish. Nothing here chooses which rows go together; transformers_sampler.py does.
+In: requests and a model. Out: `(request index, SampledCompletion)` as rows finish.
+transformers_sampler.py chooses which rows go together.
+
+Shapes: B rows, S cached columns, V logits.
 """
 
 import copy
@@ -24,14 +26,14 @@ from trl_selfplay.generation.sampler import (
 from trl_selfplay.generation.stop_strings import StopStringScanner
 from trl_selfplay.generation.token_filters import filter_logits
 
-# Dropping rows copies the cache once, about what two steps of its growth cost; at this share of
-# finished rows the steps that follow repay it soon.
+# Dropping rows copies the cache once, which costs about as much as growing it twice. At this share
+# of finished rows, the following steps soon make up for it.
 _DROP_SHARE = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefix:
-    """Tokens that every prompt begins with, and the cache of one row that holds them."""
+    """The common prefix of all prompts, and a cache of one row that holds it."""
 
     token_ids: tuple[int, ...]
     cache: DynamicCache
@@ -49,12 +51,12 @@ class _Row:
 
 
 class TokenChooser:
-    """Picks the next token of each row: greedy, or by Gumbel noise over the filtered logits.
+    """Chooses the next token of each row: greedily, or by Gumbel noise over the filtered logits.
 
     Args:
-        options: Of all rows.
-        token_ids: Ids that the tokenizer has. Others within the logits' width (padding of the
-            embedding) are never chosen, unless they end a completion.
+        options: Sampling options of all rows.
+        token_ids: Ids in the tokenizer's vocabulary. Other ids (padding of the embedding) are never
+            chosen, unless they end a completion.
     """
 
     def __init__(self, options: SamplingOptions, token_ids: Collection[int]) -> None:
@@ -70,7 +72,14 @@ class TokenChooser:
         steps: Sequence[int],
         seen: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return token ids (B,), -1 where the logits are NaN, and log-probs (B,) if asked for."""
+        """Return token ids (B,), -1 if the logits are NaN, and their log-probs (B,) if requested.
+
+        Args:
+            logits: Float32 (B, V); may be changed in place.
+            keys: Stream key of each row.
+            steps: Number of tokens that each row's completion already has.
+            seen: Tokens of each row's prompt and completion, bool (B, V), for the penalty.
+        """
         options = self._options
         if self._words is None or self._excluded is None:
             vocab_size = logits.shape[1]
@@ -83,25 +92,27 @@ class TokenChooser:
         if options.temperature == 0.0:
             scores = logits
         else:
+            # The argmax of logits plus Gumbel noise is a draw from their softmax.
             scores = gumbel_noise(self._words, keys, steps).add_(logits)
         best, tokens = scores.max(dim=-1)
         logprobs = None
         if options.return_logprobs:
             logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        # `max` propagates NaN. The caller reports it once the tokens are on the CPU.
         return tokens.masked_fill(best.isnan(), -1), logprobs
 
 
 class DecodeBatch:
-    """The state of rows that decode together; lives for one batch.
+    """The state of one batch of rows that are decoded together.
 
     Args:
-        requests: `(index, request)` of each row; rows with equal prompts stand together.
+        requests: `(index, request)` per row; rows with equal prompts are adjacent.
         forward: The model.
-        chooser: Of the same options.
-        options: Of all rows.
-        tokenizer: Decodes the text that stop strings are searched in.
-        pad_token_id: Fills the left of shorter prompts; masked.
-        prefix: What every prompt begins with, or None.
+        chooser: Chooses tokens by `options`.
+        options: Sampling options of all rows.
+        tokenizer: Decodes the text that is searched for stop strings.
+        pad_token_id: Pads shorter prompts on the left, masked.
+        prefix: The common prefix of all prompts, or None.
     """
 
     def __init__(
@@ -122,7 +133,7 @@ class DecodeBatch:
         self._last_position = self._find_last_position([len(r.prompt_ids) for _, r in requests])
         self._seen: torch.Tensor | None = None
         self._logprobs: torch.Tensor | None = None
-        self._tokens: torch.Tensor | None = None  # chosen, and not yet fed to the model
+        self._tokens: torch.Tensor | None = None  # (B,), chosen but not yet fed to the model
         self._prefill([request.prompt_ids for _, request in requests], pad_token_id, prefix)
 
     def _build_row(
@@ -137,9 +148,10 @@ class DecodeBatch:
         return _Row(index, request.stream_key, request.prompt_ids, limit, scanner=scanner)
 
     def _find_last_position(self, lengths: Sequence[int]) -> int | None:
-        """Return the last position that a row, finished ones too, may be fed at."""
+        """Return the last valid position of any row, including finished ones, or None."""
         traits, room = self._forward.traits, self._options.max_completion_length
         limits = [traits.context_length]
+        # A finished row that runs on must not switch the frequencies of the rows beside it.
         if traits.rope_switch is not None and max(lengths) + room <= traits.rope_switch:
             limits.append(traits.rope_switch)
         return min((limit - 1 for limit in limits if limit is not None), default=None)
@@ -150,7 +162,7 @@ class DecodeBatch:
         pad_token_id: int,
         prefix: SharedPrefix | None,
     ) -> None:
-        """Run the prompts, each distinct one once, and repeat its state for its samples."""
+        """Compute each distinct prompt once, and repeat its state for its samples."""
         device = self._forward.device
         distinct = list(dict.fromkeys(prompts))
         prefix_length = len(prefix.token_ids) if prefix is not None else 0
@@ -160,32 +172,35 @@ class DecodeBatch:
         input_ids = torch.tensor(
             [[pad_token_id] * pad + list(rest) for pad, rest in zip(pads, rests, strict=True)]
         ).to(device)  # (U, width)
-        # Room for the completion: a step looks at a slice, nothing is concatenated.
+        # The mask covers the completion too, so that a step takes a slice and concatenates nothing.
         total = prefix_length + width + self._options.max_completion_length
         mask = torch.ones((len(rests), total), dtype=torch.long)
         for row, pad in enumerate(pads):
             mask[row, prefix_length : prefix_length + pad] = 0
-        self._length = prefix_length + width
+        self._length = prefix_length + width  # S
+        # Positions count unmasked tokens: padding may lie between the prefix and the rest.
         positions = (mask[:, : self._length].cumsum(dim=1) - 1).clamp_(min=0)[:, prefix_length:]
         self._mask = mask.to(device) if any(pads) else None
-        self._cache: Any  # its stubs ask for LongTensor, which no torch function returns
+        self._cache: Any  # its stubs want a LongTensor, which no torch function returns
         if prefix is None:
             self._cache = self._forward.new_cache()
         else:
+            # One row per distinct prompt; the prefix itself stays for later batches.
             self._cache = copy.deepcopy(prefix.cache)
             self._cache.reorder_cache(torch.zeros(len(rests), dtype=torch.long, device=device))
         self._logits = self._forward.next_logits(
             input_ids, self._cache, positions.to(device), self._current_mask()
         )
-        self._positions = torch.tensor([len(prompt) for prompt in distinct]).to(device)
+        self._positions = torch.tensor([len(prompt) for prompt in distinct]).to(device)  # (B,)
         if len(distinct) < len(prompts):
+            # From distinct prompts to samples: repeat cache, logits and positions.
             place = {prompt: row for row, prompt in enumerate(distinct)}
             self._select(torch.tensor([place[prompt] for prompt in prompts]).to(device))
         if self._options.repetition_penalty != 1.0:
             self._seen = _token_mask(prompts, self._logits)
 
     def advance(self) -> list[tuple[int, SampledCompletion]]:
-        """Decode until at least one row finishes; return the finished ones, empty at the end.
+        """Decode until at least one row finishes; return the finished rows, or nothing at the end.
 
         Raises:
             RuntimeError: The model's logits are NaN.
@@ -197,23 +212,25 @@ class DecodeBatch:
 
     @property
     def num_unfinished(self) -> int:
-        """How many rows go on."""
+        """The number of unfinished rows."""
         return sum(not row.is_finished for row in self._rows)
 
     def refill(self, other: "DecodeBatch") -> None:
-        """Let the rows of a batch that has only been prefilled go on in this one.
+        """Move the rows of a batch that has only been prefilled into this one.
 
         No row of either may pass the model's `rope_switch`.
 
-        The shorter of the two caches is padded on the left, masked, to the length of the other;
-        that is exact for full attention, and for sliding windows over rows without inner padding.
+        The shorter of the two caches is padded on the left, masked, to the length of the other. That
+        is exact for full attention, and for sliding windows over rows without inner padding.
         """
+        # Bring this batch to the state of a prefilled one: its last tokens in the cache, and only
+        # unfinished rows.
         if self._tokens is not None:
             self._feed(self._drop_finished(self._tokens))
             self._tokens = None
+        # Make room: drop columns that no remaining row sees.
         masks = [self._full_mask(), other._full_mask()]
         if self._forward.traits.padding == "inside":
-            # What only rows that are gone could see.
             seen = masks[0].any(dim=0)
             if not seen.all():
                 keep_columns(self._cache, seen)
@@ -225,7 +242,8 @@ class DecodeBatch:
                 masks[0] = masks[0][:, leading:]
         self._length = max(mask.shape[1] for mask in masks)
         room = self._options.max_completion_length
-        # A finished row stays for some steps: its place is still written to.
+        # Pad the shorter mask on the left, and add room for completions on the right. One column
+        # more, since finished rows stay for some steps and are still fed.
         self._mask = torch.cat(
             [
                 torch.nn.functional.pad(
@@ -247,14 +265,15 @@ class DecodeBatch:
             self._logprobs = torch.cat([self._logprobs, fresh])
 
     def _full_mask(self) -> torch.Tensor:
-        """Return the mask of what is cached, (B, S), with ones where nothing is masked."""
+        """Return the mask of the cached columns, (B, S), even if nothing is masked."""
         if self._mask is not None:
             return self._mask[:, : self._length]
         shape = (len(self._rows), self._length)
         return torch.ones(shape, dtype=torch.long, device=self._positions.device)
 
     def _decode_one(self) -> list[tuple[int, SampledCompletion]]:
-        # Fed here and not when chosen, so that finished rows are handed over before the next wait.
+        # Tokens are fed here and not when they are chosen, so that finished rows are returned before
+        # the next forward.
         if self._tokens is not None:
             self._feed(self._tokens)
         tokens, logprobs = self._chooser.choose(
@@ -265,7 +284,7 @@ class DecodeBatch:
         )
         if logprobs is not None:
             self._logprobs = logprobs if self._logprobs is None else self._logprobs + logprobs
-        # The one wait for the device in a step: which rows are finished.
+        # The only synchronization with the device per step.
         token_list = tokens.tolist()
         finished: list[tuple[int, SampledCompletion]] = []
         for place, (row, token) in enumerate(zip(self._rows, token_list, strict=True)):
@@ -274,8 +293,8 @@ class DecodeBatch:
             if token < 0:
                 raise RuntimeError(
                     f"the model's logits are NaN at token {len(row.completion_ids)} of the completion "
-                    f"of request {row.request_index}. Its weights may have diverged, or its precision "
-                    "overflows (float16): lower the learning rate or use bfloat16."
+                    f"of request {row.request_index}. Its weights may have diverged, or float16 "
+                    "overflows: lower the learning rate or use bfloat16."
                 )
             row.completion_ids.append(token)
             finish = self._finish_of(row, token)
@@ -307,9 +326,9 @@ class DecodeBatch:
         return None
 
     def _feed(self, tokens: torch.Tensor) -> None:
-        """Run the model on the tokens just chosen."""
-        # A finished row that is still in the batch may have gone bad (NaN, end of the context);
-        # what it computes is not looked at, but its indices must be valid.
+        """Run the model on the chosen tokens, (B,)."""
+        # Results of finished rows that are still in the batch are ignored, but their indices must be
+        # valid, even after NaN logits or at the end of the context.
         tokens = tokens.clamp(min=0)
         positions = self._positions
         if self._last_position is not None:
@@ -329,7 +348,11 @@ class DecodeBatch:
         self._positions = self._positions + 1
 
     def _restarts_here(self) -> bool:
-        """Return whether the tokens just chosen are the first with other rotary frequencies."""
+        """Return whether the model switches its rotary frequencies at the tokens just chosen.
+
+        Cached keys then have the old frequencies and must be computed again, as transformers does
+        for Phi-3 (https://github.com/huggingface/transformers/pull/33129).
+        """
         traits = self._forward.traits
         return traits.rope_restarts and any(
             len(row.prompt_ids) + len(row.completion_ids) - 1 == traits.rope_switch
@@ -338,9 +361,9 @@ class DecodeBatch:
         )
 
     def _compute_keys_again(self) -> None:
-        """Run all tokens of equally long rows in one forward, into a new cache."""
+        """Compute all tokens of equally long rows in one forward, into a new cache."""
         rows = [[*row.prompt_ids, *row.completion_ids] for row in self._rows]
-        # A finished row ends earlier, and what is computed for it isn't looked at.
+        # Finished rows are shorter; their results are ignored.
         length = max(map(len, rows))
         input_ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         positions = torch.arange(length).expand(len(rows), length)
@@ -352,7 +375,7 @@ class DecodeBatch:
         self._positions = self._positions + 1
 
     def _drop_finished(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Take the finished rows out of every tensor; return the tokens of those that stay."""
+        """Remove the finished rows from every tensor; return the tokens of the remaining rows."""
         kept = [place for place, row in enumerate(self._rows) if not row.is_finished]
         self._rows = [self._rows[place] for place in kept]
         index = torch.tensor(kept).to(self._forward.device)
@@ -360,11 +383,12 @@ class DecodeBatch:
         return tokens[index.to(tokens.device)]
 
     def _select(self, index: torch.Tensor) -> None:
-        """Repeat or keep rows of the cache and of everything beside it."""
+        """Repeat or select rows of the cache and of all other tensors, by index (B',)."""
         self._cache.reorder_cache(index)
         self._positions = self._positions[index]
         if self._mask is not None:
             self._mask = self._mask[index]
+        # With layers on several devices, logits may be on another one than the input.
         beside = index.to(self._logits.device)
         self._logits = self._logits[beside]
         if self._seen is not None:
@@ -377,7 +401,7 @@ class DecodeBatch:
 
 
 def _token_mask(prompts: Sequence[tuple[int, ...]], logits: torch.Tensor) -> torch.Tensor:
-    """Return bool (B, V), True where a token occurs in the row's prompt."""
+    """Return bool (B, V), True if a token occurs in the row's prompt."""
     seen = torch.zeros(logits.shape, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         ids = torch.tensor(prompt)

@@ -1,7 +1,7 @@
-"""Check what a model, a user and a sampler agree on before sampling starts.
+"""Check generation options before sampling starts.
 
-In: the model's generation config, the user's extra options, the sampling options. Out: nothing,
-or an error that names every option that would otherwise be ignored; the ids that end a completion.
+In: the model's generation config, the user's extra options, the sampling options. Out: the ids that
+end a completion, or an error that names every option that would otherwise be ignored.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,9 @@ SUPPORTED_OPTIONS = frozenset(
     }
 )
 
-# Options of a model's generation config that change how fast `generate` runs or what it returns,
-# belong to beam search, assisted decoding or encoder-decoder models, or are replaced by ours.
+# Options of a model's generation config that only affect the speed or the return value of
+# `generate`, that belong to beam search, assisted decoding or encoder-decoder models, or that our
+# own options replace.
 _WITHOUT_EFFECT = frozenset(
     {
         "assistant_confidence_threshold",
@@ -65,7 +66,7 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 
-# Values with which an option that isn't supported does nothing, beside None, False and empties.
+# Values at which an unsupported option does nothing, besides None, False and empty collections.
 _NEUTRAL_VALUES: dict[str, tuple[float, ...]] = {
     "diversity_penalty": (0.0,),
     "encoder_no_repeat_ngram_size": (0,),
@@ -85,22 +86,22 @@ _NEUTRAL_VALUES: dict[str, tuple[float, ...]] = {
 
 
 def check_generation_config(generation_config: GenerationConfig | Mapping[str, Any] | None) -> None:
-    """Raise if an option is set that sampling would ignore.
+    """Raise ValueError if an option is set that sampling would ignore.
 
-    A model's own `temperature`, `top_p`, `do_sample` and so on are fine and not used: what is
-    sampled follows the trainer's config alone.
+    A model's own `temperature`, `top_p`, `do_sample` and so on are accepted and not used, since
+    sampling follows the trainer's config.
 
     Args:
-        generation_config: The model's generation config, or a user's `generation_kwargs`. In the
-            latter a name that isn't supported is an error whatever its value.
+        generation_config: The model's generation config, or a user's `generation_kwargs`, in which
+            an unsupported name is an error whatever its value.
 
     Raises:
-        ValueError: Naming every such option with its value.
+        ValueError: An unsupported option is set; the error names each with its value.
     """
     if generation_config is None:
         return
     if isinstance(generation_config, GenerationConfig):
-        # Only generate's own options: checkpoints also store keys of their own in this file.
+        # Only the options of `generate`: checkpoints also store other keys in this file.
         known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
         ignored = {
             name: value
@@ -109,10 +110,7 @@ def check_generation_config(generation_config: GenerationConfig | Mapping[str, A
             and not is_neutral(name, value := getattr(generation_config, name, None))
         }
         source = "the model's generation config sets"
-        remedy = (
-            "Set them to None in model.generation_config if completions without them are what "
-            "you want."
-        )
+        remedy = "Set them to None in model.generation_config if you want completions without them."
     else:
         ignored = {
             name: value
@@ -133,7 +131,7 @@ def check_generation_config(generation_config: GenerationConfig | Mapping[str, A
 
 
 def is_neutral(name: str, value: Any) -> bool:
-    """Return whether an option of `generate` that isn't supported does nothing with this value."""
+    """Return whether an unsupported option of `generate` has no effect at this value."""
     if value is None or value is False:
         return True
     if isinstance(value, list | tuple | dict) and not value:
@@ -142,10 +140,10 @@ def is_neutral(name: str, value: Any) -> bool:
 
 
 def collect_eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return every id that ends a completion, sorted: the model's and the tokenizer's.
+    """Return all ids that end a completion, of the model and the tokenizer, sorted.
 
     Raises:
-        ValueError: Neither has one.
+        ValueError: Neither has an EOS token.
     """
     config = getattr(model, "generation_config", None)
     from_model = getattr(config, "eos_token_id", None)
@@ -166,10 +164,10 @@ def collect_eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tup
 
 
 def check_sampling_options(options: SamplingOptions) -> None:
-    """Raise if an option is out of its range.
+    """Raise ValueError if an option is out of range.
 
     Raises:
-        ValueError: Naming the option, its value and its range.
+        ValueError: The error names the option, its value and its range.
     """
     rules = (
         ("max_completion_length", options.max_completion_length >= 1, "at least 1"),

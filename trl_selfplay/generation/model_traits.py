@@ -1,7 +1,7 @@
-"""What the sampler must know about a model, and the state a model is in while it samples.
+"""What the sampler needs to know about a model, and the state of a model while it samples.
 
-In: a model as the trainer holds it. Out: `ModelTraits`, read off its layers and its forward; a
-context in which it is in eval mode without gradient checkpointing, and leaves as it came.
+In: a model as the trainer holds it. Out: `ModelTraits`, read from its layers and its forward; a
+context in which it is in eval mode without gradient checkpointing, and which restores its state.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from trl.models import unwrap_model_for_generation
 
-# Loading a multimodal checkpoint with AutoModelForCausalLM gives the multimodal class again.
+# Loading a multimodal checkpoint with AutoModelForCausalLM returns the multimodal class again.
 TEXT_MODEL_ADVICE = """\
 Save the language model by itself, once, and train that folder:
 
@@ -30,30 +30,31 @@ Save the language model by itself, once, and train that folder:
     text.save_pretrained(folder)
     AutoTokenizer.from_pretrained(name).save_pretrained(folder)
 
-`from_config` says so where a family has no text class of its own (Qwen2-VL, Qwen3-VL)."""
+`from_config` raises for a family without a text class of its own (Qwen2-VL, Qwen3-VL)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTraits:
-    """What decides how a model is sampled from.
+    """The properties of a model that decide how it is sampled from.
 
     Attributes:
-        padding: Where masked padding may stand in a row without changing what follows. "inside":
-            every layer is full attention, so a common prefix may be computed once and shorter
-            rests padded behind it. "left": some layer has a sliding window. "none": some layer is
-            recurrent, a convolution or of an unknown kind, so rows that go together must be
-            equally long.
-        window: Most tokens for which the windows of "left" see everything, and so allow padding
-            inside as well; None without windows, or where their length isn't known.
-        cache_name: The forward's parameter that takes the cache.
-        takes_position_ids: The forward has this parameter.
-        takes_logits_to_keep: The forward can compute the last position's logits alone.
-        context_length: Most tokens of prompt and completion, or None if the config has no limit.
-        rope_switch: Sequences of more tokens have other rotary frequencies (longrope, dynamic
-            scaling), which all rows of a batch share; None if they never change.
-        rope_restarts: Keys are computed again where a sequence passes `rope_switch` (longrope).
-        bytes_per_token: Keys and values of one token in all layers.
-        bytes_per_prompt_token: Activations of one prompt token in the widest layer, estimated.
+        padding: Where a row may have masked padding without affecting the tokens after it. "inside":
+            every layer is full attention, so a common prefix can be computed once, with the shorter
+            rests padded after it. "left": some layer has a sliding window. "none": some layer is
+            recurrent, a convolution or of an unknown kind, so all rows of a batch must have the same
+            length.
+        window: Maximum length at which the sliding windows still see everything, so that padding
+            inside is possible as well; None without windows, or if their length is unknown.
+        cache_name: Name of the forward's cache parameter.
+        takes_position_ids: Whether the forward has this parameter.
+        takes_logits_to_keep: Whether the forward can compute only the last position's logits.
+        context_length: Maximum number of tokens of prompt and completion; None without a limit.
+        rope_switch: Longer sequences have other rotary frequencies (longrope, dynamic scaling),
+            which all rows of a batch share; None if the frequencies never change.
+        rope_restarts: Whether keys are computed again when a sequence passes `rope_switch`
+            (longrope).
+        bytes_per_token: Size of one token's keys and values in all layers.
+        bytes_per_prompt_token: Estimated size of one prompt token's activations in the widest layer.
         vocab_size: Width of the logits.
     """
 
@@ -71,12 +72,12 @@ class ModelTraits:
 
 
 def describe_model(model: nn.Module) -> ModelTraits:
-    """Read the traits off an unwrapped model (a PEFT model is looked through).
+    """Return the traits of an unwrapped model or PEFT model.
 
     Raises:
-        ValueError: The model can't be sampled from: encoder-decoder, multimodal, a state that is
-            not in transformers' cache, or an adapter that reads the prompt. The text names the
-            class.
+        ValueError: The model can't be sampled from: it is an encoder-decoder or multimodal, keeps
+            state outside transformers' cache, or has an adapter that reads the prompt. The error
+            names the class.
     """
     base: Any = model
     if hasattr(base, "peft_config"):
@@ -92,14 +93,14 @@ def describe_model(model: nn.Module) -> ModelTraits:
     config = base.config.get_text_config(decoder=True)
     if {"pixel_values", "input_features"} & set(parameters):
         raise ValueError(
-            f"{name} takes images or audio, and rounds work on text. {TEXT_MODEL_ADVICE}"
+            f"{name} takes images or audio, but rounds work on text. {TEXT_MODEL_ADVICE}"
         )
     cache_name = next((n for n in ("past_key_values", "cache_params") if n in parameters), None)
     layers = None if cache_name is None else _cache_layers(base.config)
     if cache_name is None or not layers:
         raise ValueError(
-            f"{name} keeps its state in a form of its own instead of transformers' cache, so its "
-            "samples could not be told apart in a batch. Use a model whose forward takes "
+            f"{name} keeps its state in a form of its own instead of transformers' cache, so samples "
+            "in a batch could not be kept apart. Use a model whose forward takes "
             "`past_key_values`."
         )
     padding, window = _padding_of(layers, config, "position_ids" in parameters)
@@ -108,8 +109,8 @@ def describe_model(model: nn.Module) -> ModelTraits:
     num_kv_heads = _largest(config, "num_key_value_heads") or num_heads
     head_dim = _largest(config, "head_dim") or max(hidden_size // num_heads, 1)
     item = base.dtype.itemsize
-    # Feed-forward inner states dominate: gate, up and their product; four times the hidden size
-    # where the config doesn't say.
+    # The inner states of the feed-forward layer dominate: gate, up and their product. Their width
+    # defaults to four times the hidden size.
     inner = _largest(config, "intermediate_size") or 4 * hidden_size
     context_length, rope_switch, rope_restarts = _lengths_of(config)
     return ModelTraits(
@@ -140,16 +141,16 @@ def _check_adapters(model: Any) -> None:
     if any(getattr(c, "alora_invocation_tokens", None) for c in configs):
         raise ValueError(
             f"the adapter of {type(model).__name__} is an activated LoRA "
-            "(`alora_invocation_tokens`), which looks for these tokens anew in every step, so the "
-            "sampler would lose it after the prompt. Use LoRA."
+            "(`alora_invocation_tokens`), which searches for these tokens at every step and would "
+            "switch off after the prompt. Use LoRA."
         )
 
 
 def _cache_layers(config: Any) -> list[Any] | None:
-    """Return the layers of the cache that a model of this config needs, or None if there are none."""
+    """Return the cache layers of a model with this config, or None if there are none."""
     try:
         return DynamicCache(config=config).layers
-    except (AttributeError, KeyError, TypeError):  # no number or no known types of layers
+    except (AttributeError, KeyError, TypeError):  # no number of layers, or unknown types
         return None
 
 
@@ -157,7 +158,7 @@ def _lengths_of(config: Any) -> tuple[int | None, int | None, bool]:
     """Return `context_length`, `rope_switch` and `rope_restarts` of `ModelTraits`."""
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
-    # One set for all layers, or one for each type of layer.
+    # One set of parameters for all layers, or one per type of layer.
     for parameters in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
         kind = parameters.get("rope_type")
         if kind == "longrope":
@@ -171,15 +172,15 @@ def _lengths_of(config: Any) -> tuple[int | None, int | None, bool]:
 def _padding_of(
     layers: Sequence[Any], config: Any, takes_position_ids: bool
 ) -> tuple[Literal["inside", "left", "none"], int | None]:
-    """Return where padding may stand, and up to which length windows don't matter."""
-    # Layers that share another layer's keys hold nothing themselves.
+    """Return `padding` and `window` of `ModelTraits`."""
+    # Layers that share another layer's keys hold nothing.
     layers = [layer for layer in layers if not isinstance(layer, DummyLayer)]
-    # A recurrent state can't be padded; what other kinds of layers make of padding isn't known.
+    # A recurrent state can't be padded, and the effect of padding on other kinds is unknown.
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return "none", None
     if not takes_position_ids:
         return "left", None
-    # GPT-Neo's local layers keep an ordinary cache and cut the window themselves.
+    # GPT-Neo's local layers keep an ordinary cache and apply the window themselves.
     if "local" in (getattr(config, "attention_layers", None) or ()):
         return "left", None
     lengths = [layer.sliding_window for layer in layers if type(layer) is not DynamicLayer]
@@ -187,7 +188,7 @@ def _padding_of(
 
 
 def _largest(config: Any, *names: str) -> int:
-    """Return the largest value over all layers of the first of these fields that is set, or 0."""
+    """Return the largest value over all layers of the first field that is set, or 0."""
     for name in names:
         found: list[int] = []
         for layer in config.per_layer_config:
@@ -200,17 +201,16 @@ def _largest(config: Any, *names: str) -> int:
 
 @contextmanager
 def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterator[Any]:
-    """Unwrap a model, ready to be sampled from, and restore every module.
+    """Unwrap a model and prepare it for sampling; restore every module afterwards.
 
-    It is in eval mode and without gradient checkpointing, its experts compute no balancing loss,
-    which has no meaning for one token, and its head takes states of any precision. The flags of
-    each module are put back one by one, so that a model in which some modules train and others
-    don't leaves as it came, also after an exception.
+    The model is in eval mode without gradient checkpointing, its experts compute no balancing loss
+    (meaningless for one token), and its head accepts states of any precision. Flags are restored per
+    module, even after an exception, so a model in which only some modules train is unchanged.
     """
     modules: list[Any] = list(model.modules())
     were_training = [module.training for module in modules]
-    # Flags are switched here rather than by transformers' methods, which would lose the user's
-    # checkpointing arguments when they switch it on again.
+    # Set the flags directly: transformers' methods lose the user's checkpointing arguments when they
+    # switch it on again.
     checkpointing = [m for m in modules if m.__dict__.get("gradient_checkpointing")]
     configs = {id(c): c for m in modules if (c := m.__dict__.get("config")) is not None}.values()
     balancing = [c for c in configs if getattr(c, "output_router_logits", False)]
@@ -231,7 +231,8 @@ def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterato
         if hook is not None:
             hook.remove()
         if unwrapping is not None:
-            # Left as if nothing was raised: TRL's context has no `finally` of its own.
+            # Exit as if nothing was raised: TRL's context cleans up without a `finally`. Remove when
+            # https://github.com/huggingface/trl/issues/6659 is fixed in the oldest supported TRL.
             unwrapping.__exit__(None, None, None)
         for module, was_training in zip(modules, were_training, strict=True):
             module.training = was_training
@@ -242,10 +243,11 @@ def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterato
 
 
 def _cast_before_head(model: Any) -> Any:
-    """Give the head its own precision; return the hook's handle, or None without a plain head.
+    """Cast states to the head's precision; return the hook's handle, or None without a plain head.
 
-    TRL trains a head of `modules_to_save` in bfloat16 on a 4-bit base whose states may be float32,
-    and multiplies them itself.
+    On a 4-bit base, TRL casts a head in `modules_to_save` to bfloat16 (see
+    https://github.com/huggingface/trl/pull/7272), while the states may be float32; TRL's own loss
+    doesn't call the head. Remove when TRL leaves `modules_to_save` in their precision.
     """
     head = model.get_output_embeddings()
     dtype = getattr(getattr(head, "weight", None), "dtype", None)
@@ -266,5 +268,5 @@ def without_adapters(model: Any) -> Any:
 
 
 def has_whole_weights(model: nn.Module) -> bool:
-    """Return whether the weights are here, and not on other processes or not yet loaded."""
+    """Return whether all weights are in this process, and neither sharded nor on the meta device."""
     return all(p.numel() > 0 and p.device.type != "meta" for p in model.parameters())

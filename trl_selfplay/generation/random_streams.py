@@ -1,8 +1,8 @@
 """A random stream for every sample: Gumbel noise that doesn't depend on the batch.
 
-In: what names a sample (seed, round, phase, prompt, sample index), a step and the vocabulary.
-Out: the noise that turns an argmax over logits into a draw from their softmax. It is a pure
-function of (key, step, token id), so a sample is the same alone, in any batch and after a resume.
+In: the identity of a sample (seed, round, phase, prompt, sample index), a step and the vocabulary.
+Out: the noise that turns an argmax over logits into a draw from their softmax. It is a pure function
+of (key, step, token id), so a sample is the same alone, in any batch and after a resume.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ import torch
 
 Phase = Literal["train", "hint", "eval", "gold"]
 
-# Elements hashed at once on a CPU: bits and scratch of one chunk (8 bytes an element) stay in the
-# second-level cache of two cores.
+# Number of elements hashed at once on a CPU: bits and scratch of one chunk (8 bytes per element) fit
+# into the second-level cache of two cores.
 CPU_CHUNK_ELEMENTS = 1 << 17
-# Elsewhere a chunk only bounds the scratch memory (512 MiB).
+# On other devices a chunk only bounds the scratch memory (512 MiB).
 DEVICE_CHUNK_ELEMENTS = 1 << 26
 
 _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -30,7 +30,7 @@ _LOWBIAS_2 = 0x846CA68B - (1 << 32)
 
 
 def stream_key(seed: int, round_index: int, phase: Phase, prompt_id: str, sample_index: int) -> int:
-    """Return the 64-bit key of one sample's random stream, equal in every process."""
+    """Return the 64-bit key of one sample's random stream, the same in every process."""
     canonical = json.dumps(
         [int(seed), int(round_index), phase, prompt_id, int(sample_index)], separators=(",", ":")
     )
@@ -38,7 +38,7 @@ def stream_key(seed: int, round_index: int, phase: Phase, prompt_id: str, sample
 
 
 def token_words(vocab_size: int, device: torch.device | str) -> torch.Tensor:
-    """Return one well-mixed 32-bit word for each token id, int32 (V,); compute it once a run."""
+    """Return one well-mixed 32-bit word per token id, int32 (V,); compute it once per run."""
     mixed = _splitmix64(np.arange(vocab_size, dtype=np.uint64) * _GOLDEN_GAMMA)
     return torch.from_numpy((mixed >> np.uint64(32)).astype(np.uint32).view(np.int32)).to(device)
 
@@ -58,10 +58,10 @@ def gumbel_noise(
 
     Args:
         words: `token_words(V, device)`, int32 (V,).
-        keys: 64-bit stream keys, one a row.
-        steps: Index of the token in its completion, counted from 0; one for all rows or one a row.
+        keys: 64-bit stream keys, one per row.
+        steps: Index of the token in its completion, from 0; one for all rows or one per row.
         out: Float32 (rows, V) to write to, or None for a new tensor.
-        chunk_elements: Elements hashed at once; changes the speed and nothing else.
+        chunk_elements: Number of elements hashed at once; only affects the speed.
 
     Returns:
         Float32 (rows, V) on the device of `words`.
@@ -108,14 +108,14 @@ def _row_words(keys: Sequence[int], steps: int | Sequence[int]) -> np.ndarray:
 
 
 def _splitmix64(z: np.ndarray) -> np.ndarray:
-    """Mix 64-bit words as SplitMix64's output function does; uint64 arithmetic wraps around."""
+    """Apply SplitMix64's output function to 64-bit words; uint64 arithmetic wraps around."""
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
     z = (z ^ (z >> np.uint64(27))) * _MIX_2
     return z ^ (z >> np.uint64(31))
 
 
 def _xor_with_shifted(x: torch.Tensor, shift: int, scratch: torch.Tensor) -> None:
-    """Do x ^= x >>> shift in place; the mask makes int32's arithmetic shift a logical one."""
+    """Compute x ^= x >>> shift in place; the mask makes int32's arithmetic shift a logical one."""
     torch.bitwise_right_shift(x, shift, out=scratch)
     scratch.bitwise_and_((1 << (32 - shift)) - 1)
     x.bitwise_xor_(scratch)

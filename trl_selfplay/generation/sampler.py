@@ -1,8 +1,8 @@
-"""What a sampler is: prompts as token ids in, completions as token ids out, as they finish.
+"""The interface of a sampler: prompts as token ids in, completions as token ids out.
 
-In: `SampleRequest`s (the tokens and the key of the sample's own random stream) and the options
-that hold for all of them. Out: `(index of the request, SampledCompletion)` pairs in the order in
-which they finish. Implementations: transformers_sampler.py.
+In: `SampleRequest`s (the tokens and the key of the sample's own random stream) and options for all of
+them. Out: `(request index, SampledCompletion)` pairs in the order in which they finish.
+Implementations: transformers_sampler.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,9 +17,9 @@ class SampleRequest:
     """One completion to draw.
 
     Attributes:
-        prompt_ids: Tokens to condition on, at least one.
-        stream_key: 64-bit key of this sample's random stream, see `random_streams.stream_key`.
-            The same key, prompt and weights give the same completion in any batch (float32).
+        prompt_ids: Tokens of the prompt, at least one.
+        stream_key: 64-bit key of this sample's random stream, see `random_streams.stream_key`. In
+            float32, the same key, prompt and weights give the same completion in any batch.
     """
 
     prompt_ids: tuple[int, ...]
@@ -31,15 +31,16 @@ class SamplingOptions:
     """Options with the names and meanings of GRPOConfig's fields.
 
     Attributes:
-        max_completion_length: Most tokens of a completion, at least 1.
+        max_completion_length: Maximum tokens per completion, at least 1.
         temperature: 0.0 is greedy.
-        top_p: Keep the smallest set of tokens with at least this mass; 1.0 is off.
-        top_k: Keep this many tokens; 0 is off.
-        min_p: Keep tokens with at least this share of the likeliest one's probability; None is off.
-        repetition_penalty: Divide (multiply, if negative) the logits of tokens that already occur
-            in prompt or completion, as transformers does; 1.0 is off.
-        eos_token_ids: Each of them ends a completion and is part of it.
-        stop_strings: A completion ends with the token that completes one of these in its text.
+        top_p: Sample from the smallest set of tokens with at least this mass; 1.0 disables it.
+        top_k: Sample from this many most likely tokens; 0 disables it.
+        min_p: Sample from tokens with at least this share of the highest probability; None disables
+            it.
+        repetition_penalty: Divide positive logits of tokens that already occur in prompt or
+            completion, and multiply negative ones, as transformers does; 1.0 disables it.
+        eos_token_ids: Ids that end a completion and are part of it.
+        stop_strings: A completion ends with the token that completes one of these strings.
         return_logprobs: Fill `SampledCompletion.logprob`.
     """
 
@@ -56,13 +57,13 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True)
 class SampledCompletion:
-    """What the policy produced for one request.
+    """The completion of one request.
 
     Attributes:
-        completion_ids: The sampled tokens; ends with EOS only if EOS was sampled.
-        finish: "eos", "stop" or "length".
-        logprob: Sum of the log-probabilities under the distribution really sampled from (after
-            penalty, temperature and filters), or None if not asked for.
+        completion_ids: The sampled tokens, with EOS at the end only if EOS was sampled.
+        finish: Why it ended: "eos", "stop" (a stop string) or "length" (truncated).
+        logprob: Sum of the tokens' log-probs under the distribution sampled from, that is after
+            penalty, temperature and filters; None unless requested.
     """
 
     completion_ids: tuple[int, ...]
@@ -70,7 +71,7 @@ class SampledCompletion:
     logprob: float | None = None
 
 
-# What `generation_kwargs` may set, and the option that it sets.
+# The keys of `generation_kwargs`, and the options that they set.
 _OPTION_OF_KEYWORD = {
     "max_new_tokens": "max_completion_length",
     "temperature": "temperature",
@@ -85,15 +86,15 @@ _OPTION_OF_KEYWORD = {
 def build_sampling_options(
     config: Any, eos_token_ids: tuple[int, ...], **changes: Any
 ) -> SamplingOptions:
-    """Return the sampling options of a config, with `generation_kwargs` laid over its fields.
+    """Return the sampling options of a config; `generation_kwargs` override its fields.
 
     Args:
-        config: With the sampling fields of `SelfPlayConfig`.
-        eos_token_ids: Of the model and its tokenizer.
-        **changes: Options that hold whatever the config says, such as `temperature` of evaluation.
+        config: A config with the sampling fields of `SelfPlayConfig`.
+        eos_token_ids: Ids that end a completion.
+        **changes: Options that override the config, such as the temperature of evaluation.
 
     Raises:
-        ValueError: `generation_kwargs` has a key that the sampler doesn't know.
+        ValueError: `generation_kwargs` has an unsupported key.
     """
     options: dict[str, Any] = {
         "max_completion_length": config.max_completion_length,
@@ -108,7 +109,7 @@ def build_sampling_options(
     for key, value in (config.generation_kwargs or {}).items():
         if key not in _OPTION_OF_KEYWORD:
             raise ValueError(
-                f"generation_kwargs has {key!r}={value!r}, which the sampler doesn't know. It "
+                f"generation_kwargs has {key!r}={value!r}, which the sampler doesn't support. It "
                 f"takes {sorted(_OPTION_OF_KEYWORD)}."
             )
         if key == "eos_token_id":
@@ -121,7 +122,7 @@ class Sampler(Protocol):
     """Draws completions from the current policy."""
 
     def suggest_batch_size(self, longest_prompt: int, max_completion_length: int) -> int:
-        """Return how many sequences of this length (tokens) fit in memory at once, at least 1."""
+        """Return how many sequences of this length in tokens fit in memory at once, at least 1."""
         ...
 
     def sample(

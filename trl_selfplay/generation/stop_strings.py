@@ -1,8 +1,8 @@
 """Find the token that completes a stop string.
 
 In: the growing token ids of a completion. Out: whether its text now contains one of the strings.
-Only the last few tokens are decoded at each step, and a string may begin or end anywhere in a
-token, or inside a character that several tokens spell together.
+Each step decodes only the last few tokens. A string may begin or end anywhere in a token, or inside
+a character that is spread over several tokens.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 class StopStringScanner:
     """Follows one completion; call `is_complete` after every token.
 
-    Text is decoded in overlapping windows: the tokens of the window before give the context
-    (a tokenizer may strip a leading space), the tokens since give the new text. A window ends only
-    where the text doesn't end in a cut character.
+    Text is decoded in overlapping windows: tokens of the previous window are the context (a
+    tokenizer may strip a leading space), the tokens after it give the new text. A window never ends
+    in the middle of a character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ class StopStringScanner:
     def is_complete(self, completion_ids: Sequence[int]) -> bool:
         """Return whether the text of `completion_ids` contains a stop string.
 
-        Expects the ids of the call before with one more token at the end.
+        Expects the ids of the previous call and one more token.
         """
         text = self._decode(completion_ids[self._context_start :])
         new_text = text[len(self._context_text) :]
@@ -45,9 +45,9 @@ class StopStringScanner:
         return False
 
     def _decode(self, ids: Sequence[int]) -> str:
-        # Special tokens stay, so that one can be named as a stop string.
+        # Keep special tokens, so that they can be stop strings.
         text = self._tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        assert isinstance(text, str)  # one sequence gives one string
+        assert isinstance(text, str)  # one sequence decodes to one string
         return text

@@ -1,8 +1,8 @@
-"""Turn a step's logits into the logits that are sampled from, the whole batch at once.
+"""Turn a step's logits into the logits to sample from, for the whole batch.
 
-In: float32 logits (B, V) and the sampling options. Out: logits in which the penalty and the
-temperature are applied and filtered tokens are -inf. Semantics and order are those of
-transformers' `generate`: repetition penalty, temperature, top_k, top_p, min_p.
+In: float32 logits (B, V) and the sampling options. Out: logits with penalty and temperature applied,
+and -inf for filtered tokens. Semantics and order are those of transformers' `generate`: repetition
+penalty, temperature, top_k, top_p, min_p.
 """
 
 import math
@@ -11,8 +11,9 @@ import torch
 
 from trl_selfplay.generation.sampler import SamplingOptions
 
-# First guess of how many tokens hold the mass top_p; on a CPU, sorting a whole vocabulary costs more
-# than the model's forward. The guess grows for the rows that need more, so the outcome is exact.
+# First guess of the number of tokens that hold the mass top_p. On a CPU, sorting a whole vocabulary
+# takes longer than the model's forward. The guess grows for rows that need more tokens, so the
+# result is exact.
 _TOP_P_FIRST_GUESS = 64
 _TOP_P_GROWTH = 32
 
@@ -20,13 +21,13 @@ _TOP_P_GROWTH = 32
 def filter_logits(
     logits: torch.Tensor, options: SamplingOptions, seen: torch.Tensor | None
 ) -> torch.Tensor:
-    """Apply all of the options' filters in transformers' order; may change `logits` in place.
+    """Apply all filters of the options in transformers' order; may change `logits` in place.
 
     Args:
         logits: Float32 (B, V).
         options: The sampling options. At temperature 0 only the penalty applies, as in `generate`
             without sampling.
-        seen: Bool (B, V), True for tokens of the row's prompt and completion; needed if
+        seen: Tokens of each row's prompt and completion, bool (B, V); needed if
             `repetition_penalty` isn't 1.
 
     Returns:
@@ -60,13 +61,13 @@ def apply_repetition_penalty(
 
 
 def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Set all but the `top_k` largest logits of each row to -inf; ties with the last stay."""
+    """Set all but the `top_k` largest logits of each row to -inf; ties with the last are kept."""
     smallest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
     return logits.masked_fill_(logits < smallest, -math.inf)
 
 
 def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Keep the smallest set of likeliest tokens whose mass reaches `top_p`, at least one.
+    """Keep the smallest set of most likely tokens whose mass reaches `top_p`, at least one token.
 
     Source: nucleus sampling, arXiv 1904.09751, section 3.1.
     """
@@ -74,18 +75,19 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     log_total = logits.logsumexp(dim=-1, keepdim=True)
     kept = torch.full_like(logits, -math.inf)
     rows = torch.arange(logits.shape[0], device=logits.device)
-    # Elsewhere a sort is cheap, and asking whether a guess was enough would wait for the device.
+    # On other devices sorting is cheap, and checking whether the guess was enough would synchronize.
     on_cpu = logits.device.type == "cpu"
     count = min(_TOP_P_FIRST_GUESS, vocab_size) if on_cpu else vocab_size
     while True:
+        # `rows` are those whose mass isn't reached yet, all of them at first.
         part = logits if len(rows) == len(logits) else logits[rows]
         values, indices = part.topk(count, dim=-1)  # (rows, count), descending
         probs = (values - log_total[rows]).exp_()
         mass = probs.cumsum(dim=-1)
-        # A token stays while the mass of the likelier ones is below top_p.
+        # Keep a token while the mass of the more likely ones is below top_p.
         dropped = (mass - probs) >= top_p
         dropped[:, 0] = False
-        # Rows that need more tokens than these are written again.
+        # Rows that need more tokens are overwritten in the next pass.
         kept[rows[:, None], indices] = values.masked_fill_(dropped, -math.inf)
         if count == vocab_size:
             return kept
@@ -96,7 +98,7 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def keep_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:
-    """Keep tokens with at least `min_p` times the likeliest token's probability.
+    """Keep tokens with at least `min_p` times the probability of the most likely token.
 
     Source: min-p sampling, arXiv 2407.01082, section 3.
     """

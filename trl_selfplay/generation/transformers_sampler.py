@@ -1,11 +1,11 @@
-"""Sample in the training process, with a decode loop of its own over a transformers model.
+"""Sample in the training process, with a custom decoding loop over a transformers model.
 
-In: requests in any order. Out: completions as they finish. Requests are sorted by length and
-decoded in batches, each prompt computed once for all of its samples. What all prompts begin with
-is computed once a call where padding may stand behind it: with full attention, or while nothing is
-longer than the sliding windows. Models with recurrent layers take rows of equal length alone; so
-do rows that may grow past a length at which the model's rotary frequencies change, which all rows
-of a batch share.
+In: requests in any order. Out: completions as they finish. Requests are sorted by length and decoded
+in batches; each prompt is computed once for all of its samples. A common prefix of all prompts is
+computed once per call if padding may follow it: with full attention, or as long as no row is longer
+than the sliding windows. With recurrent layers, only rows of equal length are batched. So are rows
+that may grow past a length at which the model's rotary frequencies change, since all rows of a batch
+share these.
 """
 
 import logging
@@ -48,39 +48,38 @@ logger = logging.getLogger(__name__)
 _PATHS = {
     "inside": "full attention; a shared prefix and each prompt are computed once",
     "left": "sliding windows; each prompt is computed once, a shared prefix only within the window",
-    "none": "recurrent layers; prompts of equal length are sampled together, each computed once",
+    "none": "recurrent layers; only prompts of equal length are batched, each computed once",
 }
-# A shorter common beginning (a chat template's first tokens) costs more in copies than it saves.
+# A shorter common prefix (the first tokens of a chat template) costs more in copies than it saves.
 _SHORTEST_SHARED_PREFIX = 16
-# Beyond these, a step's time grows with the batch and throughput no longer does.
+# In larger batches, the time per step grows with the batch and throughput stays the same.
 _LARGEST_BATCH_ON_CPU = 64
 _LARGEST_BATCH_ON_DEVICE = 256
-# A step reads all weights once, which more rows share, and each row's keys and values. Once these
-# are more than the weights, a larger batch costs memory and gains little; a GPU has more to gain.
+# A step reads all weights once for all rows, and the keys and values of each row. Once these are
+# larger than the weights, a larger batch on a CPU costs memory and gains little.
 _LEAST_CACHE_ON_CPU = 256 * 2**20
-# Joining caches copies both; at this share of free places the fuller steps repay it.
+# Joining caches copies both; from this share of free places on, fuller steps make up for it.
 _REFILL_SHARE = 1 / 4
-# The rest stays for the allocator's slack, graders and the prefill's own peaks.
+# The rest is for fragmentation, graders and peaks during prefill.
 _SHARE_OF_FREE_MEMORY = 0.5
-# Float32 copies of a row of logits alive at once: logits, filtered, noise, sorted, hashed bits.
+# Float32 copies of a row of logits in memory at once: logits, filtered, noise, sorted, hashed bits.
 _LOGITS_COPIES = 6
 
 
 class TransformersSampler:
     """The in-process `Sampler`.
 
-    With temperature 0 there is no distribution to sample from; `logprob` is then that of the
-    softmax of the logits after the repetition penalty.
+    At temperature 0, `logprob` is that of the softmax of the logits after the repetition penalty.
 
-    A completion ends with "length" also where prompt and completion fill the model's context.
+    A completion also ends with "length" if prompt and completion fill the model's context.
 
     Args:
         model: The model, or a function that returns it (a trainer wraps its model anew in every
-            round); wrapped by `accelerator` or not, with a PEFT adapter or not.
-        tokenizer: Decodes text for stop strings; ids that it doesn't have are never sampled.
-        accelerator: The trainer's, for unwrapping and mixed precision.
-        pad_token_id: Fills shorter prompts and is masked; the tokenizer's by default, or 0.
-        traits: Of the model, from `try_model`; by default they are read off it without a trial.
+            round); wrapped by `accelerator` or not, with or without a PEFT adapter.
+        tokenizer: Decodes text for stop strings; ids outside its vocabulary are never sampled.
+        accelerator: The trainer's accelerator, for unwrapping and mixed precision.
+        pad_token_id: Pads shorter prompts, masked; by default the tokenizer's, or else 0.
+        traits: The model's traits from `try_model`; by default they are read without a trial.
     """
 
     def __init__(
@@ -103,10 +102,10 @@ class TransformersSampler:
         self._fitting: tuple[int, int] | None = None  # batch size and length after running out
 
     def suggest_batch_size(self, longest_prompt: int, max_completion_length: int) -> int:
-        """Return how many sequences of this length (tokens) fit in memory at once, at least 1.
+        """Return how many sequences of this length in tokens fit in memory at once, at least 1.
 
-        Counts keys and values, the prompt's activations and the logits against half of the memory
-        that is free now. On a CPU, keys and values take no more than the weights or 256 MiB.
+        Compares keys and values, activations of the prompt and logits with half of the free memory.
+        On a CPU, keys and values take at most as much as the weights, or 256 MiB.
         """
         model, traits = self._unwrapped(), self._traits()
         device = input_device(model)
@@ -188,7 +187,7 @@ class TransformersSampler:
                     batch_size = len(started) // 2
                     self._fitting = (batch_size, longest)
                     logger.warning(
-                        "out of memory with %d sequences at once; going on with %d.",
+                        "out of memory with %d sequences at once; continuing with %d.",
                         len(started),
                         batch_size,
                     )
@@ -260,7 +259,7 @@ class TransformersSampler:
         return model if self._accelerator is None else self._accelerator.unwrap_model(model)
 
     def _traits(self) -> ModelTraits:
-        """Return the model's traits, read once a model."""
+        """Return the model's traits, read once per model."""
         if self._tried is not None:
             return self._tried
         model = self._unwrapped()
@@ -279,12 +278,12 @@ def _check_prompts(requests: Sequence[SampleRequest], context_length: int | None
             raise ValueError(
                 f"the prompt of request {index} has {length} tokens, and the model's context of "
                 f"{context_length} (`max_position_embeddings`) leaves no room for a completion. "
-                "Shorten or drop the prompt, or show fewer `few_shot_examples`."
+                "Shorten or drop the prompt, or use fewer `few_shot_examples`."
             )
 
 
 def _passes_switch(request: SampleRequest, traits: ModelTraits, options: SamplingOptions) -> bool:
-    """Return whether a row may grow to other rotary frequencies than its first tokens have."""
+    """Return whether a row may grow past the length at which rotary frequencies change."""
     longest = len(request.prompt_ids) + options.max_completion_length
     return traits.rope_switch is not None and longest > traits.rope_switch
 
@@ -292,16 +291,16 @@ def _passes_switch(request: SampleRequest, traits: ModelTraits, options: Samplin
 def _build_prefix(
     forward: CausalForward, prompts: Sequence[tuple[int, ...]]
 ) -> SharedPrefix | None:
-    """Compute what all prompts begin with, or return None where that doesn't pay."""
+    """Compute the common prefix of all prompts, or return None if that doesn't pay off."""
     distinct = set(prompts)
     if len(distinct) < 2:
         return None
-    # The first and last in lexical order differ earliest.
+    # The common prefix of all is that of the first and last in lexical order.
     first, last = min(distinct), max(distinct)
     common = 0
     while common < min(len(first), len(last)) and first[common] == last[common]:
         common += 1
-    # Every prompt keeps a token of its own, whose logits begin the completion.
+    # Every prompt keeps at least one token, whose logits start the completion.
     length = min(common, min(map(len, distinct)) - 1)
     if length < _SHORTEST_SHARED_PREFIX:
         return None
@@ -332,7 +331,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch has reserved and doesn't use is free for us as well.
+        # Memory that torch has reserved but doesn't use is available as well.
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + reserved
     return psutil.virtual_memory().available

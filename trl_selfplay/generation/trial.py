@@ -1,8 +1,8 @@
-"""Whether a model can be sampled from: its traits, then a trial on a few tokens.
+"""Check whether a model can be sampled from: its traits, then a trial on a few tokens.
 
-In: a trainer's model before the first round. Out: an error that says why not. The trial feeds rows
-through the cache as the sampler does and compares them with each row alone, so that a model whose
-state, mask or positions work otherwise is refused at construction and not sampled wrongly.
+In: a trainer's model before the first round. Out: an error that says why it can't. The trial feeds
+rows through the cache as the sampler does and compares them with each row alone, so that a model
+whose state, mask or positions work differently is refused at construction and not sampled wrongly.
 """
 
 from dataclasses import replace
@@ -22,22 +22,23 @@ from trl_selfplay.generation.model_traits import (
 )
 
 _LENGTH, _SHORTER = 6, 4
-# Largest distance between logits, as a share of their spread: float32, and anything below it.
+# Maximum distance between logits relative to their spread, in float32 and in lower precision.
 _TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-2, 0.3
 
 
 def try_model(model: nn.Module, accelerator: Accelerator | None = None) -> ModelTraits:
-    """Return the model's traits, once a trial has shown that its rows can be told apart.
+    """Return the model's traits after a trial that its rows don't influence each other.
 
-    Where rows of several lengths can't, or the model numbers its positions in a way of its own,
-    the traits are those of rows of equal length, without positions.
+    If rows of different lengths fail, or the model numbers positions in its own way, the traits are
+    those of rows of equal length without position ids.
 
     Args:
-        model: As a trainer holds it; its state stays as it is. Sharded weights aren't tried.
-        accelerator: The trainer's, for unwrapping and mixed precision.
+        model: The model as a trainer holds it; its state is restored. There is no trial for sharded
+            weights.
+        accelerator: The trainer's accelerator, for unwrapping and mixed precision.
 
     Raises:
-        ValueError: The model can't be sampled from. The text names its class and the reason.
+        ValueError: The model can't be sampled from. The error names its class and the reason.
     """
     unwrapped: Any = model if accelerator is None else accelerator.unwrap_model(model)
     traits = describe_model(unwrapped)
@@ -61,7 +62,7 @@ def try_model(model: nn.Module, accelerator: Accelerator | None = None) -> Model
             if reason is None:
                 return candidate
             failures.append(reason)
-    # The rows of equal length say more about the model: nothing is padded in them.
+    # Report the last failure, that of rows of equal length: without padding, it says more.
     failure = failures[-1]
     if isinstance(failure, Exception):
         text = f"its forward failed with {type(failure).__name__}: {failure}"
@@ -73,9 +74,9 @@ def try_model(model: nn.Module, accelerator: Accelerator | None = None) -> Model
 
 
 def _with_equal_lengths(traits: ModelTraits, config: Any) -> ModelTraits:
-    """Return the traits of rows without padding, whose positions the model numbers itself."""
+    """Return the traits for rows without padding whose positions the model numbers itself."""
     length = traits.context_length
-    if length is not None:  # RoBERTa's positions begin behind the number of its pad token
+    if length is not None:  # RoBERTa's positions start after its pad token's id
         length -= 1 + (getattr(config, "pad_token_id", None) or 0)
     return replace(
         traits, padding="none", window=None, takes_position_ids=False, context_length=length
@@ -83,28 +84,28 @@ def _with_equal_lengths(traits: ModelTraits, config: Any) -> ModelTraits:
 
 
 def _find_fault(forward: CausalForward) -> str | None:
-    """Return what is wrong with rows that go through the cache together, or None."""
+    """Return what is wrong with rows that share a cache, or None."""
     apart, alone = _distances(forward)
     if not apart <= _TOLERANCE:
         return (
-            "what came after a prompt changed with another prompt that had been computed in "
-            "between. It keeps a state in its modules, outside of its cache, so its rows could "
-            "not be told apart."
+            "the continuation of a prompt changed when another prompt had been computed in "
+            "between. The model keeps a state in its modules, outside of its cache, so rows could "
+            "not be kept apart."
         )
     if not alone <= (_TOLERANCE if forward.is_float32() else _LOW_PRECISION_TOLERANCE):
         return (
-            "rows that were fed through its cache together got other logits than each row alone "
-            f"(they differ by {alone:.2g} of the logits' spread). Its attention, masks or "
-            "positions work in a way that the sampler doesn't support."
+            "rows fed through the cache together got other logits than each row alone (they differ "
+            f"by {alone:.2g} of the logits' spread). The model's attention, masks or positions work "
+            "in a way that the sampler doesn't support."
         )
     return None
 
 
 def _distances(forward: CausalForward) -> tuple[float, float]:
-    """Return how far the logits of rows that go together are from what they should be.
+    """Return two distances of the logits of rows that share a cache.
 
-    First from those with other rows computed in between, which a cache keeps apart to the bit;
-    then from those of each row alone, where rounding differs.
+    The first is from the logits with other rows computed in between, which a cache keeps apart
+    exactly. The second is from the logits of each row alone, where rounding differs.
     """
     generator = torch.Generator().manual_seed(0)
     size = (5, _LENGTH)
@@ -120,7 +121,7 @@ def _distances(forward: CausalForward) -> tuple[float, float]:
     _TrialRows(forward, others[: len(places)]).prefilled()
     apart = _largest_distance(rows.step(cache, places, last), undisturbed)
 
-    places = [0, *places]  # the first prompt goes on in two rows
+    places = [0, *places]  # the first prompt continues in two rows
     together = rows.step(rows.prefilled(), places, last)
     whole = [[*rows.prompts[p], token] for p, token in zip(places, last, strict=False)]
     lone = [forward.lone_logits(torch.tensor([ids]).to(forward.device)) for ids in whole]
@@ -128,7 +129,7 @@ def _distances(forward: CausalForward) -> tuple[float, float]:
 
 
 class _TrialRows:
-    """Prompts that are padded on the left to the length of the trial, and a token behind them."""
+    """Prompts, padded on the left to the length of the trial, and one token after each."""
 
     def __init__(self, forward: CausalForward, prompts: list[list[int]]) -> None:
         self.prompts = prompts
@@ -141,7 +142,7 @@ class _TrialRows:
         self._mask = mask.to(device) if any(pads) else None
 
     def prefilled(self) -> Any:
-        """Return a cache that holds a row for each prompt."""
+        """Return a cache with one row per prompt."""
         cache = self._forward.new_cache()
         mask = None if self._mask is None else self._mask[:, :_LENGTH]
         ids, positions = self._ids.to(self._forward.device), self._positions[:, :_LENGTH]
@@ -149,7 +150,7 @@ class _TrialRows:
         return cache
 
     def step(self, cache: Any, places: list[int], tokens: list[int]) -> torch.Tensor:
-        """Let the prompts at these places go on by a token each; return the logits behind it."""
+        """Continue the prompts at these places by one token each; return the logits after it."""
         device = self._forward.device
         index = torch.tensor(places).to(device)
         if len(places) > len(self.prompts):
@@ -160,7 +161,7 @@ class _TrialRows:
 
 
 def _largest_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest distance of two rows of logits as a share of their spread."""
+    """Return the largest distance between rows of logits, relative to their spread."""
     found, expected = (x - x.mean(dim=-1, keepdim=True) for x in (found, expected))
     spread = expected.norm(dim=-1).clamp(min=1e-6)
     return ((found - expected).norm(dim=-1) / spread).max().item()

@@ -1,4 +1,4 @@
-"""Reward functions: what says which completions are right."""
+"""Reward functions, which grade completions."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

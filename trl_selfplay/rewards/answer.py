@@ -1,8 +1,9 @@
 """Compare the final answer of a completion with the solution.
 
-In: completions as text or chat messages, solutions that may hold worked steps. Out: 1.0 or 0.0, or
-None where the solution can't be used. The extractor is strict: a false 1.0 is trained on, a false
-0.0 only costs a sample. What stands in thoughts is no answer. Everything here takes linear time.
+In: completions as text or chat messages, and solutions, which may include worked steps. Out: 1.0 or
+0.0, or None if the solution is unusable. Extraction is strict: a false 1.0 is trained on, but a
+false 0.0 only costs a sample. Text inside thoughts is never an answer. Everything here takes linear
+time.
 """
 
 import math
@@ -14,7 +15,7 @@ from typing import Any
 _ANSWER_IS = re.compile(r"the\s+(?:final\s+|correct\s+)?answer\s+is\s*:?|answer\s*:", re.IGNORECASE)
 _ANSWER_TAG = "<answer>"
 _ANSWER_END = "</answer>"
-# What closes a model's thoughts; what opens them often stands in the prompt.
+# The tags that close a model's thoughts; the opening tag is often part of the prompt.
 _THOUGHTS_END = re.compile(r"</(?:think|thinking|reasoning)>", re.IGNORECASE)
 _HASHES = re.compile(r"####[ \t]*([^\n]*)")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", re.ASCII)
@@ -22,22 +23,22 @@ _NUMBER = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
 _QUOTIENT = re.compile(r"(\d+)\s*/\s*(\d+)", re.ASCII)
 _BRACE = re.compile(r"[{}]")
 _CURRENCY = "$€£¥"
-# Longer digit strings are compared as text: no answer needs them and big integers cost time.
+# Longer digit strings are compared as text: no answer needs them, and large integers are slow.
 _MOST_DIGITS = 60
 
 
 def text_of(completion: Any) -> str:
-    """Return a completion's text: itself, or the text of its last message."""
+    """Return the text of a completion, or of its last message."""
     if isinstance(completion, str):
         return completion
     content = completion[-1]["content"] if completion else ""
-    if isinstance(content, list):  # parts, as of models that also see images
+    if isinstance(content, list):  # content parts, as for multimodal models
         return "".join(part.get("text") or "" for part in content)
     return content or ""
 
 
 def without_thoughts(text: str) -> str:
-    """Return what follows the last `</think>`, `</thinking>` or `</reasoning>`; all of it without.
+    """Return the text after the last `</think>`, `</thinking>` or `</reasoning>`, if there is one.
 
     >>> without_thoughts("<think>4 or 5?</think> The answer is 5.")
     ' The answer is 5.'
@@ -49,11 +50,12 @@ def without_thoughts(text: str) -> str:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Return what a text marks as its final answer; None without a marker.
+    r"""Return the marked final answer of a text, or None if there is no marker.
 
-    Thoughts that were closed are not searched. The kinds of markers in order: `\boxed{…}` with balanced braces, `#### …`, `<answer>…</answer>`,
-    "the answer is …" or "Answer: …" up to the end of the line. The first kind that occurs counts,
-    and of it the last one; if that one is empty or never closed, the answer is "".
+    Closed thoughts are not searched. The markers are, in order of precedence, `\boxed{…}` with
+    balanced braces, `#### …`, `<answer>…</answer>`, and "the answer is …" or "Answer: …" up to the
+    end of the line. Of the first kind that occurs, the last occurrence counts; if it is empty or
+    never closed, the answer is "".
 
     >>> extract_answer("3 + 4 = 7, so the answer is 7.")
     '7'
@@ -87,12 +89,12 @@ def _last_boxed(text: str) -> str:
 
 
 def final_answer(solution: Any) -> str:
-    r"""Return the final answer of a solution that may hold worked steps; without a marker, itself.
+    r"""Return the final answer of a solution, or the solution itself if it has no marker.
 
-    A missing number (NaN) has none: "".
+    A missing number (NaN) gives "".
 
     Raises:
-        TypeError: A list, a dict or bytes: something that holds an answer and is none.
+        TypeError: The solution is a list, a dict or bytes.
 
     >>> final_answer("She has 40 + 32 = 72 clips.\n#### 72")
     '72'
@@ -110,16 +112,16 @@ def final_answer(solution: Any) -> str:
 
 
 def is_answer(solution: Any) -> bool:
-    """Return whether a solution can be one answer: text, a number or None, but no collection."""
+    """Return whether a solution can be a single answer: text, a number or None, not a collection."""
     return isinstance(solution, str) or not isinstance(solution, Iterable)
 
 
 def normalise_answer(text: str, *, percent_is_unit: bool = False) -> str | Fraction:
-    """Return a form that is equal for equal answers: an exact number where the text is one.
+    """Return a normal form that is equal for equal answers: an exact number if the text is one.
 
-    Case is folded, white space too; a trailing period, surrounding `$` and currency signs go;
-    commas group thousands only as in 1,000,000. A percent sign stays, since 5% is not 5, unless
-    `percent_is_unit`. Digits other than 0-9 are text.
+    Case and white space are folded. A trailing period, surrounding `$` and currency signs are
+    removed. Commas group thousands only as in 1,000,000. A percent sign is kept, since 5% is not 5,
+    unless `percent_is_unit`. Digits other than 0-9 are text.
 
     >>> normalise_answer("1,000.0") == normalise_answer("1000")
     True
@@ -156,7 +158,7 @@ def _as_number(text: str) -> Fraction | None:
 
 
 def answers_agree(first: str, second: str, *, percent_is_unit: bool = False) -> bool:
-    """Say whether two answers have the same normal form, and that isn't empty."""
+    """Return whether two answers have the same, non-empty normal form."""
     form = normalise_answer(first, percent_is_unit=percent_is_unit)
     return form != "" and form == normalise_answer(second, percent_is_unit=percent_is_unit)
 
@@ -164,14 +166,14 @@ def answers_agree(first: str, second: str, *, percent_is_unit: bool = False) -> 
 def exact_reward(
     completions: Sequence[Any], solution: Sequence[Any], **kwargs: Any
 ) -> list[float | None]:
-    """Give 1.0 where a completion's final answer is the solution's, else 0.0.
+    """Return 1.0 if a completion's final answer is that of the solution, else 0.0.
 
-    A completion without a marker counts only if all of it is the answer. None where the solution
-    is empty or None.
+    A completion without a marker counts only if all of it is the answer. Returns None if the
+    solution is empty or None.
 
     Args:
-        completions: Text, or messages whose last one counts.
-        solution: The ground truth; of one with worked steps the final answer, see `final_answer`.
+        completions: Text, or messages, the last of which counts.
+        solution: The ground truth; worked steps are allowed, see `final_answer`.
         **kwargs: Other columns, unused.
 
     Raises:

@@ -1,8 +1,8 @@
 """Grade multiple-choice answers.
 
-In: completions, solutions that are a letter or an option's text, and the options where the dataset
-has them. Out: 1.0 or 0.0, or None where the solution can't be used. Someone who knows nothing
-passes one sample in A; of K samples at least one passes with 1 − (1 − 1/A)^K.
+In: completions, solutions that are a letter or an option's text, and the options if the dataset has
+them. Out: 1.0 or 0.0, or None if the solution is unusable. With A options, guessing passes one
+sample in A, and at least one of K samples with probability 1 − (1 − 1/A)^K.
 """
 
 import re
@@ -22,9 +22,9 @@ _ALONE = re.compile(r"[(\[]?([A-Za-z])[)\].:]*")
 # Not the call in "f(x)".
 _IN_PARENTHESES = re.compile(r"(?<!\w)\(([A-Za-z])\)")
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\[a-z]+\{\s*)?\(?([A-Za-z])\)?\s*\}")
-# A letter is a choice where what follows can't follow the article "A" or the pronoun "I": the same
-# for every letter, or right A's would be lost. Punctuation and the end come after a letter of
-# either case, these words after a capital one alone.
+# A letter is a choice if what follows can't follow the article "A" or the pronoun "I". The rule is
+# the same for every letter, or right answers "A" would be lost. Punctuation and the end of the text
+# may follow a letter of either case, these words only a capital letter.
 _WORDS_AFTER = (
     r"because|since|as|due\s+to|given\s+that|based\s+on|according\s+to|so|thus|and|or|but|not|nor"
     r"|which|where|whereas|while|if|is|isn['’]t|was|would|should|fits|matches|seems|works|makes"
@@ -36,7 +36,7 @@ _LETTER = (
     rf"|([A-Z])(?=\s+(?:{_WORDS_AFTER})\b))"
 )
 # "answer is (b)", "**Answer**: b.", "the correct option is B" and "answer is B because", but not
-# "answer is a dog". One class in place of `\s*\**\s*`, which takes quadratic time.
+# "answer is a dog". One character class instead of `\s*\**\s*`, which takes quadratic time.
 _ANSWER_LETTER = re.compile(
     r"(?i:answer|(?:correct|right|best|final|my)\s+(?:option|choice|letter))"
     rf"[\s*]*(?i:is|:)[\s*:]*(?i:(?:option|choice|letter)\s+)?{_LETTER}"
@@ -50,15 +50,15 @@ _DENIED_LETTER = re.compile(
     r"(?<![\w'’])\(?([A-Za-z])\)?\**\s+"
     r"(?:is\s+(?:not|wrong|incorrect|false)|isn['’]t|cannot\s+be|can['’]t\s+be)\b"
 )
-# A letter that begins an answer, and further ones: "B, since …", "option B or C", "A/B".
+# A letter at the start of an answer, and further letters: "B, since …", "option B or C", "A/B".
 _LEADING = re.compile(rf"(?i:(?:(?:both|either)\s+)?(?:(?:option|choice|letter)s?\s+)?){_LETTER}")
 _LETTERED = re.compile(r"([A-Za-z])[).:]\s")
 _FURTHER = re.compile(rf"(?:\b(?:and|or)\s+(?i:option\s+|choice\s+)?|[,/&]\s*)\**{_LETTER}")
-# What may stand between a letter and its option's text; the sign or point of a number is the text's.
+# What may separate a letter from its option's text; a sign or decimal point belongs to the text.
 _BETWEEN = re.compile(r"(?:[\s*)\]:;–—]|[-.,](?!\d))*")
-# A dog or (B): "A" is no choice by itself, but two there are.
+# In "A dog or (B)", "A" alone would be no choice, but together there are two.
 _BARE_LEADING = re.compile(r"([A-Z])(?=\s)")
-# What ends an option's text: a point is followed by no digit.
+# What ends an option's text. A period or comma before a digit doesn't.
 _ENDS = re.compile(r"[;)\]}$*\n]|[.,](?!\d)|$")
 _DENIAL = re.compile(r"(?:not|neither|none)\b", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{(.*)\}", re.DOTALL)
@@ -70,19 +70,20 @@ def choice_reward(
     choices: Sequence[Sequence[str] | None] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
-    """Give 1.0 where a completion chooses the right option and no other, else 0.0.
+    """Return 1.0 if a completion chooses the right option and no other, else 0.0.
 
-    The choice is the marked final answer, a letter or an option's text; else the letters in
-    parentheses, after "answer is" or "option", or before "is correct"; else the one option whose
-    text occurs. Two different letters, in the final answer or in two declared ones, are no choice,
-    nor is a letter with another option's text ("(C) Paris" where Paris is A). What a letter needs
-    beside it is the same for all: "A", which is a word as well, is neither favoured nor harmed.
+    The choice is the marked final answer (a letter or an option's text); without a marker, a letter
+    in parentheses, after "answer is" or "option", or before "is correct"; otherwise the only option
+    whose text occurs. Two different letters in the final answer, or in two declared answers, are no
+    choice, nor is a letter with another option's text ("(C) Paris" if Paris is A). The same rules
+    hold for all letters, so "A", which is also a word, has neither advantage nor disadvantage.
+    Returns None if the solution names no option.
 
     Args:
-        completions: Text, or messages whose last one counts.
-        solution: The right letter, with or without parentheses, or the right option's text. Where
-            options are letters themselves, a letter is taken as the option's letter.
-        choices: Each row's options in order, A first; needed where either side gives text.
+        completions: Text, or messages, the last of which counts.
+        solution: The right letter, with or without parentheses, or the right option's text. If
+            options are letters themselves, a letter is read as the letter of the option.
+        choices: The options of each row in order, A first; needed if either side gives text.
         **kwargs: Other columns, unused.
 
     Raises:
@@ -128,7 +129,7 @@ def _letters(pattern: re.Pattern[str], text: str, options: Sequence[str]) -> set
 def _letters_of(matches: Iterable[re.Match[str]], options: Sequence[str]) -> set[str]:
     """Return the letters that a pattern found.
 
-    One that stands before another option's text ("(C) Paris" where Paris is A) counts as both.
+    A letter before another option's text ("(C) Paris" if Paris is A) counts as both.
     """
     letters: set[str] = set()
     for match in matches:
@@ -141,7 +142,7 @@ def _letters_of(matches: Iterable[re.Match[str]], options: Sequence[str]) -> set
 
 
 def _option_after(text: str, end: int, options: Sequence[str]) -> set[str]:
-    """Return the letter of the option whose text stands alone right behind a letter."""
+    """Return the letter of the option whose text directly follows a letter, if any."""
     if not options:
         return set()
     start = _BETWEEN.match(text, end)
@@ -161,7 +162,7 @@ def _is_option(letter: str, options: Sequence[str]) -> bool:
 
 
 def _choice_in(text: str, options: Sequence[str]) -> str | None:
-    """Return the letter that a final answer chooses, None if it chooses none or several."""
+    """Return the letter that a final answer chooses, or None if it chooses none or several."""
     text = text.strip().strip("*").strip("$").strip()
     if wrapped := _WRAPPED.fullmatch(text):
         text = wrapped[1].strip()
@@ -182,7 +183,7 @@ def _choice_in(text: str, options: Sequence[str]) -> str | None:
 
 
 def _exact_choice(text: str, options: Sequence[str]) -> str | None:
-    """Return the letter if a text is nothing but a letter, an option's text, or both."""
+    """Return the letter if a text consists of a letter, an option's text, or both."""
     alone = _ALONE.fullmatch(text)
     if alone is not None and _is_option(alone[1].upper(), options):
         return alone[1].upper()
@@ -198,11 +199,11 @@ def _exact_choice(text: str, options: Sequence[str]) -> str | None:
 
 
 def _named_option(text: str, options: Sequence[str]) -> str | None:
-    """Return the letter of the one option whose text occurs as whole words."""
+    """Return the letter of the only option whose text occurs as whole words, or None."""
     letter_of = {o.casefold(): chr(ord("A") + i) for i, o in enumerate(options) if o.strip()}
     if not letter_of:
         return None
-    # The longest first: "a dog house" names no "a dog". Nor is 5 named by -5, 15 or 1.5.
+    # Longest first, because "a dog house" doesn't name "a dog". Nor do -5, 15 or 1.5 name 5.
     longest_first = sorted(letter_of, key=len, reverse=True)
     pattern = re.compile(
         r"(?<![\w\-−])(?<!\d[.,])(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w|[.,]\d)"

@@ -1,8 +1,8 @@
-"""Check the arithmetic that a completion writes down, without running any of it.
+"""Check the arithmetic in a completion without executing it.
 
-In: completions with equations, marked as in GSM8K (`<<48/2=24>>`) or in line (`48 / 2 = 24`). Out:
-the equations, and 1.0 or 0.0 for whether all of them hold. Numbers, + - * / and parentheses are
-read by a parser of our own; model text is never evaluated.
+In: completions with equations, marked as in GSM8K (`<<48/2=24>>`) or inline (`48 / 2 = 24`). Out:
+the equations, and 1.0 if all of them hold, else 0.0. A small parser reads numbers, + - * / and
+parentheses; model text is never evaluated.
 
 Source: RFT, arXiv 2308.01825, section 3.3: paths with a false equation are dropped.
 """
@@ -16,8 +16,8 @@ from typing import Any
 from trl_selfplay.rewards.answer import text_of
 
 _MARKED = re.compile(r"<<([^<>\n]{0,400})>>")
-# A run of arithmetic around "=": digits, operators, parentheses, units that calculators ignore.
-# Bounded, so that a long row of digits takes linear time.
+# A run of arithmetic around "=": digits, operators, parentheses, currency signs. Lengths are bounded,
+# so that a long row of digits takes linear time.
 _IN_LINE = re.compile(
     r"[-+$€£(\d][-+*/×÷·xX%$€£().,\d \t]{0,120}(?:=[-+*/×÷·xX%$€£().,\d \t]{1,120}){1,20}"
 )
@@ -28,16 +28,16 @@ _GROUPED = re.compile(r"(?<=\d),(?=\d{3})")
 _OPERATORS = str.maketrans(
     {"×": "*", "·": "*", "x": "*", "X": "*", "÷": "/", "$": "", "€": "", "£": ""}
 )
-# The official code's tolerance: models write 1/3 = 0.333.
+# The official code's tolerance, because models write 1/3 = 0.333.
 _TOLERANCE = Fraction(1, 1000)
 _MOST_DEPTH = 50
 _MOST_DIGITS = 60
 
 
 def find_equations(text: str) -> list[str]:
-    """Return a text's equations in order: the marked ones if there are any, else those in line.
+    """Return a text's equations in order: the marked ones if there are any, else the inline ones.
 
-    What stands in line and is no arithmetic, such as "x = 3" or "3, 4 = 7", is left out.
+    Inline text that isn't arithmetic, such as "x = 3" or "3, 4 = 7", is left out.
 
     >>> find_equations("Half is <<48/2=24>>24, together <<48 + 24 = 72>>72.")
     ['48/2=24', '48 + 24 = 72']
@@ -60,7 +60,7 @@ def find_equations(text: str) -> list[str]:
 
 
 def _trim(equation: str) -> str:
-    # A full stop or comma behind the last number ends the sentence, not the number.
+    # A period or comma after the last number ends the sentence, not the number.
     return equation.strip(" \t.,xX")
 
 
@@ -74,7 +74,7 @@ def _is_readable(equation: str) -> bool:
 
 
 def is_true_equation(equation: str) -> bool:
-    """Say whether all sides of an equation are equal, to a thousandth; False if one can't be read.
+    """Return whether all sides of an equation are equal to within 0.001; False if one is unreadable.
 
     >>> is_true_equation("48/2=24"), is_true_equation("2+2=4=5"), is_true_equation("two=2")
     (True, False, False)
@@ -90,14 +90,14 @@ def is_true_equation(equation: str) -> bool:
 
 
 def equations_reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-    """Return 1.0 for each completion whose equations all hold, or that has none, else 0.0.
+    """Return 1.0 if all equations of a completion hold or it has none, else 0.0.
 
-    A marked equation (`<<…>>`) that can't be read counts as false. To ask for the right answer as
-    well, give it beside an answer's reward with `reward_weights=[0.5, 0.5]`, so that only both
+    A marked equation (`<<…>>`) that can't be read counts as false. To require the right answer as
+    well, combine this with an answer reward and `reward_weights=[0.5, 0.5]`, so that only both
     together reach a threshold of 1.0.
 
-    Source: RFT, arXiv 2308.01825, section 3.3; the official code compares the first two sides of
-    an equation only, here all are.
+    Source: RFT, arXiv 2308.01825, section 3.3; the official code compares only the first two sides
+    of an equation, this function all of them.
     """
     return [
         float(all(map(is_true_equation, find_equations(text_of(completion)))))
@@ -109,7 +109,7 @@ def _value(text: str) -> Fraction:
     """Return the value of an arithmetic expression.
 
     Raises:
-        ValueError: Anything but numbers, + - * / % and parentheses.
+        ValueError: The text has anything but numbers, + - * / % and parentheses.
     """
     text = _GROUPED.sub("", text.translate(_OPERATORS)).strip()
     tokens: list[str] = []
@@ -131,7 +131,7 @@ def _value(text: str) -> Fraction:
 
 
 class _Parser:
-    """Recursive descent: sum = product {± product}; product = factor {×÷ factor}."""
+    """A recursive-descent parser: sum = product {± product}; product = factor {×÷ factor}."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens = list(tokens)

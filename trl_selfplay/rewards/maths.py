@@ -1,11 +1,9 @@
 """Grade mathematical answers by value, with math-verify, in a process that can be killed.
 
-In: completions and gold answers. Out: 1.0 or 0.0, or None where the gold answer can't be parsed or
-the comparison hung or died. math-verify's own deadlines work in the main thread alone, so they are
-off and the parent's deadline counts. Only the final answer is parsed, as one LaTeX expression: left
-to search whole texts, math-verify finds the 72 of `It isn't 72` and the 2 of `2x + 1`. It compares
-numbers to six decimals, so that all tiny ones are equal: a small relative difference is asked for
-as well.
+In: completions and gold answers. Out: 1.0 or 0.0, or None if the gold answer can't be parsed or the
+comparison hung or crashed. Only the final answer is parsed, as one LaTeX expression: searching whole
+texts, math-verify would find the 72 in `It isn't 72` and the 2 in `2x + 1`. It compares numbers to
+six decimals, which makes all tiny numbers equal, so the relative difference must be small as well.
 """
 
 import logging
@@ -20,18 +18,18 @@ from trl_selfplay.rewards.worker import WorkerPool
 logger = logging.getLogger(__name__)
 
 DEADLINE_S = 5.0
-# Of two numbers that count as equal, against the larger one: 0.142857 is 1/7.
+# Maximum difference of equal numbers, relative to the larger one: 0.142857 is 1/7.
 _RELATIVE_TOLERANCE = 1e-4
 _DIGITS = 20
-# Longer texts are no answers, and parsing takes more than linear time.
+# Longer texts aren't answers, and parsing them takes more than linear time.
 _MOST_CHARACTERS = 1000
 _SURROUNDINGS = "* \t\r\n"
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("\\boxed{", "}"))
 _PERCENT = re.compile(r"([\d.,]+)\s*\\?%", re.ASCII)
 _MIXED_NUMBER = re.compile(r"(\d+)\s+(\d+)/(\d+)", re.ASCII)
-# math-verify makes a sum or a product of them.
+# math-verify reads two numbers as a sum or a product.
 _TWO_NUMBERS = re.compile(r"\d\s+\d", re.ASCII)
-# Read as a product of letters, so that every anagram would be right.
+# math-verify reads words as products of letters, so that every anagram would be right.
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}")
 _COMMAND_WITH_TEXT = re.compile(
     r"\\(?:text|textbf|mathrm|mathbf|operatorname|begin|end)\{[^{}]*\}|\\[A-Za-z]+"
@@ -46,18 +44,18 @@ def math_reward(
     prompts: Sequence[Any] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
-    r"""Give 1.0 where a completion's final answer equals the solution in value, else 0.0.
+    r"""Return 1.0 if a completion's final answer has the value of the solution, else 0.0.
 
-    The final answer is what `extract_answer` finds; a completion without a marker counts only if
-    all of it is one expression. None, with one warning that counts them, where the gold answer
-    can't be parsed as mathematics, or where the comparison gave no verdict within 5 seconds; after
-    four such answers to one prompt its others are not compared either.
+    The final answer is found by `extract_answer`; a completion without a marker counts only if all
+    of it is one expression. Returns None, and logs a count, if the gold answer isn't mathematics or
+    the comparison gives no verdict within 5 seconds. After four such timeouts on one prompt, its
+    other completions aren't compared.
 
     Args:
-        completions: Text, or messages whose last one counts.
+        completions: Text, or messages, the last of which counts.
         solution: The ground truth in LaTeX, with or without `$` or `\boxed{}`, or a plain number
-            or expression; of one with worked steps the final answer.
-        prompts: Which completions belong together; by default those with one solution do.
+            or expression; worked steps before a marked final answer are allowed.
+        prompts: The prompt of each completion, which groups completions; by default the solution does.
         **kwargs: Other columns, unused.
 
     Raises:
@@ -91,7 +89,7 @@ def _answer_in(completion: Any) -> str:
 
 
 def _expression(text: str) -> str:
-    """Return an answer without what surrounds the mathematics; "" if it is too long for one."""
+    """Return an answer without the delimiters around it, or "" if it is too long for an answer."""
     if len(text) > _MOST_CHARACTERS:
         return ""
     text = text.strip(_SURROUNDINGS).removesuffix(".").strip(_SURROUNDINGS)
@@ -116,16 +114,18 @@ def verdict(gold: str | None, answer: str) -> bool | None:
 
     if gold is None or _TWO_NUMBERS.search(gold) or _WORD.search(_COMMAND_WITH_TEXT.sub("", gold)):
         return None
-    # math-verify takes 5% for 5 as well as for 0.05.
+    # math-verify accepts both 5 and 0.05 for 5%.
     gold, answer = (_PERCENT.sub(r"\\frac{\1}{100}", text) for text in (gold, answer))
     parsed_gold = _parse(gold)
-    # What could not be parsed comes back as text.
+    # math-verify returns what it can't parse as text.
     if all(isinstance(value, str) for value in parsed_gold):
         return None
     if "$" in answer or _TWO_NUMBERS.search(answer):
         return False
     parsed = _parse(answer)
-    # Not symmetric: the gold answer comes first.
+    # `verify` isn't symmetric: the gold answer comes first. Its timeout uses signals, which only work
+    # in the main thread (https://github.com/huggingface/Math-Verify/issues/55), so it is off here and
+    # below; the pool's deadline replaces it. Remove when math-verify has a timeout without signals.
     if not verify(parsed_gold, parsed, timeout_seconds=None):
         return False
     first, second = (
@@ -136,10 +136,10 @@ def verdict(gold: str | None, answer: str) -> bool | None:
 
 
 def _are_close(first: Any, second: Any) -> bool:
-    """Return whether two expressions differ little for their size; True if they aren't numbers.
+    """Return whether two expressions are close relative to their size; True if they aren't numbers.
 
-    Of equations and inequalities with equal left sides the right sides are compared, and of
-    `x = 3` against `3`.
+    For equations and inequalities with equal left sides, and for `x = 3` against `3`, the right
+    sides are compared.
     """
     from sympy.core.relational import Relational
 
@@ -156,7 +156,7 @@ def _are_close(first: Any, second: Any) -> bool:
 
 
 def _numbers(expression: Any) -> list[Any] | None:
-    """Return the number, or those in a set, tuple or interval; None for anything else."""
+    """Return a number, or the numbers of a set, tuple or interval; None for anything else."""
     import sympy
 
     if isinstance(expression, sympy.Interval):
@@ -167,7 +167,7 @@ def _numbers(expression: Any) -> list[Any] | None:
         number = expression.evalf(_DIGITS)
         if not number.is_number or not number.is_finite:
             return None
-        # What cancels out exactly evaluates to noise of one bit.
+        # Terms that cancel exactly evaluate to noise with a precision of one bit.
         return [sympy.Integer(0) if getattr(number, "_prec", 0) == 1 else number]
     else:
         return None
@@ -183,7 +183,7 @@ def _numbers(expression: Any) -> list[Any] | None:
 def _parse(expression: str) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 
-    # "first_match": an expression that can't be parsed is not rescued by a part of it.
+    # "first_match": don't fall back to a part of an expression that can't be parsed.
     return parse(
         f"${expression}$",
         [LatexExtractionConfig()],
@@ -193,7 +193,7 @@ def _parse(expression: str) -> list[Any]:
 
 
 def prepare() -> None:
-    """Import math-verify, or say how to install it."""
+    """Import math-verify, or raise an error that says how to install it."""
     try:
         import math_verify  # noqa: F401
     except ImportError as error:

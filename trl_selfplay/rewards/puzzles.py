@@ -1,8 +1,8 @@
 """Any reasoning-gym scorer as a reward function.
 
 In: completions, and the puzzle's entry as columns of the dataset. Out: the scorer's number, from
-0.0 to 1.0, or None where the scorer raised, hung or died. Scorers run in a process that can be
-killed, because some evaluate the answer: the one of `countdown` never ends on 9**9**9**9.
+0.0 to 1.0, or None if the scorer raised, hung or crashed. Scorers run in a process that can be
+killed, because some evaluate the answer: that of `countdown` never returns on 9**9**9**9.
 """
 
 import json
@@ -22,14 +22,14 @@ _pool = WorkerPool(__name__, "score_answer")
 
 
 class puzzle_reward:
-    """Make the reward function of a reasoning-gym task.
+    """The reward function of a reasoning-gym task.
 
-    The returned object is called with `completions`, `solution` and, where the task's scorer needs
-    it, `metadata`: the entry's metadata as a dict, or as JSON text, which a dataset can hold whatever
-    its keys are. The marked final answer is scored, or the whole completion without a marker.
+    Called with `completions`, `solution` and, if the task's scorer needs it, `metadata`: the entry's
+    metadata as a dict, or as JSON text, which a dataset can hold whatever its keys are. Scores the
+    marked final answer, or the whole completion if there is no marker.
 
     Args:
-        name: The task, such as "word_sequence_reversal".
+        name: Name of the task, such as "word_sequence_reversal".
 
     Raises:
         ImportError: reasoning-gym is not installed.
@@ -55,11 +55,11 @@ class puzzle_reward:
         prompts: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
-        """Score each completion; None where the scorer failed, with a counted warning."""
+        """Score each completion; None, and a logged count, if the scorer failed."""
         rows = metadata if metadata is not None else [None] * len(completions)
         calls = []
         for completion, gold, row in zip(completions, solution, rows, strict=True):
-            if not is_answer(gold):  # scorers give it 0.0
+            if not is_answer(gold):  # scorers would return 0.0
                 raise TypeError(
                     f"{self.__name__}: a solution is {gold!r:.100}; give one answer, as text."
                 )
@@ -91,7 +91,7 @@ def score_answer(name: str, answer: str, entry: dict[str, Any]) -> float:
 
 
 def prepare() -> None:
-    """Import reasoning-gym, or say how to install it."""
+    """Import reasoning-gym, or raise an error that says how to install it."""
     try:
         import reasoning_gym  # noqa: F401
     except ImportError as error:

@@ -1,7 +1,8 @@
 """A sequence classifier as a reward function.
 
 In: prompts and completions as text or chat messages. Out: the classifier's score of each, or None
-where the text is longer than the classifier's context: a score of half an answer says nothing.
+if the text is longer than the classifier's context, since the score of half an answer is
+meaningless.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# Scores are computed in groups of this many texts.
+# Number of texts scored together.
 _BATCH_SIZE = 16
-# Keywords of `from_pretrained` that a tokenizer needs as its model does.
+# Keywords of `from_pretrained` that the tokenizer needs as well as the model.
 _ACCESS = ("token", "trust_remote_code", "revision", "cache_dir", "local_files_only")
 
 
@@ -20,11 +21,11 @@ class RewardModel:
     """A reward function over a sequence classifier with one label.
 
     Args:
-        model: Its id or folder, or the model itself, which is used as it is, in eval mode.
-        tokenizer: Its tokenizer; None loads the one of the model's source.
-        device: Where a model given by id is put.
-        model_init_kwargs: Keywords of `from_pretrained` for a model given by id; its tokenizer gets
-            those that say how to reach a repository.
+        model: A Hub id, a folder, or a loaded model, which is put into eval mode.
+        tokenizer: The model's tokenizer; None loads it from the model's source.
+        device: Device for a model given by id or folder.
+        model_init_kwargs: Keywords of `from_pretrained` for a model given by id or folder. Those
+            about access to the repository also go to its tokenizer.
 
     Raises:
         ValueError: The classifier has more than one label.
@@ -59,7 +60,7 @@ class RewardModel:
         # The score is read at the last token that is not padding.
         config = self._model.config.get_text_config()
         config.pad_token_id = self._tokenizer.pad_token_id
-        # Both, since RoBERTa's kind has two positions more than tokens.
+        # Models like RoBERTa have two more positions than tokens, so check the tokenizer as well.
         limits = (
             getattr(config, "max_position_embeddings", None),
             self._tokenizer.model_max_length,
@@ -70,10 +71,10 @@ class RewardModel:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any
     ) -> list[float | None]:
-        """Score each prompt with its completion, in the model's own chat template.
+        """Score each prompt with its completion, using the model's own chat template for messages.
 
-        Plain text gets the special tokens that the tokenizer adds by itself (GRPOTrainer leaves
-        them out).
+        Plain text gets the special tokens that the tokenizer adds by default (GRPOTrainer omits
+        them).
         """
         scores: list[float | None] = [None] * len(prompts)
         encoded = [

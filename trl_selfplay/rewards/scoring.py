@@ -1,8 +1,8 @@
 """Call reward functions the way GRPOTrainer does, and keep each one's own score.
 
-In: prompts, completions and the dataset's columns, repeated for every completion. Out: one tuple
-of scores a completion, None where a function abstained. Several kinds of functions are taken:
-callables, async callables, model ids and sequence classifiers.
+In: prompts, completions and the dataset's columns, repeated for every completion. Out: one tuple of
+scores per completion, with None where a function abstained. Functions may be callables, async
+callables, model ids and sequence classifiers.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ from trl_selfplay.rewards.reward_model import RewardModel
 
 logger = logging.getLogger(__name__)
 
-# Not forwarded: every function gets them under the names of GRPOTrainer's convention.
+# Columns that aren't forwarded: functions get them under GRPOTrainer's names (`prompts`, …).
 _NOT_FORWARDED = ("prompt", "completion", "completion_ids")
-# What functions get beside the columns; a column of that name would take its place.
+# What functions get besides the columns; a column of the same name would replace it.
 _GIVEN = {
     "prompts": "the prompts",
     "completions": "what the model wrote",
@@ -37,7 +37,7 @@ _GIVEN = {
     "log_extra": "a function to log with",
     "log_metric": "a function to log with",
 }
-# GRPOTrainer keeps scores in float32, and means and squares of larger ones would overflow.
+# GRPOTrainer keeps scores in float32, where means and squares of larger scores overflow.
 _LARGEST_SCORE = 3.4e38
 SLOW_AFTER_S = 60.0
 
@@ -47,19 +47,19 @@ class Scorer:
 
     Args:
         reward_funcs: A callable, a model id, a sequence classifier, or a sequence of these.
-        reward_weights: One weight a function; None weighs all with 1.0.
-        reward_processing_classes: Tokenizers of reward models, one for each function (None for
-            callables); a single one where there is one function.
-        device: Where reward models given by id run.
+        reward_weights: One weight per function; None means 1.0 for all.
+        reward_processing_classes: Tokenizers of reward models, one per function (None for
+            callables), or a single tokenizer if there is one function.
+        device: Device of reward models given by id.
         model_init_kwargs: Keywords of `from_pretrained` for reward models given by id.
-        get_trainer_state: Returns what functions get as `trainer_state`.
+        get_trainer_state: Returns the `trainer_state` that functions get.
 
     Attributes:
-        names: A name for each function, all different.
+        names: A unique name per function.
 
     Raises:
         TypeError: An entry is neither callable nor a model.
-        ValueError: There is no function, the number of weights or tokenizers doesn't fit, or a
+        ValueError: There is no function, the number of weights or tokenizers doesn't match, or a
             weight is not finite.
     """
 
@@ -78,7 +78,7 @@ class Scorer:
         if reward_processing_classes is None:
             reward_processing_classes = [None] * len(entries)
         elif not isinstance(reward_processing_classes, (list, tuple)):
-            # As for GRPOTrainer: one for all would give ids of another vocabulary to some.
+            # As in GRPOTrainer; one tokenizer for several models would give some of them wrong ids.
             reward_processing_classes = [reward_processing_classes]
         if len(reward_processing_classes) != len(entries):
             raise ValueError(
@@ -91,13 +91,16 @@ class Scorer:
                 "functions; give one each."
             )
         if not all(map(math.isfinite, reward_weights or ())):
-            raise ValueError(f"reward_weights={list(reward_weights or ())} holds no finite number.")
+            raise ValueError(
+                f"reward_weights={list(reward_weights or ())} holds a number that isn't finite; give finite "
+                "weights."
+            )
         self._functions: list[Callable[..., Any]] = []
         for entry, tokenizer in zip(entries, reward_processing_classes, strict=True):
             is_function_name = isinstance(entry, str) and re.fullmatch(r"[\w.]+_reward", entry)
             if is_function_name and not Path(entry).is_dir():
                 raise ValueError(
-                    f"reward_funcs holds the text {entry!r}, and text names a reward model. Pass the "
+                    f"reward_funcs holds the string {entry!r}, but a string names a reward model. Pass the "
                     f"function itself: from trl_selfplay.rewards import {entry} (or trl.rewards)."
                 )
             if isinstance(entry, (str, nn.Module)):
@@ -123,23 +126,23 @@ class Scorer:
         columns: Mapping[str, list[Any]],
         where: str = "",
     ) -> list[tuple[float | None, ...]]:
-        """Return each function's score of each completion, None where it abstained.
+        """Return one tuple of scores per completion, with None where a function abstained.
 
-        Functions run one after the other; async ones after them, all at once. One that takes a
-        minute is mentioned in the log.
+        Functions run one after another, then all async functions concurrently. A warning is logged
+        for a function that takes more than a minute.
 
         Args:
-            prompts: Of each completion.
+            prompts: The prompt of each completion.
             completions: Text, or messages.
-            completion_ids: Their tokens.
-            columns: The dataset's, one value for each completion.
-            where: What to call these completions in the log, such as their file.
+            completion_ids: The tokens of each completion.
+            columns: The dataset's columns, one value per completion.
+            where: Names these completions in the log, such as by their file.
 
         Raises:
-            RuntimeError: A function raised or tried to end the program; the error names it.
-            ValueError: A function returned another number of scores, or one that isn't finite,
-                needs a column that is not there, or a column has the name of what it gets.
-            TypeError: A function returned something else than numbers and None.
+            RuntimeError: A function raised or tried to exit; the error names it.
+            ValueError: A function returned the wrong number of scores or one that isn't finite,
+                needs a missing column, or a column has the name of another argument.
+            TypeError: A function returned something other than numbers and None.
         """
         self.check_columns(columns, "the dataset")
         columns = {k: v for k, v in columns.items() if k not in _NOT_FORWARDED}
@@ -175,11 +178,11 @@ class Scorer:
         return list(zip(*scores, strict=True))
 
     def check_columns(self, columns: Collection[str], where: str) -> None:
-        """Raise ValueError where the functions can't be called with a dataset's columns.
+        """Raise ValueError if the functions can't be called with a dataset's columns.
 
         Args:
-            columns: Their names, without `prompt`.
-            where: What to call the dataset.
+            columns: Names of the columns, without `prompt`.
+            where: Name of the dataset, for the error.
         """
         for name in sorted(_GIVEN.keys() & set(columns)):
             raise ValueError(
@@ -194,13 +197,13 @@ class Scorer:
 
     @property
     def callables(self) -> list[Callable[..., Any]]:
-        """The functions that were given, without reward models."""
+        """The given functions without reward models."""
         return [f for f in self._functions if not isinstance(f, RewardModel)]
 
     def take_metrics(self) -> dict[str, float]:
-        """Return the mean of each number given to `log_metric` since the last call of this.
+        """Return the mean of each metric given to `log_metric` since the last call.
 
-        What isn't finite is left out: JSON has no such numbers.
+        Values that aren't finite are left out, since JSON can't represent them.
         """
         finite = {name: [v for v in vs if math.isfinite(v)] for name, vs in self._logged.items()}
         means = {name: sum(values) / len(values) for name, values in finite.items() if values}
@@ -209,7 +212,7 @@ class Scorer:
 
     @property
     def solution_readers(self) -> tuple[str, ...]:
-        """The names of the functions that compare with one answer, the column `solution`."""
+        """The names of the functions that compare completions with the column `solution`."""
         return tuple(
             name
             for function, name in zip(self._functions, self.names, strict=True)
@@ -217,10 +220,10 @@ class Scorer:
         )
 
     def find_unreadable(self, solutions: Sequence[Any]) -> dict[str, list[int]]:
-        """Return, by function, the indices of solutions that it could grade nothing against.
+        """Return, by function, the indices of solutions that the function can't read.
 
-        Functions that say so with the attribute `abstains_without_solution` are asked to grade
-        each solution as if it were a completion; they abstain where they can't read it.
+        Functions with the attribute `abstains_without_solution` are asked to grade each solution as
+        if it were a completion; they abstain if they can't read it.
         """
         found = {}
         for function, name in zip(self._functions, self.names, strict=True):
@@ -233,10 +236,10 @@ class Scorer:
         return found
 
     def weighted(self, rewards: Sequence[float | None]) -> float | None:
-        """Return the weighted sum of what didn't abstain, or None if everything did.
+        """Return the weighted sum of the rewards that aren't None, or None if all are.
 
         Raises:
-            ValueError: The sum is too large a number.
+            ValueError: The sum overflows float32.
         """
         present = [w * r for w, r in zip(self._weights, rewards, strict=True) if r is not None]
         total = sum(present) if present else None
@@ -248,15 +251,15 @@ class Scorer:
         return total
 
     def close(self) -> None:
-        """End the thread of async functions, if one runs. Also done when the scorer goes."""
+        """End the thread of the async functions, if any. Also done when the scorer is collected."""
         self._end_loop()
         self._loop, self._end_loop = None, _ignore
 
     def _run_together(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Return what each coroutine returned, or the exception that it raised.
 
-        They run on an event loop in a thread of its own, because the caller's may be running, and
-        on the same loop every time, because clients and locks belong to the loop of their first use.
+        They run on an event loop in a separate thread, because the caller's loop may be running. It
+        is the same loop every time, because clients and locks belong to the loop of their first use.
         """
         if not calls:
             return []
@@ -275,7 +278,7 @@ async def _gather(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     async def attempt(call: Callable[[], Any]) -> Any:
         try:
             return await call()
-        except BaseException as error:  # an interrupt, too, must reach the thread that waits
+        except BaseException as error:  # interrupts must reach the waiting thread as well
             return _Raised(error)
 
     return list(await asyncio.gather(*map(attempt, calls)))
@@ -293,11 +296,11 @@ def _unwrap(outcome: Any) -> Any:
 
 
 def _start_loop() -> tuple[asyncio.AbstractEventLoop, Callable[[], None]]:
-    """Return an event loop that runs in a daemon thread, and what ends both."""
+    """Start an event loop in a daemon thread; return it, and a function that ends both."""
     started: queue.Queue[asyncio.AbstractEventLoop] = queue.Queue()
 
     def serve() -> None:
-        with asyncio.Runner() as runner:  # cancels what is left when the loop stops
+        with asyncio.Runner() as runner:  # cancels pending tasks when the loop stops
             loop = runner.get_loop()
             started.put(loop)
             loop.run_forever()
@@ -309,7 +312,7 @@ def _start_loop() -> tuple[asyncio.AbstractEventLoop, Callable[[], None]]:
     def end() -> None:
         loop.call_soon_threadsafe(loop.stop)
         if thread is not threading.current_thread():
-            thread.join(timeout=5.0)  # a function that blocks must not keep the program
+            thread.join(timeout=5.0)  # a blocking function must not keep the program alive
 
     return loop, end
 
@@ -360,7 +363,7 @@ def _uses(function: Callable[..., Any], parameter: str) -> bool:
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Take a table column that a GRPO reward function logs; there is no such table here."""
+    """Accept a table column that a GRPO reward function logs; there is no such table here."""
 
 
 def _unique_names(functions: Sequence[Callable[..., Any]]) -> tuple[str, ...]:
@@ -381,7 +384,7 @@ def _without_partial(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_async(function: Callable[..., Any]) -> bool:
     inner = _without_partial(function)
-    call = getattr(inner, "__call__", None)  # noqa: B004  # its own type decides, not whether it is there
+    call = getattr(inner, "__call__", None)  # noqa: B004  # we need its type, not whether it exists
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(call)
 
 
@@ -389,7 +392,7 @@ def _check_parameters(
     function: Callable[..., Any], name: str, given: set[str], columns: list[str], where: str
 ) -> None:
     try:
-        # A decorator may add arguments: what it takes counts, not what it wraps.
+        # The signature of a decorated function counts, not that of the function it wraps.
         parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):  # some built-ins have no signature
         return
@@ -414,7 +417,7 @@ def _check_parameters(
 
 
 def _in_form_for(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Wrap plain-text completions for TRL's own rewards, which take chat messages only."""
+    """Wrap plain-text completions for TRL's own rewards, which only take chat messages."""
     given = dict(arguments)
     module = getattr(_without_partial(function), "__module__", None) or ""
     if module.startswith("trl.rewards"):
@@ -427,13 +430,13 @@ def _in_form_for(function: Callable[..., Any], arguments: Mapping[str, Any]) -> 
 
 @contextmanager
 def _mentioned_if_slow(names: str, about: str) -> Iterator[None]:
-    """Say once that functions have not answered, if they don't: one that hangs looks like work."""
+    """Warn once if functions take long, since a hung function looks like a busy one."""
     timer = threading.Timer(
         SLOW_AFTER_S,
         logger.warning,
         (
-            "reward function %s has not answered for %.0f s on %s; waiting for it. One that may "
-            "hang needs a deadline of its own.",
+            "reward function %s has not returned after %.0f s on %s; still waiting. A function that "
+            "may hang needs a timeout of its own.",
             names,
             SLOW_AFTER_S,
             about,
@@ -453,11 +456,11 @@ def _mentioned_if_slow(names: str, about: str) -> Iterator[None]:
 def _call(name: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
-    # An exit, too: a run that ends with code 0 and without a word looks like one that is done.
+    # SystemExit as well: a run that ends silently with code 0 looks like a finished one.
     except (Exception, SystemExit) as error:
         raise RuntimeError(
             f"reward function {name!r} raised {type(error).__name__}: {error}. The samples are on "
-            "disk; mend the function and go on with train(resume_from_checkpoint=True)."
+            "disk; fix the function and resume with train(resume_from_checkpoint=True)."
         ) from error
 
 
@@ -470,12 +473,12 @@ def _check_scores(
     if not isinstance(answer, (list, tuple)):
         raise TypeError(
             f"reward function {name!r} returned {type(answer).__name__}; return a list with one "
-            "float or None for each completion."
+            "float or None per completion."
         )
     if len(answer) != count:
         raise ValueError(
             f"reward function {name!r} returned {len(answer)} scores for {count} completions. "
-            "Return one float or None for each completion."
+            "Return one float or None per completion."
         )
     scores: list[float | None] = []
     for index, value in enumerate(answer):
@@ -486,19 +489,19 @@ def _check_scores(
             f"reward function {name!r} returned {value!r:.100} for completion {index}, "
             f"{completions[index]!r:.200} to the prompt {prompts[index]!r:.200}"
         )
-        if isinstance(value, (str, bytes)):  # float() would read some
+        if isinstance(value, (str, bytes)):  # float() would parse some
             raise TypeError(f"{returned}; return a float or None.")
         try:
             number = float(value)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{returned}; return a float or None.") from error
-        except OverflowError:  # a long integer
+        except OverflowError:  # a large integer
             number = math.inf
         if abs(number) > _LARGEST_SCORE:
             raise ValueError(
-                f"{returned}; return a finite number that float32 holds, or None where there is "
-                "no score."
+                f"{returned}; return a number within the range of float32, or None if there is no "
+                "score."
             )
-        # GRPOTrainer keeps scores in a tensor, where NaN is how None is written.
+        # GRPOTrainer keeps scores in a tensor, where NaN represents None.
         scores.append(None if math.isnan(number) else number)
     return scores

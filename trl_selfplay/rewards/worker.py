@@ -1,11 +1,11 @@
 """Killable processes that compute one value at a time.
 
-In: a module and function by name, and arguments (pickled). Out: the function's return value (JSON,
-so that what ran there can't run code here), or a `WorkerFailure` when it raised, died or ran over
-its deadline. A process is a fresh interpreter (no fork of a process with threads, no guard needed
-in the user's script), serves many calls, and is killed and replaced after a failure. It ends by
-itself when its parent goes: its input closes, and a timer ends a call that nobody awaits. POSIX
-only: Windows has neither `select` on pipes nor these limits.
+In: the name of a module and function, and pickled arguments. Out: the function's return value as
+JSON, so that nothing that ran there can run code here, or a `WorkerFailure` if it raised, died or
+missed its deadline. A process is a fresh interpreter: processes with threads aren't forked, and the
+user's script needs no `__main__` guard. It serves many calls, and is killed and replaced after a
+failure. It ends when its parent does: its input closes, and a timer ends a call that nobody awaits.
+POSIX only: Windows has neither `select` on pipes nor these limits.
 """
 
 import atexit
@@ -23,9 +23,9 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 _MEMORY_LIMIT_BYTES = 4 * 2**30
-# Starting the interpreter and importing the function's module is not the function's time.
+# Separate deadline for starting the interpreter and importing the function's module.
 _START_DEADLINE_S = 120.0
-# A worker ends a call of its own accord only this long after the parent should have killed it.
+# A worker ends a call by itself only this long after the parent should have killed it.
 _ORPHAN_GRACE_S = 5.0
 _LENGTH_BYTES = 8
 MOST_LATE_CALLS = 4
@@ -34,15 +34,15 @@ _NOT_TRIED = f"not tried after {MOST_LATE_CALLS} of the same prompt without an a
 
 
 class WorkerFailure(Exception):
-    """The call gave no value: it raised, the process died, or the deadline passed."""
+    """The call returned no value: it raised, the process died, or the deadline passed."""
 
 
 class _Worker:
-    """One process; used by one thread at a time."""
+    """One process, used by one thread at a time."""
 
     def __init__(self, target: str) -> None:
         self._process = subprocess.Popen(
-            # -P: a file of the user's folder must not stand in for a module of the library.
+            # -P: a file in the user's folder must not shadow a module of a library.
             [sys.executable, "-P", "-m", "trl_selfplay.rewards.worker", target],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -53,7 +53,7 @@ class _Worker:
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),  # noqa: PTH109  # a string
             },
-            start_new_session=True,  # Ctrl-C goes to the parent, which decides
+            start_new_session=True,  # Ctrl-C only reaches the parent, which decides
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -115,25 +115,25 @@ class _Worker:
         self._process.wait()
 
     def forget(self) -> None:
-        """Let go of a process that belongs to the parent of this one."""
+        """Release a process that belongs to the parent of this one."""
         self._requests.close()
         self._answers.close()
         self._process.returncode = 0  # not ours to wait for
 
 
 class WorkerPool:
-    """As many processes for one function as threads call it at once, started when needed.
+    """Processes for one function, one per concurrent thread, started on demand.
 
     Args:
-        module: The function's module. Its `prepare()`, where it has one, is called once in each
-            process before the first call, to import what takes time; an ImportError goes through.
+        module: The function's module. If it has a `prepare()`, that is called once per process
+            before the first call, for slow imports; its ImportError is passed on.
         function: The function's name.
     """
 
     def __init__(self, module: str, function: str) -> None:
         self._target = f"{module}:{function}"
         self._idle: list[_Worker] = []
-        self._epoch = 0  # `close` begins a new one; processes of an old one are not kept
+        self._epoch = 0  # incremented by `close`; processes of an old epoch are killed
         self._lock = threading.Lock()
         self._is_registered = False
 
@@ -141,15 +141,15 @@ class WorkerPool:
         """Return `function(*arguments)`, from any thread.
 
         Raises:
-            WorkerFailure: No value within the deadline (seconds, from when a process is ready).
-            ImportError: The function's module lacks a package.
+            WorkerFailure: No value within the deadline (in seconds, once a process is ready).
+            ImportError: The function's module needs a package that isn't installed.
             RuntimeError: The process can't be started.
         """
         worker, epoch = self._take()
         try:
             answer = worker.call(arguments, deadline_s)
         except BaseException:
-            # Also after Ctrl-C: the answer still to come would be taken for the next call's.
+            # After Ctrl-C as well: the pending answer would be read as that of the next call.
             worker.kill()
             raise
         with self._lock:
@@ -168,16 +168,16 @@ class WorkerPool:
         deadline_s: float,
         groups: Sequence[Hashable] | None = None,
     ) -> tuple[list[Any], Counter[str]]:
-        """Return each call's value, None where it failed, and how many failed for what reason.
+        """Return the value of each call (None if it failed), and a count of failures by reason.
 
-        Equal calls are computed once; a call's arguments are equal if their pickles are.
+        Calls with equal arguments (equal pickles) are computed once.
 
         Args:
             calls: The arguments of each call.
-            deadline_s: Of each.
-            groups: What each call belongs to, such as its prompt. Of a group in which four calls
-                have run over the deadline, each of which costs it whole and a process as well,
-                the others fail without being tried. None: each is tried.
+            deadline_s: Deadline per call.
+            groups: A key per call, such as its prompt. A timeout costs the whole deadline and a
+                process, so after four timeouts in a group its other calls fail without being
+                tried. None: all calls are tried.
         """
         known: dict[bytes, tuple[Any, str | None]] = {}
         late = Counter[Hashable]()
@@ -202,7 +202,7 @@ class WorkerPool:
         return values, reasons
 
     def close(self) -> None:
-        """End the processes; those at work end after their call. A later call starts new ones."""
+        """End the processes; busy ones end after their call. A later call starts new ones."""
         with self._lock:
             closing, self._idle = self._idle, []
             self._epoch += 1
@@ -215,7 +215,7 @@ class WorkerPool:
                 self._is_registered = True
                 _pools.append(self)
                 atexit.register(self.close)
-                # A forked process would otherwise write into its parent's pipes.
+                # A forked process must not write into its parent's pipes.
                 os.register_at_fork(after_in_child=self._forget)
             while self._idle:
                 worker = self._idle.pop()
@@ -236,7 +236,7 @@ _pools: list[WorkerPool] = []
 
 
 def close_workers() -> None:
-    """End all grading processes; the next grading starts new ones. Also done at exit."""
+    """End all grading processes; the next call starts new ones. Also done at exit."""
     for pool in _pools:
         pool.close()
 
@@ -247,9 +247,9 @@ def main() -> None:
     import resource
     import signal
 
-    with contextlib.suppress(ValueError, OSError):  # macOS takes no such limit
+    with contextlib.suppress(ValueError, OSError):  # macOS doesn't support this limit
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
-    # What the function prints or reads must not be taken for an answer or a request.
+    # The function may print or read: keep that apart from answers and requests.
     requests = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
@@ -270,11 +270,11 @@ def main() -> None:
     reply({"ready": True})
     while length := requests.read(_LENGTH_BYTES):
         arguments, deadline_s = pickle.loads(requests.read(int.from_bytes(length, "big")))
-        # The kernel ends this process if the parent is gone and the call goes on for ever.
+        # If the parent is gone and the call never returns, the kernel ends this process.
         signal.setitimer(signal.ITIMER_REAL, deadline_s + _ORPHAN_GRACE_S)
         try:
             answer = {"value": function(*arguments)}
-        except Exception as error:  # the graders' boundary: any failure is no value
+        except Exception as error:  # graders may fail in any way
             answer = {"error": f"{type(error).__name__}: {error}"[:200]}
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply(answer)

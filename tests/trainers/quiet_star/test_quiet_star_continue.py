@@ -157,10 +157,10 @@ def test_what_would_lose_thoughts_is_refused_or_said(finished, tmp_path, caplog)
     finished("full")
     plain = AutoModelForCausalLM.from_pretrained(folder)
     QuietSTaRTrainer(plain, configure(tmp_path / "on"), **rest)
-    assert "loaded without them: it begins with an untrained mixing head" in caplog.text
+    assert "loaded without them, so it starts with an untrained mixing head" in caplog.text
     caplog.clear()
     QuietSTaRTrainer(str(folder), configure(tmp_path / "on", num_thoughts=0), **rest)
-    assert "is not loaded" in caplog.text
+    assert "are not loaded" in caplog.text
     (folder / "quiet_star.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"but no quiet_star\.json"):
         QuietSTaRTrainer(str(folder), configure(tmp_path / "on"), **rest)
