@@ -126,12 +126,26 @@ class Sampler(Protocol):
         ...
 
     def sample(
-        self, requests: Sequence[SampleRequest], options: SamplingOptions, batch_size: int
+        self,
+        requests: Sequence[SampleRequest] | Iterator[SampleRequest | None],
+        options: SamplingOptions,
+        batch_size: int,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         """Yield `(request index, completion)` as completions finish, each request once.
 
-        `batch_size` is the most sequences decoded together. Weights, train mode, gradient
-        checkpointing and the global random state are afterwards as they were before, also when
-        the iterator is closed early or an exception passes through.
+        Requests may come from an iterator, which is pulled as places become free, after the
+        completions that freed them were yielded. So a request can follow from an earlier completion
+        while others are still being decoded. None in place of a request says that there is none
+        now; the iterator is asked again when the next completion has been yielded. The index of a
+        request is its place among those given. The iterator runs in the thread that iterates over
+        the completions.
+
+        Weights, train mode, gradient checkpointing and the global random state are restored, even
+        when the iterator is closed early or an exception passes through.
+
+        Args:
+            requests: A sequence, or an iterator of requests and None.
+            options: The same for all of them.
+            batch_size: Maximum sequences decoded together.
         """
         ...

@@ -1,15 +1,14 @@
 """Sample in the training process, with a custom decoding loop over a transformers model.
 
-In: requests in any order. Out: completions as they finish. Requests are sorted by length and decoded
-in batches; each prompt is computed once for all of its samples. A common prefix of all prompts is
-computed once per call if padding may follow it: with full attention, or as long as no row is longer
-than the sliding windows. With recurrent layers, only rows of equal length are batched. So are rows
-that may grow past a length at which the model's rotary frequencies change, since all rows of a batch
-share these.
+In: requests in any order, all at once or as places become free. Out: completions as they finish.
+Requests are sorted by length and decoded in batches; each prompt is computed once for all of its
+samples. A common prefix of all prompts is computed once per call if padding may follow it: with
+full attention, or as long as no row is longer than the sliding windows. With recurrent layers, only
+rows of equal length are batched. So are rows that may grow past a length at which the model's
+rotary frequencies change, since all rows of a batch share these.
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,6 +32,7 @@ from trl_selfplay.generation.model_traits import (
     input_device,
     sampling_state,
 )
+from trl_selfplay.generation.request_queue import RequestQueue
 from trl_selfplay.generation.sampler import SampledCompletion, SampleRequest, SamplingOptions
 from trl_selfplay.memory import return_freed_memory
 
@@ -119,63 +119,65 @@ class TransformersSampler:
         return max(1, min(largest, fitting))
 
     def sample(
-        self, requests: Sequence[SampleRequest], options: SamplingOptions, batch_size: int
+        self,
+        requests: Sequence[SampleRequest] | Iterator[SampleRequest | None],
+        options: SamplingOptions,
+        batch_size: int,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         """Yield `(request index, completion)` as completions finish, each request once.
+
+        An iterator of requests is pulled as places become free: see `Sampler.sample`. Tokens are
+        those that the same requests get in a sequence; only what all prompts begin with isn't
+        computed once, since not all are known.
 
         Between two completions, too, the model is in eval mode: train only after the iterator has
         ended or was closed.
 
         Raises:
             ValueError: An option is out of range, a prompt is empty or fills the model's context,
-                or the model can't be sampled from; before anything is sampled.
-            RuntimeError: The model's logits are NaN, its forward ignores the cache, or one
-                sequence alone doesn't fit in memory (more than one are tried in halves).
+                or the model can't be sampled from; before anything is sampled, but for prompts of
+                an iterator.
+            RuntimeError: The model's logits are NaN, its forward ignores the cache, one sequence
+                alone doesn't fit in memory (more than one are tried in halves), or an iterator gave
+                None when nothing was in progress.
         """
         check_sampling_options(options)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
         traits = self._traits()
-        _check_prompts(requests, traits.context_length)
-        return self._sample_checked(list(requests), options, batch_size, traits)
+        queue = RequestQueue(requests, traits.context_length)
+        return self._sample_checked(queue, options, batch_size, traits)
 
     def _sample_checked(
         self,
-        requests: Sequence[SampleRequest],
+        queue: RequestQueue,
         options: SamplingOptions,
         batch_size: int,
         traits: ModelTraits,
     ) -> Iterator[tuple[int, SampledCompletion]]:
-        if not requests:
+        if not queue.has_more(batch_size, is_decoding=False):
             return
-        # Longest first, so that a batch that doesn't fit shows at once; then everything that names
-        # a request, so that the order in which requests came makes no difference.
-        order = sorted(
-            range(len(requests)),
-            key=lambda i: (
-                -len(requests[i].prompt_ids),
-                requests[i].prompt_ids,
-                requests[i].stream_key,
-                i,
-            ),
-        )
         with sampling_state(self._wrapped(), self._accelerator) as model:
             autocast = None if self._accelerator is None else self._accelerator.autocast
             forward = CausalForward(model, traits, autocast)
             chooser = TokenChooser(options, self._token_ids)
-            longest = len(requests[order[0]].prompt_ids) + options.max_completion_length
-            if self._fitting is not None and longest >= self._fitting[1]:
-                batch_size = min(batch_size, self._fitting[0])
+            longest = len(queue.first.prompt_ids) + options.max_completion_length
             prefix = None
-            if traits.padding == "inside" or (traits.window or 0) >= longest:
-                prompts = [r.prompt_ids for r in requests if not _passes_switch(r, traits, options)]
+            if queue.is_complete and (
+                traits.padding == "inside" or (traits.window or 0) >= longest
+            ):
+                prompts = [
+                    r.prompt_ids for r in queue.requests if not _passes_switch(r, traits, options)
+                ]
                 with torch.no_grad():
                     prefix = _build_prefix(forward, prompts)
-            waiting = deque(order)
-            while waiting:
+            while queue:
+                longest = len(queue.first.prompt_ids) + options.max_completion_length
+                if self._fitting is not None and longest >= self._fitting[1]:
+                    batch_size = min(batch_size, self._fitting[0])
                 started: dict[int, SampleRequest] = {}
                 decoding = self._decode(
-                    requests, waiting, started, forward, chooser, options, prefix, batch_size
+                    queue, started, forward, chooser, options, prefix, batch_size
                 )
                 try:
                     for index, sampled in decoding:
@@ -192,14 +194,14 @@ class TransformersSampler:
                         batch_size,
                     )
                 # The unfinished ones are sampled again: their streams give the same tokens.
-                waiting.extendleft(reversed(started))
+                queue.put_back(started)
                 if started:
                     return_freed_memory()
+                queue.has_more(batch_size, is_decoding=False)
 
     def _decode(
         self,
-        requests: Sequence[SampleRequest],
-        waiting: deque[int],
+        queue: RequestQueue,
         started: dict[int, SampleRequest],
         forward: CausalForward,
         chooser: TokenChooser,
@@ -207,7 +209,7 @@ class TransformersSampler:
         prefix: SharedPrefix | None,
         batch_size: int,
     ) -> Iterator[tuple[int, SampledCompletion]]:
-        """Decode from `waiting` until no row is left, moving requests to `started` as they begin.
+        """Decode from the queue until no row is left, moving requests to `started` as they begin.
 
         The cache is freed when this ends, before the next batch begins.
         """
@@ -216,39 +218,46 @@ class TransformersSampler:
         refills = traits.takes_position_ids and (
             traits.padding == "inside" or (traits.padding == "left" and prefix is None)
         )
-
-        # The longest rows come first: where the first doesn't pass, none does.
-        passes_switch = _passes_switch(requests[waiting[0]], traits, options)
+        first = queue.first
+        passes_switch = _passes_switch(first, traits, options)
         if passes_switch:
             prefix, refills = None, False
         equal_lengths = passes_switch or traits.padding == "none"
 
-        def build_batch(count: int) -> DecodeBatch:
-            taken = [waiting.popleft()]
-            length = len(requests[taken[0]].prompt_ids)
-            while waiting and len(taken) < count:
-                if equal_lengths and len(requests[waiting[0]].prompt_ids) != length:
-                    break
-                taken.append(waiting.popleft())
-            started.update((index, requests[index]) for index in taken)
-            chosen = [(index, requests[index]) for index in taken]
+        def goes_along(request: SampleRequest) -> bool:
+            if equal_lengths:
+                return len(request.prompt_ids) == len(first.prompt_ids)
+            return not _passes_switch(request, traits, options)
+
+        def build_batch(count: int) -> DecodeBatch | None:
+            taken = queue.take(count, goes_along)
+            if not taken:
+                return None
+            chosen = [(index, queue.requests[index]) for index in taken]
+            started.update(chosen)
             return DecodeBatch(
                 chosen, forward, chooser, options, self._tokenizer, self._pad_token_id, prefix
             )
 
-        # Gradients are off only while the model runs: the caller's code between two completions
-        # keeps its own mode.
+        # Gradients are off only while the model runs: the caller's code between two completions,
+        # and that which makes requests, keeps its own mode.
         with torch.no_grad():
             if passes_switch and not traits.rope_restarts:
                 forward.forget_lengths()
             batch = build_batch(batch_size)
+            assert batch is not None  # of `first` at least
             finished = batch.advance()
         while finished:
             yield from finished
+            free = batch_size - batch.num_unfinished
+            refill_now = (
+                refills
+                and _REFILL_SHARE * batch_size <= free < batch_size
+                and queue.has_more(free, is_decoding=True)
+            )
             with torch.no_grad():
-                free = batch_size - batch.num_unfinished
-                if refills and waiting and _REFILL_SHARE * batch_size <= free < batch_size:
-                    batch.refill(build_batch(free))
+                if refill_now and (fresh := build_batch(free)) is not None:
+                    batch.refill(fresh)
                 finished = batch.advance()
 
     def _wrapped(self) -> nn.Module:
@@ -267,19 +276,6 @@ class TransformersSampler:
             self._described = (model, describe_model(model))
             logger.info("%s: %s.", type(model).__name__, _PATHS[self._described[1].padding])
         return self._described[1]
-
-
-def _check_prompts(requests: Sequence[SampleRequest], context_length: int | None) -> None:
-    for index, request in enumerate(requests):
-        length = len(request.prompt_ids)
-        if length == 0:
-            raise ValueError(f"request {index} has an empty prompt; give at least one token.")
-        if context_length is not None and length >= context_length:
-            raise ValueError(
-                f"the prompt of request {index} has {length} tokens, and the model's context of "
-                f"{context_length} (`max_position_embeddings`) leaves no room for a completion. "
-                "Shorten or drop the prompt, or use fewer `few_shot_examples`."
-            )
 
 
 def _passes_switch(request: SampleRequest, traits: ModelTraits, options: SamplingOptions) -> bool:

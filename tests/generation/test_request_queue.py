@@ -1,0 +1,87 @@
+"""Requests that come while others decode, against the same ones given all at once."""
+
+from collections import deque
+
+import pytest
+
+from trl_selfplay.generation.random_streams import stream_key
+from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
+from trl_selfplay.generation.transformers_sampler import TransformersSampler
+
+# One token in seven ends a completion, so that they end at different times.
+OPTIONS = SamplingOptions(max_completion_length=24, eos_token_ids=tuple(range(3, 40)))
+PROMPTS = [tuple(range(40 + i, 43 + i + 7 * (i % 3))) for i in range(5)]
+NUM_TURNS = 3
+
+
+def request_of(prompt, turn: int) -> SampleRequest:
+    return SampleRequest(tuple(prompt), stream_key(0, 0, "train", str(PROMPTS[0]), turn))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_request_can_follow_from_an_earlier_completion(
+    build_model, tokenizer, family, batch_size
+) -> None:
+    """What a prompt gets doesn't depend on when it is given."""
+    sampler = TransformersSampler(build_model(family).eval(), tokenizer)
+    coming = deque((request_of(prompt, 0), 0) for prompt in PROMPTS)
+    given: list[tuple[SampleRequest, int]] = []
+    sampled = {}
+    overtook = False
+
+    def requests():
+        while len(sampled) < NUM_TURNS * len(PROMPTS):
+            if not coming:
+                yield None  # until one of those in progress has ended
+                continue
+            assert len(given) - len(sampled) < batch_size  # no sooner than there is a place
+            given.append(coming.popleft())
+            yield given[-1][0]
+
+    for index, completion in sampler.sample(requests(), OPTIONS, batch_size):
+        overtook |= index > min(set(range(len(given))) - set(sampled))
+        sampled[index] = completion
+        request, turn = given[index]
+        if turn + 1 < NUM_TURNS:
+            heard = (*request.prompt_ids, *completion.completion_ids, 50, 51)
+            coming.append((request_of(heard, turn + 1), turn + 1))
+
+    assert sorted(sampled) == list(range(NUM_TURNS * len(PROMPTS)))
+    assert overtook == (batch_size > 1)
+    at_once = sampler.sample([request for request, _ in given], OPTIONS, batch_size)
+    assert dict(at_once) == sampled
+
+
+def test_requests_of_an_iterator_are_asked_for_when_sampling_begins(build_model, tokenizer) -> None:
+    sampler = TransformersSampler(build_model().eval(), tokenizer)
+    asked = []
+
+    def requests():
+        for prompt in PROMPTS:
+            asked.append(prompt)
+            yield request_of(prompt, 0)
+
+    completions = sampler.sample(requests(), OPTIONS, batch_size=2)
+    assert asked == []
+    next(completions)
+    assert len(asked) == 2
+    completions.close()
+    assert len(asked) == 2
+    assert list(sampler.sample(iter(()), OPTIONS, batch_size=2)) == []
+
+
+def test_an_iterator_that_waits_for_nothing_is_an_error(build_model, tokenizer) -> None:
+    sampler = TransformersSampler(build_model().eval(), tokenizer)
+    completions = sampler.sample(iter([request_of(PROMPTS[0], 0), None, None]), OPTIONS, 2)
+    next(completions)
+    with pytest.raises(RuntimeError, match="gave None while no completion was in progress"):
+        next(completions)
+
+
+def test_a_bad_prompt_of_an_iterator_is_named_when_it_comes(build_model, tokenizer) -> None:
+    sampler = TransformersSampler(build_model().eval(), tokenizer)
+    completions = sampler.sample(iter([request_of(PROMPTS[0], 0), request_of((), 0)]), OPTIONS, 1)
+    next(completions)
+    with pytest.raises(ValueError, match="request 1 has an empty prompt"):
+        next(completions)
