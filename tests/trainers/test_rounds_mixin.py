@@ -41,6 +41,17 @@ def test_what_is_common_is_not_overridden(trainer) -> None:
     assert set(vars(trainer)) & common <= HOOKS
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_constructor_begins_with_the_parents_parameters(trainer) -> None:
+    """So a script of the parent's works by place as well; what is new has a name of its own."""
+    parents = list(inspect.signature(trainer.__bases__[-1]).parameters.values())
+    own = list(inspect.signature(trainer).parameters.values())
+    assert [(p.name, p.default) for p in own[: len(parents)]] == [
+        (p.name, p.default) for p in parents
+    ]
+    assert all(p.kind is p.KEYWORD_ONLY for p in own[len(parents) :])
+
+
 def test_a_trainer_without_rounds_says_what_is_missing() -> None:
     class Unfinished(RoundsMixin):
         def __init__(self) -> None:

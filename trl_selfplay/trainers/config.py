@@ -284,6 +284,7 @@ _WITHOUT_USE = (
 )  # fmt: skip
 # Fields of the parent that a run over rounds would get wrong.
 _REFUSED = {
+    "assistant_only_loss": "the loss is on the completion's tokens alone",
     "bf16_full_eval": "held-out prompts are sampled in the precision of training",
     "fp16_full_eval": "held-out prompts are sampled in the precision of training",
     "eval_packing": "held-out prompts are sampled, and nothing is packed",
@@ -324,6 +325,8 @@ def check_parent_fields(config: Any) -> None:
             f"dataset_text_field={text_field!r}: prompts are read from the column `prompt`. Rename "
             "the column, and leave this out."
         )
+    if getattr(config, "packing", False) and config.max_length is None:
+        raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
     if _LAYERWISE in config.optim or config.optim in ("lomo", "adalomo"):
         raise ValueError(
             f"optim={str(config.optim.value)!r} updates weights in hooks that outlive a round's "

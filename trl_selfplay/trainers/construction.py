@@ -131,17 +131,6 @@ def refuse_arguments(**given: Any) -> None:
             raise ValueError(f"`{name}` was given, but {REFUSED[name]}")
 
 
-def check_sft_config(args: Any) -> None:
-    """Raise ValueError for fields of SFTConfig that rounds have no use for, or that lack another."""
-    if args.assistant_only_loss:
-        raise ValueError(
-            "assistant_only_loss=True has no use here: the loss is on the completion's tokens "
-            "alone. Leave it out."
-        )
-    if args.packing and args.max_length is None:
-        raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
-
-
 def check_adapters(model: Any, peft_config: Any) -> None:
     """Raise ValueError for forms of PEFT that can't be right over rounds, or that lack their base."""
     saved = Path(model) / "adapter_config.json" if isinstance(model, str) else None

@@ -19,12 +19,7 @@ from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
 from trl_selfplay.rollouts.rows import build_pair_rows, pair_of
 from trl_selfplay.rollouts.selection import default_normal_form
 from trl_selfplay.rounds.identity import summarize
-from trl_selfplay.trainers.construction import (
-    read_config,
-    read_examples,
-    read_grading,
-    refuse_arguments,
-)
+from trl_selfplay.trainers import construction
 from trl_selfplay.trainers.irpo.config import IRPOConfig
 from trl_selfplay.trainers.irpo.pairs import pair_rollouts
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
@@ -90,17 +85,19 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         reward_processing_classes: Any = None,
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None, gold_dataset: Any = None,
     ) -> None:  # fmt: skip
-        args = read_config(args, IRPOConfig, model, "IRPO")
-        refuse_arguments(
+        args = construction.read_config(args, IRPOConfig, model, "IRPO")
+        construction.refuse_arguments(
             ref_model=ref_model, compute_metrics=compute_metrics, optimizers=optimizers
         )
-        grading = read_grading(args, reward_funcs, reward_processing_classes, eval_reward_funcs)
+        grading = construction.read_grading(
+            args, reward_funcs, reward_processing_classes, eval_reward_funcs
+        )
         rows = load_prompt_rows(train_dataset, "train_dataset", reward_funcs=reward_funcs)
         super().__init__(
             model, args, rows, eval_dataset=eval_dataset, processing_class=processing_class,
             peft_config=peft_config, quantization_config=quantization_config,
             data_collator=data_collator, callbacks=callbacks,
-            examples=read_examples(args, few_shot_examples, rows), grading=grading,
+            examples=construction.read_examples(args, few_shot_examples, rows), grading=grading,
         )  # fmt: skip
         self.self_play.check_prompts(hinted=False)
         self.self_play.warn_unreadable_solutions()

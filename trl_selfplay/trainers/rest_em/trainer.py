@@ -23,13 +23,7 @@ from trl_selfplay.rollouts.selection import SelectionRules, default_normal_form,
 from trl_selfplay.rollouts.stored import load_samples
 from trl_selfplay.rounds.identity import name_function, summarize
 from trl_selfplay.rounds.stages import load_history
-from trl_selfplay.trainers.construction import (
-    check_sft_config,
-    read_config,
-    read_examples,
-    read_grading,
-    refuse_arguments,
-)
+from trl_selfplay.trainers import construction
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.rest_em.config import ReSTEMConfig
 from trl_selfplay.trainers.rest_em.gold import draw_gold
@@ -104,12 +98,11 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
         normal_form: Callable[[str], Hashable] | None = None, gold_dataset: Any = None,
     ) -> None:  # fmt: skip
-        args = read_config(args, ReSTEMConfig, model, "ReSTEM")
-        refuse_arguments(
+        args = construction.read_config(args, ReSTEMConfig, model, "ReSTEM")
+        construction.refuse_arguments(
             compute_metrics=compute_metrics, optimizers=optimizers, formatting_func=formatting_func,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
-        check_sft_config(args)
         if gold_dataset is None:
             _refuse_without_gold(args)
         weighs = args.loss_weighting == "reward"
@@ -118,7 +111,9 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
                 "loss_weighting='reward' with a `compute_loss_func`: the weights would not reach "
                 "it. Leave one out."
             )
-        grading = read_grading(args, reward_funcs, reward_processing_classes, eval_reward_funcs)
+        grading = construction.read_grading(
+            args, reward_funcs, reward_processing_classes, eval_reward_funcs
+        )
         rows = load_prompt_rows(train_dataset, "train_dataset", reward_funcs=reward_funcs)
         self.normal_form = normal_form or default_normal_form
         super().__init__(
@@ -127,7 +122,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
             data_collator=data_collator, callbacks=callbacks,
             compute_loss_func=compute_loss_func, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             grading=replace(grading, refuses_negative=weighs),
-            examples=read_examples(args, few_shot_examples, rows),
+            examples=construction.read_examples(args, few_shot_examples, rows),
         )  # fmt: skip
         if weighs:
             self.data_collator = WeightCollator(self.data_collator)

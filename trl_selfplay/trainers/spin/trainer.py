@@ -248,12 +248,9 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         return self._tokenize_sets(super().load_sets(eval_dataset))
 
     def score_sets(
-        self,
-        sets: Mapping[str, list[PromptRow]],
-        prefix: str = "eval",
-        folder: Path | None = None,
-        with_few_shot: bool = False,
-    ) -> HeldOutScores:
+        self, sets: Mapping[str, list[PromptRow]], prefix: str = "eval",
+        folder: Path | None = None, with_few_shot: bool = False,
+    ) -> HeldOutScores:  # fmt: skip
         """Score the data's completions: `eval_logps`, and how well the policy knows its opponent's.
 
         The opponent's completions are those that the last round sampled for the trainer's own sets.

@@ -20,13 +20,7 @@ from trl_selfplay.rollouts.selection import (
 )
 from trl_selfplay.rounds.identity import name_function
 from trl_selfplay.rounds.stages import load_history
-from trl_selfplay.trainers.construction import (
-    check_sft_config,
-    read_config,
-    read_examples,
-    read_grading,
-    refuse_arguments,
-)
+from trl_selfplay.trainers import construction
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.star.config import STaRConfig
@@ -95,13 +89,12 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
         hint_formatter: HintFormatter | None = None,
         leak_filter: Callable[[Any, str, Any], str | None] | None = None,
     ) -> None:  # fmt: skip
-        args = read_config(args, STaRConfig, model, "STaR")
-        refuse_arguments(
+        args = construction.read_config(args, STaRConfig, model, "STaR")
+        construction.refuse_arguments(
             compute_metrics=compute_metrics, optimizers=optimizers, formatting_func=formatting_func,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
-        check_sft_config(args)
-        grading = read_grading(args, reward_funcs, reward_processing_classes)
+        grading = construction.read_grading(args, reward_funcs, reward_processing_classes)
         rows = load_prompt_rows(
             train_dataset,
             "train_dataset",
@@ -117,7 +110,7 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
             data_collator=data_collator, callbacks=callbacks,
             compute_loss_func=compute_loss_func, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             grading=grading,
-            examples=read_examples(args, few_shot_examples, rows, args.rationalize),
+            examples=construction.read_examples(args, few_shot_examples, rows, args.rationalize),
             hint_formatter=self.hint_formatter,
         )  # fmt: skip
         self.self_play.check_prompts(hinted=args.rationalize)
