@@ -1,7 +1,10 @@
 """What a constructor finds out from several arguments together: metrics of the held-out sets."""
 
 import pytest
+from datasets import Dataset
 from transformers import EarlyStoppingCallback
+
+from trl_selfplay.rewards import exact_reward
 
 
 @pytest.mark.parametrize("method", ["star", "rest_em", "spin", "irpo"])
@@ -86,3 +89,26 @@ def test_early_stopping_finds_the_metric(build_star, sums) -> None:
 def test_few_shot_rounds_need_examples(build_star) -> None:
     with pytest.raises(ValueError, match="few_shot_rounds=1 needs `few_shot_examples`"):
         build_star(few_shot_rounds=1)
+
+
+@pytest.mark.parametrize("method", ["star", "rest_em", "irpo"])
+def test_rows_are_told_apart_by_what_their_graders_read(request, sums, method) -> None:
+    """Training rows by `reward_funcs`, held-out ones by `eval_reward_funcs` where there are any."""
+
+    def by_level(completions, level, **kwargs):
+        return [float(value) for value in level]
+
+    def on_two_levels(rows):
+        return Dataset.from_list([{**row, "level": level} for row in rows for level in (0, 1)])
+
+    settings = {
+        "train_dataset": on_two_levels(sums(6)),
+        "eval_dataset": on_two_levels(sums(4, first=90)),
+        "reward_funcs": by_level,
+    }
+    graders = [None] if method == "star" else [None, exact_reward]
+    for eval_reward_funcs in graders:
+        own = {} if eval_reward_funcs is None else {"eval_reward_funcs": eval_reward_funcs}
+        play = request.getfixturevalue(f"build_{method}")(**settings, **own).self_play
+        assert len({row.prompt_id for row in play.rows}) == 12
+        assert len(play.heldout[""]) == (8 if eval_reward_funcs is None else 4)

@@ -45,8 +45,7 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
             classifier, or a list of these. A completion is right if its reward is at least
             `reward_threshold`, and else wrong.
         reward_processing_classes: Tokenizers of reward models, one for each of `reward_funcs`.
-        few_shot_examples: Mappings with `prompt`, `completion` and `solution` that stand before
-            every prompt.
+        few_shot_examples: Mappings with `prompt` and `completion` that stand before every prompt.
         gold_dataset: Human completions of training prompts: `prompt` and `completion`, or
             `messages`. They are graded like the model's own, and right ones may be chosen.
         eval_reward_funcs: Functions that grade held-out completions in place of `reward_funcs`;

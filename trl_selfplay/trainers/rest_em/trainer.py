@@ -49,8 +49,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         reward_funcs: As GRPOTrainer takes them: a callable, an async one, a model id, a sequence
             classifier, or a list of these.
         reward_processing_classes: Tokenizers of reward models, one for each of `reward_funcs`.
-        few_shot_examples: Mappings with `prompt`, `completion` and `solution` that stand before
-            every prompt.
+        few_shot_examples: Mappings with `prompt` and `completion` that stand before every prompt.
         normal_form: Completions of a prompt with equal normal form are duplicates; None compares
             them lower-cased with white space folded. RFT's is
             `trl_selfplay.rollouts.selection.reasoning_path`.
