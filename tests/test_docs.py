@@ -184,6 +184,19 @@ def test_the_map_of_contributing_names_every_module() -> None:
             assert f"{path.name}/" in picture
 
 
+@pytest.mark.parametrize("trainer", [n for n in trl_selfplay.__all__ if n.endswith("Trainer")])
+def test_a_trainer_has_a_readme_row_a_changelog_line_and_a_recipe(trainer) -> None:
+    rows = re.findall(r"^\| .*\| `recipes/\w+\.py` \|.*$", (ROOT / "README.md").read_text(), re.M)
+    rows = [row for row in rows if f"`{trainer}`" in row]
+    assert rows, f"README's table of methods has no row for {trainer}"
+    lines = re.findall(r"^- (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert any(f"`{trainer}`" in line for line in lines), f"CHANGELOG has no line for {trainer}"
+    for recipe in (name for row in rows for name in re.findall(r"`(recipes/\w+\.py)`", row)):
+        text = (ROOT / recipe).read_text()
+        assert re.search(rf"\b{trainer}\(", text), f"{recipe} doesn't use {trainer}"
+        assert "DEMO: dict[str, Any] = {" in text, f"{recipe} lacks the numbers of its demo"
+
+
 @pytest.mark.parametrize("config", [STaRConfig, QuietSTaRConfig])
 def test_a_table_of_fields_has_the_defaults_of_the_config(config) -> None:
     text = (ROOT / "README.md").read_text()
