@@ -1,9 +1,8 @@
-"""See how varied a round's samples are, and whether rounds make them poorer.
+"""Measure how diverse a round's samples are, and whether rounds reduce diversity.
 
-In: graded rollouts of two rounds, or of held-out prompts before and after. Out: one number a
-prompt, means of them for the log, and warnings as text. A warning needs a change beyond its
-threshold and beyond two standard errors, paired by prompt, so that noise stays silent. The
-thresholds are ours.
+In: graded rollouts of two rounds, or of held-out prompts before and after. Out: one number per
+prompt, their means for the log, and warnings as text. A warning needs a change beyond its threshold
+and beyond two standard errors, paired by prompt, so that noise causes none. The thresholds are ours.
 """
 
 from collections import Counter
@@ -33,9 +32,10 @@ def _by_prompt(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
 
 
 def distinct_ratios(rollouts: Sequence[Rollout], normal_form: NormalForm) -> dict[str, float]:
-    """Return for each prompt: distinct normal forms / samples. 1 if all differ, 1/n if none do.
+    """Return the share of distinct normal forms among each prompt's samples.
 
-    It falls with the number of samples a prompt, so compare rounds that have the same.
+    It is 1 if all n samples differ and 1/n if none do. It falls with n, so compare rounds with equal
+    n.
 
     Source: the exploration of B-STaR, arXiv 2412.17256, counted on all samples.
     """
@@ -46,11 +46,11 @@ def distinct_ratios(rollouts: Sequence[Rollout], normal_form: NormalForm) -> dic
 
 
 def rarefied(counts: Sequence[int], size: int) -> float:
-    """Return how many different kinds a draw of `size` out of sum(counts) has on average.
+    """Return the expected number of distinct kinds in a draw of `size` without replacement.
 
     Args:
-        counts: How often each kind occurs.
-        size: Of the draw without replacement, at most their sum.
+        counts: Number of items of each kind.
+        size: Size of the draw, at most the sum of the counts.
 
     Source: rarefaction, Hurlbert, "The nonconcept of species diversity", Ecology 52 (1971):
     Σ_i 1 − C(N − c_i, m) / C(N, m).
@@ -62,12 +62,12 @@ def rarefied(counts: Sequence[int], size: int) -> float:
 def distinct_correct(
     before: Sequence[Rollout], now: Sequence[Rollout], normal_form: NormalForm, threshold: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return for each prompt solved in both rounds its distinct correct solutions, before and now.
+    """Return the distinct correct solutions, before and now, of each prompt solved in both rounds.
 
-    Both are rarefied to the smaller number of correct samples: a prompt that is solved more often
-    now would seem richer, and one that is newly solved has few solutions for want of samples.
+    Both are rarefied to the smaller number of correct samples. Otherwise a prompt that is solved more
+    often would seem more diverse.
 
-    Source: RFT, arXiv 2308.01825, Table 3: distinct reasoning paths a question.
+    Source: RFT, arXiv 2308.01825, Table 3: distinct reasoning paths per question.
     """
     forms: list[dict[str, Counter[Hashable]]] = [{}, {}]
     for counts, rollouts in zip(forms, (before, now), strict=True):
@@ -85,13 +85,13 @@ def distinct_correct(
 
 
 def mean_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Return for each prompt the mean number of tokens of its completions."""
+    """Return the mean number of tokens of each prompt's completions."""
     groups = _by_prompt(rollouts)
     return {i: fmean(len(r.completion_ids) for r in group) for i, group in groups.items()}
 
 
 def pass_rates(rollouts: Sequence[Rollout], threshold: float, k: int = 1) -> dict[str, float]:
-    """Return for each prompt with at least k graded samples the unbiased pass@k."""
+    """Return the unbiased pass@k of each prompt with at least k graded samples."""
     rates = {}
     for prompt_id, group in _by_prompt(rollouts).items():
         graded = [r for r in group if r.reward is not None]
@@ -108,7 +108,7 @@ def solved_by_difficulty(
 
     Args:
         base_rates: Pass rate of each prompt in round 0.
-        rates: And now. Prompts that only one of the two has are left out.
+        rates: Pass rate of each prompt now. Prompts in only one of the two are left out.
 
     Source: ReST^EM, arXiv 2312.06585, section 5.4: easy from 75 % of samples solved, medium from
     50 %, hard from 25 %, very hard below.
@@ -121,7 +121,7 @@ def solved_by_difficulty(
 
 
 def best_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Return for each prompt the highest reward of its finished samples."""
+    """Return the highest reward among each prompt's finished samples."""
     best: dict[str, float] = {}
     for rollout in rollouts:
         if rollout.reward is not None and not rollout.hinted and not rollout.is_truncated:
@@ -136,15 +136,15 @@ def diversity_metrics(
     threshold: float,
     has_degrees: bool = False,
 ) -> dict[str, float]:
-    """Return a round's numbers for the log, under play/….
+    """Return a round's diversity metrics for the log, named play/….
 
     Args:
-        first: What round 0 sampled.
-        now: What this one did.
-        normal_form: Of two equal completions.
-        threshold: From this reward on a completion is correct.
-        has_degrees: The reward need never reach the threshold. Its highest value a prompt is
-            logged, and what counts correct completions only if there are any.
+        first: The samples of round 0.
+        now: The samples of this round.
+        normal_form: Maps equal completions to the same form.
+        threshold: Minimum reward of a correct completion.
+        has_degrees: Rewards are graded and may never reach the threshold. The best reward per prompt
+            is logged, and metrics of correct completions only if there are any.
     """
     metrics = {"play/distinct": fmean(distinct_ratios(now, normal_form).values())}
     if has_degrees:
@@ -179,7 +179,7 @@ def warn_poorer_samples(
     threshold: float,
     round_index: int,
 ) -> list[str]:
-    """Return warnings of a round whose samples are poorer, shorter or longer than round 0's."""
+    """Return warnings if a round's samples are less diverse, shorter or longer than those of round 0."""
     warnings = []
     remedy = (
         "Raise temperature, deduplicate, lower max_per_prompt, or train each round from the base "
@@ -213,13 +213,14 @@ def warn_poorer_samples(
 def warn_sharpening(
     before: Sequence[Rollout], now: Sequence[Rollout], threshold: float, round_index: int
 ) -> str | None:
-    """Return a warning if held-out pass@1 has risen and pass@k has fallen, each by 2 s.e.
+    """Return a warning if held-out pass@1 rose and pass@k fell, each by two standard errors.
 
     Args:
         before: Held-out samples of the untrained model.
-        now: Those of the round, on the same prompts; k is the smallest number of samples a prompt.
-        threshold: From which a reward passes.
-        round_index: The round.
+        now: Held-out samples after the round on the same prompts; k is the smallest number of samples
+            per prompt.
+        threshold: Minimum reward of a passing completion.
+        round_index: The round, for the warning.
 
     Source: "Progress or Regress? Self-Improvement Reversal in Post-training", arXiv 2407.05013.
     """

@@ -1,7 +1,7 @@
-"""Estimate held-out scores, with intervals that say how much of them is chance.
+"""Estimate held-out scores with confidence intervals.
 
-In: graded rollouts of held-out prompts. Out: metrics by name. Prompts are the unit of every
-interval: samples of one prompt are not independent of each other.
+In: graded rollouts of held-out prompts. Out: metrics by name. Intervals are over prompts, because
+samples of the same prompt aren't independent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from trl_selfplay.rollouts.record import Rollout
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the unbiased estimate that at least one of k samples is right.
+    """Return the unbiased estimate of the probability that at least one of k samples is right.
 
     Args:
-        n: Samples of the prompt.
-        c: How many of them are right.
+        n: Number of samples of the prompt.
+        c: Number of right ones.
         k: Size of the draw, at most n.
 
     Raises:
@@ -38,14 +38,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def best_of_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float:
-    """Return the chance that the best-scored of k samples, out of all of them, is right.
+    """Return the probability that the best-scored of k samples, drawn from all N, is right.
 
-    Among samples with equal scores the order is drawn at random, never by correctness: the
-    average over all such orders is returned.
+    Ties are broken at random: the result is the average over all orders of samples with equal scores.
 
     Args:
-        scores: One for each of a prompt's N samples, higher is better.
-        correct: Whether each is right.
+        scores: Scores of a prompt's N samples; higher is better.
+        correct: Whether each sample is right.
         k: Size of the draw, at most N.
 
     Raises:
@@ -70,7 +69,7 @@ def best_of_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Return the standard error of the mean of one value a prompt; None for fewer than two."""
+    """Return the standard error of the mean of one value per prompt; None for fewer than two."""
     if len(values) < 2:
         return None
     return float(np.std(values, ddof=1)) / sqrt(len(values))
@@ -82,18 +81,18 @@ def paired_difference(
     """Return the mean change of a score on the same prompts, and its standard error.
 
     Args:
-        before: A score for each prompt id.
-        after: Likewise; prompts that only one of the two has are left out.
+        before: Score per prompt id.
+        after: Score per prompt id. Prompts in only one of the two are left out.
 
     Returns:
-        The mean of after − before and its standard error; None where there are too few prompts.
+        The mean of after − before and its standard error; None if there are too few prompts.
     """
     changes = [after[i] - before[i] for i in sorted(before.keys() & after.keys())]
     return (fmean(changes) if changes else None), standard_error(changes)
 
 
 def binomial_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of a share; (0, 1) where nothing was tried.
+    """Return Wilson's score interval of a share; (0, 1) for n = 0.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference",
     Journal of the American Statistical Association 22 (1927).
@@ -113,10 +112,10 @@ def bootstrap_interval(
     """Return the percentile bootstrap interval of a mean over prompts.
 
     Args:
-        values: One for each prompt, at least one.
-        draws: Resampled sets of prompts.
-        seed: Of the resampling; the same values and seed give the same interval.
-        level: Share of resampled means between the ends.
+        values: One value per prompt, at least one.
+        draws: Number of resampled sets of prompts.
+        seed: Seeds the resampling; the same values and seed give the same interval.
+        level: Share of resampled means within the interval.
 
     Raises:
         ValueError: No values.
@@ -136,24 +135,23 @@ def summarize_heldout(
 ) -> dict[str, float]:
     """Return the metrics of one held-out set.
 
-    A completion passes if it ended by itself with a reward at the threshold or above; one cut by
-    length is wrong even if its answer parses as right, as in selection. Completions that every
-    reward function abstained on count neither way.
+    A completion passes if it isn't truncated and its reward is at least the threshold. As in
+    selection, a truncated completion is wrong even if its answer is right. Completions on which
+    every reward function abstained don't count.
 
     Args:
-        rollouts: For each prompt the greedy one (`sample_index` 0) and samples (1 and above).
-        reward_threshold: See above. None where rewards have degrees, so that no completion is
-            simply right.
-        prefix: What the names begin with.
+        rollouts: The greedy completion of each prompt (`sample_index` 0) and samples (from 1 on).
+        reward_threshold: Minimum reward of a passing completion; None if rewards are graded.
+        prefix: Prefix of the names.
 
     Returns:
-        Of the greedy completions `{prefix}_accuracy` with `_accuracy_low` and `_accuracy_high`
-        (Wilson), `_mean_reward`, `_mean_length` (tokens), `_truncated` and `_abstained` (shares).
-        Of the samples `{prefix}_pass@k` for k = 1, 2, 4, … and their number, the first and the
-        last with `_low` and `_high` (bootstrap over prompts). A prompt with fewer than k graded
-        samples is left out of pass@k. A metric that nothing is known of is absent. Without a
-        threshold in place of accuracy `_mean_reward` has `_low` and `_high` (bootstrap), and in
-        place of pass@k there is `_mean_sampled_reward`, over prompts and their samples.
+        For greedy completions: `{prefix}_accuracy` with `_accuracy_low` and `_accuracy_high`
+        (Wilson), `_mean_reward`, `_mean_length` (tokens), and the shares `_truncated` and
+        `_abstained`. For samples: `{prefix}_pass@k` for k = 1, 2, 4, … and for the number of samples,
+        the first and the last with `_low` and `_high` (bootstrap over prompts); prompts with fewer
+        than k graded samples are left out. Without a threshold, `_mean_reward` with `_low` and
+        `_high` (bootstrap) replaces accuracy, and `_mean_sampled_reward`, over prompts and their
+        samples, replaces pass@k. Metrics without data are absent.
     """
     greedy = [r for r in rollouts if r.sample_index == 0]
     metrics: dict[str, float] = {}

@@ -1,7 +1,7 @@
-"""Score held-out prompts: greedy accuracy and pass@k, of sampled and graded completions.
+"""Score held-out prompts: greedy accuracy and pass@k of graded completions.
 
-In: the sampling options of a config, graded rollouts. Out: metrics under the names that TRL's
-evaluation machinery expects, and each prompt's score for paired comparisons.
+In: a config's sampling options, graded rollouts. Out: metrics with the names that TRL's evaluation
+expects, and each prompt's score for paired comparisons.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ TOP_P_EVAL = 0.95
 
 @dataclass(frozen=True, slots=True)
 class HeldOutScores:
-    """What held-out prompts came to.
+    """Scores of held-out prompts.
 
     Attributes:
-        metrics: By name, prefix included.
-        by_prompt: A score for each prompt id of the first set, higher is better: whether the
-            greedy completion passed, its reward where rewards have degrees, or the log-prob per
-            token of the data's completion where a method learns from data.
-        seconds: Wall time.
+        metrics: Metrics by name, including the prefix.
+        by_prompt: Score per prompt id of the first set, higher is better: 1.0 if the greedy completion
+            passed, its reward if rewards are graded, or the log-prob per token of the data's
+            completion if the method learns from data.
+        seconds: Wall-clock time.
     """
 
     metrics: Mapping[str, float]
@@ -39,7 +39,7 @@ def metric_prefixes(names: Sequence[str], prefix: str) -> dict[str, str]:
 def heldout_options(
     config: Any, eos_token_ids: tuple[int, ...]
 ) -> tuple[SamplingOptions, SamplingOptions]:
-    """Return the options of the greedy completion and of the samples of a held-out prompt."""
+    """Return the sampling options of a held-out prompt's greedy completion and of its samples."""
     greedy, sampled = (
         build_sampling_options(
             config, eos_token_ids, temperature=temperature, top_p=top_p, top_k=0, min_p=None
@@ -50,9 +50,10 @@ def heldout_options(
 
 
 def greedy_scores(rollouts: Sequence[Rollout], threshold: float | None) -> dict[str, float]:
-    """Return for each prompt whether its greedy completion passed; abstentions are left out.
+    """Return 1.0 for each prompt whose greedy completion passed, else 0.0.
 
-    Without a threshold, because rewards have degrees, the reward itself.
+    Without a threshold, because rewards are graded, return the reward itself. Abstentions are left
+    out.
     """
     return {
         r.prompt_id: r.reward if threshold is None else float(r.passes(threshold))

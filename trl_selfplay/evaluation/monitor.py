@@ -1,8 +1,8 @@
-"""Turn a run's numbers into what to do next: warn, keep the best round, stop.
+"""Decide what to do next from a run's metrics: warn, choose the best round, stop.
 
 In: held-out metrics, scores by round, the funnel. Out: a warning as text or None; a round index.
-Nothing here logs or stops anything itself. Thresholds without a source are ours, chosen for few
-false alarms at 100 to 300 held-out prompts.
+Nothing here logs or stops anything. Thresholds without a source are ours, chosen for few false
+alarms with 100 to 300 held-out prompts.
 """
 
 import re
@@ -22,14 +22,14 @@ _ACCURACY = re.compile(r"(.+)_accuracy")
 def warn_baseline(metrics: Mapping[str, float], has_degrees: bool = False) -> str | None:
     """Return a warning if the untrained model solves nothing, or nearly everything.
 
-    "Nothing": pass@k at the largest k and greedy accuracy are 0 in every held-out set and form of
-    the prompt (with few-shot examples or without); the first round then has nothing to train on.
-    "Nearly everything": greedy accuracy above .95 in all of them. A high pass@k with a low
-    accuracy is no reason to warn: that is what training on one's own samples turns into accuracy.
+    "Nothing" means that pass@k at the largest k and greedy accuracy are 0 in every held-out set, with
+    and without few-shot examples, so that the first round has nothing to train on. "Nearly
+    everything" means greedy accuracy above .95 in all of them. A high pass@k with a low accuracy
+    needs no warning: training on the model's own samples turns it into accuracy.
 
     Args:
-        metrics: As `summarize_heldout` returns them, under any prefixes.
-        has_degrees: Completions are trained on whose reward counts as no success.
+        metrics: Metrics of `summarize_heldout`, with any prefixes.
+        has_degrees: Rewards are graded, so completions below the threshold are trained on as well.
     """
     accuracy = {m[1]: v for name, v in metrics.items() if (m := _ACCURACY.fullmatch(name))}
     pass_at_k: dict[str, tuple[int, float]] = {}
@@ -54,10 +54,10 @@ def warn_baseline(metrics: Mapping[str, float], has_degrees: bool = False) -> st
 
 
 def warn_warmup(steps: int, warmup_steps: int, round_index: int) -> str | None:
-    """Return a warning exactly if a round has fewer optimizer steps than warm-up steps.
+    """Return a warning if a round has fewer optimizer steps than warm-up steps, or None.
 
-    Source: STaR, arXiv 2203.14465, section 4.1: 100 warm-up steps, anew each round, and 40, 48,
-    57, … steps, so that the paper's own first rounds never reach the learning rate.
+    Source: STaR, arXiv 2203.14465, section 4.1: 100 warm-up steps in each round and 40, 48, 57, …
+    steps, so that the paper's own first rounds never reach the learning rate.
     """
     if steps >= warmup_steps:
         return None
@@ -70,7 +70,7 @@ def warn_warmup(steps: int, warmup_steps: int, round_index: int) -> str | None:
 
 
 def warn_hint_share(funnel: Funnel, round_index: int) -> str | None:
-    """Return a warning if more than half of what was kept was sampled with the answer as hint."""
+    """Return a warning if more than half of the kept completions were sampled with a hint, or None."""
     if funnel.kept == 0 or funnel.hinted.kept <= MOST_HINTED * funnel.kept:
         return None
     return (
@@ -82,7 +82,7 @@ def warn_hint_share(funnel: Funnel, round_index: int) -> str | None:
 
 
 def warn_truncation(funnel: Funnel, round_index: int) -> str | None:
-    """Return a warning if more than a tenth of what was sampled without hint was cut by length."""
+    """Return a warning if more than a tenth of the unhinted completions were truncated, or None."""
     truncated, sampled = funnel.unhinted.truncated, funnel.sampled
     if sampled == 0 or truncated <= MOST_TRUNCATED * sampled:
         return None
@@ -95,7 +95,7 @@ def warn_truncation(funnel: Funnel, round_index: int) -> str | None:
 
 
 def warn_long(funnel: Funnel, round_index: int, max_length: int | None) -> str | None:
-    """Return a warning if completions to train on were lost to the length of a training row."""
+    """Return a warning if completions were dropped because their row is too long, or None."""
     lost = funnel.unhinted.too_long + funnel.hinted.too_long
     if lost == 0:
         return None
@@ -107,15 +107,14 @@ def warn_long(funnel: Funnel, round_index: int, max_length: int | None) -> str |
 
 
 def is_better(value: float, than: float, greater_is_better: bool = True) -> bool:
-    """Say whether a held-out score is strictly better than another."""
+    """Return whether a held-out score is strictly better than another."""
     return value > than if greater_is_better else value < than
 
 
 def best_round(history: Sequence[tuple[int, float]], greater_is_better: bool = True) -> int:
-    """Return the round with the best held-out score; of equal ones the earliest.
+    """Return the round with the best held-out score; ties go to the earliest.
 
-    The best of several noisy scores is biased upward: report it from prompts that did not choose
-    it.
+    The best of several noisy scores is biased upward, so report a score on other prompts.
 
     Args:
         history: (round index, score), at least one; -1 is the untrained model.
@@ -137,10 +136,10 @@ def best_round(history: Sequence[tuple[int, float]], greater_is_better: bool = T
 def rounds_without_gain(
     history: Sequence[tuple[int, float]], greater_is_better: bool = True
 ) -> int:
-    """Return how many of the newest rounds in a row were not better than the best before them.
+    """Return the number of rounds since the best one.
 
     Args:
-        history: As for `best_round`. One score has nothing to be compared with and gives 0.
+        history: As for `best_round`. Without scores the result is 0.
         greater_is_better: False for a loss.
     """
     if not history:

@@ -1,7 +1,7 @@
-"""What a person sees of a run: progress while sampling, a table and a plot of the rounds.
+"""Report on a run: progress while sampling, and a table and a plot of the rounds.
 
-In: the lines of rounds.jsonl as dicts, counts of finished samples. Out: text, Markdown for the
-model card, a PNG, a progress bar and one forecast of how long sampling takes.
+In: the lines of rounds.jsonl as dicts, counts of finished samples. Out: text, Markdown for the model
+card, a PNG, a progress bar, and one forecast of the sampling time.
 """
 
 import logging
@@ -33,14 +33,14 @@ _NONE = "–"
 class SamplingProgress:
     """A progress bar over samples with tokens/s and the share of prompts solved so far.
 
-    A minute after the start it logs once how long the whole phase will take.
+    A minute after the start, it logs once how long the whole phase will take.
 
     Args:
-        total: Samples of the phase.
-        description: Stands before the bar and the forecast, such as "round 0".
+        total: Number of samples in the phase.
+        description: Label of the bar and the forecast, such as "round 0".
         disable: Show and log nothing.
-        settings: Config fields that the forecast names as what to change.
-        clock: Returns seconds; a test passes its own.
+        settings: Names of config fields that affect the time, for the forecast.
+        clock: Returns the time in seconds; tests pass their own.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class SamplingProgress:
         """Count finished samples and their completion tokens.
 
         Args:
-            num_samples: Since the last call.
-            num_tokens: Of their completions.
-            restored: They were read back from disk: they move the bar, but say nothing of speed.
+            num_samples: Samples finished since the last call.
+            num_tokens: Tokens of their completions.
+            restored: They were read from disk: they advance the bar but don't count for the speed.
         """
         if restored:
             self._num_restored += num_samples
@@ -122,7 +122,7 @@ class SamplingProgress:
 
 
 def forecast(done: int, total: int, seconds: float) -> float:
-    """Return how many seconds all of `total` take if `done` took `seconds`.
+    """Return the time in seconds for `total` samples if `done` took `seconds`.
 
     Raises:
         ValueError: Nothing is done yet.
@@ -133,7 +133,7 @@ def forecast(done: int, total: int, seconds: float) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as people say it.
+    """Return a duration in a readable unit.
 
     >>> format_duration(111_600)
     '31 h'
@@ -148,19 +148,19 @@ def format_duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line of status above any progress bar."""
+    """Print a status line above any progress bar."""
     tqdm.write(text)
 
 
 def print_completions(rollouts: Sequence[Rollout], limit: int | None = None) -> None:
-    """Print prompts' ends and completions with their rewards, at most `limit` of them."""
+    """Print the ends of prompts, and completions with their rewards, at most `limit` of them."""
     for r in rollouts[:limit]:
         hint = ", hinted" if r.hinted else ""
         say(f"[reward {r.reward}, {r.finish}{hint}] …{r.prompt[-100:]!r}\n    → {r.completion!r}")
 
 
 def print_round_table(lines: Sequence[Mapping[str, Any]], metric: str | None = None) -> None:
-    """Print the rounds so far: a rich table on a terminal with rich, plain lines elsewhere."""
+    """Print the rounds so far, as a rich table on a terminal if rich is installed, else as text."""
     if sys.stdout.isatty():
         try:
             from rich import box
@@ -183,12 +183,12 @@ def print_round_table(lines: Sequence[Mapping[str, Any]], metric: str | None = N
 
 
 def round_table(lines: Sequence[Mapping[str, Any]], metric: str | None = None) -> str:
-    """Return the rounds as a table in plain text, one row a round, and a line on its columns.
+    """Return the rounds as a plain-text table, one row per round, and a line about its columns.
 
     Args:
-        lines: Of rounds.jsonl, at least one.
-        metric: The held-out metric that chooses the best round; its set is shown. None takes the
-            first set's accuracy.
+        lines: Lines of rounds.jsonl, at least one.
+        metric: The held-out metric that selects the best round; its set is shown. None: the first
+            set's accuracy.
     """
     rows = _rows(lines, metric)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -205,11 +205,9 @@ def rounds_markdown(
     """Return the rounds as a section of the model card that names the best and the last round.
 
     Args:
-        lines: Of rounds.jsonl, at least one.
-        metric: The held-out metric that chooses the best round; None takes the first set's
-            accuracy.
-        greater_is_better: Whether the round with the highest value of it is the best, as for the
-            run itself.
+        lines: Lines of rounds.jsonl, at least one.
+        metric: The held-out metric that selects the best round. None: the first set's accuracy.
+        greater_is_better: False if the lowest value of the metric is the best.
     """
     header, *rows = _rows(lines, metric)
     table = "\n".join(
@@ -305,7 +303,7 @@ def _prefix(metric: str) -> str:
 
 
 def _evaluations(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, float]]]:
-    """Return (round, held-out metrics), of the untrained model first."""
+    """Return (round, held-out metrics), starting with the untrained model."""
     before = lines[0].get("eval_before") if lines else None
     first = [(UNTRAINED, before)] if before else []
     return [*first, *((line["round"], line["eval"]) for line in lines)]
@@ -334,12 +332,12 @@ def _gain(gain: float | None, standard_error: float | None) -> str:
 def plot_rounds(
     lines: Sequence[Mapping[str, Any]], path: str | Path, metric: str = "eval_accuracy"
 ) -> None:
-    """Write a PNG: held-out scores with their intervals by round, and what each round kept.
+    """Plot held-out scores with intervals and the kept completions by round, to a PNG file.
 
     Args:
-        lines: Of rounds.jsonl, at least one.
-        path: Of the PNG; its folder is made if need be.
-        metric: The held-out metric to show, beside pass@k of the same set at the largest k.
+        lines: Lines of rounds.jsonl, at least one.
+        path: Path of the PNG; missing folders are created.
+        metric: The held-out metric to show, with pass@k of the same set at the largest k.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -376,7 +374,7 @@ def plot_rounds(
 def _series(
     evaluations: Sequence[tuple[int, Mapping[str, float]]], name: str
 ) -> list[tuple[int, float, float, float]]:
-    """Return (round, value, low, high) of a metric where it is known."""
+    """Return (round, value, low, high) of a metric for the rounds that have it."""
     return [
         (i, m[name], m.get(f"{name}_low", m[name]), m.get(f"{name}_high", m[name]))
         for i, m in evaluations

@@ -1,4 +1,4 @@
-"""Counts of what became of a round's rollouts: the funnel from sampled to kept.
+"""Counts of the outcomes of a round's rollouts: the funnel from sampled to kept.
 
 In: counts by outcome. Out: records that add up, a flat mapping for rounds.jsonl, one line of text.
 """
@@ -29,20 +29,20 @@ _REASON_PREFIX = "leak_"
 
 @dataclass(frozen=True, slots=True)
 class OutcomeCounts:
-    """How many rollouts came to each outcome, in the order of the steps; they add up to `sampled`.
+    """Number of rollouts per outcome, in the order of the steps; they add up to `sampled`.
 
     Attributes:
-        abstained: No reward function could tell (reward None).
-        truncated: Cut by length, whatever the reward.
+        abstained: Every reward function abstained (reward None).
+        truncated: Truncated, whatever the reward.
         failed: Reward below the threshold.
         leaked: Hinted, and quotes the hint instead of reasoning.
-        too_long: Doesn't fit in a training row together with its prompt.
-        duplicate: Equal in normal form to another one of the same prompt.
-        capped: Over the most that are kept of a prompt.
-        kept: To be trained on.
+        too_long: Doesn't fit into a training row with its prompt.
+        duplicate: Has the normal form of another rollout of the same prompt.
+        capped: Exceeds the maximum kept per prompt.
+        kept: Trained on.
         identical: Equal to the completion that it would be paired with.
-        empty: Nothing but the end.
-        unpaired: Right, and its prompt has no wrong one to be paired with.
+        empty: Has no text.
+        unpaired: Right, but its prompt has no wrong rollout to pair it with.
     """
 
     abstained: int = 0
@@ -63,35 +63,34 @@ class OutcomeCounts:
 
     @property
     def sampled(self) -> int:
-        """All of them."""
+        """The number of all rollouts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     @property
     def finished(self) -> int:
-        """Graded, and ended by the model itself."""
+        """The number that are graded and not truncated."""
         return self.sampled - self.abstained - self.truncated
 
     @property
     def correct(self) -> int:
-        """Finished, with a reward at the threshold or above."""
+        """The number of finished rollouts with a reward of at least the threshold."""
         return self.finished - self.failed
 
 
 @dataclass(frozen=True, slots=True)
 class Funnel:
-    """What one round's selection came to.
+    """The counts of one round's selection.
 
-    The chain that people read is sampled → finished → correct (all without hint) → rationalized →
-    kept (both kinds).
+    It is shown as sampled → finished → correct (all without hint) → rationalized → kept (both kinds).
 
     Attributes:
-        prompts: Prompts that were sampled.
-        prompts_solved: Those with a correct completion without hint.
-        unhinted: Outcomes of what was sampled without hint.
-        hinted: Outcomes of what was sampled with the answer as hint.
-        leak_reasons: (reason, count) of the leaked ones, sorted by reason.
-        history: Completions of earlier rounds that are trained on beside the kept ones.
-        gold: Human completions that are trained on beside them.
+        prompts: Number of sampled prompts.
+        prompts_solved: Number of prompts with a correct completion without hint.
+        unhinted: Outcomes of completions sampled without a hint.
+        hinted: Outcomes of completions sampled with the answer as a hint.
+        leak_reasons: (reason, count) of leaked completions, sorted by reason.
+        history: Number of completions of earlier rounds that are trained on as well.
+        gold: Number of human completions that are trained on as well.
     """
 
     prompts: int
@@ -104,22 +103,22 @@ class Funnel:
 
     @property
     def sampled(self) -> int:
-        """Sampled without hint."""
+        """The number sampled without a hint."""
         return self.unhinted.sampled
 
     @property
     def finished(self) -> int:
-        """Of those, graded and ended by the model itself."""
+        """The number sampled without a hint that are graded and not truncated."""
         return self.unhinted.finished
 
     @property
     def correct(self) -> int:
-        """Of those, with a reward at the threshold or above."""
+        """The number of finished ones with a reward of at least the threshold."""
         return self.unhinted.correct
 
     @property
     def rationalized(self) -> int:
-        """Correct with the hint, and not leaked."""
+        """The number that are correct with the hint and don't leak it."""
         return self.hinted.correct - self.hinted.leaked
 
     @property

@@ -1,7 +1,7 @@
-"""The record of one completion, and the Parquet files that keep such records.
+"""The record of one completion, and the Parquet files that store such records.
 
-In: completions as a sampler produced them. Out: `Rollout`s, the only thing that passes between
-the stages of a round, and shards on disk that are either whole or absent.
+In: completions from a sampler. Out: `Rollout`s, which are all that passes between the stages of a
+round, and shards on disk, which are either complete or absent.
 """
 
 import hashlib
@@ -21,27 +21,27 @@ from trl_selfplay.generation.sampler import Finish
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One completion of one prompt, with the exact tokens that were sampled.
+    """One completion of one prompt, with the exact sampled tokens.
 
     Attributes:
         round_index: The round that sampled it, counted from 0; -1 is the untrained model.
         phase: "train", "hint", "eval", or "gold" (a human completion, `round_index` -1).
-        prompt_id: 128-bit hash of the canonical JSON of (prompt, solution), and of the row's
-            `tools` and `chat_template_kwargs` where it has any, as 32 hex digits. Where rows differ
-            in nothing but columns that reward functions read, of these columns as well.
-        sample_index: Which of the prompt's samples; hinted ones go on at `num_generations`.
-        prompt_ids: Tokens that the model was conditioned on, few-shot examples and hint included.
-        completion_ids: Tokens that the policy produced; EOS only if it was sampled.
-        prompt: `prompt_ids` as text, for people. Training never reads it.
-        completion: `completion_ids` as text without special tokens, for graders and people.
-        finish: "eos", "stop" (a stop string) or "length" (cut).
-        hinted: Sampled with the answer as hint (rationalization).
+        prompt_id: 128-bit hash, as 32 hex digits, of the canonical JSON of (prompt, solution) and of
+            the row's `tools` and `chat_template_kwargs` if it has any. If rows differ only in columns
+            that reward functions read, these columns are hashed as well.
+        sample_index: Index among the prompt's samples; hinted ones start at `num_generations`.
+        prompt_ids: Tokens of the prompt as sampled from, with few-shot examples and hint.
+        completion_ids: Sampled tokens, with EOS only if it was sampled.
+        prompt: `prompt_ids` as text, for readers. Training never reads it.
+        completion: `completion_ids` as text without special tokens, for graders and readers.
+        finish: "eos", "stop" (a stop string) or "length" (truncated).
+        hinted: True if sampled with the answer as a hint (rationalization).
         logprob: Sum over the policy's own tokens under the distribution they were sampled from, or
             None.
-        reward: Weighted sum of `rewards`, or None where every function abstained.
-        rewards: Each function's own score, None where it abstained; empty while ungraded.
-        completion_mask: For each of `completion_ids`, whether the policy wrote it; the other tokens
-            come from a tool or an environment and are never learnt. None: it wrote all of them.
+        reward: Weighted sum of `rewards`, or None if every function abstained.
+        rewards: Score of each function, None if it abstained; empty while ungraded.
+        completion_mask: For each of `completion_ids`, whether the policy wrote it. Other tokens come
+            from a tool or an environment and are never trained on. None: it wrote all of them.
 
     Raises:
         ValueError: `completion_mask` and `completion_ids` differ in length.
@@ -63,7 +63,7 @@ class Rollout:
     completion_mask: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the mask's length."""
+        """Check the length of the mask."""
         mask, count = self.completion_mask, len(self.completion_ids)
         if mask is not None and len(mask) != count:
             raise ValueError(
@@ -73,16 +73,16 @@ class Rollout:
 
     @property
     def is_graded(self) -> bool:
-        """Whether reward functions have seen it."""
+        """Whether reward functions have graded it."""
         return len(self.rewards) > 0
 
     @property
     def is_truncated(self) -> bool:
-        """Whether it was cut by length; such a completion is never trained on."""
+        """Whether it is truncated; truncated completions are never trained on."""
         return self.finish == "length"
 
     def passes(self, threshold: float) -> bool:
-        """Say whether it ended by itself with a reward at the threshold or above."""
+        """Return whether it isn't truncated and its reward is at least the threshold."""
         return not self.is_truncated and self.reward is not None and self.reward >= threshold
 
 
@@ -122,9 +122,9 @@ def hash_prompt(
     Args:
         prompt: Text or messages.
         solution: The ground truth, or None.
-        template_arguments: What else the row gives the chat template; None or nothing leaves the
-            id that of prompt and solution.
-        columns: What else tells the row from others, by column; likewise.
+        template_arguments: The row's other arguments for the chat template; if empty, the id is that
+            of prompt and solution.
+        columns: Other columns that distinguish the row; if empty, they don't change the id.
     """
     row = [prompt, solution]
     if template_arguments or columns:
@@ -134,17 +134,16 @@ def hash_prompt(
     canonical = json.dumps(
         row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
     )
-    # Half a surrogate pair, which Python text may hold, has no UTF-8.
+    # A lone surrogate, which Python text may contain, can't be encoded as UTF-8.
     encoded = canonical.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
 def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
-    """Write one shard so that a reader sees either all of it or nothing.
+    """Write one shard atomically.
 
     Raises:
-        OSError: The disk is full or the folder can't be written; the shard is then absent, or
-            what it was before.
+        OSError: The disk is full or the folder isn't writable. The shard is then absent or unchanged.
     """
     columns = {
         field.name: pa.array(
@@ -160,10 +159,10 @@ def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
 
 
 def load_rollouts(path: Path, remedy: str = BRING_BACK) -> list[Rollout]:
-    """Read one shard back.
+    """Read one shard.
 
     Raises:
-        DamagedFileError: The file is cut short, isn't Parquet or lacks a column.
+        DamagedFileError: The file is truncated, isn't Parquet or lacks a column.
         NewerFormatError: A later version of the package wrote it.
     """
     with naming_damage(path, remedy):

@@ -1,8 +1,8 @@
-"""Turn selected rollouts into the rows that the parent trainer trains on.
+"""Turn selected rollouts into the rows that the parent trains on.
 
-In: selected rollouts and their unhinted training prompts, or pairs of completions. Out: a dataset of
-`input_ids` and `labels`, or of the two sides of pairs; final: nothing downstream tokenizes,
-truncates or masks again.
+In: selected rollouts and their training prompts without hints, or pairs of completions. Out: a dataset
+of `input_ids` and `labels`, or of both sides of pairs. It is final: nothing tokenizes, truncates or
+masks it again.
 """
 
 import shutil
@@ -23,10 +23,10 @@ RowWeights = Callable[[Sequence[float | None], Sequence[int]], list[float]]
 
 
 def training_completion_ids(rollout: Rollout, eos_token_id: int) -> tuple[int, ...]:
-    """Return the tokens to learn after the prompt: exactly those that were sampled.
+    """Return the tokens to learn after the prompt: exactly the sampled ones.
 
-    A completion that a stop string ended has no EOS of its own; one is added so that the model
-    learns to stop there.
+    A completion that ended with a stop string has no EOS, so one is added for the model to learn to
+    stop there.
     """
     if rollout.finish == "stop":
         return (*rollout.completion_ids, eos_token_id)
@@ -44,18 +44,18 @@ def build_training_rows(
     """Build the dataset of one round, shuffled under `seed`.
 
     Args:
-        rollouts: The selected ones, in an order that doesn't depend on how they were sampled.
-        prompt_ids: For each prompt id the tokens of the prompt as trained on: without the hint,
-            and without few-shot examples unless configured.
-        eos_token_id: Added after completions that a stop string ended.
-        seed: Of the shuffle. The parent draws the same row order in every round, so the rows
-            themselves are put in a new order.
-        completion_only: Learn the completions alone, or prompts as well.
-        weigh: Gives each row its value in the column `weight`; None adds no column.
+        rollouts: The selected rollouts, in an order that doesn't depend on sampling.
+        prompt_ids: The tokens of each prompt as trained on, by prompt id: without the hint, and
+            without few-shot examples unless configured.
+        eos_token_id: Added after completions that ended with a stop string.
+        seed: Seed of the shuffle. The parent draws the same row order in every round, so the rows
+            themselves must be shuffled.
+        completion_only: If True, only completions are learned; else prompts as well.
+        weigh: Returns the values of a column `weight`; None adds no column.
 
     Returns:
-        Columns `input_ids` and `labels` (-100 on prompt tokens that aren't learnt and on completion
-        tokens that the policy didn't write), and `weight` if asked for.
+        Columns `input_ids` and `labels` (-100 on prompt tokens that aren't learned and on completion
+        tokens that the policy didn't write), and `weight` if requested.
 
     Source: STaR, arXiv 2203.14465, Eq. 2: the gradient is that of log p(rationale, answer | x),
     with x unhinted, so prompt tokens carry no loss.
@@ -76,7 +76,7 @@ def build_training_rows(
 
 
 def _own_tokens(rollout: Rollout, completion: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a training completion with -100 in place of what the policy didn't write."""
+    """Return a training completion with -100 for tokens that the policy didn't write."""
     mask = _training_mask(rollout, completion)
     if mask is None:
         return completion
@@ -84,7 +84,7 @@ def _own_tokens(rollout: Rollout, completion: tuple[int, ...]) -> tuple[int, ...
 
 
 def _training_mask(rollout: Rollout, completion: tuple[int, ...]) -> tuple[bool, ...] | None:
-    """Return which tokens of a training completion are learnt, or None for all."""
+    """Return which tokens of a training completion are learned, or None for all."""
     mask = rollout.completion_mask
     if mask is None:
         return None
@@ -93,9 +93,9 @@ def _training_mask(rollout: Rollout, completion: tuple[int, ...]) -> tuple[bool,
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two completions of one prompt as tokens, the chosen one to be preferred.
+    """A chosen and a rejected completion of one prompt, as tokens.
 
-    A mask says which of a completion's tokens the policy wrote; None: all of them.
+    A mask says which tokens of a completion the policy wrote; None: all of them.
     """
 
     prompt_id: str
@@ -109,7 +109,7 @@ class Pair:
 def pair_of(
     chosen: Rollout, rejected: Rollout, prompt_ids: tuple[int, ...], eos_token_id: int
 ) -> Pair:
-    """Return two rollouts of one prompt as a pair, `prompt_ids` being the prompt as trained on."""
+    """Return two rollouts of one prompt as a pair; `prompt_ids` is the prompt as trained on."""
     chosen_ids, rejected_ids = (
         training_completion_ids(r, eos_token_id) for r in (chosen, rejected)
     )
@@ -127,12 +127,12 @@ def build_pair_rows(pairs: Sequence[Pair], seed: int | None) -> Dataset:
     """Build the rows of DPOTrainer, still without the reference's log-probs.
 
     Args:
-        pairs: In an order that doesn't depend on how their completions were sampled.
+        pairs: Pairs in an order that doesn't depend on sampling.
         seed: Seed of the shuffle (the parent draws the same row order in every round); None keeps
             the order.
 
     Returns:
-        The fields of `Pair` as columns; a mask only where a pair has one.
+        The fields of `Pair` as columns; masks only if a pair has one.
     """
     columns = {f.name: [getattr(pair, f.name) for pair in pairs] for f in fields(Pair)}
     rows = Dataset.from_dict(
@@ -146,7 +146,7 @@ def build_pair_rows(pairs: Sequence[Pair], seed: int | None) -> Dataset:
 
 
 def save_rows(folder: Path, rows: Dataset) -> None:
-    """Write a dataset so that a reader sees either all of it or nothing."""
+    """Write a dataset atomically."""
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     rows.save_to_disk(str(temporary))
