@@ -64,7 +64,7 @@ class Progress(Protocol):
         """Count finished samples and their completion tokens, or those read back from disk."""
 
     def set_solved(self, share: float) -> None:
-        """Tell the share of prompts, among those graded so far, with a passing sample."""
+        """Report the share of the prompts graded so far that have a passing sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +101,12 @@ class Collector:
 
         Args:
             assignments: What to sample; the order has no influence.
-            options: Of the sampler, the same for all.
-            round_index: Key of the random streams and field of the rollouts.
-            phase: Likewise.
-            progress: Told of finished samples.
-            folder: Where shards are kept, or None to keep nothing.
-            prefix: Of the shards' file names.
+            options: Sampling options for all samples.
+            round_index: Part of the key of the random streams, and a field of the rollouts.
+            phase: Part of the key of the random streams, and a field of the rollouts.
+            progress: Notified of finished samples.
+            folder: Folder for shards, or None to keep nothing.
+            prefix: Prefix of the shards' file names.
 
         Raises:
             RuntimeError, ValueError, TypeError: From a reward function, named; the samples stay
@@ -398,7 +398,7 @@ def plan_shards(
 
     Args:
         assignments: The work.
-        max_completion_length: Most tokens of a completion.
+        max_completion_length: Maximum tokens per completion.
         sampler: Suggests batch sizes.
         held: Prompts of shards on disk whose plan is lost, by number; the others go around them.
     """

@@ -467,7 +467,7 @@ def special_tokens(tokenizer: Any) -> set[str]:
 
 
 def _renders_in_code(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Say whether a tokenizer's class renders messages itself, without a Jinja template."""
+    """Return whether a tokenizer's class renders messages itself, without a Jinja template."""
     own = type(tokenizer).apply_chat_template
     return (
         tokenizer.chat_template is None and own is not PreTrainedTokenizerBase.apply_chat_template
@@ -531,9 +531,9 @@ def check_lengths(
     Args:
         rows: The prompts.
         lengths: Their lengths in tokens, as sampled from (few-shot examples and hint included).
-        max_completion_length: Most tokens of a completion.
-        context_length: Most positions of the model, None if it has no limit.
-        name: What to call the dataset in the error.
+        max_completion_length: Maximum tokens per completion.
+        context_length: Maximum positions of the model, None without a limit.
+        name: Name of the dataset, for the error.
 
     Raises:
         ValueError: With the number of such rows, the longest one and the remedy.
@@ -567,10 +567,10 @@ def check_training_lengths(
     Args:
         rows: All prompts.
         render: Returns a prompt's tokens as trained on.
-        max_length: Most tokens of prompt and completion in training; None is no limit.
-        max_completion_length: Most tokens of a completion.
-        sample: The rows that are likely to be the longest; all are looked at if one of these is
-            too long.
+        max_length: Maximum tokens of prompt and completion in training; None for no limit.
+        max_completion_length: Maximum tokens per completion.
+        sample: The rows that are likely the longest; all rows are checked if one of these is too
+            long.
 
     Raises:
         ValueError: With the indices of such rows and the remedy.

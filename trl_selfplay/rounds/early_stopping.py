@@ -1,4 +1,4 @@
-"""Tell why the parent's training ended before its last step, also after a kill.
+"""Determine why the parent's training ended before its last step, even after a kill.
 
 In: the parent's callbacks and its state. Out: the patience of an `EarlyStoppingCallback`, counted
 within one training and written into the state; whether a round or the whole run ends.

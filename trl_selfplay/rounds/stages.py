@@ -63,7 +63,7 @@ _CHECKED_AT_CONSTRUCTION = 64
 
 @dataclass(frozen=True, slots=True)
 class SelfPlay:
-    """What a trainer plays with, the same in every round.
+    """The stages of a trainer's rounds, the same in every round.
 
     Attributes:
         config: The trainer's arguments.
@@ -73,7 +73,7 @@ class SelfPlay:
         collector: Samples and grades.
         eos_token_ids: Tokens that end a completion.
         eos_token_id: The one that is added in training after a stop string.
-        context_length: Most positions of the model, or None.
+        context_length: Maximum positions of the model, or None.
         run: Knows where rounds lie on disk.
     """
 
@@ -134,7 +134,7 @@ class SelfPlay:
             scorer.check_columns(rows[0].columns, name)
 
     def warn_unreadable_solutions(self) -> None:
-        """Say before anything is sampled which solutions the reward functions can't read.
+        """Warn, before anything is sampled, of solutions that the reward functions can't read.
 
         Raises:
             TypeError: One that compares with a single answer would get a list, a dict or bytes.
@@ -196,12 +196,12 @@ class SelfPlay:
     def sample(
         self, rows: Sequence[PromptRow], round_index: int, phase: Phase, folder: Path
     ) -> list[Rollout]:
-        """Sample `num_generations` completions a prompt and grade them.
+        """Sample `num_generations` completions per prompt and grade them.
 
-        The few-shot examples stand before the prompt in the first `few_shot_rounds` rounds.
+        Few-shot examples precede the prompt in the first `few_shot_rounds` rounds.
 
-        Hinted samples (phase "hint") show the answer in the prompt, and their sample indices go on
-        where the unhinted ones end.
+        Hinted samples (phase "hint") have the answer in the prompt, and their sample indices follow
+        those of the unhinted ones.
         """
         if not rows:
             return []
@@ -397,7 +397,7 @@ class SelfPlay:
         return fitting
 
     def fits(self, rollout: Rollout, prompt_ids: Mapping[str, tuple[int, ...]]) -> bool:
-        """Say whether a training example is no longer than `max_length`."""
+        """Return whether a training example fits into `max_length`."""
         if self.config.max_length is None:
             return True
         completion = training_completion_ids(rollout, self.eos_token_id)

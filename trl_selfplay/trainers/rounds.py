@@ -51,7 +51,7 @@ class RoundsMixin(Trainer):
         self_play: What samples, grades and scores.
         placeholder: The row that the parent was built on, as it prepared it.
         progress: Where `train` stands; None outside it.
-        weights_digest: Of the weights with which the first `train` in this process began.
+        weights_digest: Digest of the weights at the start of the first `train` in this process.
         has_begun: `train` was called in this process and may have changed the weights.
         load_rows: Reads a dataset, given it, its name in errors, and `reward_funcs`.
         collated_columns: Columns of a round's rows that the collator gets beside the parent's.

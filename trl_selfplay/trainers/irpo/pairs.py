@@ -1,8 +1,8 @@
 """Pair right with wrong completions of the same prompt.
 
-In: the graded rollouts of a round, perhaps human completions. Out: pairs of rollouts, and what
-became of every rollout. Pure functions of records, options and seed: the order of the records has
-no influence.
+In: the graded rollouts of a round, and human completions if there are any. Out: pairs of rollouts, and
+the outcome of every rollout. Pure functions of records, options and seed: the order of the records
+doesn't matter.
 
 Source: IRPO, arXiv 2404.19733, section 2.
 """
@@ -28,10 +28,10 @@ class Pairing:
     """The pairs of a round.
 
     Attributes:
-        pairs: (right, wrong) of one prompt, by prompt.
-        selection: What became of every rollout. Of the right ones "kept" are in a pair, "capped"
-            were not drawn, and "unpaired" have no wrong one to be set against; the wrong ones are
-            "failed", in a pair or not.
+        pairs: (right, wrong) rollouts of the same prompt, ordered by prompt.
+        selection: The outcome of every rollout. Right rollouts are "kept" if they are in a pair,
+            "capped" if they were not drawn, and "unpaired" if their prompt has no wrong rollout. Wrong
+            rollouts are "failed", whether they are in a pair or not.
         metrics: Counts for the log: pairs, and prompts with one, without a right completion, and
             without a wrong one.
     """

@@ -1,12 +1,12 @@
-"""Weigh each row's log-likelihood, in place of counting all rows alike.
+"""Weight each row's log-likelihood instead of counting all rows equally.
 
-In: rewards; the parent's collator and model. Out: a weight a row, and the same collator and model
-with it, so that the parent's own loss of an optimizer step over the rows j with T_j tokens to learn
-comes out as
+In: rewards, and the parent's collator and model. Out: a weight per row, and a collator and model that
+apply it, so that the parent's own loss over the rows j of an optimizer step, with T_j tokens to learn,
+becomes
 
     L = − Σ_j w_j Σ_t log p(y_{j,t} | …) / Σ_j T_j
 
-The weights are made once a round, so what a row counts doesn't depend on the batch that it is in.
+Weights are computed once per round, so a row's weight doesn't depend on its batch.
 
 Source: ReST^EM, arXiv 2312.06585, Eq. 3: argmax E[r(x, y) log p(y | x)], r ≥ 0.
 """
@@ -20,18 +20,18 @@ from trl_selfplay.rollouts.rows import WEIGHT
 
 
 def relative_weights(rewards: Sequence[float | None], lengths: Sequence[int]) -> list[float]:
-    """Return each row's weight w_j = r_j Σ_i T_i / Σ_i r_i T_i: its reward by the round's mean.
+    """Return each row's weight w_j = r_j Σ_i T_i / Σ_i r_i T_i: its reward divided by the mean.
 
-    The mean is over the tokens to learn, so over a whole round the loss is that of
+    The mean is over the tokens to learn, so over a whole round the loss is
 
         L = − Σ_j r_j Σ_t log p(y_{j,t} | …) / Σ_j r_j T_j
 
-    Weights are free of the rewards' scale, and 1 if all rewards are equal.
+    Weights don't depend on the scale of rewards, and are 1 if all rewards are equal.
 
     Args:
-        rewards: At least 0; None for a row that was not graded, which weighs 1.0 and is not in
-            the mean.
-        lengths: Tokens to learn of each row, T_j.
+        rewards: Rewards of at least 0; None for an ungraded row, which has weight 1.0 and isn't part
+            of the mean.
+        lengths: Number of tokens to learn in each row, T_j.
     """
     graded = [(r, n) for r, n in zip(rewards, lengths, strict=True) if r is not None]
     tokens = sum(length for _, length in graded)

@@ -38,15 +38,16 @@ logger = logging.getLogger(__name__)
 def build_heldout_rows(
     rows: Sequence[PromptRow], chosen: Mapping[str, ChosenTokens], rollouts: Sequence[Rollout]
 ) -> Dataset:
-    """Return one row a finished opponent completion, or a prompt's own row without one.
+    """Return one row per finished opponent completion, and one for each prompt without any.
 
-    Completions that equal the data's stay: that they can't be told apart is the finding. Where the
-    opponent's was cut by length the row has `has_opponent` False and one token as `rejected_ids`.
+    Completions equal to the data's are kept, because indistinguishable pairs matter here. If the
+    opponent's completion is truncated, the row has `has_opponent` False and one token as
+    `rejected_ids`.
 
     Args:
         rows: The held-out prompts.
-        chosen: The tokens of each prompt id.
-        rollouts: The opponent's; none if there is no opponent, as before round 0.
+        chosen: Tokens of the data's completions by prompt id.
+        rollouts: The opponent's rollouts; empty without an opponent, as before round 0.
     """
     finished: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
@@ -72,21 +73,21 @@ def build_heldout_rows(
 def measure_heldout(
     rows: Dataset, logps: Sequence[tuple[float, float]], beta: float, prefix: str
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics of one held-out set, and each prompt's log-prob a token.
+    """Return the metrics of one held-out set, and each prompt's log-prob per token.
 
     Args:
-        rows: Of `build_heldout_rows`, with `ref_chosen_logps` and `ref_rejected_logps` where an
+        rows: Rows of `build_heldout_rows`, with `ref_chosen_logps` and `ref_rejected_logps` if an
             opponent was scored.
-        logps: (chosen, rejected) of each row under the policy, in nats.
-        beta: Of the round.
-        prefix: Of the metrics.
+        logps: Log-probs (chosen, rejected) of each row under the policy, in nats.
+        beta: The round's beta.
+        prefix: Prefix of the metrics' names.
 
     Returns:
-        `…_logps`, the mean log-prob a token of the data's completions (over prompts), and, where
-        there is an opponent: `…_win_rate`, the share of pairs in which the policy prefers the
-        data's completion to the opponent's more than the opponent did, ties as half; `…_margin`,
-        the mean of beta times the difference of log-ratios; `…_loss`, the logistic loss; and
-        `…_distance`, ln 2 minus that loss. Intervals (95 %, bootstrap) end in _low and _high.
+        `…_logps`, the mean log-prob per token of the data's completions (over prompts). With an
+        opponent also `…_win_rate`, the share of pairs in which the policy prefers the data's
+        completion more strongly than the opponent did, ties as 1/2; `…_margin`, the mean of beta
+        times the difference of log-ratios; `…_loss`, the logistic loss; and `…_distance`, ln 2 minus
+        that loss. 95 % bootstrap intervals end in _low and _high.
     """
     lengths = [len(ids) for ids in rows["chosen_ids"]]
     per_prompt = {
@@ -128,15 +129,15 @@ def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def find_convergence(metrics: Mapping[str, float], prefix: str = "eval") -> str | None:
-    """Return a sentence if held-out pairs of data and opponent can't be told apart.
+    """Return a message if held-out completions of data and opponent can't be told apart, or None.
 
-    That is: the 95 % interval of the win rate includes one half, and ln 2 minus the held-out loss
-    is below .01. Neither alone would do: a round with a tiny learning rate leaves the loss at
-    ln 2 though every pair is told apart, and few pairs make a wide interval.
+    The criterion is that the 95 % interval of the win rate includes 1/2 and that ln 2 minus the
+    held-out loss is below .01. Both are needed: with a tiny learning rate the loss stays at ln 2
+    although every pair is told apart, and few pairs give a wide interval.
 
     Args:
-        metrics: As `measure_heldout` returns them.
-        prefix: Of the held-out set.
+        metrics: Metrics of `measure_heldout`.
+        prefix: Prefix of the held-out set's metrics.
 
     Source: SPIN, arXiv 2401.01335, theorem 5.2: no gain is left when the opponent is the data.
     """
@@ -159,16 +160,16 @@ def warn_falling_likelihood(
     round_index: int,
     prefix: str = "eval",
 ) -> str | None:
-    """Return a warning if a round tells the data from its opponent, yet makes the data less likely.
+    """Return a warning if a round separates data and opponent but makes the data less likely, or None.
 
-    SPIN's loss asks for a margin between the two alone, so both log-probs often fall. A choice by
-    `…_logps` then hands back a model from before, however well the rounds work.
+    SPIN's loss only increases the margin between the two, so both log-probs often fall. Selecting by
+    `…_logps` then returns an earlier model, however well the rounds work.
 
     Args:
-        before: The untrained model's metrics.
-        metrics: The round's, as `measure_heldout` returns them.
-        round_index: The round.
-        prefix: Of the held-out set that chooses.
+        before: Metrics of the untrained model.
+        metrics: The round's metrics from `measure_heldout`.
+        round_index: The round, for the warning.
+        prefix: Prefix of the held-out set that selects the best round.
     """
     logps, win_rate = f"{prefix}_logps", f"{prefix}_win_rate"
     if metrics[logps] >= before[logps] or metrics.get(f"{win_rate}_low", 0.0) <= 0.5:
@@ -183,12 +184,12 @@ def warn_falling_likelihood(
 
 
 def save_scores(path: Path, scores: HeldOutScores) -> None:
-    """Write held-out scores down, for a run that goes on when the weights are other ones."""
+    """Save held-out scores, for a resumed run whose weights have changed."""
     save_text(path, json.dumps(asdict(scores)))
 
 
 def load_scores(path: Path) -> HeldOutScores | None:
-    """Read back what `save_scores` wrote; None, to be scored again, if it is not there whole."""
+    """Load saved scores; None, to be scored again, if they are absent or incomplete."""
     if not path.exists():
         return None
     try:
@@ -201,7 +202,7 @@ def load_scores(path: Path) -> HeldOutScores | None:
 
 
 def logistic_loss(margin: float) -> float:
-    """Return log(1 + exp(-margin)), without overflow.
+    """Return log(1 + exp(-margin)) without overflow.
 
     Source: SPIN, arXiv 2401.01335, section 4.1.
     """

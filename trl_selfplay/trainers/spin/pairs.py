@@ -1,8 +1,8 @@
-"""Pair the data's completions with the opponent's, and look for what gives the opponent away.
+"""Pair the data's completions with the opponent's, and find superficial differences.
 
-In: the rollouts of a round and the tokens of the data's completions. Out: what became of every
-rollout, pairs (chosen = the data's completion, rejected = the opponent's own, token by token as it
-was sampled), and warnings. Pure functions of records.
+In: the rollouts of a round and the tokens of the data's completions. Out: the outcome of every rollout,
+pairs (chosen: the data's completion, rejected: the opponent's, exactly as sampled), and warnings. Pure
+functions of records.
 
 Source: SPIN, arXiv 2401.01335, equation 4.7: y from the data, y' sampled by the opponent.
 """
@@ -27,18 +27,18 @@ _FEWEST_PAIRS = 16
 def select_pairs(
     rollouts: Sequence[Rollout], chosen: Mapping[str, ChosenTokens], max_length: int | None
 ) -> Selection:
-    """Decide which of the opponent's completions are trained on, each against the data's.
+    """Select the opponent's completions that are trained on, each against the data's.
 
-    A completion cut by length is dropped: kept, it would teach that the opponent doesn't end, and
-    with an EOS added that ends don't follow unfinished sentences. An empty one is told apart by its
-    first token. One that equals the data's token by token has loss ln 2 and no gradient whatever
-    the policy. A pair whose longer side exceeds `max_length` is dropped, never truncated. Equal
-    completions of one prompt stay: they are what the opponent's distribution looks like.
+    Truncated completions are dropped: they would teach that the opponent doesn't end or, with an added
+    EOS, that it ends within sentences. Empty completions are recognized by their first token.
+    Completions equal to the data's have loss ln 2 and no gradient for any policy. Pairs whose longer
+    side exceeds `max_length` are dropped, never truncated. Equal completions of one prompt are kept,
+    because they represent the opponent's distribution.
 
     Args:
-        rollouts: Of one round, each (prompt_id, sample_index) once.
-        chosen: The tokens of each prompt id.
-        max_length: Most tokens of prompt and completion; None is no limit.
+        rollouts: Rollouts of one round, each (prompt_id, sample_index) once.
+        chosen: Tokens of the data's completions by prompt id.
+        max_length: Maximum tokens of prompt and completion; None for no limit.
     """
     ordered = sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_index))
     outcomes = [(r, _outcome(r, chosen[r.prompt_id], max_length)) for r in ordered]
@@ -71,7 +71,7 @@ def _outcome(rollout: Rollout, tokens: ChosenTokens, max_length: int | None) -> 
 def pair_up(rollouts: Sequence[Rollout], chosen: Mapping[str, ChosenTokens]) -> list[Pair]:
     """Return each completion of the opponent as the rejected side of a pair with the data's.
 
-    EOS ends the rejected side exactly if it was sampled.
+    The rejected side ends with EOS only if EOS was sampled.
     """
     return [
         Pair(
@@ -87,7 +87,7 @@ def pair_up(rollouts: Sequence[Rollout], chosen: Mapping[str, ChosenTokens]) -> 
 def pair_metrics(
     selection: Selection, chosen: Mapping[str, ChosenTokens], num_examples: int
 ) -> dict[str, float]:
-    """Return the numbers of a round for the log: play/… of what was sampled, select/… of pairs."""
+    """Return the metrics of a round: play/… of the samples, select/… of the pairs."""
     rollouts, counts = selection.rollouts, selection.funnel.unhinted
     sampled = len(rollouts)
     return {
@@ -108,18 +108,18 @@ def find_giveaways(
     decode: Callable[[int], str],
     eos_token_ids: Sequence[int],
 ) -> list[str]:
-    """Return what tells the data's completions from the opponent's without reading them.
+    """Return superficial differences between the data's and the opponent's completions.
 
-    Looks at the first token, the last, the last before EOS, and the length. A discriminator that
-    can use one of these learns format instead of content.
+    They are looked for in the first token, the last token, the last one before EOS, and the length. A
+    discriminator that can use one of these learns format instead of content.
 
     Args:
-        pairs: (chosen, rejected) token ids; too few say nothing.
-        decode: Returns a token's text.
+        pairs: (chosen, rejected) token ids; too few give no result.
+        decode: Returns the text of a token.
         eos_token_ids: Tokens that end a completion.
 
     Returns:
-        One sentence with numbers for each giveaway.
+        One sentence with numbers per difference.
     """
     if len(pairs) < _FEWEST_PAIRS:
         return []
@@ -156,7 +156,7 @@ def find_giveaways(
 
 
 def _share_longer(first: Sequence[int], second: Sequence[int]) -> float:
-    """Return how often a member of `first` exceeds one of `second`, ties as half (the AUC)."""
+    """Return the probability that a member of `first` exceeds one of `second`, ties as 1/2 (AUC)."""
     counts, wins = Counter(second), 0.0
     for length, times in Counter(first).items():
         below = sum(n for other, n in counts.items() if other < length)

@@ -1,4 +1,4 @@
-"""SPIN: a model learns to tell the data from its former self, until it can't.
+"""SPIN: a model learns to tell the data from its former self, until they can't be told apart.
 
 In: prompts with the data's completions. Out: the model after `num_rounds` rounds.
 Source: SPIN, arXiv 2401.01335, Algorithm 1 and equation 4.7. The opponent is the
@@ -63,10 +63,10 @@ _REMEDY = (
 class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     """Trains a causal language model against its own completions, round after round.
 
-    Takes what `trl.DPOTrainer` takes, in its order. `train_dataset` has the columns `prompt` and
-    `completion`, `messages` (the last assistant turn is the completion), or `prompt` and `chosen`;
-    the rejected completions are the model's own. `eval_dataset`, one set or a dict of sets, holds
-    held-out rows of the same form.
+    Takes the arguments of `trl.DPOTrainer` in the same order. `train_dataset` has the columns `prompt`
+    and `completion`, or `messages` (the last assistant turn is the completion), or `prompt` and
+    `chosen`. The rejected completions are the model's own. `eval_dataset`, a dataset or a dict of
+    datasets, has held-out rows of the same form.
 
     Args:
         eval_reward_funcs: Functions that grade what the policy answers to held-out prompts, as
@@ -174,7 +174,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         )
 
     def _play_heldout(self, round_index: int, folder: Path) -> None:
-        """Let the opponent complete the held-out prompts, and score both sides under it."""
+        """Sample the opponent's completions of the held-out prompts, and score both sides under it."""
         for name, rows in self.self_play.heldout.items():
             where = folder / "evaluation" / name
             rollouts = self.self_play.sample(rows, round_index, "eval", where)

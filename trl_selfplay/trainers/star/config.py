@@ -36,8 +36,8 @@ PAPER_PRESETS = ("commonsense_qa", "gsm8k", "addition")
 class STaRConfig(GradedConfig, SFTConfig):
     """Configuration of `STaRTrainer`: SFTConfig's fields, per round, and those of the outer loop.
 
-    STaR (arXiv 2203.14465) samples greedily, one completion a prompt, and trains each round from
-    the base weights; those are the defaults here. `STaRConfig.from_paper` gives the paper's
+    STaR (arXiv 2203.14465) samples one greedy completion per prompt and trains each round from the
+    base weights; these are the defaults. `STaRConfig.from_paper` gives the paper's
     optimizer, schedule and steps as well.
     """
 

@@ -1,8 +1,8 @@
 """Show the answer as a hint, and find rationales that quote the hint instead of reasoning.
 
-In: a prompt that no completion solved, with its solution. Out: the prompt with the final answer
-in it, for sampling only (the training example has the prompt without it). Then, of a completion
-sampled so, the reason why it must not be trained on, or None. Both are defaults that the trainer's
+In: a prompt that no completion solved, with its solution. Out: the prompt with the final answer, for
+sampling only (the training example has the prompt without it); then, for a completion of that prompt,
+the reason why it must not be trained on, or None. Both are defaults that the trainer's
 `hint_formatter` and `leak_filter` replace.
 
 Source: STaR, arXiv 2203.14465, section 3.3 and figures 1 and 2. The paper has no leak filter.
@@ -23,10 +23,9 @@ HINT_MARKER = "(CORRECT)"
 def add_hint(prompt: Prompt, solution: Any) -> Prompt:
     r"""Return the prompt with the final answer shown.
 
-    Multiple choice: the right option is marked "(CORRECT)". Anything else: the answer in
-    parentheses after the question, before a cue such as "A:" that the prompt ends with. Only the
-    final answer of a solution with worked steps is shown. A prompt whose solution is empty comes
-    back as it is.
+    In a multiple-choice prompt, the right option is marked "(CORRECT)". Otherwise the answer follows
+    the question in parentheses, before a cue such as "A:" at the end of the prompt. Only the final
+    answer of a solution is shown. With an empty solution the prompt is returned unchanged.
 
     Args:
         prompt: Text, or chat messages, of which the last user turn gets the hint. Not mutated.
@@ -84,11 +83,11 @@ def leaks_of_rows(
 
 
 def find_leak(prompt: Prompt, completion: str, solution: Any) -> str | None:
-    """Return why a completion sampled under a hint quotes it instead of reasoning, or None.
+    """Return why a completion sampled with a hint quotes it instead of reasoning, or None.
 
     Args:
-        prompt: Without the hint. What it says itself is no leak where the completion repeats it.
-        completion: What the model wrote.
+        prompt: The prompt without the hint. Repeating it is no leak.
+        completion: The completion as text.
         solution: The ground truth; only its final answer counts.
 
     Returns:
@@ -297,7 +296,7 @@ def _mentions_hint(prompt_text: str, completion: str) -> bool:
 
 
 def _argues_from_answer(completion: str, answers: Sequence[str]) -> bool:
-    """Say whether a completion takes the answer for a premise: "since the answer is 72, …"."""
+    """Return whether a completion uses the answer as a premise: "since the answer is 72, …"."""
     return bool(answers) and bool(
         re.search(
             r"\b(?:since|because|given(?:\s+that)?|knowing(?:\s+that)?)\s+(?:the|our)\s+"
@@ -369,7 +368,7 @@ def _either(patterns: Sequence[str]) -> str:
 
 
 def _states_answer_first(opening: str, answers: Sequence[str]) -> bool:
-    """Say whether the answer, as a statement of its own, comes before anything else."""
+    """Return whether the answer, as a statement of its own, comes before anything else."""
     announced = re.match(
         rf"(?:{_ANNOUNCEMENT}){{1,3}}{_either(answers)}[\"')\]}}$%]*"
         r"(?:\s*$|\s*[.,;!\n<–—]|\s+(?:because|since|as|for|due)\b|\s+-\s)",
@@ -387,7 +386,7 @@ def _states_answer_first(opening: str, answers: Sequence[str]) -> bool:
 
 
 def _is_enumeration(opening: str) -> bool:
-    """Say whether a text begins with the first of several numbered or lettered items."""
+    """Return whether a text begins with the first of several numbered or lettered items."""
     first = re.match(r"\(?(\d+|[A-Za-z])[.:)]", opening)
     if first is None:
         return False

@@ -1,8 +1,8 @@
 """STaR: a model trains on its own rationales that reached the right answer.
 
 In: prompts with solutions, reward functions. Out: the model after `num_rounds` rounds.
-Source: STaR, arXiv 2203.14465, Algorithm 1. The outer loop is in rounds.py, what a round's stages
-do in self_play.py.
+Source: STaR, arXiv 2203.14465, Algorithm 1. The outer loop is in rounds/loop.py, the
+stages of a round are in rounds/stages.py.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -34,18 +34,18 @@ _SHOWS_SOLUTIONS = (
 class STaRTrainer(RoundsMixin, SFTTrainer):
     """Trains a causal language model on its own correct rationales, round after round.
 
-    Takes what `trl.SFTTrainer` takes, in its order, and the keyword-only parameters below.
-    `train_dataset` has the columns `prompt` (text or chat messages) and `solution`; all columns
-    reach the reward functions. `eval_dataset`, one set or a dict of sets, holds held-out prompts in
-    the same form.
+    Takes the arguments of `trl.SFTTrainer` in the same order, and the keyword-only parameters below.
+    `train_dataset` has the columns `prompt` (text or chat messages) and `solution`; reward functions
+    get all columns. `eval_dataset`, a dataset or a dict of datasets, has held-out prompts of the same
+    form.
 
     Args:
         reward_funcs: As GRPOTrainer takes them: a callable
             `f(prompts, completions, **columns) -> list[float | None]`, an async one, a model id, a
             sequence classifier, or a list of these.
-        reward_processing_classes: Tokenizers of reward models, one for each of `reward_funcs`.
-        few_shot_examples: Mappings with `prompt`, `completion` and `solution` that stand before
-            every prompt while sampling.
+        reward_processing_classes: Tokenizers of reward models, one per entry of `reward_funcs`.
+        few_shot_examples: Mappings with `prompt`, `completion` and `solution` that precede every
+            prompt during sampling.
         normal_form: Completions of a prompt with equal normal form are duplicates; None compares
             them lower-cased with white space folded.
         hint_formatter: `f(prompt, solution) -> prompt` that shows the answer; None marks the right
