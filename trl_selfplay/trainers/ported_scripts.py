@@ -244,26 +244,23 @@ def _has_default(args: Any, each: dataclasses.Field[Any]) -> bool:
 
 
 def explains_foreign_arguments(init: Callable[..., None]) -> Callable[..., None]:
-    """Let a trainer's constructor say what becomes of arguments that it doesn't take."""
+    """Let a trainer's constructor say what becomes of arguments that it doesn't take.
+
+    Raises:
+        TypeError: When it is called with some, from the constructor that is returned.
+    """
+    known = inspect.signature(init).parameters
+    name = init.__qualname__.split(".")[0]
 
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        refuse_foreign_arguments(init.__qualname__.split(".")[0], kwargs, init)
+        if foreign := {key: _Shown(v) for key, v in kwargs.items() if key not in known}:
+            raise TypeError(
+                f"{name} doesn't take these arguments:\n{_explain(foreign, _ARGUMENTS, known)}"
+            )
         init(self, *args, **kwargs)
 
     return wrapper
-
-
-def refuse_foreign_arguments(
-    name: str, given: Mapping[str, Any], parent: Callable[..., Any]
-) -> None:
-    """Raise TypeError for keyword arguments that neither a trainer nor its parent takes."""
-    known = inspect.signature(parent).parameters
-    if foreign := {key: value for key, value in given.items() if key not in known}:
-        shown = {key: _Shown(value) for key, value in foreign.items()}
-        raise TypeError(
-            f"{name} doesn't take these arguments:\n{_explain(shown, _ARGUMENTS, known)}"
-        )
 
 
 class _Shown:
