@@ -89,9 +89,8 @@ def build_trainer(
     task_name: str, arm: str, seed: int, folder: str, results: Path
 ) -> tuple[Any, Any]:
     """Return the arm's trainer and the task with its held-out prompts."""
-    from trl_selfplay import ReSTEMConfig
+    from trl_selfplay import ReSTEMConfig, reasoning_path
     from trl_selfplay.rewards import exact_reward
-    from trl_selfplay.rollouts.selection import reasoning_path
 
     task = load_task(task_name, seed)
     settings = {

@@ -19,9 +19,8 @@ For your own model and data, use the flags of TRL's GRPO script, or `--config fi
 
 from typing import Any
 
-from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
+from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, reasoning_path
 from trl_selfplay.demos import script_arguments, words
-from trl_selfplay.rollouts.selection import reasoning_path
 
 # The demo's flags.
 DEMO: dict[str, Any] = {

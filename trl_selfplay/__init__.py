@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_selfplay.rollouts.record import Rollout
+    from trl_selfplay.rollouts.selection import default_normal_form, reasoning_path
     from trl_selfplay.rounds.empty_round import EmptyRoundError
     from trl_selfplay.trainers.irpo.config import IRPOConfig
     from trl_selfplay.trainers.irpo.trainer import IRPOTrainer
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from trl_selfplay.trainers.spin.config import SPINConfig
     from trl_selfplay.trainers.spin.trainer import SPINTrainer
     from trl_selfplay.trainers.star.config import STaRConfig
+    from trl_selfplay.trainers.star.rationalization import add_hint, find_leak
     from trl_selfplay.trainers.star.trainer import STaRTrainer
 
 __version__ = "0.1.0"
@@ -41,6 +43,10 @@ __all__ = [
     "WrongOpponentError",
     "WrongReferenceError",
     "__version__",
+    "add_hint",
+    "default_normal_form",
+    "find_leak",
+    "reasoning_path",
 ]
 
 _MODULE_OF = {
@@ -59,6 +65,10 @@ _MODULE_OF = {
     "STaRTrainer": "trl_selfplay.trainers.star.trainer",
     "WrongOpponentError": "trl_selfplay.trainers.reference",
     "WrongReferenceError": "trl_selfplay.trainers.reference",
+    "add_hint": "trl_selfplay.trainers.star.rationalization",
+    "default_normal_form": "trl_selfplay.rollouts.selection",
+    "find_leak": "trl_selfplay.trainers.star.rationalization",
+    "reasoning_path": "trl_selfplay.rollouts.selection",
 }
 
 

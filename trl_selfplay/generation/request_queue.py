@@ -4,9 +4,9 @@ In: a sequence of requests, or an iterator that is pulled while others decode. O
 begin next, in an order that doesn't depend on the order in which they came.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
-from trl_selfplay.generation.sampler import SampleRequest
+from trl_selfplay.generation.sampler import Requests, SampleRequest
 
 
 class RequestQueue:
@@ -27,7 +27,7 @@ class RequestQueue:
 
     def __init__(
         self,
-        source: Sequence[SampleRequest] | Iterator[SampleRequest | None],
+        source: Requests,
         context_length: int | None,
     ) -> None:
         self.requests: list[SampleRequest] = []

@@ -118,6 +118,10 @@ def build_sampling_options(
     return SamplingOptions(**{**options, **changes})
 
 
+# Those of an iterator may follow from earlier completions; None: no request for now.
+Requests = Sequence[SampleRequest] | Iterator[SampleRequest | None]
+
+
 class Sampler(Protocol):
     """Draws completions from the current policy."""
 
@@ -126,10 +130,7 @@ class Sampler(Protocol):
         ...
 
     def sample(
-        self,
-        requests: Sequence[SampleRequest] | Iterator[SampleRequest | None],
-        options: SamplingOptions,
-        batch_size: int,
+        self, requests: Requests, options: SamplingOptions, batch_size: int
     ) -> Iterator[tuple[int, SampledCompletion]]:
         """Yield `(request index, completion)` as completions finish, each request once.
 

@@ -33,7 +33,12 @@ from trl_selfplay.generation.model_traits import (
     sampling_state,
 )
 from trl_selfplay.generation.request_queue import RequestQueue
-from trl_selfplay.generation.sampler import SampledCompletion, SampleRequest, SamplingOptions
+from trl_selfplay.generation.sampler import (
+    Requests,
+    SampledCompletion,
+    SampleRequest,
+    SamplingOptions,
+)
 from trl_selfplay.memory import return_freed_memory
 
 __all__ = [
@@ -119,10 +124,7 @@ class TransformersSampler:
         return max(1, min(largest, fitting))
 
     def sample(
-        self,
-        requests: Sequence[SampleRequest] | Iterator[SampleRequest | None],
-        options: SamplingOptions,
-        batch_size: int,
+        self, requests: Requests, options: SamplingOptions, batch_size: int
     ) -> Iterator[tuple[int, SampledCompletion]]:
         """Yield `(request index, completion)` as completions finish, each request once.
 

@@ -52,7 +52,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         few_shot_examples: Mappings with `prompt` and `completion` that stand before every prompt.
         normal_form: Completions of a prompt with equal normal form are duplicates; None compares
             them lower-cased with white space folded. RFT's is
-            `trl_selfplay.rollouts.selection.reasoning_path`.
+            `trl_selfplay.reasoning_path`.
         gold_dataset: Human completions to mix in: `prompt` and `completion`, or `messages`. With
             `improve_thresholds` they are graded and filtered like the model's own.
         eval_reward_funcs: Functions that grade held-out completions in place of `reward_funcs`:
