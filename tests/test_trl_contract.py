@@ -371,6 +371,28 @@ def test_the_dpo_collator_puts_chosen_before_rejected(build_dpo) -> None:
     assert batch["completion_mask"].tolist() == [[0, 1, 1, 0], [0, 1, 1, 1]]
 
 
+def test_the_dpo_loss_calls_the_model_once_and_logs_what_is_added_to_its_metrics(
+    build_dpo,
+) -> None:
+    """With log-probs of completion tokens alone, 0 elsewhere."""
+    trainer = build_dpo(precompute_ref_log_probs=True)
+    trainer.precompute_ref_logps = True
+    row = {"prompt_ids": [3, 7], "chosen_ids": [4, 1], "rejected_ids": [5, 6, 1],
+           "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}  # fmt: skip
+    batch, seen = trainer.data_collator([row]), []
+
+    def forward(**kwargs):
+        seen.append(trainer.model(**kwargs))
+        return seen[-1]
+
+    trainer.compute_loss(forward, batch)
+    (outputs,) = seen
+    assert ((outputs.log_probs != 0).int() == batch["completion_mask"][:, 1:]).all()
+    trainer._metrics["train"]["ours"] += [1.0, 3.0]
+    trainer.log({})
+    assert trainer.state.log_history[-1]["ours"] == 2.0
+
+
 @pytest.mark.parametrize("kind", ["full", "lora", "peft model"])
 def test_dpo_starts_each_of_three_rounds_at_ln_2(
     build_dpo, tiny_model, word_tokenizer, kind

@@ -1,7 +1,7 @@
 """IRPO: a model learns to prefer its right answers to its wrong ones, round after round.
 
 In: prompts with solutions, reward functions, perhaps human completions. Out: the model after
-`num_rounds` rounds. Which completions are paired is decided in pairs.py.
+`num_rounds` rounds. pairs.py decides which completions are paired; loss.py has the loss's second term.
 
 Source: IRPO, arXiv 2404.19733, section 2.
 """
@@ -10,17 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from trl import DPOTrainer
 
 from trl_selfplay.rollouts.gold import Gold
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
-from trl_selfplay.rollouts.rows import build_pair_rows, pair_of
 from trl_selfplay.rollouts.selection import default_normal_form
 from trl_selfplay.rounds.identity import summarize
 from trl_selfplay.trainers import construction
 from trl_selfplay.trainers.irpo.config import IRPOConfig
+from trl_selfplay.trainers.irpo.loss import KeptLogProbs, chosen_nll
 from trl_selfplay.trainers.irpo.pairs import pair_rollouts
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.reference import ReferenceMixin
@@ -41,15 +40,13 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     round, and the chosen completions' negative log-likelihood per token (`nll_coef`).
 
     Args:
-        reward_funcs: As GRPOTrainer takes them: a callable, an async one, a model id, a sequence
-            classifier, or a list of these. A completion is right if its reward is at least
-            `reward_threshold`, and else wrong.
+        reward_funcs: As GRPOTrainer takes them. A completion with a reward of at least
+            `reward_threshold` is right, any other wrong.
+        eval_reward_funcs: Functions that grade held-out completions; None: `reward_funcs`.
         reward_processing_classes: Tokenizers of reward models, one for each of `reward_funcs`.
         few_shot_examples: Mappings with `prompt` and `completion` that stand before every prompt.
         gold_dataset: Human completions of training prompts: `prompt` and `completion`, or
             `messages`. They are graded like the model's own, and right ones may be chosen.
-        eval_reward_funcs: Functions that grade held-out completions in place of `reward_funcs`;
-            None grades them alike.
 
     Raises:
         ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
@@ -111,7 +108,7 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     def play_round(self, round_index: int) -> PlayedRound:
         """Sample and grade under M_t, pair right with wrong, and score the pairs under M_t."""
         play, args, folder = self.self_play, self.args, self.run.folder(round_index)
-        rows = play.draw_prompts(round_index)
+        rows, seed = play.draw_prompts(round_index), args.seed + round_index
         rollouts = play.sample(rows, round_index, "train", folder)
         prompt_ids = play.training_prompt_ids(rows)
         gold = play.grade_gold(self.gold, self.run.root / "gold.parquet")
@@ -123,55 +120,25 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
             fits=lambda rollout: play.fits(rollout, prompt_ids),
             deduplicate=args.deduplicate,
             max_pairs=args.max_per_prompt,
-            seed=args.seed + round_index,
+            seed=seed,
         )
         play.keep_selection(folder, pairing.selection)
-        pairs = [
-            pair_of(right, wrong, prompt_ids[right.prompt_id], play.eos_token_id)
-            for right, wrong in pairing.pairs
-        ]
-        training_rows = self.store_reference(
-            build_pair_rows(pairs, seed=args.seed + round_index), folder / "dataset"
-        )
+        pairs = pairing.rows(prompt_ids, play.eos_token_id, seed)
+        pairs = self.store_reference(pairs, folder / "dataset")  # log-probs of both under M_t
         diversity = play.watch_diversity(round_index, rollouts, default_normal_form)
         played = play.describe_round(
-            round_index, pairing.selection, training_rows, len(pairs), diversity | pairing.metrics
+            round_index, pairing.selection, pairs, len(pairs), diversity | pairing.metrics
         )
         return replace(played, remedy=_REMEDY) if played.funnel.correct else played
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return DPO's loss plus `nll_coef` times the chosen completions' loss per token.
-
-        Each row counts alike, however long its chosen completion is; in TRL's "sft" loss each token
-        of the batch does.
-        """
-        seen: list[torch.Tensor] = []
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            outputs = model(*args, **kwargs)
-            seen.append(outputs.log_probs)  # of the parent's one forward
-            return outputs
-
+        """Return DPO's loss plus `nll_coef` times the chosen completions' loss per token."""
+        forward = KeptLogProbs(model)
         loss = super().compute_loss(forward, inputs, *args, **kwargs)
-        nll = chosen_nll(seen[0], inputs["completion_mask"])
+        nll = chosen_nll(forward.log_probs, inputs["completion_mask"])
         mode = "train" if model.training else "eval"
         self._metrics[mode]["nll"].append(self.accelerator.gather(nll.detach()).mean().item())
         return loss + self.args.nll_coef * nll
-
-
-def chosen_nll(log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
-    """Return −log π(y_w) / |y_w|, averaged over the rows of a batch.
-
-    Args:
-        log_probs: Of each next token, 0 outside of completions; shape (2 * rows, tokens - 1), the
-            chosen completions first.
-        completion_mask: 1 on the tokens of completions; shape (2 * rows, tokens).
-
-    Source: IRPO, arXiv 2404.19733, equation 1.
-    """
-    log_probs, _ = log_probs.chunk(2)
-    lengths = completion_mask[:, 1:].sum(dim=1).chunk(2)[0]
-    return -(log_probs.sum(dim=1) / lengths).mean()
 
 
 def _refuse_unpaired(gold: Gold, rows: Sequence[PromptRow]) -> None:
