@@ -2,14 +2,14 @@
 
 The task is that of addition.py: a decoder of 0.8 M parameters adds numbers of 2 or 3 digits with a
 scratchpad, right on a third of them at the start. All arms sample 4 completions of 470 prompts in
-each of 3 rounds, with the same sampling, the same reward and all weights trained; the weights that
-are reported are 90 optimizer steps of 16 examples away from the base in every arm.
+each of 3 rounds, with the same sampling, the same reward and all weights trained, and train for 90
+optimizer steps of 16 examples in each round.
 
-- star: one right completion per prompt, trained from the base in each round (90 steps). Without
-  rationalization, which would sample more.
-- rest_em: every right completion once, trained from the base in each round (90 steps).
+- star: one right completion per prompt, trained from the base in each round. Without rationalization,
+  which would sample more. At ReST^EM's learning rate.
+- rest_em: every right completion once, trained from the base in each round.
 - irpo: up to 4 pairs of a right and a wrong completion per prompt, each round trained from the one
-  before (3 times 30 steps). A pair is an example, and costs two.
+  before. A pair is an example, and costs two.
 - irpo_without_nll: the same with nll_coef=0.0, which is DPO alone, at IRPO's learning rate.
 
 The learning rate is chosen among RATES on the held-out prompts of a seed that is not reported.
@@ -40,7 +40,8 @@ from trl_selfplay.disk import save_text
 
 RESULTS = Path(__file__).parent / "results" / "irpo"
 ARMS = ("star", "rest_em", "irpo", "irpo_without_nll")
-RATES = {"star": (1e-4, 3e-4), "rest_em": (1e-4, 3e-4), "irpo": (3e-5, 1e-4, 3e-4)}
+RATES = {"rest_em": (1e-4, 3e-4), "irpo": (3e-5, 1e-4)}
+TUNED_AS = {"star": "rest_em", "irpo_without_nll": "irpo"}
 TUNING_SEED = 100
 DIGITS = (2, 3)
 NUM_ROUNDS, NUM_GENERATIONS, STEPS, TEMPERATURE = 3, 4, 90, 0.7
@@ -70,7 +71,6 @@ def build_trainer(arm: str, rate: float, seed: int, folder: str) -> Any:
     else:
         trainer, config = IRPOTrainer, IRPOConfig
         changes = {"max_per_prompt": 4, "nll_coef": float(arm == "irpo")}
-    from_previous = config is IRPOConfig
     settings = {
         **training_settings(seed),
         "num_rounds": NUM_ROUNDS,
@@ -78,7 +78,7 @@ def build_trainer(arm: str, rate: float, seed: int, folder: str) -> Any:
         "temperature": TEMPERATURE,
         "top_k": 0,
         "max_completion_length": 36,  # three digits need 32 with EOS
-        "max_steps": STEPS // NUM_ROUNDS if from_previous else STEPS,
+        "max_steps": STEPS,
         "per_device_train_batch_size": 16,
         "warmup_steps": 5,
         "learning_rate": rate,
@@ -129,7 +129,7 @@ def record_path(results: Path, arm: str, rate: float, seed: int) -> Path:
 def chosen_rate(results: Path, arm: str) -> float | None:
     """Return the rate with the best last round on the tuning seed, or None if one is missing."""
     scores = {}
-    arm = arm.removesuffix("_without_nll")
+    arm = TUNED_AS.get(arm, arm)
     for rate in RATES[arm]:
         path = record_path(results, arm, rate, TUNING_SEED)
         if not path.exists():
@@ -156,8 +156,8 @@ def write_summary(results: Path) -> None:
         "",
         f"A decoder of 0.8 M parameters, sums of {DIGITS[0]} to {DIGITS[-1]} digits with a "
         f"scratchpad, 470 prompts, {NUM_ROUNDS} rounds of {NUM_GENERATIONS} samples at "
-        f"temperature {TEMPERATURE}, {STEPS} steps of 16 examples from the base to "
-        f"the weights that are reported. {first['machine']}; {versions}; seeds "
+        f"temperature {TEMPERATURE}, {STEPS} steps of 16 examples in each "
+        f"round. {first['machine']}; {versions}; seeds "
         f"{sorted({r['seed'] for r in reported})}; {max(r['date'] for r in records)}. Script: "
         "`benchmarks/irpo.py`, which says what the arms are. Accuracy is greedy on 200 held-out "
         "sums, which chose nothing; they alone make one seed's standard error up to 0.035. Mean "

@@ -64,9 +64,7 @@ class IRPOConfig(ReferenceConfig, GradedConfig, DPOConfig):
     _BOUNDS = {"nll_coef": AT_LEAST_0}  # noqa: RUF012  # not a field
 
     num_generations: int = field(default=30, metadata={"help": "Completions to sample per prompt."})
-    temperature: float = field(
-        default=0.8, metadata={"help": "Sampling temperature; 0.0 is greedy decoding."}
-    )
+    temperature: float = field(default=0.8, metadata={"help": "Sampling temperature."})
     max_per_prompt: int | None = field(
         default=10,
         metadata={
