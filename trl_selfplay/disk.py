@@ -89,7 +89,7 @@ def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise OSError(
             error.errno,
             f"could not write {path} ({error.strerror or error}). What was written before is "
-            "intact: make room, then go on with train(resume_from_checkpoint=True)",
+            "intact: free some space, then resume with train(resume_from_checkpoint=True)",
         ) from error
     _sync(path.parent)
 
@@ -154,7 +154,7 @@ def saying_what_is_kept(folder: Path) -> Iterator[None]:
         raise OSError(
             number or errno.ENOSPC,
             f"the disk is full in {folder} ({str(error)[:200]}). Samples, scores, finished rounds "
-            "and whole checkpoints are kept: make room, then go on with "
+            "and complete checkpoints are kept: free some space, then resume with "
             "train(resume_from_checkpoint=True)",
         ) from error
 

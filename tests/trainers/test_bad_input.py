@@ -230,7 +230,7 @@ def test_a_full_disk_stops_the_run_and_resuming_goes_on(build_star, monkeypatch)
 
     monkeypatch.setattr(pq, "write_table", fill_up)
     trainer = small_batches(build_star(num_rounds=1))
-    with pytest.raises(OSError, match="make room"):
+    with pytest.raises(OSError, match="free some space"):
         trainer.train()
     monkeypatch.setattr(pq, "write_table", write)
     resumed = small_batches(build_star(num_rounds=1))

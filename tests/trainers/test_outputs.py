@@ -56,7 +56,7 @@ def test_the_model_of_the_end_is_in_output_dir(build_star, tmp_path) -> None:
 def test_an_interruption_before_the_first_round_is_told_as_that(caplog) -> None:
     with pytest.raises(KeyboardInterrupt), say_where_interrupted(RoundProgress(())):
         raise KeyboardInterrupt
-    assert "interrupted before round 0; go on with train(resume" in caplog.text
+    assert "interrupted before round 0; resume with train(resume" in caplog.text
 
 
 def test_a_finished_run_says_so_when_it_is_resumed(build_star, capsys) -> None:
@@ -194,7 +194,7 @@ def test_no_way_of_a_function_to_exit_ends_a_run_without_a_word(build_star, capl
         build_star(reward_funcs=exits).train()
     with pytest.raises(SystemExit):
         build_star("other", normal_form=exits).train()
-    assert "interrupted in round 0; go on with train(resume_from_checkpoint=True)" in caplog.text
+    assert "interrupted in round 0; resume with train(resume_from_checkpoint=True)" in caplog.text
 
 
 class StepWatcher(TrainerCallback):

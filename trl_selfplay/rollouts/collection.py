@@ -1,9 +1,9 @@
 """Sample and grade a fixed list of prompts, shard by shard, so that no finished work is lost.
 
-In: assignments (a prompt's tokens and which of its samples to draw), a sampler, a scorer. Out:
-graded rollouts. What each shard holds is decided and written down before the first token is
-sampled; a shard is saved when sampled, graded, and saved again. Whoever comes back after a kill
-finds the plan, reads the shards that are whole and goes on with the first that is not.
+In: assignments (a prompt's tokens and which of its samples to draw), a sampler, a scorer. Out: graded
+rollouts. The content of each shard is planned and written to disk before the first token is sampled. A
+shard is saved when it is sampled, and again when it is graded. After a kill, the plan and all complete
+shards are read, and work resumes at the first incomplete shard.
 """
 
 import json
@@ -42,7 +42,7 @@ _END = object()
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The samples to draw of one prompt: its row, the tokens to condition on, the sample indices."""
+    """The samples to draw for one prompt: its row, its tokens, and the sample indices."""
 
     row: PromptRow
     prompt_ids: tuple[int, ...]
@@ -51,14 +51,14 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A fixed share of the work: prompt ids, and the most sequences decoded together."""
+    """A fixed part of the work: prompt ids, and the maximum number of sequences decoded together."""
 
     prompt_ids: tuple[str, ...]
     batch_size: int
 
 
 class Progress(Protocol):
-    """What is told while samples come in."""
+    """Receives progress while samples come in."""
 
     def update(self, num_samples: int, num_tokens: int, restored: bool = False) -> None:
         """Count finished samples and their completion tokens, or those read back from disk."""
@@ -69,7 +69,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Collector:
-    """Everything that sampling and grading need and that stays the same over rounds."""
+    """What sampling and grading need and what is constant over rounds."""
 
     sampler: Sampler
     scorer: Scorer | None  # None: completions are paired, not graded

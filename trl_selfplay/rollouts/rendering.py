@@ -1,9 +1,9 @@
 """Turn prompts into the token ids that a model is conditioned on.
 
-In: `PromptRow`s, few-shot examples, a hint formatter, the tokenizer and the time at which the run
-began. Out: token ids, with or without the few-shot examples, with or without the hint (STaR, arXiv
-2203.14465, sections 3.1 and 3.3), and errors or warnings where the chat template leaves out what a
-row holds. Nothing of it changes during a run: `Rendering` is what is written down.
+In: `PromptRow`s, few-shot examples, a hint formatter, the tokenizer and the start time of the run. Out:
+token ids, with or without few-shot examples and hint (STaR, arXiv 2203.14465, sections 3.1 and 3.3), and
+errors or warnings if the chat template omits parts of a row. Rendering is constant over a run:
+`Rendering` is recorded on disk.
 """
 
 import json
@@ -41,7 +41,7 @@ _PART_AS_CODE = ("'type':'text'", '"type":"text"')
 
 @dataclass(frozen=True, slots=True)
 class FewShotExample:
-    """A worked example that stands before the prompt while sampling."""
+    """A worked example that precedes the prompt during sampling."""
 
     prompt: Prompt
     completion: str
@@ -54,16 +54,16 @@ def load_few_shot_examples(
     *,
     needs_solution: bool = False,
 ) -> tuple[FewShotExample, ...]:
-    """Check few-shot examples and bring them into the dataset's form.
+    """Check few-shot examples and convert them to the dataset's form.
 
     Args:
-        examples: Mappings with `prompt`, `completion` and perhaps `solution`.
-        conversational: Whether the dataset's prompts are chat messages. A plain-text example is
-            then made a user turn and an assistant turn.
-        needs_solution: Hints show the solution of examples as well.
+        examples: Mappings with `prompt`, `completion` and optionally `solution`.
+        conversational: Whether the dataset's prompts are chat messages. Plain-text examples are then
+            converted to a user turn and an assistant turn.
+        needs_solution: Whether hints show the solutions of examples as well.
 
     Raises:
-        ValueError: A key is missing, or an example is chat messages where the dataset is text.
+        ValueError: A key is missing, or an example is chat messages but the dataset is text.
         TypeError: A completion is neither text nor messages.
     """
     checked = []
@@ -149,7 +149,7 @@ def _read(path: Path) -> Rendering:
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} can't be read ({error}). It holds the time that the run's prompts were rendered "
-            "with: bring it back, or delete it to go on with the time of now."
+            "with: restore it, or delete it to use the current time."
         ) from error
 
 
@@ -215,7 +215,7 @@ class PromptFormatter:
         return tuple(self.chat_ids(_turns(prompt, shown), row))
 
     def _examples(self, row: PromptRow) -> list[FewShotExample]:
-        """Return the few-shot examples for a row: all but one that asks the same."""
+        """Return the few-shot examples for a row, without one that asks the same question."""
         return [e for e in self.few_shot_examples if e.prompt != row.prompt]
 
     def _with_hint(self, prompt: Prompt, solution: Any) -> Prompt:
@@ -224,7 +224,7 @@ class PromptFormatter:
         return self.hint_formatter(prompt, solution)
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the tokens of plain text as a prompt: begun once, not ended."""
+        """Return the tokens of plain text as a prompt, with start tokens but without EOS."""
         ids = self._encode(text)
         # A text that was rendered before has its own first tokens.
         if self._bos is None:
@@ -234,7 +234,7 @@ class PromptFormatter:
         return self._strip_eos(ids)
 
     def _strip_eos(self, ids: list[int]) -> list[int]:
-        """Some tokenizers end every text with EOS; a prompt that ends there can't go on."""
+        """Remove the EOS that some tokenizers append to every text, which would end a prompt."""
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def continuation_ids(self, text: str) -> list[int]:
@@ -328,11 +328,11 @@ class PromptFormatter:
         return Rendering(self.start.isoformat(), template)
 
     def check_rows(self, rows: Sequence[PromptRow], few_shot: bool) -> None:
-        """Raise or warn where the chat template leaves out what rows hold.
+        """Raise or warn if the chat template omits parts of rows.
 
         Args:
-            rows: Those to look at; of the longest and of each kind a few are enough.
-            few_shot: Whether prompts are shown with the few-shot examples.
+            rows: Rows to check; the longest ones and a few of each kind are enough.
+            few_shot: Whether prompts have the few-shot examples.
 
         Raises:
             ValueError: A user turn or an example's completion is not in the rendered prompt.
@@ -370,7 +370,7 @@ class PromptFormatter:
             )
 
     def _dropped(self, row: PromptRow, few_shot: bool) -> list[str]:
-        """Return what of a row the chat template leaves out, in words."""
+        """Return descriptions of what the chat template omits from a row."""
         prompt: Any = row.prompt
         examples = self._examples(row) if few_shot else []
         turns = _turns(prompt, [(e.prompt, e.completion) for e in examples])
@@ -425,11 +425,11 @@ class PromptFormatter:
         return _squeezed(decoded)
 
     def warn_control_tokens(self, rows: Sequence[PromptRow], with_solutions: bool) -> None:
-        """Say how many rows have special tokens in their own text.
+        """Warn of rows with special tokens in their own text.
 
         Args:
-            rows: Of one dataset.
-            with_solutions: Whether the solutions are read by the model too, as hints or data.
+            rows: Rows of one dataset.
+            with_solutions: Whether the model reads the solutions too, as hints or data.
         """
         if self.sanitize_control_tokens or not rows or _renders_in_code(self.tokenizer):
             return

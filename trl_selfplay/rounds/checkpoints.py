@@ -1,7 +1,7 @@
 """Check that a checkpoint of the parent's training is whole, so that it continues exactly.
 
 In: a folder of `checkpoint-*`, as `transformers.Trainer` writes them, with DeepSpeed's and FSDP's
-layouts. Out: the newest one that holds everything that training goes on from.
+layouts. Out: the newest one from which training can resume exactly.
 """
 
 import json
@@ -71,7 +71,7 @@ def _find(folder: Path, accelerator: Accelerator) -> str | None:
         if fault is None:
             return str(checkpoint)
         logger.warning(
-            "%s is not whole (%s) and is passed over: training goes on from the whole checkpoint "
+            "%s is incomplete (%s) and is skipped: training resumes from the complete checkpoint "
             "before it, or begins again.",
             checkpoint,
             fault,

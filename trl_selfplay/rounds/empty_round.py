@@ -31,7 +31,7 @@ def handle_empty_round(args: Any, round_index: int, played: PlayedRound) -> None
     funnel = played.funnel
     kept = (
         " The samples are kept: num_generations, reward_threshold and max_length may change before "
-        "you go on with train(resume_from_checkpoint=True); what changes the sampling needs another "
+        "you resume with train(resume_from_checkpoint=True); what changes the sampling needs another "
         "output_dir."
         if round_index == 0
         else ""

@@ -1,8 +1,8 @@
-"""Recognise the run that an output directory belongs to.
+"""Check that an output directory belongs to a run.
 
-In: a trainer and the record of the run that filled its output directory. Out: nothing, a warning
-of what changes the result from here on, or an error that names what differs and when it may:
-rounds of two configurations in one directory would be neither.
+In: a trainer and the record of the run in its output directory. Out: nothing, a warning of changes
+that affect the result from here on, or an error that names what differs and when it may change.
+Rounds of two configurations in one directory would be the result of neither.
 """
 
 import ast
@@ -262,7 +262,7 @@ def digest_weights(model: Any, restored: bool) -> str | None:
 
 
 def describe_adapters(model: Any) -> dict[str, Any]:
-    """Return the PEFT configurations, without where the base lies."""
+    """Return the PEFT configurations without the base model's path."""
     return {
         name: _describe_adapter(config.to_dict())
         for name, config in getattr(model, "peft_config", {}).items()
@@ -423,14 +423,14 @@ def _refuse(
             f"{path.parent.parent} holds rounds of another configuration:\n"
             + "\n".join(f"  {name}: {text}" for name, text in refused.items())
             + when
-            + "\nSet these back to go on with that run, or choose another output_dir."
+            + "\nRestore these values to resume that run, or choose another output_dir."
         )
 
 
 def _warn(differing: Mapping[str, str]) -> None:
     for name, text in differing.items():
         logger.warning(
-            "%s: %s. The run goes on with it, to another result than without the change.",
+            "%s: %s. The run continues with it; its result differs from that without the change.",
             name,
             text,
         )

@@ -102,7 +102,7 @@ def say_where_interrupted(progress: RoundProgress) -> Iterator[None]:
         index = progress.round_index
         where = "before round 0" if index is None else f"in round {index}"
         logger.warning(
-            "interrupted %s; go on with train(resume_from_checkpoint=True) on the same output_dir.",
+            "interrupted %s; resume with train(resume_from_checkpoint=True) on the same output_dir.",
             where,
         )
         raise

@@ -152,7 +152,7 @@ class SelfPlay:
             )
             logger.warning(
                 "%s can't read the solution of %d of %d rows of `train_dataset` (%s); it abstains "
-                "on their completions. Mend or drop these rows, or take another reward function.",
+                "on their completions. Fix or drop these rows, or use another reward function.",
                 name,
                 len(indices),
                 len(sample),

@@ -1,6 +1,6 @@
-"""Run the parent's own training once: into a folder, resumable, with its memory freed after it.
+"""Run the parent's training once: into a folder, resumable, with its memory freed afterwards.
 
-In: rows that are final, and arguments of the parent that this training changes. Out: `model/` and
+In: final rows, and the parent's arguments that this training changes. Out: `model/` and
 `trainer_state.json` in the folder, and the same weights in the trainer.
 """
 
@@ -43,7 +43,7 @@ def train_on(
 ) -> TrainOutput | None:
     """Train on rows (None: not at all), from the folder's last whole checkpoint.
 
-    Model and state are kept in the folder; nothing is pushed from it.
+    Model and state are saved in the folder; nothing is pushed from it.
 
     Raises:
         FloatingPointError: The weights are no longer finite. No model is kept.
@@ -110,7 +110,7 @@ def _check_finite(trainer: Any, folder: Path) -> None:
         f"training in {folder} diverged: {len(broken)} trained weights hold NaN "
         f"or infinity, {broken[0]} among them. No model was saved; samples and scores are kept. "
         "Lower the learning rate (learning_rate in round 0, later this round's value in "
-        "round_learning_rates), or set bf16=True instead of fp16, and go on with "
+        "round_learning_rates), or set bf16=True instead of fp16, and resume with "
         "train(resume_from_checkpoint=True)."
     )
 
@@ -123,7 +123,7 @@ def _refuse_less_than_a_batch(trainer: Any, rows: Dataset) -> None:
         raise ValueError(
             f"this round has {len(rows)} rows to train on, fewer than one batch of {batch}, which "
             "dataloader_drop_last=True drops. What was sampled is kept: set "
-            "dataloader_drop_last=False or a smaller per_device_train_batch_size, and go on with "
+            "dataloader_drop_last=False or a smaller per_device_train_batch_size, and resume with "
             "train(resume_from_checkpoint=True)."
         )
 
@@ -163,7 +163,7 @@ def _load_state(trainer: Any, path: Path | None) -> TrainerState:
 
 @contextmanager
 def changed_settings(args: Any, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Set arguments of the trainer to other values while this lasts."""
+    """Set arguments of the trainer to other values within this context."""
     previous = {name: getattr(args, name) for name in settings}
     try:
         for name, value in settings.items():

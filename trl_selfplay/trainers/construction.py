@@ -173,7 +173,7 @@ def check_saveable(model: Any) -> None:
     except ValueError as error:
         raise ValueError(
             "the model's generation config can't be saved, so no checkpoint could be written. Load "
-            "the model, mend `model.generation_config`, for example with `do_sample = True`, and "
+            "the model, fix `model.generation_config`, for example with `do_sample = True`, and "
             f"pass the model. What transformers says: {error}"
         ) from error
 

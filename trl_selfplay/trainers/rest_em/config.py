@@ -14,8 +14,8 @@ from trl_selfplay.trainers.ported_scripts import takes_ported_fields
 from trl_selfplay.trainers.rest_em.thresholds import check_thresholds
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    # ReST^EM, arXiv 2312.06585, section 5: 32 samples a problem at temperature 0.7 with top-k 40,
-    # at most 10 right ones a problem, 3 iterations. Rate, batch and epochs are not reported.
+    # ReST^EM, arXiv 2312.06585, section 5: 32 samples per problem at temperature 0.7 with top-k
+    # 40, at most 10 right ones per problem, 3 iterations. Rate, batch and epochs are not reported.
     "math": {
         "num_rounds": 3,
         "num_generations": 32,
@@ -39,7 +39,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "improve_thresholds": [0.7, 0.8, 0.9],
         "warm_up_on_gold": True,
     },
-    # RFT, arXiv 2308.01825, section 3.3, and OFA-Sys/gsm8k-ScRel: 100 paths a question from the
+    # RFT, arXiv 2308.01825, section 3.3, and OFA-Sys/gsm8k-ScRel: 100 paths per question from the
     # supervised model at temperature 0.7, the base model trained on gold and accepted paths for 3
     # epochs at 2e-5, batch 128 (here for one process), cosine with 3 % warm-up, length 512.
     "rft": {
@@ -70,14 +70,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
 class ReSTEMConfig(GradedConfig, SFTConfig):
     """Configuration of `ReSTEMTrainer`: SFTConfig's fields, per round, and those of the outer loop.
 
-    The defaults are ReST^EM's (arXiv 2312.06585): 32 samples a prompt at temperature 0.7 with
-    top-k 40, at most 10 right ones a prompt, each round trained from the base weights, and the
+    The defaults are ReST^EM's (arXiv 2312.06585): 32 samples per prompt at temperature 0.7 with
+    top-k 40, at most 10 right ones per prompt, each round trained from the base weights, and the
     round with the best held-out score kept. `ReSTEMConfig.from_paper` gives each paper's settings.
 
     The papers' M-step goes on "while the reward on D_val improves". That is an `eval_dataset` with
     `eval_strategy="steps"` or "epoch", the same `save_strategy`, `load_best_model_at_end=True` and
     a `transformers.EarlyStoppingCallback`, which ends the training of its round alone.
-    `num_generations_eval=0` makes each of these evaluations one greedy completion a prompt.
+    `num_generations_eval=0` makes each of these evaluations one greedy completion per prompt.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, *DICT_FIELDS]  # noqa: RUF012  # not a field

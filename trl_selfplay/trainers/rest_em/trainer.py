@@ -218,7 +218,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
             )
 
     def _score_gold(self) -> list[Rollout]:
-        """Return the gold completions, graded once a run if thresholds are to filter them.
+        """Return the gold completions, graded once per run if thresholds filter them.
 
         Source: ReST, arXiv 2308.08998, Algorithm 1: all of D_g is scored, the original data too.
         """
