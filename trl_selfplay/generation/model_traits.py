@@ -14,9 +14,12 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trl.models import unwrap_model_for_generation
+
+# Layers that share another layer's keys; transformers before 5.23 leaves them out of the cache.
+_SHARING: Any = getattr(cache_utils, "DummyLayer", ())
 
 # Loading a multimodal checkpoint with AutoModelForCausalLM returns the multimodal class again.
 TEXT_MODEL_ADVICE = """\
@@ -174,7 +177,7 @@ def _padding_of(
 ) -> tuple[Literal["inside", "left", "none"], int | None]:
     """Return `padding` and `window` of `ModelTraits`."""
     # Layers that share another layer's keys hold nothing.
-    layers = [layer for layer in layers if not isinstance(layer, DummyLayer)]
+    layers = [layer for layer in layers if not isinstance(layer, _SHARING)]
     # A recurrent state can't be padded, and the effect of padding on other kinds is unknown.
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return "none", None

@@ -45,6 +45,10 @@ def build_family(family: str, seed: int = 0, **changes: Any) -> Any:
     if settings["model_type"] == "deepseek_v3":
         del settings["head_dim"]  # of keys; values have another
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if (
+        config.model_type == "gemma2"
+    ):  # transformers before 5.23 takes sdpa, which drops the softcap
+        config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).float().eval()
