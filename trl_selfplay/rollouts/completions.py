@@ -1,8 +1,8 @@
 """Turn rows of SFT and preference datasets into prompts and the tokens of the data's completions.
 
 In: a dataset with `prompt` and `completion`, `messages`, or `prompt` and `chosen`. Out: `PromptRow`s
-whose `solution` is the data's completion, and `ChosenTokens`: the prompt as it is sampled from, and
-the completion as a sampled one would look, ended by EOS.
+whose `solution` is the data's completion, and `ChosenTokens`: the prompt as sampled from, and the
+completion as if it had been sampled, with EOS at the end.
 """
 
 import logging
@@ -35,7 +35,7 @@ _FORMS = (("prompt", "completion"), ("prompt", "chosen"), (None, "messages"), (N
 
 @dataclass(frozen=True, slots=True)
 class ChosenTokens:
-    """A prompt's tokens, equal in sampling and training, and those of the data's completion."""
+    """The tokens of a prompt, the same in sampling and training, and of the data's completion."""
 
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
@@ -52,8 +52,8 @@ def load_chosen_rows(dataset: Any, name: str, reward_funcs: Any = None) -> list[
     Args:
         dataset: A `datasets.Dataset` with `prompt` and `completion`, `messages` (the last turn is
             the completion), or `prompt` and `chosen`. A `rejected` column is not used.
-        name: What to call it in errors, such as "train_dataset".
-        reward_funcs: What grades completions of these prompts, as a trainer takes it.
+        name: Name of the dataset for errors, such as "train_dataset".
+        reward_funcs: Reward functions for completions of these prompts, as a trainer takes them.
 
     Raises:
         TypeError: Not a `Dataset`, or a row of another kind.
@@ -245,7 +245,7 @@ def drop_long_rows(
 ) -> list[PromptRow]:
     """Return the rows that fit in `max_length`, with one warning on those that don't.
 
-    Nothing is ever truncated: a cut completion would teach where `max_length` lies.
+    Nothing is ever truncated: a truncated completion would teach the model to stop at `max_length`.
 
     Raises:
         ValueError: No row fits.

@@ -1,7 +1,7 @@
-"""Human completions, to train on beside the model's own.
+"""Human completions, to train on in addition to the model's own.
 
-In: a dataset with prompts and completions. Out: `Rollout`s of the phase "gold", with the tokens
-that a sampled completion would have.
+In: a dataset with prompts and completions. Out: `Rollout`s of the phase "gold", with tokens as if they
+had been sampled.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +21,7 @@ _FIRST_INDEX = -1
 
 @dataclass(frozen=True, slots=True)
 class Gold:
-    """The human completions as ungraded rollouts, and the row that each one's prompt is."""
+    """The human completions as ungraded rollouts, and the row of each prompt."""
 
     rollouts: tuple[Rollout, ...]
     rows: Mapping[str, PromptRow]
@@ -36,10 +36,10 @@ def load_gold(
     *,
     needs_solutions: bool,
 ) -> Gold:
-    """Return the human completions of a dataset, each (prompt, completion) once.
+    """Return the human completions of a dataset, without duplicates.
 
-    A prompt that is also a training prompt has that row's id, solution and columns; another one
-    has its own.
+    A prompt that is also a training prompt gets that row's id, solution and columns; another prompt
+    keeps its own.
 
     Args:
         dataset: In one of the forms of `load_chosen_rows`: `prompt` and `completion`, or

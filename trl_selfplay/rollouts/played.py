@@ -1,4 +1,4 @@
-"""What a round's sampling, grading and selecting came to: the record that the loop trains on.
+"""The result of a round's sampling, grading and selection: the record that the loop trains on.
 
 In: the stages' results. Out: one record, made by a trainer's `play_round`.
 """
@@ -17,11 +17,11 @@ from trl_selfplay.rollouts.stored import StoredRollouts
 
 @dataclass(frozen=True, slots=True)
 class PlayedRound:
-    """What a round's sampling, grading and selecting came to.
+    """The result of a round's sampling, grading and selection.
 
     Attributes:
-        training_rows: The parent's dataset, final.
-        num_examples: Selected examples; packed rows hold several.
+        training_rows: The parent's final dataset.
+        num_examples: Number of selected examples; packed rows hold several.
         funnel: Counts of what each selection step dropped.
         rollouts: All graded rollouts of the round, read from disk as they are iterated over.
         metrics: Numbers for the log, with the prefixes play/ and select/.
@@ -39,7 +39,7 @@ class PlayedRound:
 
 
 def mean_rewards(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float | None]:
-    """Return the mean weighted reward and each function's mean, abstentions left out."""
+    """Return the mean weighted reward and each function's mean, without abstentions."""
     columns = {"mean": [r.reward for r in rollouts]}
     columns |= {name: [r.rewards[i] for r in rollouts] for i, name in enumerate(names)}
     return {

@@ -1,8 +1,8 @@
 """Read dataset rows and check them one by one.
 
-In: a dataset with `prompt` (text or chat messages), perhaps `solution`, and perhaps `tools` and
-`chat_template_kwargs` for the chat template. Out: `PromptRow`s, and held-out sets of them. How a
-row becomes tokens is in rendering.py.
+In: a dataset with `prompt` (text or chat messages), and optionally `solution`, and `tools` and
+`chat_template_kwargs` for the chat template. Out: `PromptRow`s, and held-out sets of them.
+rendering.py turns them into tokens.
 """
 
 import json
@@ -56,12 +56,12 @@ class PromptRow:
 
     Attributes:
         prompt_id: See `Rollout.prompt_id`.
-        prompt: Text or chat messages, as the dataset has it.
-        solution: The ground truth, as the dataset has it; None without the column.
-        columns: Every column but `prompt`, for the reward functions.
-        row_index: Where the row stands in the user's dataset, for error messages.
-        source: What the dataset is called in them.
-        template_arguments: The row's own `tools` and `chat_template_kwargs`, where it has any.
+        prompt: Text or chat messages, as in the dataset.
+        solution: The ground truth, as in the dataset; None without the column.
+        columns: All columns except `prompt`, for the reward functions.
+        row_index: Index of the row in the user's dataset, for error messages.
+        source: Name of the dataset, for error messages.
+        template_arguments: The row's own `tools` and `chat_template_kwargs`, if any.
     """
 
     prompt_id: str
@@ -79,12 +79,12 @@ class PromptRow:
 
     @property
     def where(self) -> str:
-        """What to call the row in an error message."""
+        """Name of the row for error messages."""
         return f"`{self.source}` row {self.row_index}"
 
     @property
     def question(self) -> str:
-        """Text that is equal for rows that ask the same, whatever their solutions."""
+        """Text that is equal for rows with the same prompt, whatever their solutions."""
         if self.template_arguments:
             return canonical_prompt([self.prompt, self.template_arguments])
         return canonical_prompt(self.prompt)
@@ -95,14 +95,13 @@ def load_prompt_rows(
 ) -> list[PromptRow]:
     """Check a dataset row by row and return its prompts, sorted by `prompt_id`.
 
-    Rows are merged, with one notice, if prompt, solution, what the chat template gets, and what
-    reward functions read are equal. The order of the rows has no influence on anything that
-    follows.
+    Rows are merged, with one log line, if their prompt, solution, arguments of the chat template and
+    columns that reward functions read are equal. The order of the rows doesn't affect anything later.
 
     Args:
         dataset: A `datasets.Dataset` with the column `prompt`.
-        name: What to call it in errors, such as "train_dataset".
-        needs_solution: What uses the column `solution`, for the error; None where nothing does.
+        name: Name of the dataset for errors, such as "train_dataset".
+        needs_solution: What uses the column `solution`, for the error; None if nothing does.
         reward_funcs: What grades completions of these prompts, as a trainer takes it.
 
     Raises:
@@ -132,7 +131,7 @@ def load_prompt_rows(
 
 
 def as_plain_rows(dataset: Dataset) -> Dataset:
-    """Return a dataset whose rows hold text and numbers also where `set_format` makes tensors."""
+    """Return a dataset whose rows have text and numbers even if `set_format` makes tensors."""
     return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
 
 
@@ -363,7 +362,7 @@ def check_encodable(value: Any, where: str) -> None:
 
 
 def canonical_prompt(prompt: Any) -> str:
-    """Return a text that is equal for equal prompts, whatever the order of keys."""
+    """Return a text that is equal for equal prompts, regardless of the order of keys."""
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)
 
 
@@ -373,7 +372,7 @@ def load_heldout_sets(
     load_rows: Callable[..., list[PromptRow]] = load_prompt_rows,
     reward_funcs: Any = None,
 ) -> dict[str, list[PromptRow]]:
-    """Return the held-out sets by name ("" for a single one), none of them seen in training.
+    """Return the held-out sets by name ("" for a single one), checked against training prompts.
 
     Args:
         eval_dataset: A dataset, a dict of them, or None.
@@ -428,8 +427,8 @@ def refuse_seen_heldout(
 
     Args:
         sets: Held-out prompts by name.
-        rows: Those trained on.
-        source: What to call the dataset that they are from.
+        rows: Prompts that are trained on.
+        source: Name of their dataset, for the error.
     """
     trained_on = {row.question: row for row in rows}
     for name, heldout in sets.items():

@@ -1,11 +1,11 @@
-"""Choose which graded rollouts the model trains on, and count what each step dropped.
+"""Select the graded rollouts that the model trains on, and count what each step drops.
 
-In: the graded rollouts of one round. Out: the kept ones, the outcome of every rollout, and a
-`Funnel`. Pure functions of records, options and seed: the order of the records has no influence.
+In: the graded rollouts of one round. Out: the kept ones, the outcome of every rollout, and a `Funnel`.
+Pure functions of records, options and seed: the order of the records doesn't matter.
 
-The steps, in this order: abstentions and completions cut by length go, the reward must reach the
-threshold (STaR, arXiv 2203.14465, Algorithm 1, lines 5 and 6), hinted ones must not quote their
-hint, what doesn't fit in training goes, then duplicates, and only then a prompt is capped.
+The steps, in this order: drop abstentions and truncated completions; drop those whose reward is below
+the threshold (STaR, arXiv 2203.14465, Algorithm 1, lines 5 and 6), hinted ones that quote their hint,
+those that don't fit into a training row, and duplicates; then apply the cap per prompt.
 """
 
 import hashlib
@@ -241,7 +241,7 @@ def _build_funnel(
 def unsolved_prompts(rollouts: Collection[Rollout], reward_threshold: float) -> set[str]:
     """Return the ids of prompts without any finished, unhinted rollout that reached the threshold.
 
-    These are the ones to rationalize.
+    These are to be rationalized.
 
     Source: STaR, arXiv 2203.14465, Algorithm 1, line 6.
     """
@@ -253,7 +253,7 @@ def unsolved_prompts(rollouts: Collection[Rollout], reward_threshold: float) -> 
 
 
 def default_normal_form(completion: str) -> str:
-    r"""Return a completion lower-cased and with white space folded.
+    r"""Return a completion in lower case with white space folded.
 
     >>> default_normal_form(" 3 + 4\n= 7. Answer:  7 ")
     '3 + 4 = 7. answer: 7'

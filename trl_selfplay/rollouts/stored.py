@@ -1,6 +1,6 @@
-"""What a round has left on disk: its rollouts, shard by shard, and the outcome of each.
+"""A round's data on disk: its rollouts, shard by shard, and the outcome of each.
 
-In: a round's folder. Out: rollouts, all of them or those with an outcome.
+In: a round's folder. Out: its rollouts, or those with certain outcomes.
 """
 
 from collections.abc import Collection, Iterator

@@ -1,11 +1,11 @@
-"""Try out one training step before hours are spent on sampling, and undo it.
+"""Try one training step before hours are spent on sampling, and undo it.
 
-In: a trainer, and rows in the form that its parent trains on. Out: nothing, or the parent's own
-error: an unknown optimizer, wrong arguments of a scheduler, an unknown loss, a collator that
-doesn't fit. Weights, gradients, random states, modes and the trainer are afterwards as before.
+In: a trainer, and rows in the form that its parent trains on. Out: nothing, or the parent's own error:
+an unknown optimizer, wrong arguments of a scheduler, an unknown loss, an unsuitable collator. Weights,
+gradients, random states, modes and the trainer are restored.
 
-What only exists once the parent has wrapped the model (DDP, FSDP, DeepSpeed, compilation) isn't
-tried out, nor is the memory that real rows need.
+Failures that need the wrapped model (DDP, FSDP, DeepSpeed, compilation) or the memory of real rows
+aren't covered.
 """
 
 import copy
@@ -26,9 +26,9 @@ _USUAL_STEPS = 1000
 
 
 def try_step(trainer: Any, row: Dataset) -> None:
-    """Collate a batch, compute loss and gradients, create optimizer and scheduler; undo it all.
+    """Collate a batch, compute loss and gradients, create optimizer and scheduler, and undo it all.
 
-    Costs a forward and a backward over a few tokens, and for a moment the memory of the gradients.
+    This costs a forward and a backward over a few tokens, and temporarily the memory of gradients.
 
     Args:
         trainer: A `transformers.Trainer` that has not begun to train.
@@ -52,7 +52,7 @@ def try_step(trainer: Any, row: Dataset) -> None:
 
 
 def _switch_checkpointing_on(trainer: Any) -> None:
-    """Checkpoint activations as the parent's `train` would, so that wrong arguments are found."""
+    """Checkpoint activations like the parent's `train`, so that wrong arguments are found."""
     args = trainer.args
     if not args.gradient_checkpointing:
         return
@@ -72,7 +72,7 @@ def _num_steps(args: Any) -> int:
 
 @contextmanager
 def _undone(trainer: Any) -> Iterator[None]:
-    """Put trainer, modes and random states back as they were, also after an exception."""
+    """Restore trainer, modes and random states, even after an exception."""
     attributes = dict(vars(trainer))
     # Flags of train mode and of checkpointing are attributes of each module.
     modules = [(module, dict(vars(module))) for module in trainer.model.modules()]

@@ -1,8 +1,8 @@
 """Keep, restore and load the trainable weights between rounds.
 
-In: a trainer's model (plain, PEFT, quantized base with PEFT). Out: the same model object with
-other numbers in its trainable parameters, copied in place: a parameter is never replaced, so
-optimizer, hooks and wrapped forwards stay attached.
+In: a trainer's model (plain, PEFT, quantized base with PEFT). Out: the same model object with new values
+in its trainable parameters. They are copied in place: a parameter is never replaced, so optimizer, hooks
+and wrapped forwards stay attached.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,11 +41,11 @@ _REFUSED_LORA_FIELDS = {
 
 
 def check_peft_config(peft_config: Any) -> None:
-    """Refuse forms of PEFT that can't be right over rounds.
+    """Refuse PEFT methods that can't work over rounds.
 
     Raises:
-        TypeError: It is no PeftConfig.
-        ValueError: Naming the form, why it can't be used over rounds, and what to use.
+        TypeError: The argument is no PeftConfig.
+        ValueError: The method can't be used; the error says why and what to use.
     """
     if peft_config is None:
         return
@@ -106,13 +106,13 @@ def nonfinite_weights(model: nn.Module) -> list[str]:
 
 
 def save_trainable(model: nn.Module, path: Path) -> None:
-    """Write the trainable parameters to one safetensors file, whole or not at all."""
+    """Write the trainable parameters to one safetensors file atomically."""
     weights = {n: p.detach().cpu().contiguous() for n, p in trainable_parameters(model).items()}
     save_file_with(path, lambda temporary: save_file(weights, temporary))
 
 
 def load_trainable(model: nn.Module, path: Path) -> None:
-    """Copy what `save_trainable` wrote into the model, bit for bit.
+    """Load the parameters saved by `save_trainable` into the model, bit for bit.
 
     Raises:
         DamagedFileError: The file can't be read.
@@ -124,12 +124,12 @@ def load_trainable(model: nn.Module, path: Path) -> None:
 
 
 def reload_initial_weights(model: Any, args: Any, saved: Path) -> None:
-    """Set the trainable weights back to what they were before round 0.
+    """Reset the trainable weights to those before round 0.
 
     Args:
         model: The trainer's model.
-        args: Its arguments, which say how the model was loaded.
-        saved: Where `save_trainable` wrote them; if it didn't, they are read from their source.
+        args: The trainer's arguments, which say how the model was loaded.
+        saved: File of `save_trainable`; if it doesn't exist, weights are read from their source.
     """
     if saved.exists():
         load_trainable(model, saved)
@@ -188,10 +188,11 @@ def load_saved_model(model: nn.Module, folder: Path) -> None:
 
 @contextmanager
 def adapters_keep_dtypes(model: Any) -> Iterator[None]:
-    """Keep the precision of adapters that the parent loads while this lasts.
+    """Keep the precision of adapters that the parent loads within this context.
 
-    `PeftModel.load_adapter`, by which a checkpoint is resumed and the best one put in place, makes
-    float32 of them, where TRL trains those of a quantized model in bfloat16.
+    `PeftModel.load_adapter`, which loads a checkpoint on resume and the best one at the end, casts
+    adapters to float32 by default (https://github.com/huggingface/peft/pull/1706), but TRL trains
+    those of a quantized model in bfloat16. Remove when transformers' Trainer keeps their precision.
     """
     if not isinstance(model, PeftModel):
         yield

@@ -1,9 +1,8 @@
 """Check each field of a config by itself: its type, its range and its choices.
 
-In: a config before its parent has looked at it. Out: nothing, or an error that names the field, its
-value and what it must be. Types come from the annotations and choices from the metadata, for
-inherited fields too; ranges stand in `_BOUNDS` of the class that has the field, those of inherited
-fields here.
+In: a config before its parent has checked it. Out: nothing, or an error that names the field, its value
+and what it must be. Types come from annotations and choices from metadata, for inherited fields as well.
+Ranges are in `_BOUNDS` of the class that declares the field; those of TRL's fields are in this file.
 """
 
 import enum
@@ -26,11 +25,11 @@ LARGEST_SEED = 2**32 - 1  # of numpy
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a number may be; without bounds any finite one.
+    """The range of a number; without bounds any finite number is allowed.
 
     Attributes:
-        least: The smallest value that is allowed.
-        most: The largest value that is allowed.
+        least: The minimum.
+        most: The maximum.
         exclusive: `least` itself is not allowed.
         or_none: None is allowed although the annotation doesn't say so.
         infinite: Infinity is allowed, of either sign as far as `least` and `most` allow it.
@@ -124,11 +123,10 @@ _NOT_EMPTY = ("output_dir", "run_name", "hub_model_id")
 
 
 def check_fields(config: Any) -> None:
-    """Raise ValueError for a value that is of another type than its field, or out of its range.
+    """Raise ValueError for a value with the wrong type for its field, or out of range.
 
-    Numbers that are written as text become numbers in lists: YAML reads 1e-5 as text, which the
-    parser mends for single numbers but not in lists. One stop string or other text stands for a
-    list of it, and a `Path` for its text.
+    Numbers written as text are converted in lists: YAML reads 1e-5 as text, which the parser fixes for
+    single numbers but not in lists. A single string becomes a list of one, and a `Path` its text.
     """
     known = next(c for c in type(config).__mro__ if c.__module__.startswith("trl_selfplay."))
     hints, bounds = get_type_hints(known), bounds_of(known)
@@ -155,7 +153,7 @@ def check_fields(config: Any) -> None:
 
 
 def bounds_of(config_class: type) -> dict[str, Bounds]:
-    """Return the range of each number among a config's fields that has one."""
+    """Return the range of each numeric field of a config that has one."""
     bounds = dict(_INHERITED_BOUNDS)
     for base in reversed(config_class.__mro__):
         bounds |= vars(base).get("_BOUNDS", {})
@@ -163,7 +161,7 @@ def bounds_of(config_class: type) -> dict[str, Bounds]:
 
 
 def check_value(name: str, value: Any, hint: Any, limits: Bounds) -> None:
-    """Raise ValueError for a value that isn't of a type, or out of its range."""
+    """Raise ValueError for a value that doesn't have a type, or is out of range."""
     if value is None and limits.or_none:
         return
     if not any(_fits(value, option, limits, name) for option in _options(hint)):

@@ -1,8 +1,8 @@
-"""Say what becomes of settings that a script of another TRL trainer has and these trainers lack.
+"""Explain settings of other TRL trainers' scripts that these trainers don't have.
 
-In: keyword arguments of a config or a trainer, or a config of TRL's. Out: those that are left once
-settings at TRL's defaults are dropped (a line says which), or an error that names each of the
-others with the reason and what takes its place.
+In: keyword arguments of a config or a trainer, or one of TRL's configs. Out: the arguments without those
+at TRL's defaults, which are dropped with a log line, or an error that names each of the others, with the
+reason and its replacement.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """The reference of a DPO loss over rounds: the policy as it enters a round.
 
 In: a DPO trainer over rounds, and pairs of token ids. Out: `ReferenceMixin`, which builds the parent
-without a reference model, stores with each pair the summed log-probs that the entering policy gives
-to both completions, and checks, at the first step of a round, that what is compared with really is
-the policy that is trained.
+without a reference model, stores with each pair the summed log-probs of both completions under the
+policy as it enters the round, and checks at the first step of a round that the reference really is the
+policy that is trained.
 
 Source: SPIN, arXiv 2401.01335, equation 4.7: the reference is p_θt, which equals p_θ at the start
 of round t, so every margin is 0 there.

@@ -21,7 +21,7 @@ from trl_selfplay.trainers.quiet_star.objective import BASELINES
 logger = logging.getLogger(__name__)
 
 # Official code of Quiet-STaR, arXiv 2403.09629 (ezelikman/quiet-star, quiet-star-train.py): 12
-# tokens ahead of which 9 are sampled, 4 true tokens, 2 thoughts, 8 sequences of 256 a step.
+# tokens ahead, 9 of which are sampled, 4 true tokens, 2 thoughts, 8 sequences of 256 per step.
 _PAPER: dict[str, Any] = {
     "num_thoughts": 2,
     "thought_length": 9,
@@ -69,13 +69,13 @@ class QuietSTaRConfig(SFTConfig):
     thought_length: int = field(
         default=8,
         metadata={
-            "help": "Sampled tokens of a thought, between its start and end. 0 leaves those two, "
-            "which are learnt but say nothing: a pause-token control."
+            "help": "Sampled tokens per thought, between its start and end. 0 leaves only these two "
+            "learned vectors, a pause-token control."
         },
     )
     num_ahead_tokens: int = field(
         default=4,
-        metadata={"help": "Tokens of the text that each thought is to predict."},
+        metadata={"help": "Tokens of the text that each thought predicts."},
     )
     thought_temperature: float = field(
         default=1.0,
@@ -84,36 +84,36 @@ class QuietSTaRConfig(SFTConfig):
     thought_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "Share of the tokens that think, drawn anew in each step; cost and memory of "
-            "thoughts fall with it."
+            "help": "Share of tokens that think, drawn anew at each step. Cost and memory of thoughts "
+            "are proportional to it."
         },
     )
     base_loss_weight: float = field(
         default=0.5,
-        metadata={"help": "Weight of the loss without thoughts; that with thoughts has the rest."},
+        metadata={"help": "Weight of the base loss; the loss with thoughts gets 1 minus this."},
     )
     reinforce_weight: float = field(
         default=1.0,
         metadata={
-            "help": "Weight of REINFORCE on thought tokens. The paper's 1e6 goes with its learning "
+            "help": "Weight of REINFORCE on thought tokens. The paper's 1e6 belongs to its learning "
             "rate of 1e-6."
         },
     )
     reinforce_baseline: str = field(
         default="mean",
         metadata={
-            "help": "What a thought's reward is compared with: the mean over its token's thoughts, "
-            "worse ones ignored ('mean', the paper's), the likelihood without thought, worse ones "
-            "ignored ('base'), or the mean of the other thoughts, with its sign, which is unbiased "
-            "('leave_one_out').",
+            "help": "Baseline of a thought's reward: 'mean', the mean over the thoughts of its token, "
+            "where worse thoughts are ignored (the paper's); 'base', the likelihood without "
+            "thoughts, where worse thoughts are ignored; or 'leave_one_out', the mean of the other "
+            "thoughts, where worse thoughts count negatively (unbiased).",
             "choices": list(BASELINES),
         },
     )
     meta_token_scale: float = field(
         default=100.0,
         metadata={
-            "help": "The vectors that begin and end a thought move this many times the learning "
-            "rate in a step of Adam."
+            "help": "Factor on the learning rate (under Adam) of the vectors that begin and end a "
+            "thought."
         },
     )
 
@@ -128,12 +128,12 @@ class QuietSTaRConfig(SFTConfig):
         if self.thought_length == 0 and self.num_thoughts > 1:
             raise ValueError(
                 f"num_thoughts={self.num_thoughts} with thought_length=0 would compute copies of "
-                "one thought: set num_thoughts=1."
+                "one thought. Set num_thoughts=1."
             )
         if self.thought_length > 0 and self.thought_temperature <= 0.0:
             raise ValueError(
-                f"thought_temperature={self.thought_temperature}; it must be above 0, or all "
-                "thoughts of a token would be the same and none could be preferred."
+                f"thought_temperature={self.thought_temperature}; it must be above 0. Otherwise all "
+                "thoughts of a token are the same and none can be reinforced."
             )
         if (
             self.num_thoughts == 1
@@ -142,15 +142,15 @@ class QuietSTaRConfig(SFTConfig):
             and self.reinforce_baseline != "base"
         ):
             raise ValueError(
-                f"num_thoughts=1 with reinforce_baseline={self.reinforce_baseline!r}: a thought "
-                "alone is its own average, so no thought would ever be reinforced. Set "
+                f"num_thoughts=1 with reinforce_baseline={self.reinforce_baseline!r}: a single "
+                "thought is its own mean, so no thought would ever be reinforced. Set "
                 "reinforce_baseline='base', or num_thoughts=2."
             )
         if self.packing or self.eval_packing or self.padding_free:
             raise ValueError(
                 "packing or padding_free puts several texts into one row, where a thought would "
-                "see its neighbours and count positions from the first: set packing=False, "
-                "eval_packing=None and padding_free=False."
+                "see other texts and get wrong positions. Set packing=False, eval_packing=None and "
+                "padding_free=False."
             )
         if self.loss_type != "nll":
             raise ValueError(
@@ -172,13 +172,13 @@ class QuietSTaRConfig(SFTConfig):
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):
                 raise ValueError(
-                    f"{name}=True rounds the whole model for good, with the mixing head and the "
-                    "vectors of thoughts, which need float32. Leave it out; bf16=True evaluates in "
-                    "bfloat16 too."
+                    f"{name}=True permanently rounds the whole model, including the mixing head and "
+                    "the thought vectors, which need float32. Leave it out; bf16=True also evaluates "
+                    "in bfloat16."
                 )
         if self.router_aux_loss_coef:
             raise ValueError(
-                f"router_aux_loss_coef={self.router_aux_loss_coef}: a router's loss would count "
+                f"router_aux_loss_coef={self.router_aux_loss_coef}: the router loss would count "
                 "thoughts as text. Leave it out, or set it to 0.0."
             )
         if self.num_thoughts == 1 and self.reinforce_baseline == "leave_one_out":
@@ -191,28 +191,28 @@ class QuietSTaRConfig(SFTConfig):
     def from_paper(cls, **overrides: Any) -> Self:
         """Return the published recipe for Mistral 7B.
 
-        It departs from the official code in these places:
+        It differs from the official code as follows:
 
-        - Thoughts are scored at the temperature they were sampled at, where the code samples at 1
-          and scores at 3, which divides the gradient by 3. A thought's log-prob is the sum over its
-          tokens; the code takes the mean. Its weight of 1e6 becomes 1e6 / (3 · thought_length), so
-          that REINFORCE has the code's size.
-        - The loss with thoughts is averaged over all tokens that think, and a token thinks if all
+        - Thoughts are scored at the temperature they were sampled at. The code samples at 1 and
+          scores at 3, which divides the gradient by 3. A thought's log-prob is the sum over its
+          tokens; the code takes the mean. The weight of 1e6 becomes 1e6 / (3 · thought_length), so
+          that REINFORCE has the same size as in the code.
+        - The loss with thoughts is averaged over all thinking tokens, and a token thinks if all
           num_ahead_tokens follow it. The code predicts the token t ahead from every token that has
-          one, divides by the count of losses that aren't zero, and REINFORCE by all columns, padding
-          included.
-        - A text is cut to its first 256 tokens, where the code takes a random span of 256, and a
-          shorter one ends in EOS, which the code doesn't learn.
-        - The vectors that begin and end a thought start as the mean of the embeddings of the tokens
-          of "---", where the code takes the first token's.
-        - The run ends after 100 steps, where the code raises an error. The learning rate stays
-          after its warm-up; the code's falls by a thousandth until then.
+          one, divides by the number of nonzero losses, and divides REINFORCE by all columns,
+          including padding.
+        - Texts are truncated to their first 256 tokens; the code takes a random span of 256. Shorter
+          texts end with EOS, which the code doesn't learn.
+        - The vectors that begin and end a thought start as the mean embedding of the tokens of
+          "---"; the code takes that of the first token.
+        - The run ends after 100 steps; the code raises an error. The learning rate is constant after
+          its warm-up; the code's decreases by a thousandth until then.
         - Weights are float32, with bfloat16 in forwards on a GPU; the code's are bfloat16.
-        - One process computes the 8 sequences of a step in two halves, averaged over the step
-          instead of in each half.
+        - One process computes the 8 sequences of a step in two halves, and averages over the step
+          instead of over each half.
 
         Args:
-            **overrides: Fields to set otherwise, such as `output_dir`.
+            **overrides: Values of other fields, such as `output_dir`.
 
         Source: Quiet-STaR, arXiv 2403.09629, appendix A, and ezelikman/quiet-star.
         """
