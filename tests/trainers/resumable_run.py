@@ -1,4 +1,4 @@
-"""A STaR or ReST run in a process of its own, which may kill itself with SIGKILL at a chosen moment."""
+"""A STaR, ReST or IRPO run in a process of its own, which may kill itself with SIGKILL at a chosen moment."""
 
 import json
 import os
@@ -13,7 +13,14 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, STaRConfig, STaRTrainer
+from trl_selfplay import (
+    IRPOConfig,
+    IRPOTrainer,
+    ReSTEMConfig,
+    ReSTEMTrainer,
+    STaRConfig,
+    STaRTrainer,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,14 @@ class Killer(TrainerCallback):
         self.event("training")
 
 
-def run(folder: str, model: str, rows: str, kill: Kill | None, scorer: str | None = None) -> None:
+def run(
+    folder: str,
+    model: str,
+    rows: str,
+    kill: Kill | None,
+    scorer: str | None = None,
+    method: str = "STaR",
+) -> None:
     """Run, or go on with, two rounds in `folder`; die where `kill` says.
 
     With a `scorer` (a reward model's folder) it is ReST: two Improve steps after each sampling.
@@ -74,8 +88,14 @@ def run(folder: str, model: str, rows: str, kill: Kill | None, scorer: str | Non
         "eval_dataset": Dataset.from_list(table["heldout"]),
     }
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
-    if scorer is None:
-        trainer: Any = STaRTrainer(
+    if method == "IRPO":
+        settings |= {"max_completion_length": 32, "max_per_prompt": 2}
+        trainer: Any = IRPOTrainer(
+            model, args=IRPOConfig(folder, **settings), **datasets, reward_funcs=reward,
+            peft_config=lora, callbacks=[killer],
+        )  # fmt: skip
+    elif scorer is None:
+        trainer = STaRTrainer(
             model, STaRConfig(folder, **settings), **datasets, reward_funcs=reward,
             peft_config=lora, callbacks=[killer],
         )  # fmt: skip

@@ -9,7 +9,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import load_from_disk
 from resumable_run import Kill, run
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 PHASES = ("sampling", "grading", "training", "evaluating", "any")
@@ -27,10 +29,10 @@ def resumable(tmp_path, saved_tiny_model, sums):
     table = sums(16).to_list()
     rows.write_text(json.dumps({"train": table[:12], "heldout": table[12:]}))
 
-    def go(folder: str, kill: Kill | None = None, scorer: str | None = None) -> int:
+    def go(folder: str, kill: Kill | None = None, *method: str | None) -> int:
         child = context.Process(
             target=run,
-            args=(str(tmp_path / folder), str(saved_tiny_model), str(rows), kill, scorer),
+            args=(str(tmp_path / folder), str(saved_tiny_model), str(rows), kill, *method),
         )
         child.start()
         child.join(timeout=300)
@@ -41,7 +43,7 @@ def resumable(tmp_path, saved_tiny_model, sums):
 
 
 def read_run(folder: Path):
-    """Return what must be equal: the lines without their seconds, and every rollout."""
+    """Return what must be equal: lines without seconds, rollouts, rows trained on, weights."""
     lines = [
         json.loads(line) for line in (folder / "_rounds" / "rounds.jsonl").read_text().splitlines()
     ]
@@ -51,13 +53,16 @@ def read_run(folder: Path):
         str(path.relative_to(folder)): pq.read_table(path).to_pylist()
         for path in sorted((folder / "_rounds").rglob("*.parquet"))
     }
-    return lines, shards
+    rows = [
+        load_from_disk(str(path)).to_list() for path in sorted(folder.glob("_rounds/*/dataset"))
+    ]
+    return lines, shards, rows, load_file(folder / "adapter_model.safetensors")
 
 
-def kill_and_resume(resumable, tmp_path, seeds, scorer=None, least_kills=4) -> None:
-    assert resumable("whole", None, scorer) == 0
+def kill_and_resume(resumable, tmp_path, seeds, scorer=None, method="STaR", least_kills=4) -> None:
+    assert resumable("whole", None, scorer, method) == 0
     expected = read_run(tmp_path / "whole")
-    assert len(expected[0]) == (2 if scorer is None else 4)
+    assert len(expected[0]) == len(expected[2]) == (2 if scorer is None else 4)
     killed = 0
     for seed in seeds:
         folder = f"killed-{seed // 4}"  # four kills hit one run, one after the other
@@ -65,12 +70,15 @@ def kill_and_resume(resumable, tmp_path, seeds, scorer=None, least_kills=4) -> N
         phase = PHASES[seed % len(PHASES)]
         last = LAST_EVENT[phase]
         kill = Kill(phase, rng.uniform(1, last) if phase == "any" else rng.randrange(int(last)))
-        exit_code = resumable(folder, kill, scorer)
+        exit_code = resumable(folder, kill, scorer, method)
         assert exit_code in (0, -signal.SIGKILL)
         killed += exit_code == -signal.SIGKILL
     for number in sorted({seed // 4 for seed in seeds}):
-        assert resumable(f"killed-{number}", None, scorer) == 0
-        assert read_run(tmp_path / f"killed-{number}") == expected
+        assert resumable(f"killed-{number}", None, scorer, method) == 0
+        *found, weights = read_run(tmp_path / f"killed-{number}")
+        assert found == list(expected[:-1])
+        assert weights.keys() == expected[-1].keys()
+        assert all(torch.equal(tensor, expected[-1][name]) for name, tensor in weights.items())
     assert killed >= least_kills
 
 
@@ -95,6 +103,14 @@ def test_rest_with_a_reward_model_killed_in_each_phase_resumes_alike(
     LlamaForSequenceClassification(config).save_pretrained(folder)
     word_tokenizer.save_pretrained(folder)
     kill_and_resume(resumable, tmp_path, range(8), str(folder))
+
+
+@pytest.mark.slow
+def test_irpo_killed_in_each_phase_resumes_to_the_same_pairs_log_probs_and_weights(
+    resumable, tmp_path
+) -> None:
+    """IR-5."""
+    kill_and_resume(resumable, tmp_path, range(5), method="IRPO", least_kills=3)
 
 
 @pytest.mark.full
