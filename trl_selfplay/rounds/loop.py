@@ -1,8 +1,8 @@
-"""The outer loop: play a round, train on it with the untouched parent, score it and record it.
+"""The outer loop: play a round, train on it with the unchanged parent, score it and record it.
 
-In: a trainer that can play a round and score held-out prompts, and its parent's `train`. Out: the
-model after all rounds, and `_rounds/` in the output directory. Every phase leaves its result
-on disk, complete, before the next begins, and what is already there isn't done again:
+In: a trainer that can play a round and score held-out prompts, and its parent's `train`. Out: the model
+after all rounds, and `_rounds/` in the output directory. Every phase leaves its complete result on disk
+before the next begins, and isn't repeated if its result is there:
 
     samples/, selection.parquet, dataset/ → checkpoint-*/ → model/ → evaluation/ → rounds.jsonl
 """
@@ -87,7 +87,7 @@ def run_rounds(
         resume_from_checkpoint: True continues where the rounds in the output directory stop, at
             the first unfinished shard or checkpoint; with an empty directory it starts round 0.
         trial: Must be None, since hyperparameter search over rounds isn't supported.
-        ignore_keys_for_eval: Has no use, since there are no logits to leave keys out of.
+        ignore_keys_for_eval: Has no effect, since evaluation returns no logits.
 
     Raises:
         EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
@@ -376,7 +376,7 @@ def _finish_round(
 
 
 def _warn_sharpening(run: Run, round_index: int, threshold: float | None) -> None:
-    """Warn if held-out samples are less varied than before training, where both are on disk."""
+    """Warn if held-out samples are less diverse than before training, if both are on disk."""
     if threshold is None:  # with rewards of degrees no sample is simply right
         return
     before, now = (
@@ -408,7 +408,7 @@ def _delete_what_is_done(run: Run, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _load_chosen_weights(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Load the best round's weights if that was asked for."""
+    """Load the best round's weights if configured."""
     args, run = trainer.args, trainer.run
     if not lines or not run.loads_best_round:
         return

@@ -1,14 +1,13 @@
-"""Noise that a model adds in training alone: switched off, and proved to be off by a trial.
+"""Switch off the noise that a model adds only in training, and check by a trial that it is off.
 
-In: a model as the trainer holds it. Out: the same model, whose forward gives the same numbers each
-time in train mode; or an error. SPIN compares a policy with what it was as the round began, and
-Quiet-STaR samples a thought in one forward and scores it in another: with noise these would be two
-policies.
+In: a model as the trainer holds it. Out: the same model with a deterministic forward in train mode, or an
+error. SPIN compares a policy with itself at the start of the round, and Quiet-STaR samples a thought in
+one forward and scores it in another: with noise these would be two policies.
 
-What transformers' and PEFT's models know of noise: `nn.Dropout`; probabilities that a layer hands
-to functional dropout (attention, residual, embedding, activation), to layerdrop or to stochastic
-depth, as an attribute, for each adapter in a dict, or read off the config in each forward; factors
-on what a router of experts sees; NEFTune's; and routers that draw their experts (PhiMoE).
+Sources of noise in transformers' and PEFT's models are `nn.Dropout`; probabilities of functional dropout
+(attention, residual, embedding, activation), layerdrop or stochastic depth, as an attribute, in a dict by
+adapter, or read from the config in each forward; jitter on the input of a router; NEFTune; and routers
+that sample their experts (PhiMoE).
 """
 
 import re
@@ -36,9 +35,9 @@ _TRIAL_ROWS, _TRIAL_TOKENS, _TRIAL_WEIGHT = 2, 16, 0.1
 
 
 def switch_noise_off(model: Any) -> list[str]:
-    """Switch off, for good, everything that makes a forward in train mode random.
+    """Permanently switch off everything that makes a forward in train mode random.
 
-    The config that is saved with the model changes only where a forward reads its noise off it.
+    The model's saved config changes only if a forward reads its noise from it.
 
     Returns:
         Names of what was above 0, such as "OPTDecoder.layerdrop".
@@ -107,7 +106,7 @@ def _has_config(module: Any) -> bool:
 def _is_noisy(model: Any) -> bool:
     """Return whether two forwards in train mode differ.
 
-    New adapters often add nothing yet, since one of their factors is 0; for the trial it isn't.
+    New adapters often contribute nothing because one of their factors is 0; the trial changes that.
     """
     still = [p for p in model.parameters() if hasattr(model, "peft_config") and _trains_from_0(p)]
     for parameter in still:

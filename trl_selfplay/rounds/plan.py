@@ -1,9 +1,9 @@
-"""What the fields of a config mean to its rounds: when they may change, and which differ by round.
+"""Per-round values of a config's fields, and when fields may change on resume.
 
-In: a config whose annotations say so, as `Annotated[int, OnResume.FIXED]`: the parser of command
-lines hands a field's metadata on to argparse, which takes no names but its own. Out: a rule per
-field, and a plan per round, known before the first one begins. A method whose rounds aren't all
-alike, such as ReST's Improve steps, makes its own plan.
+In: a config with annotations such as `Annotated[int, OnResume.FIXED]` (not field metadata, because the
+command-line parser passes metadata on to argparse, which rejects unknown names). Out: a rule per field,
+and a plan per round, known before the first one begins. A method whose rounds differ in other ways, such
+as ReST's Improve steps, makes its own plan.
 """
 
 import inspect

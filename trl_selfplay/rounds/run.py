@@ -1,7 +1,7 @@
-"""The folder of a run: where its rounds lie, which are finished, and which was best.
+"""The folder of a run: the paths of its rounds, which are finished, and which was best.
 
-In: `output_dir/_rounds`. Out: `Run`, what is settled for a run; `RoundProgress`, where it stands; and
-what is read from and written to disk beside the rollouts. Whatever is written is whole or absent.
+In: `output_dir/_rounds`. Out: `Run`, the fixed settings of a run; `RoundProgress`, its current state; and
+functions that read and write files other than rollouts. All writes are atomic.
 """
 
 import json
@@ -26,15 +26,15 @@ UNTRAINED = -1
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is settled when a trainer is built: where rounds lie on disk and which models are kept.
+    """The fixed settings of a run: its folders on disk and which models are kept.
 
     Attributes:
         root: `output_dir/_rounds`.
-        chosen_metric: The held-out metric that chooses the best round, None without held-out set.
-        loads_best_round: Put the best round's weights in place at the end.
-        keeps_initial_weights: Save the initial weights; False where they can be read again from
-            the model's own source.
-        keeps_every_model: Keep each round's model (adapters), not only the last and the best.
+        chosen_metric: The held-out metric that selects the best round, None without a held-out set.
+        loads_best_round: Whether to load the best round's weights at the end.
+        keeps_initial_weights: Whether to save the initial weights; False if they can be read again
+            from the model's source.
+        keeps_every_model: Whether to keep each round's model (adapters), not only the last and best.
         greater_is_better: Whether a higher value of `chosen_metric` is better.
     """
 
@@ -81,7 +81,7 @@ class Run:
 
 @dataclass(slots=True)
 class RoundProgress:
-    """Where one call of `train` stands: what changes from round to round.
+    """The state of one call of `train`, which changes from round to round.
 
     Attributes:
         plans: One per round of the run.
@@ -89,9 +89,9 @@ class RoundProgress:
         lines: Records of the finished rounds, as in rounds.jsonl.
         round_index: The round in progress; None before the first.
         steps_before: Optimizer steps of the rounds before it, the offset of the log.
-        pending_logs: Numbers that wait for the trackers, which start with the parent's training.
-        num_examples: Selected examples of the round in progress.
-        seconds: Wall time of its phases in this process, by name.
+        pending_logs: Metrics to log once the trackers have started with the parent's training.
+        num_examples: Number of selected examples of the round in progress.
+        seconds: Wall-clock time of its phases in this process, by name.
     """
 
     plans: Sequence[RoundPlan]
@@ -115,7 +115,7 @@ class RoundProgress:
         return sum(line["steps"] for line in self.lines)
 
     def weights_before(self, round_index: int) -> str:
-        """Return what to call the weights that a round finds."""
+        """Return a name for the weights that a round starts with."""
         if round_index == 0 and self.warm_up_rows is not None:
             return "warm-up"
         return name_of_weights(round_index - 1)
@@ -150,12 +150,12 @@ def load_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> None:
-    """Rewrite all lines: an interrupted append would leave half a line."""
+    """Append a line by rewriting all of them, since an interrupted append could leave half a line."""
     save_text(path, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
 
 
 def drop_what_samples_became(run: Run) -> None:
-    """Make round 0 select and train anew from its samples, after a change of settings."""
+    """Delete what round 0 made from its samples, so that it selects and trains anew."""
     for folder in (run.folder(UNTRAINED), run.folder(0)):
         for made in (folder / "dataset", *folder.glob("evaluation/*/pairs")):
             shutil.rmtree(made, ignore_errors=True)
@@ -166,7 +166,7 @@ def drop_what_samples_became(run: Run) -> None:
 
 
 def name_of_weights(round_index: int) -> str:
-    """Return what to call the weights that a round ended with."""
+    """Return a name for the weights that a round ended with."""
     return "base" if round_index == UNTRAINED else f"round {round_index}"
 
 

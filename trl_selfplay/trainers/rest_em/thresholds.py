@@ -25,7 +25,7 @@ def check_thresholds(thresholds: Sequence[float], kind: str) -> None:
         raise ValueError(f"threshold_kind={kind!r}; choose one of {THRESHOLD_KINDS}.")
     if not thresholds:
         raise ValueError(
-            "improve_thresholds is empty; give one threshold an Improve step, or None."
+            "improve_thresholds is empty; give one threshold per Improve step, or None."
         )
     for lower, higher in itertools.pairwise(thresholds):
         if not lower < higher:
@@ -46,10 +46,10 @@ def check_thresholds(thresholds: Sequence[float], kind: str) -> None:
 
 
 def threshold_of(rewards: Sequence[float], kind: str, level: float) -> float:
-    """Return the threshold τ that a prompt's own candidates set.
+    """Return the threshold τ given by a prompt's own candidates.
 
     Args:
-        rewards: Of one prompt's candidates, at least one.
+        rewards: Rewards of one prompt's candidates, at least one.
         kind: "percentile": the percentile `level` (0 to 100) of the rewards, interpolated
             linearly. "interpolate": τ = level · max + (1 − level) · mean.
         level: See `kind`.
@@ -66,15 +66,14 @@ def above_threshold(
 ) -> Callable[[Rollout], bool]:
     """Return the test for a reward strictly above the threshold; -inf passes all.
 
-    With the kinds that a prompt's own candidates set, a prompt none of whose rewards is strictly
-    above its threshold (all are equal, or the level is the maximum) keeps those that equal its
-    maximum, so every prompt stays in the set.
+    For percentiles and interpolation, a prompt without a reward strictly above its threshold (all
+    are equal, or the level is the maximum) keeps the completions with its maximum reward, so no prompt
+    is lost.
 
     Args:
-        rollouts: Everything that is to be tested; those that are abstained on or cut by length
-            set no threshold.
-        kind: See `threshold_of`; "value" takes `level` itself for all prompts.
-        level: Likewise.
+        rollouts: All rollouts to test; abstentions and truncated ones don't affect thresholds.
+        kind: See `threshold_of`; "value" uses `level` itself for all prompts.
+        level: The threshold, percentile or position, depending on `kind`.
     """
     if level == -inf:
         return lambda rollout: True

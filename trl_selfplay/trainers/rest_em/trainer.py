@@ -1,7 +1,7 @@
 """ReST^EM, ReST and RFT: expectation maximization with a model's own graded samples.
 
-In: prompts with solutions, reward functions, perhaps human completions. Out: the model after
-`num_rounds` rounds. The outer loop is in rounds.py, what a round's stages do in self_play.py.
+In: prompts with solutions, reward functions, optionally human completions. Out: the model after
+`num_rounds` rounds. The outer loop is in rounds/loop.py, the stages of a round are in rounds/stages.py.
 
 Sources: ReST^EM, arXiv 2312.06585, Algorithm 1; ReST, arXiv 2308.08998, Algorithm 1; RFT, arXiv
 2308.01825, section 3.3.
@@ -41,23 +41,22 @@ logger = logging.getLogger(__name__)
 class ReSTEMTrainer(RoundsMixin, SFTTrainer):
     """Trains a causal language model on its own rewarded samples, round after round.
 
-    Takes what `trl.SFTTrainer` takes, in its order, and the keyword-only parameters below. The
-    datasets have the columns `prompt` (text or chat messages) and `solution`, as for STaRTrainer;
+    Takes the arguments of `trl.SFTTrainer` in the same order, and the keyword-only parameters below.
+    The datasets have the columns `prompt` (text or chat messages) and `solution`, as for STaRTrainer;
     all columns reach the reward functions.
 
     Args:
         reward_funcs: As GRPOTrainer takes them: a callable, an async one, a model id, a sequence
             classifier, or a list of these.
-        reward_processing_classes: Tokenizers of reward models, one for each of `reward_funcs`.
-        few_shot_examples: Mappings with `prompt` and `completion` that stand before every prompt.
+        reward_processing_classes: Tokenizers of reward models, one per entry of `reward_funcs`.
+        few_shot_examples: Mappings with `prompt` and `completion` that precede every prompt.
         normal_form: Completions of a prompt with equal normal form are duplicates; None compares
-            them lower-cased with white space folded. RFT's is
-            `trl_selfplay.reasoning_path`.
+            them in lower case with white space folded. RFT's is `trl_selfplay.reasoning_path`.
         gold_dataset: Human completions to mix in: `prompt` and `completion`, or `messages`. With
             `improve_thresholds` they are graded and filtered like the model's own.
-        eval_reward_funcs: Functions that grade held-out completions in place of `reward_funcs`:
-            the true scorer where those are a reward model, whose own score rises also where it is
-            misled. None grades them alike.
+        eval_reward_funcs: Functions that grade held-out completions instead of `reward_funcs`: the
+            true scorer if `reward_funcs` is a reward model, whose own score also rises when it is
+            exploited. None uses `reward_funcs`.
 
     Raises:
         ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
@@ -202,9 +201,9 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         return lambda rollout: not rollout.is_truncated and is_above(rollout)
 
     def _warn_repeated(self, played: PlayedRound, improve: int, round_index: int) -> None:
-        """Warn of an Improve step that selects what the one before it did.
+        """Warn of an Improve step that selects the same completions as the one before.
 
-        What a higher threshold selects is part of what a lower one does, so as many are the same.
+        A higher threshold selects a subset, so equal counts mean equal selections.
         """
         if improve == 0 or played.num_examples == 0:
             return
@@ -241,7 +240,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
 
 
 def _refuse_without_gold(args: Any) -> None:
-    """Raise ValueError for settings that concern gold completions where none are given."""
+    """Raise ValueError for settings of gold completions if there are none."""
     for name, neutral in (
         ("warm_up_on_gold", False),
         ("gold_ratio", None),
