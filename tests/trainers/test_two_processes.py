@@ -17,7 +17,9 @@ SCRIPT = """
 import json, os, sys
 from datasets import Dataset
 from peft import LoraConfig
-from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, STaRConfig, STaRTrainer
+from trl_selfplay import (
+    IRPOConfig, IRPOTrainer, ReSTEMConfig, ReSTEMTrainer, STaRConfig, STaRTrainer
+)
 
 
 def reward(completions, solution, **kwargs):
@@ -25,7 +27,9 @@ def reward(completions, solution, **kwargs):
 
 
 method, model, folder, changes = sys.argv[1:]
-Trainer, Config = (STaRTrainer, STaRConfig) if method == "STaR" else (ReSTEMTrainer, ReSTEMConfig)
+Trainer, Config = {"STaR": (STaRTrainer, STaRConfig), "IRPO": (IRPOTrainer, IRPOConfig)}.get(
+    method, (ReSTEMTrainer, ReSTEMConfig)
+)
 pairs = [divmod(i, 10) for i in range(18)]
 rows = [{"prompt": f"Q {a} + {b} = ?", "solution": str((a + b) % 10)} for a, b in pairs]
 gold = {"gold_dataset": Dataset.from_list(
@@ -33,9 +37,8 @@ gold = {"gold_dataset": Dataset.from_list(
 )} if method == "ReST" else {}
 trainer = Trainer(
     model,
-    Config(
-        folder, num_rounds=2, num_generations=6, temperature=1.0, max_completion_length=8,
-        top_k=0, max_steps=2, per_device_train_batch_size=2,
+    args=Config(
+        folder, num_rounds=2, num_generations=6, temperature=1.0, top_k=0, max_steps=2, per_device_train_batch_size=2,
         gradient_accumulation_steps=2 // int(os.environ.get("WORLD_SIZE", "1")),
         learning_rate=0.5, optim="sgd", report_to=[], disable_tqdm=True, gradient_checkpointing=False,
         use_cpu=True, seed=1, load_best_round_at_end=False, **json.loads(changes),
@@ -63,6 +66,7 @@ def samples_of_round_0(folder: Path):
     ("method", "changes"),
     [
         ("STaR", {}),
+        ("IRPO", {"max_completion_length": 32, "max_per_prompt": 2}),
         ("ReST^EM", {"loss_weighting": "reward"}),
         ("ReST", {"improve_thresholds": [0.1, 0.3], "start_from": "previous"}),
     ],
@@ -72,7 +76,13 @@ def test_two_processes_come_to_what_one_does(tmp_path, saved_tiny_model, method,
     script.write_text(SCRIPT)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     for folder, launcher in (("one", ()), ("two", TORCHRUN)):
-        arguments = [script, method, saved_tiny_model, tmp_path / folder, json.dumps(changes)]
+        arguments = [
+            script,
+            method,
+            saved_tiny_model,
+            tmp_path / folder,
+            json.dumps({"max_completion_length": 8, **changes}),
+        ]
         command = [sys.executable, *launcher, *map(str, arguments)]
         subprocess.run(command, env=env, check=True, timeout=300)
     one, two = (samples_of_round_0(tmp_path / folder) for folder in ("one", "two"))
