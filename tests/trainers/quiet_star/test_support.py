@@ -138,7 +138,7 @@ def test_a_sliding_window_that_attention_is_not_told_is_refused() -> None:
         "num_experts_per_tok": 1,
     }
     windowed = build_family("qwen2_moe", use_sliding_window=True, **sizes)
-    with pytest.raises(ValueError, match="layers have a sliding window, and 0 hand it on"):
+    with pytest.raises(ValueError, match="layers have a sliding window, and 0 pass it on"):
         check_model(windowed)
     check_model(build_family("qwen2_moe", use_sliding_window=False, **sizes))
 
