@@ -145,6 +145,16 @@ def test_the_likelihood_is_per_token_that_the_policy_wrote(build_irpo) -> None:
     assert float((loss - LN_2).detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
+def test_predict_gives_the_loss_of_pairs(build_irpo) -> None:
+    trainer = build_irpo(num_rounds=1, beta=0.3, nll_coef=0.7)
+    trainer.train()
+    rows = rows_of(trainer, 0)[:4]
+    expected, _, _ = expected_loss(trainer.model.eval(), rows, beta=0.3, alpha=0.7)
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        metrics = trainer.predict(Dataset.from_list(rows)).metrics
+    assert metrics["test_loss"] == pytest.approx(float(expected.detach()), abs=1e-5)
+
+
 class KeepsBatches(IRPOTrainer):
     """Keeps the rows' tokens of every batch that it is trained on."""
 

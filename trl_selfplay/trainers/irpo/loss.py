@@ -13,7 +13,7 @@ import torch
 
 
 class KeptLogProbs:
-    """A model's forward that keeps the log-probs it returned."""
+    """A model's forward that keeps the log-probs of the parent's one call that asks for them."""
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
@@ -22,7 +22,8 @@ class KeptLogProbs:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's outputs."""
         outputs = self.model(*args, **kwargs)
-        self.log_probs = outputs.log_probs
+        if kwargs.get("fused_lm_head"):  # else it is asked for logits, after the loss
+            self.log_probs = outputs.log_probs
         return outputs
 
 

@@ -135,10 +135,12 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         """Return DPO's loss plus `nll_coef` times the chosen completions' loss per token."""
         forward = KeptLogProbs(model)
         loss = super().compute_loss(forward, inputs, *args, **kwargs)
+        loss, *outputs = loss if isinstance(loss, tuple) else (loss,)
         nll = chosen_nll(forward.log_probs, inputs["completion_mask"])
         mode = "train" if model.training else "eval"
         self._metrics[mode]["nll"].append(self.accelerator.gather(nll.detach()).mean().item())
-        return loss + self.args.nll_coef * nll
+        loss = loss + self.args.nll_coef * nll
+        return (loss, *outputs) if outputs else loss
 
 
 def _refuse_unpaired(gold: Gold, rows: Sequence[PromptRow]) -> None:

@@ -205,9 +205,9 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
 
         A higher threshold selects a subset, so equal counts mean equal selections.
         """
-        if improve == 0 or played.num_examples == 0:
+        if improve == 0 or played.num_examples == 0 or self.progress is None:
             return
-        if played.num_examples == self.run.lines[round_index - 1]["examples"]:
+        if played.num_examples == self.progress.lines[round_index - 1]["examples"]:
             logger.warning(
                 "round %d: this Improve step selects the same %d completions as the one before, so "
                 "it repeats it. Use thresholds that are further apart, a reward that has more "
