@@ -206,6 +206,7 @@ class StepWatcher(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
             self.logged.append((logs["round"], state.global_step))
+            state.trial_name = f"noted at step {state.global_step}"
 
     def on_step_end(self, args, state, control, **kwargs):
         self.counted.append(state.global_step)
@@ -219,4 +220,5 @@ def test_logged_steps_go_on_over_rounds_while_the_parent_counts_anew(build_star)
     assert watcher.logged == [(0, 1), (0, 2), (1, 3), (1, 4)]
     history = [line["step"] for line in trainer.state.log_history if "loss" in line]
     assert history == [1, 2, 3, 4]
+    assert trainer.state.trial_name == "noted at step 4"  # what a callback notes isn't lost
     assert trainer.progress is None

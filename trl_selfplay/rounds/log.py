@@ -25,8 +25,8 @@ def log_with_round(
 ) -> None:
     """Log with the round, and with steps that continue over rounds.
 
-    The parent and its trackers see a copy of the state with those steps; its log history is the
-    state's own.
+    The parent and its trackers see a copy of the state with those steps. What they change in it
+    is the state's own.
     """
     progress: RoundProgress | None = trainer.progress
     if progress is None or progress.round_index is None:
@@ -34,11 +34,12 @@ def log_with_round(
         return
     logs["round"] = progress.round_index
     state = trainer.state
-    trainer.state = copy.copy(state)
-    trainer.state.global_step += progress.steps_before
+    trainer.state = shifted = copy.copy(state)
+    shifted.global_step += progress.steps_before
     try:
         log_parent(logs, start_time)
     finally:
+        vars(state).update({**vars(shifted), "global_step": state.global_step})
         trainer.state = state
 
 
