@@ -420,7 +420,7 @@ def test_an_empty_round_shows_finished_completions_first(build_star) -> None:
     with pytest.raises(EmptyRoundError) as raised:
         wrong.train()
     assert " truncated (" in str(raised.value)
-    assert "lower reward_threshold=1.0 (the highest reward was 0)" in str(raised.value)
+    assert "lower reward_threshold=1.0 (the highest reward, truncated" in str(raised.value)
     assert str(raised.value).count("(finish eos, reward 0.0)") == 3
 
 

@@ -39,7 +39,7 @@ REFUSED = {
 }  # fmt: skip
 # Likewise where the model comes with the adapter: TRL's DPOTrainer makes a copy beside it.
 NOT_COPIED = dict.fromkeys(
-    ("lora bias all", "lora bias lora_only", "lora layer_replication", "adalora"), "puts a copy"
+    ("lora bias all", "lora bias lora_only", "lora layer_replication", "adalora"), "adds a copy"
 )
 # For want of another adapter, of a package, of data or of a GPU.
 NOT_MADE = {"adamss", "lora arrow", "lora corda", "lora loftq", "xlora"}

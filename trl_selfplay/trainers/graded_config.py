@@ -59,7 +59,7 @@ class GradedConfig(SelfPlayConfig):
     few_shot_rounds: Annotated[int | None, OnResume.FIXED] = field(
         default=None,
         metadata={
-            "help": "Number of first rounds that sample with the few-shot examples; later ones ask in "
+            "help": "Number of initial rounds that sample with the few-shot examples; later ones ask in "
             "the form that the model is trained on. None: all rounds, as in the paper.",
         },
     )
@@ -78,8 +78,8 @@ class GradedConfig(SelfPlayConfig):
     def how_to_keep_more(self, highest_reward: float) -> str:
         """Return what lets more completions pass, in words that follow "or"."""
         return (
-            f"lower reward_threshold={self.reward_threshold} (the highest reward was "
-            f"{highest_reward:g})"
+            f"lower reward_threshold={self.reward_threshold} (the highest reward, truncated "
+            f"completions included, was {highest_reward:g})"
         )
 
     def heldout_metric_names(self) -> tuple[str, ...]:

@@ -30,10 +30,11 @@ from trl_selfplay.trainers.rounds import RoundsMixin
 
 logger = logging.getLogger(__name__)
 
-# Of rewards, that is beta times a difference of log-probs; at larger beta in proportion.
+# Largest difference of rewards (beta times log-probs) that counts as rounding at the beta below. It
+# grows in proportion to a larger beta.
 TOLERANCE = 1e-4
 _BETA_OF_TOLERANCE = 0.1
-# How much further than re-scoring noise a reduced-precision difference may be.
+# In reduced precision, how many times the spread of re-scoring a difference may reach.
 _SPREADS = 3.0
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -51,18 +52,18 @@ WrongOpponentError = WrongReferenceError  # what SPIN calls its reference
 class ReferenceMixin(RoundsMixin, DPOTrainer):
     """Makes the policy, as it enters a round, the reference of the parent's loss.
 
-    Stands first among the bases: `class MyTrainer(ReferenceMixin, RoundsMixin, DPOTrainer)`.
+    Comes first among the bases: `class MyTrainer(ReferenceMixin, RoundsMixin, DPOTrainer)`.
     `play_round` passes its pairs through `store_reference`. No second model is held.
 
-    Rows have `prompt_ids`, `chosen_ids` and `rejected_ids`, perhaps `chosen_mask` and
+    Rows have `prompt_ids`, `chosen_ids` and `rejected_ids`, and optionally `chosen_mask` and
     `rejected_mask`: 1 for each token of the completion that the policy wrote, 0 for one that it
-    read, such as a tool's answer. Without a mask it wrote all of them.
+    read, such as a tool's answer. Without a mask, it wrote all of them.
     """
 
     collated_columns = _MASKS
 
     def __init__(self, model: Any, args: Any, *rest: Any, peft_config: Any, **named: Any) -> None:
-        """Build the parent without a reference model, and the stages as `RoundsMixin`.
+        """Build the parent without a reference model, and the stages as `RoundsMixin` does.
 
         Args:
             model: As DPOTrainer takes it, like `peft_config`.
@@ -92,7 +93,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         for column in _LOGPS:  # as every row of a round has them
             self.placeholder = cast("Any", self.placeholder).add_column(column, [0.0])
         self._checked_round: int | None = None
-        # Scored twice, a policy must say the same.
+        # Scored twice, a policy must give the same log-probs.
         if switched := switch_noise_off(policy):
             logger.warning(
                 "Dropout and other noise is switched off in the whole model (%s): with it the "
@@ -108,16 +109,16 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Leave the parent's placeholder as it is.
 
-        The parent would score it at construction, through a file that a second process looks for
-        in a folder of its own.
+        The parent would score it at construction and pass the scores through a file, which a second
+        process would look for in another folder.
         """
         return dataset
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """Return the reference's summed log-probs of both completions, asked once per round.
+        """Return the reference's summed log-probs of both completions, called once per round.
 
-        The reference is the policy as it enters the round. A subclass may return those of another
-        model, which the loss then compares with; margins then don't begin at 0, and aren't checked.
+        The reference is the policy as it enters the round. A subclass may return the log-probs of
+        another model; margins then don't begin at 0 and aren't checked.
         """
         return self.compute_policy_log_probs(model, inputs)
 
@@ -125,7 +126,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         """Return the summed log-probs of both completions under the model as it is now.
 
         The parent switches adapters off (or to "ref") unless it has a reference model. Here the
-        model itself is the reference, at the moment it is asked.
+        model itself is the reference, with its weights at the time of the call.
         """
         self.ref_model: Any = self.model
         try:
@@ -139,10 +140,10 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         """Return (log p(chosen), log p(rejected)) of each row.
 
         Sums over the completion's tokens, in nats, in eval mode, through the parent's own collator.
-        Under several processes each scores its share and all return all.
+        With several processes, each scores its share, and all return all log-probs.
 
         Args:
-            rows: Pairs of token ids, as the class says.
+            rows: Pairs of token ids, with the columns of the class docstring.
             log_probs: Scores a batch: `compute_policy_log_probs` or `compute_ref_log_probs`.
         """
         args, accelerator = self.args, self.accelerator
@@ -167,12 +168,12 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         return [(chosen, rejected) for _, chosen, rejected in sorted(scored)]
 
     def store_reference(self, rows: Dataset, folder: Path) -> Dataset:
-        """Return rows with the reference's log-probs, computed and written down once.
+        """Return rows with the reference's log-probs, computed and saved once.
 
-        What an interrupted run has written is read back, never computed again.
+        What an interrupted run has saved is read back; only if it is damaged is it computed again.
 
         Args:
-            rows: Pairs of token ids, as the class says.
+            rows: Pairs of token ids, with the columns of the class docstring.
             folder: Where the dataset is kept.
         """
         if folder.exists():
@@ -208,11 +209,11 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def check_reference(self, model: Any, inputs: Mapping[str, Any], round_index: int) -> None:
-        """Raise unless the policy, about to be trained, gives a batch the stored log-probs.
+        """Raise unless the policy, before its first step, gives a batch the stored log-probs.
 
-        In float32 within `TOLERANCE`. In lower precision within three times the spread that
-        re-scoring the batch at other paddings gives, because sums of rounded numbers depend on the
-        padding.
+        They may differ by `TOLERANCE`. In lower precision, they may also differ by three times the
+        spread of re-scoring the batch with wider padding, because sums of rounded numbers depend on
+        the padding.
 
         Args:
             model: As the training step uses it, wrapped; it is left in train mode.
@@ -222,7 +223,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         Raises:
             WrongReferenceError: With the largest difference and what usually causes it.
         """
-        model.train()  # as the step that follows: noise of that mode counts as well
+        model.train()  # as in the step that follows: noise of that mode counts too
         inputs = send_to_device(dict(inputs), self.accelerator.device)
         stored = torch.cat([inputs[column] for column in _LOGPS]).float()
         live = self._rescore(model, inputs)
@@ -243,10 +244,10 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
             f"round {round_index}: before the first step the policy's log-probs differ from the "
             f"stored ones of its {name} by {gap:.3g} (times beta={self.beta:g}), and at most "
             f"{tolerance:.3g} is rounding. The {name} must be the policy as it enters the round, so "
-            "that every margin begins at 0. Usual reasons: a callback or hook changed the "
+            "that every margin begins at 0. Usual causes: a callback or hook changed the "
             "weights between scoring and training, something is random in train mode, "
             "`data_collator` builds other batches in training, or the stored rows under `_rounds` "
-            "are of other weights (then delete the round's `dataset` folder)."
+            "come from other weights (then delete the round's `dataset` folder)."
         )
 
     def _rescore(self, model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -260,7 +261,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
 
 
 class MaskCollator:
-    """Takes the tokens that the policy only read out of another collator's `completion_mask`."""
+    """Removes tokens that the policy read but didn't write from a collator's `completion_mask`."""
 
     def __init__(self, collator: Callable[..., Any]) -> None:
         self.collator = collator
@@ -298,16 +299,16 @@ def _refuse_uncopied_adapters(model: Any) -> None:
     for config in adapters.values():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if getattr(config, "bias", "none") != "none":
-            reason = f"bias={config.bias!r}, of which PEFT allows one adapter in a model"
+            reason = f"bias={config.bias!r}, and PEFT allows one such adapter per model"
         elif getattr(config, "layer_replication", None):
-            reason = "layer_replication, which PEFT would do once more"
+            reason = "layer_replication, which PEFT would apply a second time"
         elif kind == "ADALORA":
-            reason = "AdaLoRA, of which PEFT allows one trainable adapter in a model"
+            reason = "AdaLoRA, and PEFT allows one trainable such adapter per model"
         else:
             continue
         raise ValueError(
-            f"the model comes with an adapter that has {reason}; TRL's DPOTrainer puts a copy beside "
-            "it at construction. Merge the adapter into its base first, or pass the base model and "
+            f"the model comes with an adapter that uses {reason}; TRL's DPOTrainer adds a copy "
+            "of it at construction. Merge the adapter into its base first, or pass the base model and "
             "`peft_config`."
         )
 

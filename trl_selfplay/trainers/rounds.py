@@ -1,6 +1,6 @@
 """What every trainer over rounds has in common: stages, training, evaluation, log, model card.
 
-In: a trainer that can play a round. Out: `RoundsMixin`, which stands before a TRL trainer among the
+In: a trainer that can play a round. Out: `RoundsMixin`, which precedes a TRL trainer among the
 bases. What a round is, from sampling to selection, is in each trainer's `play_round`.
 """
 
@@ -47,14 +47,15 @@ class RoundsMixin(Trainer):
     `warm_up_rows`, `load_sets`, `score_sets` and `score_heldout`.
 
     Attributes:
-        run: Where the rounds lie on disk.
-        self_play: What samples, grades and scores.
-        placeholder: The row that the parent was built on, as it prepared it.
-        progress: Where `train` stands; None outside it.
+        run: The rounds on disk.
+        self_play: The stages of a round: sampling, grading, scoring.
+        placeholder: The row that the parent was built on, as the parent prepared it.
+        progress: How far `train` has got; None outside it.
         weights_digest: Digest of the weights at the start of the first `train` in this process.
-        has_begun: `train` was called in this process and may have changed the weights.
-        load_rows: Reads a dataset, given it, its name in errors, and `reward_funcs`.
-        collated_columns: Columns of a round's rows that the collator gets beside the parent's.
+        has_begun: Whether `train` was called in this process and may have changed the weights.
+        load_rows: Checks a dataset and returns its rows. Called with the dataset, its name for
+            errors, and `reward_funcs`.
+        collated_columns: Columns of a round's rows that the collator gets besides the parent's.
     """
 
     args: Any
@@ -81,16 +82,16 @@ class RoundsMixin(Trainer):
         hint_formatter: HintFormatter | None = None,
         **parent: Any,
     ) -> None:
-        """Build the parent on a placeholder row, since each round makes its own; then the stages.
+        """Build the parent on a placeholder row, since each round makes its own rows; then the stages.
 
         Args:
-            model: As the parent takes it, like `eval_dataset`, `processing_class`, `peft_config`.
+            model: As the parent takes it.
             args: From `read_config`.
             rows: The training prompts.
             eval_dataset: Held-out prompts, one set or a dict of sets.
             processing_class: A tokenizer; None loads the model's.
             peft_config: For new adapters.
-            grading: What grades completions.
+            grading: Reward functions, and which rewards count as right.
             examples: Few-shot examples.
             hint_formatter: Shows the solution in a prompt.
             **parent: The parent's other arguments.
@@ -124,12 +125,12 @@ class RoundsMixin(Trainer):
         examples: tuple[FewShotExample, ...],
         hint_formatter: HintFormatter | None,
     ) -> SelfPlay:
-        """Put the stages of a round together, once the parent has been built."""
+        """Build the stages of a round, once the parent has been built."""
         args, model, accelerator = self.args, cast("Any", self.model), self.accelerator
         tokenizer = cast("PreTrainedTokenizerBase", self.processing_class)
         balanced = cast("Any", self).aux_loss_enabled  # of TRL's trainers
         traits = check_built_model(model, accelerator, tokenizer, balanced)
-        # Training puts other objects in these two places.
+        # Read when used: training replaces the wrapped model and the state.
         sampler = TransformersSampler(
             lambda: self.model_wrapped, tokenizer, accelerator=accelerator, traits=traits
         )
@@ -175,7 +176,7 @@ class RoundsMixin(Trainer):
         raise NotImplementedError(f"{type(self).__name__} must define play_round(round_index).")
 
     def identity(self) -> dict[str, Any]:
-        """Return what the method adds to what must stay equal when a run is resumed, by name."""
+        """Return, by name, values of the method that must not change when a run is resumed."""
         return {}
 
     def warm_up_rows(self) -> Dataset | None:
@@ -195,11 +196,11 @@ class RoundsMixin(Trainer):
         return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the round, and with steps that go on over rounds."""
+        """Log with the round, and with steps counted across rounds."""
         log_with_round(self, super().log, logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's model card, and the result of each round."""
+        """Write TRL's model card, with the result of each round."""
         super().create_model_card(*args, **kwargs)
         add_rounds_to_card(self)
 
@@ -230,7 +231,7 @@ class RoundsMixin(Trainer):
         """Score held-out sets with the current weights.
 
         Args:
-            sets: By name, which stands in the metrics' names after `prefix`.
+            sets: Held-out sets by name, which follows `prefix` in the metrics' names.
             prefix: First part of the metrics' names.
             folder: Keeps what is sampled; what it already holds is not sampled again.
             with_few_shot: Score them with the few-shot examples in the prompt as well.
@@ -258,9 +259,9 @@ class RoundsMixin(Trainer):
 
         Args:
             eval_dataset: A dataset in the form of the trainer's own, a dict of such sets, or the
-                name of one of the trainer's sets, whose metrics then don't have the name in front,
-                as in the parent. None scores all of the trainer's.
-            ignore_keys: Has no use, since there are no logits to leave keys out of.
+                name of one of the trainer's sets, whose metrics are then named without it, as in
+                the parent. None scores all of the trainer's sets.
+            ignore_keys: Has no effect, since evaluation returns no logits.
             metric_key_prefix: First part of the metrics' names.
 
         Raises:

@@ -1,6 +1,6 @@
 """IRPO: a model learns to prefer its right answers to its wrong ones, round after round.
 
-In: prompts with solutions, reward functions, perhaps human completions. Out: the model after
+In: prompts with solutions, reward functions, optionally human completions. Out: the model after
 `num_rounds` rounds. pairs.py decides which completions are paired; loss.py has the loss's second term.
 
 Source: IRPO, arXiv 2404.19733, section 2.
@@ -34,7 +34,7 @@ _REMEDY = (
 class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     """Trains a causal language model on pairs of its own right and wrong completions.
 
-    Takes what `trl.DPOTrainer` takes, in its order, and the keyword-only parameters below. The
+    Takes the arguments of `trl.DPOTrainer` in the same order, and the keyword-only parameters below. The
     datasets have the columns `prompt` (text or chat messages) and `solution`, as for STaRTrainer;
     all columns reach the reward functions. The loss is DPO's against the policy as it enters the
     round, and the chosen completions' negative log-likelihood per token (`nll_coef`).
@@ -42,9 +42,9 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     Args:
         reward_funcs: As GRPOTrainer takes them. A completion with a reward of at least
             `reward_threshold` is right, any other wrong.
-        eval_reward_funcs: Functions that grade held-out completions; None: `reward_funcs`.
-        reward_processing_classes: Tokenizers of reward models, one for each of `reward_funcs`.
-        few_shot_examples: Mappings with `prompt` and `completion` that stand before every prompt.
+        eval_reward_funcs: Functions that grade held-out completions; None uses `reward_funcs`.
+        reward_processing_classes: Tokenizers of reward models, one per entry of `reward_funcs`.
+        few_shot_examples: Mappings with `prompt` and `completion` that precede every prompt.
         gold_dataset: Human completions of training prompts: `prompt` and `completion`, or
             `messages`. They are graded like the model's own, and right ones may be chosen.
 
@@ -101,7 +101,7 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         _refuse_unpaired(self.gold, rows)
 
     def identity(self) -> dict[str, Any]:
-        """Return a digest of the human completions."""
+        """Return a digest of the gold completions."""
         gold = sorted((r.prompt_id, r.completion) for r in self.gold.rollouts)
         return {"gold_dataset": summarize(gold)}
 

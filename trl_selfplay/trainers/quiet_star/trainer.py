@@ -97,8 +97,8 @@ class QuietSTaRTrainer(SFTTrainer):
 
     To continue from a model that already thinks, on the same or another text, pass as `model` the
     folder of a run, of a checkpoint or of `QuietSTaRModel.save_pretrained`, a Hub repository of one
-    of these, or a QuietSTaRModel. Its mixing head, thought vectors and adapters go on training, and
-    its first logits are those it was saved with. The vectors don't depend on the length of a
+    of these, or a QuietSTaRModel. Its mixing head, thought vectors and adapters continue training,
+    and its first logits are those it was saved with. The vectors don't depend on the length of a
     thought, so `thought_length` may differ.
 
     Raises:

@@ -136,7 +136,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         return {"normal_form": name_function(self.normal_form), "gold_dataset": summarize(gold)}
 
     def warm_up_rows(self) -> Dataset | None:
-        """Return the gold completions with `warm_up_on_gold`."""
+        """Return the gold completions if `warm_up_on_gold` is set."""
         if not self.args.warm_up_on_gold:
             return None
         return build_training_rows(
@@ -210,8 +210,8 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         if played.num_examples == self.progress.lines[round_index - 1]["examples"]:
             logger.warning(
                 "round %d: this Improve step selects the same %d completions as the one before, so "
-                "it repeats it. Use thresholds that are further apart, a reward that has more "
-                "degrees, or a higher max_per_prompt.",
+                "it only repeats that step. Use thresholds that are further apart, a finer-grained "
+                "reward, or a higher max_per_prompt.",
                 round_index,
                 played.num_examples,
             )
@@ -233,7 +233,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         return self.self_play.drop_long_gold(gold, self._prompt_ids(()))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the parent's loss, each row's log-likelihood times its weight."""
+        """Return the parent's loss, with each row's log-likelihood multiplied by its weight."""
         if (weights := inputs.pop(WEIGHT, None)) is not None:
             model = weigh_log_probs(model, weights)
         return super().compute_loss(model, inputs, *args, **kwargs)

@@ -53,10 +53,10 @@ from trl_selfplay.trainers.spin.pairs import (
 logger = logging.getLogger(__name__)
 
 _REMEDY = (
-    "Completions that are cut need a higher max_completion_length or a model that knows its EOS "
-    "token (start from one that was fine-tuned on such data). Empty ones come from a model that "
-    "ends at once: check that the chat template's generation prompt is the one it was trained "
-    "with. If all equal the data's, there is nothing left to learn."
+    "If completions are truncated, raise max_completion_length, or start from a model that knows "
+    "its EOS token, such as one that was fine-tuned on this data. If they are empty, the model ends "
+    "at once: check that the chat template's generation prompt is the one it was trained with. If "
+    "all equal the data's, there is nothing left to learn."
 )
 
 
@@ -69,11 +69,11 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     datasets, has held-out rows of the same form.
 
     Args:
-        eval_reward_funcs: Functions that grade what the policy answers to held-out prompts, as
-            GRPOTrainer takes them: a score of the task, which then chooses the best round
-            (`eval_accuracy`) where `metric_for_best_model` names no other. Without it the
-            likelihood of the data chooses (`eval_logps`). They get every column of `eval_dataset`;
-            `solution` is the data's completion where there is no such column.
+        eval_reward_funcs: Functions that grade the policy's completions of held-out prompts, as
+            GRPOTrainer takes them. `eval_accuracy` then chooses the best round, unless
+            `metric_for_best_model` names another metric; without such functions, the likelihood of
+            the data does (`eval_logps`). They get every column of `eval_dataset`; without a column
+            `solution`, they get the data's completion under that name.
 
     Raises:
         ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
@@ -130,7 +130,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         )
         self.self_play.check_prompts(hinted=False)
         collector = self.self_play.collector
-        # Pairs aren't graded; held-out completions are, where there is something to grade with.
+        # Pairs aren't graded; held-out completions are, if there are functions to grade them.
         self._graded_play = (
             None
             if collector.eval_scorer is None
@@ -184,10 +184,10 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
 
     @contextmanager
     def _whole_completions(self) -> Iterator[None]:
-        """Sum log-probs over whole completions also under `ld_alpha`, which leaves out tails.
+        """Sum log-probs over whole completions even with `ld_alpha`, which gives tails less weight.
 
-        What is left out depends on the other completion, and held-out scores of the data's must
-        not depend on the opponent's.
+        Where a tail begins depends on the other completion, and held-out scores of the data's
+        completions must not depend on the opponent's.
         """
         ld_alpha, self.ld_alpha = self.ld_alpha, None
         try:
@@ -214,7 +214,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     def score_heldout(self, round_index: int, folder: Path | None) -> HeldOutScores | None:
         """Score the policy on held-out prompts, against the opponent of the round that it ended.
 
-        What is in `folder` is read back: a run that goes on has other weights than before round 0.
+        Scores in `folder` are read back: a resumed run no longer has the weights of before round 0.
         """
         if not self.self_play.heldout:
             return None
@@ -232,7 +232,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         return scores
 
     def _warn_choice(self, round_index: int, scores: HeldOutScores) -> None:
-        """Warn of a choice by likelihood that goes against what the rounds are for."""
+        """Warn if likelihood, which often falls although SPIN works, chooses the best round."""
         chosen = self.run.chosen_metric or ""
         if round_index == UNTRAINED or not chosen.endswith("_logps"):
             return
@@ -251,7 +251,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         self, sets: Mapping[str, list[PromptRow]], prefix: str = "eval",
         folder: Path | None = None, with_few_shot: bool = False,
     ) -> HeldOutScores:  # fmt: skip
-        """Score the data's completions: `eval_logps`, and how well the policy knows its opponent's.
+        """Score the data's completions, and how well the policy tells them from its opponent's.
 
         The opponent's completions are those that the last round sampled for the trainer's own sets.
         """

@@ -117,7 +117,7 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
         self.self_play.warn_unreadable_solutions()
 
     def identity(self) -> dict[str, Any]:
-        """Return the names of the functions that select completions."""
+        """Return the names of the functions that show hints and select completions."""
         return {
             "normal_form": name_function(self.normal_form),
             "hint_formatter": name_function(self.hint_formatter),
