@@ -258,7 +258,6 @@ MOMENTS = [(0, "training begins"), (0, "round ends"), (1, "training begins"), (1
     [
         pytest.param(True, [(1, "step 2")], id="lora"),
         pytest.param(False, MOMENTS, id="full, all", marks=pytest.mark.slow),
-        pytest.param(True, MOMENTS, id="lora, all", marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_pairs_log_probs_and_weights(
