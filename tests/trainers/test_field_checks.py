@@ -133,7 +133,7 @@ def test_every_value_is_refused_or_a_run_with_it_ends(
         ({"max_length": 1}, "an integer of at least 2, or None"),
         ({"seed": 2**32 - 1}, "each round adds its index"),
         ({"seed": -1}, "an integer of at least 0"),
-        ({"chat_template_kwargs": {"tokenize": False}}, "passed on anyway"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "rendering decides itself"),
         ({"chat_template_kwargs": "thinking"}, "a dict"),
         ({"generation_kwargs": {"top_k": 1.5}}, "an integer"),
         ({"generation_kwargs": {"temperature": math.nan}}, "a number of at least 0"),

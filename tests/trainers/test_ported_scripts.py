@@ -112,7 +112,7 @@ def test_another_trainer_s_config_is_refused_with_its_settings(tmp_path, build) 
     args = GRPOConfig(str(tmp_path), epsilon=0.3, use_vllm=False, num_generations=4, **settings)
     with pytest.raises(TypeError) as caught:
         build("no-model", args=args)
-    assert "args is a GRPOConfig" in str(caught.value)
+    assert "args is of type GRPOConfig" in str(caught.value)
     assert "epsilon=0.3: leave it out" in str(caught.value)
     assert "use_vllm" not in str(caught.value)  # its default asks for nothing
     assert "generation_batch_size" not in str(caught.value)

@@ -23,7 +23,7 @@ def warn_baseline(metrics: Mapping[str, float], has_degrees: bool = False) -> st
     """Return a warning if the untrained model solves nothing, or nearly everything.
 
     "Nothing" means that pass@k at the largest k and greedy accuracy are 0 in every held-out set, with
-    and without few-shot examples, so that the first round has nothing to train on. "Nearly
+    and without few-shot examples, so that the first round may have nothing to train on. "Nearly
     everything" means greedy accuracy above .95 in all of them. A high pass@k with a low accuracy
     needs no warning: training on the model's own samples turns it into accuracy.
 
@@ -41,8 +41,8 @@ def warn_baseline(metrics: Mapping[str, float], has_degrees: bool = False) -> st
         largest = max((k for k, _ in pass_at_k.values()), default=0)
         name = f"accuracy and pass@{largest} are" if largest else "accuracy is"
         return (
-            f"held-out {name} 0: the model solves none of these prompts, so there is nothing to "
-            "learn from. Add few_shot_examples that show the answer format, sample more "
+            f"held-out {name} 0: the model solves none of these prompts, so there may be nothing "
+            "to learn from. Add few_shot_examples that show the answer format, sample more "
             "(num_generations with temperature above 0), or begin with an easier task."
         )
     if accuracy and min(accuracy.values()) > LITTLE_TO_GAIN:

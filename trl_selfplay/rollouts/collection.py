@@ -69,7 +69,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Collector:
-    """What sampling and grading need and what is constant over rounds."""
+    """Samples and grades prompts; its fields are constant over rounds."""
 
     sampler: Sampler
     scorer: Scorer | None  # None: completions are paired, not graded
@@ -77,8 +77,8 @@ class Collector:
     accelerator: Accelerator
     seed: int
     reward_threshold: float = 1.0
-    has_degrees: bool = False  # completions are trained on that the threshold doesn't count
-    eval_threshold: float | None = 1.0  # None: held-out rewards have degrees
+    has_degrees: bool = False  # completions below the threshold are trained on too
+    eval_threshold: float | None = 1.0  # None: held-out rewards are graded, not right or wrong
     refuses_negative_rewards: bool = False
     eval_scorer: Scorer | None = None  # None: held-out prompts are graded like the others
 
@@ -97,7 +97,7 @@ class Collector:
 
         While a shard is graded the next one is sampled, in a thread of its own.
 
-        Under several processes each samples every n-th shard, and all return all rollouts.
+        Each of n processes samples every n-th shard, and all return all rollouts.
 
         Args:
             assignments: What to sample; the order has no influence.
@@ -277,14 +277,14 @@ class Collector:
 
 
 def one_ahead(items: Iterator[Item], stop: Event) -> Generator[Item]:
-    """Yield the items in order; the one after next is not begun before the next was asked for.
+    """Yield the items in order, while a second thread makes the next one.
 
-    What the iterator raises is raised here, in its turn. Closing, or an exception such as Ctrl-C,
+    The thread is never more than one item ahead. What the iterator raises is raised here, in turn. Closing, or an exception such as Ctrl-C,
     sets `stop`, waits for what is in progress, and closes the iterator.
 
     Args:
-        items: Used in the second thread alone.
-        stop: What makes the items looks at it, to end early.
+        items: Used only in the second thread.
+        stop: The iterator checks it, to end early.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as thread:
         try:
@@ -318,7 +318,7 @@ def _decode(tokenizer: Any, ids: Sequence[int], **kwargs: Any) -> str:
 
 
 def _decode_completion(tokenizer: Any, ids: Sequence[int], tag_ids: Collection[int]) -> str:
-    """Return the text without special tokens, but for tags such as `<answer>`."""
+    """Return the text without special tokens, except tags such as `<answer>`."""
     kept = {i for i in ids if i in tag_ids}
     if not kept:
         return _decode(tokenizer, ids, skip_special_tokens=True)
@@ -327,9 +327,9 @@ def _decode_completion(tokenizer: Any, ids: Sequence[int], tag_ids: Collection[i
 
 
 def _find_tag_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the special tokens that are an opening and a closing tag, `<answer>` and `</answer>`.
+    """Return the special tokens that form pairs of tags, such as `<answer>` and `</answer>`.
 
-    Reward functions read them, and decoding without special tokens takes them away.
+    Reward functions read them, and decoding without special tokens removes them.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {str(token): i for i, token in added.items() if token.special}
@@ -339,16 +339,16 @@ def _find_tag_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def _message(tokenizer: Any, rollout: Rollout) -> dict[str, Any]:
-    """Return a completion as the assistant's message, parsed where the tokenizer says how."""
+    """Return a completion as the assistant's message, parsed if the tokenizer has a template for it."""
     plain = {"role": "assistant", "content": rollout.completion}
     if getattr(tokenizer, "response_template", None) is None:
         return plain
     try:
         ids, prefix = list(rollout.completion_ids), list(rollout.prompt_ids)
         parsed = tokenizer.parse_response(ids, prefix=prefix)
-    except (ValueError, TypeError):  # a tool call that is none, for example
+    except (ValueError, TypeError):  # for example, a malformed tool call
         return plain
-    if not isinstance(parsed, dict):  # nothing was left of a cut one
+    if not isinstance(parsed, dict):  # a truncated one left nothing
         return plain
     content = parsed.get("content") or ""
     if isinstance(content, str):
@@ -359,7 +359,7 @@ def _message(tokenizer: Any, rollout: Rollout) -> dict[str, Any]:
 def _compare(
     found: Sequence[Rollout], assignments: Sequence[Assignment]
 ) -> tuple[list[Rollout], list[Assignment]]:
-    """Return those of the samples found that are planned, and what else is to be sampled."""
+    """Return the planned samples among those found, and what remains to be sampled."""
     by_key = {(r.prompt_id, r.sample_index, r.prompt_ids): r for r in found}
     kept: list[Rollout] = []
     missing = []
@@ -393,14 +393,15 @@ def plan_shards(
 ) -> list[Shard]:
     """Divide the work into shards of about `BATCHES_PER_SHARD` batches.
 
-    The longest prompts come first: what doesn't fit in memory shows in the first minute. All
+    The longest prompts come first, so that running out of memory shows in the first minute. All
     samples of a prompt are in one shard, so that a reward function can compare them.
 
     Args:
         assignments: The work.
         max_completion_length: Maximum tokens per completion.
         sampler: Suggests batch sizes.
-        held: Prompts of shards on disk whose plan is lost, by number; the others go around them.
+        held: Prompts of the shards on disk, by number, if their plan is lost. These shards keep
+            their numbers and the others fill the gaps.
     """
     done = {prompt_id for prompt_ids in held.values() for prompt_id in prompt_ids}
     lengths = {a.row.prompt_id: len(a.prompt_ids) for a in assignments}

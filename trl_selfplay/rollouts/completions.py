@@ -26,10 +26,10 @@ from trl_selfplay.rollouts.rendering import PromptFormatter
 
 logger = logging.getLogger(__name__)
 
+# What a row passes to the chat template besides its messages.
+_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # Columns that hold the prompt (None: all messages but the last) and the data's completion, in the
 # order in which they are looked for.
-# What a row gives the chat template beside its messages.
-_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 _FORMS = (("prompt", "completion"), ("prompt", "chosen"), (None, "messages"), (None, "chosen"))
 
 
@@ -172,20 +172,21 @@ def tokenize_chosen(
 ) -> dict[str, ChosenTokens]:
     """Return the tokens of each row by `prompt_id`, the completion as the policy would sample it.
 
-    Prompt and completion are tokenized together where that leaves the prompt's tokens as they are.
-    Where tokens would merge over the boundary the completion of a plain-text row is tokenized by
+    Prompt and completion are tokenized together if that leaves the prompt's tokens as they are. If
+    tokens would merge across the boundary, the completion of a plain-text row is tokenized by
     itself: the policy, which samples after the prompt's last token, can't merge them either. The
-    completion ends with the first EOS that the chat template writes after it (what a template adds
-    behind, such as a line break, no sampled completion has), or with `eos_token_id`.
+    completion ends with the first EOS that the chat template writes after it, or with
+    `eos_token_id`. What a template adds after EOS, such as a line break, is left out, since no
+    sampled completion has it.
 
     Args:
         formatter: Renders the prompts.
         rows: From `load_chosen_rows`.
         eos_token_ids: Tokens that end a sampled completion.
-        eos_token_id: The one to add where the text has none.
+        eos_token_id: The one to add if the text has none.
 
     Raises:
-        ValueError: The chat template renders the prompt otherwise when a completion follows.
+        ValueError: The chat template renders the prompt differently when a completion follows.
     """
     tokens = {}
     for row in rows:
@@ -201,7 +202,7 @@ def tokenize_chosen(
 
 
 def _find_end(tokenizer: Any, completion: list[int], eos_token_ids: Sequence[int]) -> int | None:
-    """Return the place of the first EOS after the text, None without; a template may write several."""
+    """Return the index of the first EOS after the text, or None; a template may write several."""
     ends = [i for i, token in enumerate(completion) if token in eos_token_ids]
     if not ends:
         return None

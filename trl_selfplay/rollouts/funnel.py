@@ -21,7 +21,7 @@ Outcome = Literal[
     "unpaired",
 ]
 
-# Records name these only where they occur, as those that were written before there were any.
+# Records leave these out if they are 0, so that older records, which lack them, look the same.
 _RARE = ("unpaired",)
 _HINTED_PREFIX = "hinted_"
 _REASON_PREFIX = "leak_"
@@ -123,7 +123,7 @@ class Funnel:
 
     @property
     def kept(self) -> int:
-        """To be trained on, of both kinds."""
+        """The number that are trained on, with and without hint."""
         return self.unhinted.kept + self.hinted.kept
 
     def to_dict(self) -> dict[str, int]:
@@ -162,8 +162,8 @@ class Funnel:
 def describe_funnel(funnel: Funnel, graded: bool = True) -> str:
     """Return the funnel as one line: the chain, then what was dropped and why.
 
-    Only what the method does is told: of completions that are paired, not `graded`, none is
-    correct, and without hints none is rationalized.
+    It has only what applies to the method: completions that are paired rather than `graded` can't
+    be correct, and without hints none is rationalized.
     """
     names = {"too_long": "too long", "duplicate": "duplicates", "capped": "over the cap"}
     hinted, unhinted = asdict(funnel.hinted), asdict(funnel.unhinted)

@@ -43,11 +43,11 @@ def load_gold(
 
     Args:
         dataset: In one of the forms of `load_chosen_rows`: `prompt` and `completion`, or
-            `messages`; `solution` as well where the prompt is no training prompt.
+            `messages`; `solution` as well if the prompt isn't a training prompt.
         train_rows: The training prompts.
         formatter: Renders prompts.
         eos_token_ids: Tokens that end a completion.
-        eos_token_id: The one to end completions with that have none.
+        eos_token_id: Added to completions that don't end with one of them.
         needs_solutions: Whether the completions will be graded.
 
     Raises:
@@ -78,8 +78,8 @@ def load_gold(
         missing = sorted(train_rows[0].columns.keys() - prompt_row.columns.keys())
         if needs_solutions and missing:
             raise ValueError(
-                f"`{name}` row {row.row_index} has a prompt that is not in `train_dataset`, and not "
-                f"its columns {missing}, which the reward functions get. Add them, or leave such "
+                f"`{name}` row {row.row_index} has a prompt that is not in `train_dataset`, and "
+                f"lacks its columns {missing}, which the reward functions get. Add them, or leave such "
                 "rows out."
             )
         prompt_id = prompt_row.prompt_id
@@ -107,7 +107,7 @@ def load_gold(
 
 
 def _own_row(dataset: Dataset, row: PromptRow, train_columns: Collection[str]) -> PromptRow:
-    """Return the row of a prompt that is no training prompt."""
+    """Return the row of a prompt that isn't a training prompt."""
     record = as_plain_rows(dataset)[row.row_index]
     solution = record.get("solution")
     columns = {k: v for k, v in record.items() if k in train_columns}

@@ -24,9 +24,9 @@ class PlayedRound:
         num_examples: Number of selected examples; packed rows hold several.
         funnel: Counts of what each selection step dropped.
         rollouts: All graded rollouts of the round, read from disk as they are iterated over.
-        metrics: Numbers for the log, with the prefixes play/ and select/.
+        metrics: Metrics for the log, with the prefixes play/ and select/.
         rewards: Mean weighted reward, and the mean of each function by name.
-        remedy: Why a round of this method is left empty and what to do; "" where rewards decide.
+        remedy: Why a round of this method may be empty and what to do; "" if rewards decide.
     """
 
     training_rows: Dataset
@@ -49,7 +49,7 @@ def mean_rewards(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str,
 
 
 def round_metrics(selection: Selection, rewards: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the numbers of a round for the log: play/… of what was sampled, select/… of the rest."""
+    """Return a round's metrics: play/… of what was sampled, select/… of what was selected."""
     rollouts = selection.rollouts
     unhinted = [r for r in rollouts if not r.hinted]
     metrics = {

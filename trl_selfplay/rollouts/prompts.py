@@ -162,12 +162,12 @@ def collect_rows(
 ) -> list[PromptRow]:
     """Check records one by one and return them as rows, sorted by `prompt_id`.
 
-    A row's id depends on the columns that graders read only where it would else be that of another
-    row, so that other rows have the ids that they have without these columns.
+    Columns that graders read are part of a row's id only if another row would otherwise have the same
+    id. All other ids are the same with and without these columns.
 
     Args:
-        records: Each as its index in the user's dataset, the record, and what graders read of it
-            beside prompt and solution.
+        records: Tuples of the index in the user's dataset, the record, and what graders read of it
+            besides prompt and solution.
         name: What to call the dataset in errors.
 
     Raises:
@@ -255,7 +255,7 @@ def check_template_kwargs(kwargs: Any, where: str) -> None:
     for key in kwargs:
         if key in _OWN_ARGUMENTS:
             raise ValueError(
-                f"{where} has {key!r}={kwargs[key]!r:.100}, which is passed on anyway: "
+                f"{where} has {key!r}={kwargs[key]!r:.100}, which rendering decides itself: "
                 f"{_OWN_ARGUMENTS[key]}."
             )
 
@@ -341,7 +341,7 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """Return the text of a message's content, its parts joined; "" where it has none."""
+    """Return the text of a message's content, its parts joined; "" if it has none."""
     content = message.get("content")
     if isinstance(content, str):
         return content

@@ -36,8 +36,8 @@ class Rollout:
         completion: `completion_ids` as text without special tokens, for graders and readers.
         finish: "eos", "stop" (a stop string) or "length" (truncated).
         hinted: True if sampled with the answer as a hint (rationalization).
-        logprob: Sum over the policy's own tokens under the distribution they were sampled from, or
-            None.
+        logprob: Sum of the log-probs of the policy's own tokens under the distribution that they
+            were sampled from, or None.
         reward: Weighted sum of `rewards`, or None if every function abstained.
         rewards: Score of each function, None if it abstained; empty while ungraded.
         completion_mask: For each of `completion_ids`, whether the policy wrote it. Other tokens come

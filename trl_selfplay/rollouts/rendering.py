@@ -33,9 +33,9 @@ from trl_selfplay.rollouts.prompts import (
 
 logger = logging.getLogger(__name__)
 
-# What a chat template calls for the time of day.
+# The function that chat templates call for the time.
 _CLOCK = "strftime_now"
-# How a template that doesn't know parts of content writes them, without white space.
+# How a template that doesn't support content in parts writes them, without white space.
 _PART_AS_CODE = ("'type':'text'", '"type":"text"')
 
 
@@ -103,10 +103,10 @@ def _completion_text(completion: Any, where: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """What renders the prompts of a run beside its configuration and its rows.
+    """What the prompts of a run depend on besides its configuration and its rows.
 
     Attributes:
-        time: What a chat template that asks for the time is told: when the run began, in ISO 8601.
+        time: The time that chat templates get: when the run began, in ISO 8601.
         chat_template: The template's text, or texts by name; None for plain-text prompts.
     """
 
@@ -115,7 +115,7 @@ class Rendering:
 
 
 def read_start(path: Path) -> datetime:
-    """Return when the run began that `path` belongs to, or now where none has.
+    """Return when the run of this file began, or the current time if there is no file.
 
     Raises:
         ValueError: The file can't be read.
@@ -126,7 +126,7 @@ def read_start(path: Path) -> datetime:
 
 
 def keep_rendering(rendering: Rendering, path: Path) -> None:
-    """Compare with what is on disk, or write it down for the first time.
+    """Save a run's rendering, or compare it with the one on disk.
 
     Raises:
         ValueError: The run was begun with another chat template.
@@ -136,7 +136,7 @@ def keep_rendering(rendering: Rendering, path: Path) -> None:
         if None not in (recorded, rendering.chat_template) and recorded != rendering.chat_template:
             raise ValueError(
                 f"the chat template is not the one that this run began with, so its prompts would "
-                f"be others. Set `tokenizer.chat_template` to the `chat_template` in {path} to go "
+                f"differ. Set `tokenizer.chat_template` to the `chat_template` in {path} to go "
                 "on with that run, or choose another output_dir."
             )
         return
@@ -166,10 +166,11 @@ class PromptFormatter:
         tokenizer: Its chat template renders messages.
         few_shot_examples: From `load_few_shot_examples`.
         hint_formatter: Shows the answer in a prompt.
-        chat_template_kwargs: For all rows; a row's own win.
+        chat_template_kwargs: For all rows; a row's own take precedence.
         sanitize_control_tokens: Read special tokens in the rows' text as plain text.
-        start: The time that the chat template is told; None is now.
-        num_embeddings: The model's; tokens beyond them are an error. None doesn't look.
+        start: The time that the chat template gets; None is now.
+        num_embeddings: Number of the model's embeddings; tokens beyond them are an error. None skips
+            the check.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class PromptFormatter:
         Args:
             row: The prompt.
             few_shot: Put the few-shot examples before it.
-            hinted: Show the answer, in the examples as in the prompt itself.
+            hinted: Show the answer, also in the examples.
 
         Raises:
             ValueError: A chat prompt that can't be rendered, or no chat template.
@@ -226,7 +227,7 @@ class PromptFormatter:
     def text_ids(self, text: str) -> list[int]:
         """Return the tokens of plain text as a prompt, with start tokens but without EOS."""
         ids = self._encode(text)
-        # A text that was rendered before has its own first tokens.
+        # A text that was rendered before already has start tokens.
         if self._bos is None:
             self._bos = self._strip_eos(self._encode(""))
         if self._bos and ids[: 2 * len(self._bos)] == 2 * self._bos:
@@ -239,7 +240,7 @@ class PromptFormatter:
 
     def continuation_ids(self, text: str) -> list[int]:
         """Return the tokens of plain text that follows other text, as a model would sample them."""
-        # Behind a line break, since SentencePiece puts a space before the start of a text.
+        # After a line break, since SentencePiece puts a space before the start of a text.
         before, both = self._encode("\n", False), self._encode(f"\n{text}", False)
         if both[: len(before)] == before:
             return both[len(before) :]
@@ -304,7 +305,7 @@ class PromptFormatter:
         return row.template_arguments.get("chat_template_kwargs", {})
 
     def template_text(self, row: PromptRow) -> str | None:
-        """Return the chat template for a row; None where the tokenizer renders without one.
+        """Return the chat template for a row; None if the tokenizer renders without one.
 
         Raises:
             ValueError: The tokenizer has no chat template.
@@ -323,7 +324,7 @@ class PromptFormatter:
             ) from error
 
     def rendering(self, conversational: bool) -> Rendering:
-        """Return what to write down of a run's rendering."""
+        """Return the rendering to save with a run."""
         template = self.tokenizer.chat_template if conversational else None
         return Rendering(self.start.isoformat(), template)
 
@@ -411,7 +412,7 @@ class PromptFormatter:
                 raise ValueError(
                     f"few_shot_examples[{self.few_shot_examples.index(example)}]: the chat template "
                     f"leaves out part of the completion {example.completion!r:.200} in the prompt "
-                    f"of {row.where}, so the example would teach to answer without that part. Many "
+                    f"of {row.where}, so the example would teach to leave it out. Many "
                     "templates remove thoughts (<think>) from earlier turns: write the rationale "
                     "without such tags, or set a `tokenizer.chat_template` that keeps them (for "
                     "Qwen3, trl.get_training_chat_template(tokenizer) returns one)."
@@ -440,7 +441,7 @@ class PromptFormatter:
         found: list[tuple[PromptRow, str]] = []
         for row in rows:
             own = [row.prompt, row.template_arguments, row.solution if with_solutions else None]
-            # An EOS that ends a text is what ends it; one inside is not.
+            # An EOS at the end of a text is legitimate; one inside is not.
             eos = str(self.tokenizer.eos_token)
             texts = (text.rstrip().removesuffix(eos) for text in texts_of(own))
             if match := next((m for text in texts if (m := pattern.search(text))), None):
@@ -449,8 +450,8 @@ class PromptFormatter:
             row, token = found[0]
             logger.warning(
                 "`%s`: %d of %d rows have special tokens in their text (row %d: %r), which the model "
-                "reads as control tokens, as in TRL. That is meant where prompts were rendered "
-                "before; where users wrote them, set sanitize_control_tokens=True to read them as "
+                "reads as control tokens, as in TRL. That is right if prompts were rendered "
+                "before; if users wrote them, set sanitize_control_tokens=True to read them as "
                 "plain text, or remove them.",
                 row.source,
                 len(found),
@@ -496,9 +497,9 @@ def _squeezed(text: str) -> str:
 
 
 def _stopped_clock(now: datetime) -> str:
-    """Return a Jinja macro that stands in for the template's clock and always shows one time.
+    """Return a Jinja macro that replaces the template's clock and always shows the same time.
 
-    A variable of the same name can't: transformers lets only plain data into a template.
+    A variable of the same name can't do that: transformers passes only plain data to a template.
     """
     shown = {}
     for letter in string.ascii_letters:

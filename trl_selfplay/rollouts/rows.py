@@ -18,7 +18,7 @@ from trl_selfplay.rollouts.record import Rollout
 
 IGNORE_INDEX = -100
 WEIGHT = "weight"
-# Rewards and the number of tokens to learn of each row → the weight of each row.
+# (reward of each row, number of tokens to learn of each row) → weight of each row.
 RowWeights = Callable[[Sequence[float | None], Sequence[int]], list[float]]
 
 

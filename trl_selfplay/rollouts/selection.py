@@ -26,16 +26,16 @@ class SelectionRules:
 
     Attributes:
         is_correct: Whether a rollout that was graded and ended by itself is right.
-        seed: Seed of the draw under the cap, which depends on nothing but it and the ids.
+        seed: Seed of the draw under the cap, which depends only on the seed and the ids.
         leak_reason: Returns why a completion quotes its hint, or None. Asked only of correct,
             hinted rollouts. None lets all pass.
         fits: Whether a rollout fits in a training row; None lets all pass.
-        normal_form: Of a prompt's completions with equal normal form the one with the lowest
-            sample index stays. None keeps duplicates.
+        normal_form: Of a prompt's completions with equal normal form, the one with the lowest
+            sample index is kept. None keeps duplicates.
         max_per_prompt: Maximum rollouts kept per prompt, after deduplication; None keeps all.
-        best_first: Of duplicates the one with the highest reward stays, and the cap keeps the
-            highest rewards, so that what a higher threshold selects is part of what a lower one
-            does.
+        best_first: Of duplicates, the one with the highest reward is kept, and the cap keeps the
+            highest rewards, so that a higher threshold selects a subset of what a lower one
+            selects.
     """
 
     is_correct: Callable[[Rollout], bool]
@@ -53,7 +53,7 @@ class SelectionRules:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a round trains on, and why not on the rest.
+    """What a round trains on, and why the rest was left out.
 
     Attributes:
         kept: Rollouts of the round, by (prompt_id, sample_index).
@@ -91,12 +91,12 @@ def select(
 
     Args:
         rollouts: Graded, each (prompt_id, sample_index) once, in any order.
-        rules: What decides.
+        rules: How to select.
         history: What earlier rounds selected, the newest round first. Those that repeat a newer
             one are left out, whatever `normal_form`; the others join the new ones before the cap
-            is applied, and are counted apart.
-        beside: What is trained on in any case; a rollout with the normal form of one of these, of
-            its prompt, is a duplicate.
+            is applied, and are counted separately.
+        beside: Completions that are trained on in any case; a rollout with the normal form of one
+            of them for the same prompt is a duplicate.
 
     Raises:
         ValueError: Two rollouts have the same prompt id and sample index, or one is not graded.
@@ -126,7 +126,7 @@ def select(
     earlier: list[Rollout] = []
     for rollout in filter(rules.lets_pass, history):
         key = (rollout.prompt_id, form(rollout.completion))
-        # Among duplicates the best stays.
+        # Among duplicates, the best is kept.
         if key not in seen or (rules.best_first and rules.normal_form):
             seen.add(key)
             earlier.append(rollout)
@@ -134,7 +134,7 @@ def select(
     newest = ordered[0].round_index if ordered else 0
     dropped: dict[int, Outcome] = {}
     for prompt_id, same_prompt in candidates.items():
-        if rules.best_first:  # the sort is stable: of equal ones the first stays
+        if rules.best_first:  # the sort is stable: of equal ones, the first is kept
             same_prompt.sort(key=lambda r: -(r.reward or 0.0))
         distinct, duplicates = _split_duplicates(
             same_prompt, rules.normal_form, given.get(prompt_id, set())
@@ -161,7 +161,7 @@ def _check_records(ordered: Sequence[Rollout]) -> None:
         if i > 0 and _key(ordered[i - 1]) == _key(rollout):
             raise ValueError(
                 f"prompt {rollout.prompt_id} has two rollouts with sample_index "
-                f"{rollout.sample_index}; number hinted ones on from where the others end."
+                f"{rollout.sample_index}; number hinted ones after the others."
             )
         if not rollout.is_graded:
             raise ValueError(
@@ -183,7 +183,7 @@ def _split_duplicates(
 ) -> tuple[list[Rollout], list[Rollout]]:
     """Split one prompt's rollouts, in order of their indices, into first ones and repeats.
 
-    What has one of the `given` forms repeats it.
+    Rollouts with one of the `given` forms are repeats.
     """
     if normal_form is None:
         return list(same_prompt), []
@@ -265,12 +265,12 @@ def reasoning_path(completion: str) -> tuple[str, ...]:
     """Return the list of equations of a completion, in order, without blanks.
 
     Two orders of the same equations, or of the operands of one, are different paths. A text
-    without any equation is its own path, lower-cased and with white space folded: the official
-    code would take all such texts of a prompt for one.
+    without any equation is its own path, lower-cased and with white space folded; the official
+    code would treat all such texts of a prompt as one path.
 
     Source: RFT, arXiv 2308.01825, section 3.3: one path for each distinct equation list. Of the
-    paths with one list RFT keeps the one farthest from the others by edit distance; here it is the
-    one that was sampled first.
+    samples with the same list, RFT keeps the one farthest from the others by edit distance; here,
+    it is the one that was sampled first.
 
     >>> reasoning_path("Half of 48 is <<48 / 2=24>>24.") == reasoning_path("So <<48/2 = 24>>24 clips.")
     True

@@ -91,9 +91,9 @@ def run_rounds(
 
     Raises:
         EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
-        FileExistsError: The output directory holds rounds and resuming was not asked for.
-        ValueError: It holds rounds of another configuration, named field by field, or `trial` was
-            given.
+        FileExistsError: The output directory holds rounds, and `resume_from_checkpoint` is not set.
+        ValueError: It holds rounds of another configuration (the error names each field), or
+            `trial` was given.
         RuntimeError: Another process trains into the output directory.
     """
     if trial is not None:
@@ -184,8 +184,8 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
     source = Path(trainer.model.config.name_or_path)
     if source.is_dir() and source.resolve() == Path(args.output_dir).resolve():
         raise ValueError(
-            f"the model was loaded from output_dir ({args.output_dir!r}), where the trained one is "
-            "saved in its place, and rounds go back to its weights. Choose another output_dir."
+            f"the model was loaded from output_dir ({args.output_dir!r}), where the trained one would "
+            "replace it, but rounds go back to its weights. Choose another output_dir."
         )
     if isinstance(resume, str) and resume.lower() in ("true", "false"):  # as a flag's value
         resume = resume.lower() == "true"
@@ -420,7 +420,7 @@ def _load_chosen_weights(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> No
     else:
         load_saved_model(trainer.model, run.folder(chosen) / "model")
     logger.warning(
-        "loaded the weights of %s, the best held-out score; the last round was %d.",
+        "loaded the weights of %s, which have the best held-out score; the last round was %d.",
         "the untrained model" if chosen == UNTRAINED else f"round {chosen}",
         last,
     )

@@ -17,17 +17,18 @@ class OnResume(StrEnum):
     """When a field may have another value in a run that is resumed."""
 
     FREE = "free"
-    """Always: how often, how loud, where and how fast, but not what is computed."""
+    """Always: it says how often, how verbosely, where or how fast, but not what is computed."""
     WARNED = "warned"
-    """Always, but once a round has been trained on with a warning: the rounds to come go on to
-    another result."""
+    """Always, with a warning once a round has been trained on: later rounds then lead to another
+    result."""
     UNTIL_TRAINED = "until_trained"
-    """Until a round has been trained on: selection and training alone read it, so that the samples
-    on disk stay valid. A value in a list of one per round: until its round is finished."""
+    """Until a round has been trained on: only selection and training read it, so the samples on
+    disk stay valid. In a list with one value per round, each value: until its round is finished."""
     MAY_GROW = "may_grow"
     """Always, to a larger value: rounds are added at the end."""
     FIXED = "fixed"
-    """Never: samples depend on it. A value in a list of one per round: until its round samples."""
+    """Never: samples depend on it. In a list with one value per round, each value: until its round
+    samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class PerRound:
     """Marks a list with one value per round.
 
     Attributes:
-        replaces: The field in place of which a round's value stands.
+        replaces: The field whose value is replaced in each round.
     """
 
     replaces: str
@@ -46,7 +47,7 @@ class RoundPlan:
     """One round of a run.
 
     Attributes:
-        round_index: Its place in the run.
+        round_index: Index in the run, from 0.
         sampling_round: The round whose samples it trains on: itself, or an earlier one.
         settings: Fields of the config that have another value while this round is played and
             trained on.
@@ -63,7 +64,7 @@ class RoundPlan:
 
 
 def declared_rules(config_class: type) -> dict[str, OnResume]:
-    """Return when fields may change on resume, of those whose annotation says so."""
+    """Return when each field may change on resume, for fields whose annotation says so."""
     return {name: mark for name, mark in _marks(config_class) if isinstance(mark, OnResume)}
 
 
@@ -73,7 +74,7 @@ def per_round_lists(config_class: type) -> dict[str, str]:
 
 
 def _marks(config_class: type) -> Iterator[tuple[str, Any]]:
-    """Yield what the annotations say; a field that is declared again keeps what was said of it."""
+    """Yield (field, mark) of all annotations; a field that a subclass redeclares keeps its marks."""
     for base in reversed(config_class.__mro__):
         annotations = inspect.get_annotations(base)
         # Text under `from __future__ import annotations`; the parents' isn't always importable.

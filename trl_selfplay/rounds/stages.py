@@ -55,9 +55,9 @@ from trl_selfplay.rounds.run import Run
 
 logger = logging.getLogger(__name__)
 
-# How many solutions are read at construction. All are when graded.
+# Maximum number of solutions read at construction. Grading reads all of them.
 _MOST_SOLUTIONS_READ = 2000
-# How many of the longest prompts are tokenized at construction. All are checked when sampled.
+# Number of the longest prompts tokenized at construction. Sampling checks all prompts.
 _CHECKED_AT_CONSTRUCTION = 64
 
 
@@ -100,7 +100,7 @@ class SelfPlay:
         return [] if scorer is None else scorer.callables
 
     def check_prompts(self, hinted: bool) -> None:
-        """Raise ValueError now for prompts that can't be rendered, sampled from or trained on."""
+        """Raise ValueError for prompts that can't be rendered, sampled from or trained on."""
         for name, rows in {"train_dataset": self.rows, **self.heldout}.items():
             # A token without an embedding may be in any row.
             longest = list(rows) if self.lacks_embeddings else _longest(rows)
@@ -137,7 +137,8 @@ class SelfPlay:
         """Warn, before anything is sampled, of solutions that the reward functions can't read.
 
         Raises:
-            TypeError: One that compares with a single answer would get a list, a dict or bytes.
+            TypeError: A function that compares with a single answer would get a list, a dict or
+                bytes.
         """
         scorer = self.collector.scorer
         heldout_scorer = self.collector.eval_scorer or scorer
@@ -186,7 +187,7 @@ class SelfPlay:
         return ids
 
     def draw_prompts(self, round_index: int) -> list[PromptRow]:
-        """Return the prompts of a round: all, or a fresh draw that only the seed decides."""
+        """Return the prompts of a round: all, or a draw that depends only on the seed and the round."""
         count = self.config.num_prompts_per_round
         if count is None or count >= len(self.rows):
             return self.rows
@@ -236,7 +237,7 @@ class SelfPlay:
         Args:
             sets: Prompts by the name of their set.
             folder: Where samples are kept; None keeps nothing.
-            prefix: What the names of the metrics begin with.
+            prefix: First part of the metrics' names.
             with_few_shot: Score them also with the few-shot examples in the prompt, under
                 `<prefix>_few_shot_…`: what the untrained model can do when it is shown the task.
         """
@@ -281,12 +282,11 @@ class SelfPlay:
         """Sample and grade held-out prompts, once greedily and `num_generations_eval` times at random.
 
         The random streams don't depend on the round: every round, and a later evaluation of a
-        saved model, meets the same noise, so that differences between rounds are differences of
-        weights.
+        saved model, uses the same noise, so that rounds differ only in their weights.
 
         Args:
             rows: The prompts.
-            progress: Told of finished samples.
+            progress: Notified of finished samples.
             few_shot: Show the few-shot examples before each prompt.
             folder: Where samples are kept; None keeps nothing.
             prefix: Prefix of the files' names.
@@ -330,7 +330,7 @@ class SelfPlay:
         rollouts: Sequence[Rollout],
         normal_form: Callable[[str], Hashable],
     ) -> dict[str, float]:
-        """Return the numbers of a round's diversity; warn if round 0's samples were richer."""
+        """Return a round's diversity metrics; warn if its samples are less diverse than round 0's."""
         first: Sequence[Rollout] = rollouts
         if round_index > 0:
             try:
@@ -349,7 +349,7 @@ class SelfPlay:
         return {row.prompt_id: self.formatter.token_ids(row, few_shot=few_shot) for row in rows}
 
     def load_gold(self, dataset: Any, *, needs_solutions: bool) -> Gold:
-        """Return a dataset's human completions, none for None.
+        """Return a dataset's human completions; None gives none.
 
         Args:
             dataset: As `gold.load_gold` takes it.
@@ -412,14 +412,14 @@ class SelfPlay:
         weigh: RowWeights | None = None,
         metrics: Mapping[str, float] = MappingProxyType({}),
     ) -> PlayedRound:
-        """Write the selection down; build SFTTrainer's rows and the round's numbers.
+        """Save the selection, and build SFTTrainer's rows and the round's metrics.
 
         Args:
             round_index: The round that trains on them.
             selection: What is trained on, and the outcome of every rollout.
             prompt_ids: Prompts as trained on.
-            weigh: Gives each row a weight; gold completions without a reward weigh 1.
-            metrics: What else to log of the round.
+            weigh: Returns the rows' weights; gold completions without a reward weigh 1.
+            metrics: Further metrics to log.
         """
         folder = self.run.folder(round_index)
         examples = selection.examples
@@ -447,14 +447,14 @@ class SelfPlay:
         num_examples: int,
         metrics: Mapping[str, float],
     ) -> PlayedRound:
-        """Return what a round trains on, with its rewards and numbers for the log.
+        """Return what a round trains on, with its rewards and metrics.
 
         Args:
             round_index: The round that trains on them.
             selection: What is trained on, and the outcome of every rollout.
             rows: The parent's dataset, final.
             num_examples: Selected examples; packed rows hold several.
-            metrics: What else to log of the round; replaces what is measured for every method.
+            metrics: Further metrics to log; they override the common ones of the same name.
         """
         rollouts, scorer = selection.rollouts, self.collector.scorer
         rewards = mean_rewards(rollouts, () if scorer is None else scorer.names)
@@ -471,7 +471,7 @@ class SelfPlay:
         )
 
     def keep_selection(self, folder: Path, selection: Selection) -> None:
-        """Write the outcome of each rollout into the round's folder; print what was asked for."""
+        """Save the outcome of each rollout in the round's folder; print completions if configured."""
         if self.collector.accelerator.is_main_process:
             save_selection(folder / "selection.parquet", selection)
             if self.config.log_completions:
@@ -479,7 +479,7 @@ class SelfPlay:
 
 
 def _longest(rows: Sequence[PromptRow]) -> list[PromptRow]:
-    """Return the rows that are likely to have the most tokens."""
+    """Return the rows that probably have the most tokens."""
 
     def size(row: PromptRow) -> int:
         return len(f"{row.prompt}{row.template_arguments}".encode())
@@ -502,7 +502,7 @@ def _first_of_each_kind(rows: Sequence[PromptRow]) -> list[PromptRow]:
 
 
 def _take_logged(scorer: Scorer | None) -> dict[str, float]:
-    """Return the numbers that reward functions logged; none where nothing is graded."""
+    """Return the numbers that reward functions logged; none if nothing is graded."""
     return {} if scorer is None else scorer.take_metrics()
 
 

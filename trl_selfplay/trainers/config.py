@@ -119,7 +119,7 @@ class SelfPlayConfig:
     stop_strings: Annotated[list[str] | None, OnResume.FIXED] = field(
         default=None,
         metadata={
-            "help": "A completion ends with the token that completes one of these strings. In training "
+            "help": "A completion ends with the token that completes one of these strings. In training, "
             "EOS follows it, so that the model learns to stop there.",
         },
     )

@@ -72,7 +72,7 @@ class Grading:
         reward_weights: One per reward function; None weighs all with 1.0.
         eval_reward_funcs: Grade held-out completions in place of `reward_funcs`.
         threshold: A completion is right if its reward is at least this.
-        has_degrees: Completions are trained on that the threshold doesn't count as right.
+        has_degrees: Completions below the threshold are trained on too.
         refuses_negative: A reward below 0 is an error.
     """
 

@@ -190,7 +190,7 @@ class RoundsMixin(Trainer):
 
         Raises:
             EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
-            FileExistsError: `output_dir` holds rounds and resuming was not asked for.
+            FileExistsError: `output_dir` holds rounds, and `resume_from_checkpoint` is not set.
             ValueError: It holds rounds of another configuration, or `trial` was given.
         """
         return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)

@@ -419,7 +419,7 @@ def test_arguments_that_cannot_work_are_refused(
     model = tiny_model(word_tokenizer)
     args = QuietSTaRConfig(str(tmp_path), **SETTINGS)
     common = {"train_dataset": random_rows(), "processing_class": word_tokenizer}
-    with pytest.raises(TypeError, match="args is a SFTConfig"):
+    with pytest.raises(TypeError, match="args is of type SFTConfig"):
         QuietSTaRTrainer(model, SFTConfig(str(tmp_path), **SETTINGS), **common)
     with pytest.raises(ValueError, match="compute_metrics"):
         QuietSTaRTrainer(model, args, compute_metrics=print, **common)
