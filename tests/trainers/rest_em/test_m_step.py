@@ -115,6 +115,15 @@ def test_the_weighted_loss_is_the_sum_over_tokens_by_the_sum_of_weights(build_re
     assert loss == pytest.approx(by_numpy(trainer, rows, weights), abs=1e-6)
 
 
+def test_predict_gives_the_weighted_loss(build_rest_em) -> None:
+    weights = [1.0, 0.5, 0.25, 2.0]
+    rows = weighted_rows(weights)
+    trainer = build_weighted(build_rest_em, "w")
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        metrics = trainer.predict(rows).metrics
+    assert metrics["test_loss"] == pytest.approx(by_numpy(trainer, rows, weights), abs=1e-6)
+
+
 @pytest.mark.parametrize(("rows_a_batch", "batches_a_step"), [(1, 1), (1, 4), (2, 1), (4, 2)])
 def test_what_a_row_counts_depends_on_no_batch(build_rest_em, rows_a_batch, batches_a_step) -> None:
     """Every step is Σ_j r_j / r̄ Σ_t −log p / Σ_j T_j, with r̄ the mean of the round's tokens."""

@@ -62,7 +62,8 @@ def weigh_log_probs(model: Callable[..., Any], weights: torch.Tensor) -> Callabl
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         outputs = model(*args, **kwargs)
-        outputs.log_probs = outputs.log_probs * weights[:, None]
+        if kwargs.get("fused_lm_head"):  # else it is asked for logits, after the loss
+            outputs.log_probs = outputs.log_probs * weights[:, None]
         return outputs
 
     return forward
