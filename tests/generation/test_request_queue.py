@@ -5,6 +5,7 @@ from collections import deque
 import pytest
 
 from trl_selfplay.generation.random_streams import stream_key
+from trl_selfplay.generation.request_queue import RequestQueue
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 
@@ -85,3 +86,25 @@ def test_a_bad_prompt_of_an_iterator_is_named_when_it_comes(build_model, tokeniz
     next(completions)
     with pytest.raises(ValueError, match="request 1 has an empty prompt"):
         next(completions)
+
+
+def test_each_waiting_request_is_looked_at_once() -> None:
+    """Of thousands that wait, a few begin at a time."""
+    queue = RequestQueue([SampleRequest((5,) * (1 + i % 7), i) for i in range(98)], None)
+    looked_at, taken = [], []
+
+    def matches(request):
+        looked_at.append(request)
+        return True
+
+    while queue.has_more(4, is_decoding=True):
+        taken += queue.take(4, matches)
+    assert len(looked_at) == 98
+    assert taken == sorted(range(98), key=lambda i: (-(i % 7), i))
+
+
+def test_requests_that_do_not_match_wait_in_their_order() -> None:
+    queue = RequestQueue([SampleRequest((5,) * n, n) for n in (2, 5, 3, 4, 1)], None)
+    assert queue.take(2, lambda request: len(request.prompt_ids) in (4, 2)) == [3, 0]
+    assert queue.take(9, lambda request: True) == [1, 2, 4]
+    assert not queue

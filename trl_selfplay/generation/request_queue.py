@@ -71,9 +71,13 @@ class RequestQueue:
 
     def take(self, count: int, matches: Callable[[SampleRequest], bool]) -> list[int]:
         """Return the numbers of up to `count` waiting requests that match, which then don't wait."""
-        taken = [i for i in self._waiting if matches(self.requests[i])][:count]
-        gone = set(taken)
-        self._waiting = [i for i in self._waiting if i not in gone]
+        taken: list[int] = []
+        passed_over: list[int] = []
+        for number in self._waiting:
+            if len(taken) == count:
+                break
+            (taken if matches(self.requests[number]) else passed_over).append(number)
+        self._waiting[: len(taken) + len(passed_over)] = passed_over
         return taken
 
     def put_back(self, numbers: Iterable[int]) -> None:
@@ -82,6 +86,7 @@ class RequestQueue:
         self._sort()
 
     def _pull(self, count: int) -> None:
+        num_before = len(self.requests)
         while self._source is not None and len(self._waiting) < count:
             try:
                 request = next(self._source)
@@ -93,7 +98,8 @@ class RequestQueue:
             self._check(request)
             self._waiting.append(len(self.requests))
             self.requests.append(request)
-        self._sort()
+        if len(self.requests) > num_before:
+            self._sort()
 
     def _sort(self) -> None:
         """Put the longest first, so that a batch that doesn't fit shows at once.
