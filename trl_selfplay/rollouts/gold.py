@@ -38,8 +38,9 @@ def load_gold(
 ) -> Gold:
     """Return the human completions of a dataset, without duplicates.
 
-    A prompt that is also a training prompt gets that row's id, solution and columns; another prompt
-    keeps its own.
+    A prompt that is also a training prompt gets that row's id, solution and columns (of several such
+    rows, those of one that agrees with the solution and columns given here); another prompt keeps
+    its own.
 
     Args:
         dataset: In one of the forms of `load_chosen_rows`: `prompt` and `completion`, or
@@ -62,12 +63,18 @@ def load_gold(
         )
     formatter.warn_control_tokens(chosen, with_solutions=True)
     tokens = tokenize_chosen(formatter, chosen, eos_token_ids, eos_token_id)
-    twins = {row.question: row for row in train_rows}
+    twins: dict[str, list[PromptRow]] = {}
+    for row in train_rows:
+        twins.setdefault(row.question, []).append(row)
     rollouts: list[Rollout] = []
     rows: dict[str, PromptRow] = {}
     counts: dict[str, int] = {}
     for row in chosen:
-        prompt_row = twins.get(row.question) or _own_row(dataset, row, train_rows[0].columns)
+        prompt_row = (
+            _twin_of(dataset, row, twins[row.question])
+            if row.question in twins
+            else _own_row(dataset, row, train_rows[0].columns)
+        )
         has_solutions = "solution" in train_rows[0].columns
         if needs_solutions and has_solutions and prompt_row.solution is None:
             raise ValueError(
@@ -104,6 +111,15 @@ def load_gold(
             )
         )
     return Gold(tuple(sorted(rollouts, key=lambda r: (r.prompt_id, -r.sample_index))), rows)
+
+
+def _twin_of(dataset: Dataset, row: PromptRow, twins: Sequence[PromptRow]) -> PromptRow:
+    """Return the training row with this prompt; of several, one that agrees with its columns."""
+    if len(twins) == 1:
+        return twins[0]
+    record = as_plain_rows(dataset)[row.row_index]
+    agreeing = [t for t in twins if all(record.get(c, v) == v for c, v in t.columns.items())]
+    return (agreeing or twins)[-1]
 
 
 def _own_row(dataset: Dataset, row: PromptRow, train_columns: Collection[str]) -> PromptRow:

@@ -326,6 +326,23 @@ def test_human_completions_are_graded_and_chosen(build_irpo, gold_answers) -> No
     assert len(rows) == 6
 
 
+def test_human_completions_are_graded_with_the_solution_that_they_are_for(
+    build_irpo, gold_answers, sums
+) -> None:
+    """Where a prompt has several training rows."""
+    (row,) = gold_answers(1).to_list()
+    wanted = {" 7": "7", " 8": "8"}
+    gold = [{**row, "completion": c, "solution": s} for c, s in wanted.items()]
+    rows = [{"prompt": row["prompt"], "solution": s} for s in wanted.values()]
+    trainer = build_irpo(
+        train_dataset=Dataset.from_list([*rows, *sums(4, first=20).to_list()]),
+        gold_dataset=Dataset.from_list(gold),
+    )
+    graded = trainer.self_play.grade_gold(trainer.gold, trainer.run.root / "gold.parquet")
+    assert [rollout.reward for rollout in graded] == [1.0, 1.0]
+    assert {r.completion: trainer.gold.rows[r.prompt_id].solution for r in graded} == wanted
+
+
 def test_gold_of_other_prompts_is_refused(build_irpo, gold_answers, sums) -> None:
     with pytest.raises(ValueError, match="2 prompts that are not in `train_dataset`"):
         build_irpo(gold_dataset=gold_answers(4, first=10))
