@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+from trl import SFTTrainer
 
 import trl_selfplay
 from trl_selfplay.trainers.rounds import RoundsMixin
@@ -59,3 +60,18 @@ def test_a_trainer_without_rounds_says_what_is_missing() -> None:
 
     with pytest.raises(NotImplementedError, match=r"Unfinished must define play_round"):
         Unfinished().play_round(0)
+
+
+def test_the_parent_gets_by_name_only_what_was_given(monkeypatch, build_star) -> None:
+    """TRL 2.0 drops `compute_loss_func`; scripts that don't pass it must not notice."""
+    given = []
+    build_parent = SFTTrainer.__init__
+
+    def record(self, *args, **kwargs):
+        given.append(set(kwargs))
+        build_parent(self, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "__init__", record)
+    build_star()
+    assert "train_dataset" in given[0]
+    assert not {"compute_loss_func", "compute_metrics", "callbacks"} & given[0]

@@ -111,7 +111,9 @@ class RoundsMixin(Trainer):
             eval_dataset=placeholder if heldout else None,
             processing_class=tokenizer,
             peft_config=peft_config,  # type: ignore[call-arg]  # of TRL's trainers
-            **parent,
+            # Named only if given, so that a parameter that TRL drops, as TRL 2.0 will drop
+            # `compute_loss_func`, is missed by those alone who pass it.
+            **{name: value for name, value in parent.items() if value is not None},
         )
         self.placeholder = cast("Dataset", self.train_dataset)
         self.eval_dataset = eval_dataset
