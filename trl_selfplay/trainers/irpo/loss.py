@@ -1,9 +1,9 @@
-"""The second term of IRPO's loss: the likelihood of the chosen completions, each row alike.
+"""The second term of IRPO's loss: the likelihood of the chosen completions, with equal weight per row.
 
-In: a forward of DPOTrainer's. Out: the same forward with its log-probs kept, and the term.
+In: a model that DPOTrainer calls. Out: the same model with its log-probs kept, and the term.
 
-Source: IRPO, arXiv 2404.19733, equation 1. TRL's "sft" loss is another one: in it each token of the
-batch counts alike, so that a long completion counts more.
+Source: IRPO, arXiv 2404.19733, equation 1. TRL's "sft" loss differs: it gives each token of the batch
+the same weight, so that a long completion counts more.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 
 
 class KeptLogProbs:
-    """A model's forward that keeps the log-probs of the parent's one call that asks for them."""
+    """A model's forward that keeps the log-probs of the one call in which the parent asks for them."""
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
@@ -22,7 +22,7 @@ class KeptLogProbs:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's outputs."""
         outputs = self.model(*args, **kwargs)
-        if kwargs.get("fused_lm_head"):  # else it is asked for logits, after the loss
+        if kwargs.get("fused_lm_head"):  # the other call, after the loss, is for logits
             self.log_probs = outputs.log_probs
         return outputs
 

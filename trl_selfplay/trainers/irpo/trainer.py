@@ -34,14 +34,15 @@ _REMEDY = (
 class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     """Trains a causal language model on pairs of its own right and wrong completions.
 
-    Takes the arguments of `trl.DPOTrainer` in the same order, and the keyword-only parameters below. The
-    datasets have the columns `prompt` (text or chat messages) and `solution`, as for STaRTrainer;
+    Takes the arguments of `trl.DPOTrainer` in the same order, and the keyword-only parameters below.
+    The datasets have the columns `prompt` (text or chat messages) and `solution`, as for STaRTrainer;
     all columns reach the reward functions. The loss is DPO's against the policy as it enters the
-    round, and the chosen completions' negative log-likelihood per token (`nll_coef`).
+    round, plus `nll_coef` times the chosen completions' negative log-likelihood per token.
 
     Args:
         reward_funcs: As GRPOTrainer takes them. A completion with a reward of at least
-            `reward_threshold` is right, any other wrong.
+            `reward_threshold` is right, one below it wrong. Truncated completions and those without
+            a reward are neither.
         eval_reward_funcs: Functions that grade held-out completions; None uses `reward_funcs`.
         reward_processing_classes: Tokenizers of reward models, one per entry of `reward_funcs`.
         few_shot_examples: Mappings with `prompt` and `completion` that precede every prompt.
