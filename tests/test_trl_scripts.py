@@ -11,7 +11,6 @@ import trl
 import trl_selfplay
 
 ROOT = Path(__file__).parent.parent
-CHAT_TEMPLATE = "{% for m in messages %} {{ m.content }} <eos> {% endfor %}"
 FLAGS = [
     "--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--max_steps", "1",
     "--per_device_train_batch_size", "2", "--save_strategy", "no",
@@ -37,16 +36,6 @@ def replaced_classes():
 def change(monkeypatch, theirs, ours) -> None:
     for name, other in zip(theirs, ours, strict=True):
         monkeypatch.setattr(trl, name, getattr(trl_selfplay, other))
-
-
-@pytest.fixture
-def chat_folder(tmp_path, tiny_model, word_tokenizer):
-    """A tiny model with a chat template."""
-    folder = tmp_path / "chat-model"
-    word_tokenizer.chat_template = CHAT_TEMPLATE
-    tiny_model(word_tokenizer).save_pretrained(folder)
-    word_tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -103,7 +92,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_script_of_trl_runs_with_the_classes_of_a_diff(
-    name, chat_folder, data, tmp_path, monkeypatch
+    name, saved_chat_model, data, tmp_path, monkeypatch
 ) -> None:
     """And goes on with --resume_from_checkpoint True, which is text by then."""
     place, script, flags = CASES[name]
@@ -114,7 +103,7 @@ def test_a_script_of_trl_runs_with_the_classes_of_a_diff(
     )
     change(monkeypatch, theirs, ours)
     output = tmp_path / "out"
-    every = ["--model_name_or_path", str(chat_folder), "--dataset_name", str(data)]
+    every = ["--model_name_or_path", str(saved_chat_model), "--dataset_name", str(data)]
     every += ["--output_dir", str(output), "--attn_implementation", "eager", *FLAGS, *flags]
     run(script, every)
     assert (output / "model.safetensors").exists()

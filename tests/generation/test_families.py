@@ -296,15 +296,15 @@ def test_rows_that_fill_freed_places_are_those_of_lone_runs(
     """Ragged prompts and completions through few places: refilled again and again."""
     model = build(family)
     prompts = draw_prompts([12, 3, 9, 9, 1, 6, 2, 14, 5, 7], prefix_length)
-    requests = requests_for(prompts, num_samples=4)
+    requests = requests_for(prompts, num_samples=2)
     options = SamplingOptions(
         30, temperature=1.0, eos_token_ids=tuple(range(1, VOCAB_SIZE, 12)), return_logprobs=True,
         repetition_penalty=penalty,
     )  # fmt: skip
     sampler = TransformersSampler(model, tokenizer)
     alone = dict(sampler.sample(requests, options, 1))
-    together = dict(sampler.sample(requests, options, 8))
-    assert len({len(c.completion_ids) for c in alone.values()}) > 8
+    together = dict(sampler.sample(requests, options, 5))
+    assert len({len(c.completion_ids) for c in alone.values()}) > 6
     for i in range(len(requests)):
         assert together[i].completion_ids == alone[i].completion_ids
         assert together[i].finish == alone[i].finish

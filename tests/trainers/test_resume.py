@@ -1,7 +1,6 @@
 """A run killed at any moment goes on to what an uninterrupted run gives."""
 
 import json
-import multiprocessing
 import random
 import signal
 from pathlib import Path
@@ -10,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_from_disk
+from processes import call
 from resumable_run import Kill, run
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -22,22 +22,13 @@ LAST_EVENT = {"sampling": 30, "grading": 4, "training": 3, "evaluating": 16, "an
 
 @pytest.fixture
 def resumable(tmp_path, saved_tiny_model, sums):
-    """Return a function that runs (or goes on with) a run in a child process: its exit code."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trl_selfplay.trainers.star.trainer", "peft"])
+    """Return a function that runs (or goes on with) a run in a process of its own: its exit code."""
     rows = tmp_path / "rows.json"
     table = sums(16).to_list()
     rows.write_text(json.dumps({"train": table[:12], "heldout": table[12:]}))
 
     def go(folder: str, kill: Kill | None = None, *method: str | None) -> int:
-        child = context.Process(
-            target=run,
-            args=(str(tmp_path / folder), str(saved_tiny_model), str(rows), kill, *method),
-        )
-        child.start()
-        child.join(timeout=300)
-        assert child.exitcode is not None, "the run hangs"
-        return child.exitcode
+        return call(run, str(tmp_path / folder), str(saved_tiny_model), str(rows), kill, *method)
 
     return go
 

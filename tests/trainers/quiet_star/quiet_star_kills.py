@@ -1,13 +1,11 @@
-"""Quiet-STaR runs that are killed while a checkpoint is written: `quiet_star_kills.py FOLDER MODEL`.
+"""Quiet-STaR runs that are killed while a checkpoint is written, each in a process of its own.
 
-Each run is a child process of this one, which has imported everything. Weights after the last step
-go to FOLDER/<name>.safetensors: of a run that was never stopped, and of runs that SIGKILL stopped
-in the middle of their third checkpoint and that went on.
+Weights after the last step go to FOLDER/<name>.safetensors: of a run that was never stopped, and of
+runs that SIGKILL stopped in the middle of their third checkpoint and that went on.
 """
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,44 +67,17 @@ def die_at(moment: str) -> None:
     watch(Path, "write_text", 0)
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Run something in a child process; return the signal that ended it, 0 if none."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return os.WTERMSIG(status)
-    assert os.waitstatus_to_exitcode(status) == 0
-    return 0
-
-
-def finish(folder: Path, model: str, name: str) -> None:
-    trainer = train(folder / name, model)
+def finish(folder: str, model: str, name: str) -> None:
+    """Run to the end, or go on to it, and keep the trained weights."""
+    trainer = train(Path(folder) / name, model)
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     save_file(
         {n: p for n, p in weights.items() if "lora" in n or "quiet" in n},
-        folder / f"{name}.safetensors",
+        Path(folder) / f"{name}.safetensors",
     )
 
 
-def main(folder: str, model: str) -> None:
-    root = Path(folder)
-    assert in_child(lambda: finish(root, model, "whole")) == 0
-
-    def killed(moment: str) -> None:
-        die_at(moment)
-        train(root / moment, model)
-
-    for moment in MOMENTS:
-        assert in_child(lambda moment=moment: killed(moment)) == signal.SIGKILL, moment
-        assert in_child(lambda moment=moment: finish(root, model, moment)) == 0
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)  # a child of a process with threads could wait for them for ever
-    main(*sys.argv[1:])
+def die(folder: str, model: str, moment: str) -> None:
+    """Run until the process dies while it writes the file of this name."""
+    die_at(moment)
+    train(Path(folder) / moment, model)

@@ -1,11 +1,10 @@
-"""A Quiet-STaR run in a process of its own: `quiet_star_process.py FOLDER MODEL PEFT [STEPS]`.
+"""A Quiet-STaR run in a process of its own.
 
 Four rows make a step, however many processes there are. The losses and the trained weights go to
-FOLDER/losses.json and FOLDER/weights.safetensors; a run in FOLDER goes on from its checkpoint.
+losses.json and weights.safetensors; a run in FOLDER goes on from its checkpoint.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -49,7 +48,3 @@ def main(folder: str, model: str, peft: str, steps: str = "3") -> None:
             if p.requires_grad
         }
         save_file(weights, Path(folder) / "weights.safetensors")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

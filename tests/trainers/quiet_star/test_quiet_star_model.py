@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from naive_thoughts import logits_of, naive_scores, states_of
 from peft import LoraConfig, PeftModel
+from processes import call
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MaxLengthCriteria, StoppingCriteriaList
 
@@ -193,48 +194,54 @@ def test_what_was_trained_loads_to_the_same_logits(kind, trained, tmp_path) -> N
     assert (expected - trainer.causal_lm(IDS).logits).abs().max() > 1e-3  # thoughts have a say
 
 
+def think_anew(folder, output) -> None:
+    """Load a saved model; write its logits, twice, and its text."""
+    model = QuietSTaRModel.from_pretrained(folder)
+    text = model.generate(IDS, max_new_tokens=4)
+    torch.save((model(IDS).logits, model(IDS).logits, text), output)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_new_process_gives_the_same_logits_and_text(kind, trained) -> None:
     """QS-15."""
     _, model, folder = trained(kind)
-    script = f"""
-import torch
-from trl_selfplay import QuietSTaRModel
-model = QuietSTaRModel.from_pretrained({str(folder)!r})
-ids = torch.arange(3, 15)[None]
-text = model.generate(ids, max_new_tokens=4)
-torch.save((model(ids).logits, model(ids).logits, text), {str(folder / "new.pt")!r})
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+    assert call(think_anew, str(folder), str(folder / "new.pt")) == 0
     first, second, text = torch.load(folder / "new.pt")
     torch.testing.assert_close(first, model(IDS).logits, atol=1e-6, rtol=0)
     assert torch.equal(first, second)
     assert torch.equal(text, model.generate(IDS, max_new_tokens=4))
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_plain_model_loads_without_this_package(kind, trained, saved_tiny_model) -> None:
+def test_the_plain_model_loads_without_this_package(trained, saved_tiny_model) -> None:
     """In an interpreter that can't import it, without a key too many or too few."""
-    trainer, _, folder = trained(kind)
+    runs = {kind: trained(kind) for kind in ("lora", "full")}
+    folders = {kind: str(folder) for kind, (_, _, folder) in runs.items()}
     script = f"""
 import sys
 sys.modules["trl_selfplay"] = None
 import torch
 from transformers import AutoModelForCausalLM
 from peft import PeftModel
-name = {str(saved_tiny_model if kind == "lora" else folder)!r}
-model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
-assert not info["unexpected_keys"] and not info["missing_keys"], info
-if {kind == "lora"}:
-    model = PeftModel.from_pretrained(model, {str(folder)!r})
-torch.save(model(torch.arange(3, 15)[None]).logits, {str(folder / "plain.pt")!r})
+
+def load(name):
+    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"], info
+    return model
+
+folders = {folders!r}
+models = {{
+    "lora": PeftModel.from_pretrained(load({str(saved_tiny_model)!r}), folders["lora"]),
+    "full": load(folders["full"]),
+}}
+for kind, model in models.items():
+    torch.save(model(torch.arange(3, 15)[None]).logits, folders[kind] + "/plain.pt")
 """
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", script], check=True)
-    with torch.no_grad():
-        trainer.model.eval()
-        expected = trainer.model(IDS).logits
-    torch.testing.assert_close(torch.load(folder / "plain.pt"), expected, atol=1e-6, rtol=0)
+    for trainer, _, folder in runs.values():
+        with torch.no_grad():
+            expected = trainer.model.eval()(IDS).logits
+        torch.testing.assert_close(torch.load(folder / "plain.pt"), expected, atol=1e-6, rtol=0)
 
 
 def test_a_checkpoint_loads_as_well(trained) -> None:

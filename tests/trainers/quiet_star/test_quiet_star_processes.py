@@ -1,23 +1,19 @@
 """Quiet-STaR in two processes, and going on after a stop."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
+import quiet_star_kills
+import quiet_star_process
 import torch
+from processes import call, call_twice
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).parent / "quiet_star_process.py"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
-
-def run(folder, model, peft, steps=3, launcher=()) -> tuple[list[float], dict[str, torch.Tensor]]:
-    command = [sys.executable, *launcher, SCRIPT, folder, model, peft, steps]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(list(map(str, command)), env=environment, check=True, timeout=300)
+def run(folder, model, peft, steps=3, start=call) -> tuple[list[float], dict[str, torch.Tensor]]:
+    codes = start(quiet_star_process.main, str(folder), str(model), peft, str(steps))
+    assert codes in (0, [0, 0])
     losses = json.loads((folder / "losses.json").read_text())
     return losses, load_file(folder / "weights.safetensors")
 
@@ -36,7 +32,7 @@ def assert_same_run(one, two) -> None:
 def test_two_processes_equal_one(tmp_path, saved_tiny_model, peft) -> None:
     """QS-18: the same global batch, thoughts and thinking columns, so the same losses and weights."""
     alone = run(tmp_path / "one", saved_tiny_model, peft)
-    together = run(tmp_path / "two", saved_tiny_model, peft, launcher=TORCHRUN)
+    together = run(tmp_path / "two", saved_tiny_model, peft, start=call_twice)
     assert_same_run(alone, together)
 
 
@@ -57,14 +53,17 @@ def test_a_run_that_is_killed_while_a_checkpoint_is_written_ends_as_if_never_sto
     tmp_path, saved_tiny_model
 ) -> None:
     """In the midst of each file, bit for bit; the checkpoint before is gone on from."""
-    script = SCRIPT.with_name("quiet_star_kills.py")
-    command = [sys.executable, script, tmp_path / "runs", saved_tiny_model]
-    (tmp_path / "runs").mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(list(map(str, command)), env=environment, check=True, timeout=300)
-    runs = {path.stem: load_file(path) for path in (tmp_path / "runs").glob("*.safetensors")}
-    whole = runs.pop("whole")
-    assert len(runs) == 5
+
+    def finish(name) -> int:
+        return call(quiet_star_kills.finish, str(tmp_path), str(saved_tiny_model), name)
+
+    assert finish("whole") == 0
+    whole = load_file(tmp_path / "whole.safetensors")
+    for moment in quiet_star_kills.MOMENTS:
+        arguments = (str(tmp_path), str(saved_tiny_model), moment)
+        assert call(quiet_star_kills.die, *arguments) == -signal.SIGKILL, moment
+        assert finish(moment) == 0
+    runs = {name: load_file(tmp_path / f"{name}.safetensors") for name in quiet_star_kills.MOMENTS}
     for name, weights in runs.items():
         assert weights.keys() == whole.keys()
         for key, weight in weights.items():

@@ -1,7 +1,7 @@
 """SPIN's invariants, on real runs of a tiny model."""
 
+import json
 import math
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import call
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from trl_selfplay import EmptyRoundError, SPINConfig, SPINTrainer, WrongOpponentError
@@ -293,12 +294,13 @@ def test_the_opponent_is_the_policy_that_the_last_round_ended_with(build_case, c
     assert len(keep.ended) == 2
 
 
-def score_from_disk(base, folder, rows, queue) -> None:
+def score_from_disk(base, folder, rows, output) -> None:
     """What a fresh process needs: the weights that a round saved, and plain transformers."""
     model = AutoModelForCausalLM.from_pretrained(base if base else folder, dtype=torch.float32)
     model = (PeftModel.from_pretrained(model, folder) if base else model).eval()
     with torch.no_grad():
-        queue.put([summed_logps(model, rows, f"{s}_ids").tolist() for s in ("chosen", "rejected")])
+        logps = [summed_logps(model, rows, f"{s}_ids").tolist() for s in ("chosen", "rejected")]
+    Path(output).write_text(json.dumps(logps))
 
 
 class CopyModel(TrainerCallback):
@@ -322,18 +324,12 @@ def test_a_fresh_process_finds_the_stored_log_probs_from_the_saved_weights(
     tiny_model(word_tokenizer, hidden_size=64, intermediate_size=128).save_pretrained(base)
     trainer = build_case(case, num_rounds=2, callbacks=[CopyModel(saved)])
     trainer.train()
-    context = multiprocessing.get_context("spawn")
-    stale = []
+    stale, output = [], tmp_path / "logps.json"
     for round_index in (0, 1):
         rows = rows_of(trainer, round_index)
         adapter_base = str(base) if case == "lora" else None
-        queue = context.Queue()
-        child = context.Process(
-            target=score_from_disk, args=(adapter_base, str(saved), rows.to_list(), queue)
-        )
-        child.start()
-        logps = queue.get(timeout=120)
-        child.join()
+        assert call(score_from_disk, adapter_base, str(saved), rows.to_list(), str(output)) == 0
+        logps = json.loads(output.read_text())
         stored = [rows[f"ref_{side}_logps"] for side in ("chosen", "rejected")]
         stale.append(max(abs(a - b) for x, y in zip(logps, stored, strict=True)
                          for a, b in zip(x, y, strict=True)))  # fmt: skip

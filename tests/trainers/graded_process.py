@@ -1,0 +1,64 @@
+"""A run of two rounds in a process of its own: `graded_process.py METHOD MODEL FOLDER CHANGES`.
+
+METHOD is "STaR", "IRPO", "ReST^EM" or "ReST", CHANGES are fields of the config in JSON.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+
+from trl_selfplay import (
+    IRPOConfig,
+    IRPOTrainer,
+    ReSTEMConfig,
+    ReSTEMTrainer,
+    STaRConfig,
+    STaRTrainer,
+)
+
+_CLASSES: dict[str, Any] = {
+    "STaR": (STaRTrainer, STaRConfig),
+    "IRPO": (IRPOTrainer, IRPOConfig),
+}
+
+
+def reward(completions: list[str], solution: list[str], **kwargs: Any) -> list[float]:
+    pairs = zip(completions, solution, strict=True)
+    return [len(c) % 4 / 8 + float(s in c.split()) for c, s in pairs]
+
+
+def main(method: str, model: str, folder: str, changes: str) -> None:
+    """Train on the same rows however many processes there are."""
+    trainer_class, config_class = _CLASSES.get(method, (ReSTEMTrainer, ReSTEMConfig))
+    pairs = [divmod(i, 10) for i in range(18)]
+    rows = [{"prompt": f"Q {a} + {b} = ?", "solution": str((a + b) % 10)} for a, b in pairs]
+    worked = [{**row, "completion": f"so {row['solution']}"} for row in rows[:14]]
+    gold = {"gold_dataset": Dataset.from_list(worked)} if method == "ReST" else {}
+    trainer: Any = trainer_class(
+        model,
+        args=config_class(
+            folder, num_rounds=2, num_generations=6, temperature=1.0, top_k=0, max_steps=2,
+            # Two processes take two rows each where one takes them in two passes.
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2 // int(os.environ.get("WORLD_SIZE", "1")),
+            learning_rate=0.5, optim="sgd", report_to=[], disable_tqdm=True,
+            gradient_checkpointing=False, use_cpu=True, seed=1, load_best_round_at_end=False,
+            **json.loads(changes),
+        ),
+        train_dataset=Dataset.from_list(rows[:14]),
+        eval_dataset=Dataset.from_list(rows[14:]),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        reward_funcs=reward,
+        **gold,
+    )  # fmt: skip
+    trainer.self_play.collector.sampler.suggest_batch_size = lambda *lengths: 3
+    trainer.train()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
