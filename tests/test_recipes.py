@@ -114,7 +114,10 @@ DEMOS = {
 def test_a_demo_runs_from_one_command(tiny_demo_model, name, tmp_path) -> None:
     """At its smallest, with a tiny model in the place of the demo's, which test_commands.py runs."""
     folder, said = DEMOS[name]
-    code, printed = run_script(RECIPES / f"{name}.py", ["--smoke", "--seed", "0"], tmp_path)
+    flags = ["--smoke", "--seed", "0"]
+    if name == "irpo":  # right and wrong completions of one prompt
+        flags += ["--num_generations", "8", "--temperature", "1.5"]
+    code, printed = run_script(RECIPES / f"{name}.py", flags, tmp_path)
     assert code == 0, printed[-3000:]
     assert said in printed
     if name != "spin":
