@@ -1,7 +1,7 @@
 """Fields that the round-based configs share, and the checks that concern them alone.
 
-`SelfPlayConfig` holds fields only; it stands before the TRL config in the bases of each trainer's
-config. Where GRPOConfig has a field, the one here has its name, type and meaning.
+`SelfPlayConfig` stands before the TRL config in the bases of each trainer's config. Where GRPOConfig
+has a field, the one here has its name, type and meaning.
 """
 
 import logging
@@ -30,20 +30,25 @@ from trl_selfplay.trainers.field_checks import (
     SHARE,
     Bounds,
     bounds_of,
+    check_fields,
     check_value,
 )
 
 logger = logging.getLogger(__name__)
 
-# Fields of SelfPlayConfig that may be JSON on a command line. Each trainer's config adds them to
-# `_VALID_DICT_FIELDS` of its TRL config, which parses them.
-DICT_FIELDS = ("generation_kwargs", "chat_template_kwargs")
+# Fields of SelfPlayConfig that may be JSON on a command line.
+_DICT_FIELDS = ("generation_kwargs", "chat_template_kwargs")
 
 
 @dataclass
 class SelfPlayConfig:
-    """Fields of the outer loop: rounds, sampling, held-out scores."""
+    """Fields of the outer loop: rounds, sampling, held-out scores.
 
+    A method's own checks follow `super().__post_init__()`, which runs those of the shared fields and
+    of TRL's config.
+    """
+
+    _default_metric = "eval_accuracy"  # chooses the best round; not a field
     _BOUNDS = {  # noqa: RUF012  # not a field
         "num_rounds": AT_LEAST_1,
         "num_prompts_per_round": AT_LEAST_1,
@@ -233,10 +238,38 @@ class SelfPlayConfig:
         },
     )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # What TRL's config parses as JSON.
+        parsed = [*getattr(cls, "_VALID_DICT_FIELDS", ()), *_DICT_FIELDS]
+        cls._VALID_DICT_FIELDS = list(dict.fromkeys(parsed))  # type: ignore[attr-defined]
+
+    def __post_init__(self) -> None:
+        config: Any = self  # the last base of each config is TRL's
+        check_fields(config)
+        switch_off_bf16_without_gpu(config)
+        if config.metric_for_best_model is None:
+            config.metric_for_best_model = self._default_metric
+        if config.greater_is_better is None:
+            config.greater_is_better = not config.metric_for_best_model.endswith(_LOWER_IS_BETTER)
+        super().__post_init__()  # type: ignore[misc]
+        check_self_play_config(config)
+
     @property
     def rewards_have_degrees(self) -> bool:
         """Whether completions are trained on that `reward_threshold` doesn't count as correct."""
         return False
+
+    def heldout_metric_names(self) -> tuple[str, ...]:
+        """Return the metrics of a held-out set, without the set's prefix."""
+        return graded_metric_names(self.num_generations_eval)
+
+    def how_to_keep_more(self, highest_reward: float) -> str:
+        """Return what lets more completions pass, in words that follow "or"."""
+        return (
+            "change what decides which completions are trained on (the highest reward was "
+            f"{highest_reward:g})"
+        )
 
     def plan_rounds(self) -> tuple[RoundPlan, ...]:
         """Return what each round of the run does: whose samples it trains on, and its values."""
@@ -305,12 +338,6 @@ def graded_metric_names(num_samples: int) -> tuple[str, ...]:
     ]  # fmt: skip
     names = summarize_heldout(measured, reward_threshold=1.0, prefix="")
     return tuple(name.removeprefix("_") for name in names)
-
-
-def guess_greater_is_better(config: Any) -> None:
-    """Set `greater_is_better` where it is None, to what the name of the metric says."""
-    if config.greater_is_better is None and config.metric_for_best_model is not None:
-        config.greater_is_better = not config.metric_for_best_model.endswith(_LOWER_IS_BETTER)
 
 
 def check_parent_fields(config: Any) -> None:

@@ -4,14 +4,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from trl_selfplay.rounds.plan import OnResume
-from trl_selfplay.trainers.config import (
-    SelfPlayConfig,
-    check_self_play_config,
-    graded_metric_names,
-    guess_greater_is_better,
-    switch_off_bf16_without_gpu,
-)
-from trl_selfplay.trainers.field_checks import AT_LEAST_0, AT_LEAST_1, check_fields
+from trl_selfplay.trainers.config import SelfPlayConfig
+from trl_selfplay.trainers.field_checks import AT_LEAST_0, AT_LEAST_1
 from trl_selfplay.trainers.ported_scripts import refuse_grpo_loss
 
 
@@ -67,12 +61,7 @@ class GradedConfig(SelfPlayConfig):
     def __post_init__(self) -> None:
         config: Any = self  # the other base of each config is TRL's
         refuse_grpo_loss(config.loss_type)
-        check_fields(config)
-        switch_off_bf16_without_gpu(config)
-        if config.metric_for_best_model is None:
-            config.metric_for_best_model = "eval_accuracy"
-        guess_greater_is_better(config)
-        super().__post_init__()  # type: ignore[misc]
+        super().__post_init__()
         check_graded_config(config)
 
     def how_to_keep_more(self, highest_reward: float) -> str:
@@ -82,14 +71,9 @@ class GradedConfig(SelfPlayConfig):
             f"completions included, was {highest_reward:g})"
         )
 
-    def heldout_metric_names(self) -> tuple[str, ...]:
-        """Return the metrics of a held-out set, without the set's prefix."""
-        return graded_metric_names(self.num_generations_eval)
-
 
 def check_graded_config(config: Any) -> None:
-    """Raise ValueError for values of the shared fields that can't work."""
-    check_self_play_config(config)
+    """Raise ValueError for values of the fields of selection that can't work."""
     if config.reward_weights == []:
         raise ValueError("reward_weights=[]; give one for each reward function, or None (all 1.0).")
     if config.few_shot_rounds is not None and config.few_shot_in_training:

@@ -22,10 +22,7 @@ _WITHOUT_EFFECT = {
 
 @dataclass
 class ReferenceConfig(SelfPlayConfig):
-    """Fields of training on pairs against the policy as it enters the round.
-
-    A config calls `refuse_restart` before its parent's checks and `check_reference` after them.
-    """
+    """Fields of training on pairs against the policy as it enters the round."""
 
     _reference = "reference"  # what errors call it; not a field
 
@@ -45,21 +42,22 @@ class ReferenceConfig(SelfPlayConfig):
         },
     )
 
-    def refuse_restart(self) -> None:
-        """Raise ValueError for rounds that would start away from their reference."""
+    def __post_init__(self) -> None:
         if self.start_from != "previous":
             raise ValueError(
                 f"start_from={self.start_from!r}: the {self._reference} is the policy as it enters "
                 "the round, and a restart from the base would begin away from it. Leave it "
                 "'previous'."
             )
+        super().__post_init__()
+        self._check_reference()
 
-    def check_reference(self, unused: Mapping[str, str]) -> None:
-        """Raise ValueError for another reference, for noise, and for fields without effect.
+    def unused_fields(self) -> Mapping[str, str]:
+        """Return the method's further fields that have no effect, and what each is for."""
+        return {}
 
-        Args:
-            unused: Further fields that have no effect, and what they are for.
-        """
+    def _check_reference(self) -> None:
+        """Raise ValueError for another reference, for noise, and for fields without effect."""
         config: Any = self  # the other base of each config is DPOConfig
         name = self._reference
         for field_name, right, reason in (
@@ -91,7 +89,7 @@ class ReferenceConfig(SelfPlayConfig):
             value = getattr(config, field_name)
             if value != right:
                 raise ValueError(f"{field_name}={value!r}: {reason}. Leave it {right}.")
-        for field_name, condition in {**_WITHOUT_EFFECT, **unused}.items():
+        for field_name, condition in {**_WITHOUT_EFFECT, **self.unused_fields()}.items():
             value = getattr(config, field_name)
             if value != config.__dataclass_fields__[field_name].default:
                 raise ValueError(

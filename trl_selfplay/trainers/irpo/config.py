@@ -6,7 +6,6 @@ from typing import Annotated, Any, Self
 from trl import DPOConfig
 
 from trl_selfplay.rounds.plan import OnResume
-from trl_selfplay.trainers.config import DICT_FIELDS
 from trl_selfplay.trainers.field_checks import AT_LEAST_0
 from trl_selfplay.trainers.graded_config import GradedConfig
 from trl_selfplay.trainers.ported_scripts import takes_ported_fields
@@ -48,6 +47,12 @@ _LOSS: dict[str, Any] = {
     "ld_alpha": None,
     "use_weighting": False,
 }
+_UNUSED = {
+    "label_smoothing": "other losses than the logistic one",
+    "discopop_tau": "loss_type=['discopop']",
+    "f_alpha_divergence_coef": "f_divergence_type='alpha_divergence'",
+    "history_rounds": "methods without a reference that changes from round to round",
+}
 
 
 @takes_ported_fields
@@ -60,7 +65,6 @@ class IRPOConfig(ReferenceConfig, GradedConfig, DPOConfig):
     weight 1. `IRPOConfig.from_paper` gives the settings of each experiment.
     """
 
-    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, *DICT_FIELDS]  # noqa: RUF012  # not a field
     _BOUNDS = {"nll_coef": AT_LEAST_0}  # noqa: RUF012  # not a field
 
     num_generations: int = field(default=30, metadata={"help": "Completions to sample per prompt."})
@@ -85,7 +89,6 @@ class IRPOConfig(ReferenceConfig, GradedConfig, DPOConfig):
     )
 
     def __post_init__(self) -> None:
-        self.refuse_restart()
         super().__post_init__()
         for name, own in _LOSS.items():
             if (value := getattr(self, name)) != own:
@@ -93,14 +96,10 @@ class IRPOConfig(ReferenceConfig, GradedConfig, DPOConfig):
                     f"{name}={value!r}: IRPO's loss is DPO's logistic one and `nll_coef` times the "
                     f"likelihood of the chosen completions. Leave it {own!r}."
                 )
-        self.check_reference(
-            {
-                "label_smoothing": "other losses than the logistic one",
-                "discopop_tau": "loss_type=['discopop']",
-                "f_alpha_divergence_coef": "f_divergence_type='alpha_divergence'",
-                "history_rounds": "methods without a reference that changes from round to round",
-            }
-        )
+
+    def unused_fields(self) -> dict[str, str]:
+        """Return the fields of other losses, and that of earlier rounds."""
+        return _UNUSED
 
     @classmethod
     def from_paper(cls, experiment: str, **overrides: Any) -> Self:

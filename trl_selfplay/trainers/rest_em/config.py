@@ -7,7 +7,6 @@ from typing import Annotated, Any, Self
 from trl import SFTConfig
 
 from trl_selfplay.rounds.plan import OnResume, RoundPlan
-from trl_selfplay.trainers.config import DICT_FIELDS
 from trl_selfplay.trainers.field_checks import ABOVE_0, Bounds
 from trl_selfplay.trainers.graded_config import GradedConfig
 from trl_selfplay.trainers.ported_scripts import takes_ported_fields
@@ -80,7 +79,6 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
     `num_generations_eval=0` makes each of these evaluations one greedy completion per prompt.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, *DICT_FIELDS]  # noqa: RUF012  # not a field
     _BOUNDS = {  # noqa: RUF012  # not a field
         "improve_thresholds": Bounds(infinite=True),
         "improve_learning_rate_factor": Bounds(

@@ -11,15 +11,8 @@ from trl import DPOConfig
 
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rounds.plan import OnResume, PerRound
-from trl_selfplay.trainers.config import (
-    DICT_FIELDS,
-    check_self_play_config,
-    graded_metric_names,
-    guess_greater_is_better,
-    sampling_temperatures,
-    switch_off_bf16_without_gpu,
-)
-from trl_selfplay.trainers.field_checks import ABOVE_0, check_fields
+from trl_selfplay.trainers.config import graded_metric_names, sampling_temperatures
+from trl_selfplay.trainers.field_checks import ABOVE_0
 from trl_selfplay.trainers.ported_scripts import takes_ported_fields
 from trl_selfplay.trainers.reference_config import ReferenceConfig
 from trl_selfplay.trainers.spin.discriminator import measure_heldout
@@ -71,9 +64,9 @@ class SPINConfig(ReferenceConfig, DPOConfig):
     round ended, with the logistic loss. `SPINConfig.from_paper` gives the published recipe.
     """
 
-    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, *DICT_FIELDS]  # noqa: RUF012  # not a field
     _BOUNDS = {"round_betas": ABOVE_0}  # noqa: RUF012  # not a field
     _reference = "opponent"
+    _default_metric = "eval_logps"
 
     round_betas: Annotated[list[float] | None, PerRound("beta"), OnResume.UNTIL_TRAINED] = field(
         default=None,
@@ -83,16 +76,9 @@ class SPINConfig(ReferenceConfig, DPOConfig):
     )
 
     def __post_init__(self) -> None:
-        self.refuse_restart()
-        check_fields(self)
-        switch_off_bf16_without_gpu(self)
         self._has_task_score = False
         self._chooses_by_default = self.metric_for_best_model is None
-        if self.metric_for_best_model is None:
-            self.metric_for_best_model = "eval_logps"
-        guess_greater_is_better(self)
         super().__post_init__()
-        check_self_play_config(self)
         if self.stop_strings:
             raise ValueError(
                 f"stop_strings={self.stop_strings!r}: the opponent's completions would end without "
@@ -105,13 +91,24 @@ class SPINConfig(ReferenceConfig, DPOConfig):
                 "opponent's completions would end otherwise than the data's, which tells them "
                 "apart. Set it in the model's generation config."
             )
-        self._refuse_unused()
+        self._check_losses()
         self._check_betas()
         self._warn_other_loss()
         self._warn_off_policy()
 
-    def _refuse_unused(self) -> None:
-        """Raise ValueError for fields of DPOConfig that would be wrong or without effect."""
+    def unused_fields(self) -> dict[str, str]:
+        """Return the fields of losses that were not chosen."""
+        losses, unused = set(self.loss_type), {}
+        if not losses & _SMOOTHED:
+            unused["label_smoothing"] = f"a loss_type of {sorted(_SMOOTHED)}"
+        if "discopop" not in losses:
+            unused["discopop_tau"] = "loss_type=['discopop']"
+        if self.f_divergence_type != "alpha_divergence":
+            unused["f_alpha_divergence_coef"] = "f_divergence_type='alpha_divergence'"
+        return unused
+
+    def _check_losses(self) -> None:
+        """Raise ValueError for losses that SPIN can't have, or that lack a value."""
         if not self.loss_type:
             raise ValueError("loss_type=[]; leave it out for SPIN's own, ['sigmoid'].")
         unknown = sorted(set(self.loss_type) - {*_FIRST_LOSSES, "sft"})
@@ -137,14 +134,6 @@ class SPINConfig(ReferenceConfig, DPOConfig):
                 f"label_smoothing={self.label_smoothing} with loss_type={self.loss_type}: it must "
                 "be at least 0 and below 0.5 for 'robust'."
             )
-        unused = {}
-        if not losses & _SMOOTHED:
-            unused["label_smoothing"] = f"a loss_type of {sorted(_SMOOTHED)}"
-        if "discopop" not in losses:
-            unused["discopop_tau"] = "loss_type=['discopop']"
-        if self.f_divergence_type != "alpha_divergence":
-            unused["f_alpha_divergence_coef"] = "f_divergence_type='alpha_divergence'"
-        self.check_reference(unused)
 
     def _check_betas(self) -> None:
         if self.round_betas is not None and len(self.round_betas) != self.num_rounds:

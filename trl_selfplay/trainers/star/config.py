@@ -6,7 +6,6 @@ from typing import Annotated, Any, Self
 from trl import SFTConfig
 
 from trl_selfplay.rounds.plan import OnResume
-from trl_selfplay.trainers.config import DICT_FIELDS
 from trl_selfplay.trainers.graded_config import GradedConfig
 from trl_selfplay.trainers.ported_scripts import takes_ported_fields
 
@@ -40,8 +39,6 @@ class STaRConfig(GradedConfig, SFTConfig):
     base weights; these are the defaults. `STaRConfig.from_paper` gives the paper's
     optimizer, schedule and steps as well.
     """
-
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, *DICT_FIELDS]  # noqa: RUF012  # not a field
 
     temperature: float = field(
         default=0.0, metadata={"help": "Sampling temperature; 0.0 is greedy, as in the paper."}
