@@ -293,6 +293,19 @@ def test_what_does_not_fit_makes_room_for_a_shorter_duplicate() -> None:
     assert [outcome for _, outcome in selection.outcomes] == ["too_long", "kept"]
 
 
+def test_a_selection_counts_the_outcomes_that_it_is_given() -> None:
+    rollouts = [make_rollout(i, prompt_id=p) for p in ("a", "b", "c") for i in (0, 1)]
+    outcomes = ("kept", "failed", "unpaired", "capped", "failed", "truncated")
+    selection = Selection.from_outcomes(zip(rollouts, outcomes, strict=True))
+    assert selection.kept == (rollouts[0],)
+    assert selection.rollouts == rollouts
+    assert (selection.funnel.prompts, selection.funnel.prompts_solved) == (3, 2)
+    counts = selection.funnel.unhinted.to_dict()
+    assert {name: n for name, n in counts.items() if n} == Counter(outcomes)
+    paired = Selection.from_outcomes(selection.outcomes, solved={"a"})
+    assert paired.funnel.prompts_solved == 1
+
+
 def test_two_records_of_one_completion_are_refused() -> None:
     with pytest.raises(ValueError, match="two rollouts with sample_index 4"):
         run_select([make_rollout(4), make_rollout(4, hinted=True)])

@@ -10,14 +10,17 @@ those that don't fit into a training row, and duplicates; then apply the cap per
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Self
 
 from trl_selfplay.rewards.equations import find_equations
 from trl_selfplay.rollouts.funnel import Funnel, Outcome, OutcomeCounts
 from trl_selfplay.rollouts.record import Rollout
 
 NormalForm = Callable[[str], Hashable]
+_WRONG = ("abstained", "truncated", "failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,44 @@ class Selection:
     funnel: Funnel
     history: tuple[Rollout, ...] = ()
     gold: tuple[Rollout, ...] = ()
+
+    @classmethod
+    def from_outcomes(
+        cls,
+        outcomes: Iterable[tuple[Rollout, Outcome]],
+        *,
+        solved: Collection[str] | None = None,
+        leak_reasons: Mapping[str, int] = MappingProxyType({}),
+        history: Sequence[Rollout] = (),
+        gold: Sequence[Rollout] = (),
+    ) -> Self:
+        """Count outcomes, and take the rollouts that are "kept".
+
+        Args:
+            outcomes: Every rollout of the round, by (prompt_id, sample_index).
+            solved: Ids of the prompts to count as solved; None: those with a completion without
+                hint that is right, whether it is kept or not.
+            leak_reasons: Number of leaked completions by reason.
+            history: As the attribute, like `gold`.
+            gold: Human completions.
+        """
+        outcomes = tuple(outcomes)
+        counts: dict[bool, Counter[str]] = {
+            hinted: Counter(outcome for r, outcome in outcomes if r.hinted == hinted)
+            for hinted in (False, True)
+        }
+        if solved is None:
+            solved = {r.prompt_id for r, o in outcomes if not r.hinted and o not in _WRONG}
+        funnel = Funnel(
+            prompts=len({r.prompt_id for r, _ in outcomes}),
+            prompts_solved=len(solved),
+            unhinted=OutcomeCounts(**counts[False]),
+            hinted=OutcomeCounts(**counts[True]),
+            leak_reasons=tuple(sorted(leak_reasons.items())),
+            history=len(history),
+        )
+        kept = tuple(r for r, outcome in outcomes if outcome == "kept")
+        return cls(kept, outcomes, funnel, tuple(history), tuple(gold))
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -143,12 +184,10 @@ def select(
         dropped |= {id(r): "duplicate" for r in duplicates}
         dropped |= {id(r): "capped" for r in capped}
     outcomes |= {_key(r): dropped[id(r)] for r in ordered if id(r) in dropped}
-    added = tuple(r for r in earlier if id(r) not in dropped)
-    return Selection(
-        kept=tuple(r for r in ordered if outcomes[_key(r)] == "kept"),
-        outcomes=tuple((r, outcomes[_key(r)]) for r in ordered),
-        funnel=_build_funnel(ordered, outcomes, leak_reasons, len(added)),
-        history=added,
+    return Selection.from_outcomes(
+        ((r, outcomes[_key(r)]) for r in ordered),
+        leak_reasons=leak_reasons,
+        history=[r for r in earlier if id(r) not in dropped],
     )
 
 
@@ -214,28 +253,6 @@ def _over_cap(
         return -(rollout.reward or 0.0) if rules.best_first else 0.0, draw(rollout)
 
     return sorted(distinct, key=rank)[rules.max_per_prompt :]
-
-
-def _build_funnel(
-    rollouts: Sequence[Rollout],
-    outcomes: Mapping[tuple[str, int], Outcome],
-    leak_reasons: Mapping[str, int],
-    num_history: int,
-) -> Funnel:
-    counts: dict[bool, Counter[str]] = {
-        hinted: Counter(outcomes[_key(r)] for r in rollouts if r.hinted == hinted)
-        for hinted in (False, True)
-    }
-    wrong = ("abstained", "truncated", "failed")
-    solved = {r.prompt_id for r in rollouts if not r.hinted and outcomes[_key(r)] not in wrong}
-    return Funnel(
-        prompts=len({r.prompt_id for r in rollouts}),
-        prompts_solved=len(solved),
-        unhinted=OutcomeCounts(**counts[False]),
-        hinted=OutcomeCounts(**counts[True]),
-        leak_reasons=tuple(sorted(leak_reasons.items())),
-        history=num_history,
-    )
 
 
 def unsolved_prompts(rollouts: Collection[Rollout], reward_threshold: float) -> set[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from trl_selfplay.rollouts.completions import ChosenTokens
-from trl_selfplay.rollouts.funnel import Funnel, Outcome, OutcomeCounts
+from trl_selfplay.rollouts.funnel import Outcome
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.rows import Pair
 from trl_selfplay.rollouts.selection import Selection
@@ -42,17 +42,8 @@ def select_pairs(
     """
     ordered = sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_index))
     outcomes = [(r, _outcome(r, chosen[r.prompt_id], max_length)) for r in ordered]
-    counts: Counter[str] = Counter(outcome for _, outcome in outcomes)
-    kept = tuple(r for r, outcome in outcomes if outcome == "kept")
-    return Selection(
-        kept=kept,
-        outcomes=tuple(outcomes),
-        funnel=Funnel(
-            prompts=len({r.prompt_id for r in ordered}),
-            prompts_solved=len({r.prompt_id for r in kept}),
-            unhinted=OutcomeCounts(**counts),
-        ),
-    )
+    paired = {r.prompt_id for r, outcome in outcomes if outcome == "kept"}
+    return Selection.from_outcomes(outcomes, solved=paired)
 
 
 def _outcome(rollout: Rollout, tokens: ChosenTokens, max_length: int | None) -> Outcome:
