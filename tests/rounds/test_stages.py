@@ -1,6 +1,7 @@
 """Held-out scores against counts of the rollouts that they come from."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 from accelerate import Accelerator
@@ -9,7 +10,7 @@ from trl_selfplay.evaluation.report import SamplingProgress
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.collection import Collector
-from trl_selfplay.rollouts.prompts import load_prompt_rows
+from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rendering import FewShotExample, PromptFormatter
 from trl_selfplay.rounds.run import Run
@@ -100,3 +101,37 @@ def test_the_few_shot_form_is_scored_beside_the_trained_one(tmp_path, build_play
     example = play.formatter.tokenizer("Q 1 + 1 = ? so 2")["input_ids"]
     for before, after in zip(plain, shown, strict=True):
         assert list(after.prompt_ids) == [*example, *before.prompt_ids]
+
+
+def test_prompts_of_ones_own_are_asked_ungraded_and_read_back(build_play, tmp_path) -> None:
+    play = build_play(num_generations=1, disable_tqdm=True)
+    rows = [PromptRow.of(f"Q {n} + 1 = ?", "judge_prompt") for n in range(3)]
+
+    def ask():
+        return play.ask(rows, 0, "judge", tmp_path / "asked", range(2), max_completion_length=3)
+
+    first = ask()
+    asked = sorted((row.prompt_id, i) for row in rows for i in range(2))
+    assert [(r.prompt_id, r.sample_index) for r in first] == asked
+    assert {r.phase for r in first} == {"judge"}
+    assert all(len(r.completion_ids) <= 3 and not r.is_graded for r in first)
+    stored = [r for path in (tmp_path / "asked").glob("*.parquet") for r in load_rollouts(path)]
+    assert sorted(stored, key=lambda r: (r.prompt_id, r.sample_index)) == first == ask()
+
+
+def test_asking_for_nothing_samples_nothing(build_play, tmp_path) -> None:
+    assert build_play().ask([], 0, "judge", tmp_path / "asked", range(2)) == []
+    assert not (tmp_path / "asked").exists()
+
+
+def test_scores_by_sample_stay_when_the_round_is_sampled_again(build_play, sums, tmp_path) -> None:
+    play = build_play(num_generations=2, temperature=1.0, few_shot_rounds=0, disable_tqdm=True)
+    play = replace(play, collector=replace(play.collector, scorer=None))
+    rows = load_prompt_rows(sums(3), "train_dataset")
+    samples = play.sample(rows, 0, "train", tmp_path)
+    assert not any(r.is_graded for r in samples)
+    rewards = {(r.prompt_id, r.sample_index): float(i) for i, r in enumerate(samples[1:])}
+    scored = play.score_samples(tmp_path, rewards)
+    assert [r.reward for r in scored] == [None, *map(float, range(5))]
+    assert scored == play.sample(rows, 0, "train", tmp_path)
+    assert [r.completion_ids for r in scored] == [r.completion_ids for r in samples]

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-Phase = Literal["train", "hint", "eval", "gold"]
+Phase = Literal["train", "hint", "eval", "gold", "judge"]
 
 # Number of elements hashed at once on a CPU: bits and scratch of one chunk (8 bytes per element) fit
 # into the second-level cache of two cores.

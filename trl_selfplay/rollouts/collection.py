@@ -82,6 +82,11 @@ class Collector:
     refuses_negative_rewards: bool = False
     eval_scorer: Scorer | None = None  # None: held-out prompts are graded like the others
 
+    @property
+    def heldout_scorer(self) -> Scorer | None:
+        """What grades held-out completions; None if nothing does."""
+        return self.eval_scorer or self.scorer
+
     def collect(
         self,
         assignments: Sequence[Assignment],
@@ -94,6 +99,8 @@ class Collector:
         prefix: str = "",
     ) -> list[Rollout]:
         """Return the graded rollouts of all assignments, sorted by (prompt_id, sample_index).
+
+        Those of the phase "judge" aren't graded, nor are any without reward functions.
 
         While a shard is graded the next one is sampled, in a thread of its own.
 
@@ -115,6 +122,7 @@ class Collector:
         """
         by_id = {a.row.prompt_id: a for a in assignments}
         shards = self._load_or_plan(assignments, options, folder, prefix)
+        graded = self.scorer is not None and phase != "judge"
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         collected: list[Rollout] = []
         solved: list[bool] = []
@@ -154,12 +162,12 @@ class Collector:
         # Reward functions stay in the main thread: those with timeouts by signal need it.
         with closing(one_ahead(sample_shards(), stop)) as sampled:
             for shard, name, path, rollouts in sampled:
-                if self.scorer is not None and not all(r.is_graded for r in rollouts):
+                if graded and not all(r.is_graded for r in rollouts):
                     rollouts = self.grade(rollouts, rows, name)
                     if path is not None:
                         save_rollouts(path, rollouts)
                 collected += rollouts
-                if self.scorer is not None and threshold is not None:
+                if graded and threshold is not None:
                     passed = {r.prompt_id for r in rollouts if r.passes(threshold)}
                     solved += [prompt_id in passed for prompt_id in shard.prompt_ids]
                     progress.set_solved(sum(solved) / len(solved))
@@ -444,8 +452,8 @@ def _load_plan(path: Path, assignments: Sequence[Assignment]) -> list[Shard] | N
     if planned != {a.row.prompt_id for a in assignments}:
         raise ValueError(
             f"{path} plans {len(planned)} prompts that are not the {len(assignments)} of this run: "
-            "the dataset or `num_prompts_per_round` changed. Use another `output_dir`, or delete "
-            f"{path.parent} to sample this phase anew."
+            "the dataset, `num_prompts_per_round` or what these prompts are made from changed. Use "
+            f"another `output_dir`, or delete {path.parent} to sample this phase anew."
         )
     return shards
 

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from datasets import Dataset, DatasetDict, IterableDataset
 
@@ -71,6 +71,11 @@ class PromptRow:
     row_index: int
     source: str = "train_dataset"
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, prompt: Prompt, source: str) -> Self:
+        """Return a row of a prompt that is in no dataset, and what to call it in errors."""
+        return cls(hash_prompt(prompt, None), prompt, None, {}, 0, source)
 
     @property
     def is_conversational(self) -> bool:

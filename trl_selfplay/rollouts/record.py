@@ -25,7 +25,8 @@ class Rollout:
 
     Attributes:
         round_index: The round that sampled it, counted from 0; -1 is the untrained model.
-        phase: "train", "hint", "eval", or "gold" (a human completion, `round_index` -1).
+        phase: "train", "hint", "eval", "gold" (a human completion, `round_index` -1), or "judge"
+            (what the policy says of other completions, which isn't graded).
         prompt_id: 128-bit hash, as 32 hex digits, of the canonical JSON of (prompt, solution) and of
             the row's `tools` and `chat_template_kwargs` if it has any. If rows differ only in columns
             that reward functions read, these columns are hashed as well.

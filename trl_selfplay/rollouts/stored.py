@@ -3,8 +3,8 @@
 In: a round's folder. Out: its rollouts, or those with certain outcomes.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from trl_selfplay.disk import BRING_BACK, DamagedFileError, naming_damage, save_table
 from trl_selfplay.rollouts.collection import read_plan
-from trl_selfplay.rollouts.record import Rollout, load_rollouts
+from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.selection import Selection
 
 
@@ -35,7 +35,7 @@ class StoredRollouts:
 
     def __iter__(self) -> Iterator[Rollout]:
         """Yield the rollouts, shard by shard."""
-        for path, planned in self._shards():
+        for path, planned in self.shards():
             held = load_rollouts(path)
             if missing := set(planned) - {r.prompt_id for r in held}:
                 raise DamagedFileError(
@@ -47,12 +47,12 @@ class StoredRollouts:
     def __len__(self) -> int:
         """Return how many there are, from the files' metadata alone."""
         count = 0
-        for path, _ in self._shards():
+        for path, _ in self.shards():
             with naming_damage(path, BRING_BACK):
                 count += pq.read_metadata(path).num_rows
         return count
 
-    def _shards(self) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    def shards(self) -> Iterator[tuple[Path, tuple[str, ...]]]:
         """Yield each shard's file and the ids of its prompts."""
         samples = self.folder / "samples"
         plans = {prefix: read_plan(samples / f"{prefix}plan.json") for prefix in ("", "hint-")}
@@ -73,6 +73,27 @@ def load_samples(folder: Path) -> list[Rollout]:
         DamagedFileError, FileNotFoundError: As `StoredRollouts`.
     """
     return sorted(StoredRollouts(folder), key=lambda r: (r.prompt_id, r.sample_index))
+
+
+def save_rewards(folder: Path, rewards: Mapping[tuple[str, int], float | None]) -> None:
+    """Write rewards into the shards of a round's samples, as graded ones have them.
+
+    Args:
+        folder: The round's.
+        rewards: By prompt id and sample index. None, and what is absent, is an abstention.
+
+    Raises:
+        DamagedFileError, FileNotFoundError: As `StoredRollouts`.
+    """
+    for path, _ in StoredRollouts(folder).shards():
+        held = load_rollouts(path)
+        scores = [rewards.get((r.prompt_id, r.sample_index)) for r in held]
+        graded = [
+            replace(r, reward=score, rewards=(score,))
+            for r, score in zip(held, scores, strict=True)
+        ]
+        if graded != held:
+            save_rollouts(path, graded)
 
 
 def save_selection(path: Path, selection: Selection) -> None:

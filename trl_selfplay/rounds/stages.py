@@ -49,6 +49,7 @@ from trl_selfplay.rollouts.stored import (
     StoredRollouts,
     load_outcomes,
     load_samples,
+    save_rewards,
     save_selection,
 )
 from trl_selfplay.rounds.run import Run
@@ -96,11 +97,12 @@ class SelfPlay:
     @property
     def heldout_graders(self) -> list[Callable[..., Any]]:
         """The functions that grade held-out completions, without reward models."""
-        scorer = self.collector.eval_scorer or self.collector.scorer
+        scorer = self.collector.heldout_scorer
         return [] if scorer is None else scorer.callables
 
     def check_prompts(self, hinted: bool) -> None:
         """Raise ValueError for prompts that can't be rendered, sampled from or trained on."""
+        most = build_sampling_options(self.config, ()).max_completion_length
         for name, rows in {"train_dataset": self.rows, **self.heldout}.items():
             # A token without an embedding may be in any row.
             longest = list(rows) if self.lacks_embeddings else _longest(rows)
@@ -115,13 +117,13 @@ class SelfPlay:
             self.formatter.warn_control_tokens(rows, reads_solutions)
             self.formatter.check_rows([*_longest(rows), *_first_of_each_kind(rows)], few_shot)
             self._prompt_ids(
-                longest, few_shot, hinted and name == "train_dataset", name or "eval_dataset"
+                longest, few_shot, hinted and name == "train_dataset", name or "eval_dataset", most
             )
         check_training_lengths(
             self.rows,
             lambda row: self.training_prompt_ids([row])[row.prompt_id],
             self.config.max_length,
-            build_sampling_options(self.config, ()).max_completion_length,
+            most,
             _longest(self.rows),
         )
 
@@ -129,7 +131,7 @@ class SelfPlay:
         """Raise ValueError if the reward functions can't be called with a dataset's columns."""
         scorer = self.collector.scorer
         if name != "train_dataset":
-            scorer = self.collector.eval_scorer or scorer
+            scorer = self.collector.heldout_scorer
         if scorer is not None and rows:
             scorer.check_columns(rows[0].columns, name)
 
@@ -141,12 +143,13 @@ class SelfPlay:
                 bytes.
         """
         scorer = self.collector.scorer
-        heldout_scorer = self.collector.eval_scorer or scorer
+        if scorer is None:
+            return
         self._refuse_collections(scorer, self.rows, "train_dataset")
         for name, rows in self.heldout.items():
-            self._refuse_collections(heldout_scorer, rows, name or "eval_dataset")
+            self._refuse_collections(self.collector.heldout_scorer, rows, name or "eval_dataset")
         sample = self.rows[:_MOST_SOLUTIONS_READ]
-        found = {} if scorer is None else scorer.find_unreadable([r.solution for r in sample])
+        found = scorer.find_unreadable([r.solution for r in sample])
         for name, indices in found.items():
             examples = ", ".join(
                 f"row {sample[i].row_index}: {str(sample[i].solution)[:80]!r}" for i in indices[:5]
@@ -174,16 +177,10 @@ class SelfPlay:
             )
 
     def _prompt_ids(
-        self, rows: Sequence[PromptRow], few_shot: bool, hinted: bool, name: str
+        self, rows: Sequence[PromptRow], few_shot: bool, hinted: bool, name: str, most: int
     ) -> list[tuple[int, ...]]:
         ids = [self.formatter.token_ids(r, few_shot=few_shot, hinted=hinted) for r in rows]
-        check_lengths(
-            rows,
-            [len(i) for i in ids],
-            build_sampling_options(self.config, ()).max_completion_length,
-            self.context_length,
-            name,
-        )
+        check_lengths(rows, [len(i) for i in ids], most, self.context_length, name)
         return ids
 
     def draw_prompts(self, round_index: int) -> list[PromptRow]:
@@ -197,32 +194,83 @@ class SelfPlay:
     def sample(
         self, rows: Sequence[PromptRow], round_index: int, phase: Phase, folder: Path
     ) -> list[Rollout]:
-        """Sample `num_generations` completions per prompt and grade them.
+        """Sample `num_generations` completions per prompt, and grade them if there are reward functions.
 
         Few-shot examples precede the prompt in the first `few_shot_rounds` rounds.
 
         Hinted samples (phase "hint") have the answer in the prompt, and their sample indices follow
         those of the unhinted ones.
         """
-        if not rows:
-            return []
         hinted, count = phase == "hint", self.config.num_generations
         indices = tuple(range(count, 2 * count) if hinted else range(count))
         few_shot = bool(self.formatter.few_shot_examples)
         if few_shot and (limit := self.config.few_shot_rounds) is not None:
             few_shot = round_index < limit
-        prompt_ids = self._prompt_ids(rows, few_shot, hinted, "train_dataset")
-        description = f"round {round_index}{' with hints' if hinted else ''}"
-        with self._progress(description, len(rows) * count) as progress:
+        prefix = "hint-" if hinted else ""
+        return self.ask(
+            rows, round_index, phase, folder / "samples", indices, few_shot=few_shot, prefix=prefix
+        )
+
+    def ask(
+        self,
+        rows: Sequence[PromptRow],
+        round_index: int,
+        phase: Phase,
+        folder: Path,
+        indices: Sequence[int],
+        *,
+        few_shot: bool = False,
+        prefix: str = "",
+        **options: Any,
+    ) -> list[Rollout]:
+        """Sample completions of any prompts, those of the dataset or others (`PromptRow.of`).
+
+        What is already in `folder` is read back. The phase "judge" isn't graded.
+
+        Args:
+            rows: The prompts, each once.
+            round_index: Part of the key of the random streams, like `phase`.
+            phase: What the samples are for; "hint" shows the answers.
+            folder: Where the samples are kept, in a round's folder.
+            indices: The samples to draw of each prompt.
+            few_shot: Show the few-shot examples before each prompt.
+            prefix: Prefix of the files' names.
+            **options: Replace fields of the config, such as `max_completion_length=64`.
+
+        Raises:
+            ValueError: A prompt and its completion don't fit into the model's positions.
+        """
+        if not rows:
+            return []
+        how = build_sampling_options(self.config, self.eos_token_ids, **options)
+        most = how.max_completion_length
+        prompt_ids = self._prompt_ids(rows, few_shot, phase == "hint", rows[0].source, most)
+        what = {"hint": " with hints", "judge": ", judging"}.get(phase, "")
+        with self._progress(f"round {round_index}{what}", len(rows) * len(indices)) as progress:
             return self.collector.collect(
-                [Assignment(r, ids, indices) for r, ids in zip(rows, prompt_ids, strict=True)],
-                build_sampling_options(self.config, self.eos_token_ids),
+                [Assignment(r, i, tuple(indices)) for r, i in zip(rows, prompt_ids, strict=True)],
+                how,
                 round_index=round_index,
                 phase=phase,
                 progress=progress,
-                folder=folder / "samples",
-                prefix="hint-" if hinted else "",
+                folder=folder,
+                prefix=prefix,
             )
+
+    def score_samples(
+        self, folder: Path, rewards: Mapping[tuple[str, int], float | None]
+    ) -> list[Rollout]:
+        """Give a round's samples rewards that no reward function knows, on disk too; return them.
+
+        Args:
+            folder: The round's, as `sample` had it, without reward functions.
+            rewards: By prompt id and sample index. None, and what is absent, is an abstention.
+        """
+        accelerator = self.collector.accelerator
+        if accelerator.is_main_process:
+            save_rewards(folder, rewards)
+        accelerator.wait_for_everyone()
+        return load_samples(folder)
 
     def score(
         self,
@@ -266,7 +314,7 @@ class SelfPlay:
                         prefix=f"{set_prefix}_{form}".rstrip("_"),
                     )
                     of_sets.append(greedy_scores(rollouts, threshold))
-        logged = _take_logged(self.collector.eval_scorer or self.collector.scorer)
+        logged = _take_logged(self.collector.heldout_scorer)
         metrics |= {f"{prefix}_{name}": value for name, value in logged.items()}
         return HeldOutScores(metrics, of_sets[0] if of_sets else {}, time.monotonic() - started)
 
@@ -294,6 +342,7 @@ class SelfPlay:
         Returns:
             The rollouts; `sample_index` 0 is the greedy one.
         """
+        collector = replace(self.collector, scorer=self.collector.heldout_scorer)
         greedy, sampled = heldout_options(self.config, self.eos_token_ids)
         prompt_ids = [self.formatter.token_ids(row, few_shot=few_shot) for row in rows]
         rollouts: list[Rollout] = []
@@ -302,7 +351,7 @@ class SelfPlay:
             ("sampled-", sampled, tuple(range(1, self.config.num_generations_eval + 1))),
         ):
             if indices:
-                rollouts += self.collector.collect(
+                rollouts += collector.collect(
                     [Assignment(r, ids, indices) for r, ids in zip(rows, prompt_ids, strict=True)],
                     options,
                     round_index=0,  # the key of the streams, see above
