@@ -18,7 +18,8 @@ MIXINS = [
 ]
 # What a method may say about itself; all else in a mixin is the same for every method.
 HOOKS = {
-    "play_round", "identity", "warm_up_rows", "load_sets", "score_sets", "score_heldout",
+    "play_round", "identity", "prepare_stages", "warm_up_rows", "load_sets", "score_sets",
+    "score_heldout",
     "compute_ref_log_probs", "collated_columns", "load_rows", "placeholder_rows",
 }  # fmt: skip
 

@@ -72,7 +72,6 @@ class Grading:
         reward_weights: One per reward function; None weighs all with 1.0.
         eval_reward_funcs: Grade held-out completions in place of `reward_funcs`.
         threshold: A completion is right if its reward is at least this.
-        has_degrees: Completions below the threshold are trained on too.
         refuses_negative: A reward below 0 is an error.
     """
 
@@ -81,7 +80,6 @@ class Grading:
     reward_weights: Sequence[float] | None = None
     eval_reward_funcs: Any = None
     threshold: float = 1.0
-    has_degrees: bool = False
     refuses_negative: bool = False
 
     @property
@@ -222,7 +220,6 @@ def read_grading(
         reward_weights=args.reward_weights,
         eval_reward_funcs=eval_reward_funcs,
         threshold=args.reward_threshold,
-        has_degrees=args.rewards_have_degrees,
     )
 
 
@@ -440,6 +437,6 @@ def heldout_threshold(grading: Grading, args: Any) -> float | None:
     The true scorer's, or what the run itself is to be judged by, is right or wrong.
     """
     counts_right = re.search(r"(?:accuracy|pass@\d+)$", args.metric_for_best_model or "")
-    if grading.has_degrees and grading.eval_reward_funcs is None and not counts_right:
+    if args.rewards_have_degrees and grading.eval_reward_funcs is None and not counts_right:
         return None
     return grading.threshold

@@ -13,6 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,10 @@ from trl import DPOTrainer
 
 from trl_selfplay.disk import DamagedFileError, naming_damage
 from trl_selfplay.generation.model_traits import sampling_state
-from trl_selfplay.rollouts.rows import save_rows
+from trl_selfplay.rollouts.played import PlayedRound
+from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.rows import build_pair_rows, pair_of, save_rows
+from trl_selfplay.rollouts.selection import Selection
 from trl_selfplay.rounds.noise import switch_noise_off
 from trl_selfplay.trainers.rounds import RoundsMixin
 
@@ -166,6 +170,33 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         if accelerator.num_processes > 1:
             scored = gather_object(scored)
         return [(chosen, rejected) for _, chosen, rejected in sorted(scored)]
+
+    def build_pair_round(
+        self,
+        round_index: int,
+        selection: Selection,
+        pairs: Sequence[tuple[Rollout, Rollout]],
+        prompt_ids: Mapping[str, tuple[int, ...]],
+        metrics: Mapping[str, float] = MappingProxyType({}),
+    ) -> PlayedRound:
+        """Write the selection and the reference's log-probs down; build the round's rows and numbers.
+
+        Args:
+            round_index: The round that trains on them.
+            selection: The outcome of every rollout.
+            pairs: (chosen, rejected) completions of the same prompt.
+            prompt_ids: Prompts as trained on.
+            metrics: What else to log of the round.
+        """
+        play, folder = self.self_play, self.run.folder(round_index)
+        play.keep_selection(folder, selection)
+        tokens = [
+            pair_of(chosen, rejected, prompt_ids[chosen.prompt_id], play.eos_token_id)
+            for chosen, rejected in pairs
+        ]
+        rows = build_pair_rows(tokens, seed=self.args.seed + round_index)
+        rows = self.store_reference(rows, folder / "dataset")
+        return play.describe_round(round_index, selection, rows, len(rows), metrics)
 
     def store_reference(self, rows: Dataset, folder: Path) -> Dataset:
         """Return rows with the reference's log-probs, computed and saved once.

@@ -43,8 +43,8 @@ from trl_selfplay.trainers.construction import (
 class RoundsMixin(Trainer):
     """Adds rounds of sampling and training to a TRL trainer: `class MyTrainer(RoundsMixin, SFTTrainer)`.
 
-    A trainer defines `play_round`. It may override `load_rows`, `placeholder_rows`, `identity`,
-    `warm_up_rows`, `load_sets`, `score_sets` and `score_heldout`.
+    A trainer defines `play_round`. It may override `load_rows`, `placeholder_rows`, `prepare_stages`,
+    `identity`, `warm_up_rows`, `load_sets`, `score_sets` and `score_heldout`.
 
     Attributes:
         run: The rounds on disk.
@@ -93,7 +93,7 @@ class RoundsMixin(Trainer):
             peft_config: For new adapters.
             grading: Reward functions, and which rewards count as right.
             examples: Few-shot examples.
-            hint_formatter: Shows the solution in a prompt.
+            hint_formatter: Shows the solution in a prompt; None: no prompt has a hint.
             **parent: The parent's other arguments.
 
         Raises:
@@ -117,7 +117,11 @@ class RoundsMixin(Trainer):
         )
         self.placeholder = cast("Dataset", self.train_dataset)
         self.eval_dataset = eval_dataset
-        self.self_play = self._build_self_play(rows, heldout, grading, examples, hint_formatter)
+        self.self_play = self.prepare_stages(
+            self._build_self_play(rows, heldout, grading, examples, hint_formatter)
+        )
+        self.self_play.check_prompts(hinted=hint_formatter is not None)
+        self.self_play.warn_unreadable_solutions()
 
     def _build_self_play(
         self,
@@ -158,7 +162,7 @@ class RoundsMixin(Trainer):
                 accelerator=accelerator,
                 seed=args.seed,
                 reward_threshold=grading.threshold,
-                has_degrees=grading.has_degrees,
+                has_degrees=args.rewards_have_degrees,
                 eval_threshold=heldout_threshold(grading, args),
                 refuses_negative_rewards=grading.refuses_negative,
             ),
@@ -172,6 +176,10 @@ class RoundsMixin(Trainer):
         """Return one row for the parent to be built on; no round ever trains on it."""
         eos = tokenizer.eos_token_id
         return Dataset.from_dict({"input_ids": [[eos, eos]], "labels": [[-100, eos]]})
+
+    def prepare_stages(self, play: SelfPlay) -> SelfPlay:
+        """Return the stages as the rounds use them, before their prompts are checked."""
+        return play
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Return what a round trains on; called with the weights that the round begins with."""

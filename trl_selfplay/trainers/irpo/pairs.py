@@ -8,16 +8,12 @@ Source: IRPO, arXiv 2404.19733, section 2.
 """
 
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 
-from datasets import Dataset
-
-from trl_selfplay.rollouts.funnel import Outcome, OutcomeCounts
+from trl_selfplay.rollouts.funnel import Outcome
 from trl_selfplay.rollouts.record import Rollout
-from trl_selfplay.rollouts.rows import build_pair_rows, pair_of
 from trl_selfplay.rollouts.selection import (
     Selection,
     SelectionRules,
@@ -42,22 +38,6 @@ class Pairing:
     pairs: tuple[tuple[Rollout, Rollout], ...]
     selection: Selection
     metrics: dict[str, float]
-
-    def rows(
-        self, prompt_ids: Mapping[str, tuple[int, ...]], eos_token_id: int, seed: int
-    ) -> Dataset:
-        """Return the pairs as rows of DPOTrainer, shuffled under `seed`.
-
-        Args:
-            prompt_ids: The prompts as trained on, by id.
-            eos_token_id: Added after completions that a stop string ended.
-            seed: Seed of the shuffle.
-        """
-        pairs = [
-            pair_of(right, wrong, prompt_ids[right.prompt_id], eos_token_id)
-            for right, wrong in self.pairs
-        ]
-        return build_pair_rows(pairs, seed)
 
 
 def pair_rollouts(
@@ -104,16 +84,12 @@ def pair_rollouts(
             return outcome
         return "capped" if rollout.prompt_id in rejected else "unpaired"
 
-    outcomes = tuple((r, outcome_of(r, outcome)) for r, outcome in right.outcomes)
     prompts = {r.prompt_id for r in rollouts}
-    counts: Counter[str] = Counter(outcome for _, outcome in outcomes)
     return Pairing(
         pairs=tuple(pairs),
-        selection=Selection(
-            kept=tuple(r for r, outcome in outcomes if outcome == "kept"),
-            outcomes=outcomes,
-            funnel=replace(right.funnel, unhinted=OutcomeCounts(**counts)),
-            gold=tuple(rollout for rollout in gold if id(rollout) in drawn),
+        selection=Selection.from_outcomes(
+            ((r, outcome_of(r, outcome)) for r, outcome in right.outcomes),
+            gold=[rollout for rollout in gold if id(rollout) in drawn],
         ),
         metrics={
             "select/examples": float(len(pairs)),

@@ -96,8 +96,6 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
             data_collator=data_collator, callbacks=callbacks,
             examples=construction.read_examples(args, few_shot_examples, rows), grading=grading,
         )  # fmt: skip
-        self.self_play.check_prompts(hinted=False)
-        self.self_play.warn_unreadable_solutions()
         self.gold = self.self_play.load_gold(gold_dataset, needs_solutions=True)
         _refuse_unpaired(self.gold, rows)
 
@@ -123,12 +121,9 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
             max_pairs=args.max_per_prompt,
             seed=seed,
         )
-        play.keep_selection(folder, pairing.selection)
-        pairs = pairing.rows(prompt_ids, play.eos_token_id, seed)
-        pairs = self.store_reference(pairs, folder / "dataset")  # log-probs of both under M_t
         diversity = play.watch_diversity(round_index, rollouts, default_normal_form)
-        played = play.describe_round(
-            round_index, pairing.selection, pairs, len(pairs), diversity | pairing.metrics
+        played = self.build_pair_round(  # with the log-probs of both under M_t
+            round_index, pairing.selection, pairing.pairs, prompt_ids, diversity | pairing.metrics
         )
         return replace(played, remedy=_REMEDY) if played.funnel.correct else played
 

@@ -124,8 +124,6 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         )  # fmt: skip
         if weighs:
             self.data_collator = WeightCollator(self.data_collator)
-        self.self_play.check_prompts(hinted=False)
-        self.self_play.warn_unreadable_solutions()
         self.gold = self.self_play.load_gold(
             gold_dataset, needs_solutions=args.improve_thresholds is not None
         )

@@ -30,6 +30,7 @@ from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.rows import build_pair_rows
 from trl_selfplay.rollouts.stored import StoredRollouts, load_kept
 from trl_selfplay.rounds.run import UNTRAINED
+from trl_selfplay.rounds.stages import SelfPlay
 from trl_selfplay.trainers.construction import Grading, read_config, refuse_arguments
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.reference import ReferenceMixin
@@ -122,31 +123,28 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
             data_collator=data_collator, callbacks=callbacks,
             grading=Grading(eval_reward_funcs=eval_reward_funcs),
         )  # fmt: skip
-        self.chosen: dict[str, ChosenTokens] = {}
-        self.self_play = replace(
-            self.self_play,
-            rows=self._tokenize(rows, "train_dataset"),
-            heldout=self._tokenize_sets(self.self_play.heldout),
-        )
-        self.self_play.check_prompts(hinted=False)
-        collector = self.self_play.collector
-        # Pairs aren't graded; held-out completions are, if there are functions to grade them.
-        self._graded_play = (
-            None
-            if collector.eval_scorer is None
-            else replace(self.self_play, collector=replace(collector, scorer=collector.eval_scorer))
-        )
         self._heldout_pairs: dict[str, Dataset] = {}
 
-    def _tokenize(self, rows: list[PromptRow], name: str) -> list[PromptRow]:
-        play, args = self.self_play, self.args
+    def prepare_stages(self, play: SelfPlay) -> SelfPlay:
+        """Tokenize the data's completions, and leave out the rows that are too long."""
+        self.chosen: dict[str, ChosenTokens] = {}
+        rows = self._tokenize(play, play.rows, "train_dataset")
+        return replace(play, rows=rows, heldout=self._tokenize_sets(play, play.heldout))
+
+    def _tokenize(self, play: SelfPlay, rows: list[PromptRow], name: str) -> list[PromptRow]:
+        args = self.args
         tokens = tokenize_chosen(play.formatter, rows, play.eos_token_ids, play.eos_token_id)
         self.chosen |= tokens
         most = build_sampling_options(args, ()).max_completion_length
         return drop_long_rows(rows, tokens, args.max_length, most, name)
 
-    def _tokenize_sets(self, sets: Mapping[str, list[PromptRow]]) -> dict[str, list[PromptRow]]:
-        return {n: self._tokenize(rows, f"eval_dataset {n}".strip()) for n, rows in sets.items()}
+    def _tokenize_sets(
+        self, play: SelfPlay, sets: Mapping[str, list[PromptRow]]
+    ) -> dict[str, list[PromptRow]]:
+        return {
+            name: self._tokenize(play, rows, f"eval_dataset {name}".strip())
+            for name, rows in sets.items()
+        }
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Sample y' ~ p_θt(·|x), pair it with the data's y, and score both under p_θt."""
@@ -245,7 +243,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
 
     def load_sets(self, eval_dataset: Any) -> dict[str, list[PromptRow]]:
         """Return the held-out sets that `evaluate` was given, with the data's completions."""
-        return self._tokenize_sets(super().load_sets(eval_dataset))
+        return self._tokenize_sets(self.self_play, super().load_sets(eval_dataset))
 
     def score_sets(
         self, sets: Mapping[str, list[PromptRow]], prefix: str = "eval",
@@ -265,8 +263,8 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
             measured, per_prompt = measure_heldout(pairs, logps, self.beta, set_prefix)
             metrics |= measured
             first = per_prompt if first is None else first
-        if self._graded_play is not None:
-            graded = self._graded_play.score(sets, folder=folder, prefix=prefix)
+        if self.self_play.collector.heldout_scorer is not None:
+            graded = super().score_sets(sets, prefix, folder)
             metrics, first = {**metrics, **graded.metrics}, dict(graded.by_prompt)
         return HeldOutScores(metrics, first or {}, time.monotonic() - started)
 

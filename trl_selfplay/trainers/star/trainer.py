@@ -111,10 +111,8 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
             compute_loss_func=compute_loss_func, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             grading=grading,
             examples=construction.read_examples(args, few_shot_examples, rows, args.rationalize),
-            hint_formatter=self.hint_formatter,
+            hint_formatter=self.hint_formatter if args.rationalize else None,
         )  # fmt: skip
-        self.self_play.check_prompts(hinted=args.rationalize)
-        self.self_play.warn_unreadable_solutions()
 
     def identity(self) -> dict[str, Any]:
         """Return the names of the functions that show hints and select completions."""
