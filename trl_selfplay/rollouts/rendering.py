@@ -169,8 +169,7 @@ class PromptFormatter:
         chat_template_kwargs: For all rows; a row's own take precedence.
         sanitize_control_tokens: Read special tokens in the rows' text as plain text.
         start: The time that the chat template gets; None is now.
-        num_embeddings: Number of the model's embeddings; tokens beyond them are an error. None skips
-            the check.
+        num_embeddings: The model's; a token id beyond them is an error. None skips the check.
     """
 
     def __init__(
