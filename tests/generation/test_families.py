@@ -10,6 +10,7 @@ import torch
 import transformers
 from causal_classes import build_tiny, family_names
 from family_checks import check_sampling
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 from trl_selfplay.generation.model_traits import describe_model
@@ -369,6 +370,8 @@ def test_learned_positions_end_a_completion_before_they_run_out(build, tokenizer
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_drawn_classes_sample_as_generate_or_are_refused(tokenizer, name) -> None:
+    if name == "cohere_compass_text" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers before 5.23 can't build this class so small")
     check_sampling(build_tiny(name), tokenizer)
 
 
