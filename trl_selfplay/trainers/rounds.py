@@ -282,9 +282,8 @@ class RoundsMixin(Trainer):
             sets = own
         elif isinstance(eval_dataset, str):
             if eval_dataset not in own:
-                raise ValueError(
-                    f"no held-out set {eval_dataset!r}; eval_dataset has {sorted(own)}."
-                )
+                names = "one set without a name" if [*own] == [""] else sorted(own)
+                raise ValueError(f"no held-out set {eval_dataset!r}; eval_dataset has {names}.")
             sets = {"": own[eval_dataset]}
         else:
             sets = self.load_sets(eval_dataset)

@@ -395,3 +395,16 @@ def test_held_out_prompts_are_graded_and_the_card_names_the_paper(build_irpo, su
 def test_arguments_that_cannot_work_are_refused(build_irpo, changes, kind, message) -> None:
     with pytest.raises(kind, match=message):
         build_irpo(**changes)
+
+
+def test_a_single_sample_per_prompt_needs_gold_completions(build_irpo) -> None:
+    with pytest.raises(ValueError, match="num_generations=1 without a `gold_dataset`"):
+        build_irpo(num_generations=1)
+
+
+def test_a_name_that_a_single_held_out_set_does_not_have_is_refused(build_irpo, sums) -> None:
+    trainer = build_irpo(eval_dataset=sums(4, first=50))
+    with pytest.raises(
+        ValueError, match="no held-out set 'nope'; eval_dataset has one set without"
+    ):
+        trainer.evaluate("nope")

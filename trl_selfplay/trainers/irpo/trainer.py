@@ -86,6 +86,7 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         construction.refuse_arguments(
             ref_model=ref_model, compute_metrics=compute_metrics, optimizers=optimizers
         )
+        _refuse_single_samples(args, gold_dataset)
         grading = construction.read_grading(
             args, reward_funcs, reward_processing_classes, eval_reward_funcs
         )
@@ -137,6 +138,15 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         self._metrics[mode]["nll"].append(self.accelerator.gather(nll.detach()).mean().item())
         loss = loss + self.args.nll_coef * nll
         return (loss, *outputs) if outputs else loss
+
+
+def _refuse_single_samples(args: IRPOConfig, gold_dataset: Any) -> None:
+    """Raise ValueError if no prompt could ever have both a right and a wrong completion."""
+    if args.num_generations == 1 and gold_dataset is None:
+        raise ValueError(
+            "num_generations=1 without a `gold_dataset`: a pair needs a right and a wrong completion "
+            "of the same prompt. Sample at least 2 per prompt."
+        )
 
 
 def _refuse_unpaired(gold: Gold, rows: Sequence[PromptRow]) -> None:
