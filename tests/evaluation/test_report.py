@@ -257,7 +257,11 @@ def test_a_phase_that_ends_within_a_minute_gets_no_forecast(
     assert forecasts(caplog) == []
 
 
-def test_the_bar_shows_speed_and_share_solved(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_shows_speed_and_share_solved(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a bar is cut at the width that tqdm finds
+    monkeypatch.setenv("LINES", "50")
     clock = Clock()
     with SamplingProgress(8, "round 3", clock=clock) as progress:
         clock.now = 2.0
