@@ -26,6 +26,11 @@ class Gold:
     rollouts: tuple[Rollout, ...]
     rows: Mapping[str, PromptRow]
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Prompt id and completion of each, sorted: what a run knows them by."""
+        return sorted((r.prompt_id, r.completion) for r in self.rollouts)
+
 
 def load_gold(
     dataset: Any,

@@ -102,8 +102,7 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
 
     def identity(self) -> dict[str, Any]:
         """Return a digest of the gold completions."""
-        gold = sorted((r.prompt_id, r.completion) for r in self.gold.rollouts)
-        return {"gold_dataset": summarize(gold)}
+        return {"gold_dataset": summarize(self.gold.pairs)}
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Sample and grade under M_t, pair right with wrong, and score the pairs under M_t."""

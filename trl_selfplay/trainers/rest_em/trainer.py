@@ -130,8 +130,10 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
 
     def identity(self) -> dict[str, Any]:
         """Return the name of the normal form, and a digest of the gold completions."""
-        gold = sorted((r.prompt_id, r.completion) for r in self.gold.rollouts)
-        return {"normal_form": name_function(self.normal_form), "gold_dataset": summarize(gold)}
+        return {
+            "normal_form": name_function(self.normal_form),
+            "gold_dataset": summarize(self.gold.pairs),
+        }
 
     def warm_up_rows(self) -> Dataset | None:
         """Return the gold completions if `warm_up_on_gold` is set."""
