@@ -267,11 +267,12 @@ def test_the_bar_shows_speed_and_share_solved(
         clock.now = 2.0
         progress.update(4, 5000)
         progress.set_solved(0.25)
+        progress.set_abstained(1_200, "no answer within the deadline")
         progress.update(4, 3000)
     shown = capsys.readouterr().err
     assert "round 3" in shown
     assert "8/8" in shown
-    assert "4,000 tokens/s, 25% solved" in shown
+    assert "4,000 tokens/s, 25% solved, 1,200 abstained (no answer within the deadline)" in shown
 
 
 def test_a_disabled_progress_says_nothing(

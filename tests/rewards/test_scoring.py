@@ -12,6 +12,7 @@ import torch
 from trl.rewards import think_format_reward
 
 from trl_selfplay.rewards import choice_reward, exact_reward, math_reward, puzzle_reward, scoring
+from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.scoring import Scorer, columns_read
 from trl_selfplay.rewards.worker import close_workers
 
@@ -35,12 +36,13 @@ class Later:
 
 
 def score(scorer, completions=("a", "bb"), **columns):
-    return scorer.score(
+    rows = scorer.score(
         prompts=["p"] * len(completions),
         completions=list(completions),
         completion_ids=[[1]] * len(completions),
         columns={k: list(v) for k, v in columns.items()},
     )
+    return [tuple(row) for row in rows]
 
 
 def test_a_nan_abstains_as_for_grpo() -> None:
@@ -119,7 +121,7 @@ def test_the_trainer_s_state_is_passed_on() -> None:
     def look(completions, trainer_state, **kwargs):
         return [float(trainer_state)] * len(completions)
 
-    assert Scorer(look, get_trainer_state=lambda: 7).score(["p"], ["c"], [[1]], {}) == [(7.0,)]
+    assert Scorer(look, get_trainer_state=lambda: 7).score(["p"], ["c"], [[1]], {}) == [[7.0]]
 
 
 class Client:
@@ -463,9 +465,49 @@ def test_solutions_that_nothing_can_be_graded_against_are_found_before_sampling(
     def constant(completions, **kwargs):
         return [1.0] * len(completions)
 
-    scorer = Scorer([exact_reward, constant])
-    assert scorer.find_unreadable(["4", "", None, "#### 7"]) == {"exact_reward": [1, 2]}
-    assert scorer.find_unreadable(["4"]) == {}
+    scorer = Scorer([functools.partial(exact_reward), constant])
+    found = scorer.find_data_errors(["p"] * 4, {"solution": ["4", "", None, "#### 7"]})
+    assert found == {
+        "exact_reward": {1: "the solution '' can't be read", 2: "the solution 'None' can't be read"}
+    }
+    assert scorer.find_data_errors(["p"], {"solution": ["4"]}) == {}
+
+
+def test_a_function_names_the_rows_that_it_can_t_grade_itself() -> None:
+    """It sees all columns, as when it grades, and the options that it was given."""
+
+    def runs(completions, tests, strict=False, **kwargs):
+        return [1.0] * len(completions)
+
+    def find_data_errors(prompts, tests, level, strict=False, **kwargs):
+        assert (prompts, level, strict) == (["p", "q"], [1, 2], True)
+        return {i: "the tests don't compile" for i, text in enumerate(tests) if "(" in text}
+
+    runs.find_data_errors = find_data_errors
+    scorer = Scorer(functools.partial(runs, strict=True))
+    columns = {"tests": ["assert f(", "assert f"], "level": [1, 2], "completion": ["a", "b"]}
+    assert scorer.find_data_errors(["p", "q"], columns) == {"runs": {0: "the tests don't compile"}}
+
+
+def test_each_function_s_causes_of_abstentions_are_kept() -> None:
+    def ties(completions, **kwargs):
+        return Scores([1.0, None, None], {1: "tie"})
+
+    async def dies(completions, **kwargs):
+        return Scores([None] * 3, {0: "the process died", 1: "no answer"})
+
+    rows = Scorer([ties, length, dies]).score(["p"] * 3, ["a", "bb", "ccc"], [[1]] * 3, {})
+    assert rows == [[1.0, 1.0, None], [None, 2.0, None], [None, 3.0, None]]
+    assert [row.causes for row in rows] == [{2: "the process died"}, {0: "tie", 2: "no answer"}, {}]
+
+
+@pytest.mark.parametrize("causes", [{0: "tie"}, {2: "tie"}, {1: 3}])
+def test_the_cause_of_no_abstention_is_an_error(causes) -> None:
+    def wrong(completions, **kwargs):
+        return Scores([1.0, None], causes)
+
+    with pytest.raises(ValueError, match=r"'wrong' gave .* as the cause"):
+        score(Scorer(wrong))
 
 
 def test_a_reward_model_may_be_named_like_a_function() -> None:

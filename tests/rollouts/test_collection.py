@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
+from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts import collection
 from trl_selfplay.rollouts.collection import (
@@ -28,6 +29,7 @@ class CountingProgress:
     def __init__(self):
         self.sampled = self.restored = 0
         self.solved = None
+        self.abstained = None
 
     def update(self, num_samples, num_tokens, restored=False):
         if restored:
@@ -37,6 +39,9 @@ class CountingProgress:
 
     def set_solved(self, share):
         self.solved = share
+
+    def set_abstained(self, count, cause):
+        self.abstained = count, cause
 
 
 def has_a_digit(completions, **kwargs):
@@ -128,6 +133,22 @@ def test_the_share_of_solved_prompts_is_told(collector, assignments) -> None:
     passed = {r.prompt_id for r in rollouts if r.reward == 1.0 and r.finish != "length"}
     assert 0 < len(passed) < 20
     assert progress.solved == len(passed) / 20
+
+
+def test_causes_of_abstentions_are_kept_and_told(tmp_path, collector, assignments) -> None:
+    def grades_odd(completions, **kwargs):
+        odd = [len(c.split()) % 2 for c in completions]
+        return Scores(
+            [1.0 if o else None for o in odd], {i: "even" for i, o in enumerate(odd) if not o}
+        )
+
+    rollouts, progress = collect(collector(grades_odd), assignments, tmp_path)
+    even = [r for r in rollouts if len(r.completion.split()) % 2 == 0]
+    assert 0 < len(even) < 60
+    assert [r for r in rollouts if r.causes == ("even",)] == even
+    assert progress.abstained == (len(even), "even")
+    again, progress = collect(collector(grades_odd), assignments, tmp_path)
+    assert (again, progress.abstained) == (rollouts, (len(even), "even"))
 
 
 def test_other_seeds_rounds_and_phases_give_other_samples(collector, assignments) -> None:

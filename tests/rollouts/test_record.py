@@ -33,6 +33,7 @@ plain_rollouts = st.builds(
     logprob=scores,
     reward=scores,
     rewards=st.lists(scores, max_size=3).map(tuple),
+    causes=st.lists(st.none() | st.text(), max_size=3).map(tuple),
 )
 
 
@@ -60,12 +61,27 @@ def test_a_shard_reads_back_as_it_was_written(tmp_path_factory, written) -> None
     assert load_rollouts(path) == written
 
 
-def test_a_shard_without_a_format_number_is_of_the_first_format(tmp_path, make_rollout) -> None:
+@pytest.mark.parametrize(
+    ("version", "lacking"), [(1, ["completion_mask", "causes"]), (2, ["causes"])]
+)
+def test_a_shard_of_an_earlier_format_lacks_columns(
+    tmp_path, make_rollout, version, lacking
+) -> None:
+    """Those without a format number are of the first."""
     path, rollout = tmp_path / "00000.parquet", make_rollout()
     save_rollouts(path, [rollout])
-    first = pq.read_table(path).drop_columns(["completion_mask"])
-    pq.write_table(first.replace_schema_metadata(None), path)
+    table = pq.read_table(path).drop_columns(lacking)
+    key = next(iter(table.schema.metadata))
+    metadata = None if version == 1 else {key: str(version).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
     assert load_rollouts(path) == [rollout]
+
+
+def test_the_cause_of_an_abstention_is_the_first_that_a_function_named(make_rollout) -> None:
+    abstained = {"reward": None, "rewards": (None, None, None)}
+    assert make_rollout(**abstained, causes=(None, "tie", "no answer")).cause == "tie"
+    assert make_rollout(**abstained).cause is None
+    assert make_rollout(rewards=(None, 1.0), causes=("tie", None)).cause is None  # it has a reward
 
 
 def test_a_shard_of_a_later_format_is_left_alone_and_named(tmp_path, make_rollout) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts, describe_funnel
+from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts, count_causes, describe_funnel
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.selection import (
     Selection,
@@ -341,6 +341,24 @@ def test_a_funnel_survives_json(rollouts: list[Rollout]) -> None:
     assert flat["sampled"] + flat["hinted_sampled"] == len(rollouts)
 
 
+def test_abstentions_are_counted_by_cause() -> None:
+    """Those without one are only counted; of many causes, the rarest are counted together."""
+    causes = ["tie"] * 5 + ["no answer"] * 2 + [None]
+    rollouts = [
+        make_rollout(i, str(i), None, causes=() if cause is None else (cause,))
+        for i, cause in enumerate(causes)
+    ]
+    funnel = run_select([*rollouts, make_rollout(9, "9", 1.0)]).funnel
+    assert funnel.unhinted.abstained == 8
+    assert funnel.abstain_causes == (("no answer", 2), ("tie", 5))
+    assert "8 abstained (5 tie, 2 no answer)" in describe_funnel(funnel)
+    assert Funnel.from_dict(json.loads(json.dumps(funnel.to_dict()))) == funnel
+    many = count_causes([f"error {i}" for i in range(30)] + ["tie"] * 3)
+    assert dict(many)["tie"] == 3
+    assert dict(many)["other causes"] == 21
+    assert len(many) == 11
+
+
 def test_an_empty_round_is_an_empty_funnel() -> None:
     selection = run_select([])
     assert (selection.kept, selection.outcomes) == ((), ())
@@ -355,11 +373,12 @@ def test_a_described_funnel_names_every_loss_on_one_line() -> None:
         unhinted=OutcomeCounts(1, 9, 900, 0, 2, 8, 5, 75),
         hinted=OutcomeCounts(failed=20, leaked=30, kept=10),
         leak_reasons=(("answer_only", 10), ("mentions_hint", 20)),
+        abstain_causes=(("tie", 1),),
     )
     assert describe_funnel(funnel) == (
         "1,000 sampled + 60 with hint → 990 finished → 90 correct → 10 rationalized → 85 kept; "
-        "dropped: 1 abstained, 9 truncated, 920 failed (20 with hint), 30 leaked (10 answer_only, "
-        "20 mentions_hint), 2 too long, 8 duplicates, 5 over the cap; 40 of 100 prompts solved "
+        "dropped: 1 abstained (1 tie), 9 truncated, 920 failed (20 with hint), 30 leaked "
+        "(20 mentions_hint, 10 answer_only), 2 too long, 8 duplicates, 5 over the cap; 40 of 100 prompts solved "
         "without hint"
     )
 

@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import Any, Self
 from tqdm.auto import tqdm
 
 from trl_selfplay.evaluation.monitor import best_round
-from trl_selfplay.rollouts.funnel import Funnel
+from trl_selfplay.rollouts.funnel import Funnel, describe_causes
 from trl_selfplay.rollouts.record import Rollout
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ _NONE = "–"
 
 
 class SamplingProgress:
-    """A progress bar over samples with tokens/s and the share of prompts solved so far.
+    """A progress bar over samples with tokens/s, the share of prompts solved so far, and abstentions.
 
     A minute after the start, it logs once how long the whole phase will take.
 
@@ -60,6 +61,7 @@ class SamplingProgress:
         self._num_sampled = 0
         self._num_tokens = 0
         self._solved: float | None = None
+        self._abstained = ""
         self._tells_forecast = not disable
         # A log file gets a line for every refresh; on a terminal they overwrite each other.
         refresh_s = 0.2 if sys.stderr.isatty() else 30.0
@@ -100,11 +102,16 @@ class SamplingProgress:
         self._solved = share
         self._bar.set_postfix_str(self._postfix())
 
+    def set_abstained(self, count: int, cause: str | None) -> None:
+        """Show how many of the samples graded so far have no reward, and the most frequent cause."""
+        self._abstained = f"{count:,} abstained" + (f" ({cause})" if cause else "")
+        self._bar.set_postfix_str(self._postfix())
+
     def _postfix(self) -> str:
         seconds = self._clock() - self._started
         speed = f"{self._num_tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
         solved = "" if self._solved is None else f"{self._solved:.0%} solved"
-        return ", ".join(part for part in (speed, solved) if part)
+        return ", ".join(part for part in (speed, solved, self._abstained) if part)
 
     def _tell_forecast(self) -> None:
         seconds = self._clock() - self._started
@@ -264,8 +271,14 @@ def _caption(lines: Sequence[Mapping[str, Any]]) -> str:
     graded = ""
     if _is_graded(lines[0]):
         graded = "correct + rationalized → " if _uses_hints(lines) else "correct → "
+    funnels = [Funnel.from_dict(line["funnel"]) for line in lines]
+    causes: Counter[str] = Counter()
+    for funnel in funnels:
+        causes.update(dict(funnel.abstain_causes))
+    abstained = f"; abstained: {describe_causes(causes.items())}" if causes else ""
     return (
-        f"funnel: sampled → finished → {graded}kept → trained; seconds: {'/'.join(_phases(lines))}"
+        f"funnel: sampled → finished → {graded}kept → trained; seconds: "
+        f"{'/'.join(_phases(lines))}{abstained}"
     )
 
 

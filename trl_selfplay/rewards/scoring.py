@@ -1,7 +1,7 @@
 """Call reward functions the way GRPOTrainer does, and keep each one's own score.
 
-In: prompts, completions and the dataset's columns, repeated for every completion. Out: one tuple of
-scores per completion, with None where a function abstained. Functions may be callables, async
+In: prompts, completions and the dataset's columns, repeated for every completion. Out: the scores of
+each completion, with None where a function abstained, and why. Functions may be callables, async
 callables, model ids and sequence classifiers.
 """
 
@@ -24,6 +24,7 @@ from typing import Any
 from torch import nn
 
 from trl_selfplay.rewards.reward_model import RewardModel
+from trl_selfplay.rewards.scores import Scores
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +126,8 @@ class Scorer:
         completion_ids: Sequence[list[int]],
         columns: Mapping[str, list[Any]],
         where: str = "",
-    ) -> list[tuple[float | None, ...]]:
-        """Return one tuple of scores per completion, with None where a function abstained.
+    ) -> list[Scores]:
+        """Return the functions' scores of each completion, with None where one abstained, and why.
 
         Functions run one after another, then all async functions concurrently. A warning is logged
         for a function that takes more than a minute.
@@ -141,7 +142,8 @@ class Scorer:
         Raises:
             RuntimeError: A function raised or tried to exit; the error names it.
             ValueError: A function returned the wrong number of scores or one that isn't finite,
-                needs a missing column, or a column has the name of another argument.
+                gave the cause of an abstention that isn't one, needs a missing column, or a column
+                has the name of another argument.
             TypeError: A function returned something other than numbers and None.
         """
         self.check_columns(columns, "the dataset")
@@ -175,7 +177,10 @@ class Scorer:
             _check_scores(name, answers[index], prompts, completions)
             for index, name in enumerate(self.names)
         ]
-        return list(zip(*scores, strict=True))
+        return [
+            Scores(row, {i: s.causes[index] for i, s in enumerate(scores) if index in s.causes})
+            for index, row in enumerate(zip(*scores, strict=True))
+        ]
 
     def check_columns(self, columns: Collection[str], where: str) -> None:
         """Raise ValueError if the functions can't be called with a dataset's columns.
@@ -216,23 +221,37 @@ class Scorer:
         return tuple(
             name
             for function, name in zip(self._functions, self.names, strict=True)
-            if getattr(function, "abstains_without_solution", False)
+            if getattr(_without_partial(function), "abstains_without_solution", False)
         )
 
-    def find_unreadable(self, solutions: Sequence[Any]) -> dict[str, list[int]]:
-        """Return, by function, the indices of solutions that the function can't read.
+    def find_data_errors(
+        self, prompts: Sequence[Any], columns: Mapping[str, list[Any]]
+    ) -> dict[str, dict[int, str]]:
+        """Return, by function, the rows on which it can grade no completion, with the reason.
 
-        Functions with the attribute `abstains_without_solution` are asked to grade each solution as
-        if it were a completion; they abstain if they can't read it.
+        A function that knows such rows has an attribute `find_data_errors`: a function that gets
+        `prompts` and the dataset's columns by keyword, as lists, and returns a reason by index. One
+        with `abstains_without_solution` instead is asked to grade each solution as if it were a
+        completion, and abstains if it can't read it.
+
+        Args:
+            prompts: The prompt of each row.
+            columns: The dataset's columns, one value per row.
         """
+        arguments = {k: v for k, v in columns.items() if k not in _NOT_FORWARDED}
+        arguments["prompts"] = list(prompts)
         found = {}
         for function, name in zip(self._functions, self.names, strict=True):
-            if getattr(function, "abstains_without_solution", False):
-                texts = ["" if s is None else str(s) for s in solutions]
-                scores = function(completions=texts, solution=list(solutions))
-                unreadable = [i for i, score in enumerate(scores) if score is None]
-                if unreadable:
-                    found[name] = unreadable
+            inner = _without_partial(function)
+            find = getattr(inner, "find_data_errors", None)
+            if find is not None:
+                errors = find(**{**arguments, **getattr(function, "keywords", {})})
+            elif getattr(inner, "abstains_without_solution", False):
+                errors = _unreadable_solutions(function, columns.get("solution", []))
+            else:
+                continue
+            if errors:
+                found[name] = dict(sorted(errors.items()))
         return found
 
     def weighted(self, rewards: Sequence[float | None]) -> float | None:
@@ -382,6 +401,17 @@ def _without_partial(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _unreadable_solutions(function: Callable[..., Any], solutions: Sequence[Any]) -> dict[int, str]:
+    """Return the solutions that a function abstains on when they are the completion too."""
+    texts = ["" if s is None else str(s) for s in solutions]
+    scores = function(completions=texts, solution=list(solutions))
+    return {
+        i: f"the solution {str(solutions[i])[:80]!r} can't be read"
+        for i, score in enumerate(scores)
+        if score is None
+    }
+
+
 def _is_async(function: Callable[..., Any]) -> bool:
     inner = _without_partial(function)
     call = getattr(inner, "__call__", None)  # noqa: B004  # we need its type, not whether it exists
@@ -466,8 +496,9 @@ def _call(name: str, call: Callable[[], Any]) -> Any:
 
 def _check_scores(
     name: str, answer: Any, prompts: Sequence[Any], completions: Sequence[Any]
-) -> list[float | None]:
+) -> Scores:
     count = len(completions)
+    causes = answer.causes if isinstance(answer, Scores) else {}
     if hasattr(answer, "tolist"):
         answer = answer.tolist()
     if not isinstance(answer, (list, tuple)):
@@ -504,4 +535,11 @@ def _check_scores(
             )
         # GRPOTrainer keeps scores in a tensor, where NaN represents None.
         scores.append(None if math.isnan(number) else number)
-    return scores
+    for index, cause in causes.items():
+        if not 0 <= index < count or scores[index] is not None or not isinstance(cause, str):
+            raise ValueError(
+                f"reward function {name!r} gave {cause!r:.100} as the cause why it abstained on "
+                f"completion {index} of {count}, which it didn't abstain on, or which isn't text. "
+                "Give causes by the index of a score that is None."
+            )
+    return Scores(scores, causes)

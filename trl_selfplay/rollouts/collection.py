@@ -9,6 +9,7 @@ shards are read, and work resumes at the first incomplete shard.
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -65,6 +66,9 @@ class Progress(Protocol):
 
     def set_solved(self, share: float) -> None:
         """Report the share of the prompts graded so far that have a passing sample."""
+
+    def set_abstained(self, count: int, cause: str | None) -> None:
+        """Report how many samples have no reward, and the most frequent cause, if one is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,7 @@ class Collector:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         collected: list[Rollout] = []
         solved: list[bool] = []
+        causes: Counter[str | None] = Counter()
         threshold = None if self.has_degrees else self.reward_threshold
         if phase == "eval":
             threshold = self.eval_threshold
@@ -167,6 +172,10 @@ class Collector:
                     if path is not None:
                         save_rollouts(path, rollouts)
                 collected += rollouts
+                if graded:
+                    causes.update(r.cause for r in rollouts if r.reward is None)
+                    if causes:
+                        progress.set_abstained(causes.total(), _most_frequent(causes))
                 if graded and threshold is not None:
                     passed = {r.prompt_id for r in rollouts if r.passes(threshold)}
                     solved += [prompt_id in passed for prompt_id in shard.prompt_ids]
@@ -276,8 +285,13 @@ class Collector:
             where=name,
         )
         graded = [
-            replace(r, rewards=rewards, reward=scorer.weighted(rewards))
-            for r, rewards in zip(rollouts, scores, strict=True)
+            replace(
+                r,
+                rewards=tuple(given),
+                reward=scorer.weighted(given),
+                causes=tuple(map(given.causes.get, range(len(given)))) if given.causes else (),
+            )
+            for r, given in zip(rollouts, scores, strict=True)
         ]
         if self.refuses_negative_rewards and not is_heldout:
             _check_not_negative(graded, scorer.names)
@@ -303,6 +317,11 @@ def one_ahead(items: Iterator[Item], stop: Event) -> Generator[Item]:
         finally:
             stop.set()
             thread.submit(getattr(items, "close", int)).result()
+
+
+def _most_frequent(causes: Counter[str | None]) -> str | None:
+    known = Counter({cause: n for cause, n in causes.items() if cause is not None})
+    return known.most_common(1)[0][0] if known else None
 
 
 def _check_not_negative(rollouts: Sequence[Rollout], names: Sequence[str]) -> None:

@@ -3,7 +3,8 @@
 In: counts by outcome. Out: records that add up, a flat mapping for rounds.jsonl, one line of text.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, Self
 
@@ -25,6 +26,10 @@ Outcome = Literal[
 _RARE = ("unpaired",)
 _HINTED_PREFIX = "hinted_"
 _REASON_PREFIX = "leak_"
+_CAUSE_PREFIX = "abstained: "
+# Of a function that names more causes than these, the rarest are counted together.
+_MOST_CAUSES = 10
+OTHER_CAUSES = "other causes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,8 @@ class Funnel:
         unhinted: Outcomes of completions sampled without a hint.
         hinted: Outcomes of completions sampled with the answer as a hint.
         leak_reasons: (reason, count) of leaked completions, sorted by reason.
+        abstain_causes: (cause, count) of the completions that reward functions abstained on and
+            said why, sorted by cause.
         history: Number of completions of earlier rounds that are trained on as well.
         gold: Number of human completions that are trained on as well.
     """
@@ -98,6 +105,7 @@ class Funnel:
     unhinted: OutcomeCounts
     hinted: OutcomeCounts = OutcomeCounts()
     leak_reasons: tuple[tuple[str, int], ...] = ()
+    abstain_causes: tuple[tuple[str, int], ...] = ()
     history: int = 0
     gold: int = 0
 
@@ -136,6 +144,7 @@ class Funnel:
             "hinted_sampled": self.hinted.sampled,
             **{_HINTED_PREFIX + name: count for name, count in self.hinted.to_dict().items()},
             **{_REASON_PREFIX + reason: count for reason, count in self.leak_reasons},
+            **{_CAUSE_PREFIX + cause: count for cause, count in self.abstain_causes},
             "history": self.history,
             "gold": self.gold,
         }
@@ -149,14 +158,37 @@ class Funnel:
             prompts_solved=counts["prompts_solved"],
             unhinted=OutcomeCounts(**{name: counts.get(name, 0) for name in names}),
             hinted=OutcomeCounts(**{n: counts.get(_HINTED_PREFIX + n, 0) for n in names}),
-            leak_reasons=tuple(
-                (key.removeprefix(_REASON_PREFIX), count)
-                for key, count in sorted(counts.items())
-                if key.startswith(_REASON_PREFIX)
-            ),
+            leak_reasons=_with_prefix(_REASON_PREFIX, counts),
+            abstain_causes=_with_prefix(_CAUSE_PREFIX, counts),
             history=counts.get("history", 0),
             gold=counts.get("gold", 0),
         )
+
+
+def _with_prefix(prefix: str, counts: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(
+        (key.removeprefix(prefix), count)
+        for key, count in sorted(counts.items())
+        if key.startswith(prefix)
+    )
+
+
+def count_causes(causes: Iterable[str | None]) -> tuple[tuple[str, int], ...]:
+    """Return (cause, count), sorted by cause, without None; the rarest of many count together."""
+    counts = Counter(cause for cause in causes if cause is not None)
+    common = dict(counts.most_common(_MOST_CAUSES))
+    if rest := counts.total() - sum(common.values()):
+        common[OTHER_CAUSES] = common.get(OTHER_CAUSES, 0) + rest
+    return tuple(sorted(common.items()))
+
+
+def describe_causes(causes: Iterable[tuple[str, int]]) -> str:
+    """Return causes or reasons with their counts, the most frequent first, as text.
+
+    >>> describe_causes([("no gold", 2), ("tie", 1_500)])
+    '1,500 tie, 2 no gold'
+    """
+    return ", ".join(f"{n:,} {cause}" for cause, n in sorted(causes, key=lambda c: (-c[1], c[0])))
 
 
 def describe_funnel(funnel: Funnel, graded: bool = True) -> str:
@@ -173,8 +205,9 @@ def describe_funnel(funnel: Funnel, graded: bool = True) -> str:
         if name == "kept" or total == 0:
             continue
         text = f"{total:,} {names.get(name, name)}"
-        if name == "leaked":
-            text += f" ({', '.join(f'{count:,} {r}' for r, count in funnel.leak_reasons)})"
+        parts = {"leaked": funnel.leak_reasons, "abstained": funnel.abstain_causes}.get(name)
+        if parts:
+            text += f" ({describe_causes(parts)})"
         elif hinted[name]:
             text += f" ({hinted[name]:,} with hint)"
         dropped.append(text)

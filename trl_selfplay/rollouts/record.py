@@ -41,6 +41,8 @@ class Rollout:
             were sampled from, or None.
         reward: Weighted sum of `rewards`, or None if every function abstained.
         rewards: Score of each function, None if it abstained; empty while ungraded.
+        causes: Why each function abstained; None for one that scored it or named no cause. Empty if
+            no cause is known.
         completion_mask: For each of `completion_ids`, whether the policy wrote it. Other tokens come
             from a tool or an environment and are never trained on. None: it wrote all of them.
 
@@ -62,6 +64,7 @@ class Rollout:
     reward: float | None = None
     rewards: tuple[float | None, ...] = ()
     completion_mask: tuple[bool, ...] | None = None
+    causes: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the length of the mask."""
@@ -82,14 +85,20 @@ class Rollout:
         """Whether it is truncated; truncated completions are never trained on."""
         return self.finish == "length"
 
+    @property
+    def cause(self) -> str | None:
+        """Why it has no reward: the first cause that a function named, or None."""
+        known = (cause for cause in self.causes if cause is not None)
+        return next(known, None) if self.reward is None else None
+
     def passes(self, threshold: float) -> bool:
         """Return whether it isn't truncated and its reward is at least the threshold."""
         return not self.is_truncated and self.reward is not None and self.reward >= threshold
 
 
 # The format of the files, in their metadata. 1, which files without a number have, lacks
-# `completion_mask`.
-FORMAT = 2
+# `completion_mask`; 2 lacks `causes`.
+FORMAT = 3
 _FORMAT_KEY = b"trl_selfplay_rollouts_format"
 SCHEMA = pa.schema(
     [
@@ -107,6 +116,7 @@ SCHEMA = pa.schema(
         ("reward", pa.float64()),
         ("rewards", pa.list_(pa.float64())),
         ("completion_mask", pa.list_(pa.bool_())),
+        ("causes", pa.list_(pa.string())),
     ],
     metadata={_FORMAT_KEY: str(FORMAT).encode()},
 )
@@ -178,6 +188,9 @@ def load_rollouts(path: Path, remedy: str = BRING_BACK) -> list[Rollout]:
         if version < 2:
             absent = pa.nulls(len(table), SCHEMA.field("completion_mask").type)
             table = table.append_column("completion_mask", absent)
+        if version < 3:
+            none = pa.array([[]] * len(table), SCHEMA.field("causes").type)
+            table = table.append_column("causes", none)
         rows = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
         return [_rollout(row) for row in rows]
 

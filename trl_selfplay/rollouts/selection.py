@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Self
 
 from trl_selfplay.rewards.equations import find_equations
-from trl_selfplay.rollouts.funnel import Funnel, Outcome, OutcomeCounts
+from trl_selfplay.rollouts.funnel import Funnel, Outcome, OutcomeCounts, count_causes
 from trl_selfplay.rollouts.record import Rollout
 
 NormalForm = Callable[[str], Hashable]
@@ -105,6 +105,7 @@ class Selection:
             unhinted=OutcomeCounts(**counts[False]),
             hinted=OutcomeCounts(**counts[True]),
             leak_reasons=tuple(sorted(leak_reasons.items())),
+            abstain_causes=count_causes(r.cause for r, o in outcomes if o == "abstained"),
             history=len(history),
         )
         kept = tuple(r for r, outcome in outcomes if outcome == "kept")

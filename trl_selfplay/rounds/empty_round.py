@@ -7,7 +7,7 @@ import heapq
 import logging
 from typing import Any
 
-from trl_selfplay.rollouts.funnel import describe_funnel
+from trl_selfplay.rollouts.funnel import describe_causes, describe_funnel
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import Rollout
 
@@ -63,10 +63,14 @@ def _remedy(args: Any, played: PlayedRound) -> str:
         )
     if num_abstained == num_sampled:
         names = ", ".join(name for name in played.rewards if name != "mean")
+        causes = describe_causes(funnel.abstain_causes)
+        usual = (
+            "Usually the `solution` column can't be read, or a function returns None or NaN for what "
+            "it should give 0.0."
+        )
         return (
             f"The reward functions ({names}) abstained on all of them: None says that a completion "
-            "has no score, not that it is wrong. Usually the `solution` column can't be read, or a "
-            "function returns None or NaN for what it should give 0.0."
+            f"has no score, not that it is wrong. {f'Causes: {causes}.' if causes else usual}"
         )
     if funnel.unhinted.truncated + funnel.hinted.truncated == num_sampled:
         return (

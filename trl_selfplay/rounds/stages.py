@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -56,8 +57,8 @@ from trl_selfplay.rounds.run import Run
 
 logger = logging.getLogger(__name__)
 
-# Maximum number of solutions read at construction. Grading reads all of them.
-_MOST_SOLUTIONS_READ = 2000
+# Maximum number of rows whose data is checked at construction. Grading meets all of them.
+_MOST_ROWS_CHECKED = 2000
 # Number of the longest prompts tokenized at construction. Sampling checks all prompts.
 _CHECKED_AT_CONSTRUCTION = 64
 
@@ -135,38 +136,24 @@ class SelfPlay:
         if scorer is not None and rows:
             scorer.check_columns(rows[0].columns, name)
 
-    def warn_unreadable_solutions(self) -> None:
-        """Warn, before anything is sampled, of solutions that the reward functions can't read.
+    def warn_data_errors(self) -> None:
+        """Warn, before anything is sampled, of rows that the reward functions can't grade.
 
         Raises:
             TypeError: A function that compares with a single answer would get a list, a dict or
                 bytes.
         """
-        scorer = self.collector.scorer
-        if scorer is None:
-            return
-        self._refuse_collections(scorer, self.rows, "train_dataset")
+        scorer, for_heldout = self.collector.scorer, self.collector.heldout_scorer
+        if scorer is not None:
+            self._refuse_collections(scorer, self.rows, "train_dataset")
+            _warn_data_errors(scorer, self.rows, "train_dataset")
         for name, rows in self.heldout.items():
-            self._refuse_collections(self.collector.heldout_scorer, rows, name or "eval_dataset")
-        sample = self.rows[:_MOST_SOLUTIONS_READ]
-        found = scorer.find_unreadable([r.solution for r in sample])
-        for name, indices in found.items():
-            examples = ", ".join(
-                f"row {sample[i].row_index}: {str(sample[i].solution)[:80]!r}" for i in indices[:5]
-            )
-            logger.warning(
-                "%s can't read the solution of %d of %d rows of `train_dataset` (%s); it abstains "
-                "on their completions. Fix or drop these rows, or use another reward function.",
-                name,
-                len(indices),
-                len(sample),
-                examples,
-            )
+            if for_heldout is not None:
+                self._refuse_collections(for_heldout, rows, name or "eval_dataset")
+                _warn_data_errors(for_heldout, rows, name or "eval_dataset")
 
-    def _refuse_collections(
-        self, scorer: Scorer | None, rows: Sequence[PromptRow], name: str
-    ) -> None:
-        readers = () if scorer is None else scorer.solution_readers
+    def _refuse_collections(self, scorer: Scorer, rows: Sequence[PromptRow], name: str) -> None:
+        readers = scorer.solution_readers
         wrong = next((r for r in rows if not is_answer(r.solution)), None) if readers else None
         if wrong is not None:
             raise TypeError(
@@ -525,6 +512,25 @@ class SelfPlay:
             save_selection(folder / "selection.parquet", selection)
             if self.config.log_completions:
                 print_completions(selection.rollouts, self.config.num_completions_to_print)
+
+
+def _warn_data_errors(scorer: Scorer, rows: Sequence[PromptRow], name: str) -> None:
+    sample = rows[:_MOST_ROWS_CHECKED]
+    if not sample:
+        return
+    columns = {key: [row.columns[key] for row in sample] for key in sample[0].columns}
+    found = scorer.find_data_errors([row.prompt for row in sample], columns)
+    for function, errors in found.items():
+        examples = [f"row {sample[i].row_index}: {why}" for i, why in islice(errors.items(), 5)]
+        logger.warning(
+            "%s can't grade %d of %d rows of `%s` (%s); it abstains on their completions. Fix or "
+            "drop these rows, or use another reward function.",
+            function,
+            len(errors),
+            len(sample),
+            name,
+            "; ".join(examples),
+        )
 
 
 def _longest(rows: Sequence[PromptRow]) -> list[PromptRow]:

@@ -121,7 +121,7 @@ class RoundsMixin(Trainer):
             self._build_self_play(rows, heldout, grading, examples, hint_formatter)
         )
         self.self_play.check_prompts(hinted=hint_formatter is not None)
-        self.self_play.warn_unreadable_solutions()
+        self.self_play.warn_data_errors()
 
     def _build_self_play(
         self,

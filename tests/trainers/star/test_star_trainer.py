@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_selfplay import EmptyRoundError
 from trl_selfplay.generation.sampler import SampledCompletion
+from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rows import build_training_rows
 from trl_selfplay.rollouts.stored import load_kept, load_samples
@@ -292,6 +293,14 @@ def test_all_rewards_none_is_an_empty_round(build_star) -> None:
     ) as e:
         trainer.train()
     assert "answer format" not in str(e.value)
+
+
+def test_an_empty_round_of_abstentions_names_their_causes(build_star) -> None:
+    def abstains(completions, **kwargs):
+        return Scores([None] * len(completions), dict.fromkeys(range(len(completions)), "tie"))
+
+    with pytest.raises(EmptyRoundError, match=r"not that it is wrong\. Causes: \d+ tie\."):
+        build_star(reward_funcs=abstains).train()
 
 
 def test_a_round_shorter_than_its_warm_up_is_one_warning(build_star, caplog) -> None:
