@@ -39,12 +39,12 @@ NUM_ROUNDS = 2
 
 
 def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that has a word for every id."""
-    vocabulary = {f"t{i}": i for i in range(vocab_size)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    """Return a tokenizer that has a word for every id; no special token is the start of a word."""
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, vocab_size)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="t0", eos_token="t1", padding_side="left"
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
 
 
