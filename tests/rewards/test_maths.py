@@ -104,16 +104,13 @@ def test_a_comparison_that_hangs_costs_its_own_verdict_alone(monkeypatch, caplog
 
 def test_a_prompt_whose_answers_hang_is_given_up(monkeypatch, caplog) -> None:
     """Each costs the deadline and a process: after four the others of that prompt have no verdict."""
-    monkeypatch.setattr(maths, "DEADLINE_S", 1.5)
-    towers = [f"\\boxed{{9^{{9^{{9^{{{n}}}}}}}}}" for n in range(9, 15)]
-    prompts = ["p"] * 7 + ["q"]
-    started = []
-    take = maths._pool._take
-    monkeypatch.setattr(maths._pool, "_take", lambda: started.append(1) or take())
-    scores = math_reward([*towers, "3", "3"], ["3"] * 8, prompts=prompts)
-    assert scores == [None] * 7 + [1.0]
-    assert len(started) == 5
-    assert "3 of 8 completions: not tried after 4 of the same prompt" in caplog.text
+    monkeypatch.setattr(maths, "DEADLINE_S", 1.0)
+    towers = [f"\\boxed{{9^{{9^{{9^{{{n}}}}}}}}}" for n in range(1, 9)]
+    scores = math_reward([*towers, "3", "3"], ["3"] * 10, prompts=["p"] * 9 + ["q"])
+    assert scores == [None] * 8 + [1.0, 1.0]
+    assert "4 of 10 completions: no answer within the deadline" in caplog.text
+    assert "4 of 10 completions: not tried after 4 of the same prompt" in caplog.text
+    assert scores.count_causes().total() == 8
 
 
 def test_a_hang_in_one_thread_does_not_hold_up_another(monkeypatch) -> None:

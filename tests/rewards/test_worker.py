@@ -1,11 +1,14 @@
 """Processes that can be killed: what is left of them, and what can't confuse them."""
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import psutil
 import pytest
@@ -18,7 +21,24 @@ def double(number):
     return 2 * number
 
 
-def misbehave(how):
+def own_pid(number):
+    return os.getpid()
+
+
+def meet(port, number):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.recv(1)
+    return number
+
+
+def answer_in_pairs(server, pairs) -> None:
+    for _ in range(pairs):
+        (first, _), (second, _) = server.accept(), server.accept()
+        first.close()
+        second.close()
+
+
+def misbehave(how, *_):
     print("not an answer", flush=True)  # noqa: T201
     if how == "raise":
         raise ValueError("no")
@@ -28,6 +48,10 @@ def misbehave(how):
             pass
     if how == "exit":
         os._exit(0)
+    if how == "set":
+        return {1}
+    if how == "start a process":
+        return subprocess.Popen(["sleep", "600"]).pid
     if how == "read":
         return sys.stdin.read()
     if how == "eat memory":
@@ -55,7 +79,7 @@ def workers(process=None):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("raise", "ValueError: no"),
+        ("raise", "it raised ValueError: no"),
         ("hang", "no answer within the deadline"),
         ("exit", "the process died"),
         ("eat memory", "MemoryError"),
@@ -68,11 +92,91 @@ def test_a_call_that_fails_leaves_the_pool_alive(pool, how, message) -> None:
     assert pool.call("fine", deadline_s=10.0) == "fine"
 
 
-def test_a_failed_call_is_counted_and_the_others_have_values(pool) -> None:
-    calls = [("a",), ("raise",), ("b",), ("exit",), ("raise",)]
-    values, reasons = pool.call_each(calls, deadline_s=10.0)
-    assert values == ["a", None, "b", None, None]
-    assert reasons == {"ValueError: no": 2, "the process died": 1}
+def test_a_failed_call_has_its_cause_and_the_others_have_values(pool) -> None:
+    calls = [("a",), ("raise",), ("b",), ("exit",), ("raise",), ("set",)]
+    values, failures = pool.call_each(calls, deadline_s=10.0)
+    assert values == ["a", None, "b", None, None, None]
+    assert {index: failure.cause for index, failure in failures.items()} == {
+        1: "it raised ValueError",
+        3: "the process died",
+        4: "it raised ValueError",
+        5: "it raised TypeError",  # sets aren't JSON
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_values_depend_neither_on_the_order_of_calls_nor_on_the_number_of_processes(
+    workers,
+) -> None:
+    """VF-5, with calls that fail among them, and more late ones than are waited for."""
+    numbers = list(range(40))
+    calls = [
+        ("raise",),
+        ("exit",),
+        *(("hang", n) for n in range(6)),
+        *((f"a{n}",) for n in numbers),
+    ]
+    groups = ["p" if n % 2 else "q" for n in range(len(calls))]
+    groups[2:8] = ["q"] * 6
+    rows = list(zip(calls, groups, strict=True))
+    random.Random(workers).shuffle(rows)
+    pool = WorkerPool(__name__, "misbehave", workers=workers)
+    values, failures = pool.call_each([row[0] for row in rows], 0.4, [row[1] for row in rows])
+    pool.close()
+    causes = {rows[index][0]: failure.cause for index, failure in failures.items()}
+    assert causes == {
+        ("raise",): "it raised ValueError",
+        ("exit",): "the process died",
+        **{("hang", n): "no answer within the deadline" for n in range(4)},
+        **{("hang", n): "not tried after 4 of the same prompt without an answer" for n in (4, 5)},
+    }
+    for (arguments, _), value in zip(rows, values, strict=True):
+        assert value == (None if arguments in causes else arguments[0])
+
+
+def test_several_processes_work_at_the_same_time() -> None:
+    """Each call waits until another one is at work as well."""
+    pool = WorkerPool(__name__, "meet", workers=2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        meeting = threading.Thread(target=answer_in_pairs, args=(server, 6))
+        meeting.start()
+        port = server.getsockname()[1]
+        values, failures = pool.call_each([(port, n) for n in range(12)], deadline_s=30.0)
+        meeting.join()
+    assert (values, failures) == (list(range(12)), {})
+    assert len(workers()) == 2
+    pool.close()
+
+
+def test_threads_share_the_bound_on_processes() -> None:
+    pool = WorkerPool(__name__, "double", workers=2)
+    threads = [
+        threading.Thread(target=pool.call_each, args=([(n,) for n in range(100)], 10.0))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(workers()) <= 3  # a thread has one in any case
+    pool.close()
+
+
+def test_a_process_is_replaced_after_its_calls() -> None:
+    pool = WorkerPool(__name__, "own_pid", workers=1, calls_per_worker=3)
+    pids, failures = pool.call_each([(n,) for n in range(8)], deadline_s=10.0)
+    assert failures == {}
+    assert sorted(Counter(pids).values()) == [2, 3, 3]
+    assert len(workers()) == 1
+    pool.close()
+
+
+def test_what_a_call_started_ends_with_its_process(pool) -> None:
+    pid = int(pool.call("start a process", deadline_s=10.0))
+    assert psutil.pid_exists(pid)
+    with pytest.raises(WorkerFailure, match="deadline"):
+        pool.call("hang", deadline_s=0.5)
+    assert wait_for_end(pid)
 
 
 def test_the_function_cannot_read_requests(pool) -> None:

@@ -6,16 +6,14 @@ texts, math-verify would find the 72 in `It isn't 72` and the 2 in `2x + 1`. It 
 six decimals, which makes all tiny numbers equal, so the relative difference must be small as well.
 """
 
-import logging
 import pickle
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from trl_selfplay.rewards.answer import extract_answer, final_answer, text_of, without_thoughts
+from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.worker import WorkerPool
-
-logger = logging.getLogger(__name__)
 
 DEADLINE_S = 5.0
 # Maximum difference of equal numbers, relative to the larger one: 0.142857 is 1/7.
@@ -43,7 +41,7 @@ def math_reward(
     solution: Sequence[Any],
     prompts: Sequence[Any] | None = None,
     **kwargs: Any,
-) -> list[float | None]:
+) -> Scores:
     r"""Return 1.0 if a completion's final answer has the value of the solution, else 0.0.
 
     The final answer is found by `extract_answer`; a completion without a marker counts only if all
@@ -62,7 +60,7 @@ def math_reward(
         ImportError: math-verify is not installed.
         TypeError: A solution is a list, a dict or bytes.
     """
-    verdicts, reasons = _pool.call_each(
+    verdicts, failures = _pool.call_each(
         [
             (None if gold is None else _expression(final_answer(gold)), _answer_in(completion))
             for completion, gold in zip(completions, solution, strict=True)
@@ -70,13 +68,13 @@ def math_reward(
         DEADLINE_S,
         groups=list(map(pickle.dumps, solution if prompts is None else prompts)),
     )
-    if unparsed := sum(v is None for v in verdicts) - reasons.total():
-        reasons["the solution can't be parsed; for words use exact_reward"] = unparsed
-    for reason, count in reasons.items():
-        logger.warning(
-            "math_reward: no verdict for %d of %d completions: %s", count, len(verdicts), reason
-        )
-    return [None if v is None else float(v) for v in verdicts]
+    causes = {index: failure.cause for index, failure in failures.items()}
+    for index, value in enumerate(verdicts):
+        if value is None:
+            causes.setdefault(index, "the solution can't be parsed; for words use exact_reward")
+    scores = Scores((None if v is None else float(v) for v in verdicts), causes)
+    scores.log_causes("math_reward")
+    return scores
 
 
 math_reward.abstains_without_solution = True  # type: ignore[attr-defined]

@@ -6,15 +6,13 @@ killed, because some evaluate the answer: that of `countdown` never returns on 9
 """
 
 import json
-import logging
 import pickle
 from collections.abc import Sequence
 from typing import Any
 
 from trl_selfplay.rewards.answer import extract_answer, is_answer, text_of, without_thoughts
+from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.worker import WorkerPool
-
-logger = logging.getLogger(__name__)
 
 DEADLINE_S = 5.0
 
@@ -71,15 +69,9 @@ class puzzle_reward:
             entry = {"question": "", "answer": gold, "metadata": details}
             calls.append((self.name, answer, entry))
         groups = list(map(pickle.dumps, solution if prompts is None else prompts))
-        scores, reasons = _pool.call_each(calls, DEADLINE_S, groups)
-        for reason, count in reasons.items():
-            logger.warning(
-                "%s: no score for %d of %d completions: %s",
-                self.__name__,
-                count,
-                len(scores),
-                reason,
-            )
+        values, failures = _pool.call_each(calls, DEADLINE_S, groups)
+        scores = Scores(values, {index: failure.cause for index, failure in failures.items()})
+        scores.log_causes(self.__name__)
         return scores
 
 

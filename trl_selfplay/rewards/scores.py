@@ -4,8 +4,11 @@ In: a score per completion, and why those that are None are None. Out: a list, a
 it, that also knows the causes.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
+
+logger = logging.getLogger(__name__)
 
 
 class Scores(list[float | None]):
@@ -30,3 +33,10 @@ class Scores(list[float | None]):
     def count_causes(self) -> Counter[str]:
         """Return the number of abstentions by cause."""
         return Counter(self.causes.values())
+
+    def log_causes(self, name: str) -> None:
+        """Log one warning per cause, with its count and the reward function's name."""
+        for cause, count in self.count_causes().items():
+            logger.warning(
+                "%s: no score for %d of %d completions: %s", name, count, len(self), cause
+            )
