@@ -1,7 +1,8 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from trl_selfplay.rewards.reward_model import RewardModel
 from trl_selfplay.rewards.scoring import Scorer
 
 
@@ -37,8 +38,35 @@ def test_scores_do_not_depend_on_padding_or_company(classifier, word_tokenizer, 
 
 
 def test_a_text_beyond_the_context_is_no_verdict(classifier, word_tokenizer) -> None:
-    scorer = Scorer(classifier, reward_processing_classes=word_tokenizer)
-    assert score(scorer, ["Q " * 12, "Q "], ["A", "A"])[0] is None
+    judge = RewardModel(classifier, word_tokenizer)
+    scores = judge(["Q " * 12, "", "Q "], ["A", "", "A"])
+    assert [score is None for score in scores] == [True, True, False]
+    assert scores.causes == {
+        0: "the text is longer than the reward model's context",
+        1: "the text is empty",
+    }
+
+
+def test_batches_hold_at_most_so_many_tokens_and_change_no_score(
+    classifier, word_tokenizer, monkeypatch
+) -> None:
+    """VF-5: eleven texts of 1 to 11 words, as many together as fit."""
+    prompts, completions = ["Q "] * 11, ["5 " * count for count in range(11)]
+    sizes = []
+    forward = classifier.forward
+    monkeypatch.setattr(
+        classifier, "forward", lambda **kwargs: sizes.append(kwargs["input_ids"].shape) or forward(**kwargs)
+    )  # fmt: skip
+    expected = RewardModel(classifier, word_tokenizer)(prompts, completions)
+    assert sizes == [(11, 11)]
+    for most in (1, 22, 40):
+        sizes.clear()
+        judge = RewardModel(classifier, word_tokenizer, max_tokens_per_batch=most)
+        assert judge(prompts, completions) == pytest.approx(expected, abs=1e-4)
+        assert sum(rows for rows, _ in sizes) == 11
+        assert all(rows == 1 or rows * length <= most for rows, length in sizes)
+    with pytest.raises(ValueError, match="max_tokens_per_batch=0"):
+        RewardModel(classifier, word_tokenizer, max_tokens_per_batch=0)
 
 
 def test_a_model_is_taken_by_path(classifier, word_tokenizer, tmp_path) -> None:
@@ -51,11 +79,32 @@ def test_a_model_is_taken_by_path(classifier, word_tokenizer, tmp_path) -> None:
     assert score(by_path) == pytest.approx(score(given), abs=1e-5)
 
 
-def test_a_classifier_with_two_labels_is_refused(word_tokenizer) -> None:
+def test_a_classifier_with_two_labels_is_refused(word_tokenizer, tmp_path) -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                          num_attention_heads=2, num_labels=2)  # fmt: skip
+    two_labels = LlamaForSequenceClassification(config)
     with pytest.raises(ValueError, match="2 labels"):
-        Scorer(LlamaForSequenceClassification(config), reward_processing_classes=word_tokenizer)
+        Scorer(two_labels, reward_processing_classes=word_tokenizer)
+    two_labels.save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"'{tmp_path}' has 2 labels"):
+        Scorer(str(tmp_path))
+
+
+def test_a_checkpoint_without_a_trained_head_is_refused(word_tokenizer, tmp_path) -> None:
+    """Its scores would come from the random numbers that a head begins with."""
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=2)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks trained weights \(score.weight\)"):
+        Scorer(str(tmp_path))
+
+
+def test_a_tokenizer_without_anything_to_pad_with_is_refused(classifier, word_tokenizer) -> None:
+    word_tokenizer.pad_token = word_tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="Set its `pad_token`"):
+        RewardModel(classifier, word_tokenizer)
 
 
 def test_chats_are_rendered_with_the_model_s_own_template(classifier, word_tokenizer) -> None:

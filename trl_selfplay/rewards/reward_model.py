@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# Number of texts scored together.
-_BATCH_SIZE = 16
+from trl_selfplay.rewards.grading_model import GradingModel, token_batches
+from trl_selfplay.rewards.scores import Scores
+
 # Keywords of `from_pretrained` that the tokenizer needs as well as the model.
 _ACCESS = ("token", "trust_remote_code", "revision", "cache_dir", "local_files_only")
 
@@ -20,15 +21,22 @@ _ACCESS = ("token", "trust_remote_code", "revision", "cache_dir", "local_files_o
 class RewardModel:
     """A reward function over a sequence classifier with one label.
 
+    The memory of a forward pass is bounded by `max_tokens_per_batch`. While a trainer over rounds
+    trains, the model is in the CPU's memory.
+
     Args:
         model: A Hub id, a folder, or a loaded model, which is put into eval mode.
         tokenizer: The model's tokenizer; None loads it from the model's source.
-        device: Device for a model given by id or folder.
+        device: Where it grades. None: on the trainer's device, or where the model is, if there is
+            no trainer over rounds.
         model_init_kwargs: Keywords of `from_pretrained` for a model given by id or folder. Those
             about access to the repository also go to its tokenizer.
+        max_tokens_per_batch: Maximum number of tokens scored together, padding included. A longer
+            text is scored alone.
 
     Raises:
-        ValueError: The classifier has more than one label.
+        ValueError: The classifier has more than one label, lacks trained weights, or its tokenizer
+            has nothing to pad with.
     """
 
     def __init__(
@@ -37,28 +45,30 @@ class RewardModel:
         tokenizer: Any = None,
         device: Any = None,
         model_init_kwargs: Mapping[str, Any] | None = None,
+        max_tokens_per_batch: int = 16_384,
     ) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoTokenizer
 
+        if max_tokens_per_batch < 1:
+            raise ValueError(f"max_tokens_per_batch={max_tokens_per_batch}; it must be at least 1.")
         loaded: Any = model
         if isinstance(model, str):
-            loaded = AutoModelForSequenceClassification.from_pretrained(
-                model, num_labels=1, **model_init_kwargs or {}
-            )
-            loaded = loaded.to(device) if device is not None else loaded
+            loaded = _load_classifier(model, model_init_kwargs or {})
         source = model if isinstance(model, str) else loaded.config.name_or_path
-        self._model: Any = loaded.eval()
-        if self._model.config.num_labels != 1:
-            raise ValueError(
-                f"the reward model {source!r} has {self._model.config.num_labels} labels; a reward "
-                "is one number, so give a classifier with num_labels=1."
-            )
+        _check_labels(source, loaded.config.num_labels)
+        self.grading_model = GradingModel(loaded, device)
+        self.max_tokens_per_batch = max_tokens_per_batch
         access = {k: v for k, v in (model_init_kwargs or {}).items() if k in _ACCESS}
         self._tokenizer: Any = tokenizer or AutoTokenizer.from_pretrained(source, **access)
         if self._tokenizer.pad_token is None:
+            if self._tokenizer.eos_token is None:
+                raise ValueError(
+                    f"the tokenizer of the reward model {source!r} has neither a padding token nor "
+                    "an end-of-sequence token. Set its `pad_token`."
+                )
             self._tokenizer.pad_token = self._tokenizer.eos_token
         # The score is read at the last token that is not padding.
-        config = self._model.config.get_text_config()
+        config = loaded.config.get_text_config()
         config.pad_token_id = self._tokenizer.pad_token_id
         # Models like RoBERTa have two more positions than tokens, so check the tokenizer as well.
         limits = (
@@ -68,23 +78,25 @@ class RewardModel:
         self._context_length = min(limit for limit in limits if limit is not None)
         self.__name__ = str(source).rstrip("/").split("/")[-1] or type(loaded).__name__
 
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any
-    ) -> list[float | None]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> Scores:
         """Score each prompt with its completion, using the model's own chat template for messages.
 
         Plain text gets the special tokens that the tokenizer adds by default (GRPOTrainer omits
         them).
         """
-        scores: list[float | None] = [None] * len(prompts)
+        scores = Scores([None] * len(prompts))
         encoded = [
             self._tokenizer(self._render(p, c), add_special_tokens=isinstance(p, str))["input_ids"]
             for p, c in zip(prompts, completions, strict=True)
         ]
-        fitting = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= self._context_length]
-        fitting.sort(key=lambda i: len(encoded[i]))
-        for start in range(0, len(fitting), _BATCH_SIZE):
-            chosen = fitting[start : start + _BATCH_SIZE]
+        for index, ids in enumerate(encoded):
+            if not ids:
+                scores.causes[index] = "the text is empty"
+            elif len(ids) > self._context_length:
+                scores.causes[index] = "the text is longer than the reward model's context"
+        fitting = [i for i in range(len(encoded)) if i not in scores.causes]
+        for batch in token_batches([len(encoded[i]) for i in fitting], self.max_tokens_per_batch):
+            chosen = [fitting[place] for place in batch]
             for index, score in zip(chosen, self._score([encoded[i] for i in chosen]), strict=True):
                 scores[index] = score
         return scores
@@ -96,9 +108,10 @@ class RewardModel:
         for index, ids in enumerate(rows):
             input_ids[index, : len(ids)] = torch.tensor(ids)
             attention_mask[index, : len(ids)] = 1
-        device = self._model.device
+        model = self.grading_model.ready()
+        device = self.grading_model.device
         with torch.inference_mode():
-            logits = self._model(
+            logits = model(
                 input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)
             ).logits  # (B, 1)
         return logits[:, 0].float().tolist()
@@ -107,3 +120,31 @@ class RewardModel:
         if isinstance(prompt, str):
             return prompt + completion
         return self._tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+
+
+def _load_classifier(source: str, model_init_kwargs: Mapping[str, Any]) -> Any:
+    """Load a classifier with one label; its weights must all be in the checkpoint."""
+    from transformers import AutoModelForSequenceClassification
+
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(
+        source,
+        **{**model_init_kwargs, "num_labels": 1},
+        ignore_mismatched_sizes=True,  # said below
+        output_loading_info=True,
+    )
+    for _, stored, _ in info["mismatched_keys"]:
+        _check_labels(source, stored[0])
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"the reward model {source!r} lacks trained weights ({', '.join(missing[:3])}), so its "
+            "scores would be random. Give a sequence classifier that was trained as a reward model."
+        )
+    return loaded
+
+
+def _check_labels(source: str, count: int) -> None:
+    if count != 1:
+        raise ValueError(
+            f"the reward model {source!r} has {count} labels; a reward is one number, so give a "
+            "classifier with num_labels=1, or a function of your own that turns its labels into one."
+        )

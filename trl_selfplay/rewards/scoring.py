@@ -51,7 +51,8 @@ class Scorer:
         reward_weights: One weight per function; None means 1.0 for all.
         reward_processing_classes: Tokenizers of reward models, one per function (None for
             callables), or a single tokenizer if there is one function.
-        device: Device of reward models given by id.
+        device: Where reward models and other models that grade do so, unless one was chosen for
+            them.
         model_init_kwargs: Keywords of `from_pretrained` for reward models given by id.
         get_trainer_state: Returns the `trainer_state` that functions get.
 
@@ -105,13 +106,17 @@ class Scorer:
                     f"function itself: from trl_selfplay.rewards import {entry} (or trl.rewards)."
                 )
             if isinstance(entry, (str, nn.Module)):
-                self._functions.append(RewardModel(entry, tokenizer, device, model_init_kwargs))
+                self._functions.append(RewardModel(entry, tokenizer, None, model_init_kwargs))
             elif callable(entry):
                 self._functions.append(entry)
             else:
                 raise TypeError(
                     f"reward_funcs holds {entry!r:.100}; give a callable, a model id or a model."
                 )
+        # Those that hold a model of their own.
+        self._models = [f.grading_model for f in self._functions if hasattr(f, "grading_model")]
+        for grading_model in self._models if device is not None else ():
+            grading_model.place(device)
         self.names = _unique_names(self._functions)
         self._get_trainer_state = get_trainer_state or _ignore
         self._logged: dict[str, list[float]] = defaultdict(list)
@@ -268,6 +273,14 @@ class Scorer:
                 f"{list(self._weights)} sum to {total}, beyond float32. Give smaller weights."
             )
         return total
+
+    def park_models(self) -> None:
+        """Move the models that grade off the device on which another is to be trained.
+
+        They return when they next grade.
+        """
+        for grading_model in self._models:
+            grading_model.park()
 
     def close(self) -> None:
         """End the thread of the async functions, if any. Also done when the scorer is collected."""

@@ -91,6 +91,12 @@ class Collector:
         """What grades held-out completions; None if nothing does."""
         return self.eval_scorer or self.scorer
 
+    def park_models(self) -> None:
+        """Move the models that grade off the device, before the policy trains on it."""
+        for scorer in (self.scorer, self.eval_scorer):
+            if scorer is not None:
+                scorer.park_models()
+
     def collect(
         self,
         assignments: Sequence[Assignment],

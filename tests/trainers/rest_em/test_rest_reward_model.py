@@ -1,10 +1,14 @@
 """ReST with a reward model: its own tokenizer, stored scores, held-out rows truly graded."""
 
+from itertools import groupby
+
 import pytest
 import torch
 from tiny_rewards import contains_solution, digit_share
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
+from trl_selfplay.rewards.grading_model import GradingModel
+from trl_selfplay.rewards.reward_model import RewardModel
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.stored import load_samples
 
@@ -44,6 +48,32 @@ def test_a_reward_model_has_a_tokenizer_of_its_own_and_scores_alike_again(
         assert rollout.reward == pytest.approx(expected, abs=1e-5)
     examples = [line["examples"] for line in trainer.run.lines]
     assert examples[0] > examples[1] > 0
+
+
+def test_a_reward_model_leaves_the_device_before_each_training(
+    build_rest, judge, byte_tokenizer, sums, monkeypatch
+) -> None:
+    """Also one that grades held-out prompts alone, and it returns for the next samples."""
+    events = []
+
+    class Watched(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            events.append("train")
+
+    for name in ("ready", "park"):
+        own = getattr(GradingModel, name)
+        monkeypatch.setattr(
+            GradingModel, name, lambda self, own=own, name=name: events.append(name) or own(self)
+        )
+    trainer = build_rest(
+        reward_funcs=judge, reward_processing_classes=byte_tokenizer, num_rounds=2,
+        eval_dataset=sums(4, first=50), eval_reward_funcs=RewardModel(judge, byte_tokenizer),
+        improve_thresholds=[0.0], threshold_kind="percentile", callbacks=[Watched()],
+    )  # fmt: skip
+    trainer.train()
+    phases = [name for name, _ in groupby(events)]
+    assert phases == ["ready", "park", "train"] * 2 + ["ready"]
+    assert events.count("park") == 4
 
 
 def test_held_out_completions_are_graded_by_functions_of_their_own(build_rest, sums) -> None:

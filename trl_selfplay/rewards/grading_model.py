@@ -1,0 +1,78 @@
+"""A model that grades: on its device while it grades, in the CPU's memory while another trains.
+
+In: a loaded model. Out: `GradingModel`, which moves it, and `token_batches`, which bounds the memory
+of its forward passes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl_selfplay.memory import return_freed_memory
+
+
+class GradingModel:
+    """A model that shares a device with one that trains.
+
+    A reward function that holds one has it as its attribute `grading_model`. `Scorer` then gives it
+    the trainer's device, and parks it before each training. It comes back when it grades.
+
+    Args:
+        model: A loaded model, which is put into eval mode.
+        device: Where it grades. None: on the trainer's device, or where it is, if there is no
+            trainer over rounds.
+    """
+
+    def __init__(self, model: nn.Module, device: Any = None) -> None:
+        self._model: Any = model.eval()
+        self._device = None if device is None else torch.device(device)
+        # Quantized weights, and models divided over several devices, stay where they are.
+        parts = set((getattr(model, "hf_device_map", None) or {}).values())
+        self._is_movable = not getattr(model, "is_quantized", False) and len(parts) <= 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now."""
+        return next(self._model.parameters()).device
+
+    def place(self, device: Any) -> None:
+        """Grade on this device, unless another was chosen at construction."""
+        if self._device is None:
+            self._device = torch.device(device)
+
+    def ready(self) -> Any:
+        """Return the model, on the device where it grades."""
+        if self._device is None:
+            self._device = self.device
+        self._move(self._device)
+        return self._model
+
+    def park(self) -> None:
+        """Move the model to the CPU's memory, and give its memory back to its device."""
+        if self._device is None:
+            self._device = self.device
+        if self._move(torch.device("cpu")):
+            return_freed_memory()
+
+    def _move(self, device: torch.device) -> bool:
+        """Move the model if it isn't there; return whether it was moved."""
+        if not self._is_movable or self.device == device:
+            return False
+        self._model.to(device)
+        return True
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of sequences in batches of at most `max_tokens`, padding included.
+
+    The longest come first, so that running out of memory shows at once. A sequence that is longer
+    than `max_tokens` is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    start = 0
+    while start < len(order):
+        count = max(1, max_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
