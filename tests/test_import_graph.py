@@ -18,8 +18,8 @@ MAX_LINES = 600
 FLOW = (
     "memory",
     "disk",
-    "rewards",
     "generation",
+    "rewards",
     "rollouts",
     "evaluation",
     "rounds",

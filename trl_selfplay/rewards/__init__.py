@@ -9,24 +9,30 @@ if TYPE_CHECKING:
     from trl_selfplay.rewards.answer import final_answer as final_answer
     from trl_selfplay.rewards.choice import choice_reward as choice_reward
     from trl_selfplay.rewards.equations import equations_reward as equations_reward
+    from trl_selfplay.rewards.judge import JudgeReward as JudgeReward
+    from trl_selfplay.rewards.judge import judge_reward as judge_reward
     from trl_selfplay.rewards.maths import math_reward as math_reward
     from trl_selfplay.rewards.puzzles import puzzle_reward as puzzle_reward
 
 _MODULE_OF = {
+    "JudgeReward": "judge",
     "choice_reward": "choice",
     "equations_reward": "equations",
     "exact_reward": "answer",
     "extract_answer": "answer",
     "final_answer": "answer",
+    "judge_reward": "judge",
     "math_reward": "maths",
     "puzzle_reward": "puzzles",
 }
 __all__ = [
+    "JudgeReward",
     "choice_reward",
     "equations_reward",
     "exact_reward",
     "extract_answer",
     "final_answer",
+    "judge_reward",
     "math_reward",
     "puzzle_reward",
 ]

@@ -1,0 +1,84 @@
+"""Replies of a local model against what `generate` gives."""
+
+import pytest
+import torch
+
+from trl_selfplay.rewards import JudgeReward
+from trl_selfplay.rewards.local_model import LocalModel, split_control_tokens
+
+QUESTIONS = ["Q 1 + 2 = ?", "Q 3 + 4 = ? so 7", "Q 1 + 2 = ? no A"]
+
+
+@pytest.fixture
+def model(tiny_model, word_tokenizer):
+    return tiny_model(word_tokenizer, seed=3)
+
+
+def ask(local, *questions, temperature=0.0, max_completion_length=6):
+    return local.ask(
+        questions, temperature=temperature, max_completion_length=max_completion_length
+    )
+
+
+def generate(model, tokenizer, text):
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+        )
+    new = out[0, ids.shape[1] :].tolist()
+    return tokenizer.decode(new, skip_special_tokens=True), tokenizer.eos_token_id not in new
+
+
+def test_greedy_replies_equal_generate_in_any_batch(model, word_tokenizer) -> None:
+    local = LocalModel(model, word_tokenizer)
+    replies = ask(local, *QUESTIONS)
+    expected = [generate(model, word_tokenizer, question) for question in QUESTIONS]
+    assert [(r.text, r.is_cut_off) for r in replies] == expected
+    assert [ask(local, question)[0] for question in QUESTIONS] == replies
+
+
+def test_sampled_replies_depend_on_the_question_alone(model, word_tokenizer) -> None:
+    local = LocalModel(model, word_tokenizer)
+    replies = ask(local, *QUESTIONS, temperature=1.0)
+    assert ask(local, *QUESTIONS[::-1], temperature=1.0) == replies[::-1]
+    assert replies != ask(local, *QUESTIONS)
+
+
+def test_a_question_without_room_for_the_reply_abstains(model, word_tokenizer) -> None:
+    local = LocalModel(model, word_tokenizer)
+    short, long = ask(local, "Q", "Q " * 507)
+    assert short.text is not None
+    assert (long.text, long.cause) == (None, "the question is too long for the judge")
+    assert ask(local, "Q " * 507) == [long]
+    assert ask(local) == []
+
+
+def test_a_chat_model_gets_the_question_as_the_users_message(
+    tiny_model, chat_tokenizer, monkeypatch
+) -> None:
+    local = LocalModel(tiny_model(chat_tokenizer), chat_tokenizer)
+    seen = []
+    sample = local._sampler.sample
+    monkeypatch.setattr(
+        local._sampler,
+        "sample",
+        lambda requests, *args: seen.extend(requests) or sample(requests, *args),
+    )
+    ask(local, "a<eos>b")
+    assert chat_tokenizer.decode(list(seen[0].prompt_ids)) == "<user>a< eos>b<eos><assistant>"
+
+
+def test_control_tokens_in_a_question_are_split(word_tokenizer) -> None:
+    assert split_control_tokens("x<eos><pad>", word_tokenizer) == "x< eos>< pad>"
+
+
+def test_a_folder_judges_as_its_loaded_model_does(saved_tiny_model, word_tokenizer) -> None:
+    """A form of its own, since a random model names no tag."""
+    form = {"template": "{completion} so", "verdict": r".*?(\d).*", "scale": (0, 9)}
+    judge = JudgeReward(str(saved_tiny_model), temperature=1.0, max_completion_length=64, **form)
+    completions = ["1", "2 3", "4 + 5", "9 9", "so 8"]
+    scores = judge(prompts=["Q"] * 5, completions=completions)
+    assert any(score is not None for score in scores)
+    assert judge(prompts=["Q"] * 5, completions=completions[::-1]) == scores[::-1]
+    assert judge.identity["model"] == str(saved_tiny_model)

@@ -1,0 +1,106 @@
+"""A causal language model of one's own that replies to questions.
+
+In: questions as text. Out: a `Reply` to each.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from trl_selfplay.generation.model_traits import describe_model
+from trl_selfplay.generation.random_streams import stream_key
+from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
+from trl_selfplay.generation.transformers_sampler import TransformersSampler, collect_eos_token_ids
+from trl_selfplay.rewards.endpoint import Reply
+
+TOO_LONG = "the question is too long for the judge"
+
+
+class LocalModel:
+    """A causal language model in this process, beside the one that is being trained.
+
+    Args:
+        model: A Hub id, a folder, or a loaded model, which is put into eval mode.
+        tokenizer: The model's tokenizer; None loads it from the model's source.
+        device: Where it replies; None: an accelerator if there is one.
+        model_init_kwargs: Keywords of `from_pretrained`, for the model and its tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        tokenizer: Any = None,
+        device: Any = None,
+        model_init_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        loaded: Any = model
+        kwargs = dict(model_init_kwargs or {})
+        if isinstance(model, str):
+            loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        self.name = str(loaded.config.name_or_path)
+        self.model: Any = loaded.eval()
+        if device is not None:
+            self.model.to(device)
+        self.tokenizer: Any = tokenizer or AutoTokenizer.from_pretrained(self.name, **kwargs)
+        self._eos_token_ids = collect_eos_token_ids(loaded, self.tokenizer)
+        self._sampler = TransformersSampler(loaded, self.tokenizer)
+        self._context_length = describe_model(loaded).context_length
+
+    def ask(
+        self, questions: Sequence[str], *, max_completion_length: int, temperature: float
+    ) -> list[Reply]:
+        """Return a reply to each question; the same question always gets the same one.
+
+        Args:
+            questions: Each is the user's message if the tokenizer has a chat template, else a text
+                to be continued.
+            max_completion_length: Maximum tokens per reply.
+            temperature: 0.0 is greedy.
+        """
+        replies = [Reply(None, TOO_LONG)] * len(questions)
+        requests, places = [], []
+        for place, question in enumerate(questions):
+            ids = self._token_ids(question)
+            if fits(len(ids), max_completion_length, self._context_length):
+                key = stream_key(0, 0, "judge", question, 0)
+                requests.append(SampleRequest(ids, key))
+                places.append(place)
+        if not requests:
+            return replies
+        options = SamplingOptions(
+            max_completion_length, temperature, eos_token_ids=self._eos_token_ids
+        )
+        longest = max(len(request.prompt_ids) for request in requests)
+        batch_size = self._sampler.suggest_batch_size(longest, max_completion_length)
+        for index, sampled in self._sampler.sample(requests, options, batch_size):
+            text = self.tokenizer.decode(list(sampled.completion_ids), skip_special_tokens=True)
+            replies[places[index]] = Reply(text, is_cut_off=sampled.finish == "length")
+        return replies
+
+    def _token_ids(self, question: str) -> tuple[int, ...]:
+        text = split_control_tokens(question, self.tokenizer)
+        if getattr(self.tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": text}]
+            rendered = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+            return tuple(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        ids = list(self.tokenizer(text)["input_ids"])
+        # Some tokenizers append it to every text.
+        return tuple(ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids)
+
+
+def fits(num_tokens: int, max_completion_length: int, context_length: int | None) -> bool:
+    """Return whether a question and its reply fit into the model's positions."""
+    return context_length is None or num_tokens + max_completion_length <= context_length
+
+
+def split_control_tokens(text: str, tokenizer: Any) -> str:
+    """Put a space into each control token that a text spells out, so that it is read as text."""
+    for token in sorted(set(tokenizer.all_special_tokens), key=len, reverse=True):
+        if len(token) > 1:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
