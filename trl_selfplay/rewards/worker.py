@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 _MEMORY_LIMIT_BYTES = 4 * 2**30
@@ -56,10 +56,10 @@ class WorkerFailure(Exception):
 class _Worker:
     """One process, used by one thread at a time. It answers calls in the order it gets them."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, settings: str) -> None:
         self._process = subprocess.Popen(
             # -P: a file in the user's folder must not shadow a module of a library.
-            [sys.executable, "-P", "-m", "trl_selfplay.rewards.worker", target],
+            [sys.executable, "-P", "-m", "trl_selfplay.rewards.worker", target, settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -108,7 +108,7 @@ class _Worker:
         Raises:
             WorkerFailure: The first of the calls has no answer, and won't have one.
             ImportError: The function's module needs a package that isn't installed.
-            RuntimeError: The process can't be started.
+            RuntimeError: The process can't be started, or its `prepare` raised this.
         """
         self._write()
         has_ended = False
@@ -120,7 +120,8 @@ class _Worker:
         if lines and not self.is_ready:
             start = json.loads(lines.pop(0))
             if "error" in start:
-                raise ImportError(start["error"])
+                kind = ImportError if start["is_import"] else RuntimeError
+                raise kind(start["error"])
             self.is_ready = True
         answered = [(self.calls.popleft(), json.loads(line)) for line in lines]
         now = time.monotonic()
@@ -162,10 +163,11 @@ class WorkerPool:
 
     Args:
         module: The function's module. If it has a `prepare()`, that is called once per process
-            before the first call, for slow imports; its ImportError is passed on.
+            before the first call, for slow imports; its ImportError or RuntimeError is passed on.
         function: The function's name.
         workers: Most processes that a call of `call_each` uses; by default one per CPU, at most 8.
         calls_per_worker: A process is replaced after as many calls, since caches grow.
+        settings: Named arguments of `prepare`, as JSON can hold them.
     """
 
     def __init__(
@@ -174,8 +176,10 @@ class WorkerPool:
         function: str,
         workers: int | None = None,
         calls_per_worker: int = 10_000,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._target = f"{module}:{function}"
+        self._settings = json.dumps(dict(settings or {}))
         self.workers = workers or min(_MOST_WORKERS, _cpu_count())
         self._calls_per_worker = calls_per_worker
         self._idle: list[_Worker] = []
@@ -301,7 +305,7 @@ class WorkerPool:
                 self._busy -= 1
                 return None
         try:
-            return _Worker(self._target)
+            return _Worker(self._target, self._settings)
         except BaseException:
             with self._lock:
                 self._busy -= 1
@@ -435,10 +439,10 @@ def main() -> None:
     module_name, name = sys.argv[1].split(":")
     try:
         module = importlib.import_module(module_name)
-        getattr(module, "prepare", lambda: None)()
+        getattr(module, "prepare", dict)(**json.loads(sys.argv[2]))
         function = getattr(module, name)
-    except ImportError as error:
-        reply({"error": str(error)})
+    except (ImportError, RuntimeError) as error:
+        reply({"error": str(error), "is_import": isinstance(error, ImportError)})
         return
     reply({"ready": True})
     while header := requests.read(_HEADER.size):
