@@ -280,7 +280,7 @@ def default_normal_form(completion: str) -> str:
 
 
 def reasoning_path(completion: str) -> tuple[str, ...]:
-    """Return the list of equations of a completion, in order, without blanks.
+    """Return the list of equations of a completion, in order and in one spelling.
 
     Two orders of the same equations, or of the operands of one, are different paths. A text
     without any equation is its own path, lower-cased and with white space folded; the official
@@ -293,7 +293,4 @@ def reasoning_path(completion: str) -> tuple[str, ...]:
     >>> reasoning_path("Half of 48 is <<48 / 2=24>>24.") == reasoning_path("So <<48/2 = 24>>24 clips.")
     True
     """
-    equations = find_equations(completion)
-    if not equations:
-        return (default_normal_form(completion),)
-    return tuple("".join(equation.split()) for equation in equations)
+    return tuple(find_equations(completion)) or (default_normal_form(completion),)
