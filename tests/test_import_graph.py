@@ -28,6 +28,7 @@ FLOW = (
     "trainers.rest_em",
     "trainers.spin",
     "trainers.irpo",
+    "trainers.v_star",
     "trainers.quiet_star",
     "demos",
 )

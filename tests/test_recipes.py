@@ -131,6 +131,20 @@ def test_a_demo_runs_from_one_command(tiny_demo_model, name, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_the_demo_of_v_star_trains_generator_and_verifier(tiny_demo_model, tmp_path) -> None:
+    code, printed = run_script(RECIPES / "v_star.py", ["--smoke", "--seed", "0"], tmp_path)
+    assert code == 0, printed[-3000:]
+    table = printed[printed.index("the verifier's best of k") :].splitlines()[1:5]
+    assert table[0].split() == ["score", "k=1", "k=2", "k=4"]
+    assert [line.split()[0] for line in table[1:]] == ["sum", "mean", "ratio"]
+    assert len({line.split()[1] for line in table[1:]}) == 1  # one of one is no choice
+    for folder in ("v-star-demo", "v-star-demo/generator"):
+        assert (tmp_path / folder / "adapter_model.safetensors").exists()
+        lines = (tmp_path / folder / "_rounds/rounds.jsonl").read_text().splitlines()
+        assert [json.loads(line)["steps"] for line in lines] == [2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FLAGS)
 def test_quiet_star_trains_a_model_and_text_from_disk(
     quiet_star, kind, saved_chat_model, tmp_path, capsys

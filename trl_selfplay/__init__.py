@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from trl_selfplay.trainers.star.config import STaRConfig
     from trl_selfplay.trainers.star.rationalization import add_hint, find_leak
     from trl_selfplay.trainers.star.trainer import STaRTrainer
+    from trl_selfplay.trainers.v_star.config import VSTaRConfig
+    from trl_selfplay.trainers.v_star.trainer import VSTaRTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "SPINTrainer",
     "STaRConfig",
     "STaRTrainer",
+    "VSTaRConfig",
+    "VSTaRTrainer",
     "WrongOpponentError",
     "WrongReferenceError",
     "__version__",
@@ -63,6 +67,8 @@ _MODULE_OF = {
     "SPINTrainer": "trl_selfplay.trainers.spin.trainer",
     "STaRConfig": "trl_selfplay.trainers.star.config",
     "STaRTrainer": "trl_selfplay.trainers.star.trainer",
+    "VSTaRConfig": "trl_selfplay.trainers.v_star.config",
+    "VSTaRTrainer": "trl_selfplay.trainers.v_star.trainer",
     "WrongOpponentError": "trl_selfplay.trainers.reference",
     "WrongReferenceError": "trl_selfplay.trainers.reference",
     "add_hint": "trl_selfplay.trainers.star.rationalization",

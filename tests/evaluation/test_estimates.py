@@ -1,7 +1,9 @@
 """Estimators against enumeration and against values worked out by hand. Invariants EV-…."""
 
 import math
+import random
 from itertools import combinations, permutations
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from trl_selfplay.evaluation.estimates import (
     best_of_k,
     binomial_interval,
     bootstrap_interval,
+    mean_best_of_k,
     paired_difference,
     pass_at_k,
     standard_error,
@@ -281,3 +284,31 @@ def test_nothing_graded_gives_no_accuracy() -> None:
         "eval_abstained": 1.0,
     }
     assert summarize_heldout([], reward_threshold=1.0) == {}
+
+
+def test_best_of_k_is_averaged_over_prompts_and_a_missing_score_is_the_worst(make_rollout) -> None:
+    rollouts = [
+        make_rollout(prompt_id=prompt, reward=reward, finish=finish)
+        for prompt, reward, finish in (
+            ("a", 1.0, "eos"), ("a", 0.0, "eos"), ("b", 1.0, "eos"), ("b", 1.0, "length"),
+        )
+    ]  # fmt: skip
+    assert mean_best_of_k(rollouts, [0.3, 0.2, None, -9.0], [1, 2]) == {1: 0.5, 2: 0.5}
+    assert mean_best_of_k(rollouts, [0.3, 0.2, -8.0, -9.0], [2]) == {2: 1.0}
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+def test_best_of_k_by_the_gold_label_is_pass_at_k(make_rollout, k) -> None:
+    """EV-4; and VS-6 at k = 1, whatever the scores."""
+    rewards = {"a": [1.0, 0.0, 0.0, 0.0, 1.0, 0.0], "b": [0.0] * 6, "c": [1.0] * 6}
+    rollouts = [
+        make_rollout(prompt_id=p, sample_index=i, reward=r)
+        for p, each in rewards.items()
+        for i, r in enumerate(each)
+    ]
+    expected = fmean(pass_at_k(6, int(sum(each)), k) for each in rewards.values())
+    by_gold = mean_best_of_k(rollouts, [r.reward for r in rollouts], [k])
+    assert by_gold == pytest.approx({k: expected})
+    scores = random.Random(k).sample(range(100), len(rollouts))
+    (by_chance,) = mean_best_of_k(rollouts, scores, [1]).values()
+    assert by_chance == pytest.approx(fmean(r.reward for r in rollouts))

@@ -16,10 +16,11 @@ from trl_selfplay import (
     ReSTEMConfig,
     SPINConfig,
     STaRConfig,
+    VSTaRConfig,
 )
 from trl_selfplay.trainers.field_checks import bounds_of
 
-CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig, IRPOConfig, QuietSTaRConfig)
+CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig, IRPOConfig, VSTaRConfig, QuietSTaRConfig)
 VALUES = (0, -1, 1.5, math.nan, math.inf, 1e308, 2**63, "", "abc", [], None)
 SWEEP = [(c, f.name, v) for c in CONFIGS for f in fields(c) for v in VALUES]
 SHARE = 10

@@ -16,10 +16,11 @@ from trl_selfplay import (
     SPINTrainer,
     STaRConfig,
     STaRTrainer,
+    VSTaRConfig,
 )
 from trl_selfplay.trainers.ported_scripts import _ARGUMENTS, _FIELDS, _advice
 
-CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig, IRPOConfig, QuietSTaRConfig)
+CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig, IRPOConfig, VSTaRConfig, QuietSTaRConfig)
 TRL_CONFIGS = (GRPOConfig, RLOOConfig, SFTConfig, DPOConfig, KTOConfig)
 
 

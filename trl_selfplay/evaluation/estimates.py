@@ -5,7 +5,7 @@ samples of the same prompt aren't independent.
 """
 
 from collections.abc import Mapping, Sequence
-from math import comb, prod, sqrt
+from math import comb, inf, prod, sqrt
 from statistics import NormalDist, fmean
 
 import numpy as np
@@ -66,6 +66,31 @@ def best_of_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float
     }
     alpha = [shares[score] for score in sorted(scores, reverse=True)]
     return sum(comb(n - i - 1, k - 1) * alpha[i] for i in range(n - k + 1)) / comb(n, k)
+
+
+def mean_best_of_k(
+    rollouts: Sequence[Rollout],
+    scores: Sequence[float | None],
+    ks: Sequence[int],
+    reward_threshold: float = 1.0,
+) -> dict[int, float]:
+    """Return, by k, how often the best-scored of k samples is right, on average over the prompts.
+
+    Args:
+        rollouts: Graded samples. A truncated one is wrong.
+        scores: Of each sample; None is the worst.
+        ks: Numbers of samples to choose from; at most those of each prompt.
+        reward_threshold: Minimum reward of a right one.
+
+    Raises:
+        ValueError: As `best_of_k`.
+    """
+    by_prompt: dict[str, tuple[list[float], list[bool]]] = {}
+    for rollout, score in zip(rollouts, scores, strict=True):
+        scored, correct = by_prompt.setdefault(rollout.prompt_id, ([], []))
+        scored.append(-inf if score is None else score)
+        correct.append(rollout.passes(reward_threshold))
+    return {k: fmean(best_of_k(*each, k) for each in by_prompt.values()) for k in ks}
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from trl_selfplay.rewards.judge import judge_reward as judge_reward
     from trl_selfplay.rewards.maths import math_reward as math_reward
     from trl_selfplay.rewards.puzzles import puzzle_reward as puzzle_reward
+    from trl_selfplay.rewards.reward_model import RewardModel as RewardModel
+    from trl_selfplay.rewards.verifier import VerifierReward as VerifierReward
 
 _MODULE_OF = {
     "JudgeReward": "judge",
+    "RewardModel": "reward_model",
+    "VerifierReward": "verifier",
     "choice_reward": "choice",
     "equations_reward": "equations",
     "exact_reward": "answer",
@@ -27,6 +31,8 @@ _MODULE_OF = {
 }
 __all__ = [
     "JudgeReward",
+    "RewardModel",
+    "VerifierReward",
     "choice_reward",
     "equations_reward",
     "exact_reward",

@@ -1,7 +1,7 @@
 """A model that grades: on its device while it grades, in the CPU's memory while another trains.
 
-In: a loaded model. Out: `GradingModel`, which moves it, and `token_batches`, which bounds the memory
-of its forward passes.
+In: a loaded model. Out: `GradingModel`, which moves it, and functions that make batches of bounded
+memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,8 +29,7 @@ class GradingModel:
         self._model: Any = model.eval()
         self._device = None if device is None else torch.device(device)
         # Quantized weights, and models divided over several devices, stay where they are.
-        parts = set((getattr(model, "hf_device_map", None) or {}).values())
-        self._is_movable = not getattr(model, "is_quantized", False) and len(parts) <= 1
+        self._is_movable = all(map(_is_movable, model.modules()))
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +61,22 @@ class GradingModel:
             return False
         self._model.to(device)
         return True
+
+
+def _is_movable(module: nn.Module) -> bool:
+    parts = set((getattr(module, "hf_device_map", None) or {}).values())
+    return not getattr(module, "is_quantized", False) and len(parts) <= 1
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids, padded on the right, and the attention mask: both (rows, tokens)."""
+    shape = (len(rows), max(map(len, rows)))
+    input_ids = torch.full(shape, pad_id)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for index, ids in enumerate(rows):
+        input_ids[index, : len(ids)] = torch.tensor(ids)
+        attention_mask[index, : len(ids)] = 1
+    return input_ids, attention_mask
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

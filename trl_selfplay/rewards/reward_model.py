@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_selfplay.rewards.grading_model import GradingModel, token_batches
+from trl_selfplay.rewards.grading_model import GradingModel, pad_rows, token_batches
 from trl_selfplay.rewards.scores import Scores
 
 # Keywords of `from_pretrained` that the tokenizer needs as well as the model.
@@ -102,12 +102,7 @@ class RewardModel:
         return scores
 
     def _score(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        shape = (len(rows), max(map(len, rows)))  # (B, S)
-        input_ids = torch.full(shape, self._tokenizer.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        for index, ids in enumerate(rows):
-            input_ids[index, : len(ids)] = torch.tensor(ids)
-            attention_mask[index, : len(ids)] = 1
+        input_ids, attention_mask = pad_rows(rows, self._tokenizer.pad_token_id)
         model = self.grading_model.ready()
         device = self.grading_model.device
         with torch.inference_mode():

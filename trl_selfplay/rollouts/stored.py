@@ -1,8 +1,10 @@
 """A round's data on disk: its rollouts, shard by shard, and the outcome of each.
 
-In: a round's folder. Out: its rollouts, or those with certain outcomes.
+In: a round's folder. Out: its rollouts, or those with certain outcomes; of a run's folder, the samples
+of all rounds.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +75,29 @@ def load_samples(folder: Path) -> list[Rollout]:
         DamagedFileError, FileNotFoundError: As `StoredRollouts`.
     """
     return sorted(StoredRollouts(folder), key=lambda r: (r.prompt_id, r.sample_index))
+
+
+def load_all_samples(root: Path) -> list[Rollout]:
+    """Return what all rounds of a run sampled without hints, as the samples of one round.
+
+    A prompt's samples are numbered from 0 in the order of the rounds.
+
+    Args:
+        root: The run's folder, `_rounds`.
+
+    Raises:
+        DamagedFileError, FileNotFoundError: As `StoredRollouts`.
+    """
+    found: list[Rollout] = []
+    counts: Counter[str] = Counter()
+    for folder in sorted(root.glob("round-*")):
+        if not (folder / "samples").exists():
+            continue  # it trained on an earlier round's samples
+        for rollout in load_samples(folder):
+            if rollout.phase == "train":
+                found.append(replace(rollout, sample_index=counts[rollout.prompt_id]))
+                counts[rollout.prompt_id] += 1
+    return sorted(found, key=lambda r: (r.prompt_id, r.sample_index))
 
 
 def save_rewards(folder: Path, rewards: Mapping[tuple[str, int], float | None]) -> None:

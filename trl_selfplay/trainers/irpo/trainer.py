@@ -1,7 +1,7 @@
 """IRPO: a model learns to prefer its right answers to its wrong ones, round after round.
 
 In: prompts with solutions, reward functions, optionally human completions. Out: the model after
-`num_rounds` rounds. pairs.py decides which completions are paired; loss.py has the loss's second term.
+`num_rounds` rounds. rollouts/pairs.py decides which completions are paired; loss.py has the loss's second term.
 
 Source: IRPO, arXiv 2404.19733, section 2.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from trl import DPOTrainer
 
 from trl_selfplay.rollouts.gold import Gold
+from trl_selfplay.rollouts.pairs import pair_rollouts
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
 from trl_selfplay.rollouts.selection import default_normal_form
@@ -20,7 +21,6 @@ from trl_selfplay.rounds.identity import summarize
 from trl_selfplay.trainers import construction
 from trl_selfplay.trainers.irpo.config import IRPOConfig
 from trl_selfplay.trainers.irpo.loss import KeptLogProbs, chosen_nll
-from trl_selfplay.trainers.irpo.pairs import pair_rollouts
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.reference import ReferenceMixin
 from trl_selfplay.trainers.rounds import RoundsMixin

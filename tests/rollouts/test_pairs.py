@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from trl_selfplay.trainers.irpo.pairs import pair_rollouts
+from trl_selfplay.rollouts.pairs import pair_rollouts
 
 
 @pytest.fixture

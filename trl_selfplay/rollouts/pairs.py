@@ -1,10 +1,10 @@
 """Pair right with wrong completions of the same prompt.
 
-In: the graded rollouts of a round, and human completions if there are any. Out: pairs of rollouts, and
+In: graded rollouts, and human completions if there are any. Out: pairs of rollouts, and
 the outcome of every rollout. Pure functions of records, options and seed: the order of the records
 doesn't matter.
 
-Source: IRPO, arXiv 2404.19733, section 2.
+Source: IRPO, arXiv 2404.19733, section 2; V-STaR, arXiv 2402.06457, Algorithm 1.
 """
 
 import random

@@ -1,0 +1,1 @@
+"""V-STaR's verifier (arXiv 2402.06457)."""

@@ -1,0 +1,194 @@
+"""V-STaR's verifier: a model learns to prefer right completions of a finished run to wrong ones.
+
+In: the model that was fine-tuned on right completions, and all samples of a run. Out: a verifier, whose
+likelihood scores completions (rewards/verifier.py). rollouts/pairs.py decides which completions are
+paired. To the rest of the package it is a run of one round that samples nothing.
+
+Source: V-STaR, arXiv 2402.06457, Algorithm 1 and equation 2.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+from trl import DPOTrainer
+
+from trl_selfplay.disk import replace_folder
+from trl_selfplay.rollouts.pairs import pair_rollouts
+from trl_selfplay.rollouts.played import PlayedRound
+from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
+from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.stored import load_all_samples
+from trl_selfplay.rounds.identity import summarize
+from trl_selfplay.trainers.construction import Grading, read_config, refuse_arguments
+from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
+from trl_selfplay.trainers.reference import ReferenceMixin
+from trl_selfplay.trainers.rounds import RoundsMixin
+from trl_selfplay.trainers.v_star.config import VSTaRConfig
+
+logger = logging.getLogger(__name__)
+
+_REMEDY = (
+    "No prompt has both a right and a wrong completion that could be paired. Sample more of them in "
+    "the run (num_generations), or at a higher temperature where all are right."
+)
+
+
+class VSTaRTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
+    """Trains a verifier on the right and wrong completions of all rounds of a run.
+
+    Takes the arguments of `trl.DPOTrainer` in the same order. `model` is the model that was
+    fine-tuned on right completions (the paper's G_SFT): the verifier starts from it, and the loss
+    compares with it. The folder of an adapter is merged into its base, which is then kept in
+    `output_dir/merged` as the base of the verifier's own adapter. `train_dataset` has the prompts of
+    the run, as the run's trainer got them.
+
+    Args:
+        samples: The `output_dir` of a finished run whose completions were graded, such as
+            STaRTrainer's, or graded rollouts, each (prompt_id, sample_index) once. Completions that
+            were sampled with a hint, or truncated, are left out.
+
+    Raises:
+        ValueError, TypeError: For arguments, rows or samples that can't work.
+
+    Source: V-STaR, arXiv 2402.06457, Algorithm 1.
+    """
+
+    args: VSTaRConfig
+    _tag_names = ["trl", "dpo", "trl-selfplay", "v-star"]  # noqa: RUF012  # as in TRL
+    _name = "V-STaR"
+    _paper = {  # noqa: RUF012  # as in TRL
+        "title": "V-STaR: Training Verifiers for Self-Taught Reasoners",
+        "id": "2402.06457",
+        "citation": """\
+@inproceedings{hosseini2024vstar,
+    title        = {{V-STaR: Training Verifiers for Self-Taught Reasoners}},
+    author       = {Arian Hosseini and Xingdi Yuan and Nikolay Malkin and Aaron Courville and Alessandro Sordoni and Rishabh Agarwal},
+    year         = 2024,
+    booktitle    = {First Conference on Language Modeling},
+    eprint       = {arXiv:2402.06457},
+}""",
+    }
+
+    @explains_foreign_arguments
+    def __init__(
+        self, model: Any, ref_model: None = None, args: VSTaRConfig | None = None,
+        data_collator: Any = None, train_dataset: Any = None, eval_dataset: None = None,
+        processing_class: Any = None, compute_metrics: None = None,
+        callbacks: list[Any] | None = None, optimizers: tuple[None, None] = (None, None),
+        quantization_config: Any = None, peft_config: Any = None, *,
+        samples: str | Path | Sequence[Rollout],
+    ) -> None:  # fmt: skip
+        args = read_config(args, VSTaRConfig, model, "VSTaR")
+        refuse_arguments(
+            ref_model=ref_model, compute_metrics=compute_metrics, optimizers=optimizers
+        )
+        if eval_dataset is not None:
+            raise ValueError(
+                "`eval_dataset` was given, and a verifier is judged by the completions that it "
+                "chooses: score held-out samples with VerifierReward, and see "
+                "trl_selfplay.evaluation.estimates.best_of_k. Leave it out."
+            )
+        rows = load_prompt_rows(train_dataset, "train_dataset")
+        self.samples = _read_samples(samples, rows)
+        super().__init__(
+            _with_merged_adapter(model, args), args, rows, eval_dataset=None,
+            processing_class=processing_class, peft_config=peft_config,
+            quantization_config=quantization_config, data_collator=data_collator,
+            callbacks=callbacks, grading=Grading(),
+        )  # fmt: skip
+
+    def identity(self) -> dict[str, Any]:
+        """Return a digest of the samples."""
+        return {"samples": summarize([(r.prompt_id, r.completion_ids) for r in self.samples])}
+
+    def play_round(self, round_index: int) -> PlayedRound:
+        """Pair right with wrong completions of all rounds, and score both under G_SFT."""
+        play, args = self.self_play, self.args
+        prompt_ids = play.training_prompt_ids(play.rows)
+        pairing = pair_rollouts(
+            self.samples,
+            (),
+            is_right=lambda rollout: rollout.passes(args.reward_threshold),
+            fits=lambda rollout: play.fits(rollout, prompt_ids),
+            deduplicate=args.deduplicate,
+            max_pairs=args.max_per_prompt,
+            seed=args.seed,
+        )
+        played = self.build_pair_round(
+            round_index, pairing.selection, pairing.pairs, prompt_ids, pairing.metrics
+        )
+        return replace(played, rollouts=pairing.selection.rollouts, remedy=_REMEDY)
+
+
+def _read_samples(
+    samples: str | Path | Sequence[Rollout], rows: Sequence[PromptRow]
+) -> list[Rollout]:
+    """Return graded samples of the prompts.
+
+    Raises:
+        FileNotFoundError: There is no run in the folder.
+        ValueError: The samples aren't graded, or none is of these prompts.
+    """
+    where = "`samples`"
+    if isinstance(samples, str | Path):
+        where, root = repr(str(samples)), Path(samples) / "_rounds"
+        found = load_all_samples(root)
+        if not found:
+            raise FileNotFoundError(
+                f"samples={where}: there are no samples in {root}. Give the output_dir of a run "
+                "over rounds, or rollouts."
+            )
+    else:
+        found = [rollout for rollout in samples if not rollout.hinted]
+    if not all(rollout.is_graded for rollout in found):
+        raise ValueError(
+            f"{where} has completions without rewards, such as SPINTrainer's. Give a run whose "
+            "completions were graded by reward functions."
+        )
+    known = {row.prompt_id for row in rows}
+    of_prompts = [rollout for rollout in found if rollout.prompt_id in known]
+    sampled = {rollout.prompt_id for rollout in found}
+    if not of_prompts:
+        raise ValueError(
+            f"none of the {len(sampled)} prompts that {where} has samples of is in "
+            "`train_dataset`. Give the dataset of that run: prompts and solutions must be equal."
+        )
+    if unknown := len(sampled - known):
+        logger.warning(
+            "%d of the %d prompts that %s has samples of are not in `train_dataset` and are left out.",
+            unknown,
+            len(sampled),
+            where,
+        )
+    return of_prompts
+
+
+def _with_merged_adapter(model: Any, args: VSTaRConfig) -> Any:
+    """Return the model; for an adapter's folder, the folder of its base with the adapter merged.
+
+    A new adapter on the merged weights needs a base that can be loaded again with them.
+    """
+    source = Path(model) if isinstance(model, str) else None
+    if source is None or not (source / "adapter_config.json").exists():
+        return model
+    config: Any = args
+    merged = Path(config.output_dir) / "merged"
+    state = PartialState()
+    is_resumed = merged.exists() and merged.with_name("_rounds").exists()
+    state.wait_for_everyone()  # all have looked before one writes
+    if state.is_main_process and not is_resumed:
+        how: dict[str, Any] = {"dtype": torch.float32, **(config.model_init_kwargs or {})}
+        adapted: Any = AutoPeftModelForCausalLM.from_pretrained(str(source), **how)
+        temporary = merged.with_name(".merged")
+        adapted.merge_and_unload().save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(str(source)).save_pretrained(temporary)
+        replace_folder(temporary, merged)
+    state.wait_for_everyone()
+    return str(merged)
