@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from trl_selfplay.rewards.answer import extract_answer as extract_answer
     from trl_selfplay.rewards.answer import final_answer as final_answer
     from trl_selfplay.rewards.choice import choice_reward as choice_reward
+    from trl_selfplay.rewards.code import CodeReward as CodeReward
+    from trl_selfplay.rewards.code import code_fraction_reward as code_fraction_reward
+    from trl_selfplay.rewards.code import code_reward as code_reward
     from trl_selfplay.rewards.equations import equations_reward as equations_reward
     from trl_selfplay.rewards.judge import JudgeReward as JudgeReward
     from trl_selfplay.rewards.judge import judge_reward as judge_reward
@@ -17,10 +20,13 @@ if TYPE_CHECKING:
     from trl_selfplay.rewards.verifier import VerifierReward as VerifierReward
 
 _MODULE_OF = {
+    "CodeReward": "code",
     "JudgeReward": "judge",
     "RewardModel": "reward_model",
     "VerifierReward": "verifier",
     "choice_reward": "choice",
+    "code_fraction_reward": "code",
+    "code_reward": "code",
     "equations_reward": "equations",
     "exact_reward": "answer",
     "extract_answer": "answer",
@@ -30,10 +36,13 @@ _MODULE_OF = {
     "puzzle_reward": "puzzles",
 }
 __all__ = [
+    "CodeReward",
     "JudgeReward",
     "RewardModel",
     "VerifierReward",
     "choice_reward",
+    "code_fraction_reward",
+    "code_reward",
     "equations_reward",
     "exact_reward",
     "extract_answer",

@@ -83,8 +83,9 @@ def read_tests(
     """Return tests in a form that can be run.
 
     Args:
-        tests: A list of assert statements; a text with assert statements, or one that defines
-            `check(candidate)`; a list of dicts with `input` and `output`; a dict with `inputs` and
+        tests: A list of texts with assert statements, each a check; one text, in which each statement
+            that asserts something is a check, at its top level or within `check(candidate)`, if it
+            defines that; a list of dicts with `input` and `output`; a dict with `inputs` and
             `outputs`, two lists. Any of these as JSON text.
         entry_point: The function that is tested.
         starter: Code that the program starts with. Functions that it defines besides the tested
@@ -101,15 +102,16 @@ def read_tests(
     if isinstance(tests, Mapping):
         return _read_pairs_by_column(tests)
     if isinstance(tests, str):
-        return _read_text(tests, entry_point, starter)
+        tree = _parse(textwrap.dedent(tests), "the test code")
+        return _read_tree(tree, entry_point, starter)
     if not isinstance(tests, (list, tuple)):
         raise ValueError(f"the tests are {tests!r:.80}, of type {type(tests).__name__}")  # noqa: TRY004
     if not tests:
         raise ValueError("there are no tests")
     if all(isinstance(test, str) for test in tests):
-        for index, test in enumerate(tests):
-            _parse(test, f"test {index}")
-        return _read_text("\n".join(tests), entry_point, starter)
+        trees = [_parse(textwrap.dedent(t), f"test {index}") for index, t in enumerate(tests)]
+        body = [statement for tree in trees for statement in _as_one_check(tree)]
+        return _read_tree(ast.Module(body, []), entry_point, starter)
     if all(isinstance(test, Mapping) and {"input", "output"} <= test.keys() for test in tests):
         return _read_pairs([test["input"] for test in tests], [test["output"] for test in tests])
     raise ValueError(
@@ -167,9 +169,14 @@ def _parse(source: str, what: str) -> ast.Module:
         raise ValueError(f"{what} doesn't compile: {reason}{line}") from error
 
 
-def _read_text(text: str, entry_point: str | None, starter: str) -> CallTests:
-    text = textwrap.dedent(text)
-    tree = _parse(text, "the test code")
+def _as_one_check(tree: ast.Module) -> list[ast.stmt]:
+    """Return the statements of a list's entry: as one, if they assert something."""
+    if len(tree.body) > 1 and any(_is_check(statement, set()) for statement in tree.body):
+        return [ast.If(ast.Constant(True), tree.body, [])]
+    return tree.body
+
+
+def _read_tree(tree: ast.Module, entry_point: str | None, starter: str) -> CallTests:
     if not tree.body:
         raise ValueError("there are no tests")
     check = next(
