@@ -54,6 +54,17 @@ def test_functions_are_called_and_arguments_come_back(sandbox) -> None:
         assert session.call("other").raised.kind == "AttributeError"
 
 
+def test_an_exception_is_known_by_its_nearest_built_in_type(sandbox) -> None:
+    source = (
+        "import json\nclass Low(KeyError): __module__ = 'builtins'\nclass LiteralError(Low): pass\n"
+        "def f(): raise LiteralError(1)\ndef g(): json.loads('')\ndef h(): return object()"
+    )
+    with sandbox.session(source, deadline_s=10.0) as session:
+        assert session.call("f").raised == Raised("KeyError", "1")
+        assert session.call("g").raised.kind == "ValueError"
+        assert session.call("h").raised == Raised("LiteralError", "a value of type object")
+
+
 @pytest.mark.parametrize(
     ("body", "ending"),
     [

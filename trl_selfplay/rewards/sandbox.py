@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, cast, get_args
 
-from trl_selfplay.rewards import isolation as isolations
-from trl_selfplay.rewards import literals
+import trl_selfplay.rewards.isolation as isolations
+import trl_selfplay.rewards.literals as literals
 from trl_selfplay.rewards.isolation import Isolation, Limits
 
 Ending = Literal[
@@ -53,7 +53,10 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """The name of an exception's type, and its message."""
+    """The name of an exception's nearest built-in type, and its message.
+
+    It is `LiteralError` where a result can't be sent.
+    """
 
     kind: str
     message: str

@@ -29,10 +29,12 @@ import typing
 from pathlib import Path
 
 if typing.TYPE_CHECKING:
-    from trl_selfplay.rewards import literals, syscalls
+    import trl_selfplay.rewards.literals as literals
+    import trl_selfplay.rewards.syscalls as syscalls
 
 _NOBODY = 65534
 _LENGTH_BYTES = 4
+_IS_MADE_BY_CODE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _POLL_S = 0.01
 _MONITOR_POLL_S = 0.5
 _KILL_S = 2.0
@@ -465,15 +467,19 @@ def _encode(outcome: tuple[typing.Any, ...], shared: list[typing.Any], count: in
     known = shared[:count]
     try:
         return literals.encode((*outcome, tuple(map(literals.contents, known))), known.copy())
+    except literals.LiteralError as error:
+        return literals.encode(("raised", type(error).__name__, str(error), ()))
     except BaseException as error:
         return literals.encode(("raised", *_describe(error), ()))
 
 
 def _describe(error: BaseException) -> tuple[str, str]:
+    """Return the name of an exception's nearest built-in type, and its message."""
+    kind = next(base for base in type(error).__mro__ if base.__flags__ & _IS_MADE_BY_CODE == 0)
     try:
-        return type(error).__name__, str(error)[:1000]
+        return kind.__name__, str(error)[:1000]
     except BaseException:  # a hostile __str__
-        return type(error).__name__, ""
+        return kind.__name__, ""
 
 
 def _send(channel: int, message: bytes) -> None:
