@@ -11,7 +11,16 @@ import pytest
 import trl_selfplay
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = {"reasoning_gym", "gguf", "matplotlib", "math_verify", "vllm", "ray", "nbclient"}
+OPTIONAL = {
+    "reasoning_gym",
+    "gguf",
+    "matplotlib",
+    "math_verify",
+    "latex2sympy2_extended",
+    "vllm",
+    "ray",
+    "nbclient",
+}
 
 
 def packages_loaded_by(statement: str) -> tuple[set[str], str]:

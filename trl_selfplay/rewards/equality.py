@@ -1,0 +1,250 @@
+r"""Compare the objects that two answers describe.
+
+In: a gold answer and an answer, as `expressions.py` reads them. Out: whether they are the same.
+Exact numbers must be exactly equal. Decimals may be rounded, if the relative difference is small and
+every digit shown is right. Expressions with variables are compared at several points, which is
+faster than simplifying, and can't hang on what sympy can't simplify.
+"""
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from trl_selfplay.rewards.values import (
+    DIGITS,
+    Formula,
+    Matrix,
+    Named,
+    Number,
+    Ordered,
+    Region,
+    Relation,
+    Several,
+    as_sympy,
+    imaginary,
+    intervals_of,
+    symbols_of,
+)
+
+# Largest relative difference of a rounded number: 0.142857 is 1/7, and 0.143 isn't.
+_ROUNDING = Fraction(1, 10_000)
+# Digits to which exact numbers are told apart.
+_MOST_DIGITS = 600
+# Where variables are evaluated: both signs, whole numbers of both parities, fractions, large ones.
+_POINTS = ("2", "3", "7/3", "-5/4", "5", "-3", "1/7", "141/4", "-29/2", "8")
+_FEWEST_POINTS = 3
+
+
+def same(gold: Any, answer: Any) -> bool:
+    """Return whether two objects that were read are the same answer."""
+    gold, answer = _alone(gold), _alone(answer)
+    if isinstance(gold, Named) or isinstance(answer, Named):
+        return _same_named(gold, answer)
+    if isinstance(gold, (Number, Formula)) and isinstance(answer, (Number, Formula)):
+        if gold.unit is not None and answer.unit is not None and gold.unit != answer.unit:
+            return False
+        return _same_value(gold, answer)
+    gold_region, region = intervals_of(gold), intervals_of(answer)
+    if gold_region is not None and region is not None and not isinstance(gold, Ordered):
+        names = {gold.name, getattr(answer, "name", None)} - {None}
+        return len(names) < 2 and _all_same(gold_region, region)
+    if isinstance(gold, Ordered) and isinstance(answer, Region):
+        return region is not None and _all_same(gold_region or (), region)
+    if type(gold) is not type(answer):
+        return False
+    if isinstance(gold, Several):
+        return _same_in_any_order(gold.items, answer.items)
+    if isinstance(gold, Ordered):
+        return gold.brackets == answer.brackets and _all_same(gold.items, answer.items)
+    if isinstance(gold, Matrix):
+        return len(gold.rows) == len(answer.rows) and all(map(_all_same, gold.rows, answer.rows))
+    if isinstance(gold, Relation):
+        return _same_relation(gold, answer)
+    return bool(gold == answer)
+
+
+def _same_named(gold: Any, answer: Any) -> bool:
+    """Compare where at least one side says of which variable it is the value."""
+    if isinstance(gold, Relation):
+        return _same_relation(gold, _as_relation(answer))
+    if isinstance(answer, Relation):
+        return _same_relation(_as_relation(gold), answer)
+    for named, other in ((gold, answer), (answer, gold)):
+        if not isinstance(other, Named):
+            has_names = isinstance(other, Several) and _has_names(other)
+            value = named.value if has_names else _ordered_values(named)
+            return same(value, other) if named is gold else same(other, value)
+    if gold.name == answer.name:
+        return same(gold.value, answer.value)
+    left, right = _as_relation(gold), _as_relation(answer)
+    if left is None or right is None or len(symbols_of(left.difference)) < 2:
+        return False
+    return _same_relation(left, right)
+
+
+def _ordered_values(named: Named) -> Any:
+    """Return the value of `x = 3`, or (1, 2) of `(x, y) = (1, 2)`."""
+    value = named.value
+    if isinstance(value, Several) and _has_names(value):
+        return Ordered("()", tuple(item.value for item in value.items))
+    return value
+
+
+def _has_names(several: Several) -> bool:
+    return all(isinstance(item, Named) for item in several.items)
+
+
+def _as_relation(named: Named) -> Relation | None:
+    return None if named.variable is None else Relation("=", named.variable - as_sympy(named.value))
+
+
+def _alone(value: Any) -> Any:
+    if isinstance(value, Several) and len(value.items) == 1:
+        return value.items[0]
+    if isinstance(value, Ordered) and value.brackets == "\\langle\\rangle":
+        return Ordered("()", value.items)
+    return value
+
+
+def _all_same(golds: Sequence[Any], answers: Sequence[Any]) -> bool:
+    return len(golds) == len(answers) and all(map(same, golds, answers))
+
+
+def _same_in_any_order(golds: Sequence[Any], answers: Sequence[Any]) -> bool:
+    left = list(answers)
+    names = {item.name for item in golds if isinstance(item, Named)}
+    if len(golds) != len(answers) or (
+        len(names) > 1 and not all(isinstance(item, Named) for item in answers)
+    ):
+        return False
+    for gold in golds:
+        index = next((i for i, answer in enumerate(left) if same(gold, answer)), None)
+        if index is None:
+            return False
+        del left[index]
+    return True
+
+
+def _same_value(gold: Number | Formula, answer: Number | Formula) -> bool:
+    if isinstance(gold, Number) and isinstance(answer, Number):
+        if gold.value == answer.value:
+            return True
+        if gold.places is None and answer.places is None:
+            return False
+        difference = abs(gold.value - answer.value)
+        return difference <= _ROUNDING * max(abs(gold.value), abs(answer.value)) and all(
+            _shows(number, difference) for number in (gold, answer)
+        )
+    import sympy
+
+    first, second = as_sympy(gold), as_sympy(answer)
+    if first == second:
+        return True
+    if first.has(sympy.oo, sympy.zoo, sympy.nan) or second.has(sympy.oo, sympy.zoo, sympy.nan):
+        return False
+    is_rounded = first.has(sympy.Float) or second.has(sympy.Float)
+    symbols = symbols_of(first) | symbols_of(second)
+    if symbols:
+        return _same_at_points(first, second, symbols, is_rounded)
+    if not _are_near(_value_at(first, {}), _value_at(second, {}), is_rounded):
+        return False
+    if not is_rounded:
+        return _is_zero(first - second)
+    difference = abs(_value_at(first - second, {}))
+    return all(not isinstance(v, Number) or _shows(v, difference) for v in (gold, answer))
+
+
+def _shows(number: Number, difference: Any) -> bool:
+    """Return whether a difference is below the last digit shown, as after rounding or cutting off."""
+    return number.places is None or bool(difference * 10**number.places < 1)
+
+
+def _is_zero(difference: Any) -> bool:
+    """Return whether an exact number is zero, or smaller than can be computed."""
+    from sympy.core.evalf import PrecisionExhausted
+
+    try:
+        return bool(
+            difference.evalf(15, maxn=_MOST_DIGITS, strict=True, subs={imaginary(): _i()}) == 0
+        )
+    except PrecisionExhausted:
+        return True
+
+
+def _same_at_points(first: Any, second: Any, symbols: Iterable[Any], is_rounded: bool) -> bool:
+    compared = 0
+    for at in _points(symbols):
+        values = [_value_at(expression, at) for expression in (first, second)]
+        if any(value is None for value in values):
+            continue
+        if not _has_imaginary(first, second) and not all(_is_real(value) for value in values):
+            continue  # outside the domain of real functions
+        if not _are_near(values[0], values[1], is_rounded):
+            return False
+        compared += 1
+    return compared >= _FEWEST_POINTS
+
+
+def _same_relation(gold: Relation | None, answer: Relation | None) -> bool:
+    """Return whether the differences are constant multiples, positive ones for inequalities."""
+    import sympy
+
+    if gold is None or answer is None or gold.sign != answer.sign:
+        return False
+    ratio = gold.difference / answer.difference
+    symbols = symbols_of(gold.difference) | symbols_of(answer.difference)
+    if not symbols:
+        return False
+    ratios = [r for at in _points(symbols) if (r := _value_at(ratio, at)) is not None]
+    if len(ratios) < _FEWEST_POINTS or not ratios[0].is_real or ratios[0] == 0:
+        return False
+    if gold.sign.startswith("<") and ratios[0] < 0:
+        return False
+    is_rounded = bool(ratio.has(sympy.Float))
+    return all(_are_near(ratios[0], other, is_rounded) for other in ratios[1:])
+
+
+def _points(symbols: Iterable[Any]) -> list[dict[Any, Any]]:
+    """Return points at which no two variables have the same value."""
+    import sympy
+
+    ordered = sorted(symbols, key=lambda symbol: symbol.name)
+    points = []
+    for start in range(len(_POINTS)):
+        at = {}
+        for index, symbol in enumerate(ordered):
+            turn, place = divmod(start + 3 * index, len(_POINTS))
+            at[symbol] = sympy.Rational(_POINTS[place]) + sympy.Rational(2 * turn * (index + 1), 1)
+        points.append(at)
+    return points
+
+
+def _value_at(expression: Any, at: dict[Any, Any]) -> Any:
+    """Return the value of an expression at a point, to 30 digits; None if it has none there."""
+    value = expression.evalf(DIGITS, subs={**at, imaginary(): _i()})
+    if not value.is_number or not value.is_finite:
+        return None
+    # Terms that cancel exactly evaluate to noise with a precision of one bit.
+    return value * 0 if getattr(value, "_prec", 0) == 1 else value
+
+
+def _are_near(first: Any, second: Any, is_rounded: bool) -> bool:
+    if first is None or second is None:
+        return False
+    tolerance = float(_ROUNDING) if is_rounded else 1e-18
+    return bool(abs(first - second) <= tolerance * max(abs(first), abs(second)))
+
+
+def _is_real(value: Any) -> bool:
+    real, imaginary = value.as_real_imag()
+    return bool(abs(imaginary) <= 1e-18 * abs(real)) or imaginary == 0
+
+
+def _has_imaginary(*expressions: Any) -> bool:
+    return any(imaginary() in expression.free_symbols for expression in expressions)
+
+
+def _i() -> Any:
+    import sympy
+
+    return sympy.I

@@ -1,0 +1,140 @@
+r"""Separate the unit of an answer from its value.
+
+In: an answer in the spelling of `latex.clean`. Out: what is left of it, and the unit in a normal
+form: `cm^2` for square centimetres, `$` for dollars, None without a unit. Single letters are units
+only within `\text{}`, because `5 m` may be a product.
+"""
+
+import re
+
+# Words that say nothing: "10 units" is 10, and so is "10 square units".
+_EMPTY = {"unit", "integer", "number", "total", "each", "about", "approximately", "exactly", "only"}
+_KNOWN = {
+    "\\dollar": "$ dollar usd",
+    "\\euro": "euro eur",
+    "\\yen": "yen jpy",
+    "\\pounds": "gbp",
+    "\\cent": "cent",
+    "\\degree": "degree deg",
+    "C": "celsius",
+    "F": "fahrenheit",
+    "m": "meter metre",
+    "cm": "cm centimeter centimetre",
+    "mm": "mm millimeter millimetre",
+    "km": "km kilometer kilometre",
+    "in": "inch in",
+    "ft": "ft foot feet",
+    "yd": "yd yard",
+    "mi": "mile mi",
+    "g": "gram gramme",
+    "mg": "mg milligram",
+    "kg": "kg kilogram kilo",
+    "lb": "lb pound",
+    "oz": "oz ounce",
+    "L": "liter litre",
+    "mL": "ml mL milliliter millilitre",
+    "gal": "gal gallon",
+    "s": "second sec",
+    "min": "minute min",
+    "h": "hour hr",
+    "day": "day",
+    "week": "week",
+    "month": "month",
+    "yr": "year yr",
+    "rad": "radian rad",
+    "N": "newton",
+    "J": "joule",
+    "W": "watt",
+    "V": "volt",
+    "Hz": "Hz hertz",
+    "mi/h": "mph",
+    "km/h": "kmh kph",
+}
+_CANONICAL = {word: unit for unit, words in _KNOWN.items() for word in words.split()}
+_POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3}
+_NEEDS_SPACE = {"in", "mi", "oz"}  # 5in may be a product
+_NO_UNITS = {"sin", "cos", "tan", "log", "ln", "mod", "or", "and", "if", "for"}
+_SIGN = re.compile(r"(-?)\s*\\(dollar|pounds|euro|yen|cent)\b\s*(-?)\s*")
+_SIGN_BEHIND = re.compile(r"\s*\\(dollar|pounds|euro|yen|cent|degree)\s*([CF]?)$")
+_POWER = r"(?:\^\{-?\d\})?"
+_TEXT = rf"\\text\{{(?:[^{{}}]|\{{-?\d\}})*\}}\s*{_POWER}"
+_TEXT_BEHIND = re.compile(rf"\s*({_TEXT}(?:\s*/?\s*{_TEXT})*)$")
+_WORDS_BEHIND = re.compile(
+    rf"(?:(?<=[\d}})!])|(?<=\\pi))(\s*)((?:[A-Za-z]+{_POWER}[ ./]*)*[A-Za-z]+{_POWER})\.?$"
+)
+_WORD = re.compile(r"[A-Za-z]+|/|\^-?\d")
+
+
+def split_unit(text: str, expected: str | None = None) -> tuple[str, str | None]:
+    r"""Return an answer without its unit, and the unit.
+
+    Args:
+        text: The answer, clean.
+        expected: A unit in normal form that is looked for even where it would be a variable, as in
+            `5 m`.
+
+    >>> split_unit("5 \\text{ square centimeters}")
+    ('5', 'cm^2')
+    """
+    money = None
+    if match := _SIGN.match(text):
+        text, money = match[1] + match[3] + text[match.end() :], f"\\{match[2]}"
+    words = None
+    if match := _TEXT_BEHIND.search(text):
+        words = match[1].replace("\\text", " ")
+    elif (match := _WORDS_BEHIND.search(text)) and _are_unit(match[1], match[2], expected):
+        words = match[2]
+    if match is not None and words is not None and text[: match.start()].strip():
+        text = text[: match.start()].strip()
+        words = _normalise(words)
+    else:
+        words = None
+    if match := _SIGN_BEHIND.search(text):
+        text, money = text[: match.start()], f"\\{match[1]}{match[2]}"
+    if money is None or words is None or words == money:
+        return text, money or words
+    return text, money + words
+
+
+def _are_unit(space: str, words: str, expected: str | None) -> bool:
+    """Return whether words behind a number are a unit, and not variables."""
+    first = words.split()[0].rstrip(".").split("/")[0].split("^")[0]
+    if first in _NO_UNITS:
+        return False
+    if expected is not None and _normalise(words) == expected:
+        return True
+    if _singular(first) in _CANONICAL or first in _POWERS or first == "per":
+        return space != "" or first not in _NEEDS_SPACE
+    return space != "" and len(first) >= 4
+
+
+def _normalise(words: str) -> str | None:
+    """Return the normal form of a unit's words, such as m/s^2; None if they say nothing."""
+    units: list[str] = []
+    power, separator = "", ""
+    for word in _WORD.findall(words.replace("{", " ").replace("}", " ").replace("^ ", "^")):
+        singular = _singular(word)
+        if word in ("/", "per"):
+            separator = "/"
+        elif word.startswith("^"):
+            units.append(word)
+        elif singular in _POWERS and word.endswith("ed"):
+            units.append(f"^{_POWERS[singular]}")
+        elif singular in _POWERS:
+            power = f"^{_POWERS[singular]}"
+        elif singular in _EMPTY:
+            return None
+        elif singular not in ("of", "the", "a", "an"):
+            joint = separator or ("." if units and units[-1] != "\\degree" else "")
+            units += [part for part in (joint, _CANONICAL.get(singular, singular), power) if part]
+            power, separator = "", ""
+    return "".join(units) or None
+
+
+def _singular(word: str) -> str:
+    """Return a word without the ending of a plural; a short one as it is: mL and ML differ."""
+    lower = word.lower()
+    if len(word) <= 2 or lower in _CANONICAL:
+        return lower if lower in _CANONICAL and len(word) > 2 else word
+    stem = lower.removesuffix("es")
+    return stem if stem in _CANONICAL else lower.removesuffix("s")
