@@ -6,7 +6,7 @@ import pytest
 
 from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.rollouts.record import save_rollouts
-from trl_selfplay.rollouts.stored import StoredRollouts, load_kept, load_samples, save_rewards
+from trl_selfplay.rollouts.stored import StoredRollouts, load_kept, load_samples
 
 PROMPTS = [f"{i:032x}" for i in range(6)]
 
@@ -44,14 +44,6 @@ def test_a_round_is_iterated_over_one_shard_at_a_time(folder) -> None:
     assert [next(opened).prompt_id for _ in range(3)] == [PROMPTS[0], *[PROMPTS[1]] * 2]
     with pytest.raises(DamagedFileError, match=r"00001\.parquet"):
         next(opened)
-
-
-def test_rewards_are_written_into_the_shards_and_what_has_none_abstains(folder) -> None:
-    save_rewards(folder, {(PROMPTS[0], 1): 2.5, (PROMPTS[5], 0): None})
-    rewards = {(r.prompt_id, r.sample_index): (r.reward, r.rewards) for r in load_samples(folder)}
-    assert rewards.pop((PROMPTS[0], 1)) == (2.5, (2.5,))
-    assert set(rewards.values()) == {(None, (None,))}
-    assert len(rewards) == 11
 
 
 def test_a_missing_shard_of_an_earlier_round_is_noticed(folder) -> None:

@@ -1,7 +1,6 @@
 """Held-out scores against counts of the rollouts that they come from."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 from accelerate import Accelerator
@@ -122,16 +121,3 @@ def test_prompts_of_ones_own_are_asked_ungraded_and_read_back(build_play, tmp_pa
 def test_asking_for_nothing_samples_nothing(build_play, tmp_path) -> None:
     assert build_play().ask([], 0, "judge", tmp_path / "asked", range(2)) == []
     assert not (tmp_path / "asked").exists()
-
-
-def test_scores_by_sample_stay_when_the_round_is_sampled_again(build_play, sums, tmp_path) -> None:
-    play = build_play(num_generations=2, temperature=1.0, few_shot_rounds=0, disable_tqdm=True)
-    play = replace(play, collector=replace(play.collector, scorer=None))
-    rows = load_prompt_rows(sums(3), "train_dataset")
-    samples = play.sample(rows, 0, "train", tmp_path)
-    assert not any(r.is_graded for r in samples)
-    rewards = {(r.prompt_id, r.sample_index): float(i) for i, r in enumerate(samples[1:])}
-    scored = play.score_samples(tmp_path, rewards)
-    assert [r.reward for r in scored] == [None, *map(float, range(5))]
-    assert scored == play.sample(rows, 0, "train", tmp_path)
-    assert [r.completion_ids for r in scored] == [r.completion_ids for r in samples]

@@ -21,6 +21,7 @@ from trl_selfplay import (
     STaRConfig,
     STaRTrainer,
 )
+from trl_selfplay.rewards import JudgeReward
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def run(
 ) -> None:
     """Run, or go on with, two rounds in `folder`; die where `kill` says.
 
-    With a `scorer` (a reward model's folder) it is ReST: two Improve steps after each sampling.
+    With a `scorer` (a reward model's folder) it is ReST: two Improve steps after each sampling. With
+    the method "judge" it is STaR whose policy judges its samples and the held-out ones.
     """
     killer = Killer(kill)
 
@@ -94,6 +96,16 @@ def run(
             model, args=IRPOConfig(folder, **settings), **datasets, reward_funcs=reward,
             peft_config=lora, callbacks=[killer],
         )  # fmt: skip
+    elif method == "judge":
+        judge = JudgeReward(  # a random model names no tag: any number counts
+            "policy", template="{prompt} {completion} so", verdict=r".*?(\d).*", scale=(0, 9),
+            temperature=1.0, max_completion_length=40,
+        )  # fmt: skip
+        settings |= {"reward_weights": [1.0, 0.5], "reward_threshold": 0.4}
+        trainer = STaRTrainer(
+            model, STaRConfig(folder, **settings), **datasets, reward_funcs=[reward, judge],
+            peft_config=lora, callbacks=[killer],
+        )  # fmt: skip
     elif scorer is None:
         trainer = STaRTrainer(
             model, STaRConfig(folder, **settings), **datasets, reward_funcs=reward,
@@ -106,15 +118,24 @@ def run(
             model, ReSTEMConfig(folder, **settings, **rest), **datasets,
             reward_funcs=[scorer, reward], peft_config=lora, callbacks=[killer],
         )  # fmt: skip
-    evaluating = [False]
+    evaluating, judging = [False], [False]
     play, collector = trainer.self_play, trainer.self_play.collector
-    sampler, score = collector.sampler, type(play).score
+    sampler, score, ask = collector.sampler, type(play).score, type(play).ask
     sample = sampler.sample
 
     def watched_sample(*args: Any) -> Iterator[Any]:
         for finished in sample(*args):
-            killer.event("evaluating" if evaluating[0] else "sampling")
+            killer.event("judging" if judging[0] else "evaluating" if evaluating[0] else "sampling")
             yield finished
+
+    def watched_ask(
+        self: Any, rows: Any, round_index: int, phase: str, *args: Any, **kw: Any
+    ) -> Any:
+        judging[0] = phase == "judge"
+        try:
+            return ask(self, rows, round_index, phase, *args, **kw)
+        finally:
+            judging[0] = False
 
     def watched_score(*args: Any, **kwargs: Any) -> Any:
         evaluating[0] = True
@@ -127,4 +148,5 @@ def run(
     # Small batches make several shards of a dozen prompts.
     sampler.suggest_batch_size = lambda longest_prompt, max_completion_length: 3
     type(play).score = watched_score
+    type(play).ask = watched_ask
     trainer.train(resume_from_checkpoint=True)

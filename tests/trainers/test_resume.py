@@ -17,7 +17,9 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 PHASES = ("sampling", "grading", "training", "evaluating", "any")
 # Upper ends of the countdowns, in events of the phase (seconds for "any"): early enough to hit what
 # is left of a run that was killed before.
-LAST_EVENT = {"sampling": 30, "grading": 4, "training": 3, "evaluating": 16, "any": 5.0}
+LAST_EVENT = {
+    "sampling": 30, "grading": 4, "training": 3, "evaluating": 16, "any": 5.0, "judging": 60,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -50,7 +52,9 @@ def read_run(folder: Path):
     return lines, shards, rows, load_file(folder / "adapter_model.safetensors")
 
 
-def kill_and_resume(resumable, tmp_path, seeds, scorer=None, method="STaR", least_kills=4) -> None:
+def kill_and_resume(
+    resumable, tmp_path, seeds, scorer=None, method="STaR", least_kills=4, phases=PHASES
+) -> None:
     assert resumable("whole", None, scorer, method) == 0
     expected = read_run(tmp_path / "whole")
     assert len(expected[0]) == len(expected[2]) == (2 if scorer is None else 4)
@@ -58,7 +62,7 @@ def kill_and_resume(resumable, tmp_path, seeds, scorer=None, method="STaR", leas
     for seed in seeds:
         folder = f"killed-{seed // 4}"  # four kills hit one run, one after the other
         rng = random.Random(seed)
-        phase = PHASES[seed % len(PHASES)]
+        phase = phases[seed % len(phases)]
         last = LAST_EVENT[phase]
         kill = Kill(phase, rng.uniform(1, last) if phase == "any" else rng.randrange(int(last)))
         exit_code = resumable(folder, kill, scorer, method)
@@ -102,6 +106,16 @@ def test_irpo_killed_in_each_phase_resumes_to_the_same_pairs_log_probs_and_weigh
 ) -> None:
     """IR-5."""
     kill_and_resume(resumable, tmp_path, range(5), method="IRPO", least_kills=3)
+
+
+@pytest.mark.slow
+def test_a_run_with_the_policy_as_judge_killed_in_each_phase_resumes_alike(
+    resumable, tmp_path
+) -> None:
+    """Judgements are on disk like samples, those of held-out prompts too."""
+    phases = ("judging", *PHASES[:4])
+    kill_and_resume(resumable, tmp_path, range(5), method="judge", phases=phases)
+    assert list((tmp_path / "whole" / "_rounds").glob("round-001/evaluation/judgements/*.parquet"))
 
 
 @pytest.mark.full

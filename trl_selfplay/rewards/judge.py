@@ -17,6 +17,7 @@ from torch import nn
 
 from trl_selfplay.rewards.answer import is_answer, text_of
 from trl_selfplay.rewards.endpoint import Endpoint, Reply
+from trl_selfplay.rewards.grading_model import GradingModel
 from trl_selfplay.rewards.local_model import LocalModel
 from trl_selfplay.rewards.scores import Scores
 
@@ -227,6 +228,16 @@ class JudgeReward:
         return isinstance(self._answers, _PolicyReplies)
 
     @property
+    def abstains_without_solution(self) -> bool:
+        """Whether it compares with the column `solution`, or shows it."""
+        return self.against == "solution" or self._shows_solution
+
+    @property
+    def grading_model(self) -> GradingModel | None:
+        """The model of its own, if it is in this process."""
+        return self._answers.grading_model if isinstance(self._answers, LocalModel) else None
+
+    @property
     def compares_samples(self) -> bool:
         """Whether a completion's score depends on the prompt's other samples."""
         return self.against == "samples"
@@ -246,11 +257,6 @@ class JudgeReward:
             "max_completion_length": self.options.max_completion_length,
             "extra_body": getattr(self._answers, "extra_body", None),
         }
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The judge's own model, if it is in this process."""
-        return getattr(self._answers, "model", None) if not self.asks_policy else None
 
     def __call__(
         self,
@@ -293,6 +299,17 @@ class JudgeReward:
         """Return the questions that a call with the same arguments asks, each once."""
         return _texts_of(self._cases(prompts, completions, solution))
 
+    def find_data_errors(
+        self, prompts: Sequence[Any], solution: Sequence[Any] | None = None, **kwargs: Any
+    ) -> dict[int, str]:
+        """Return the rows that lack the solution that the judge needs.
+
+        Raises:
+            ValueError: There is no column `solution`.
+        """
+        cases = self._cases(prompts, ["x"] * len(prompts), solution)
+        return {c.members[0]: "it has no solution" for c in cases if c.cause == _NO_SOLUTION}
+
     def keep_replies(self, replies: Mapping[str, Reply]) -> None:
         """Give the policy's replies, by question, to the calls that follow; those before are gone."""
         assert isinstance(self._answers, _PolicyReplies)
@@ -301,7 +318,7 @@ class JudgeReward:
     def _cases(
         self, prompts: Sequence[Any], completions: Sequence[Any], solution: Sequence[Any] | None
     ) -> list[_Case]:
-        needs_solution = self.against == "solution" or self._shows_solution
+        needs_solution = self.abstains_without_solution
         if needs_solution and solution is None:
             raise ValueError("the judge needs the column `solution`, and the dataset has none.")
         golds = [_solution_text(s, i) for i, s in enumerate(solution or ())] or [""] * len(prompts)

@@ -13,6 +13,7 @@ from trl_selfplay.generation.random_streams import stream_key
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler, collect_eos_token_ids
 from trl_selfplay.rewards.endpoint import Reply
+from trl_selfplay.rewards.grading_model import GradingModel
 
 TOO_LONG = "the question is too long for the judge"
 
@@ -23,7 +24,8 @@ class LocalModel:
     Args:
         model: A Hub id, a folder, or a loaded model, which is put into eval mode.
         tokenizer: The model's tokenizer; None loads it from the model's source.
-        device: Where it replies; None: an accelerator if there is one.
+        device: Where it replies. None: on the trainer's device, or where the model is, if there is
+            no trainer over rounds.
         model_init_kwargs: Keywords of `from_pretrained`, for the model and its tokenizer.
     """
 
@@ -41,12 +43,10 @@ class LocalModel:
         if isinstance(model, str):
             loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         self.name = str(loaded.config.name_or_path)
-        self.model: Any = loaded.eval()
-        if device is not None:
-            self.model.to(device)
+        self.grading_model = GradingModel(loaded, device)
         self.tokenizer: Any = tokenizer or AutoTokenizer.from_pretrained(self.name, **kwargs)
         self._eos_token_ids = collect_eos_token_ids(loaded, self.tokenizer)
-        self._sampler = TransformersSampler(loaded, self.tokenizer)
+        self._sampler = TransformersSampler(self.grading_model.ready, self.tokenizer)
         self._context_length = describe_model(loaded).context_length
 
     def ask(

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import nn
 
+from trl_selfplay.rewards.judge import JudgeReward
 from trl_selfplay.rewards.reward_model import RewardModel
 from trl_selfplay.rewards.scores import Scores
 
@@ -114,7 +115,8 @@ class Scorer:
                     f"reward_funcs holds {entry!r:.100}; give a callable, a model id or a model."
                 )
         # Those that hold a model of their own.
-        self._models = [f.grading_model for f in self._functions if hasattr(f, "grading_model")]
+        held = [getattr(f, "grading_model", None) for f in self._functions]
+        self._models = [model for model in held if model is not None]
         for grading_model in self._models if device is not None else ():
             grading_model.place(device)
         self.names = _unique_names(self._functions)
@@ -209,6 +211,17 @@ class Scorer:
     def callables(self) -> list[Callable[..., Any]]:
         """The given functions without reward models."""
         return [f for f in self._functions if not isinstance(f, RewardModel)]
+
+    @property
+    def judges(self) -> dict[str, JudgeReward]:
+        """The judges among the functions, by name."""
+        named = zip(self.names, self._functions, strict=True)
+        return {name: f for name, f in named if isinstance(f, JudgeReward)}
+
+    @property
+    def policy_judges(self) -> list[JudgeReward]:
+        """The judges that ask the model that is being trained."""
+        return [judge for judge in self.judges.values() if judge.asks_policy]
 
     def take_metrics(self) -> dict[str, float]:
         """Return the mean of each metric given to `log_metric` since the last call.

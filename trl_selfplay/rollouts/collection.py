@@ -278,18 +278,7 @@ class Collector:
         scorer = self.eval_scorer if is_heldout else self.scorer
         if scorer is None:
             raise RuntimeError("there are no reward functions to grade with")
-        rows = [by_id[r.prompt_id] for r in rollouts]
-        completions: list[Any] = [
-            [_message(self.tokenizer, r)] if row.is_conversational else r.completion
-            for r, row in zip(rollouts, rows, strict=True)
-        ]
-        scores = scorer.score(
-            prompts=[row.prompt for row in rows],
-            completions=completions,
-            completion_ids=[list(r.completion_ids) for r in rollouts],
-            columns={key: [row.columns[key] for row in rows] for key in rows[0].columns},
-            where=name,
-        )
+        scores = scorer.score(**self.reward_arguments(rollouts, by_id), where=name)
         graded = [
             replace(
                 r,
@@ -302,6 +291,21 @@ class Collector:
         if self.refuses_negative_rewards and not is_heldout:
             _check_not_negative(graded, scorer.names)
         return graded
+
+    def reward_arguments(
+        self, rollouts: Sequence[Rollout], by_id: Mapping[str, PromptRow]
+    ) -> dict[str, Any]:
+        """Return what reward functions get of some rollouts, as `Scorer.score` takes it."""
+        rows = [by_id[r.prompt_id] for r in rollouts]
+        return {
+            "prompts": [row.prompt for row in rows],
+            "completions": [
+                [_message(self.tokenizer, r)] if row.is_conversational else r.completion
+                for r, row in zip(rollouts, rows, strict=True)
+            ],
+            "completion_ids": [list(r.completion_ids) for r in rollouts],
+            "columns": {key: [row.columns[key] for row in rows] for key in rows[0].columns},
+        }
 
 
 def one_ahead(items: Iterator[Item], stop: Event) -> Generator[Item]:

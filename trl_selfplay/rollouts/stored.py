@@ -5,7 +5,7 @@ of all rounds.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from trl_selfplay.disk import BRING_BACK, DamagedFileError, naming_damage, save_table
 from trl_selfplay.rollouts.collection import read_plan
-from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
+from trl_selfplay.rollouts.record import Rollout, load_rollouts
 from trl_selfplay.rollouts.selection import Selection
 
 
@@ -98,27 +98,6 @@ def load_all_samples(root: Path) -> list[Rollout]:
                 found.append(replace(rollout, sample_index=counts[rollout.prompt_id]))
                 counts[rollout.prompt_id] += 1
     return sorted(found, key=lambda r: (r.prompt_id, r.sample_index))
-
-
-def save_rewards(folder: Path, rewards: Mapping[tuple[str, int], float | None]) -> None:
-    """Write rewards into the shards of a round's samples, as graded ones have them.
-
-    Args:
-        folder: The round's.
-        rewards: By prompt id and sample index. None, and what is absent, is an abstention.
-
-    Raises:
-        DamagedFileError, FileNotFoundError: As `StoredRollouts`.
-    """
-    for path, _ in StoredRollouts(folder).shards():
-        held = load_rollouts(path)
-        scores = [rewards.get((r.prompt_id, r.sample_index)) for r in held]
-        graded = [
-            replace(r, reward=score, rewards=(score,))
-            for r, score in zip(held, scores, strict=True)
-        ]
-        if graded != held:
-            save_rollouts(path, graded)
 
 
 def save_selection(path: Path, selection: Selection) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from trl_selfplay.disk import naming_damage, save_text
+from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.prompts import canonical_prompt
 from trl_selfplay.rounds.plan import OnResume, declared_rules, per_round_lists
 
@@ -88,7 +89,7 @@ PARENTS_FIELDS = {
 _NO_FIELDS = {
     OnResume.WARNED: _names(
         """
-        compute_loss_func_source eval_reward_funcs_source number_of_processes
+        compute_loss_func_source eval_judges eval_reward_funcs_source judges number_of_processes
         reward_funcs_source
         """
     ),
@@ -104,6 +105,8 @@ _EARLIER_NAMES = {
     "trl_selfplay.rationalization.add_hint": "trl_selfplay.add_hint",
     "trl_selfplay.rationalization.find_leak": "trl_selfplay.find_leak",
 }
+# What grades, but for the names of the functions.
+_GRADERS = _names("eval_judges eval_reward_funcs_source judges reward_funcs_source")
 _SECRET = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
 _MASK = "(not recorded)"
 _ADAPTERS = "peft_config"
@@ -199,6 +202,8 @@ def describe_trainer(trainer: Any) -> Description:
             "eval_reward_funcs_source": None
             if eval_scorer is None
             else source_digests(eval_scorer.callables),
+            "judges": {} if scorer is None else _describe_judges(scorer),
+            "eval_judges": {} if eval_scorer is None else _describe_judges(eval_scorer),
             "compute_loss_func": None if compute_loss is None else name_function(compute_loss),
             "compute_loss_func_source": source_digests([compute_loss]),
             "optimizer_cls_and_kwargs": None
@@ -209,6 +214,19 @@ def describe_trainer(trainer: Any) -> Description:
             **trainer.identity(),
         },
     )
+
+
+def _describe_judges(scorer: Scorer) -> dict[str, Any]:
+    """Return what the verdicts of judges depend on, by the judge's name."""
+    return {
+        name: {
+            **judge.identity,
+            "own_weights": digest_weights(judge.grading_model.ready(), restored=False)
+            if judge.grading_model is not None
+            else None,
+        }
+        for name, judge in scorer.judges.items()
+    }
 
 
 def summarize(values: Sequence[Any]) -> str:
@@ -341,7 +359,7 @@ def check_identity(
         changed = [name for name in differing if described.rule(name) is OnResume.UNTIL_TRAINED]
         if is_trained:
             _warn(differing)
-        elif sources := sorted(name for name in differing if name.endswith("reward_funcs_source")):
+        elif sources := sorted(name for name in differing if _top(name) in _GRADERS):
             logger.warning(
                 "%s: reward functions have changed. Completions that were graded before keep their "
                 "rewards; to grade all alike, begin anew in another output_dir.",

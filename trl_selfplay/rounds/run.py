@@ -161,7 +161,11 @@ def drop_what_samples_became(run: Run) -> None:
             shutil.rmtree(made, ignore_errors=True)
         (folder / "evaluation" / "scores.json").unlink(missing_ok=True)
         # Which prompts are unsolved may differ: planned anew around what is sampled.
-        (folder / "samples" / "hint-plan.json").unlink(missing_ok=True)
+        for plan in (
+            *folder.glob("samples/hint-plan.json"),
+            *folder.glob("judgements/hint-*plan.json"),
+        ):
+            plan.unlink()
         pass_over_checkpoints(folder)
 
 

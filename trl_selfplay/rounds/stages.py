@@ -10,6 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -50,9 +51,9 @@ from trl_selfplay.rollouts.stored import (
     StoredRollouts,
     load_outcomes,
     load_samples,
-    save_rewards,
     save_selection,
 )
+from trl_selfplay.rounds.judging import collect_judged, judged
 from trl_selfplay.rounds.run import Run
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class SelfPlay:
         eos_token_id: The one that is added in training after a stop string.
         context_length: Maximum positions of the model, or None.
         run: Knows where rounds lie on disk.
+        initial_weights: Puts the weights from before round 0 in place, within a context.
     """
 
     config: Any
@@ -88,6 +90,7 @@ class SelfPlay:
     eos_token_id: int
     context_length: int | None
     run: Run
+    initial_weights: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def lacks_embeddings(self) -> bool:
@@ -203,7 +206,7 @@ class SelfPlay:
         rows: Sequence[PromptRow],
         round_index: int,
         phase: Phase,
-        folder: Path,
+        folder: Path | None,
         indices: Sequence[int],
         *,
         few_shot: bool = False,
@@ -218,7 +221,7 @@ class SelfPlay:
             rows: The prompts, each once.
             round_index: Part of the key of the random streams, like `phase`.
             phase: What the samples are for; "hint" shows the answers.
-            folder: Where the samples are kept, in a round's folder.
+            folder: Where the samples are kept, in a round's folder; None keeps nothing.
             indices: The samples to draw of each prompt.
             few_shot: Show the few-shot examples before each prompt.
             prefix: Prefix of the files' names.
@@ -232,9 +235,11 @@ class SelfPlay:
         how = build_sampling_options(self.config, self.eos_token_ids, **options)
         most = how.max_completion_length
         prompt_ids = self._prompt_ids(rows, few_shot, phase == "hint", rows[0].source, most)
-        what = {"hint": " with hints", "judge": ", judging"}.get(phase, "")
-        with self._progress(f"round {round_index}{what}", len(rows) * len(indices)) as progress:
-            return self.collector.collect(
+        what = f"round {round_index}{' with hints' if phase == 'hint' else ''}"
+        label = "judging" if phase == "judge" else what  # of held-out samples as well
+        with self.progress(label, len(rows) * len(indices)) as progress:
+            return self._collect(
+                self.collector,
                 [Assignment(r, i, tuple(indices)) for r, i in zip(rows, prompt_ids, strict=True)],
                 how,
                 round_index=round_index,
@@ -244,20 +249,12 @@ class SelfPlay:
                 prefix=prefix,
             )
 
-    def score_samples(
-        self, folder: Path, rewards: Mapping[tuple[str, int], float | None]
-    ) -> list[Rollout]:
-        """Give a round's samples rewards that no reward function knows, on disk too; return them.
-
-        Args:
-            folder: The round's, as `sample` had it, without reward functions.
-            rewards: By prompt id and sample index. None, and what is absent, is an abstention.
-        """
-        accelerator = self.collector.accelerator
-        if accelerator.is_main_process:
-            save_rewards(folder, rewards)
-        accelerator.wait_for_everyone()
-        return load_samples(folder)
+    def _collect(self, collector: Collector, *what: Any, **where: Any) -> list[Rollout]:
+        """Sample and grade, with the policy's judgements if a reward function asks for them."""
+        scorer = collector.scorer
+        if scorer is None or where["phase"] == "judge" or not scorer.policy_judges:
+            return collector.collect(*what, **where)
+        return collect_judged(self, collector, *what, **where)
 
     def score(
         self,
@@ -285,7 +282,7 @@ class SelfPlay:
         metrics: dict[str, float] = {}
         of_sets: list[dict[str, float]] = []
         samples = sum(map(len, sets.values())) * (1 + self.config.num_generations_eval) * len(forms)
-        with self._progress("held-out", samples, ("num_generations_eval",)) as progress:
+        with self.progress("held-out", samples, ("num_generations_eval",)) as progress:
             for name, set_prefix in metric_prefixes(list(sets), prefix).items():
                 for form, few_shot in forms.items():
                     rollouts = self.sample_heldout(
@@ -338,7 +335,8 @@ class SelfPlay:
             ("sampled-", sampled, tuple(range(1, self.config.num_generations_eval + 1))),
         ):
             if indices:
-                rollouts += collector.collect(
+                rollouts += self._collect(
+                    collector,
                     [Assignment(r, ids, indices) for r, ids in zip(rows, prompt_ids, strict=True)],
                     options,
                     round_index=0,  # the key of the streams, see above
@@ -349,12 +347,13 @@ class SelfPlay:
                 )
         return rollouts
 
-    def _progress(
+    def progress(
         self,
         description: str,
         total: int,
         settings: Sequence[str] = ("num_prompts_per_round", "num_generations"),
     ) -> SamplingProgress:
+        """Return a progress bar over samples, of which each process has its share."""
         is_main = self.collector.accelerator.is_main_process
         disable = self.config.disable_tqdm or not is_main
         share = math.ceil(total / self.collector.accelerator.num_processes)
@@ -412,8 +411,13 @@ class SelfPlay:
         if not gold.rollouts:
             return []
         accelerator = self.collector.accelerator
-        if accelerator.is_main_process and not path.exists():
-            save_rollouts(path, self.collector.grade(gold.rollouts, gold.rows))
+        is_graded = path.exists()
+        accelerator.wait_for_everyone()  # all have looked before one writes
+        if not is_graded:
+            judgements = self.run.root / "judgements"
+            with judged(self, self.collector, gold.rollouts, gold.rows, 0, judgements, "gold-"):
+                if accelerator.is_main_process:
+                    save_rollouts(path, self.collector.grade(gold.rollouts, gold.rows))
         accelerator.wait_for_everyone()
         return load_rollouts(path)
 

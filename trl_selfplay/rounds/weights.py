@@ -141,6 +141,25 @@ def reload_initial_weights(model: Any, args: Any, saved: Path) -> None:
     copy_into(model, dict(loaded.named_parameters()), source)
 
 
+@contextmanager
+def initial_weights_in_place(model: Any, args: Any, saved: Path) -> Iterator[None]:
+    """Let the model have the weights from before round 0 within this context.
+
+    Its present ones wait in the CPU's memory, and return bit for bit.
+
+    Args:
+        model: The trainer's model.
+        args: See `reload_initial_weights`, as for `saved`.
+        saved: File of `save_trainable`, if there is one.
+    """
+    held = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(model).items()}
+    try:
+        reload_initial_weights(model, args, saved)
+        yield
+    finally:
+        copy_into(model, held, "the copy of the present weights")
+
+
 @torch.no_grad()
 def copy_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Copy tensors into the model's trainable parameters of the same names.

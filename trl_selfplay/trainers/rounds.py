@@ -6,6 +6,7 @@ bases. What a round is, from sampling to selection, is in each trainer's `play_r
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds.loop import run_rounds
 from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run
 from trl_selfplay.rounds.stages import SelfPlay
+from trl_selfplay.rounds.weights import initial_weights_in_place
 from trl_selfplay.trainers.construction import (
     Grading,
     build_run,
@@ -170,6 +172,7 @@ class RoundsMixin(Trainer):
             eos_token_id=tokenizer.eos_token_id,
             context_length=traits.context_length,
             run=self.run,
+            initial_weights=self.initial_weights,
         )
 
     def placeholder_rows(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -184,6 +187,12 @@ class RoundsMixin(Trainer):
     def play_round(self, round_index: int) -> PlayedRound:
         """Return what a round trains on; called with the weights that the round begins with."""
         raise NotImplementedError(f"{type(self).__name__} must define play_round(round_index).")
+
+    def initial_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has the weights from before round 0."""
+        if not self.has_begun:  # they are in place
+            return nullcontext()
+        return initial_weights_in_place(self.model, self.args, self.run.initial_weights)
 
     def identity(self) -> dict[str, Any]:
         """Return, by name, values of the method that must not change when a run is resumed."""
