@@ -314,6 +314,28 @@ def test_only_finite_numbers_that_functions_log_are_averaged() -> None:
     assert scorer.take_metrics() == {"level": 2.0}
 
 
+def test_logged_means_don_t_depend_on_how_completions_are_divided_into_calls() -> None:
+    """Whether a function logs once per call, per completion, or for some completions."""
+
+    def logs(completions, log_metric, **kwargs):
+        sizes = [len(c) for c in completions]
+        log_metric("per call", sum(sizes) / len(sizes))
+        for size in sizes:
+            log_metric("per completion", size)
+            if size > 1:
+                log_metric("some", size)
+        return [1.0] * len(completions)
+
+    completions = ["a", "bb", "ccc", "dd", "eeeeeee", "f", "gg"]
+    scorer = Scorer(logs)
+    for ends in ([7], [1, 7], [4, 5, 7]):
+        for start, end in zip([0, *ends], ends, strict=False):
+            score(scorer, completions[start:end])
+        assert scorer.take_metrics() == {
+            "per call": 18 / 7, "per completion": 18 / 7, "some": 16 / 5,
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_function_that_does_not_answer_is_mentioned(is_async, monkeypatch, caplog) -> None:
     """It returns once the log has named it and what it is scoring."""

@@ -1,7 +1,8 @@
-"""Shards: planned before sampling, done once, found again; sampled while the last is graded."""
+"""Shards: planned before sampling, done once, found again; graded while others are sampled."""
 
 import json
 import threading
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,15 +13,10 @@ from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts import collection
-from trl_selfplay.rollouts.collection import (
-    BATCHES_PER_SHARD,
-    Assignment,
-    Collector,
-    one_ahead,
-    plan_shards,
-)
+from trl_selfplay.rollouts.collection import Collector
 from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
 from trl_selfplay.rollouts.record import hash_prompt, load_rollouts, save_rollouts
+from trl_selfplay.rollouts.shards import BATCHES_PER_SHARD, Assignment, plan_shards
 
 OPTIONS = SamplingOptions(6, temperature=1.0, eos_token_ids=(1,))
 
@@ -115,11 +111,107 @@ def test_ungraded_samples_are_only_graded_when_the_run_goes_on(
 
     with pytest.raises(RuntimeError, match=r"broken.*KeyError"):
         collect(collector(broken), assignments, tmp_path)
-    (shard,) = tmp_path.glob("*.parquet")
-    assert not any(r.is_graded for r in load_rollouts(shard))
+    held = [r for path in tmp_path.glob("*.parquet") for r in load_rollouts(path)]
+    assert 3 <= len(held) < 60  # also those of a shard that isn't finished
+    assert not any(r.is_graded for r in held)
     mended, progress = collect(collector(), assignments, tmp_path)
-    assert progress.restored == len(load_rollouts(shard))
+    assert progress.restored == len(held)
     assert mended == collect(collector(), assignments)[0]
+
+
+def test_prompts_are_graded_while_their_shard_is_sampled(
+    tmp_path, collector, assignments, monkeypatch
+) -> None:
+    """The first call returns when a prompt of the same shard has begun to be sampled after it."""
+    calls, finished = [], []
+    enough = threading.Event()
+
+    def waits(completions, prompts, completion_ids, **kwargs):
+        calls.append([*zip(prompts, completion_ids, strict=True)])
+        assert enough.wait(timeout=30)
+        return has_a_digit(completions)
+
+    slow = collector(waits, batch_size=15)  # all in one shard
+    sample = slow.sampler.sample
+
+    def watched(*args):
+        for index, sampled in sample(*args):
+            yield index, sampled
+            finished.append(index)
+            if calls and len(finished) > 3 * len(calls[0]):
+                enough.set()
+
+    monkeypatch.setattr(slow.sampler, "sample", watched)
+    rollouts, _ = collect(slow, assignments, tmp_path)
+    assert len(list(tmp_path.glob("*.parquet"))) == 1
+    assert 1 < len(calls) < 20  # what was waiting was graded in one call
+    assert rollouts == collect(collector(), assignments)[0]
+    assert load_rollouts(tmp_path / "00000.parquet") == sorted(
+        rollouts, key=lambda r: planned_place(tmp_path, r)
+    )
+    graded = [sample for call in calls for sample in call]
+    for start in range(0, len(graded), 3):  # all of a prompt together, by index
+        prompt = graded[start][0]
+        same = [r for r in rollouts if r.prompt == prompt]
+        assert graded[start : start + 3] == [(prompt, list(r.completion_ids)) for r in same]
+
+
+def planned_place(folder, rollout):
+    (shard,) = json.loads((folder / "plan.json").read_text())
+    return shard["prompt_ids"].index(rollout.prompt_id), rollout.sample_index
+
+
+def test_an_interrupt_keeps_what_is_sampled_of_a_shard(tmp_path, collector, assignments) -> None:
+    def interrupted(completions, **kwargs):
+        raise KeyboardInterrupt
+
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        collect(collector(interrupted, batch_size=15), assignments, tmp_path)
+    assert threading.active_count() == threads
+    held = load_rollouts(tmp_path / "00000.parquet")
+    assert held
+    rollouts, progress = collect(collector(batch_size=15), assignments, tmp_path)
+    assert (progress.restored, progress.sampled) == (len(held), 60 - len(held))
+    assert rollouts == collect(collector(), assignments)[0]
+
+
+def test_a_failure_of_the_sampler_keeps_what_it_sampled(
+    tmp_path, collector, assignments, monkeypatch
+) -> None:
+    broken = collector(batch_size=15)
+    sample = broken.sampler.sample
+
+    def fails(*args):
+        for count, finished in enumerate(sample(*args)):
+            if count == 17:
+                raise ZeroDivisionError("while sampling")
+            yield finished
+
+    monkeypatch.setattr(broken.sampler, "sample", fails)
+    with pytest.raises(ZeroDivisionError, match="while sampling"):
+        collect(broken, assignments, tmp_path)
+    rollouts, progress = collect(collector(batch_size=15), assignments, tmp_path)
+    assert (progress.restored, progress.sampled) == (17, 43)
+    assert rollouts == collect(collector(), assignments)[0]
+
+
+def test_a_prompt_that_gets_more_samples_is_graded_anew_with_all_of_them(
+    tmp_path, collector, assignments
+) -> None:
+    """A function may compare a prompt's samples; those of other prompts keep their rewards."""
+    sizes = []
+
+    def counts(completions, prompts, **kwargs):
+        sizes.extend(Counter(prompts).values())
+        return [float(prompts.count(prompt)) for prompt in prompts]
+
+    fewer = [replace(a, sample_indices=(0, 1)) for a in assignments[:10]]
+    collect(collector(counts), [*fewer, *assignments[10:]], tmp_path)
+    sizes.clear()
+    rollouts, _ = collect(collector(counts), assignments, tmp_path)
+    assert {r.reward for r in rollouts} == {3.0}
+    assert sizes == [3] * 10
 
 
 def test_a_plan_for_other_prompts_is_refused(tmp_path, collector, assignments) -> None:
@@ -286,71 +378,3 @@ def test_half_a_surrogate_pair_is_neither_stored_nor_a_failure(tmp_path, make_ro
     save_rollouts(tmp_path / "s.parquet", [rollout])
     assert load_rollouts(tmp_path / "s.parquet") == [rollout]
     assert hash_prompt("\ud800", "1") != hash_prompt("\ud801", "1")
-
-
-# --- one shard ahead -------------------------------------------------------------------------------
-
-
-def test_the_next_item_is_made_while_the_last_is_worked_on() -> None:
-    begun = [threading.Event() for _ in range(4)]
-
-    def make():
-        for number, event in enumerate(begun):
-            event.set()
-            yield number
-
-    found = []
-    for number in one_ahead(make(), threading.Event()):
-        if number + 1 < len(begun):
-            assert begun[number + 1].wait(timeout=30)  # would never come without a second thread
-        if number + 2 < len(begun):
-            assert not begun[number + 2].is_set()
-        found.append(number)
-    assert found == [0, 1, 2, 3]
-
-
-def test_an_error_comes_after_the_items_before_it() -> None:
-    def make():
-        yield 1
-        raise ZeroDivisionError("in the making")
-
-    items = one_ahead(make(), threading.Event())
-    assert next(items) == 1
-    with pytest.raises(ZeroDivisionError, match="in the making"):
-        next(items)
-
-
-def test_closing_closes_the_iterator_in_its_own_thread_and_ends_the_thread() -> None:
-    closed = []
-
-    def make():
-        try:
-            yield from range(10)
-        finally:
-            closed.append(threading.current_thread().name)
-
-    before = threading.active_count()
-    items = one_ahead(make(), threading.Event())
-    assert next(items) == 0
-    items.close()
-    assert len(closed) == 1
-    assert closed[0].startswith("ahead")
-    assert threading.active_count() == before
-
-
-def test_no_items_are_no_items() -> None:
-    assert list(one_ahead(iter(()), threading.Event())) == []
-
-
-def test_closing_tells_what_makes_the_items_to_end_early() -> None:
-    stop, ended = threading.Event(), threading.Event()
-
-    def make():
-        yield 0
-        assert stop.wait(timeout=30)  # an item that would take for ever
-        ended.set()
-
-    items = one_ahead(make(), stop)
-    assert next(items) == 0
-    items.close()
-    assert ended.is_set()

@@ -239,14 +239,17 @@ def test_a_full_disk_stops_the_run_and_resuming_goes_on(build_star, monkeypatch)
 
 
 class FailsOnce:
+    """Fails once, on the second shard of 12 samples."""
+
     __name__ = "fails_once"
 
     def __init__(self, answer) -> None:
-        self.answer, self.calls = answer, 0
+        self.answer, self.graded, self.has_failed = answer, 0, False
 
     def __call__(self, completions, solution, **kwargs):
-        self.calls += 1
-        if self.calls == 2:
+        self.graded += len(completions)
+        if self.graded > 12 and not self.has_failed:
+            self.has_failed = True
             return self.answer(completions)
         return [float(s in c.split()) for c, s in zip(completions, solution, strict=True)]
 
@@ -266,14 +269,15 @@ def test_a_broken_reward_function_is_named_and_the_samples_stay(build_star, answ
         trainer.train()
     shards = sorted((trainer.run.folder(0) / "samples").glob("0*.parquet"))
     graded = [all(r.is_graded for r in load_rollouts(path)) for path in shards]
-    assert graded == [True, False]
-    sampled = [r.completion_ids for path in shards for r in load_rollouts(path)]
+    assert (graded[0], any(graded[1:])) == (True, False)
+    sampled = {r.completion_ids for path in shards for r in load_rollouts(path)}
+    assert sampled
     resumed = small_batches(build_star(num_rounds=1, reward_funcs=FailsOnce(answer)))
     resumed.self_play.collector.scorer  # noqa: B018  # built anew
     resumed.self_play.collector.scorer.score = trainer.self_play.collector.scorer.score
     resumed.train(resume_from_checkpoint=True)
-    again = [r.completion_ids for path in shards for r in load_rollouts(path)]
-    assert again == sampled
+    assert sampled <= {r.completion_ids for path in shards for r in load_rollouts(path)}
+    assert all(r.is_graded for path in shards for r in load_rollouts(path))
 
 
 class InterruptAt(TrainerCallback):

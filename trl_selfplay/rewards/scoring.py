@@ -121,7 +121,8 @@ class Scorer:
             grading_model.place(device)
         self.names = _unique_names(self._functions)
         self._get_trainer_state = get_trainer_state or _ignore
-        self._logged: dict[str, list[float]] = defaultdict(list)
+        # By metric, of each call: its number of completions, and what was logged.
+        self._logged: dict[str, list[tuple[int, list[float]]]] = defaultdict(list)
         self._weights = (1.0,) * len(entries) if reward_weights is None else tuple(reward_weights)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end_loop: Callable[[], Any] = _ignore
@@ -155,6 +156,7 @@ class Scorer:
         """
         self.check_columns(columns, "the dataset")
         columns = {k: v for k, v in columns.items() if k not in _NOT_FORWARDED}
+        logged: dict[str, list[float]] = defaultdict(list)
         arguments = {
             **columns,
             "prompts": list(prompts),
@@ -162,7 +164,7 @@ class Scorer:
             "completion_ids": list(completion_ids),
             "trainer_state": self._get_trainer_state(),
             "log_extra": _ignore,
-            "log_metric": lambda name, value: self._logged[name].append(float(value)),
+            "log_metric": lambda name, value: logged[name].append(float(value)),
         }
         calls: list[Callable[[], Any]] = [
             functools.partial(function, **_in_form_for(function, arguments))
@@ -180,6 +182,8 @@ class Scorer:
             outcomes = self._run_together([calls[index] for index in waiting])
         for index, outcome in zip(waiting, outcomes, strict=True):
             answers[index] = _call(self.names[index], functools.partial(_unwrap, outcome))
+        for name, values in logged.items():
+            self._logged[name].append((len(completions), values))
         scores = [
             _check_scores(name, answers[index], prompts, completions)
             for index, name in enumerate(self.names)
@@ -226,10 +230,21 @@ class Scorer:
     def take_metrics(self) -> dict[str, float]:
         """Return the mean of each metric given to `log_metric` since the last call.
 
-        Values that aren't finite are left out, since JSON can't represent them.
+        What is logged once per call of a function weighs as much as the call's completions, since
+        calls differ in size. Values that aren't finite are left out, since JSON can't represent them.
         """
-        finite = {name: [v for v in vs if math.isfinite(v)] for name, vs in self._logged.items()}
-        means = {name: sum(values) / len(values) for name, values in finite.items() if values}
+        means = {}
+        for name, calls in self._logged.items():
+            is_per_call = all(len(values) == 1 for _, values in calls)
+            weighted = [
+                (size if is_per_call else 1, value)
+                for size, values in calls
+                for value in values
+                if math.isfinite(value)
+            ]
+            if weighted:  # exact sums don't depend on the order of the calls
+                total = math.fsum(size * value for size, value in weighted)
+                means[name] = total / sum(size for size, _ in weighted)
         self._logged.clear()
         return means
 

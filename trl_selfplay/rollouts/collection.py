@@ -1,61 +1,47 @@
 """Sample and grade a fixed list of prompts, shard by shard, so that no finished work is lost.
 
 In: assignments (a prompt's tokens and which of its samples to draw), a sampler, a scorer. Out: graded
-rollouts. The content of each shard is planned and written to disk before the first token is sampled. A
-shard is saved when it is sampled, and again when it is graded. After a kill, the plan and all complete
-shards are read, and work resumes at the first incomplete shard.
+rollouts. The content of each shard is planned and written to disk before the first token is sampled.
+Finished prompts are graded while others are sampled. A shard is saved when it is sampled, and again
+when it is graded. After a kill, the plan and all complete shards are read, and work resumes at the
+first incomplete shard.
 """
 
-import json
 import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from threading import Event
-from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
-from trl_selfplay.disk import DamagedFileError, naming_damage, save_text
 from trl_selfplay.generation.random_streams import Phase, stream_key
 from trl_selfplay.generation.sampler import Sampler, SampleRequest, SamplingOptions
 from trl_selfplay.rewards.scoring import Scorer
+from trl_selfplay.rollouts.ahead import run_ahead
 from trl_selfplay.rollouts.prompts import PromptRow
-from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
+from trl_selfplay.rollouts.record import Rollout, save_rollouts
+from trl_selfplay.rollouts.shards import (
+    Assignment,
+    Shard,
+    held_prompts,
+    load_plan,
+    load_shard,
+    plan_shards,
+    save_plan,
+    split_found,
+)
 
 logger = logging.getLogger(__name__)
 
-# A shard is what a kill can cost. Several batches, so that rows freed by short completions can
-# be filled again within it.
-BATCHES_PER_SHARD = 4
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-Item = TypeVar("Item")
-_END = object()
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """The samples to draw for one prompt: its row, its tokens, and the sample indices."""
-
-    row: PromptRow
-    prompt_ids: tuple[int, ...]
-    sample_indices: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A fixed part of the work: prompt ids, and the maximum number of sequences decoded together."""
-
-    prompt_ids: tuple[str, ...]
-    batch_size: int
 
 
 class Progress(Protocol):
@@ -112,7 +98,9 @@ class Collector:
 
         Those of the phase "judge" aren't graded, nor are any without reward functions.
 
-        While a shard is graded the next one is sampled, in a thread of its own.
+        Prompts whose samples are all there are graded while others are sampled, in a thread of its
+        own: all that are waiting in one call, each with its samples together and in the order of
+        their indices. The thread waits when as many prompts are waiting as the largest shard has.
 
         Each of n processes samples every n-th shard, and all return all rollouts.
 
@@ -130,65 +118,98 @@ class Collector:
                 on disk and are only graded when the run is resumed.
             OSError: The disk is full; what is finished stays.
         """
-        by_id = {a.row.prompt_id: a for a in assignments}
         shards = self._load_or_plan(assignments, options, folder, prefix)
-        graded = self.scorer is not None and phase != "judge"
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        collected: list[Rollout] = []
-        solved: list[bool] = []
-        causes: Counter[str | None] = Counter()
-        threshold = None if self.has_degrees else self.reward_threshold
-        if phase == "eval":
-            threshold = self.eval_threshold
-        rows = {prompt_id: a.row for prompt_id, a in by_id.items()}
-        stop = Event()
-
-        def sample_shards() -> Iterator[tuple[Shard, str, Path | None, list[Rollout]]]:
-            for index, shard in enumerate(shards):
-                if index % world != rank or not shard.prompt_ids:
-                    continue
-                path = None if folder is None else folder / f"{prefix}{index:05d}.parquet"
-                chosen = [by_id[prompt_id] for prompt_id in shard.prompt_ids]
-                found = _load_shard(path)
-                kept, missing = _compare(found, chosen)
-                num_tokens = sum(len(r.completion_ids) for r in kept)
-                progress.update(len(kept), num_tokens, restored=True)
-                if found and missing:
-                    logger.warning(
-                        "%s holds %d of the samples that are planned; the others are sampled.",
-                        path,
-                        len(kept),
-                    )
-                rollouts = kept
-                if missing:
-                    rollouts = kept + self._sample(
-                        missing, options, shard.batch_size, round_index, phase, progress, stop
-                    )
-                    place = {prompt_id: i for i, prompt_id in enumerate(shard.prompt_ids)}
-                    rollouts.sort(key=lambda r: (place[r.prompt_id], r.sample_index))
-                if path is not None and found != rollouts:
-                    save_rollouts(path, rollouts)
-                yield shard, f"shard {prefix}{index:05d}, round {round_index}", path, rollouts
-
-        # Reward functions stay in the main thread: those with timeouts by signal need it.
-        with closing(one_ahead(sample_shards(), stop)) as sampled:
-            for shard, name, path, rollouts in sampled:
-                if graded and not all(r.is_graded for r in rollouts):
-                    rollouts = self.grade(rollouts, rows, name)
-                    if path is not None:
-                        save_rollouts(path, rollouts)
-                collected += rollouts
-                if graded:
-                    causes.update(r.cause for r in rollouts if r.reward is None)
-                    if causes:
-                        progress.set_abstained(causes.total(), _most_frequent(causes))
-                if graded and threshold is not None:
-                    passed = {r.prompt_id for r in rollouts if r.passes(threshold)}
-                    solved += [prompt_id in passed for prompt_id in shard.prompt_ids]
-                    progress.set_solved(sum(solved) / len(solved))
+        work = _Work(
+            shards={
+                f"{prefix}{index:05d}": shard
+                for index, shard in enumerate(shards)
+                if index % world == rank and shard.prompt_ids
+            },
+            assignments={a.row.prompt_id: a for a in assignments},
+            options=options,
+            round_index=round_index,
+            phase=phase,
+            folder=folder,
+        )
+        collected = self._grade_as_sampled(work, progress)
         if world > 1:
             collected = gather_object(collected)
         return sorted(collected, key=lambda r: (r.prompt_id, r.sample_index))
+
+    def _grade_as_sampled(self, work: "_Work", progress: Progress) -> list[Rollout]:
+        """Return the rollouts of this process's shards, graded if there is anything to grade with."""
+        grades = self.scorer is not None and work.phase != "judge"
+        threshold = None if self.has_degrees else self.reward_threshold
+        if work.phase == "eval":
+            threshold = self.eval_threshold
+        tally = _Tally(progress, threshold)
+        rows = {prompt_id: a.row for prompt_id, a in work.assignments.items()}
+        stop = Event()
+        most = max((len(shard.prompt_ids) for shard in work.shards.values()), default=1)
+        unfinished: dict[str, list[Rollout]] = {name: [] for name in work.shards}
+        changed: set[str] = set()
+        collected: list[Rollout] = []
+        # Reward functions stay in the main thread: those with timeouts by signal need it.
+        with closing(run_ahead(self._sample_shards(work, progress, stop), stop, most)) as batches:
+            for batch in batches:
+                for name, items in groupby(batch, key=lambda item: item.shard):
+                    prompts = [item.rollouts for item in items]
+                    rollouts = [r for same in prompts for r in same]
+                    if grades:
+                        done = [r for same in prompts if _are_graded(same) for r in same]
+                        new = [r for same in prompts if not _are_graded(same) for r in same]
+                        if new:
+                            changed.add(name)
+                            new = self.grade(new, rows, f"shard {name}, round {work.round_index}")
+                        rollouts = done + new
+                        tally.count(rollouts)
+                    unfinished[name] += rollouts
+                    if not prompts[-1]:  # all of the shard has been sampled, and is on disk
+                        finished = work.in_order(name, unfinished.pop(name))
+                        if work.folder is not None and name in changed:
+                            save_rollouts(work.path(name), finished)
+                        collected += finished
+        return collected
+
+    def _sample_shards(
+        self, work: "_Work", progress: Progress, stop: Event
+    ) -> Generator["_SampledPrompt"]:
+        """Yield each prompt as it is finished, then its shard's end, once that is on disk.
+
+        What has been sampled is saved as well if the shard can't be finished.
+        """
+        for name, shard in work.shards.items():
+            found = [] if work.folder is None else load_shard(work.path(name))
+            kept, missing = split_found(found, [work.assignments[i] for i in shard.prompt_ids])
+            progress.update(len(kept), sum(len(r.completion_ids) for r in kept), restored=True)
+            if found and missing:
+                logger.warning(
+                    "%s holds %d of the samples that are planned; the others are sampled.",
+                    work.path(name),
+                    len(kept),
+                )
+            samples: dict[str, list[Rollout]] = {prompt_id: [] for prompt_id in shard.prompt_ids}
+            for rollout in kept:
+                samples[rollout.prompt_id].append(rollout)
+            try:
+                lacking = {a.row.prompt_id for a in missing}
+                for prompt_id in shard.prompt_ids:
+                    if prompt_id not in lacking:
+                        yield _SampledPrompt(name, samples[prompt_id])
+                for rollout in self._sample(missing, shard.batch_size, work, progress, stop):
+                    same = samples[rollout.prompt_id]
+                    same.append(rollout)
+                    if len(same) == len(work.assignments[rollout.prompt_id].sample_indices):
+                        same.sort(key=lambda r: r.sample_index)
+                        yield _SampledPrompt(name, same)
+            finally:
+                rollouts = work.in_order(name, [r for same in samples.values() for r in same])
+                if work.folder is not None and found != rollouts:
+                    save_rollouts(work.path(name), rollouts)
+            if stop.is_set():
+                return
+            yield _SampledPrompt(name, [])
 
     def _load_or_plan(
         self,
@@ -201,12 +222,12 @@ class Collector:
         # Every process must plan the same, and free memory differs between them: one decides.
         shards: list[Shard] | None = None
         if self.accelerator.is_main_process:
-            shards = None if path is None else _load_plan(path, assignments)
+            shards = None if path is None else load_plan(path, assignments)
             if shards is None:
-                held = {} if folder is None else _held_prompts(folder, prefix, assignments)
+                held = {} if folder is None else held_prompts(folder, prefix, assignments)
                 shards = plan_shards(assignments, options.max_completion_length, self.sampler, held)
                 if path is not None:
-                    _save_plan(path, shards)
+                    save_plan(path, shards)
         if self.accelerator.num_processes > 1:
             shards = gather_object([shards])[0]
         assert shards is not None
@@ -215,34 +236,37 @@ class Collector:
     def _sample(
         self,
         assignments: Sequence[Assignment],
-        options: SamplingOptions,
         batch_size: int,
-        round_index: int,
-        phase: Phase,
+        work: "_Work",
         progress: Progress,
         stop: Event,
-    ) -> list[Rollout]:
+    ) -> Iterator[Rollout]:
+        """Yield each sample as it is finished."""
+        if not assignments:
+            return
         wanted = [(a, index) for a in assignments for index in a.sample_indices]
         requests = [
             SampleRequest(
                 a.prompt_ids,
-                stream_key(self.seed, round_index, phase, a.row.prompt_id, sample_index),
+                stream_key(self.seed, work.round_index, work.phase, a.row.prompt_id, sample_index),
             )
             for a, sample_index in wanted
         ]
         prompt_texts = {a.row.prompt_id: _decode(self.tokenizer, a.prompt_ids) for a in assignments}
         tag_ids = _find_tag_ids(self.tokenizer)
-        rollouts: list[Rollout | None] = [None] * len(wanted)
-        for request_index, sampled in self.sampler.sample(requests, options, batch_size):
+        left = set(range(len(wanted)))
+        for request_index, sampled in self.sampler.sample(requests, work.options, batch_size):
             if stop.is_set():
-                break
+                return
             assignment, sample_index = wanted[request_index]
             text_ids = sampled.completion_ids
             if sampled.finish == "eos":
                 text_ids = text_ids[:-1]
-            rollouts[request_index] = Rollout(
-                round_index=round_index,
-                phase=phase,
+            left.remove(request_index)
+            progress.update(1, len(sampled.completion_ids))
+            yield Rollout(
+                round_index=work.round_index,
+                phase=work.phase,
                 prompt_id=assignment.row.prompt_id,
                 sample_index=sample_index,
                 prompt_ids=assignment.prompt_ids,
@@ -250,16 +274,14 @@ class Collector:
                 prompt=prompt_texts[assignment.row.prompt_id],
                 completion=_decode_completion(self.tokenizer, text_ids, tag_ids),
                 finish=sampled.finish,
-                hinted=phase == "hint",
+                hinted=work.phase == "hint",
                 logprob=sampled.logprob,
             )
-            progress.update(1, len(sampled.completion_ids))
-        finished = [r for r in rollouts if r is not None]
-        if len(finished) < len(wanted):
+        if left:
             raise RuntimeError(
-                f"the sampler returned {len(finished)} completions for {len(wanted)} requests"
+                f"the sampler returned {len(wanted) - len(left)} completions for {len(wanted)} "
+                "requests"
             )
-        return finished
 
     def grade(
         self, rollouts: Sequence[Rollout], by_id: Mapping[str, PromptRow], name: str = ""
@@ -308,30 +330,58 @@ class Collector:
         }
 
 
-def one_ahead(items: Iterator[Item], stop: Event) -> Generator[Item]:
-    """Yield the items in order, while a second thread makes the next one.
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a process samples in a phase: its shards by the names of their files, and how."""
 
-    The thread is never more than one item ahead. What the iterator raises is raised here, in turn. Closing, or an exception such as Ctrl-C,
-    sets `stop`, waits for what is in progress, and closes the iterator.
+    shards: Mapping[str, Shard]
+    assignments: Mapping[str, Assignment]
+    options: SamplingOptions
+    round_index: int
+    phase: Phase
+    folder: Path | None
 
-    Args:
-        items: Used only in the second thread.
-        stop: The iterator checks it, to end early.
-    """
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as thread:
-        try:
-            coming = thread.submit(next, items, _END)
-            while (item := coming.result()) is not _END:
-                coming = thread.submit(next, items, _END)
-                yield item  # type: ignore[misc]
-        finally:
-            stop.set()
-            thread.submit(getattr(items, "close", int)).result()
+    def path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.parquet"
+
+    def in_order(self, name: str, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        place = {prompt_id: i for i, prompt_id in enumerate(self.shards[name].prompt_ids)}
+        return sorted(rollouts, key=lambda r: (place[r.prompt_id], r.sample_index))
 
 
-def _most_frequent(causes: Counter[str | None]) -> str | None:
-    known = Counter({cause: n for cause, n in causes.items() if cause is not None})
-    return known.most_common(1)[0][0] if known else None
+class _SampledPrompt(NamedTuple):
+    """All samples of a prompt, by index; none if the shard has come to its end."""
+
+    shard: str
+    rollouts: list[Rollout]
+
+
+class _Tally:
+    """Tells the progress bar what has been graded so far."""
+
+    def __init__(self, progress: Progress, threshold: float | None) -> None:
+        self._progress = progress
+        self._threshold = threshold
+        self._prompts: set[str] = set()
+        self._solved: set[str] = set()
+        self._causes: Counter[str] = Counter()
+        self._num_abstained = 0
+
+    def count(self, rollouts: Sequence[Rollout]) -> None:
+        self._prompts |= {r.prompt_id for r in rollouts}
+        if self._threshold is not None and self._prompts:
+            self._solved |= {r.prompt_id for r in rollouts if r.passes(self._threshold)}
+            self._progress.set_solved(len(self._solved) / len(self._prompts))
+        self._causes.update(r.cause for r in rollouts if r.cause is not None)
+        self._num_abstained += sum(r.reward is None for r in rollouts)
+        if self._num_abstained:
+            cause = next((cause for cause, _ in self._causes.most_common(1)), None)
+            self._progress.set_abstained(self._num_abstained, cause)
+
+
+def _are_graded(rollouts: Sequence[Rollout]) -> bool:
+    return all(r.is_graded for r in rollouts)
 
 
 def _check_not_negative(rollouts: Sequence[Rollout], names: Sequence[str]) -> None:
@@ -391,121 +441,3 @@ def _message(tokenizer: Any, rollout: Rollout) -> dict[str, Any]:
     if isinstance(content, str):
         content = content.removesuffix(tokenizer.eos_token)
     return {**parsed, "content": content}
-
-
-def _compare(
-    found: Sequence[Rollout], assignments: Sequence[Assignment]
-) -> tuple[list[Rollout], list[Assignment]]:
-    """Return the planned samples among those found, and what remains to be sampled."""
-    by_key = {(r.prompt_id, r.sample_index, r.prompt_ids): r for r in found}
-    kept: list[Rollout] = []
-    missing = []
-    for a in assignments:
-        held = [by_key.get((a.row.prompt_id, i, a.prompt_ids)) for i in a.sample_indices]
-        kept += [rollout for rollout in held if rollout is not None]
-        rest = tuple(i for i, r in zip(a.sample_indices, held, strict=True) if r is None)
-        if rest:
-            missing.append(replace(a, sample_indices=rest))
-    return kept, missing
-
-
-def _held_prompts(
-    folder: Path, prefix: str, assignments: Sequence[Assignment]
-) -> dict[int, tuple[str, ...]]:
-    """Return the planned prompts that shards on disk hold, by the shard's number."""
-    left = {a.row.prompt_id for a in assignments}
-    held: dict[int, tuple[str, ...]] = {}
-    for path in sorted(folder.glob(f"{prefix}[0-9]*.parquet")):
-        prompt_ids = tuple(dict.fromkeys(r.prompt_id for r in _load_shard(path)))
-        held[int(path.stem.removeprefix(prefix))] = tuple(p for p in prompt_ids if p in left)
-        left -= set(prompt_ids)
-    return held
-
-
-def plan_shards(
-    assignments: Sequence[Assignment],
-    max_completion_length: int,
-    sampler: Sampler,
-    held: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
-) -> list[Shard]:
-    """Divide the work into shards of about `BATCHES_PER_SHARD` batches.
-
-    The longest prompts come first, so that running out of memory shows in the first minute. All
-    samples of a prompt are in one shard, so that a reward function can compare them.
-
-    Args:
-        assignments: The work.
-        max_completion_length: Maximum tokens per completion.
-        sampler: Suggests batch sizes.
-        held: Prompts of the shards on disk, by number, if their plan is lost. These shards keep
-            their numbers and the others fill the gaps.
-    """
-    done = {prompt_id for prompt_ids in held.values() for prompt_id in prompt_ids}
-    lengths = {a.row.prompt_id: len(a.prompt_ids) for a in assignments}
-    ordered = sorted(assignments, key=lambda a: (-len(a.prompt_ids), a.row.prompt_id))
-    ordered = [a for a in ordered if a.row.prompt_id not in done]
-    shards: list[Shard] = []
-    start = 0
-    while start < len(ordered):
-        batch_size = sampler.suggest_batch_size(
-            len(ordered[start].prompt_ids), max_completion_length
-        )
-        end, num_samples = start, 0
-        while end < len(ordered) and num_samples < BATCHES_PER_SHARD * batch_size:
-            num_samples += len(ordered[end].sample_indices)
-            end += 1
-        shards.append(Shard(tuple(a.row.prompt_id for a in ordered[start:end]), batch_size))
-        start = end
-    for number in sorted(held):
-        longest = max((lengths[prompt_id] for prompt_id in held[number]), default=1)
-        batch_size = sampler.suggest_batch_size(longest, max_completion_length)
-        shards += [Shard((), 1)] * (number - len(shards))  # a number that is gone holds nothing
-        shards.insert(number, Shard(held[number], batch_size))
-    return shards
-
-
-def _save_plan(path: Path, shards: Sequence[Shard]) -> None:
-    content = [{"prompt_ids": s.prompt_ids, "batch_size": s.batch_size} for s in shards]
-    save_text(path, json.dumps(content))
-
-
-def _load_plan(path: Path, assignments: Sequence[Assignment]) -> list[Shard] | None:
-    try:
-        shards = read_plan(path)
-    except DamagedFileError as error:
-        logger.warning("%s", error)
-        return None
-    if shards is None:
-        return None
-    planned = {prompt_id for shard in shards for prompt_id in shard.prompt_ids}
-    if planned != {a.row.prompt_id for a in assignments}:
-        raise ValueError(
-            f"{path} plans {len(planned)} prompts that are not the {len(assignments)} of this run: "
-            "the dataset, `num_prompts_per_round` or what these prompts are made from changed. Use "
-            f"another `output_dir`, or delete {path.parent} to sample this phase anew."
-        )
-    return shards
-
-
-def read_plan(path: Path) -> list[Shard] | None:
-    """Return the shards of a phase, by number; None without a plan on disk.
-
-    Raises:
-        DamagedFileError: It is there and can't be read.
-    """
-    if not path.exists():
-        return None
-    with naming_damage(path, "The phase is planned anew around the shards that are there."):
-        plan = json.loads(path.read_text())
-        return [Shard(tuple(map(str, s["prompt_ids"])), int(s["batch_size"])) for s in plan]
-
-
-def _load_shard(path: Path | None) -> list[Rollout]:
-    """Return what a shard holds; nothing if it isn't there or can't be read."""
-    if path is None or not path.exists():
-        return []
-    try:
-        return load_rollouts(path, "Its prompts are sampled again, the other shards are kept.")
-    except DamagedFileError as error:
-        logger.warning("%s", error)
-        return []

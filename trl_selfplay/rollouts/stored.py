@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_selfplay.disk import BRING_BACK, DamagedFileError, naming_damage, save_table
-from trl_selfplay.rollouts.collection import read_plan
 from trl_selfplay.rollouts.record import Rollout, load_rollouts
 from trl_selfplay.rollouts.selection import Selection
+from trl_selfplay.rollouts.shards import read_plan
 
 
 @dataclass(frozen=True, slots=True)

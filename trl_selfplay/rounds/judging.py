@@ -16,9 +16,10 @@ from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.rewards.endpoint import Reply
 from trl_selfplay.rewards.judge import JudgeReward
 from trl_selfplay.rewards.local_model import TOO_LONG, fits, split_control_tokens
-from trl_selfplay.rollouts.collection import Assignment, Collector, Progress
+from trl_selfplay.rollouts.collection import Collector, Progress
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.shards import Assignment
 
 
 def collect_judged(

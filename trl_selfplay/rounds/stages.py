@@ -34,7 +34,7 @@ from trl_selfplay.generation.random_streams import Phase
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rewards.answer import is_answer
 from trl_selfplay.rewards.scoring import Scorer
-from trl_selfplay.rollouts.collection import Assignment, Collector, Progress
+from trl_selfplay.rollouts.collection import Collector, Progress
 from trl_selfplay.rollouts.gold import Gold, load_gold
 from trl_selfplay.rollouts.played import PlayedRound, mean_rewards, round_metrics
 from trl_selfplay.rollouts.prompts import PromptRow, refuse_seen_heldout
@@ -47,6 +47,7 @@ from trl_selfplay.rollouts.rows import (
     training_completion_ids,
 )
 from trl_selfplay.rollouts.selection import Selection
+from trl_selfplay.rollouts.shards import Assignment
 from trl_selfplay.rollouts.stored import (
     StoredRollouts,
     load_outcomes,

@@ -413,17 +413,17 @@ def test_the_gradient_is_the_monte_carlo_estimate_of_equation_2(build_star, tiny
 
 
 class ScoreByRound:
-    """A reward that held-out prompts get by a fixed script, training prompts always."""
+    """A reward that four held-out prompts get by a fixed script, training prompts always."""
 
     __name__ = "score_by_round"
 
     def __init__(self, heldout) -> None:
-        self.heldout, self.calls = heldout, 0
+        self.heldout, self.graded = heldout, 0
 
     def __call__(self, completions, is_heldout=(False,), **kwargs):
         if is_heldout[0]:
-            value = self.heldout[self.calls // 2]  # greedy and sampled, once each
-            self.calls += 1
+            value = self.heldout[self.graded // 8]  # a greedy completion of each, and a sample
+            self.graded += len(completions)
             return [value] * len(completions)
         return [1.0] * len(completions)
 
