@@ -12,7 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-Isolation = Literal["bubblewrap", "namespaces", "none"]
+# The third has a new interpreter per program, which is many times slower: for machines that forbid
+# namespaces within bubblewrap's. The last has limits alone.
+Isolation = Literal["bubblewrap", "namespaces", "bubblewrap per program", "weak"]
 # Shared libraries and time zones, where they exist.
 _SYSTEM_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -51,25 +53,35 @@ class Limits:
 
 def candidates(allow_weak_isolation: bool) -> Iterator[Isolation]:
     """Return the isolations to try, best first."""
-    if shutil.which("bwrap"):
+    has_bubblewrap = shutil.which("bwrap") is not None
+    if has_bubblewrap:
         yield "bubblewrap"
     yield "namespaces"
+    if has_bubblewrap:
+        yield "bubblewrap per program"
     if allow_weak_isolation:
-        yield "none"
+        yield "weak"
 
 
-def describe(isolation: Isolation, limits: Limits) -> dict[str, Any]:
-    """Return the settings of the isolated interpreter, which are data that JSON can hold."""
+def describe(isolation: Isolation, limits: Limits, folder: str) -> dict[str, Any]:
+    """Return the settings of the isolated interpreter, which are data that JSON can hold.
+
+    Args:
+        isolation: One of the `candidates`.
+        limits: What each program may use.
+        folder: Where to put programs' temporary folders if they have no file system of their own.
+    """
     folders, links = _visible_folders()
     return {
         "isolation": isolation,
         "parent": os.getpid(),
+        "folder": folder,
         "limits": {field.name: getattr(limits, field.name) for field in fields(limits)},
         "folders": folders,
         "links": links,
         "hidden": [str(path) for folder in folders for path in _packages_in(folder)],
         "devices": [device for device in DEVICES if Path(device).exists()],
-        "command": _bubblewrap(folders, links) if isolation == "bubblewrap" else [],
+        "command": _bubblewrap(isolation, limits, folders, links),
     }
 
 
@@ -103,10 +115,14 @@ def _packages_in(folder: str) -> Iterator[Path]:
             yield path
 
 
-def _bubblewrap(folders: list[str], links: dict[str, str]) -> list[str]:
+def _bubblewrap(
+    isolation: Isolation, limits: Limits, folders: list[str], links: dict[str, str]
+) -> list[str]:
     """Return the command that starts the interpreter in bubblewrap, without its last argument."""
-    words = ["bwrap", "--die-with-parent", "--unshare-pid", "--unshare-net", "--unshare-ipc"]
-    words += ["--unshare-uts", "--unshare-cgroup-try"]
+    if isolation not in ("bubblewrap", "bubblewrap per program"):
+        return []
+    words = ["bwrap", "--die-with-parent", "--as-pid-1", "--unshare-pid", "--unshare-net"]
+    words += ["--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     if os.geteuid() == 0:  # it changes to another user itself
         words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
@@ -126,6 +142,8 @@ def _bubblewrap(folders: list[str], links: dict[str, str]) -> list[str]:
     for script in _SCRIPTS:
         words += ["--ro-bind", str(_HERE / script), f"{_INSIDE}/{script}"]
     words += ["--ro-bind", interpreter, interpreter, "--remount-ro", "/"]
+    if isolation == "bubblewrap per program":
+        words += ["--size", str(limits.file_bytes), "--perms", "1777", "--tmpfs", "/tmp"]
     return [*words, "--chdir", "/", interpreter, *_FLAGS, f"{_INSIDE}/zygote.py"]
 
 

@@ -12,12 +12,15 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, get_args
 
 import trl_selfplay.rewards.isolation as isolations
@@ -38,6 +41,7 @@ _START_DEADLINE_S = 60.0
 # A zygote ends a program itself at its deadline. After this long it is ended with it.
 _GRACE_S = 0.5
 _STOP_DEADLINE_S = 3.0
+# Of one zygote. After that many it is replaced, in case something has piled up in it.
 _MOST_PROGRAMS = 1000
 _LENGTH_BYTES = 4
 _ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -114,7 +118,9 @@ class Sandbox:
         self._idle.append(first)
         atexit.register(self.close)
 
-    def _reset(self) -> None:
+    def _reset(self, inherited: Sequence["_Worker"] = ()) -> None:
+        for worker in inherited:
+            worker.forget()
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._free = threading.BoundedSemaphore(self._workers)
@@ -138,6 +144,9 @@ class Sandbox:
             source: Python code.
             stdin: Its standard input.
             deadline_s: Wall-clock seconds. Waiting for other threads' programs isn't included.
+
+        Raises:
+            RuntimeError: The machine can't start another process.
         """
         with self._worker() as worker:
             try:
@@ -172,20 +181,30 @@ class Sandbox:
                     with contextlib.suppress(_WorkerLost):
                         session._end()
 
+    def _start(self) -> "_Worker":
+        try:
+            return _Worker(self.isolation, self.limits)
+        except _WorkerLost as error:
+            raise RuntimeError(f"no isolated interpreter could be started: {error}") from error
+
     @contextlib.contextmanager
     def _worker(self) -> Iterator["_Worker"]:
-        if self._owner != os.getpid():
-            self._reset()
+        if self._owner != os.getpid():  # a fork: the zygotes are those of its parent
+            self._reset(self._idle)
         with self._free:
             with self._lock:
-                worker = self._idle.pop() if self._idle else None
                 epoch = self._epoch
-            worker = worker or _Worker(self.isolation, self.limits)
+                worker = self._idle.pop() if self._idle else None
+            if worker is not None and not worker.is_alive:
+                worker.end()
+                worker = None
+            if worker is None:
+                worker = self._start()
             try:
                 yield worker
             finally:
                 with self._lock:
-                    is_kept = worker.is_usable and epoch == self._epoch
+                    is_kept = worker.is_reusable and epoch == self._epoch
                     if is_kept:
                         self._idle.append(worker)
                 if not is_kept:
@@ -291,40 +310,46 @@ class _Worker:
     """One zygote and its monitor, used by one thread at a time."""
 
     def __init__(self, isolation: Isolation, limits: Limits) -> None:
-        self.is_usable = True
-        self._programs = 0
+        self._left = 1 if isolation == "bubblewrap per program" else _MOST_PROGRAMS
         self._ending: str | None = "ok"
+        self._errors = os.memfd_create("errors")
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        settings = {**isolations.describe(isolation, limits), "control": theirs.fileno()}
+        self._folder = _open_folder() if isolation == "weak" else None
+        settings = isolations.describe(isolation, limits, self._folder or "/tmp")
+        settings["control"] = theirs.fileno()
         with theirs:
             self._process = subprocess.Popen(
                 [*isolations.command(), json.dumps(settings)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=self._errors,
                 env=isolations.ENVIRONMENT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C only reaches the grader, which decides
             )
         try:
-            ready = self._reply(time.monotonic() + _START_DEADLINE_S)
+            self._reply(time.monotonic() + _START_DEADLINE_S)
         except BaseException:
             self.end()
             raise
-        if "error" in ready:
-            self.end()
-            raise _WorkerLost(ready["error"])
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def is_reusable(self) -> bool:
+        return self._ending is not None and self._left > 0
 
     def begin(self, kind: str, source: str, files: list[int], deadline_s: float) -> None:
         """Start a program."""
-        self._programs += 1
+        self._left -= 1
         self._ending = None
         program = _file_of(source)
         request = json.dumps({"kind": kind, "deadline_s": deadline_s})
         try:
             socket.send_fds(self._control, [request.encode()], [program, *files])
         except OSError as error:
-            self.is_usable = False
             raise _WorkerLost(str(error)) from error
         finally:
             os.close(program)
@@ -352,17 +377,9 @@ class _Worker:
     def finish(self, ends: float) -> str:
         """Wait for the end of the program, and return how it ended."""
         if self._ending is None:
-            try:
-                reply = self._reply(ends)
-            except TimeoutError:
-                reply = {"ending": "late"}
-                self.is_usable = False
-            if "error" in reply:
-                self.is_usable = False
-                raise _WorkerLost(reply["error"])
-            self._ending = reply["ending"]
-            if self._programs >= _MOST_PROGRAMS:
-                self.is_usable = False
+            if not self._has_answer(ends):
+                return "late"  # and the zygote can't be used again
+            self._ending = self._reply(ends)["ending"]
         return self._ending
 
     def stop(self, patience_s: float = 0.0) -> str:
@@ -374,14 +391,22 @@ class _Worker:
 
     def end(self) -> None:
         """End the zygote, and all that it has started."""
-        self.is_usable = False
         self._control.close()
+        os.close(self._errors)
         self._process.terminate()
         try:
             self._process.wait(_STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def forget(self) -> None:
+        """Release a zygote that belongs to the parent of this process."""
+        self._control.close()
+        os.close(self._errors)
+        self._process.returncode = 0  # not ours to wait for
 
     def _has_answer(self, ends: float) -> bool:
         poll = select.poll()
@@ -390,12 +415,21 @@ class _Worker:
 
     def _reply(self, ends: float) -> dict[str, Any]:
         if not self._has_answer(ends):
-            raise TimeoutError
+            raise _WorkerLost("no answer")
         try:
             data = self._control.recv(4096)
         except ConnectionResetError:
             data = b""
-        return json.loads(data) if data else {"error": "the isolated interpreter died"}
+        if not data:
+            raise _WorkerLost(self._last_error() or "the isolated interpreter died")
+        reply = json.loads(data)
+        if "error" in reply:
+            raise _WorkerLost(reply["error"])
+        return reply
+
+    def _last_error(self) -> str:
+        lines = os.pread(self._errors, 10_000, 0).decode(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else ""
 
 
 def _choose(limits: Limits, allow_weak_isolation: bool) -> tuple[Isolation, _Worker]:
@@ -409,7 +443,7 @@ def _choose(limits: Limits, allow_weak_isolation: bool) -> tuple[Isolation, _Wor
             if ran != Ran("1\n", "ok"):
                 raise _WorkerLost(f"a trial program ended with {ran}")
             return isolation, worker
-        except (_WorkerLost, TimeoutError, OSError) as error:
+        except (_WorkerLost, OSError) as error:
             reasons.append(f"{isolation}: {error}")
             if worker is not None:
                 worker.end()
@@ -420,6 +454,13 @@ def _choose(limits: Limits, allow_weak_isolation: bool) -> tuple[Isolation, _Wor
         "`--security-opt seccomp=unconfined`), or pass allow_weak_isolation=True inside a container "
         "or virtual machine that may be damaged."
     )
+
+
+def _open_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="programs-")
+    if os.geteuid() == 0:  # programs run as another user
+        Path(folder).chmod(0o777)
+    return folder
 
 
 def _file_of(text: str) -> int:

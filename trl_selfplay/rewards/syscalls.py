@@ -26,6 +26,11 @@ _SIGCHLD = 17
 
 # PyDLL keeps the interpreter's lock, so that a cloned process has it as well.
 _libc = ctypes.PyDLL(None, use_errno=True)
+# Looked up here and not in each child, where it would touch many pages.
+_before_fork = ctypes.pythonapi.PyOS_BeforeFork
+_after_fork_in_child = ctypes.pythonapi.PyOS_AfterFork_Child
+_after_fork_in_parent = ctypes.pythonapi.PyOS_AfterFork_Parent
+_syscall, _prctl_call, _mount = _libc.syscall, _libc.prctl, _libc.mount
 
 # The number of each machine in audit records, and of its calls.
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -75,13 +80,11 @@ _SINCE_5 = {
 _NOT_DENIED = ("clone", "clone3", "socket", "capset")
 
 
-def has_numbers() -> bool:
-    """Return whether the numbers of this machine's system calls are known here."""
-    return platform.machine() in _AUDIT
-
-
 def _number(name: str) -> int:
-    return _SINCE_5.get(name) or _NUMBERS[name][platform.machine()]
+    machine = platform.machine()
+    if machine not in _AUDIT:
+        raise OSError(f"the numbers of the system calls of {machine} aren't known")
+    return _SINCE_5.get(name) or _NUMBERS[name][machine]
 
 
 def _check(result: int, what: str) -> int:
@@ -92,7 +95,7 @@ def _check(result: int, what: str) -> int:
 
 
 def _call(name: str, *arguments: Any) -> int:
-    result = _libc.syscall(ctypes.c_long(_number(name)), *map(_as_word, arguments))
+    result = _syscall(ctypes.c_long(_number(name)), *map(_as_word, arguments))
     return _check(result, name)
 
 
@@ -110,16 +113,15 @@ def fork_into(flags: int) -> int:
 
     With NEW_PIDS the child is process 1 there, and all others die with it.
     """
-    api = ctypes.pythonapi
-    api.PyOS_BeforeFork()
+    _before_fork()
     # The C library's fork can't pass flags. Zero for the stack: it is copied, as by fork.
-    pid = _libc.syscall(
+    pid = _syscall(
         ctypes.c_long(_number("clone")), ctypes.c_long(flags | _SIGCHLD), *[ctypes.c_long(0)] * 4
     )
     if pid == 0:
-        api.PyOS_AfterFork_Child()
+        _after_fork_in_child()
     else:
-        api.PyOS_AfterFork_Parent()
+        _after_fork_in_parent()
     return _check(pid, "clone")
 
 
@@ -127,7 +129,7 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str
     """Mount a file system, or a folder at a second place."""
     words = [text.encode() for text in (source, target, kind)]
     _check(
-        _libc.mount(*words, ctypes.c_ulong(flags), options.encode()),
+        _mount(*words, ctypes.c_ulong(flags), options.encode()),
         f"mounting {source} on {target}",
     )
 
@@ -154,7 +156,7 @@ def enter_root(path: str) -> None:
 
 def _prctl(option: int, *arguments: Any) -> None:
     padded = (*arguments, 0, 0, 0, 0)[:4]
-    _check(_libc.prctl(option, *map(_as_word, padded)), f"prctl {option}")
+    _check(_prctl_call(option, *map(_as_word, padded)), f"prctl {option}")
 
 
 def die_with_parent() -> None:
@@ -175,8 +177,7 @@ def stay_visible() -> None:
 def drop_privileges() -> None:
     """Give up all capabilities, for good: no program that is executed brings any back."""
     _prctl(_NO_NEW_PRIVILEGES, 1)
-    if has_numbers():
-        _call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
+    _call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
 
 
 def filter_calls(program: bytes) -> None:

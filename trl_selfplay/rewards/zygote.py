@@ -17,12 +17,9 @@ import math
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
 import sys
-import tempfile
-import threading
 import time
 import types
 import typing
@@ -35,6 +32,7 @@ if typing.TYPE_CHECKING:
 _NOBODY = 65534
 _LENGTH_BYTES = 4
 _IS_MADE_BY_CODE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+_READY = b"ready"
 _POLL_S = 0.01
 _MONITOR_POLL_S = 0.5
 _KILL_S = 2.0
@@ -42,7 +40,7 @@ _TEMPORARY = "/tmp"
 # What programs often import, so that it is there already.
 _PRELOADED = (
     "array bisect cmath collections copy dataclasses datetime decimal enum fractions functools "
-    "hashlib heapq io numbers operator queue random re statistics string textwrap"
+    "heapq io numbers operator re string textwrap"
 )
 
 
@@ -63,16 +61,17 @@ def main(settings: dict[str, typing.Any]) -> None:
         if "proc" in settings:
             _serve(control, settings)
             return
-        settings["proc"] = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
+        settings["proc"] = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+        syscalls.adopt_orphans()
         if settings["isolation"] == "namespaces":
             _leave_namespaces(settings["proc"])
         child = os.fork()
         if child == 0:
             syscalls.die_with_parent()
-            if settings["isolation"] == "bubblewrap":
+            if settings["command"]:
                 for inherited in (settings["proc"], settings["control"]):
                     os.set_inheritable(inherited, True)
-                os.execvp("bwrap", [*settings["command"], json.dumps(settings)])
+                os.execvp(settings["command"][0], [*settings["command"], json.dumps(settings)])
             if settings["isolation"] == "namespaces":
                 _build_root(settings)
             _serve(control, settings)
@@ -88,15 +87,16 @@ def main(settings: dict[str, typing.Any]) -> None:
 def _monitor(child: int, parent: int) -> None:
     """Wait until the child has ended; end it when the parent has ended, or at SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    poll = select.poll()
-    poll.register(os.pidfd_open(child), select.POLLIN)
+    alive = os.pidfd_open(child)
     try:
         # A parent-death signal would already come when the thread ends that has started this.
-        while os.getppid() == parent and not poll.poll(1000 * _MONITOR_POLL_S):
+        while os.getppid() == parent and not _is_readable(alive, _MONITOR_POLL_S):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()
 
 
 def _leave_namespaces(proc: int) -> None:
@@ -195,70 +195,106 @@ def _become_nobody() -> None:
 
 def _serve(control: socket.socket, settings: dict[str, typing.Any]) -> None:
     """Run programs one after the other until the socket is closed."""
+    # Before the change of user, who may not be allowed to read the library.
+    for name in (*_PRELOADED.split(), *(() if _nests(settings) else ("shutil",))):
+        importlib.import_module(name)
     _become_nobody()
     zygote = _Zygote(control, settings)
-    for name in _PRELOADED.split():
-        importlib.import_module(name)
     gc.collect()
     gc.freeze()
     gc.disable()
     control.send(json.dumps({"ready": True}).encode())
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 4096, 8)
+        # While the caller is busy with the last answer.
+        zygote.prepare()
+        message, descriptors = _receive(control)
         if not message:
             return
         if message == b"stop":  # of a program that has ended by itself meanwhile
             continue
-        reply = zygote.run(json.loads(message), descriptors)
+        reply = zygote.run(message, descriptors)
         control.send(json.dumps(reply).encode())
 
 
+def _nests(settings: dict[str, typing.Any]) -> bool:
+    """Return whether each program has namespaces of its own within those of the zygote."""
+    return settings["isolation"] in ("bubblewrap", "namespaces")
+
+
+def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
+    message, descriptors, _, _ = socket.recv_fds(control, 4096, 8)
+    return message, descriptors
+
+
 class _Zygote:
+    """Processes for programs, one ready in advance and at most one at work."""
+
     def __init__(self, control: socket.socket, settings: dict[str, typing.Any]) -> None:
         self._control = control
         self._proc = settings["proc"]
         self._limits = settings["limits"]
-        self._is_weak = settings["isolation"] == "none"
-        if self._is_weak:
+        self._nests = _nests(settings)
+        self._processes = self._limits["processes"]
+        if not self._nests:
             syscalls.adopt_orphans()  # so that `_children` finds them
-        self._filter = syscalls.build_filter() if syscalls.has_numbers() else None
+            # The kernel counts all that the user runs.
+            self._processes += self._count_own()
+        self._filter = syscalls.build_filter()
         self._pid = os.readlink("self", dir_fd=self._proc)
-        self._page_bytes = resource.getpagesize()
+        self._child: int | None = None
+        self._parent_folder = settings["folder"]
+        self._folder: str | None = None
 
-    def run(self, request: dict[str, typing.Any], descriptors: list[int]) -> dict[str, str]:
+    def prepare(self) -> None:
+        """Fork a process that waits for a program, unless there is one."""
+        if self._child is not None:
+            return
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                if self._nests:
+                    child = syscalls.fork_into(
+                        syscalls.NEW_USER
+                        | syscalls.NEW_MOUNTS
+                        | syscalls.NEW_PIDS
+                        | syscalls.NEW_IPC
+                    )
+                else:
+                    self._folder = _make_folder(self._parent_folder)
+                    child = os.fork()
+            except OSError as error:
+                theirs.send(str(error).encode())
+                return
+            if child == 0:
+                self._live(theirs)
+        self._child = child
+        self._alive = os.pidfd_open(child)
+
+    def run(self, message: bytes, descriptors: list[int]) -> dict[str, str]:
         """Run one program, and say how it ended."""
-        ends = time.monotonic() + request["deadline_s"]
-        told, telling = os.pipe()
-        folder = tempfile.mkdtemp() if self._is_weak else None
-        child = (
-            os.fork()
-            if self._is_weak
-            else syscalls.fork_into(
-                syscalls.NEW_USER | syscalls.NEW_MOUNTS | syscalls.NEW_PIDS | syscalls.NEW_IPC
-            )
-        )
-        if child == 0:
-            self._run_in_child(request, descriptors, telling, folder)
-        os.close(telling)
+        deadline_s = json.loads(message)["deadline_s"]
+        ends = time.monotonic() + deadline_s
+        with self._requests:
+            ready = self._requests.recv(1000) if _is_readable(self._requests, deadline_s) else b""
+            if ready == _READY:
+                socket.send_fds(self._requests, [message], descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        trouble = os.read(told, 1000)
-        os.close(told)
-        alive = os.pidfd_open(child)
-        try:
-            reason = self._watch(alive, ends)
-            if reason is not None:
-                signal.pidfd_send_signal(alive, signal.SIGKILL)
-                if not _is_readable(alive, _KILL_S):
-                    os._exit(1)  # and all that is inside with this process
-        finally:
-            os.close(alive)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if folder is not None:
+        if self._child is None:
+            return {"error": ready.decode()}
+        reason = self._watch(self._alive, ends) if ready == _READY else "late"
+        if reason is not None:
+            signal.pidfd_send_signal(self._alive, signal.SIGKILL)
+            if not _is_readable(self._alive, _KILL_S):
+                os._exit(1)  # and all that is inside with this process
+        os.close(self._alive)
+        status = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
+        self._child = None
+        if self._folder is not None:
             self._kill_children()
-            shutil.rmtree(folder, ignore_errors=True)
-        if trouble != b"ready":
-            return {"error": trouble.decode(errors="replace") or "a program could not be started"}
+            _remove_folder(self._folder)
+        if ready not in (b"", _READY):
+            return {"error": ready.decode(errors="replace")}
         if reason is None:
             reason = "ok" if status == 0 else "raised" if status > 0 else "killed"
         return {"ending": reason}
@@ -291,31 +327,47 @@ class _Zygote:
         while pending:
             pid = pending.pop()
             with contextlib.suppress(OSError):
-                descriptor = os.open(f"{pid}/statm", os.O_RDONLY, dir_fd=self._proc)
-                with open(descriptor, "rb") as file:
-                    pages += int(file.read().split()[1])
-                pending += self._children(pid)
-            with contextlib.suppress(OSError):
-                descriptor = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._proc)
-                processes += len(os.listdir(descriptor))
-                os.close(descriptor)
-        if pages * self._page_bytes > self._limits["memory_bytes"]:
+                pages += int(self._read(f"{pid}/statm").split()[1])
+            processes += len(self._tasks(pid))
+            pending += self._children(pid)
+        if pages * resource.getpagesize() > self._limits["memory_bytes"]:
             return "too much memory"
         if processes > self._limits["processes"]:
             return "too many processes"
         return None
 
     def _children(self, pid: str) -> list[str]:
+        """Return the process ids of children, as the host numbers them."""
         found: list[str] = []
-        with contextlib.suppress(OSError):
-            tasks = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._proc)
-            for task in os.listdir(tasks):
-                with contextlib.suppress(OSError):
-                    descriptor = os.open(f"{task}/children", os.O_RDONLY, dir_fd=tasks)
-                    with open(descriptor) as file:
-                        found += file.read().split()
-            os.close(tasks)
+        for task in self._tasks(pid):
+            with contextlib.suppress(OSError):
+                found += self._read(f"{pid}/task/{task}/children").split()
         return found
+
+    def _tasks(self, pid: str) -> list[str]:
+        try:
+            descriptor = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._proc)
+        except OSError:
+            return []
+        try:
+            return os.listdir(descriptor)
+        except OSError:
+            return []
+        finally:
+            os.close(descriptor)
+
+    def _read(self, name: str) -> str:
+        with open(os.open(name, os.O_RDONLY, dir_fd=self._proc)) as file:
+            return file.read()
+
+    def _count_own(self) -> int:
+        """Return how many processes and threads the user has."""
+        count = 0
+        for pid in os.listdir(self._proc):
+            with contextlib.suppress(OSError):
+                if pid.isdigit() and os.stat(pid, dir_fd=self._proc).st_uid == os.geteuid():
+                    count += len(self._tasks(pid))
+        return count
 
     def _kill_children(self) -> None:
         """End what a program has left behind; only needed where it has no namespace."""
@@ -326,89 +378,89 @@ class _Zygote:
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
 
-    def _run_in_child(
-        self,
-        request: dict[str, typing.Any],
-        descriptors: list[int],
-        telling: int,
-        folder: str | None,
-    ) -> typing.NoReturn:
+    def _live(self, requests: socket.socket) -> typing.NoReturn:
+        """Be the process of one program, from the fork to the end."""
         status = 1
         try:
             try:
-                source, channel = self._confine(request, descriptors, telling, folder)
+                self._confine(requests.fileno())
             except Exception as error:
-                os.write(telling, f"{type(error).__name__}: {error}".encode()[:900])
+                requests.send(f"{type(error).__name__}: {error}".encode()[:900])
                 os._exit(1)
-            os.write(telling, b"ready")
-            os.close(telling)
-            gc.enable()
-            if request["kind"] == "run":
-                status = _run_program(source)
-            else:
-                _serve_calls(source, channel, self._limits["output_bytes"])
+            requests.send(_READY)
+            message, descriptors = _receive(requests)
+            requests.close()
+            if message:
+                status = self._start(json.loads(message), *descriptors)
         finally:
             os._exit(status)
 
-    def _confine(
-        self,
-        request: dict[str, typing.Any],
-        descriptors: list[int],
-        telling: int,
-        folder: str | None,
-    ) -> tuple[bytes, int]:
-        """Give this process what its program may have, and take away all else."""
-        if folder is None:
+    def _confine(self, kept: int) -> None:
+        """Take away from this process all that programs must not have."""
+        if self._nests:
             _map_user(self._proc, _NOBODY, os.geteuid(), os.getegid())
             options = f"size={self._limits['file_bytes']},nr_inodes=1024,mode=700"
             flags = syscalls.NO_SUID | syscalls.NO_DEVICES | syscalls.NO_EXEC
             syscalls.mount("tmpfs", _TEMPORARY, "tmpfs", flags, options)
-        os.chdir(folder or _TEMPORARY)
+        os.chdir(self._folder or _TEMPORARY)
         with contextlib.suppress(OSError):
             _write(self._proc, "self/oom_score_adj", "1000")
-        os.setsid()
-        program, *channels = descriptors
+        # Its own group, or kill(0) would reach the zygote; a session costs a millisecond more.
+        os.setpgid(0, 0)
+        _close_all_but({0, 1, 2, kept})
+        self._set_limits()
+        syscalls.drop_privileges()
+        syscalls.filter_calls(self._filter)
+
+    def _start(self, request: dict[str, typing.Any], program: int, *channels: int) -> int:
+        cpu_s = math.ceil(self._limits["cpu_s"] or request["deadline_s"] + 1)
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
         with open(program, "rb") as file:
             source = file.read()
-        null = os.open(os.devnull, os.O_RDWR)
-        is_session = request["kind"] == "session"
-        # What is received comes after standard input, output and errors, which are open.
-        for target, descriptor in enumerate(
-            [null, null, null] if is_session else [*channels, null]
-        ):
-            os.dup2(descriptor, target)
-        _close_all_but({0, 1, 2, telling, *(channels if is_session else ())})
-        self._set_limits(request["deadline_s"])
-        syscalls.drop_privileges()
-        if self._filter is not None:
-            syscalls.filter_calls(self._filter)
-        return source, channels[0]
+        gc.enable()
+        if request["kind"] == "session":
+            _serve_calls(source, channels[0])
+            return 0
+        for standard, channel in enumerate(channels):
+            os.dup2(channel, standard)
+            os.close(channel)
+        return _run_program(source)
 
-    def _set_limits(self, deadline_s: float) -> None:
+    def _set_limits(self) -> None:
         limits = self._limits
-        cpu_s = math.ceil(limits["cpu_s"] or deadline_s + 1)
         for kind, most in (
             (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_CPU, cpu_s),
             (resource.RLIMIT_AS, limits["memory_bytes"]),
             (resource.RLIMIT_FSIZE, limits["file_bytes"]),
             (resource.RLIMIT_MEMLOCK, 0),
             (resource.RLIMIT_MSGQUEUE, 0),
             (resource.RLIMIT_NOFILE, limits["open_files"]),
-            (resource.RLIMIT_NPROC, limits["processes"]),
+            (resource.RLIMIT_NPROC, self._processes),
             (resource.RLIMIT_SIGPENDING, limits["processes"]),
         ):
             resource.setrlimit(kind, (most, most))
 
 
-def _is_readable(descriptor: int, timeout_s: float) -> bool:
+def _make_folder(parent: str) -> str:
+    folder = f"{parent}/{os.urandom(8).hex()}"
+    os.mkdir(folder, 0o700)
+    return folder
+
+
+def _remove_folder(folder: str) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_readable(descriptor: int | socket.socket, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(1000 * timeout_s))
 
 
 def _close_all_but(kept: set[int]) -> None:
-    """Close all open files with other numbers, which include 0."""
+    """Close all open files but these, which include 0."""
     ordered = [*sorted(kept), 2**20]
     for before, after in itertools.pairwise(ordered):
         if before + 1 < after:  # an empty range isn't empty to `closerange`
@@ -428,9 +480,8 @@ def _run_program(source: bytes) -> int:
     except BaseException:
         status = 1
     try:
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
+        if "threading" in sys.modules:
+            _join_threads()
         atexit._run_exitfuncs()
         sys.stdout.flush()
     except BaseException:
@@ -438,7 +489,15 @@ def _run_program(source: bytes) -> int:
     return status & 255
 
 
-def _serve_calls(source: bytes, channel: int, most_bytes: int) -> None:
+def _join_threads() -> None:
+    import threading
+
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+
+
+def _serve_calls(source: bytes, channel: int) -> None:
     """Run a program as a module, then call its functions as the channel asks."""
     module = types.ModuleType("program")
     sys.modules["program"] = module
@@ -448,7 +507,7 @@ def _serve_calls(source: bytes, channel: int, most_bytes: int) -> None:
         _send(channel, literals.encode(("raised", *_describe(error), ())))
     else:
         _send(channel, literals.encode(("returned", None, ())))
-    while request := _receive(channel):
+    while request := _read_message(channel):
         shared: list[typing.Any] = []
         name, args, kwargs = literals.decode(request, shared)
         count = len(shared)
@@ -488,7 +547,7 @@ def _send(channel: int, message: bytes) -> None:
         unsent = unsent[os.write(channel, unsent) :]
 
 
-def _receive(channel: int) -> bytes:
+def _read_message(channel: int) -> bytes:
     header = _read(channel, _LENGTH_BYTES)
     return _read(channel, int.from_bytes(header, "big")) if header else b""
 
