@@ -280,6 +280,24 @@ def test_reward_functions_are_found_by_name_path_or_model_id(reward_module) -> N
         load_reward_func("exact_rewrd")
 
 
+def test_reward_functions_of_one_argument_are_named_with_it(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("reasoning_gym")
+    (tmp_path / "my_checks.py").write_text(
+        "def is_even(answer):\n    return int(answer) % 2 == 0\n"
+        "def above(limit):\n    return lambda completions, **kwargs: [len(c) > limit for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    puzzle = load_reward_func("puzzle_reward:chain_sum")
+    assert (puzzle.__name__, puzzle.name) == ("chain_sum_reward", "chain_sum")
+    assert load_reward_func("checker_reward:my_checks.is_even")(["4", "Answer: 5"]) == [1.0, 0.0]
+    assert load_reward_func("my_checks.above:2.5")(["ab", "abc"]) == [False, True]
+    with pytest.raises(ValueError, match="give its argument behind a colon, puzzle_reward:…"):
+        load_reward_func("puzzle_reward")
+    with pytest.raises(ValueError, match="no task 'nonesuch'"):
+        load_reward_func("puzzle_reward:nonesuch")
+
+
 def test_plain_prompts_become_chat_turns_on_request(star, sums) -> None:
     script, *_ = star.parse_arguments(["--chat", "--dataset_name", "x", "--output_dir", "y"])
     rows = prepare(sums(2), script)

@@ -4,8 +4,9 @@ In: the flags of TRL's GRPO script and a few more. Out: datasets with the column
 read, reward functions, and keyword arguments for loading the model.
 """
 
+import contextlib
 import dataclasses
-import importlib
+import inspect
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import trl.rewards
 from datasets import load_dataset
 
 import trl_selfplay.rewards as rewards
+from trl_selfplay.rewards.checker import import_function
 from trl_selfplay.trainers.ported_scripts import explain_unknown_flags
 
 
@@ -30,7 +32,9 @@ class GradedScriptArguments(trl.ScriptArguments):
         default=None,
         metadata={
             "help": "Reward functions, by name (exact_reward, math_reward, … of trl_selfplay.rewards or "
-            "trl.rewards) or by import path, or reward models by Hub id or folder."
+            "trl.rewards) or by import path, or reward models by Hub id or folder. What makes a "
+            "reward function of one argument is followed by it: puzzle_reward:countdown, "
+            "checker_reward:my_checks.is_sorted."
         },
     )
     prompt_column: str = field(
@@ -94,23 +98,44 @@ def parse_script_arguments(
 def load_reward_func(name: str) -> Any:
     """Return the reward function with this name or import path, or the id or folder of a reward model.
 
+    `name:argument` calls the function of that name, which makes a reward function, with the argument:
+    a number if it is one, else text.
+
     Raises:
-        ValueError: There is no function with this name.
+        ValueError: There is no function with this name, or it makes reward functions and the argument
+            is missing.
     """
-    for module in (rewards, trl.rewards):
-        if name.endswith("_reward") and hasattr(module, name):
-            return getattr(module, name)
     if name == "get_soft_overlong_punishment":  # TRL's script uses these values
         return trl.rewards.get_soft_overlong_punishment(1280, 256)
     if "/" in name or Path(name).is_dir():
         return name
+    maker, colon, argument = name.partition(":")
+    function = _find_function(maker)
+    if colon:
+        return function(_number_or_text(argument))
+    if inspect.isclass(function):
+        raise ValueError(
+            f"{name} makes reward functions; give its argument behind a colon, {name}:…"
+        )
+    return function
+
+
+def _find_function(name: str) -> Any:
+    for module in (rewards, trl.rewards):
+        if name.endswith("_reward") and hasattr(module, name):
+            return getattr(module, name)
     if "." not in name:
         raise ValueError(
             f"no reward function {name!r}; give a name such as 'exact_reward', or an import path"
         )
-    sys.path.insert(0, str(Path.cwd()))
-    module_name, _, function = name.rpartition(".")
-    return getattr(importlib.import_module(module_name), function)
+    return import_function(name)
+
+
+def _number_or_text(argument: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(argument)
+    return argument
 
 
 def load_reward_funcs(script_args: GradedScriptArguments) -> list[Any]:

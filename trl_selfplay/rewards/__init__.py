@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from trl_selfplay.rewards.answer import exact_reward as exact_reward
     from trl_selfplay.rewards.answer import extract_answer as extract_answer
     from trl_selfplay.rewards.answer import final_answer as final_answer
+    from trl_selfplay.rewards.checker import checker_reward as checker_reward
     from trl_selfplay.rewards.choice import choice_reward as choice_reward
     from trl_selfplay.rewards.code import CodeReward as CodeReward
     from trl_selfplay.rewards.code import code_fraction_reward as code_fraction_reward
@@ -24,6 +25,7 @@ _MODULE_OF = {
     "JudgeReward": "judge",
     "RewardModel": "reward_model",
     "VerifierReward": "verifier",
+    "checker_reward": "checker",
     "choice_reward": "choice",
     "code_fraction_reward": "code",
     "code_reward": "code",
@@ -40,6 +42,7 @@ __all__ = [
     "JudgeReward",
     "RewardModel",
     "VerifierReward",
+    "checker_reward",
     "choice_reward",
     "code_fraction_reward",
     "code_reward",

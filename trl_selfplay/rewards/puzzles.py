@@ -5,21 +5,16 @@ In: completions, and the puzzle's entry as columns of the dataset. Out: the scor
 killed, because some evaluate the answer: that of `countdown` never returns on 9**9**9**9.
 """
 
+import functools
 import json
-import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl_selfplay.rewards.answer import extract_answer, is_answer, text_of, without_thoughts
-from trl_selfplay.rewards.scores import Scores
-from trl_selfplay.rewards.worker import WorkerPool
-
-DEADLINE_S = 5.0
-
-_pool = WorkerPool(__name__, "score_answer")
+from trl_selfplay.rewards.answer import is_answer
+from trl_selfplay.rewards.checker import checker_reward
 
 
-class puzzle_reward:
+class puzzle_reward(checker_reward):
     """The reward function of a reasoning-gym task.
 
     Called with `completions`, `solution` and, if the task's scorer needs it, `metadata`: the entry's
@@ -28,65 +23,63 @@ class puzzle_reward:
 
     Args:
         name: Name of the task, such as "word_sequence_reversal".
+        deadline: Seconds per completion, as for `checker_reward`.
 
     Raises:
         ImportError: reasoning-gym is not installed.
         ValueError: There is no such task.
     """
 
-    def __init__(self, name: str) -> None:
-        prepare()
-        import reasoning_gym
-
+    def __init__(self, name: str, deadline: float = 5.0) -> None:
         try:
-            reasoning_gym.get_score_answer_fn(name)
+            from reasoning_gym import get_score_answer_fn
+        except ImportError as error:
+            raise ImportError(
+                'Scoring puzzles needs reasoning-gym: pip install "trl-selfplay[demo]".'
+            ) from error
+        try:
+            get_score_answer_fn(name)
         except (ValueError, KeyError) as error:
             raise ValueError(f"reasoning-gym has no task {name!r}: {error}") from error
         self.name = name
+        # Sent with reasoning-gym's own function, so that a process imports it as it starts. The same
+        # for all tasks, which share the processes.
+        super().__init__(functools.partial(score_entry, get_score_answer_fn), deadline)
         self.__name__ = f"{name}_reward"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return puzzle_reward, (self.name, self.deadline)
+
     def __call__(
-        self,
-        completions: Sequence[Any],
-        solution: Sequence[Any],
-        metadata: Sequence[Any] | None = None,
-        prompts: Sequence[Any] | None = None,
-        **kwargs: Any,
+        self, completions: Sequence[Any], solution: Sequence[Any] = (), **columns: Any
     ) -> list[float | None]:
         """Score each completion; None, and a logged count, if the scorer failed."""
-        rows = metadata if metadata is not None else [None] * len(completions)
-        calls = []
-        for completion, gold, row in zip(completions, solution, rows, strict=True):
+        for _, gold in zip(completions, solution, strict=True):
             if not is_answer(gold):  # scorers would return 0.0
                 raise TypeError(
                     f"{self.__name__}: a solution is {gold!r:.100}; give one answer, as text."
                 )
-            details = json.loads(row) if isinstance(row, str) else dict(row or {})
-            details.setdefault("source_dataset", self.name)
-            text = text_of(completion)
-            marked = extract_answer(text)
-            answer = without_thoughts(text).strip() if marked is None else marked
-            entry = {"question": "", "answer": gold, "metadata": details}
-            calls.append((self.name, answer, entry))
-        groups = list(map(pickle.dumps, solution if prompts is None else prompts))
-        values, failures = _pool.call_each(calls, DEADLINE_S, groups)
-        scores = Scores(values, {index: failure.cause for index, failure in failures.items()})
-        scores.log_causes(self.__name__)
-        return scores
+        columns["task_name"] = [self.name] * len(completions)
+        return super().__call__(completions, solution=solution, **columns)
+
+    def _try_start(self) -> None:
+        """Start no process: reasoning-gym is there."""
 
 
-def score_answer(name: str, answer: str, entry: dict[str, Any]) -> float:
+def score_entry(
+    get_scorer: Callable[[str], Any],
+    answer: str,
+    solution: Any,
+    metadata: Any = None,
+    task_name: str = "",
+) -> float:
     """Score one answer in this process, without a deadline."""
-    import reasoning_gym
+    details = json.loads(metadata) if isinstance(metadata, str) else dict(metadata or {})
+    details.setdefault("source_dataset", task_name)
+    entry = {"question": "", "answer": solution, "metadata": details}
+    return float(_scorer(get_scorer, task_name)(answer=answer, entry=entry))
 
-    return float(reasoning_gym.get_score_answer_fn(name)(answer=answer, entry=entry))
 
-
-def prepare() -> None:
-    """Import reasoning-gym, or raise an error that says how to install it."""
-    try:
-        import reasoning_gym  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'Scoring puzzles needs reasoning-gym: pip install "trl-selfplay[demo]".'
-        ) from error
+@functools.cache
+def _scorer(get_scorer: Callable[[str], Any], task: str) -> Callable[..., float]:
+    return get_scorer(task)

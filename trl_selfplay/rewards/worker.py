@@ -29,6 +29,7 @@ _MEMORY_LIMIT_BYTES = 4 * 2**30
 _START_DEADLINE_S = 120.0
 # A worker ends a call by itself only this long after the parent should have killed it.
 _ORPHAN_GRACE_S = 5.0
+_LENGTH = struct.Struct("!Q")  # of the settings
 _HEADER = struct.Struct("!Qd")  # of a request: the length of the arguments, the deadline in seconds
 # A process holds the next call while it computes one, so that it never waits for its parent.
 _CALLS_HELD = 2
@@ -56,10 +57,10 @@ class WorkerFailure(Exception):
 class _Worker:
     """One process, used by one thread at a time. It answers calls in the order it gets them."""
 
-    def __init__(self, target: str, settings: str) -> None:
+    def __init__(self, target: str, settings: bytes) -> None:
         self._process = subprocess.Popen(
             # -P: a file in the user's folder must not shadow a module of a library.
-            [sys.executable, "-P", "-m", "trl_selfplay.rewards.worker", target, settings],
+            [sys.executable, "-P", "-m", "trl_selfplay.rewards.worker", target],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -77,7 +78,7 @@ class _Worker:
         for pipe in (self._requests, self._answers):
             os.set_blocking(pipe.fileno(), False)
         self._target = target
-        self._unsent = b""
+        self._unsent = _LENGTH.pack(len(settings)) + settings
         self._received = b""
         self.is_ready = False
         self.calls: deque[bytes] = deque()  # pickled arguments, the first being at work
@@ -167,7 +168,7 @@ class WorkerPool:
         function: The function's name.
         workers: Most processes that a call of `call_each` uses; by default one per CPU, at most 8.
         calls_per_worker: A process is replaced after as many calls, since caches grow.
-        settings: Named arguments of `prepare`, as JSON can hold them.
+        settings: Named arguments of `prepare`.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class WorkerPool:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._target = f"{module}:{function}"
-        self._settings = json.dumps(dict(settings or {}))
+        self._settings = pickle.dumps(dict(settings or {}))
         self.workers = workers or min(_MOST_WORKERS, _cpu_count())
         self._calls_per_worker = calls_per_worker
         self._idle: list[_Worker] = []
@@ -439,7 +440,8 @@ def main() -> None:
     module_name, name = sys.argv[1].split(":")
     try:
         module = importlib.import_module(module_name)
-        getattr(module, "prepare", dict)(**json.loads(sys.argv[2]))
+        settings = pickle.loads(requests.read(*_LENGTH.unpack(requests.read(_LENGTH.size))))
+        getattr(module, "prepare", dict)(**settings)
         function = getattr(module, name)
     except (ImportError, RuntimeError) as error:
         reply({"error": str(error), "is_import": isinstance(error, ImportError)})

@@ -1,0 +1,237 @@
+"""Any checker as a reward function, in processes that can be killed.
+
+In: a function that checks one answer, and completions with the dataset's columns. Out: its score, or
+None if it abstained, raised, hung or died. The function is sent to the processes once: by its name
+if it is importable, and otherwise by value with dill, with the globals and variables that it uses.
+It may be defined in a script, in a notebook or inside another function.
+"""
+
+import functools
+import importlib
+import inspect
+import math
+import os
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trl_selfplay.rewards.answer import extract_answer, text_of, without_thoughts
+from trl_selfplay.rewards.scores import Scores
+from trl_selfplay.rewards.worker import WorkerFailure, WorkerPool
+
+# What a checker is given besides the dataset's columns.
+_GIVEN = ("answer", "completion", "prompt")
+_LATE_START_S = 60.0
+
+
+class checker_reward:
+    """The reward function of a checker, `f(answer, **columns) -> float | bool | None`.
+
+    The checker gets what its parameters name: `answer`, the marked final answer or else the whole
+    text without thoughts; `completion`, the whole text; `prompt`; and columns of the dataset, the
+    solution among them, one row's value each. With `**kwargs` it gets all columns. None is an
+    abstention, as are an exception, a wrong type and a missed deadline.
+
+    A checker is trusted: a process of its own keeps it from hanging, not from doing harm. It has 4 GiB
+    of address space, and what it prints is dropped. What it keeps in globals is kept per process.
+
+    Args:
+        func: The checker, or its import path, such as "my_checks.is_sorted".
+        deadline: Seconds per completion. After four timeouts on one prompt, its other completions
+            aren't checked.
+
+    Raises:
+        TypeError: The function isn't callable, takes neither `answer` nor `completion`, or can't be
+            sent to another process.
+        ImportError: There is no such function, or the process can't import its module.
+
+    >>> def is_even(answer):
+    ...     return int(answer) % 2 == 0
+    >>> checker_reward(is_even)(["Answer: 4", "The answer is 5.", "Answer: four"])
+    [1.0, 0.0, None]
+    """
+
+    def __init__(self, func: Callable[..., Any] | str, deadline: float = 5.0) -> None:
+        self.func = import_function(func) if isinstance(func, str) else func
+        if not callable(self.func):
+            raise TypeError(f"a checker is {self.func!r:.100}; give a function of `answer`.")
+        if not deadline > 0:
+            raise ValueError(f"deadline={deadline!r}; give a number of seconds above 0.")
+        self.deadline = float(deadline)
+        self.__name__ = getattr(self.func, "__name__", type(self.func).__name__)
+        self._parameters = _parameters_of(self.func, self.__name__)
+        self.__signature__ = _signature_of(self._parameters)
+        self._pool = _pool_for(_to_bytes(self.func, self.__name__))
+        self._try_start()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return checker_reward, (self.func, self.deadline)
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Score each completion; None, and a logged count, where there is no score."""
+        prompts = columns.pop("prompts", None)
+        named = {p.name for p in self._parameters}
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters)
+        passed = {
+            name: values
+            for name, values in columns.items()
+            if name in named or (takes_all and _is_column(values, completions))
+        }
+        if "prompt" in named:
+            passed["prompt"] = [None] * len(completions) if prompts is None else prompts
+        calls = []
+        for index, completion in enumerate(completions):
+            text = text_of(completion)
+            arguments = {name: values[index] for name, values in passed.items()}
+            if "answer" in named:
+                marked = extract_answer(text)
+                arguments["answer"] = without_thoughts(text).strip() if marked is None else marked
+            if "completion" in named:
+                arguments["completion"] = text
+            calls.append((arguments,))
+        groups = None if prompts is None else list(map(pickle.dumps, prompts))
+        values, failures = self._pool.call_each(calls, self.deadline, groups)
+        scores = Scores(values, {index: failure.cause for index, failure in failures.items()})
+        scores.log_causes(self.__name__)
+        return scores
+
+    def close(self) -> None:
+        """End the function's processes; the next call starts new ones. Also done at exit."""
+        self._pool.close()
+
+    def _try_start(self) -> None:
+        """Find out now whether a process can load the function."""
+        try:
+            self._pool.call(None, deadline_s=_LATE_START_S)
+        except ImportError as error:
+            raise ImportError(
+                f"the checker {self.__name__!r} can't be imported in another process: {error}. Put "
+                "it into a module on the path, or define it in the script or notebook itself."
+            ) from error
+        except (RuntimeError, WorkerFailure) as error:
+            raise TypeError(
+                f"the checker {self.__name__!r} can't be loaded in another process: {error}."
+            ) from error
+
+
+@functools.cache
+def _pool_for(function: bytes) -> WorkerPool:
+    """Return the processes of a function; equal functions share them."""
+    return WorkerPool(__name__, "check", settings={"function": function})
+
+
+def import_function(path: str) -> Any:
+    """Return the function with an import path; modules in the current folder count.
+
+    Raises:
+        ImportError: There is no such module or function.
+    """
+    if os.getcwd() not in sys.path:  # noqa: PTH109  # a string
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise ImportError(f"{path!r} is no import path; give module.function.")
+    module = importlib.import_module(module_name)
+    if not hasattr(module, name):
+        raise ImportError(f"{module_name} has no function {name!r}.")
+    return getattr(module, name)
+
+
+def _is_column(values: Any, completions: Sequence[Any]) -> bool:
+    """Return whether an argument holds one value per completion, unlike a trainer's state."""
+    return isinstance(values, (list, tuple)) and len(values) == len(completions)
+
+
+def _parameters_of(function: Callable[..., Any], name: str) -> list[inspect.Parameter]:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the checker {name!r} has no signature; wrap it in a function.") from error
+    if not {"answer", "completion"} & {parameter.name for parameter in parameters}:
+        raise TypeError(
+            f"the checker {name!r} takes {[p.name for p in parameters]}. Name a parameter `answer` (the "
+            "marked final answer) or `completion` (the whole text); others are columns of the dataset."
+        )
+    if unnamed := [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]:
+        raise TypeError(
+            f"the checker {name!r} takes {unnamed} by position; arguments come by name."
+        )
+    return parameters
+
+
+def _signature_of(parameters: Sequence[inspect.Parameter]) -> inspect.Signature:
+    """Return the reward function's signature, by which a trainer finds missing columns."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    columns = [
+        p.replace(kind=keyword, annotation=p.empty)
+        for p in parameters
+        if p.kind is not p.VAR_KEYWORD and p.name not in _GIVEN
+    ]
+    # Columns that aren't named are read only if the checker takes them all: `columns` is the name in
+    # `__call__`, and a name that isn't used there says that they are dropped.
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return inspect.Signature(
+        [
+            inspect.Parameter("completions", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            inspect.Parameter("prompts", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None),
+            *columns,
+            inspect.Parameter("columns" if takes_all else "dropped", inspect.Parameter.VAR_KEYWORD),
+        ]
+    )
+
+
+def _to_bytes(function: Callable[..., Any], name: str) -> bytes:
+    import dill
+
+    try:
+        # With the globals that the function uses, not with all of its module.
+        return dill.dumps(function, recurse=True)
+    except Exception as error:  # whatever the objects' own methods raise
+        raise TypeError(
+            f"the checker {name!r} can't be sent to another process: {error}. It uses a variable that "
+            "can't be copied, such as a lock, an open file or a generator; make it inside the function."
+        ) from error
+
+
+# In the process.
+
+_function: Callable[..., Any] | None = None
+
+
+def prepare(function: bytes) -> None:
+    """Load the checker of this process.
+
+    Raises:
+        ImportError: Its module, or one that it needs, isn't there.
+        RuntimeError: It can't be loaded for another reason.
+    """
+    import dill
+
+    global _function
+    try:
+        _function = dill.loads(function)
+    except ImportError:
+        raise
+    except Exception as error:  # what another module's code raises
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def check(arguments: dict[str, Any] | None) -> float | None:
+    """Return the checker's score for one completion; None as arguments asks nothing.
+
+    Raises:
+        TypeError: It returned something other than a number, a bool or None.
+        ValueError: The number isn't finite.
+    """
+    if arguments is None or _function is None:
+        return None
+    score = _function(**arguments)
+    if score is None:
+        return None
+    if isinstance(score, (str, bytes)):
+        raise TypeError(f"the checker returned {score!r:.100}")
+    number = float(score)
+    if not math.isfinite(number):
+        raise ValueError(f"the checker returned {number}")
+    return number
