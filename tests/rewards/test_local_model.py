@@ -1,11 +1,15 @@
 """Replies of a local model against what `generate` gives."""
 
+import re
+
 import pytest
 import torch
+from chat_server import serving
 
 from trl_selfplay.rewards import JudgeReward
 from trl_selfplay.rewards.local_model import LocalModel, split_control_tokens
 
+TAG = re.compile(r"Verdict (\w{6}): <")
 QUESTIONS = ["Q 1 + 2 = ?", "Q 3 + 4 = ? so 7", "Q 1 + 2 = ? no A"]
 
 
@@ -82,3 +86,45 @@ def test_a_folder_judges_as_its_loaded_model_does(saved_tiny_model, word_tokeniz
     assert any(score is not None for score in scores)
     assert judge(prompts=["Q"] * 5, completions=completions[::-1]) == scores[::-1]
     assert judge.identity["model"] == str(saved_tiny_model)
+
+
+def test_judges_grade_for_grpo_trainer_and_the_policy_is_refused(
+    tiny_model, word_tokenizer, sums, tmp_path
+) -> None:
+    """VF-14: two steps with a local model and a server; there is no phase for the policy to judge in."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    def build(*functions):
+        return GRPOTrainer(
+            tiny_model(word_tokenizer), list(functions),
+            GRPOConfig(
+                str(tmp_path / "grpo"), max_steps=2, per_device_train_batch_size=4,
+                num_generations=4, max_completion_length=8, use_cpu=True, bf16=False,
+                report_to=[], logging_steps=1, gradient_checkpointing=False, save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=sums(8), processing_class=word_tokenizer,
+        )  # fmt: skip
+
+    def shorter(question):
+        tag = TAG.search(question)[1]
+        parts = question.split(f"--- {tag} ")
+        first, second = (len(part) for part in parts if part.startswith("response"))
+        return f"Verdict {tag}: {'tie' if first == second else 'A' if first < second else 'B'}"
+
+    form = {"template": "{prompt} {completion} so", "verdict": r".*?(\d).*", "scale": (0, 9)}
+    local = JudgeReward(
+        tiny_model(word_tokenizer, seed=3), tokenizer=word_tokenizer, temperature=1.0,
+        max_completion_length=64, **form,
+    )  # fmt: skip
+    local.__name__ = "local_judge"
+    with serving(shorter) as server:
+        pairwise = JudgeReward("m", against="samples", base_url=server.url)
+        trainer = build(local, pairwise)
+        trainer.train()
+    steps = trainer.state.log_history[:2]
+    assert all(0.0 < step["rewards/local_judge/mean"] < 1.0 for step in steps)
+    assert [step["rewards/judge_reward/mean"] for step in steps] == pytest.approx([0.5, 0.5])
+    assert steps[0]["judge/orders_disagree"] == 0.0
+    with pytest.raises(RuntimeError, match=r"model='policy' judges .* GRPOTrainer"):
+        build(JudgeReward("policy")).train()

@@ -15,8 +15,10 @@ from trl_selfplay.generation.random_streams import stream_key
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.rewards import JudgeReward
+from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rounds.weights import copy_into
+from trl_selfplay.trainers.construction import check_judges
 
 # A random model names no tag: any number counts.
 FORM = {
@@ -217,6 +219,19 @@ def test_replies_to_other_questions_arent_taken_for_these(judged, tmp_path) -> N
     other = [contains_solution, judge(template="{completion} {prompt} so")]
     with pytest.raises(ValueError, match=r"judgements.*plans"):
         judged("run", reward_funcs=other, **settings).train(True)
+
+
+def test_samples_are_not_compared_where_there_is_one(judged) -> None:
+    compares = JudgeReward("policy", against="samples")
+    with pytest.raises(ValueError, match="'judge_reward' compares the samples"):
+        judged("run", reward_funcs=compares, reward_weights=[1.0])
+    judged("run", reward_funcs=compares, reward_weights=[1.0], eval_dataset=None)
+
+
+def test_weights_that_are_divided_over_processes_are_not_exchanged() -> None:
+    check_judges(Scorer(judge(weights="current")), None, False, True)
+    with pytest.raises(ValueError, match="weights='current'"):
+        check_judges(Scorer(judge()), None, False, True)
 
 
 def test_a_judge_that_needs_a_solution_wants_the_column(judged, sums) -> None:

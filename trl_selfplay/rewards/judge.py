@@ -126,7 +126,7 @@ class _Outcome:
 
     value: float | None
     cause: str = ""
-    votes: tuple[float, ...] = ()
+    votes: tuple[float, float] | None = None
 
 
 class _PolicyReplies:
@@ -183,6 +183,10 @@ class JudgeReward:
             extra_body. With a model of its own, those of `LocalModel`: tokenizer, device,
             model_init_kwargs.
 
+    Attributes:
+        votes: For each pair that the last call asked about, the verdict in each order: 1.0 for
+            response A, 0.5 for a tie, 0.0 for response B.
+
     Raises:
         ValueError, TypeError: An argument can't work.
         ConnectionError: Nothing listens at `base_url`.
@@ -220,6 +224,7 @@ class JudgeReward:
         self._verdict = verdict or (_COMPARISON_VERDICT if compares else _SCORE_VERDICT)
         _check_template(self._template, self._verdict, compares, shows_solution)
         self._answers = _build_answers(model, base_url, options)
+        self.votes: list[tuple[float, float]] = []
         self.__name__ = "judge_reward"
 
     @property
@@ -284,8 +289,9 @@ class JudgeReward:
         )
         by_text = dict(zip(texts, replies, strict=True))
         outcomes = [self._decide(case, by_text) for case in cases]
-        if self.against is not None and log_metric is not None:
-            for name, value in _biases(outcomes).items():
+        self.votes = [outcome.votes for outcome in outcomes if outcome.votes is not None]
+        if log_metric is not None:
+            for name, value in _biases(self.votes).items():
                 log_metric(f"judge/{name}", value)
         return _collect(len(completions), cases, outcomes)
 
@@ -449,13 +455,12 @@ def _collect(count: int, cases: Sequence[_Case], outcomes: Sequence[_Outcome]) -
     return Scores(scores, {i: cause for i, cause in causes.items() if scores[i] is None})
 
 
-def _biases(outcomes: Iterable[_Outcome]) -> dict[str, float]:
+def _biases(votes: Sequence[tuple[float, float]]) -> dict[str, float]:
     """Return the share of pairs whose orders disagree, and of verdicts that name the first."""
-    asked = [outcome.votes for outcome in outcomes if outcome.votes]
-    decided = [vote for votes in asked for vote in votes if vote != 0.5]
+    decided = [vote for pair in votes for vote in pair if vote != 0.5]
     found = {}
-    if asked:
-        found["orders_disagree"] = sum(a != 1.0 - b for a, b in asked) / len(asked)
+    if votes:
+        found["orders_disagree"] = sum(a != 1.0 - b for a, b in votes) / len(votes)
     if decided:
         found["prefers_first"] = sum(decided) / len(decided)
     return found

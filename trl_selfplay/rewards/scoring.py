@@ -217,10 +217,14 @@ class Scorer:
         return [f for f in self._functions if not isinstance(f, RewardModel)]
 
     @property
+    def named(self) -> dict[str, Callable[..., Any]]:
+        """The functions by name."""
+        return dict(zip(self.names, self._functions, strict=True))
+
+    @property
     def judges(self) -> dict[str, JudgeReward]:
         """The judges among the functions, by name."""
-        named = zip(self.names, self._functions, strict=True)
-        return {name: f for name, f in named if isinstance(f, JudgeReward)}
+        return {name: f for name, f in self.named.items() if isinstance(f, JudgeReward)}
 
     @property
     def policy_judges(self) -> list[JudgeReward]:

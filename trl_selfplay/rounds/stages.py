@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import pack_dataset
 
@@ -412,8 +413,7 @@ class SelfPlay:
         if not gold.rollouts:
             return []
         accelerator = self.collector.accelerator
-        is_graded = path.exists()
-        accelerator.wait_for_everyone()  # all have looked before one writes
+        [is_graded, *_] = gather_object([path.exists()])  # all do as the main process does
         if not is_graded:
             judgements = self.run.root / "judgements"
             with judged(self, self.collector, gold.rollouts, gold.rows, 0, judgements, "gold-"):

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.evaluation.heldout import HeldOutScores
@@ -36,6 +37,7 @@ from trl_selfplay.trainers.construction import (
     build_scorers,
     check_adapters,
     check_built_model,
+    check_judges,
     heldout_threshold,
     load_processing_class,
     start_of_run,
@@ -122,6 +124,9 @@ class RoundsMixin(Trainer):
         self.self_play = self.prepare_stages(
             self._build_self_play(rows, heldout, grading, examples, hint_formatter)
         )
+        collector = self.self_play.collector
+        is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        check_judges(collector.scorer, collector.heldout_scorer, bool(heldout), is_sharded)
         self.self_play.check_prompts(hinted=hint_formatter is not None)
         self.self_play.warn_data_errors()
 
