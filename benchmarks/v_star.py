@@ -127,7 +127,9 @@ def words_task(seed: int, is_toy: bool) -> dict[str, Any]:
     spec.loader.exec_module(recipe)
     split = words.demo_split(seed)
     size = {"logging_steps": 50, "disable_tqdm": True, "seed": seed}
-    flags = {k: v for k, v in recipe.DEMO.items() if not k.startswith(("lora", "use_peft"))}
+    flags = {
+        k: v for k, v in recipe.DEMO.items() if not k.startswith(("lora", "use_peft", "output_dir"))
+    }
     return {
         "base": words.load_demo_model_path(),
         "train": split.train,

@@ -33,6 +33,9 @@ class RewardModel:
             about access to the repository also go to its tokenizer.
         max_tokens_per_batch: Maximum number of tokens scored together, padding included. A longer
             text is scored alone.
+        calibrate: In a trainer over rounds, a sample's reward is the share of round 0's scores that
+            are below its own, from 0.0 to 1.0, in all rounds. The scores themselves are kept beside
+            it. Elsewhere, as in GRPOTrainer, it changes nothing.
 
     Raises:
         ValueError: The classifier has more than one label, lacks trained weights, or its tokenizer
@@ -46,6 +49,7 @@ class RewardModel:
         device: Any = None,
         model_init_kwargs: Mapping[str, Any] | None = None,
         max_tokens_per_batch: int = 16_384,
+        calibrate: bool = False,
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -58,6 +62,7 @@ class RewardModel:
         _check_labels(source, loaded.config.num_labels)
         self.grading_model = GradingModel(loaded, device)
         self.max_tokens_per_batch = max_tokens_per_batch
+        self.calibrate = calibrate
         access = {k: v for k, v in (model_init_kwargs or {}).items() if k in _ACCESS}
         self._tokenizer: Any = tokenizer or AutoTokenizer.from_pretrained(source, **access)
         if self._tokenizer.pad_token is None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import nn
 
+from trl_selfplay.rewards.calibration import Calibration
 from trl_selfplay.rewards.judge import JudgeReward
 from trl_selfplay.rewards.reward_model import RewardModel
 from trl_selfplay.rewards.scores import Scores
@@ -59,6 +60,7 @@ class Scorer:
 
     Attributes:
         names: A unique name per function.
+        calibration: Turns scores into percentiles of round 0's, for functions that ask for it.
 
     Raises:
         TypeError: An entry is neither callable nor a model.
@@ -120,6 +122,7 @@ class Scorer:
         for grading_model in self._models if device is not None else ():
             grading_model.place(device)
         self.names = _unique_names(self._functions)
+        self.calibration = Calibration(dict(zip(self.names, self._functions, strict=True)))
         self._get_trainer_state = get_trainer_state or _ignore
         # By metric, of each call: its number of completions, and what was logged.
         self._logged: dict[str, list[tuple[int, list[float]]]] = defaultdict(list)
@@ -294,10 +297,16 @@ class Scorer:
     def weighted(self, rewards: Sequence[float | None]) -> float | None:
         """Return the weighted sum of the rewards that aren't None, or None if all are.
 
+        Those of calibrated functions count as percentiles.
+
         Raises:
             ValueError: The sum overflows float32.
         """
-        present = [w * r for w, r in zip(self._weights, rewards, strict=True) if r is not None]
+        present = [
+            w * self.calibration.apply(name, r)
+            for w, name, r in zip(self._weights, self.names, rewards, strict=True)
+            if r is not None
+        ]
         total = sum(present) if present else None
         if total is not None and not abs(total) <= _LARGEST_SCORE:
             raise ValueError(

@@ -310,7 +310,7 @@ class Collector:
             )
             for r, given in zip(rollouts, scores, strict=True)
         ]
-        if self.refuses_negative_rewards and not is_heldout:
+        if self.refuses_negative_rewards and not is_heldout and not scorer.calibration.names:
             _check_not_negative(graded, scorer.names)
         return graded
 

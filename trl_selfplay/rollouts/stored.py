@@ -5,7 +5,7 @@ of all rounds.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_selfplay.disk import BRING_BACK, DamagedFileError, naming_damage, save_table
-from trl_selfplay.rollouts.record import Rollout, load_rollouts
+from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.selection import Selection
 from trl_selfplay.rollouts.shards import read_plan
 
@@ -98,6 +98,19 @@ def load_all_samples(root: Path) -> list[Rollout]:
                 found.append(replace(rollout, sample_index=counts[rollout.prompt_id]))
                 counts[rollout.prompt_id] += 1
     return sorted(found, key=lambda r: (r.prompt_id, r.sample_index))
+
+
+def rewrite_samples(folder: Path, change: Callable[[Rollout], Rollout]) -> None:
+    """Change each of a round's samples on disk, shard by shard.
+
+    Raises:
+        DamagedFileError, FileNotFoundError: As `StoredRollouts`.
+    """
+    for path, _ in StoredRollouts(folder).shards():
+        held = load_rollouts(path)
+        changed = list(map(change, held))
+        if changed != held:
+            save_rollouts(path, changed)
 
 
 def save_selection(path: Path, selection: Selection) -> None:

@@ -197,6 +197,7 @@ def describe_trainer(trainer: Any) -> Description:
             "peft_config": describe_adapters(trainer.model),
             "quantization_config": getattr(quantization, "to_dict", lambda: quantization)(),
             "reward_funcs": None if scorer is None else str(scorer.names),
+            "calibrated_reward_funcs": None if scorer is None else str(scorer.calibration.names),
             "eval_reward_funcs": None if eval_scorer is None else str(eval_scorer.names),
             "reward_funcs_source": None if scorer is None else source_digests(scorer.callables),
             "eval_reward_funcs_source": None

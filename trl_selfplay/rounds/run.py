@@ -65,6 +65,11 @@ class Run:
         return self.root / "rendering.json"
 
     @property
+    def calibration_path(self) -> Path:
+        """The scores of round 0 that calibrated reward functions are compared with."""
+        return self.root / "calibration.json"
+
+    @property
     def lines_path(self) -> Path:
         """The file with one line per finished round."""
         return self.root / "rounds.jsonl"

@@ -55,6 +55,7 @@ from trl_selfplay.rollouts.stored import (
     load_samples,
     save_selection,
 )
+from trl_selfplay.rounds.calibrating import weigh_calibrated
 from trl_selfplay.rounds.judging import collect_judged, judged
 from trl_selfplay.rounds.run import Run
 
@@ -199,9 +200,10 @@ class SelfPlay:
         if few_shot and (limit := self.config.few_shot_rounds) is not None:
             few_shot = round_index < limit
         prefix = "hint-" if hinted else ""
-        return self.ask(
+        rollouts = self.ask(
             rows, round_index, phase, folder / "samples", indices, few_shot=few_shot, prefix=prefix
         )
+        return weigh_calibrated(self, rollouts, folder)
 
     def ask(
         self,

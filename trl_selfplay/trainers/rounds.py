@@ -148,6 +148,13 @@ class RoundsMixin(Trainer):
             lambda: self.model_wrapped, tokenizer, accelerator=accelerator, traits=traits
         )
         scorer, eval_scorer = build_scorers(grading, args, accelerator.device, lambda: self.state)
+        calibrated = scorer.calibration.names if scorer is not None else ()
+        if heldout and eval_scorer is None and calibrated:
+            raise ValueError(
+                f"{calibrated[0]} is calibrated by round 0's samples, and held-out prompts are "
+                "scored before there are any. Pass `eval_reward_funcs`, or RewardModel(..., "
+                "calibrate=False)."
+            )
         return SelfPlay(
             config=args,
             rows=rows,

@@ -1,5 +1,6 @@
 """ReST with a reward model: its own tokenizer, stored scores, held-out rows truly graded."""
 
+from dataclasses import replace
 from itertools import groupby
 
 import pytest
@@ -9,8 +10,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCal
 
 from trl_selfplay.rewards.grading_model import GradingModel
 from trl_selfplay.rewards.reward_model import RewardModel
-from trl_selfplay.rollouts.record import load_rollouts
-from trl_selfplay.rollouts.stored import load_samples
+from trl_selfplay.rollouts.record import load_rollouts, save_rollouts
+from trl_selfplay.rollouts.stored import load_kept, load_samples
 
 
 @pytest.fixture
@@ -74,6 +75,52 @@ def test_a_reward_model_leaves_the_device_before_each_training(
     phases = [name for name, _ in groupby(events)]
     assert phases == ["ready", "park", "train"] * 2 + ["ready"]
     assert events.count("park") == 4
+
+
+def test_a_calibrated_reward_is_the_share_of_round_0_s_scores_below(
+    build_rest, judge, byte_tokenizer
+) -> None:
+    """In round 1 as well, whose own scores it doesn't change with, and after a resume."""
+
+    def build(**changes):
+        return build_rest(
+            reward_funcs=RewardModel(judge, byte_tokenizer, calibrate=True), num_rounds=2,
+            improve_thresholds=[0.4], threshold_kind="value", **changes,
+        )  # fmt: skip
+
+    trainer = build()
+    trainer.train()
+    first, second = (load_samples(trainer.run.folder(index)) for index in (0, 1))
+    scores = [r.rewards[0] for r in first]
+    assert min(scores) < 0.0 or max(scores) > 1.0 or max(scores) - min(scores) < 0.9  # not shares
+    for r in (*first, *second):
+        below = sum(s < r.rewards[0] for s in scores) + sum(s == r.rewards[0] for s in scores) / 2
+        assert r.reward == pytest.approx(below / len(scores))
+    assert sum(r.reward for r in first) / len(first) == pytest.approx(0.5)
+    kept = {(r.prompt_id, r.sample_index) for r in load_kept(trainer.run.folder(0))}
+    assert kept <= {(r.prompt_id, r.sample_index) for r in first if r.reward > 0.4}
+    # A run that was killed while rewards were written: some shards have scores, some percentiles.
+    shard = next((trainer.run.folder(1) / "samples").glob("*.parquet"))
+    rollouts = load_rollouts(shard)
+    save_rollouts(shard, [replace(r, reward=r.rewards[0]) for r in rollouts])
+    trainer.run.lines_path.write_text(trainer.run.lines_path.read_text().splitlines()[0] + "\n")
+    build().train(resume_from_checkpoint=True)
+    assert load_samples(trainer.run.folder(1)) == second
+    uncalibrated = build_rest(reward_funcs=RewardModel(judge, byte_tokenizer), num_rounds=2,
+                              improve_thresholds=[0.4], threshold_kind="value")  # fmt: skip
+    with pytest.raises(ValueError, match="calibrated_reward_funcs"):
+        uncalibrated.train(resume_from_checkpoint=True)
+
+
+def test_a_calibrated_reward_cannot_grade_held_out_prompts(
+    build_rest, judge, byte_tokenizer, sums
+) -> None:
+    """Before round 0 there is nothing that it could be compared with."""
+    calibrated = RewardModel(judge, byte_tokenizer, calibrate=True)
+    with pytest.raises(ValueError, match="Pass `eval_reward_funcs`"):
+        build_rest(reward_funcs=calibrated, eval_dataset=sums(4, first=50))
+    build_rest("other", reward_funcs=calibrated, eval_dataset=sums(4, first=50),
+               eval_reward_funcs=contains_solution)  # fmt: skip
 
 
 def test_held_out_completions_are_graded_by_functions_of_their_own(build_rest, sums) -> None:
