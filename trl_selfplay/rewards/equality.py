@@ -28,6 +28,9 @@ from trl_selfplay.rewards.values import (
 
 # Largest relative difference of a rounded number: 0.142857 is 1/7, and 0.143 isn't.
 _ROUNDING = Fraction(1, 10_000)
+# Of values of expressions that contain decimals, and of those that contain none.
+_ROUNDED_FORMULA = 1e-6
+_EXACT = 1e-18
 # Digits to which exact numbers are told apart.
 _MOST_DIGITS = 600
 # Where variables are evaluated: both signs, whole numbers of both parities, fractions, large ones.
@@ -71,6 +74,8 @@ def _same_named(gold: Any, answer: Any) -> bool:
         return _same_relation(_as_relation(gold), answer)
     for named, other in ((gold, answer), (answer, gold)):
         if not isinstance(other, Named):
+            if isinstance(other, Region) and isinstance(named.value, Several):
+                return False  # (x, y) = (1, 2) is a point
             has_names = isinstance(other, Several) and _has_names(other)
             value = named.value if has_names else _ordered_values(named)
             return same(value, other) if named is gold else same(other, value)
@@ -91,7 +96,7 @@ def _ordered_values(named: Named) -> Any:
 
 
 def _has_names(several: Several) -> bool:
-    return all(isinstance(item, Named) for item in several.items)
+    return bool(several.items) and all(isinstance(item, Named) for item in several.items)
 
 
 def _as_relation(named: Named) -> Relation | None:
@@ -129,12 +134,9 @@ def _same_value(gold: Number | Formula, answer: Number | Formula) -> bool:
     if isinstance(gold, Number) and isinstance(answer, Number):
         if gold.value == answer.value:
             return True
-        if gold.places is None and answer.places is None:
-            return False
         difference = abs(gold.value - answer.value)
-        return difference <= _ROUNDING * max(abs(gold.value), abs(answer.value)) and all(
-            _shows(number, difference) for number in (gold, answer)
-        )
+        is_small = difference <= _ROUNDING * max(abs(gold.value), abs(answer.value))
+        return is_small and _is_hidden(difference, gold, answer)
     import sympy
 
     first, second = as_sympy(gold), as_sympy(answer)
@@ -146,17 +148,19 @@ def _same_value(gold: Number | Formula, answer: Number | Formula) -> bool:
     symbols = symbols_of(first) | symbols_of(second)
     if symbols:
         return _same_at_points(first, second, symbols, is_rounded)
-    if not _are_near(_value_at(first, {}), _value_at(second, {}), is_rounded):
-        return False
     if not is_rounded:
-        return _is_zero(first - second)
-    difference = abs(_value_at(first - second, {}))
-    return all(not isinstance(v, Number) or _shows(v, difference) for v in (gold, answer))
+        return _are_near(_value_at(first, {}), _value_at(second, {})) and _is_zero(first - second)
+    if isinstance(gold, Number) or isinstance(answer, Number):
+        difference = _value_at(first - second, {})
+        is_near = _are_near(_value_at(first, {}), _value_at(second, {}), float(_ROUNDING))
+        return is_near and _is_hidden(abs(difference), gold, answer)
+    return _are_near(_value_at(first, {}), _value_at(second, {}), _ROUNDED_FORMULA)
 
 
-def _shows(number: Number, difference: Any) -> bool:
-    """Return whether a difference is below the last digit shown, as after rounding or cutting off."""
-    return number.places is None or bool(difference * 10**number.places < 1)
+def _is_hidden(difference: Any, *values: Number | Formula) -> bool:
+    """Return whether a difference is less than one unit of the last digit that both sides show."""
+    places = [v.places for v in values if isinstance(v, Number) and v.places is not None]
+    return bool(places) and bool(difference * Fraction(10) ** min(places) < 1)
 
 
 def _is_zero(difference: Any) -> bool:
@@ -179,7 +183,7 @@ def _same_at_points(first: Any, second: Any, symbols: Iterable[Any], is_rounded:
             continue
         if not _has_imaginary(first, second) and not all(_is_real(value) for value in values):
             continue  # outside the domain of real functions
-        if not _are_near(values[0], values[1], is_rounded):
+        if not _are_near(values[0], values[1], _ROUNDED_FORMULA if is_rounded else _EXACT):
             return False
         compared += 1
     return compared >= _FEWEST_POINTS
@@ -200,8 +204,8 @@ def _same_relation(gold: Relation | None, answer: Relation | None) -> bool:
         return False
     if gold.sign.startswith("<") and ratios[0] < 0:
         return False
-    is_rounded = bool(ratio.has(sympy.Float))
-    return all(_are_near(ratios[0], other, is_rounded) for other in ratios[1:])
+    tolerance = _ROUNDED_FORMULA if ratio.has(sympy.Float) else _EXACT
+    return all(_are_near(ratios[0], other, tolerance) for other in ratios[1:])
 
 
 def _points(symbols: Iterable[Any]) -> list[dict[Any, Any]]:
@@ -221,23 +225,27 @@ def _points(symbols: Iterable[Any]) -> list[dict[Any, Any]]:
 
 def _value_at(expression: Any, at: dict[Any, Any]) -> Any:
     """Return the value of an expression at a point, to 30 digits; None if it has none there."""
-    value = expression.evalf(DIGITS, subs={**at, imaginary(): _i()})
+    from sympy.core.evalf import PrecisionExhausted
+
+    try:
+        value = expression.evalf(DIGITS, subs={**at, imaginary(): _i()})
+    except PrecisionExhausted:
+        return None
     if not value.is_number or not value.is_finite:
         return None
     # Terms that cancel exactly evaluate to noise with a precision of one bit.
     return value * 0 if getattr(value, "_prec", 0) == 1 else value
 
 
-def _are_near(first: Any, second: Any, is_rounded: bool) -> bool:
+def _are_near(first: Any, second: Any, tolerance: float = _EXACT) -> bool:
     if first is None or second is None:
         return False
-    tolerance = float(_ROUNDING) if is_rounded else 1e-18
     return bool(abs(first - second) <= tolerance * max(abs(first), abs(second)))
 
 
 def _is_real(value: Any) -> bool:
     real, imaginary = value.as_real_imag()
-    return bool(abs(imaginary) <= 1e-18 * abs(real)) or imaginary == 0
+    return bool(abs(imaginary) <= _EXACT * abs(real)) or imaginary == 0
 
 
 def _has_imaginary(*expressions: Any) -> bool:

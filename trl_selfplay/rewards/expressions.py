@@ -46,9 +46,14 @@ _NAME = re.compile(
     rf"|{_ONE_NAME}(?:\([-+A-Za-z0-9, ]*\))?|[A-Za-z](?:\s*[-+]\s*[A-Za-z])+"
 )
 _VARIABLE = re.compile(rf"(?:[A-Za-z]|\\(?:{_GREEK}))(?:\s*_\{{[^{{}}]*\}})?")
+_SHORT_NAME = re.compile(r"[A-Za-z]{2,3}")
 _CONSTANTS = {"e", "i", "\\pi"}
-_WORDS = re.compile(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z'-]+){0,4}")
-_NUMBER = re.compile(r"([-+]?)\s*(\d+(?:\.(\d*))?|\.(\d+))", re.ASCII)
+_WORDS = re.compile(r"(?:[A-Za-z]?[a-z'-]+|[A-Z]+)(?: (?:[A-Za-z]?[a-z'-]+|[A-Z]+)){0,4}")
+_SHORT_WORDS = {"no", "on", "up", "am", "pm"}  # which are no products
+_NUMBER = re.compile(
+    r"([-+]?)\s*(\d+(?:\.(\d*))?|\.(\d+))(?:\s*\\(?:times|cdot)\s*10\^\{([-+]?\d{1,3})\})?",
+    re.ASCII,
+)
 _QUOTIENT = re.compile(
     r"([-+]?)\s*(?:\\frac\{\s*([-+]?\d+)\s*\}\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+)|\((\d+)\+\\frac\{(\d+)\}\{(\d+)\}\))",
     re.ASCII,
@@ -68,10 +73,11 @@ _BASES = {
 _MATRIX = re.compile(
     r"\\begin\{([pbv]?)(?:small)?(matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1(?:small)?\2\}"
 )
+_LITERAL_SET = re.compile(r"\\mathbb\s*\{([A-Z])\}|\\emptyset|\\\{\s*\\\}")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _UNREADABLE = re.compile(
-    r"\d\s+[.\d]|['\"@#&?`\\]$|['\"@#&?`]|\\(?:ldots|text|begin|pm|mp|dollar|pounds|euro|yen|cent|degree)\b"
-    r"|\^\{?\s*(?:T|\\top)\b|(?<![\\A-Za-z])[A-Za-z]{4,}"
+    r"%|\d\s+[.\d]|['\"@#?`\\]$|['\"@#?`]|\\(?:ldots|text|pm|mp|dollar|pounds|euro|yen|cent|degree)\b"
+    r"|\^\{?\s*(?:T|\\top)\b|(?<![\\A-Za-z])(?![a-z]?matrix\}|lcm|rank)[A-Za-z]{4,}"
 )
 
 
@@ -101,7 +107,9 @@ class _Reader:
             raise UnreadableError("empty")
         if text.startswith("\\text{") and text.endswith("}") and "}" not in text[6:-1]:
             return _words(text[6:-1])
-        if _WORDS.fullmatch(text) and any(len(word) > 2 for word in text.split()):
+        if _WORDS.fullmatch(text) and any(
+            len(word) > 2 or word.lower() in _SHORT_WORDS for word in text.split()
+        ):
             return _words(text)
         parts, signs = _split(text, _SEPARATORS)
         if len(parts) > 1:
@@ -112,6 +120,13 @@ class _Reader:
         parts, signs = _split(text, {"\\cup"})
         if len(parts) > 1:
             return _union([self.read(part, depth + 1) for part in parts])
+        parts, signs = _split(text, {"\\setminus"})
+        if len(parts) == 2:
+            return _without(*(self.read(part, depth + 1) for part in parts))
+        if match := _LITERAL_SET.fullmatch(text):
+            if match[1] is None:
+                return Several(())
+            return _reals() if match[1] == "R" else Words(text)
         if (inside := _inside_of(text)) is not None:
             return self._brackets(*inside, depth)
         if match := _MATRIX.fullmatch(text):
@@ -158,7 +173,8 @@ class _Reader:
                 items += item.items if isinstance(item, Several) else [item]
         if not items:
             raise UnreadableError("empty")
-        if any(isinstance(item, Region) and item.name for item in items):
+        names = {item.name for item in items if isinstance(item, Region)}
+        if len(names) == 1:
             return _combine(items, "or" in signs)
         return items[0] if len(items) == 1 else Several(tuple(items))
 
@@ -219,7 +235,8 @@ class _Reader:
 
     def _variable(self, name: str, value: Any) -> Any:
         """Return the symbol of `y` in `y = 2x`, and None in `y = 2`."""
-        if isinstance(value, Formula) and symbols_of(value.value) and _VARIABLE.fullmatch(name):
+        is_short = _VARIABLE.fullmatch(name) or _SHORT_NAME.fullmatch(name)
+        if is_short and isinstance(value, Formula) and symbols_of(value.value):
             return self._expression(name)
         return None
 
@@ -304,6 +321,7 @@ def _formula(text: str) -> Any:
         raise UnreadableError("no expression")
     if value.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative):
         value = value.doit()
+    value = value.xreplace({u: u.args[0] for u in value.atoms(sympy.UnevaluatedExpr)})
     value = value.xreplace({f: sympy.Symbol(str(f), real=True) for f in value.atoms(AppliedUndef)})
     if value.has(sympy.zoo, sympy.nan):
         raise UnreadableError("undefined")
@@ -321,7 +339,9 @@ def _number(text: str) -> tuple[Fraction, int | None] | None:
     if match := _NUMBER.fullmatch(text):
         decimals = match[3] if match[4] is None else match[4]
         value = Fraction(match[2].rstrip(".") if match[4] is None else f"0{match[2]}")
-        return (-value if match[1] == "-" else value), len(decimals) if decimals else None
+        exponent = int(match[5] or 0)
+        value *= Fraction(10) ** exponent * (-1 if match[1] == "-" else 1)
+        return value, len(decimals) - exponent if decimals else None
     if match := _QUOTIENT.fullmatch(text):
         whole = Fraction(int(match[6] or 0))
         above, below = match[2] or match[4] or match[7], match[3] or match[5] or match[8]
@@ -338,7 +358,7 @@ def _words(text: str) -> Any:
         raise UnreadableError("empty")
     if letter := re.fullmatch(r"\(?([A-Za-z])\)?", text):
         return Formula(_formula(letter[1]))
-    return Words(text.casefold() if len(text) > 2 else text)
+    return Words(text.casefold())
 
 
 def _split(text: str, signs: set[str]) -> tuple[list[str], list[str]]:
@@ -413,6 +433,21 @@ def _union(values: list[Any]) -> Any:
     return Region(None, tuple(sorted(intervals, key=_start)))
 
 
+def _reals() -> Ordered:
+    return Ordered("()", (_infinity(-1), _infinity(1)))
+
+
+def _without(whole: Any, left_out: Any) -> Region:
+    """Return the real numbers without some."""
+    numbers = left_out.items if isinstance(left_out, Several) else (left_out,)
+    if whole != _reals() or not all(isinstance(number, Number) for number in numbers):
+        raise UnreadableError("a difference of sets")
+    ends = sorted(numbers, key=lambda number: number.value)
+    starts = [_infinity(-1), *ends]
+    pairs = zip(starts, [*ends, _infinity(1)], strict=True)
+    return Region(None, tuple(Ordered("()", pair) for pair in pairs))
+
+
 def _start(interval: Ordered) -> float:
     return float(as_sympy(interval.items[0]))
 
@@ -421,7 +456,7 @@ def _combine(items: list[Any], is_union: bool) -> Region:
     """Combine inequalities that are joined by "and", "or" or a comma."""
     regions = [item for item in items if isinstance(item, Region)]
     names = {region.name for region in regions}
-    if len(regions) != len(items) or len(names) != 1:
+    if len(regions) != len(items):
         raise UnreadableError("inequalities beside other things")
     intervals = sorted((i for region in regions for i in region.intervals), key=_start)
     if is_union:

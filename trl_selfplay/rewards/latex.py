@@ -171,6 +171,7 @@ _SAME = {
     "mid": "|",
 }
 _SYMBOLS = {"%": "%", ",": "\\,", "!": "", ";": " ", ":": " ", ">": " ", " ": " ", "$": "\\dollar "}
+_NO_SPACE_BEHIND = ("begin", "end", "operatorname")
 _COMMAND = re.compile(r"\\([A-Za-z]+)\s*|\\([^A-Za-z])")
 _NO_SPACE = re.compile(r",?\\!\s*")
 _DEGREE = re.compile(r"\^\s*(?:\\circ\s*|\{\s*\\circ\s*\})|\\degree\s*")
@@ -181,17 +182,21 @@ _CONNECTIVE = re.compile(
     r"\\text\s*\{\s*(?:,|;)?\s*(and|or)\s*\}|,?\s*(?<![A-Za-z\\])(and|or)(?![A-Za-z])"
 )
 # Thousands: 1,000 1{,}000 1\,000 1,\!000, but not 1, 000 and not (1,000), a pair.
-_GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{,\}|\\,|,| )\d{3})+(?![\d/])", re.ASCII)
+_GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:(?:\{,\}|\\,|,| )\d{3})+(?![\d/])", re.ASCII)
 _PLAIN_NAMES = (
     "arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|infinity|infty|inf|pi|"
     "theta|alpha|beta"
 )
 _PLAIN_NAME = re.compile(rf"(?<![\\A-Za-z])({_PLAIN_NAMES})(?![A-Za-z])")
 _PERCENT = re.compile(r"\s*(?:\\text\s*\{\s*percent\s*\}|(?<=[\d })])percent(?![A-Za-z]))")
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(rf"(?<=[\d}}])\s*(\\text\s*\{{)?\s*({'|'.join(_SCALES)})(?![A-Za-z])")
+_DEGREES_INSIDE = re.compile(r"(\d+(?:\.\d+)?)\s*\\degree(?![A-Za-z])\s*")
+_ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z\d.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\d.A-Za-z])", re.ASCII)
 _TIMES_TEN = re.compile(r"(\d)\s*[xX]\s*(?=10\s*\^)")
-_POWER = re.compile(r"([\^_])\s*(-?\d+)(?![\d.])", re.ASCII)
-_MIXED_PLAIN = re.compile(r"(?<![\d./^_{])(\d+)(?:\s+|-)(\d+)\s*/\s*(\d+)(?![\d/])", re.ASCII)
+_POWER = re.compile(r"([\^_])\s*(-?\d+(?:\.\d+)?)", re.ASCII)
+_MIXED_PLAIN = re.compile(r"(?<![\d./^_{])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", re.ASCII)
 _MIXED = re.compile(r"(?<![\d./^_{}])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", re.ASCII)
 _REPEATING = re.compile(
     r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{(\d+)\}|\((\d+)\)|(\d+)\s*(?:\\ldots|\.\.\.)\s*)",
@@ -218,10 +223,12 @@ def clean(text: str) -> str:
     text = _COMMAND.sub(_rename, _NO_SPACE.sub(_close_up, text))
     text = _TEXT_THAT_IS_NONE.sub(r"\1\2", text)
     text = _PERCENT.sub("%", text)
+    text = _SCALE.sub(lambda match: f"\\cdot 10^{{{_SCALES[match[2]]}}}{match[1] or ' '}", text)
+    if _ANGLE_FUNCTION.search(text):
+        text = _DEGREES_INSIDE.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
     text = _CONNECTIVE.sub(lambda match: f" {match[1] or match[2]} ", text)
     text = _plain_to_latex(text)
-    if text[:1] not in ("(", "[") and not text.startswith("\\{"):
-        text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    text = _GROUPED.sub(_close_group, text)
     text = text.replace("{,}", ",").replace("\\,", " ").replace("~", " ")
     text = brace_arguments(text)
     text = _MIXED_PLAIN.sub(r"(\1+\\frac{\2}{\3})", text)
@@ -259,7 +266,20 @@ def _rename(match: re.Match[str]) -> str:
     name, symbol = match[1], match[2]
     if name is None:
         return _SYMBOLS.get(symbol, match[0])
-    return _SAME.get(name, f"\\{name}" if name in ("begin", "end") else f"\\{name} ")
+    return _SAME.get(name, f"\\{name}" if name in _NO_SPACE_BEHIND else f"\\{name} ")
+
+
+def _close_group(match: re.Match[str]) -> str:
+    """Write 1,000 as 1000, except within brackets, where commas separate."""
+    before = match.string[: match.start()]
+    is_inside = any(
+        before.count(opening) > before.count(closing) for opening, closing in ("()", "[]")
+    )
+    return (
+        match[0]
+        if is_inside or before.count("\\{") > before.count("\\}")
+        else re.sub(r"\D", "", match[0])
+    )
 
 
 def _close_up(match: re.Match[str]) -> str:

@@ -7,6 +7,8 @@ only within `\text{}`, because `5 m` may be a product.
 
 import re
 
+from trl_selfplay.rewards.values import UnreadableError
+
 # Words that say nothing: "10 units" is 10, and so is "10 square units".
 _EMPTY = {"unit", "integer", "number", "total", "each", "about", "approximately", "exactly", "only"}
 _KNOWN = {
@@ -37,6 +39,8 @@ _KNOWN = {
     "s": "second sec",
     "min": "minute min",
     "h": "hour hr",
+    "am": "am",
+    "pm": "pm",
     "day": "day",
     "week": "week",
     "month": "month",
@@ -53,14 +57,20 @@ _KNOWN = {
 _CANONICAL = {word: unit for unit, words in _KNOWN.items() for word in words.split()}
 _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3}
 _NEEDS_SPACE = {"in", "mi", "oz"}  # 5in may be a product
-_NO_UNITS = {"sin", "cos", "tan", "log", "ln", "mod", "or", "and", "if", "for"}
+# Words that change what the number means.
+_OTHER_WORDS = """sin cos tan log ln mod or and if for when where squared cubed factorial half halves third
+    thirds fourth fourths quarter quarters fifth fifths sixth sixths seventh eighth eighths ninth
+    tenth tenths hundredth hundredths thousandth thousandths dozen more less fewer than plus minus
+    times not is are was wrong incorrect base remainder choose over divided by no k"""
+_NO_UNITS = frozenset(_OTHER_WORDS.split())
+_MOST_WORDS = 5
 _SIGN = re.compile(r"(-?)\s*\\(dollar|pounds|euro|yen|cent)\b\s*(-?)\s*")
 _SIGN_BEHIND = re.compile(r"\s*\\(dollar|pounds|euro|yen|cent|degree)\s*([CF]?)$")
 _POWER = r"(?:\^\{-?\d\})?"
 _TEXT = rf"\\text\{{(?:[^{{}}]|\{{-?\d\}})*\}}\s*{_POWER}"
 _TEXT_BEHIND = re.compile(rf"\s*({_TEXT}(?:\s*/?\s*{_TEXT})*)$")
 _WORDS_BEHIND = re.compile(
-    rf"(?:(?<=[\d}})!])|(?<=\\pi))(\s*)((?:[A-Za-z]+{_POWER}[ ./]*)*[A-Za-z]+{_POWER})\.?$"
+    rf"(?:(?<=[\d}})!%])|(?<=\\pi))(\s*)((?:[A-Za-z]+{_POWER}[ ./]*)*[A-Za-z]+{_POWER})\.?$"
 )
 _WORD = re.compile(r"[A-Za-z]+|/|\^-?\d")
 
@@ -99,8 +109,6 @@ def split_unit(text: str, expected: str | None = None) -> tuple[str, str | None]
 def _are_unit(space: str, words: str, expected: str | None) -> bool:
     """Return whether words behind a number are a unit, and not variables."""
     first = words.split()[0].rstrip(".").split("/")[0].split("^")[0]
-    if first in _NO_UNITS:
-        return False
     if expected is not None and _normalise(words) == expected:
         return True
     if _singular(first) in _CANONICAL or first in _POWERS or first == "per":
@@ -112,7 +120,10 @@ def _normalise(words: str) -> str | None:
     """Return the normal form of a unit's words, such as m/s^2; None if they say nothing."""
     units: list[str] = []
     power, separator = "", ""
-    for word in _WORD.findall(words.replace("{", " ").replace("}", " ").replace("^ ", "^")):
+    found = _WORD.findall(words.replace("{", " ").replace("}", " ").replace("^ ", "^"))
+    if len(found) > _MOST_WORDS or (found and found[0].lower() in _NO_UNITS):
+        raise UnreadableError("a number with words that are no unit")
+    for word in found:
         singular = _singular(word)
         if word in ("/", "per"):
             separator = "/"
@@ -120,6 +131,8 @@ def _normalise(words: str) -> str | None:
             units.append(word)
         elif singular in _POWERS and word.endswith("ed"):
             units.append(f"^{_POWERS[singular]}")
+        elif word.lower() in _NO_UNITS:
+            raise UnreadableError("a number with words that are no unit")
         elif singular in _POWERS:
             power = f"^{_POWERS[singular]}"
         elif singular in _EMPTY:
