@@ -5,12 +5,22 @@ import pytest
 from trl_selfplay import VSTaRConfig, VSTaRTrainer
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Where the module's one STaR run lies, and its trainer once it has run."""
+    return {"folder": tmp_path_factory.mktemp("star")}
+
+
 @pytest.fixture
-def star_run(build_star):
-    """Run two rounds of STaR; return its trainer."""
-    trainer = build_star(num_generations=6, max_completion_length=16, rationalize=False)
-    trainer.train()
-    return trainer
+def star_run(build_star, finished):
+    """The trainer of two rounds of STaR, which tests only read."""
+    if "trainer" not in finished:
+        trainer = build_star(
+            finished["folder"], num_generations=6, max_completion_length=16, rationalize=False
+        )
+        trainer.train()
+        finished["trainer"] = trainer
+    return finished["trainer"]
 
 
 @pytest.fixture
