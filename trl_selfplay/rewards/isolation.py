@@ -16,7 +16,7 @@ from typing import Any, Literal
 # namespaces within bubblewrap's. The last has limits alone.
 Isolation = Literal["bubblewrap", "namespaces", "bubblewrap per program", "weak"]
 # Shared libraries and time zones, where they exist.
-_SYSTEM_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
+_SYSTEM_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", "/usr/share/zoneinfo")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _INSIDE = "/zygote"
 _HERE = Path(__file__).parent
@@ -40,7 +40,7 @@ class Limits:
     cpu_s: float | None = None
     memory_bytes: int = 512 * 2**20
     file_bytes: int = 16 * 2**20
-    processes: int = 32
+    processes: int = 40
     open_files: int = 64
     output_bytes: int = 2**20
 
@@ -95,17 +95,17 @@ _FLAGS = ["-B", "-P", "-s", "-S", "-X", "utf8"]
 ENVIRONMENT = {"HOME": "/tmp", "TMPDIR": "/tmp", "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
 
 
-def _visible_folders() -> tuple[list[str], dict[str, str]]:
-    """Return the folders that programs can read, and links to them."""
+def _visible_folders() -> tuple[dict[str, str], dict[str, str]]:
+    """Return the folders that programs can read, with what is shown there, and links to them."""
     libraries = [os.path.join(sys.base_prefix, name) for name in ("lib", "lib64")]  # noqa: PTH118  # strings
-    folders: list[str] = []
+    folders: dict[str, str] = {}
     links: dict[str, str] = {}
     for folder in (*_SYSTEM_FOLDERS, *libraries):
         place = Path(folder)
         if place.is_symlink():
             links[folder] = str(place.readlink())
         elif place.is_dir() and not any(place.is_relative_to(outer) for outer in folders):
-            folders.append(folder)
+            folders[folder] = os.path.realpath(folder)
     return folders, links
 
 
@@ -116,7 +116,7 @@ def _packages_in(folder: str) -> Iterator[Path]:
 
 
 def _bubblewrap(
-    isolation: Isolation, limits: Limits, folders: list[str], links: dict[str, str]
+    isolation: Isolation, limits: Limits, folders: dict[str, str], links: dict[str, str]
 ) -> list[str]:
     """Return the command that starts the interpreter in bubblewrap, without its last argument."""
     if isolation not in ("bubblewrap", "bubblewrap per program"):
@@ -131,8 +131,8 @@ def _bubblewrap(
     interpreter = os.path.realpath(sys.executable)
     for path in _parents([*folders, *links, *DEVICES, f"{_INSIDE}/x", interpreter, "/tmp/x"]):
         words += ["--perms", "0755", "--dir", path]
-    for folder in folders:
-        words += ["--ro-bind", folder, folder]
+    for folder, source in folders.items():
+        words += ["--ro-bind", source, folder]
         for packages in map(str, _packages_in(folder)):
             words += ["--tmpfs", packages, "--remount-ro", packages]
     for link, target in links.items():

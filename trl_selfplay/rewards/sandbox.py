@@ -43,6 +43,8 @@ _GRACE_S = 0.5
 _STOP_DEADLINE_S = 3.0
 # Of one zygote. After that many it is replaced, in case something has piled up in it.
 _MOST_PROGRAMS = 1000
+# A zygote may have been ended from outside, as where a machine is out of memory.
+_MOST_ATTEMPTS = 2
 _LENGTH_BYTES = 4
 _ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -148,11 +150,16 @@ class Sandbox:
         Raises:
             RuntimeError: The machine can't start another process.
         """
-        with self._worker() as worker:
-            try:
-                return worker.run(source, stdin, deadline_s, self.limits.output_bytes)
-            except _WorkerLost:
-                return Ran("", "killed")
+        for _ in range(_MOST_ATTEMPTS):
+            with self._worker() as worker:
+                started = time.monotonic()
+                try:
+                    return worker.run(source, stdin, deadline_s, self.limits.output_bytes)
+                except _WorkerLost:
+                    deadline_s -= time.monotonic() - started
+            if deadline_s <= 0:
+                break
+        return Ran("", "killed")
 
     @contextlib.contextmanager
     def session(self, source: str, *, deadline_s: float) -> Iterator["Session"]:
@@ -181,12 +188,6 @@ class Sandbox:
                     with contextlib.suppress(_WorkerLost):
                         session._end()
 
-    def _start(self) -> "_Worker":
-        try:
-            return _Worker(self.isolation, self.limits)
-        except _WorkerLost as error:
-            raise RuntimeError(f"no isolated interpreter could be started: {error}") from error
-
     @contextlib.contextmanager
     def _worker(self) -> Iterator["_Worker"]:
         if self._owner != os.getpid():  # a fork: the zygotes are those of its parent
@@ -199,7 +200,7 @@ class Sandbox:
                 worker.end()
                 worker = None
             if worker is None:
-                worker = self._start()
+                worker = _Worker(self.isolation, self.limits)
             try:
                 yield worker
             finally:
@@ -329,6 +330,9 @@ class _Worker:
             )
         try:
             self._reply(time.monotonic() + _START_DEADLINE_S)
+        except _WorkerLost as error:
+            self.end()
+            raise RuntimeError(f"no isolated interpreter could be started: {error}") from error
         except BaseException:
             self.end()
             raise
@@ -424,7 +428,7 @@ class _Worker:
             raise _WorkerLost(self._last_error() or "the isolated interpreter died")
         reply = json.loads(data)
         if "error" in reply:
-            raise _WorkerLost(reply["error"])
+            raise RuntimeError(f"no isolated process could be started: {reply['error']}")
         return reply
 
     def _last_error(self) -> str:
@@ -441,9 +445,9 @@ def _choose(limits: Limits, allow_weak_isolation: bool) -> tuple[Isolation, _Wor
             worker = _Worker(isolation, limits)
             ran = worker.run("print(1)", "", _START_DEADLINE_S, 100)
             if ran != Ran("1\n", "ok"):
-                raise _WorkerLost(f"a trial program ended with {ran}")
+                raise RuntimeError(f"a trial program ended with {ran}")
             return isolation, worker
-        except (_WorkerLost, OSError) as error:
+        except (_WorkerLost, RuntimeError, OSError) as error:
             reasons.append(f"{isolation}: {error}")
             if worker is not None:
                 worker.end()

@@ -23,6 +23,7 @@ READ_ONLY_ATTRIBUTE, NO_SUID_ATTRIBUTE, NO_DEVICES_ATTRIBUTE = 1, 2, 4
 _PARENT_DEATH_SIGNAL, _DUMPABLE, _SECCOMP, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 4, 22, 36, 38
 _AT_RECURSIVE = 0x8000
 _SIGCHLD = 17
+_UNIX_SOCKET = 1
 
 # PyDLL keeps the interpreter's lock, so that a cloned process has it as well.
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -58,6 +59,7 @@ _NUMBERS = {
     "setns": {"x86_64": 308, "aarch64": 268},
     "shmget": {"x86_64": 29, "aarch64": 194},
     "socket": {"x86_64": 41, "aarch64": 198},
+    "socketpair": {"x86_64": 53, "aarch64": 199},
     "umount2": {"x86_64": 166, "aarch64": 39},
     "unshare": {"x86_64": 272, "aarch64": 97},
     "userfaultfd": {"x86_64": 323, "aarch64": 282},
@@ -77,7 +79,7 @@ _SINCE_5 = {
     "memfd_secret": 447,
 }
 # Not denied as a whole: what `build_filter` treats apart, and what can only give up privileges.
-_NOT_DENIED = ("clone", "clone3", "socket", "capset")
+_NOT_DENIED = ("clone", "clone3", "socket", "socketpair", "capset")
 
 
 def _number(name: str) -> int:
@@ -217,6 +219,7 @@ def build_filter() -> bytes:
     parts += [unless_equal(_number("clone3"), 1), answer(missing)]
     parts += [unless_equal(_number("clone"), 4), load(16), line(0x45, _NEW_ANY, 0, 1)]
     parts += [answer(deny), answer(allow)]
-    parts += [unless_equal(_number("socket"), 4), load(16), unless_equal(1, 1)]
-    parts += [answer(allow), answer(deny)]
+    for name in ("socket", "socketpair"):
+        parts += [unless_equal(_number(name), 4), load(16), unless_equal(_UNIX_SOCKET, 1)]
+        parts += [answer(allow), answer(deny)]
     return b"".join([*parts, answer(allow)])

@@ -57,6 +57,7 @@ def _load(name: str) -> typing.Any:
 def main(settings: dict[str, typing.Any]) -> None:
     """Run as the monitor, or, where bubblewrap has started it, as the zygote."""
     control = socket.socket(fileno=settings["control"])
+    os.umask(0o022)
     try:
         if "proc" in settings:
             _serve(control, settings)
@@ -81,10 +82,10 @@ def main(settings: dict[str, typing.Any]) -> None:
             control.send(json.dumps({"error": str(error)}).encode())
         os._exit(1)
     control.close()
-    _monitor(child, settings["parent"])
+    _monitor(child, _Processes(settings["proc"]), settings["parent"])
 
 
-def _monitor(child: int, parent: int) -> None:
+def _monitor(child: int, processes: "_Processes", parent: int) -> None:
     """Wait until the child has ended; end it when the parent has ended, or at SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     alive = os.pidfd_open(child)
@@ -93,10 +94,8 @@ def _monitor(child: int, parent: int) -> None:
         while os.getppid() == parent and not _is_readable(alive, _MONITOR_POLL_S):
             pass
     finally:
-        os.kill(child, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                os.wait()
+        # Bubblewrap's root may not signal the zygote when it dies, so that comes here as an orphan.
+        processes.kill_children()
 
 
 def _leave_namespaces(proc: int) -> None:
@@ -151,6 +150,9 @@ def _write(folder: int, name: str, text: str) -> None:
     descriptor = os.open(name, os.O_WRONLY, dir_fd=folder)
     try:
         os.write(descriptor, text.encode())
+    except OSError as error:
+        error.filename = name
+        raise
     finally:
         os.close(descriptor)
 
@@ -164,9 +166,9 @@ def _build_root(settings: dict[str, typing.Any]) -> None:
         os.mkdir(f"{_TEMPORARY}/{name}")
     syscalls.pivot(_TEMPORARY, f"{_TEMPORARY}/old")
     syscalls.mount("tmpfs", "/new", "tmpfs", options="mode=755")
-    for folder in settings["folders"]:
+    for folder, source in settings["folders"].items():
         os.makedirs(f"/new{folder}")
-        syscalls.mount(f"/old{folder}", f"/new{folder}", flags=syscalls.BIND | syscalls.RECURSIVE)
+        syscalls.mount(f"/old{source}", f"/new{folder}", flags=syscalls.BIND | syscalls.RECURSIVE)
     for folder in settings["hidden"]:
         syscalls.mount("tmpfs", f"/new{folder}", "tmpfs")
     syscalls.restrict_mounts("/new", syscalls.NO_SUID_ATTRIBUTE | syscalls.NO_DEVICES_ATTRIBUTE)
@@ -226,6 +228,64 @@ def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
     return message, descriptors
 
 
+class _Processes:
+    """What `/proc` tells, as a file descriptor: it may be out of sight, and number otherwise."""
+
+    def __init__(self, proc: int) -> None:
+        self._proc = proc
+
+    def tasks(self, pid: str) -> list[str]:
+        """Return the threads of a process."""
+        try:
+            descriptor = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._proc)
+        except OSError:
+            return []
+        try:
+            return os.listdir(descriptor)
+        except OSError:
+            return []
+        finally:
+            os.close(descriptor)
+
+    def children(self, pid: str = "self") -> list[str]:
+        """Return the children of a process."""
+        found: list[str] = []
+        for task in self.tasks(pid):
+            with contextlib.suppress(OSError):
+                found += self._read(f"{pid}/task/{task}/children").split()
+        return found
+
+    def memory_bytes(self, pid: str) -> int:
+        """Return the memory of a process, with what it shares with others."""
+        try:
+            return int(self._read(f"{pid}/statm").split()[1]) * resource.getpagesize()
+        except OSError:
+            return 0
+
+    def count_own(self) -> int:
+        """Return how many processes and threads this user has."""
+        count = 0
+        for pid in os.listdir(self._proc):
+            with contextlib.suppress(OSError):
+                if pid.isdigit() and os.stat(pid, dir_fd=self._proc).st_uid == os.geteuid():
+                    count += len(self.tasks(pid))
+        return count
+
+    def kill_children(self) -> None:
+        """End the children of this process, and those that it adopts from them."""
+        ends = time.monotonic() + _KILL_S
+        while (children := self.children()) and time.monotonic() < ends:
+            # As the first process of a namespace, whose numbers aren't the host's: all others.
+            for pid in [-1] if os.getpid() == 1 else map(int, children):
+                with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+
+    def _read(self, name: str) -> str:
+        with open(os.open(name, os.O_RDONLY, dir_fd=self._proc)) as file:
+            return file.read()
+
+
 class _Zygote:
     """Processes for programs, one ready in advance and at most one at work."""
 
@@ -234,13 +294,13 @@ class _Zygote:
         self._proc = settings["proc"]
         self._limits = settings["limits"]
         self._nests = _nests(settings)
-        self._processes = self._limits["processes"]
+        self._processes = _Processes(settings["proc"])
+        self._most_processes = self._limits["processes"]
         if not self._nests:
-            syscalls.adopt_orphans()  # so that `_children` finds them
+            syscalls.adopt_orphans()  # so that they are found
             # The kernel counts all that the user runs.
-            self._processes += self._count_own()
+            self._most_processes += self._processes.count_own()
         self._filter = syscalls.build_filter()
-        self._pid = os.readlink("self", dir_fd=self._proc)
         self._child: int | None = None
         self._parent_folder = settings["folder"]
         self._folder: str | None = None
@@ -272,6 +332,7 @@ class _Zygote:
 
     def run(self, message: bytes, descriptors: list[int]) -> dict[str, str]:
         """Run one program, and say how it ended."""
+        self.prepare()
         deadline_s = json.loads(message)["deadline_s"]
         ends = time.monotonic() + deadline_s
         with self._requests:
@@ -281,7 +342,7 @@ class _Zygote:
         for descriptor in descriptors:
             os.close(descriptor)
         if self._child is None:
-            return {"error": ready.decode()}
+            return {"error": ready.decode(errors="replace")}
         reason = self._watch(self._alive, ends) if ready == _READY else "late"
         if reason is not None:
             signal.pidfd_send_signal(self._alive, signal.SIGKILL)
@@ -291,7 +352,7 @@ class _Zygote:
         status = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
         self._child = None
         if self._folder is not None:
-            self._kill_children()
+            self._processes.kill_children()
             _remove_folder(self._folder)
         if ready not in (b"", _READY):
             return {"error": ready.decode(errors="replace")}
@@ -322,61 +383,18 @@ class _Zygote:
 
     def _excess(self) -> str | None:
         """Return what the program's processes use too much of together."""
-        processes = pages = 0
-        pending = self._children(self._pid)
+        count = memory_bytes = 0
+        pending = self._processes.children()
         while pending:
             pid = pending.pop()
-            with contextlib.suppress(OSError):
-                pages += int(self._read(f"{pid}/statm").split()[1])
-            processes += len(self._tasks(pid))
-            pending += self._children(pid)
-        if pages * resource.getpagesize() > self._limits["memory_bytes"]:
+            count += len(self._processes.tasks(pid))
+            memory_bytes += self._processes.memory_bytes(pid)
+            pending += self._processes.children(pid)
+        if memory_bytes > self._limits["memory_bytes"]:
             return "too much memory"
-        if processes > self._limits["processes"]:
+        if count > self._limits["processes"]:
             return "too many processes"
         return None
-
-    def _children(self, pid: str) -> list[str]:
-        """Return the process ids of children, as the host numbers them."""
-        found: list[str] = []
-        for task in self._tasks(pid):
-            with contextlib.suppress(OSError):
-                found += self._read(f"{pid}/task/{task}/children").split()
-        return found
-
-    def _tasks(self, pid: str) -> list[str]:
-        try:
-            descriptor = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._proc)
-        except OSError:
-            return []
-        try:
-            return os.listdir(descriptor)
-        except OSError:
-            return []
-        finally:
-            os.close(descriptor)
-
-    def _read(self, name: str) -> str:
-        with open(os.open(name, os.O_RDONLY, dir_fd=self._proc)) as file:
-            return file.read()
-
-    def _count_own(self) -> int:
-        """Return how many processes and threads the user has."""
-        count = 0
-        for pid in os.listdir(self._proc):
-            with contextlib.suppress(OSError):
-                if pid.isdigit() and os.stat(pid, dir_fd=self._proc).st_uid == os.geteuid():
-                    count += len(self._tasks(pid))
-        return count
-
-    def _kill_children(self) -> None:
-        """End what a program has left behind; only needed where it has no namespace."""
-        ends = time.monotonic() + _KILL_S
-        while (children := self._children(self._pid)) and time.monotonic() < ends:
-            for pid in map(int, children):
-                with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
 
     def _live(self, requests: socket.socket) -> typing.NoReturn:
         """Be the process of one program, from the fork to the end."""
@@ -435,7 +453,7 @@ class _Zygote:
             (resource.RLIMIT_MEMLOCK, 0),
             (resource.RLIMIT_MSGQUEUE, 0),
             (resource.RLIMIT_NOFILE, limits["open_files"]),
-            (resource.RLIMIT_NPROC, self._processes),
+            (resource.RLIMIT_NPROC, self._most_processes),
             (resource.RLIMIT_SIGPENDING, limits["processes"]),
         ):
             resource.setrlimit(kind, (most, most))

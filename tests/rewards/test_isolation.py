@@ -1,0 +1,235 @@
+"""Each kind of isolation that the machine offers, as each kind of user."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import hostile_programs
+import psutil
+import pytest
+
+import trl_selfplay.rewards.isolation as isolations
+from trl_selfplay.rewards.sandbox import Limits, Ran, Sandbox
+
+KINDS = (
+    "bubblewrap",
+    "namespaces",
+    pytest.param("bubblewrap per program", marks=pytest.mark.slow),
+    pytest.param("weak", marks=pytest.mark.slow),
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def sandbox(request):
+    if "bubblewrap" in request.param and not shutil.which("bwrap"):
+        pytest.skip("bubblewrap isn't installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(isolations, "candidates", lambda allow_weak_isolation: [request.param])
+        try:
+            made = Sandbox(workers=1)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    yield made
+    made.close()
+
+
+def test_programs_run_and_functions_are_called(sandbox) -> None:
+    assert sandbox.run("print(int(input()) * 2)", "21", deadline_s=10.0) == Ran("42\n", "ok")
+    with sandbox.session("import json\ndef f(x): x.append(json.dumps(x))", deadline_s=10.0) as s:
+        row = [1]
+        assert s.call("f", [row]).value is None
+    assert row == [1, "[1]"]
+
+
+@pytest.mark.parametrize("name", ["network", "tracing", "keys", "mounts", "namespaces", "users"])
+def test_calls_that_no_program_needs_are_denied(sandbox, name) -> None:
+    """VF-8: also where isolation is weak."""
+    assert "escaped" not in sandbox.run(hostile_programs.REACH[name], deadline_s=5.0).stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["writing outside", "reading secrets", "processes", "packages", "inherited files"]
+)
+def test_nothing_outside_is_in_reach(sandbox, name) -> None:
+    if sandbox.isolation == "weak":
+        pytest.skip("limits don't hide files or processes")
+    if sandbox.isolation == "bubblewrap per program" and name == "processes":
+        pytest.skip("the zygote, which ends with its only program, is in the same namespace")
+    assert "escaped" not in sandbox.run(hostile_programs.REACH[name], deadline_s=5.0).stdout
+
+
+def test_nothing_is_passed_on_to_the_next_program(sandbox) -> None:
+    leave = """
+import os, socket
+open('mark', 'w').write('x')
+s = socket.socket(socket.AF_UNIX); s.bind(b'\\0mark'); s.listen()
+if os.fork() == 0:
+    os.setsid()
+    while True: pass
+"""
+    find = """
+import os, socket
+print(os.listdir('.'))
+try:
+    socket.socket(socket.AF_UNIX).connect(b'\\0mark')
+    print('found')
+except OSError: pass
+"""
+    assert sandbox.run(leave, deadline_s=5.0).ending == "ok"
+    assert sandbox.run(find, deadline_s=5.0) == Ran("[]\n", "ok")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shared balloon", "fork bomb that ignores errors"])
+def test_limits_hold_for_all_processes_of_a_program(sandbox, name) -> None:
+    ran = sandbox.run(hostile_programs.EXHAUSTION[name], deadline_s=1.5)
+    # Without a namespace its processes are counted with all others of the user.
+    assert ran.ending in ("too much memory", "late") or sandbox.isolation == "weak"
+    assert sandbox.run("print(1)", deadline_s=10.0) == Ran("1\n", "ok")
+
+
+def test_weak_isolation_leaves_no_folder(monkeypatch) -> None:
+    monkeypatch.setattr(isolations, "candidates", lambda allow_weak_isolation: ["weak"])
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        sandbox = Sandbox(workers=1)
+        source = "import os; os.makedirs('a/b'); open('c', 'w').close(); print(os.getcwd())"
+        ran = sandbox.run(source, deadline_s=10.0)
+        assert ran.ending == "ok"
+        assert ran.stdout.startswith(folder)
+        sandbox.close()
+        assert list(Path(folder).iterdir()) == []
+
+
+def test_without_isolation_it_refuses_and_says_what_to_do(monkeypatch) -> None:
+    candidates = list(isolations.candidates(allow_weak_isolation=False))
+    assert "weak" not in candidates
+    monkeypatch.setattr(isolations, "command", lambda: [sys.executable, "-c", "no such thing"])
+    with pytest.raises(RuntimeError, match=r"SyntaxError.*allow_weak_isolation=True"):
+        Sandbox()
+
+
+@pytest.mark.parametrize(
+    "fault", [{"memory_bytes": 0}, {"cpu_s": -1.0}, {"processes": -3}, {"output_bytes": 0}]
+)
+def test_limits_that_make_no_sense_are_refused(fault) -> None:
+    with pytest.raises(ValueError, match=next(iter(fault))):
+        Limits(**fault)
+
+
+def test_workers_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="workers is 0"):
+        Sandbox(workers=0)
+
+
+def interpreter_for_all() -> str | None:
+    """Return an interpreter that any user may run, if there is one."""
+    for path in (sys.executable, "/usr/bin/python3"):
+        test = "import sys; sys.exit(sys.version_info < (3, 11))"
+        try:
+            if subprocess.run([path, "-c", test], user=1234, group=1234).returncode == 0:
+                return path
+        except OSError:
+            continue
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_plain_user_has_the_same_isolation(tmp_path_factory, kind) -> None:
+    interpreter = interpreter_for_all()
+    if interpreter is None or (kind == "bubblewrap" and not shutil.which("bwrap")):
+        pytest.skip("no interpreter for other users, or no bubblewrap")
+    folder = tmp_path_factory.mktemp("package")
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)
+    rewards = folder / "trl_selfplay" / "rewards"
+    rewards.mkdir(parents=True)
+    (rewards.parent / "__init__.py").touch()
+    (rewards / "__init__.py").touch()
+    for name in ("isolation", "literals", "sandbox", "syscalls", "zygote"):
+        shutil.copy(ROOT / "trl_selfplay" / "rewards" / f"{name}.py", rewards)
+    shutil.copy(hostile_programs.__file__, folder)
+    script = f"""
+import hostile_programs
+import trl_selfplay.rewards.isolation as isolations
+isolations.candidates = lambda allow_weak_isolation: [{kind!r}]
+from trl_selfplay.rewards.sandbox import Sandbox
+sandbox = Sandbox(workers=1)
+print(sandbox.run("print(6 * 7)", deadline_s=10.0).stdout.strip())
+for name, source in hostile_programs.REACH.items():
+    ran = sandbox.run(source, "43210", deadline_s=1.5)
+    if "escaped" in ran.stdout:
+        print(name, ran)
+for name in ("fork bomb", "shared balloon"):
+    print(sandbox.run(hostile_programs.EXHAUSTION[name], deadline_s=1.5).ending)
+sandbox.close()
+"""
+    done = subprocess.run(
+        [interpreter, "-B", "-c", script],
+        user=1234,
+        group=1234,
+        extra_groups=[],
+        cwd=folder,
+        env={"PYTHONPATH": str(folder), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    answer, bomb, balloon = done.stdout.splitlines()
+    assert (answer, bomb) == ("42", "raised")
+    assert balloon in ("too much memory", "late")
+
+
+def wait_for_end(processes) -> bool:
+    """Say whether processes end within 15 s."""
+    ends = time.monotonic() + 15
+    while time.monotonic() < ends:
+        alive = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        if not alive:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["idle", "busy", "copied"])
+def test_all_processes_end_with_a_grader_that_is_killed(work) -> None:
+    """VF-7: idle, at work, and while another process holds copies of the grader's files."""
+    script = f"""
+import os, sys, time, threading
+from trl_selfplay.rewards.sandbox import Sandbox
+sandbox = Sandbox(workers=1)
+copy = 0
+if {work!r} == "copied":
+    copy = os.fork()
+    if copy == 0:
+        os.closerange(0, 3)
+        time.sleep(60)
+        os._exit(0)
+if {work!r} == "busy":
+    threading.Thread(target=sandbox.run, args=("while True: pass",), kwargs={{"deadline_s": 600.0}}).start()
+    time.sleep(0.5)
+print(copy, flush=True)
+time.sleep(600)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
+    ) as grader:
+        copy = int(grader.stdout.readline())
+        processes = psutil.Process(grader.pid).children(recursive=True)
+        processes = [process for process in processes if process.pid != copy]
+        assert len(processes) >= 3  # monitor, zygote, program
+        grader.send_signal(signal.SIGKILL)
+    assert wait_for_end(processes)
+    if copy:
+        os.kill(copy, signal.SIGKILL)
