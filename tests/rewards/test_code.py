@@ -219,6 +219,12 @@ def test_rows_with_unusable_tests_are_listed_before_sampling() -> None:
     assert sorted(errors) == [1, 2, 3]
 
 
+def test_a_starter_that_passes_by_itself_is_listed() -> None:
+    prompts = ["def f(x):\n    return x", "def f(x):", "def f(x):\n    return 2"]
+    errors = code_reward.find_data_errors(prompts, tests=[["assert f(1) == 1"]] * 3)
+    assert errors == {0: "the tests hold for an empty answer"}
+
+
 def test_tests_that_pass_only_sometimes_are_listed() -> None:
     tests = "import random\nassert f() < random.choice([1, 3])\n" * 12
     errors = code_reward.find_data_errors(["p"], tests=[tests], solution=["def f():\n    return 2"])

@@ -26,6 +26,7 @@ from trl_selfplay.rewards.code_tests import (
     ProgramOver,
     Unsendable,
     last_function,
+    parse,
     read_outcome,
     read_tests,
     run_calls,
@@ -141,32 +142,41 @@ class CodeReward:
     ) -> dict[int, str]:
         """Return the rows whose tests can't be used, or fail on the program in `solution`, and why.
 
+        Tests that the starter passes by itself are no use either.
+
         Raises:
             RuntimeError: This machine offers no isolation, and `allow_weak_isolation` isn't set.
             ValueError: The tests of no row can be used.
         """
-        rows = _rows(len(prompts), tests, entry_point, starter_code, prompts)
-        errors, jobs = {}, {}
-        for index, row in enumerate(rows):
+        errors, usable = {}, {}
+        for index, row in enumerate(_rows(len(prompts), tests, entry_point, starter_code, prompts)):
             found = _read(*row)
-            reference = None if solution is None else solution[index]
             if isinstance(found, ValueError):
                 errors[index] = str(found)
             elif self._refusal(found) is not None:
                 errors[index] = f"{found.obstacle}; {_NEEDS_TRUST}"  # type: ignore[union-attr]
-            elif isinstance(reference, str) and reference.strip():
-                jobs[index] = (reference, row[2], found)
-        if len(errors) == len(rows) > 0:
+            else:
+                usable[index] = (row[2], found)
+        if errors and not usable:
             raise ValueError(
                 f"{self.__name__} can use the tests of no row. Row 0: {errors[0]}. The forms of tests "
                 "that it takes are in docs/verifiers.md."
             )
         self._grade([_TRIAL], None)  # raises if programs can't be run here
-        runs = [(*job, run) for job in jobs.values() for run in range(_REFERENCE_RUNS)]
-        outcomes = self._grade(runs, None)
-        for position, index in enumerate(jobs):
-            held = outcomes[position * _REFERENCE_RUNS : (position + 1) * _REFERENCE_RUNS]
-            if (why := _describe_reference(held)) is not None:
+        begun = [index for index, (starter, _) in usable.items() if starter]
+        outcomes = self._grade([("", *usable[index]) for index in begun], None)
+        for index, held in zip(begun, outcomes, strict=True):
+            if not isinstance(held, str) and all(held):
+                errors[index] = "the tests hold for an empty answer"
+        known = [i for i in usable if i not in errors and solution and _is_program(solution[i])]
+        runs = range(_REFERENCE_RUNS)
+        outcomes = self._grade(
+            [(solution[index], *usable[index], run) for index in known for run in runs],  # type: ignore[index]
+            None,
+        )
+        for position, index in enumerate(known):
+            held_by_run = outcomes[position * _REFERENCE_RUNS : (position + 1) * _REFERENCE_RUNS]
+            if (why := _describe_reference(held_by_run)) is not None:
                 errors[index] = why
         return errors
 
@@ -230,8 +240,8 @@ def _completed(starter: str) -> str:
     if not starter.strip():
         return ""
     try:
-        ast.parse(starter)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        parse(starter)
+    except ValueError:
         return f"{starter}\n    pass\n"
     return starter
 
@@ -247,6 +257,10 @@ def _read(tests: Any, entry_point: str | None, starter: str) -> CallTests | Inpu
 def _read_once(tests: bytes, entry_point: str | None, starter: str) -> CallTests | InputTests:
     """Read tests once for all completions of a prompt."""
     return read_tests(pickle.loads(tests), entry_point, _completed(starter))
+
+
+def _is_program(solution: Any) -> bool:
+    return isinstance(solution, str) and bool(solution.strip())
 
 
 def _describe_reference(outcomes: Sequence[list[bool] | str]) -> str | None:
@@ -292,8 +306,8 @@ def program_of(answer: str, starter: str, entry_point: str | None) -> str:
 def _functions(code: str) -> set[str]:
     """Return the names of the functions at the top level of a text; none if it isn't Python."""
     try:
-        body = ast.parse(code).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        body = parse(code).body
+    except ValueError:
         return set()
     return {s.name for s in body if isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef))}
 

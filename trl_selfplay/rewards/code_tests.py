@@ -14,6 +14,7 @@ import json
 import symtable
 import sys
 import textwrap
+import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,14 +103,13 @@ def read_tests(
     if isinstance(tests, Mapping):
         return _read_pairs_by_column(tests)
     if isinstance(tests, str):
-        tree = _parse(textwrap.dedent(tests), "the test code")
-        return _read_tree(tree, entry_point, starter)
+        return _read_tree(_parse_test(tests, "the test code"), entry_point, starter)
     if not isinstance(tests, (list, tuple)):
         raise ValueError(f"the tests are {tests!r:.80}, of type {type(tests).__name__}")  # noqa: TRY004
     if not tests:
         raise ValueError("there are no tests")
     if all(isinstance(test, str) for test in tests):
-        trees = [_parse(textwrap.dedent(t), f"test {index}") for index, t in enumerate(tests)]
+        trees = [_parse_test(test, f"test {index}") for index, test in enumerate(tests)]
         body = [statement for tree in trees for statement in _as_one_check(tree)]
         return _read_tree(ast.Module(body, []), entry_point, starter)
     if all(isinstance(test, Mapping) and {"input", "output"} <= test.keys() for test in tests):
@@ -160,13 +160,27 @@ def same_output(printed: str, expected: str) -> bool:
     return printed.split() == expected.split()
 
 
-def _parse(source: str, what: str) -> ast.Module:
+def parse(source: str) -> ast.Module:
+    """Return the syntax tree of a text, without a warning about it.
+
+    Raises:
+        ValueError: It isn't Python.
+    """
     try:
-        return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = f" in line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(f"{what} doesn't compile: {reason}{line}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(source)
+    except SyntaxError as error:
+        raise ValueError(f"{error.msg} in line {error.lineno}") from error
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(f"nested too deep: {error}") from error
+
+
+def _parse_test(source: str, what: str) -> ast.Module:
+    try:
+        return parse(textwrap.dedent(source))
+    except ValueError as error:
+        raise ValueError(f"{what} doesn't compile: {error}") from error
 
 
 def _as_one_check(tree: ast.Module) -> list[ast.stmt]:
@@ -189,7 +203,7 @@ def _read_tree(tree: ast.Module, entry_point: str | None, starter: str) -> CallT
             raise ValueError("`check` of the tests has to take one argument, the function")
     helpers = _needed_helpers(tree, entry_point, starter)
     tree.body = [*helpers, *tree.body]
-    names, modules = _names_of_program(tree, entry_point)
+    names, modules = _names_of_program(tree, entry_point, check is not None)
     candidate = (*check.args.posonlyargs, *check.args.args)[0].arg if check else None
     obstacle = _find_obstacle(tree, {*names, *([candidate] if candidate else [])})
     tree.body = [ast.Import([ast.alias(name)]) for name in modules] + tree.body
@@ -208,8 +222,8 @@ def _read_tree(tree: ast.Module, entry_point: str | None, starter: str) -> CallT
 def last_function(source: str) -> str | None:
     """Return the name of the last function that a text defines at its top level."""
     try:
-        body = ast.parse(source).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        body = parse(source).body
+    except ValueError:
         return None
     names = [s.name for s in body if isinstance(s, (ast.FunctionDef, ast.AsyncFunctionDef))]
     return names[-1] if names else None
@@ -236,8 +250,8 @@ def _checked_name(tree: ast.Module) -> str | None:
 def _needed_helpers(tree: ast.Module, entry_point: str | None, starter: str) -> list[ast.stmt]:
     """Return the starter's statements without the tested function, if the tests use any of them."""
     try:
-        body = ast.parse(starter).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        body = parse(starter).body
+    except ValueError:
         return []
     tested = entry_point or last_function(starter)
     helpers = [s for s in body if getattr(s, "name", None) != tested]
@@ -280,7 +294,7 @@ def _free_names(tree: ast.Module) -> tuple[set[str], set[str]]:
 
 
 def _names_of_program(
-    tree: ast.Module, entry_point: str | None
+    tree: ast.Module, entry_point: str | None, has_check: bool
 ) -> tuple[tuple[str, ...], list[str]]:
     """Return the names that only the program can define, and modules that the tests forgot to import.
 
@@ -299,7 +313,7 @@ def _names_of_program(
     names = free - modules
     if entry_point in built_in:
         names.add(entry_point)
-    elif not names and not entry_point:
+    elif not names and not entry_point and not has_check:
         tested = sorted(built_in & called)
         if len(tested) > 1:
             raise ValueError(
