@@ -131,6 +131,20 @@ def test_a_demo_runs_from_one_command(tiny_demo_model, name, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_the_demo_of_programs_runs_and_reads_other_columns(
+    load_script, tiny_demo_model, tmp_path
+) -> None:
+    """The tiny model, which knows no Python, keeps nothing."""
+    code, printed = run_script(RECIPES / "star_code.py", ["--smoke", "--seed", "0"], tmp_path)
+    assert code == 0, printed[-3000:]
+    assert "Greedy accuracy on 8 prompts not used for selection: 0.000" in printed
+    parsed = load_script(RECIPES / "star_code.py").parse_arguments(
+        ["--dataset_name", "x", "--tests_column", "test_list", "--output_dir", str(tmp_path)]
+    )
+    assert parsed[0].tests_column == "test_list"
+
+
+@pytest.mark.slow
 def test_the_demo_of_v_star_trains_generator_and_verifier(tiny_demo_model, tmp_path) -> None:
     code, printed = run_script(RECIPES / "v_star.py", ["--smoke", "--seed", "0"], tmp_path)
     assert code == 0, printed[-3000:]
