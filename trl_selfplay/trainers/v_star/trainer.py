@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 from trl import DPOTrainer
@@ -180,15 +179,13 @@ def _with_merged_adapter(model: Any, args: VSTaRConfig) -> Any:
         return model
     config: Any = args
     merged = Path(config.output_dir) / "merged"
-    state = PartialState()
-    is_resumed = merged.exists() and merged.with_name("_rounds").exists()
-    state.wait_for_everyone()  # all have looked before one writes
-    if state.is_main_process and not is_resumed:
-        how: dict[str, Any] = {"dtype": torch.float32, **(config.model_init_kwargs or {})}
-        adapted: Any = AutoPeftModelForCausalLM.from_pretrained(str(source), **how)
-        temporary = merged.with_name(".merged")
-        adapted.merge_and_unload().save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(str(source)).save_pretrained(temporary)
-        replace_folder(temporary, merged)
-    state.wait_for_everyone()
+    with config.main_process_first(local=False, desc="merging the adapter"):
+        is_resumed = merged.exists() and merged.with_name("_rounds").exists()
+        if config.process_index == 0 and not is_resumed:
+            how: dict[str, Any] = {"dtype": torch.float32, **(config.model_init_kwargs or {})}
+            adapted: Any = AutoPeftModelForCausalLM.from_pretrained(str(source), **how)
+            temporary = merged.with_name(".merged")
+            adapted.merge_and_unload().save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(str(source)).save_pretrained(temporary)
+            replace_folder(temporary, merged)
     return str(merged)
