@@ -17,9 +17,10 @@ Controls, which have to do no better than they can without knowing right from wr
   likelihoods have to equal the generator's.
 - shortest, longest: by the number of tokens alone.
 
-Tasks: "addition" is that of addition.py, sums of 2 or 3 digits by a decoder of 0.8 M parameters; all
-weights are trained, on a CPU. "words" is the demo's task and model, SmolLM2-135M-Instruct with LoRA and
-the settings of recipes/v_star.py; a GPU is used where there is one.
+Tasks: "addition" is that of addition.py, sums of 2 or 3 digits by a decoder of 0.8 M parameters, with
+more prompts; all weights are trained, on a CPU. "words" is the demo's task and model,
+SmolLM2-135M-Instruct with LoRA and the settings of recipes/v_star.py, on all 220 prompts of the demo
+that aren't in the report; a GPU is used where there is one.
 
 Learning rate, beta and steps are chosen among SETTINGS on the held-out prompts of a seed that is not
 reported, by the best of 16 by likelihood. A seed and setting is a process of its own and a file under
@@ -49,13 +50,16 @@ from statistics import fmean
 from typing import Any
 
 import addition
+import datasets
 import torch
 
+from trl_selfplay import default_normal_form
 from trl_selfplay.disk import save_text
 
 RESULTS = Path(__file__).parent / "results" / "v_star"
 KS = (1, 2, 4, 8, 16)
 NUM_SAMPLES = 32  # of each held-out prompt; the best of k is averaged over all draws of k
+NUM_PROMPTS = 2000  # of the task "addition"
 VOTE_DRAWS = 200
 TUNING_SEED = 100
 SCORES = ("sum", "mean", "ratio")
@@ -78,14 +82,13 @@ def toy(settings: dict[str, Any], **smallest: Any) -> dict[str, Any]:
 def addition_task(seed: int, is_toy: bool) -> dict[str, Any]:
     """Return the prompts, the base and the settings of the task "addition"."""
     sums = addition.draw_sums(seed)
-    train, held_out = (
-        addition.rows_of([pair for n in (2, 3) for pair in sums[part][n]])
-        for part in ("train", "held_out")
-    )
+    known = {pair for part in ("base", "held_out") for n in (2, 3) for pair in sums[part][n]}
+    train = addition.rows_of(draw_more_sums(seed, known))
+    held_out = addition.rows_of([pair for n in (2, 3) for pair in sums["held_out"][n]])
     settings = {
         **addition.training_settings(seed),
         "num_rounds": 2,
-        "num_generations": 16,
+        "num_generations": 4,
         "temperature": 0.7,
         "top_k": 0,
         "max_completion_length": 36,  # three digits need 32 with EOS
@@ -108,6 +111,19 @@ def addition_task(seed: int, is_toy: bool) -> dict[str, Any]:
     }
 
 
+def draw_more_sums(seed: int, known: set[addition.Sum]) -> list[addition.Sum]:
+    """Return `NUM_PROMPTS` different sums, half of them of 2 digits and half of 3, none of the known."""
+    rng = random.Random(f"more/{seed}")
+    drawn: dict[addition.Sum, None] = {}
+    for digits, count in ((2, NUM_PROMPTS // 2), (3, NUM_PROMPTS)):
+        while len(drawn) < count:
+            first, last = 10 ** (digits - 1), 10**digits - 1
+            pair = rng.randint(first, last), rng.randint(first, last)
+            if pair not in known:
+                drawn[pair] = None
+    return list(drawn)
+
+
 def words_task(seed: int, is_toy: bool) -> dict[str, Any]:
     """Return the prompts, the base and the settings of the task "words", which are the recipe's."""
     import importlib.util
@@ -123,18 +139,19 @@ def words_task(seed: int, is_toy: bool) -> dict[str, Any]:
     sys.modules[spec.name] = recipe
     spec.loader.exec_module(recipe)
     split = words.demo_split(seed)
+    train = datasets.concatenate_datasets([split.train, split.select, split.judged])
     size = {"logging_steps": 50, "disable_tqdm": True, "seed": seed}
     flags = {
         k: v for k, v in recipe.DEMO.items() if not k.startswith(("lora", "use_peft", "output_dir"))
     }
     return {
         "base": words.load_demo_model_path(),
-        "train": split.train,
+        "train": train,
         "held_out": split.report.select(range(8)) if is_toy else split.report,
         "few_shot": split.few_shot,
         "reward": exact_reward,
         "answer": extract_answer,
-        "generator": recipe.GENERATOR | size,
+        "generator": recipe.GENERATOR | size | {"num_prompts_per_round": None},
         "verifier": flags | size,
         "peft": {
             "r": recipe.DEMO["lora_r"],
@@ -190,17 +207,23 @@ def train_generator(task: dict[str, Any], folder: Path, is_toy: bool) -> Any:
 
 
 def shuffle_verdicts(rollouts: Sequence[Any], seed: int) -> list[Any]:
-    """Return rollouts with the rewards of each prompt's finished ones shuffled among these."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for place, rollout in enumerate(rollouts):
+    """Return each prompt's different completions, with their rewards shuffled among them.
+
+    Different ones, because with its copies shuffled too a frequent completion would be on both sides
+    of pairs, and a rare one mostly on the side of the more frequent verdict.
+    """
+    groups: dict[str, dict[Any, Any]] = defaultdict(dict)
+    for rollout in rollouts:
         if not rollout.is_truncated:
-            groups[rollout.prompt_id].append(place)
-    shuffled = list(rollouts)
-    for prompt_id, places in sorted(groups.items()):
-        rewards = [rollouts[place].reward for place in places]
+            groups[rollout.prompt_id].setdefault(default_normal_form(rollout.completion), rollout)
+    shuffled = []
+    for prompt_id, distinct in sorted(groups.items()):
+        rewards = [rollout.reward for rollout in distinct.values()]
         random.Random(f"{seed}/{prompt_id}").shuffle(rewards)
-        for place, reward in zip(places, rewards, strict=True):
-            shuffled[place] = replace(rollouts[place], reward=reward, rewards=(reward,))
+        shuffled += [
+            replace(rollout, reward=reward, rewards=(reward,))
+            for rollout, reward in zip(distinct.values(), rewards, strict=True)
+        ]
     return shuffled
 
 
