@@ -219,6 +219,14 @@ def test_rows_with_unusable_tests_are_listed_before_sampling() -> None:
     assert sorted(errors) == [1, 2, 3]
 
 
+def test_a_solution_is_a_program_or_nothing() -> None:
+    solutions = [RIGHT, "", None, 4.0, [RIGHT], {"code": RIGHT}]
+    errors = code_reward.find_data_errors(["p"] * 6, tests=[DOUBLE] * 6, solution=solutions)
+    assert sorted(errors) == [3, 4, 5]
+    assert errors[3] == "its solution is 4.0, of type float; give a program as text, or None"
+    assert code_reward([RIGHT] * 6, tests=[DOUBLE] * 6, solution=solutions) == [1.0] * 6
+
+
 def test_a_starter_that_passes_by_itself_is_listed() -> None:
     prompts = ["def f(x):\n    return x", "def f(x):", "def f(x):\n    return 2"]
     errors = code_reward.find_data_errors(prompts, tests=[["assert f(1) == 1"]] * 3)

@@ -168,7 +168,14 @@ class CodeReward:
         for index, held in zip(begun, outcomes, strict=True):
             if not isinstance(held, str) and all(held):
                 errors[index] = "the tests hold for an empty answer"
-        known = [i for i in usable if i not in errors and solution and _is_program(solution[i])]
+        references = enumerate([] if solution is None else solution)
+        errors |= {
+            index: f"its solution is {program!r:.80}, of type {type(program).__name__}; give a program "
+            "as text, or None"
+            for index, program in references
+            if program is not None and not isinstance(program, str)
+        }
+        known = [i for i in usable if i not in errors and solution and (solution[i] or "").strip()]
         runs = range(_REFERENCE_RUNS)
         outcomes = self._grade(
             [(solution[index], *usable[index], run) for index in known for run in runs],  # type: ignore[index]
@@ -257,10 +264,6 @@ def _read(tests: Any, entry_point: str | None, starter: str) -> CallTests | Inpu
 def _read_once(tests: bytes, entry_point: str | None, starter: str) -> CallTests | InputTests:
     """Read tests once for all completions of a prompt."""
     return read_tests(pickle.loads(tests), entry_point, _completed(starter))
-
-
-def _is_program(solution: Any) -> bool:
-    return isinstance(solution, str) and bool(solution.strip())
 
 
 def _describe_reference(outcomes: Sequence[list[bool] | str]) -> str | None:

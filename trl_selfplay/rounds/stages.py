@@ -530,8 +530,8 @@ def _warn_data_errors(scorer: Scorer, rows: Sequence[PromptRow], name: str) -> N
     for function, errors in found.items():
         examples = [f"row {sample[i].row_index}: {why}" for i, why in islice(errors.items(), 5)]
         logger.warning(
-            "%s can't grade %d of %d rows of `%s` (%s); it abstains on their completions. Fix or "
-            "drop these rows, or use another reward function.",
+            "%s can't grade %d of %d rows of `%s` as they are (%s): their completions get no score, or a "
+            "wrong one. Fix or drop these rows, or use another reward function.",
             function,
             len(errors),
             len(sample),
