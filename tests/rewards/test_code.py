@@ -4,6 +4,7 @@ import random
 import threading
 import time
 
+import psutil
 import pytest
 
 from trl_selfplay.rewards import CodeReward, code_fraction_reward, code_reward
@@ -185,6 +186,23 @@ def test_tests_that_hang_are_no_failure_of_the_program() -> None:
     scores = reward([RIGHT, RIGHT], tests=[tests, DOUBLE])
     assert scores == [None, 1.0]
     assert scores.causes == {0: "no answer within the deadline"}
+
+
+def test_no_process_is_left() -> None:
+    """VF-7: neither of a worker that was ended with its sandbox, nor after the last call."""
+    close_workers()
+    reward = CodeReward(deadline_s=0.5)
+    here = psutil.Process()
+    before = here.children(recursive=True)
+    assert reward([RIGHT], tests=[DOUBLE]) == [1.0]
+    first = [p for p in here.children(recursive=True) if p not in before]
+    assert len(first) >= 3  # the worker, and its sandbox's
+    assert reward([RIGHT], tests=["assert double(1)\nwhile True: pass"]) == [None]
+    assert psutil.wait_procs(first, timeout=20)[1] == []
+    assert reward([RIGHT], tests=[DOUBLE]) == [1.0]
+    second = [p for p in here.children(recursive=True) if p not in before]
+    close_workers()
+    assert psutil.wait_procs(second, timeout=20)[1] == []
 
 
 def test_what_is_wrong_with_the_tests_is_an_abstention_with_its_cause() -> None:
