@@ -290,3 +290,21 @@ def test_a_process_that_cannot_start_is_an_error_and_no_verdict() -> None:
     pool = WorkerPool(__name__, "no_such_function")
     with pytest.raises(RuntimeError, match="didn't start"):
         pool.call(1, deadline_s=1.0)
+
+
+def test_settings_reach_the_processes_before_their_first_call(tmp_path, monkeypatch) -> None:
+    (tmp_path / "prepared.py").write_text(
+        "made = []\n"
+        "def prepare(factor):\n"
+        "    if factor < 0:\n"
+        "        raise RuntimeError(f'no factor {factor}')\n"
+        "    made.append(factor)\n"
+        "def times(number):\n"
+        "    return made[0] * number\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    pool = WorkerPool("prepared", "times", settings={"factor": 3})
+    assert pool.call(4, deadline_s=10.0) == 12
+    pool.close()
+    with pytest.raises(RuntimeError, match=r"^no factor -1$"):
+        WorkerPool("prepared", "times", settings={"factor": -1}).call(4, deadline_s=10.0)
