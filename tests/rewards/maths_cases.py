@@ -593,6 +593,11 @@ TABLE: list[tuple[str, list[str], list[str]]] = [
     (r"12 \mathrm{~cm}", ["12"], []),
     (r"\operatorname{lcm}(4,6)", ["12"], []),
     (r"\frac{8!}{2!}", ["20160"], []),
+    ("2, 3", ["x=2, x=3", "x_1=2, x_2=3"], ["y=3, x=2"]),
+    ("1,2", [], ["x=1, y=2"]),
+    (r"\{1,2,3\}", [], ["a=1,b=3,c=2"]),
+    (r"x\in\{1,2\}", [], ["x=1, y=2"]),
+    ("x_1=2, x_2=3", ["2, 3"], []),
 ]
 # No gold answers: nothing that could be compared, or unequal to themselves.
 UNREADABLE = [

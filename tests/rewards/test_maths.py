@@ -21,8 +21,9 @@ def _end_the_workers():
     close_workers()
 
 
-def test_answers_are_compared_by_value() -> None:
+def test_answers_are_compared_by_value(monkeypatch) -> None:
     """VF-9, and everything that the docstring promises."""
+    monkeypatch.setattr(maths, "DEADLINE_S", 60.0)
     golds, answers, expected = zip(*CASES, strict=True)
     assert len(CASES) >= 400
     assert sum(score == 0 for score in expected) >= 0.4 * len(CASES)
@@ -31,8 +32,9 @@ def test_answers_are_compared_by_value() -> None:
     assert [row for row in rows if row[2] != row[3]] == []
 
 
-def test_every_gold_answer_is_equal_to_itself_and_to_no_other() -> None:
+def test_every_gold_answer_is_equal_to_itself_and_to_no_other(monkeypatch) -> None:
     """VF-2."""
+    monkeypatch.setattr(maths, "DEADLINE_S", 60.0)
     golds = list(dict.fromkeys(gold for gold, _, _ in CASES))
     assert math_reward([f"\\boxed{{{gold}}}" for gold in golds], golds) == [1.0] * len(golds)
     others = [*golds[13:], *golds[:13]]

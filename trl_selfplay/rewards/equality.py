@@ -116,12 +116,13 @@ def _all_same(golds: Sequence[Any], answers: Sequence[Any]) -> bool:
 
 
 def _same_in_any_order(golds: Sequence[Any], answers: Sequence[Any]) -> bool:
-    left = list(answers)
-    names = {item.name for item in golds if isinstance(item, Named)}
-    if len(golds) != len(answers) or (
-        len(names) > 1 and not all(isinstance(item, Named) for item in answers)
-    ):
+    if len(golds) != len(answers):
         return False
+    for these, others in ((golds, answers), (answers, golds)):
+        names = {item.name.split("_")[0] for item in these if isinstance(item, Named)}
+        if len(names) > 1 and not all(isinstance(item, Named) for item in others):
+            return False  # x = 1, y = 2 aren't two values of one unknown
+    left = list(answers)
     for gold in golds:
         index = next((i for i, answer in enumerate(left) if same(gold, answer)), None)
         if index is None:
