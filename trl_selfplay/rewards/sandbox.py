@@ -127,6 +127,7 @@ class Sandbox:
         self._lock = threading.Lock()
         self._free = threading.BoundedSemaphore(self._workers)
         self._idle: list[_Worker] = []
+        self._ending: list[_Worker] = []  # a deadline doesn't wait for them
         self._epoch = 0  # incremented by `close`; zygotes of an old epoch are ended after use
 
     def close(self) -> None:
@@ -134,10 +135,12 @@ class Sandbox:
         if self._owner != os.getpid():  # they belong to the process that has forked this one
             return
         with self._lock:
-            closing, self._idle = self._idle, []
+            closing, self._idle, self._ending = [*self._idle, *self._ending], [], []
             self._epoch += 1
         for worker in closing:
             worker.end()
+        for worker in closing:
+            worker.wait()
 
     def run(self, source: str, stdin: str = "", *, deadline_s: float) -> Ran:
         """Run a program as `__main__`, and return what it printed.
@@ -181,7 +184,6 @@ class Sandbox:
                         worker.begin("session", source, [theirs.fileno()], deadline_s)
                     session._load()
                     yield session
-                    session._end()
                 except _WorkerLost as error:
                     raise ProgramEnded("killed", str(error)) from error
                 finally:
@@ -191,14 +193,9 @@ class Sandbox:
     @contextlib.contextmanager
     def _worker(self) -> Iterator["_Worker"]:
         if self._owner != os.getpid():  # a fork: the zygotes are those of its parent
-            self._reset(self._idle)
+            self._reset([*self._idle, *self._ending])
         with self._free:
-            with self._lock:
-                epoch = self._epoch
-                worker = self._idle.pop() if self._idle else None
-            if worker is not None and not worker.is_alive:
-                worker.end()
-                worker = None
+            worker, epoch = self._take()
             if worker is None:
                 worker = _Worker(self.isolation, self.limits)
             try:
@@ -206,10 +203,22 @@ class Sandbox:
             finally:
                 with self._lock:
                     is_kept = worker.is_reusable and epoch == self._epoch
-                    if is_kept:
-                        self._idle.append(worker)
+                    (self._idle if is_kept else self._ending).append(worker)
                 if not is_kept:
                     worker.end()
+
+    def _take(self) -> tuple["_Worker | None", int]:
+        """Return an idle zygote, if there is one; forget those that have ended."""
+        with self._lock:
+            ended = [worker for worker in (*self._idle, *self._ending) if not worker.is_alive]
+            self._idle = [worker for worker in self._idle if worker not in ended]
+            self._ending = [worker for worker in self._ending if worker not in ended]
+            worker = self._idle.pop() if self._idle else None
+            epoch = self._epoch
+        for worker_that_ended in ended:
+            worker_that_ended.end()
+            worker_that_ended.wait()
+        return worker, epoch
 
 
 class Session:
@@ -332,9 +341,11 @@ class _Worker:
             self._reply(time.monotonic() + _START_DEADLINE_S)
         except _WorkerLost as error:
             self.end()
+            self.wait()
             raise RuntimeError(f"no isolated interpreter could be started: {error}") from error
         except BaseException:
             self.end()
+            self.wait()
             raise
 
     @property
@@ -394,15 +405,18 @@ class _Worker:
         return self.finish(time.monotonic() + _GRACE_S)
 
     def end(self) -> None:
-        """End the zygote, and all that it has started."""
+        """Have the zygote end, with all that it has started; `wait` must follow."""
         self._control.close()
-        os.close(self._errors)
         self._process.terminate()
+
+    def wait(self) -> None:
+        """Wait until the zygote has ended, and remove what is left of it; once."""
         try:
             self._process.wait(_STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        os.close(self._errors)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -451,6 +465,7 @@ def _choose(limits: Limits, allow_weak_isolation: bool) -> tuple[Isolation, _Wor
             reasons.append(f"{isolation}: {error}")
             if worker is not None:
                 worker.end()
+                worker.wait()
     raise RuntimeError(
         "programs that a model wrote can't be isolated here: "
         + "; ".join(reasons)
