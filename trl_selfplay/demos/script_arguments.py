@@ -17,7 +17,7 @@ import trl.rewards
 from datasets import load_dataset
 
 import trl_selfplay.rewards as rewards
-from trl_selfplay.rewards.checker import import_function
+from trl_selfplay.rewards.sent_function import import_function
 from trl_selfplay.trainers.ported_scripts import explain_unknown_flags
 
 

@@ -1,28 +1,32 @@
 """Any checker as a reward function, in processes that can be killed.
 
 In: a function that checks one answer, and completions with the dataset's columns. Out: its score, or
-None if it abstained, raised, hung or died. The function is sent to the processes once: by its name
-if it is importable, and otherwise by value with dill, with the globals and variables that it uses.
-It may be defined in a script, in a notebook or inside another function.
+None if it abstained, raised, hung or died. It may be defined in a script, in a notebook or inside
+another function.
 """
 
-import functools
-import importlib
 import inspect
 import math
-import os
 import pickle
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from trl_selfplay.rewards.answer import extract_answer, text_of, without_thoughts
 from trl_selfplay.rewards.scores import Scores
-from trl_selfplay.rewards.worker import WorkerFailure, WorkerPool
+from trl_selfplay.rewards.sent_function import (
+    import_function,
+    loaded_function,
+    name_of,
+    pool_for,
+    prepare,
+)
+from trl_selfplay.rewards.worker import WorkerFailure
+
+__all__ = ["check", "checker_reward", "prepare"]  # a process calls `prepare` and `check`
 
 # What a checker is given besides the dataset's columns.
 _GIVEN = ("answer", "completion", "prompt")
-_LATE_START_S = 60.0
+_FIRST_CALL_S = 60.0
 
 
 class checker_reward:
@@ -59,10 +63,10 @@ class checker_reward:
         if not deadline > 0:
             raise ValueError(f"deadline={deadline!r}; give a number of seconds above 0.")
         self.deadline = float(deadline)
-        self.__name__ = getattr(self.func, "__name__", type(self.func).__name__)
+        self.__name__ = name_of(self.func)
         self._parameters = _parameters_of(self.func, self.__name__)
         self.__signature__ = _signature_of(self._parameters)
-        self._pool = _pool_for(_to_bytes(self.func, self.__name__))
+        self._pool = pool_for(self.func, __name__, "check")
         self._try_start()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -103,7 +107,7 @@ class checker_reward:
     def _try_start(self) -> None:
         """Find out now whether a process can load the function."""
         try:
-            self._pool.call(None, deadline_s=_LATE_START_S)
+            self._pool.call(None, deadline_s=_FIRST_CALL_S)
         except ImportError as error:
             raise ImportError(
                 f"the checker {self.__name__!r} can't be imported in another process: {error}. Put "
@@ -113,29 +117,6 @@ class checker_reward:
             raise TypeError(
                 f"the checker {self.__name__!r} can't be loaded in another process: {error}."
             ) from error
-
-
-@functools.cache
-def _pool_for(function: bytes) -> WorkerPool:
-    """Return the processes of a function; equal functions share them."""
-    return WorkerPool(__name__, "check", settings={"function": function})
-
-
-def import_function(path: str) -> Any:
-    """Return the function with an import path; modules in the current folder count.
-
-    Raises:
-        ImportError: There is no such module or function.
-    """
-    if os.getcwd() not in sys.path:  # noqa: PTH109  # a string
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ImportError(f"{path!r} is no import path; give module.function.")
-    module = importlib.import_module(module_name)
-    if not hasattr(module, name):
-        raise ImportError(f"{module_name} has no function {name!r}.")
-    return getattr(module, name)
 
 
 def _is_column(values: Any, completions: Sequence[Any]) -> bool:
@@ -181,42 +162,6 @@ def _signature_of(parameters: Sequence[inspect.Parameter]) -> inspect.Signature:
     )
 
 
-def _to_bytes(function: Callable[..., Any], name: str) -> bytes:
-    import dill
-
-    try:
-        # With the globals that the function uses, not with all of its module.
-        return dill.dumps(function, recurse=True)
-    except Exception as error:  # whatever the objects' own methods raise
-        raise TypeError(
-            f"the checker {name!r} can't be sent to another process: {error}. It uses a variable that "
-            "can't be copied, such as a lock, an open file or a generator; make it inside the function."
-        ) from error
-
-
-# In the process.
-
-_function: Callable[..., Any] | None = None
-
-
-def prepare(function: bytes) -> None:
-    """Load the checker of this process.
-
-    Raises:
-        ImportError: Its module, or one that it needs, isn't there.
-        RuntimeError: It can't be loaded for another reason.
-    """
-    import dill
-
-    global _function
-    try:
-        _function = dill.loads(function)
-    except ImportError:
-        raise
-    except Exception as error:  # what another module's code raises
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
-
-
 def check(arguments: dict[str, Any] | None) -> float | None:
     """Return the checker's score for one completion; None as arguments asks nothing.
 
@@ -224,9 +169,9 @@ def check(arguments: dict[str, Any] | None) -> float | None:
         TypeError: It returned something other than a number, a bool or None.
         ValueError: The number isn't finite.
     """
-    if arguments is None or _function is None:
+    if arguments is None:
         return None
-    score = _function(**arguments)
+    score = loaded_function()(**arguments)
     if score is None:
         return None
     if isinstance(score, (str, bytes)):
