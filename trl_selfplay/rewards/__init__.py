@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from trl_selfplay.rewards.answer import exact_reward as exact_reward
     from trl_selfplay.rewards.answer import extract_answer as extract_answer
     from trl_selfplay.rewards.answer import final_answer as final_answer
+    from trl_selfplay.rewards.audit import Audit as Audit
+    from trl_selfplay.rewards.audit import audit_reward as audit_reward
     from trl_selfplay.rewards.checker import checker_reward as checker_reward
     from trl_selfplay.rewards.choice import choice_reward as choice_reward
     from trl_selfplay.rewards.code import CodeReward as CodeReward
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
     from trl_selfplay.rewards.verifier import VerifierReward as VerifierReward
 
 _MODULE_OF = {
+    "Audit": "audit",
     "CodeReward": "code",
     "JudgeReward": "judge",
     "RewardModel": "reward_model",
     "VerifierReward": "verifier",
+    "audit_reward": "audit",
     "checker_reward": "checker",
     "choice_reward": "choice",
     "code_fraction_reward": "code",
@@ -38,10 +42,12 @@ _MODULE_OF = {
     "puzzle_reward": "puzzles",
 }
 __all__ = [
+    "Audit",
     "CodeReward",
     "JudgeReward",
     "RewardModel",
     "VerifierReward",
+    "audit_reward",
     "checker_reward",
     "choice_reward",
     "code_fraction_reward",
