@@ -75,7 +75,6 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
         ReSTEMConfig,
         flags,
         lambda script: DEMO | (SMOKE if script.smoke else {}),
-        script_arguments.JudgedScriptArguments,
     )
 
 
@@ -85,8 +84,6 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if sets is None:
         split = words.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}
-    names = script_args.eval_reward_funcs or []
-    true_rewards = [script_arguments.load_reward_func(name) for name in names] or None
     if split:
         rewards: Any = load_demo_reward_model(
             training_args.output_dir, split, DEMO, training_args.seed, script_args.smoke
@@ -99,7 +96,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         **sets,
         **script_arguments.model_arguments(training_args, model_args),
         reward_funcs=rewards,
-        eval_reward_funcs=true_rewards,
+        eval_reward_funcs=script_arguments.load_eval_reward_funcs(script_args),
         few_shot_examples=split and split.few_shot,
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)

@@ -82,6 +82,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         **sets,
         **script_arguments.model_arguments(training_args, model_args),
         reward_funcs=rewards,
+        eval_reward_funcs=script_arguments.load_eval_reward_funcs(script_args),
         few_shot_examples=split and split.few_shot,
         normal_form=reasoning_path,
         gold_dataset=gold,

@@ -12,8 +12,9 @@ import torch
 from trl.rewards import think_format_reward
 
 from trl_selfplay.rewards import choice_reward, exact_reward, math_reward, puzzle_reward, scoring
+from trl_selfplay.rewards.functions import columns_read
 from trl_selfplay.rewards.scores import Scores
-from trl_selfplay.rewards.scoring import Scorer, columns_read
+from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rewards.worker import close_workers
 
 

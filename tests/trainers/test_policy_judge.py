@@ -197,11 +197,11 @@ def test_another_rubric_is_warned_of_and_what_was_asked_is_refused(
     settings = {"eval_dataset": None, "rationalize": False}
     judged("run", num_rounds=1, **settings).train()
     recorded = json.loads((tmp_path / "run" / "_rounds" / "config.json").read_text())
-    assert recorded["judges.judge_reward.weights"] == "initial"
+    assert recorded["graders.judge_reward.weights"] == "initial"
     other = [contains_solution, judge(rubric="Is it short?")]
     with caplog.at_level(logging.WARNING):
         judged("run", num_rounds=2, reward_funcs=other, **settings).train(True)
-    assert "judges.judge_reward.rubric" in caplog.text
+    assert "graders.judge_reward.rubric" in caplog.text
     assert "Is it short?" in caplog.text
 
 
@@ -223,15 +223,16 @@ def test_replies_to_other_questions_arent_taken_for_these(judged, tmp_path) -> N
 
 def test_samples_are_not_compared_where_there_is_one(judged) -> None:
     compares = JudgeReward("policy", against="samples")
-    with pytest.raises(ValueError, match="'judge_reward' compares the samples"):
-        judged("run", reward_funcs=compares, reward_weights=[1.0])
-    judged("run", reward_funcs=compares, reward_weights=[1.0], eval_dataset=None)
+    fixed = {"reward_funcs": compares, "reward_weights": [1.0], "rationalize": False}
+    with pytest.raises(ValueError, match="judge_reward compares a prompt's samples"):
+        judged("run", **fixed)
+    judged("run", **fixed, eval_dataset=None)
 
 
 def test_weights_that_are_divided_over_processes_are_not_exchanged() -> None:
-    check_judges(Scorer(judge(weights="current")), None, False, True)
+    check_judges(Scorer(judge(weights="current")), None, True)
     with pytest.raises(ValueError, match="weights='current'"):
-        check_judges(Scorer(judge()), None, False, True)
+        check_judges(Scorer(judge()), None, True)
 
 
 def test_a_judge_that_needs_a_solution_wants_the_column(judged, sums) -> None:

@@ -37,6 +37,12 @@ class GradedScriptArguments(trl.ScriptArguments):
             "checker_reward:my_checks.is_sorted."
         },
     )
+    eval_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions for held-out prompts, given like reward_funcs. None: the same."
+        },
+    )
     prompt_column: str = field(
         default="prompt", metadata={"help": "Column that holds the prompts."}
     )
@@ -47,18 +53,6 @@ class GradedScriptArguments(trl.ScriptArguments):
         default=False, metadata={"help": "Turn plain-text prompts into chat messages."}
     )
     smoke: bool = field(default=False, metadata={"help": "Run the demo at its smallest size."})
-
-
-@dataclass
-class JudgedScriptArguments(GradedScriptArguments):
-    """Arguments of a recipe in which a reward model scores the training completions."""
-
-    eval_reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward functions for held-out prompts, given like reward_funcs. None: the same."
-        },
-    )
 
 
 def parse_script_arguments(
@@ -142,6 +136,11 @@ def load_reward_funcs(script_args: GradedScriptArguments) -> list[Any]:
     """Return the reward functions and reward models named by the flags."""
     names = [*(script_args.reward_funcs or []), script_args.reward_model_name_or_path]
     return [load_reward_func(name) for name in names if name]
+
+
+def load_eval_reward_funcs(script_args: GradedScriptArguments) -> list[Any] | None:
+    """Return the reward functions of held-out prompts; None if the flags name none of their own."""
+    return [load_reward_func(name) for name in script_args.eval_reward_funcs or ()] or None
 
 
 def prepare(dataset: Any, script_args: GradedScriptArguments) -> Any:

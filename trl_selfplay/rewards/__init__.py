@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from trl_selfplay.rewards.puzzles import puzzle_reward as puzzle_reward
     from trl_selfplay.rewards.reward_model import RewardModel as RewardModel
     from trl_selfplay.rewards.verifier import VerifierReward as VerifierReward
+    from trl_selfplay.rewards.vote import VoteReward as VoteReward
+    from trl_selfplay.rewards.vote import vote_reward as vote_reward
 
 _MODULE_OF = {
     "Audit": "audit",
@@ -28,6 +30,7 @@ _MODULE_OF = {
     "JudgeReward": "judge",
     "RewardModel": "reward_model",
     "VerifierReward": "verifier",
+    "VoteReward": "vote",
     "audit_reward": "audit",
     "checker_reward": "checker",
     "choice_reward": "choice",
@@ -40,6 +43,7 @@ _MODULE_OF = {
     "judge_reward": "judge",
     "math_reward": "maths",
     "puzzle_reward": "puzzles",
+    "vote_reward": "vote",
 }
 __all__ = [
     "Audit",
@@ -47,6 +51,7 @@ __all__ = [
     "JudgeReward",
     "RewardModel",
     "VerifierReward",
+    "VoteReward",
     "audit_reward",
     "checker_reward",
     "choice_reward",
@@ -59,6 +64,7 @@ __all__ = [
     "judge_reward",
     "math_reward",
     "puzzle_reward",
+    "vote_reward",
 ]
 
 

@@ -6,9 +6,7 @@ callables, model ids and sequence classifiers.
 """
 
 import asyncio
-import dis
 import functools
-import inspect
 import logging
 import math
 import queue
@@ -16,7 +14,7 @@ import re
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,14 +22,20 @@ from typing import Any
 from torch import nn
 
 from trl_selfplay.rewards.calibration import Calibration
+from trl_selfplay.rewards.functions import (
+    NOT_FORWARDED,
+    check_parameters,
+    compares_samples,
+    is_async,
+    unique_names,
+    without_partial,
+)
 from trl_selfplay.rewards.judge import JudgeReward
 from trl_selfplay.rewards.reward_model import RewardModel
 from trl_selfplay.rewards.scores import Scores
 
 logger = logging.getLogger(__name__)
 
-# Columns that aren't forwarded: functions get them under GRPOTrainer's names (`prompts`, …).
-_NOT_FORWARDED = ("prompt", "completion", "completion_ids")
 # What functions get besides the columns; a column of the same name would replace it.
 _GIVEN = {
     "prompts": "the prompts",
@@ -121,8 +125,8 @@ class Scorer:
         self._models = [model for model in held if model is not None]
         for grading_model in self._models if device is not None else ():
             grading_model.place(device)
-        self.names = _unique_names(self._functions)
-        self.calibration = Calibration(dict(zip(self.names, self._functions, strict=True)))
+        self.names = unique_names(self._functions)
+        self.calibration = Calibration(self.named)
         self._get_trainer_state = get_trainer_state or _ignore
         # By metric, of each call: its number of completions, and what was logged.
         self._logged: dict[str, list[tuple[int, list[float]]]] = defaultdict(list)
@@ -137,6 +141,7 @@ class Scorer:
         completion_ids: Sequence[list[int]],
         columns: Mapping[str, list[Any]],
         where: str = "",
+        groups: Sequence[Hashable] | None = None,
     ) -> list[Scores]:
         """Return the functions' scores of each completion, with None where one abstained, and why.
 
@@ -149,6 +154,8 @@ class Scorer:
             completion_ids: The tokens of each completion.
             columns: The dataset's columns, one value per completion.
             where: Names these completions in the log, such as by their file.
+            groups: What the samples of one prompt have in common, for functions that compare them
+                (with an attribute `compares_samples` that is true).
 
         Raises:
             RuntimeError: A function raised or tried to exit; the error names it.
@@ -158,7 +165,7 @@ class Scorer:
             TypeError: A function returned something other than numbers and None.
         """
         self.check_columns(columns, "the dataset")
-        columns = {k: v for k, v in columns.items() if k not in _NOT_FORWARDED}
+        columns = {k: v for k, v in columns.items() if k not in NOT_FORWARDED}
         logged: dict[str, list[float]] = defaultdict(list)
         arguments = {
             **columns,
@@ -170,17 +177,17 @@ class Scorer:
             "log_metric": lambda name, value: logged[name].append(float(value)),
         }
         calls: list[Callable[[], Any]] = [
-            functools.partial(function, **_in_form_for(function, arguments))
+            functools.partial(function, **_in_form_for(function, arguments, groups))
             for function in self._functions
         ]
         about = f"{len(completions)} completions{where and f' of {where}'}"
-        are_async = [_is_async(function) for function in self._functions]
+        are_async = [is_async(function) for function in self._functions]
         answers: dict[int, Any] = {}
         for index, call in enumerate(calls):
             if not are_async[index]:
                 with _mentioned_if_slow(self.names[index], about):
                     answers[index] = _call(self.names[index], call)
-        waiting = [index for index, is_async in enumerate(are_async) if is_async]
+        waiting = [index for index, waits in enumerate(are_async) if waits]
         with _mentioned_if_slow(", ".join(self.names[index] for index in waiting), about):
             outcomes = self._run_together([calls[index] for index in waiting])
         for index, outcome in zip(waiting, outcomes, strict=True):
@@ -209,10 +216,13 @@ class Scorer:
                 f"{_GIVEN[name]}. Rename it, for example "
                 f"`dataset.rename_column({name!r}, 'dataset_{name}')`, or remove it."
             )
-        forwarded = [name for name in columns if name not in _NOT_FORWARDED]
+        forwarded = [name for name in columns if name not in NOT_FORWARDED]
         given = {*forwarded, *_GIVEN, "completion_ids"}
         for function, name in zip(self._functions, self.names, strict=True):
-            _check_parameters(function, name, given, forwarded, where)
+            check_parameters(function, name, given, forwarded, where)
+            calls = getattr(function, "called_functions", [])
+            for called, inner in zip(calls, unique_names(calls), strict=True):
+                check_parameters(called, inner, given, forwarded, where)
 
     @property
     def callables(self) -> list[Callable[..., Any]]:
@@ -225,14 +235,19 @@ class Scorer:
         return dict(zip(self.names, self._functions, strict=True))
 
     @property
-    def judges(self) -> dict[str, JudgeReward]:
-        """The judges among the functions, by name."""
-        return {name: f for name, f in self.named.items() if isinstance(f, JudgeReward)}
+    def with_identity(self) -> dict[str, Any]:
+        """The functions whose attribute `identity` says what scores depend on, by name."""
+        return {name: f for name, f in self.named.items() if hasattr(f, "identity")}
 
     @property
     def policy_judges(self) -> list[JudgeReward]:
         """The judges that ask the model that is being trained."""
-        return [judge for judge in self.judges.values() if judge.asks_policy]
+        return [f for f in self._functions if isinstance(f, JudgeReward) and f.asks_policy]
+
+    @property
+    def comparing(self) -> list[str]:
+        """The names of the functions whose scores depend on a prompt's other samples."""
+        return [name for name, function in self.named.items() if compares_samples(function)]
 
     def take_metrics(self) -> dict[str, float]:
         """Return the mean of each metric given to `log_metric` since the last call.
@@ -261,7 +276,7 @@ class Scorer:
         return tuple(
             name
             for function, name in zip(self._functions, self.names, strict=True)
-            if getattr(_without_partial(function), "abstains_without_solution", False)
+            if getattr(without_partial(function), "abstains_without_solution", False)
         )
 
     def find_data_errors(
@@ -278,11 +293,11 @@ class Scorer:
             prompts: The prompt of each row.
             columns: The dataset's columns, one value per row.
         """
-        arguments = {k: v for k, v in columns.items() if k not in _NOT_FORWARDED}
+        arguments = {k: v for k, v in columns.items() if k not in NOT_FORWARDED}
         arguments["prompts"] = list(prompts)
         found = {}
         for function, name in zip(self._functions, self.names, strict=True):
-            inner = _without_partial(function)
+            inner = without_partial(function)
             find = getattr(inner, "find_data_errors", None)
             if find is not None:
                 errors = find(**{**arguments, **getattr(function, "keywords", {})})
@@ -390,69 +405,8 @@ def _start_loop() -> tuple[asyncio.AbstractEventLoop, Callable[[], None]]:
     return loop, end
 
 
-def columns_read(reward_funcs: Any, columns: Collection[str]) -> list[str]:
-    """Return those of a dataset's columns that reward functions read, sorted.
-
-    A function reads its named parameters, and all columns if its code uses its `**kwargs`. One
-    that has them for no other reason than that every column is passed reads no more than it names.
-    Reward models read no columns.
-
-    Args:
-        reward_funcs: As `Scorer` takes them; None reads nothing.
-        columns: The dataset's.
-    """
-    entries = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    passed = {name for name in columns if name not in _NOT_FORWARDED}
-    found: set[str] = set()
-    for entry in entries:
-        if callable(entry) and not isinstance(entry, (nn.Module, RewardModel)):
-            named = _names_read(entry)
-            found |= passed if named is None else passed & named
-    return sorted(found)
-
-
-def _names_read(function: Callable[..., Any]) -> set[str] | None:
-    """Return the columns that a function may read; None for all there are."""
-    try:
-        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    except (TypeError, ValueError):  # some built-ins have no signature
-        return None
-    if any(p.kind is p.VAR_KEYWORD and _uses(function, p.name) for p in parameters):
-        return None
-    return {p.name for p in parameters}
-
-
-def _uses(function: Callable[..., Any], parameter: str) -> bool:
-    """Return whether a function's code mentions one of its parameters."""
-    inner = _without_partial(function)
-    code = getattr(inner, "__code__", None) or getattr(type(inner).__call__, "__code__", None)
-    if code is None or parameter in code.co_cellvars or "locals" in code.co_names:
-        return True
-    for instruction in dis.get_instructions(code):
-        named = instruction.argval  # a tuple where one instruction loads two variables
-        if parameter == named or (isinstance(named, tuple) and parameter in named):
-            return True
-    return False
-
-
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Accept a table column that a GRPO reward function logs; there is no such table here."""
-
-
-def _unique_names(functions: Sequence[Callable[..., Any]]) -> tuple[str, ...]:
-    names: list[str] = []
-    for function in functions:
-        inner = _without_partial(function)
-        name = getattr(inner, "__name__", type(inner).__name__)
-        candidates = (name, *(f"{name}_{number}" for number in range(2, len(functions) + 2)))
-        names.append(next(c for c in candidates if c not in names))
-    return tuple(names)
-
-
-def _without_partial(function: Callable[..., Any]) -> Callable[..., Any]:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
 
 
 def _unreadable_solutions(function: Callable[..., Any], solutions: Sequence[Any]) -> dict[int, str]:
@@ -466,44 +420,16 @@ def _unreadable_solutions(function: Callable[..., Any], solutions: Sequence[Any]
     }
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
-    inner = _without_partial(function)
-    call = getattr(inner, "__call__", None)  # noqa: B004  # we need its type, not whether it exists
-    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(call)
-
-
-def _check_parameters(
-    function: Callable[..., Any], name: str, given: set[str], columns: list[str], where: str
-) -> None:
-    try:
-        # The signature of a decorated function counts, not that of the function it wraps.
-        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    except (TypeError, ValueError):  # some built-ins have no signature
-        return
-    missing = [
-        p.name
-        for p in parameters
-        if p.default is p.empty
-        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and p.name not in given
-    ]
-    if missing:
-        raise ValueError(
-            f"reward function {name!r} needs {missing}, and {where} has the columns "
-            f"{['prompt', *columns]}. Rename or add a column."
-        )
-    unknown = sorted(given - {p.name for p in parameters})
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise ValueError(
-            f"reward function {name!r} doesn't take {unknown}. It gets every column of the dataset "
-            "by keyword, as for GRPOTrainer: add **kwargs to its parameters."
-        )
-
-
-def _in_form_for(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _in_form_for(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    groups: Sequence[Hashable] | None,
+) -> dict[str, Any]:
     """Wrap plain-text completions for TRL's own rewards, which only take chat messages."""
     given = dict(arguments)
-    module = getattr(_without_partial(function), "__module__", None) or ""
+    if groups is not None and compares_samples(function):
+        given["groups"] = list(groups)
+    module = getattr(without_partial(function), "__module__", None) or ""
     if module.startswith("trl.rewards"):
         given["completions"] = [
             [{"role": "assistant", "content": c}] if isinstance(c, str) else c

@@ -12,7 +12,7 @@ from typing import Any
 
 from trl import extract_prompt
 
-from trl_selfplay.rewards.scoring import columns_read
+from trl_selfplay.rewards.functions import columns_read
 from trl_selfplay.rollouts.prompts import (
     Prompt,
     PromptRow,

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from trl_selfplay.rewards.scoring import columns_read
+from trl_selfplay.rewards.functions import columns_read
 from trl_selfplay.rollouts.record import hash_prompt
 
 logger = logging.getLogger(__name__)

@@ -89,7 +89,7 @@ PARENTS_FIELDS = {
 _NO_FIELDS = {
     OnResume.WARNED: _names(
         """
-        compute_loss_func_source eval_judges eval_reward_funcs_source judges number_of_processes
+        compute_loss_func_source eval_graders eval_reward_funcs_source graders number_of_processes
         reward_funcs_source
         """
     ),
@@ -106,7 +106,7 @@ _EARLIER_NAMES = {
     "trl_selfplay.rationalization.find_leak": "trl_selfplay.find_leak",
 }
 # What grades, but for the names of the functions.
-_GRADERS = _names("eval_judges eval_reward_funcs_source judges reward_funcs_source")
+_GRADERS = _names("eval_graders eval_reward_funcs_source graders reward_funcs_source")
 _SECRET = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
 _MASK = "(not recorded)"
 _ADAPTERS = "peft_config"
@@ -203,8 +203,8 @@ def describe_trainer(trainer: Any) -> Description:
             "eval_reward_funcs_source": None
             if eval_scorer is None
             else source_digests(eval_scorer.callables),
-            "judges": {} if scorer is None else _describe_judges(scorer),
-            "eval_judges": {} if eval_scorer is None else _describe_judges(eval_scorer),
+            "graders": {} if scorer is None else _describe_graders(scorer),
+            "eval_graders": {} if eval_scorer is None else _describe_graders(eval_scorer),
             "compute_loss_func": None if compute_loss is None else name_function(compute_loss),
             "compute_loss_func_source": source_digests([compute_loss]),
             "optimizer_cls_and_kwargs": None
@@ -217,16 +217,16 @@ def describe_trainer(trainer: Any) -> Description:
     )
 
 
-def _describe_judges(scorer: Scorer) -> dict[str, Any]:
-    """Return what the verdicts of judges depend on, by the judge's name."""
+def _describe_graders(scorer: Scorer) -> dict[str, Any]:
+    """Return what the scores of functions with options depend on, by the function's name."""
     return {
         name: {
-            **judge.identity,
-            "own_weights": digest_weights(judge.grading_model.ready(), restored=False)
-            if judge.grading_model is not None
+            **function.identity,
+            "own_weights": digest_weights(function.grading_model.ready(), restored=False)
+            if getattr(function, "grading_model", None) is not None
             else None,
         }
-        for name, judge in scorer.judges.items()
+        for name, function in scorer.with_identity.items()
     }
 
 

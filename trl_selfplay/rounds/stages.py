@@ -399,6 +399,12 @@ class SelfPlay:
         """
         if dataset is None:
             return Gold((), {})
+        scorer = self.collector.scorer
+        for name in scorer.comparing if scorer is not None and needs_solutions else ():
+            raise ValueError(
+                f"{name} compares a prompt's samples, so it can't grade `gold_dataset`, whose completions "
+                "may be the only ones of their prompts. Leave it out, or take another reward function."
+            )
         gold = load_gold(
             dataset,
             self.rows,

@@ -34,6 +34,7 @@ from trl_selfplay.generation.transformers_sampler import (
     keep_4bit_weights_trainable,
 )
 from trl_selfplay.generation.trial import try_model
+from trl_selfplay.rewards.functions import compares_samples
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.rendering import FewShotExample, load_few_shot_examples, read_start
@@ -221,6 +222,43 @@ def read_grading(
         eval_reward_funcs=eval_reward_funcs,
         threshold=args.reward_threshold,
     )
+
+
+def check_comparing(reward_funcs: Any, args: Any, has_hints: bool) -> None:
+    """Raise ValueError if a function that compares a prompt's samples couldn't tell them apart.
+
+    Args:
+        reward_funcs: As the trainer takes them.
+        args: Its config.
+        has_hints: Whether prompts are sampled with their solutions as hints.
+    """
+    for name in _comparing(reward_funcs):
+        if args.num_generations == 1:
+            raise ValueError(
+                f"num_generations=1 with {name}, which compares a prompt's samples: one alone agrees "
+                "with itself. Sample several, for example 8."
+            )
+        if has_hints:
+            raise ValueError(
+                f"rationalize=True with {name}, which compares a prompt's samples: those that were "
+                "shown the solution would be compared with each other, and agree on it whatever they "
+                "say before. Set rationalize=False."
+            )
+
+
+def check_heldout_graders(reward_funcs: Any) -> None:
+    """Raise ValueError for functions that compare samples: held-out prompts have one greedy one."""
+    for name in _comparing(reward_funcs):
+        raise ValueError(
+            f"{name} compares a prompt's samples, so it can't grade the held-out prompts of "
+            "`eval_dataset`: their one greedy completion agrees with itself. Pass functions that know "
+            "the solutions, such as eval_reward_funcs=exact_reward, or leave out `eval_dataset`."
+        )
+
+
+def _comparing(reward_funcs: Any) -> list[str]:
+    entries = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    return [getattr(f, "__name__", str(f)) for f in entries if compares_samples(f)]
 
 
 def read_examples(
@@ -431,25 +469,14 @@ def build_scorers(
     return scorer, eval_scorer
 
 
-def check_judges(
-    scorer: Scorer | None, heldout_scorer: Scorer | None, has_heldout: bool, is_sharded: bool
-) -> None:
+def check_judges(scorer: Scorer | None, heldout_scorer: Scorer | None, is_sharded: bool) -> None:
     """Raise ValueError for judges that can't do here what they are to do.
 
     Args:
         scorer: Grades the rounds' completions.
         heldout_scorer: Grades held-out ones.
-        has_heldout: There are some.
         is_sharded: Weights are divided over processes while training.
     """
-    if has_heldout and heldout_scorer is not None:
-        for name, function in heldout_scorer.named.items():
-            if getattr(function, "compares_samples", False):
-                raise ValueError(
-                    f"{name!r} compares the samples of a prompt with each other, and of a held-out "
-                    "prompt one is taken greedily. Grade held-out prompts with `eval_reward_funcs`, "
-                    "where the trainer has it, or leave out `eval_dataset`."
-                )
     for each in (scorer, heldout_scorer):
         judges = [] if each is None else each.policy_judges
         if is_sharded and any(judge.weights == "initial" for judge in judges):

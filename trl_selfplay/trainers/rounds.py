@@ -37,6 +37,8 @@ from trl_selfplay.trainers.construction import (
     build_scorers,
     check_adapters,
     check_built_model,
+    check_comparing,
+    check_heldout_graders,
     check_judges,
     heldout_threshold,
     load_processing_class,
@@ -105,6 +107,9 @@ class RoundsMixin(Trainer):
         """
         check_adapters(model, peft_config)
         heldout = load_heldout_sets(eval_dataset, rows, self.load_rows, grading.heldout_funcs)
+        check_comparing(grading.reward_funcs, args, hint_formatter is not None)
+        if heldout:
+            check_heldout_graders(grading.heldout_funcs)
         tokenizer = load_processing_class(model, processing_class, args)
         self.run = build_run(args, model, peft_config, list(heldout))
         placeholder = self.placeholder_rows(tokenizer)
@@ -126,7 +131,7 @@ class RoundsMixin(Trainer):
         )
         collector = self.self_play.collector
         is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        check_judges(collector.scorer, collector.heldout_scorer, bool(heldout), is_sharded)
+        check_judges(collector.scorer, collector.heldout_scorer, is_sharded)
         self.self_play.check_prompts(hinted=hint_formatter is not None)
         self.self_play.warn_data_errors()
 
@@ -247,6 +252,7 @@ class RoundsMixin(Trainer):
             ValueError, TypeError: For rows that can't be scored.
         """
         play = self.self_play
+        check_heldout_graders(play.heldout_graders)
         sets = load_heldout_sets(eval_dataset, play.rows, self.load_rows, play.heldout_graders)
         for name, rows in sets.items():
             self.self_play.check_columns(rows, name or "eval_dataset")

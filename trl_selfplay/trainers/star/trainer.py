@@ -44,6 +44,7 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
             `f(prompts, completions, **columns) -> list[float | None]`, an async one, a model id, a
             sequence classifier, or a list of these.
         reward_processing_classes: Tokenizers of reward models, one per entry of `reward_funcs`.
+        eval_reward_funcs: Functions that grade held-out completions; None uses `reward_funcs`.
         few_shot_examples: Mappings with `prompt`, `completion` and `solution` that precede every
             prompt during sampling.
         normal_form: Completions of a prompt with equal normal form are duplicates; None compares
@@ -83,7 +84,8 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
         callbacks: list[Any] | None = None, optimizers: tuple[None, None] = (None, None),
         optimizer_cls_and_kwargs: Any = None, preprocess_logits_for_metrics: None = None,
         quantization_config: Any = None, peft_config: Any = None, formatting_func: None = None, *,
-        reward_funcs: Any = None, reward_processing_classes: Any = None,
+        reward_funcs: Any = None, eval_reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
         normal_form: Callable[[str], Hashable] | None = None,
         hint_formatter: HintFormatter | None = None,
@@ -94,7 +96,9 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
             compute_metrics=compute_metrics, optimizers=optimizers, formatting_func=formatting_func,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
-        grading = construction.read_grading(args, reward_funcs, reward_processing_classes)
+        grading = construction.read_grading(
+            args, reward_funcs, reward_processing_classes, eval_reward_funcs
+        )
         rows = load_prompt_rows(
             train_dataset,
             "train_dataset",
