@@ -223,9 +223,10 @@ def main() -> None:
         "--allow_weak_isolation", action="store_true", help="where there are no namespaces"
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the script")
+    parser.add_argument("--results", type=Path, help="folder of the records, if they go elsewhere")
     args = parser.parse_args()
     reward = CodeReward(allow_weak_isolation=args.allow_weak_isolation)
-    folder = RESULTS if not args.smoke else Path(tempfile.mkdtemp())
+    folder = args.results or (Path(tempfile.mkdtemp()) if args.smoke else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     for arm in args.arms if args.seed is not None else []:
         path = folder / f"{arm}-{args.seed}.json"
@@ -234,7 +235,7 @@ def main() -> None:
             star = {} if arm == "star" else json.loads(needed.read_text())
             path.write_text(json.dumps(run_arm(arm, args.seed, args.smoke, reward, star)))
             print(f"{arm}, seed {args.seed}: {path}")
-    if not args.smoke:
+    if folder == RESULTS:
         write_summary()
 
 
