@@ -2,7 +2,7 @@
 
 For each task: ten entries, whose own answers `puzzle_reward` scores behind "Answer:", between
 `<answer>` tags, and there again with the metadata as JSON text, as a dataset holds it; and the next
-entry's answer, which isn't right unless the scorer gives partial credit or the entries agree.
+entry's answer and a sentence that is none, which aren't right.
 
     OMP_NUM_THREADS=1 python benchmarks/puzzles.py
 
@@ -68,7 +68,10 @@ def try_task(task: str, size: int) -> dict[str, Any]:
     if any(gold is None for gold in golds):
         return {"reason": "its entries have no answer: many are right"}
     metadata = [entry["metadata"] for entry in entries]
-    reward = puzzle_reward(task, deadline=20.0)
+    try:
+        reward = puzzle_reward(task, deadline=20.0)
+    except ValueError as error:
+        return {"reason": str(error)}
 
     def mean(texts: Sequence[str], rows: Sequence[Any] | None) -> float | None:
         scores = reward(texts, solution=golds, metadata=rows) if rows is not None else [None]
@@ -90,6 +93,9 @@ def try_task(task: str, size: int) -> dict[str, Any]:
         if gold != other
     ]
     found["other"] = max((s for s in others if s is not None), default=None)
+    nonsense = [FORMS["tags"].format("I don't know.")] * len(golds)
+    scores = reward(nonsense, solution=golds, metadata=metadata)
+    found["nonsense"] = max((s for s in scores if s is not None), default=None)
     found["lines"] = any("\n" in str(gold).strip() for gold in golds)
     return found
 
@@ -111,10 +117,10 @@ def table(found: dict[str, dict[str, Any]], size: int) -> str:
         return "–" if value is None else f"{value:.2f}"
 
     rows = [
-        f"| {task} | {show(f['line'])} | {show(f['tags'])} | {show(f['json'])} | {show(f['other'])} |"
+        f"| {task} | {show(f['line'])} | {show(f['tags'])} | {show(f['json'])} | {show(f['other'])} | {show(f['nonsense'])} |"
         for task, f in right.items()
     ]
-    strict = sum((f["other"] or 0.0) < 1.0 for f in right.values())
+    strict = sum(max(f["other"] or 0.0, f["nonsense"] or 0.0) < 1.0 for f in right.values())
     lines = sum(f["lines"] for f in right.values())
     return "\n".join(
         [
@@ -128,14 +134,15 @@ def table(found: dict[str, dict[str, Any]], size: int) -> str:
             f"{sum(f['line'] == 1.0 for f in right.values())} of them they do behind \"Answer:\" as well; "
             f"the others' answers have several lines ({lines} tasks) or are cut at a sign that ends a "
             f"line's answer. In {sum(f['json'] == 1.0 for f in right.values())} they do with the metadata "
-            "as JSON text. \"Other\" is the highest score of the next entry's answer where it differs: "
-            f"below 1.0 in {strict} tasks. A number between 0 and 1 there is partial credit.",
+            "as JSON text, which turns tuples into lists, as a dataset does. \"Other\" is the highest score "
+            "of the next entry's answer where it differs, and the last column that of \"I don't know.\": "
+            f"both are below 1.0 in {strict} tasks. A number between 0 and 1 there is partial credit.",
             "",
-            '| task | "Answer:" | tags | metadata as JSON | other |',
-            "|---|---|---|---|---|",
+            '| task | "Answer:" | tags | metadata as JSON | other | no answer |',
+            "|---|---|---|---|---|---|",
             *rows,
             "",
-            "## Where the own answers don't all score 1",
+            "## Where the own answers don't all score 1, or others do",
             "",
             *(f"- {task}: {why(f)}" for task, f in found.items() if task not in right),
             "",

@@ -4,6 +4,7 @@ import pickle
 import pytest
 
 from trl_selfplay.rewards import puzzle_reward
+from trl_selfplay.rewards.puzzles import _NOT_CHECKED
 from trl_selfplay.rewards.worker import close_workers
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
@@ -75,3 +76,37 @@ def test_a_solution_that_is_a_list_is_refused() -> None:
     """The scorers give 0.0 for it."""
     with pytest.raises(TypeError, match=r"chain_sum_reward: a solution is \['72'\]"):
         puzzle_reward("chain_sum")(["72"], [["72"]])
+
+
+# Quick ones of the tasks in benchmarks/results/puzzles.md, by what their own answers look like.
+TASKS = ["ab", "acre", "aiw", "base_conversion", "basic_arithmetic", "bf", "binary_alternation", "bitwise_arithmetic", "caesar_cipher", "calendar_arithmetic", "chain_sum", "circuit_logic", "codeio", "coin_flip", "color_cube_rotation", "complex_arithmetic", "count_bits", "countdown", "course_schedule", "cryptarithm", "decimal_arithmetic", "decimal_chain_sum", "dice", "family_relationships", "fraction_simplification", "gcd", "group_anagrams", "isomorphic_strings", "jugs", "knights_knaves", "largest_island", "lcm", "leg_counting", "letter_counting", "letter_jumble", "list_functions", "mahjong_puzzle", "maze", "needle_haystack", "number_filtering", "number_format", "number_sequence", "number_sorting", "palindrome_generation", "polynomial_equations", "prime_factorization", "products", "ransom_note", "simple_equations", "spell_backward", "string_insertion", "syllogism", "time_intervals", "word_ladder", "word_sorting", "binary_matrix", "n_queens", "rotate_matrix", "sudoku", "tower_of_hanoi"]  # those of the last line have answers of several lines
+
+
+@pytest.mark.slow
+def test_tasks_accept_their_own_answers_and_no_others() -> None:
+    """VF-2, of 60 tasks: in the form that a line of the prompt asks for."""
+    assert len(set(TASKS)) == 60
+    wrong = {}
+    for task in TASKS:
+        entries = list(reasoning_gym.create_dataset(task, size=3, seed=7))
+        golds = [entry["answer"] for entry in entries]
+        columns = {"solution": golds, "metadata": [json.dumps(e["metadata"]) for e in entries]}
+        reward = puzzle_reward(task)
+        form = "<answer>{}</answer>" if any("\n" in gold for gold in golds) else "Answer: {}"
+        answers = [f"Let me think.\n{form.format(gold)}" for gold in golds]
+        own = reward(answers, **columns)
+        others = reward(answers[1:] + answers[:1], **columns)
+        differ = [a != b for a, b in zip(golds, golds[1:] + golds[:1], strict=True)]
+        if own != [1.0] * 3 or any(s == 1.0 and d for s, d in zip(others, differ, strict=True)):
+            wrong[task] = (own, others)
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("task", _NOT_CHECKED)
+def test_tasks_that_accept_wrong_answers_are_refused(task) -> None:
+    """And still have to be: this fails when a later version of their scorers doesn't."""
+    with pytest.raises(ValueError, match=f"scorer of '{task}' gives 1.0 to"):
+        puzzle_reward(task)
+    first, second = reasoning_gym.create_dataset(task, size=2, seed=42)
+    wrong = "no idea" if task == "game_of_life_halting" else second["answer"]
+    assert reasoning_gym.get_score_answer_fn(task)(answer=wrong, entry=first) == 1.0

@@ -13,6 +13,12 @@ from typing import Any
 from trl_selfplay.rewards.answer import is_answer
 from trl_selfplay.rewards.checker import checker_reward
 
+# Tasks whose scorers, as of reasoning-gym 0.1.25, give 1.0 to wrong answers.
+_NOT_CHECKED = {
+    "game_of_life_halting": "any text",
+    "puzzle24": "24 of other numbers than the puzzle's",
+}
+
 
 class puzzle_reward(checker_reward):
     """The reward function of a reasoning-gym task.
@@ -27,7 +33,7 @@ class puzzle_reward(checker_reward):
 
     Raises:
         ImportError: reasoning-gym is not installed.
-        ValueError: There is no such task.
+        ValueError: There is no such task, or its scorer gives 1.0 to wrong answers.
     """
 
     def __init__(self, name: str, deadline: float = 5.0) -> None:
@@ -41,6 +47,11 @@ class puzzle_reward(checker_reward):
             get_score_answer_fn(name)
         except (ValueError, KeyError) as error:
             raise ValueError(f"reasoning-gym has no task {name!r}: {error}") from error
+        if name in _NOT_CHECKED:
+            raise ValueError(
+                f"reasoning-gym's scorer of {name!r} gives 1.0 to {_NOT_CHECKED[name]}; write your own with "
+                "checker_reward."
+            )
         self.name = name
         # Sent with reasoning-gym's own function, so that a process imports it as it starts. The same
         # for all tasks, which share the processes.
