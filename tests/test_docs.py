@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 import trl_selfplay
 from trl_selfplay import QuietSTaRConfig, STaRConfig
+from trl_selfplay.rewards.worker import close_workers
 
 ROOT = Path(__file__).parent.parent
 CHAT_TEMPLATE = "{% for m in messages %} {{ m.content }} <eos> {% endfor %}"
@@ -35,7 +36,14 @@ def sides(diff: str) -> tuple[str, str]:
     return "\n".join(before), "\n".join(after)
 
 
-PYTHON_BLOCKS = [block for page in PAGES for block in blocks(page, "python")]
+def source(block: str) -> str:
+    """Return a block's code, without prompts and what they print."""
+    return doctest.script_from_examples(block) if block.startswith(">>> ") else block
+
+
+PYTHON_BLOCKS = [source(block) for page in PAGES for block in blocks(page, "python")]
+# A trainer's example needs a model from a hub.
+VERIFIERS = [block for block in blocks("docs/verifiers.md", "python") if "Trainer(" not in block]
 DIFFS = blocks("README.md", "diff")
 OUR_SCRIPTS = [*blocks("README.md", "python"), *(sides(diff)[1] for diff in DIFFS)]
 
@@ -117,6 +125,19 @@ def test_a_script_of_the_readme_builds_its_trainer(
     assert set(solutions) == {"0", "1", "2", "3"}
 
 
+@pytest.mark.parametrize(
+    "block", VERIFIERS, ids=lambda block: re.findall(r"import (\w+)", block)[-1]
+)
+def test_an_example_of_the_page_on_verifiers_gives_what_it_says(block) -> None:
+    if block.startswith(">>> "):
+        example = doctest.DocTestParser().get_doctest(block, {}, "verifiers.md", None, 0)
+        assert doctest.DocTestRunner().run(example).failed == 0
+    else:
+        assert "assert " in block
+        exec(compile(block, "verifiers.md", "exec"), {"__name__": "__main__"})
+    close_workers()
+
+
 def test_there_are_two_set_up_commands() -> None:
     assert readme_command(".venv ").endswith("python recipes/star.py")
     assert readme_command(".venv-test ").endswith("pytest -n auto")
@@ -157,7 +178,7 @@ def test_files_that_a_page_names_exist(page) -> None:
     linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     named = re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|md|toml|txt|cff|ipynb|yaml))\b", text)
     for name in linked:
-        assert (ROOT / name).exists(), name
+        assert (ROOT / page).parent.joinpath(name).exists(), name
     for name in named:
         assert (ROOT / name).exists() or (ROOT / "trl_selfplay" / name).exists(), name
 
