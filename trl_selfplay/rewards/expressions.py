@@ -42,7 +42,7 @@ _GREEK = (
 )
 _ONE_NAME = rf"(?:[A-Za-z]+|\\(?:{_GREEK})\s*[A-Z]*)(?:\s*_\{{[^{{}}]*\}})?(?:\^\{{-1\}})?'*"
 _NAME = re.compile(
-    rf"\\text\{{[^{{}}]*\}}|m?\s*\\angle\s*[A-Z]+|\\overline\{{[A-Z]+\}}|\|[A-Z]{{2}}\|"
+    rf"\\text\{{[^{{}}]*\}}|\\frac\{{d\s*[a-z]\}}\{{d\s*[a-z]\}}|m?\s*\\angle\s*[A-Z]+|\\overline\{{[A-Z]+\}}|\|[A-Z]{{2}}\|"
     rf"|{_ONE_NAME}(?:\([-+A-Za-z0-9, ]*\))?|[A-Za-z](?:\s*[-+]\s*[A-Za-z])+"
 )
 _VARIABLE = re.compile(rf"(?:[A-Za-z]|\\(?:{_GREEK}))(?:\s*_\{{[^{{}}]*\}})?")
@@ -73,6 +73,7 @@ _BASES = {
 _MATRIX = re.compile(
     r"\\begin\{([pbv]?)(?:small)?(matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1(?:small)?\2\}"
 )
+_ANY_REAL = re.compile(r"[a-z](?:\s*\\in\s*\\mathbb\s*\{R\})?")
 _LITERAL_SET = re.compile(r"\\mathbb\s*\{([A-Z])\}|\\emptyset|\\\{\s*\\\}")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _UNREADABLE = re.compile(
@@ -120,6 +121,9 @@ class _Reader:
         parts, signs = _split(text, {"\\cup"})
         if len(parts) > 1:
             return _union([self.read(part, depth + 1) for part in parts])
+        parts, signs = _split(text, {"\\cap"})
+        if len(parts) > 1:
+            return _intersection([self.read(part, depth + 1) for part in parts])
         parts, signs = _split(text, {"\\setminus"})
         if len(parts) == 2:
             return _without(*(self.read(part, depth + 1) for part in parts))
@@ -271,6 +275,8 @@ class _Reader:
             for bar in ("|", ":"):
                 parts, _ = _split(inside, {bar})
                 if len(parts) == 2:  # all x with a property
+                    if not _ANY_REAL.fullmatch(parts[0].strip()):
+                        raise UnreadableError("a set of other things than real numbers")
                     value = self.read(parts[1], depth + 1)
                     if isinstance(value, Region):
                         return Region(None, value.intervals)
@@ -319,7 +325,9 @@ def _formula(text: str) -> Any:
         return Matrix(tuple(tuple(_element(cell) for cell in row) for row in rows))
     if not isinstance(value, sympy.Expr):
         raise UnreadableError("no expression")
-    if value.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative):
+    if value.has(sympy.Derivative):  # sympy takes y for constant in dy/dx
+        raise UnreadableError("a derivative")
+    if value.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Mod):
         value = value.doit()
     value = value.xreplace({u: u.args[0] for u in value.atoms(sympy.UnevaluatedExpr)})
     value = value.xreplace({f: sympy.Symbol(str(f), real=True) for f in value.atoms(AppliedUndef)})
@@ -433,6 +441,30 @@ def _union(values: list[Any]) -> Any:
     return Region(None, tuple(sorted(intervals, key=_start)))
 
 
+def _intersection(values: list[Any]) -> Region:
+    regions = [intervals_of(value) for value in values]
+    if any(region is None for region in regions):
+        raise UnreadableError("an intersection of other things than intervals")
+    common = regions[0] or ()
+    for region in regions[1:]:
+        pairs = [(one, other) for one in common for other in region or ()]
+        ends = [
+            (
+                max(pair, key=lambda i: (_start(i), i.brackets[0] == "(")),
+                min(pair, key=lambda i: (_end(i), i.brackets[1] == "]")),
+            )
+            for pair in pairs
+        ]
+        common = tuple(
+            Ordered(first.brackets[0] + last.brackets[1], (first.items[0], last.items[1]))
+            for first, last in ends
+            if _start(first) < _end(last)
+        )
+    if not common:
+        raise UnreadableError("an empty intersection")
+    return Region(None, tuple(sorted(common, key=_start)))
+
+
 def _reals() -> Ordered:
     return Ordered("()", (_infinity(-1), _infinity(1)))
 
@@ -452,20 +484,16 @@ def _start(interval: Ordered) -> float:
     return float(as_sympy(interval.items[0]))
 
 
+def _end(interval: Ordered) -> float:
+    return float(as_sympy(interval.items[1]))
+
+
 def _combine(items: list[Any], is_union: bool) -> Region:
     """Combine inequalities that are joined by "and", "or" or a comma."""
     regions = [item for item in items if isinstance(item, Region)]
     names = {region.name for region in regions}
     if len(regions) != len(items):
         raise UnreadableError("inequalities beside other things")
-    intervals = sorted((i for region in regions for i in region.intervals), key=_start)
     if is_union:
-        return Region(names.pop(), tuple(intervals))
-    if len(intervals) == 2:
-        below, above = intervals
-        low, high = above.items[0], below.items[1]
-        if float(as_sympy(low)) < float(as_sympy(high)) and below.items[0] == _infinity(-1):
-            return Region(
-                names.pop(), (Ordered(above.brackets[0] + below.brackets[1], (low, high)),)
-            )
-    raise UnreadableError("inequalities that can't be combined")
+        return Region(names.pop(), _union(regions).intervals)
+    return Region(names.pop(), _intersection(regions).intervals)

@@ -158,6 +158,8 @@ _SAME = {
     ),
     **dict.fromkeys(["boxed", "fbox"], ""),
     "implies": " and ",
+    "lg": "\\log _{10}",
+    "bmod": "\\mod ",
     "neq": "\\ne ",
     "lt": "<",
     "gt": ">",
@@ -175,9 +177,11 @@ _NO_SPACE_BEHIND = ("begin", "end", "operatorname")
 _COMMAND = re.compile(r"\\([A-Za-z]+)\s*|\\([^A-Za-z])")
 _NO_SPACE = re.compile(r",?\\!\s*")
 _DEGREE = re.compile(r"\^\s*(?:\\circ\s*|\{\s*\\circ\s*\})|\\degree\s*")
+_PRIME = re.compile(r"\^\s*(?:\\prime|\{\s*\\prime\s*\})")
 _TEXT_THAT_IS_NONE = re.compile(
     r"\\text\s*\{\s*([eid]|[-\d.]+)\s*\}|^\\text\s*\{\s*([A-Za-z])\s*\}$"
 )
+_TEXT_THEN_CONNECTIVE = re.compile(r"\\text\s*\{([^{}]+?),?\s+(and|or)\s*\}")
 _CONNECTIVE = re.compile(
     r"\\text\s*\{\s*(?:,|;)?\s*(and|or)\s*\}|,?\s*(?<![A-Za-z\\])(and|or)(?![A-Za-z])"
 )
@@ -219,13 +223,14 @@ def clean(text: str) -> str:
     text = _without_delimiters(" ".join(text.translate(_UNICODE_TABLE).split()))
     if not text.isascii() or not text.isprintable():
         raise UnreadableError("foreign characters")
-    text = _DEGREE.sub(r"\\degree ", text)
+    text = _PRIME.sub("'", _DEGREE.sub(r"\\degree ", text))
     text = _COMMAND.sub(_rename, _NO_SPACE.sub(_close_up, text))
     text = _TEXT_THAT_IS_NONE.sub(r"\1\2", text)
     text = _PERCENT.sub("%", text)
     text = _SCALE.sub(lambda match: f"\\cdot 10^{{{_SCALES[match[2]]}}}{match[1] or ' '}", text)
     if _ANGLE_FUNCTION.search(text):
         text = _DEGREES_INSIDE.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
+    text = _TEXT_THEN_CONNECTIVE.sub(r"\\text{\1} \2 ", text)
     text = _CONNECTIVE.sub(lambda match: f" {match[1] or match[2]} ", text)
     text = _plain_to_latex(text)
     text = _GROUPED.sub(_close_group, text)

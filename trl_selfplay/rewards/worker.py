@@ -78,8 +78,8 @@ class _Worker:
         for pipe in (self._requests, self._answers):
             os.set_blocking(pipe.fileno(), False)
         self._target = target
-        self._unsent = _LENGTH.pack(len(settings)) + settings
-        self._received = b""
+        self._unsent = bytearray(_LENGTH.pack(len(settings)) + settings)
+        self._received = bytearray()
         self.is_ready = False
         self.calls: deque[bytes] = deque()  # pickled arguments, the first being at work
         self.calls_made = 0
@@ -139,7 +139,7 @@ class _Worker:
         # A broken pipe is found by reading, behind the last answers.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             while self._unsent:
-                self._unsent = self._unsent[os.write(self._requests.fileno(), self._unsent) :]
+                del self._unsent[: os.write(self._requests.fileno(), self._unsent)]
 
     def kill(self) -> None:
         if self._process.returncode is None:
