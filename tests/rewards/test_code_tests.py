@@ -133,6 +133,11 @@ def test_a_function_of_the_tests_that_asserts_counts_where_it_is_called() -> Non
         ("def g(x):\n    return x\nassert f(g) == 1", "'f' gets the function 'g'"),
         ("assert f(x for x in [1]) == 1", "'f' gets a generator"),
         ("assert f(iter([1])) == 1", "'f' gets an iterator"),
+        ("assert chain([Pair(5, 24), Pair(1, 2)], 2) == 1", r"'chain' gets an object, Pair\(…\),"),
+        (
+            "root = Node(8)\nroot.left = Node(3)\nassert height(root) == 2",
+            "'Node' returns an object",
+        ),
         ("assert f.cache == 1", "look into 'f'"),
         ("assert LIMIT == 1\nassert f(1) == 1", "'LIMIT' as a value"),
         ("assert isinstance(f(1), Tree)", "'Tree' as a value"),

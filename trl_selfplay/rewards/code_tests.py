@@ -360,7 +360,7 @@ def _find_obstacle(tree: ast.Module, names: set[str]) -> str | None:
         if isinstance(stored := parent[call], ast.Assign):
             results |= {t.id: name for t in stored.targets if isinstance(t, ast.Name)}
         for argument in [*call.args, *(keyword.value for keyword in call.keywords)]:
-            if what := _callable_in(argument, callables):
+            if what := _unsendable_in(argument, callables, names):
                 return f"{name!r} gets {what} as an argument"
     for node in ast.walk(tree):
         above = parent.get(node)
@@ -388,8 +388,8 @@ def _looks_like_class(name: str) -> bool:
     return name[:1].isupper() and "_" not in name and not name.isupper()
 
 
-def _callable_in(argument: ast.expr, callables: set[str]) -> str | None:
-    """Return what in an argument is a function or an iterator, which can't be sent, or None."""
+def _unsendable_in(argument: ast.expr, callables: set[str], names: set[str]) -> str | None:
+    """Return what in an argument isn't a value: a function, an iterator or an object; or None."""
     match argument:
         case ast.Lambda():
             return "a lambda"
@@ -399,9 +399,12 @@ def _callable_in(argument: ast.expr, callables: set[str]) -> str | None:
             return f"the function {name!r}"
         case ast.Call(ast.Name(name)) if name in _ITERATORS:
             return f"an iterator, {name}(…),"
+        case ast.Call(ast.Name(name)) if name in names and _looks_like_class(name):
+            return f"an object, {name}(…),"
         case ast.List() | ast.Tuple() | ast.Set() | ast.Dict() | ast.Starred() | ast.IfExp():
             inner = (n for n in ast.iter_child_nodes(argument) if isinstance(n, ast.expr))
-            return next(filter(None, (_callable_in(each, callables) for each in inner)), None)
+            found = (_unsendable_in(each, callables, names) for each in inner)
+            return next(filter(None, found), None)
     return None
 
 
