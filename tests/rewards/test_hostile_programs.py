@@ -15,7 +15,7 @@ CORE_PROGRAMS = ("fork bomb", "kill of all", "null pointer", "frames", "exit at 
 CORE_FUNCTIONS = ("integer equal to all", "garbage", "patched codec", "exit at once", "deep value")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sandbox():
     torch.ones(100, 100) @ torch.ones(100, 100)
     this = psutil.Process()

@@ -469,8 +469,8 @@ def _choose(limits: Limits, allow_weak_isolation: bool) -> tuple[Isolation, _Wor
     raise RuntimeError(
         "programs that a model wrote can't be isolated here: "
         + "; ".join(reasons)
-        + ". Install bubblewrap, allow unprivileged user namespaces (in a container with "
-        "`--security-opt seccomp=unconfined`), or pass allow_weak_isolation=True inside a container "
+        + ". Install bubblewrap, allow unprivileged user namespaces (in Docker with "
+        "`--security-opt seccomp=unconfined --security-opt apparmor=unconfined`), or pass allow_weak_isolation=True inside a container "
         "or virtual machine that may be damaged."
     )
 
