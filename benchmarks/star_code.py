@@ -43,20 +43,25 @@ from trl_selfplay.rounds.run import find_best_round
 RESULTS = Path(__file__).parent / "results" / "star_code"
 ARMS = ("star", "unfiltered", "round0_data")
 NUM_SAMPLES = 8
-# What `--smoke` changes, to try the script.
-SMOKE = {
-    "num_rounds": 2,
-    "num_prompts_per_round": 12,
-    "num_generations": 4,
-    "max_steps": 2,
-    "on_empty_round": "stop",
+# What the sizes change: "small" is for two CPU cores, where samples for pass@k take most of the time;
+# "smoke" only tries the script.
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "small": {"num_rounds": 2, "num_prompts_per_round": 64, "max_steps": 40},
+    "smoke": {
+        "num_rounds": 2,
+        "num_prompts_per_round": 12,
+        "num_generations": 4,
+        "max_steps": 2,
+        "on_empty_round": "stop",
+    },
 }
 
 
-def build_trainer(cls: type, seed: int, smoke: bool, reward: Any, **changes: Any) -> Any:
+def build_trainer(cls: type, seed: int, size: str, reward: Any, **changes: Any) -> Any:
     """Return a trainer with the demo's settings; its `split` holds the report set as well."""
-    split = programs_split(seed, smoke)
-    settings = demo_settings("star_code", STaRConfig) | (SMOKE if smoke else {})
+    split = programs_split(seed, size == "smoke")
+    settings = demo_settings("star_code", STaRConfig) | SIZES[size]
     trainer = cls(
         load_demo_model_path(),
         STaRConfig(tempfile.mkdtemp(), **{**settings, "seed": seed, **changes}),
@@ -67,13 +72,14 @@ def build_trainer(cls: type, seed: int, smoke: bool, reward: Any, **changes: Any
         reward_funcs=reward,
     )
     trainer.split = split
+    trainer.num_samples = 0 if size == "small" else NUM_SAMPLES
     return trainer
 
 
-def run_arm(arm: str, seed: int, smoke: bool, reward: Any, star: dict[str, Any]) -> dict[str, Any]:
+def run_arm(arm: str, seed: int, size: str, reward: Any, star: dict[str, Any]) -> dict[str, Any]:
     """Train one arm; return its lines and its scores on the report set."""
     if arm == "star":
-        trainer = build_trainer(STaRTrainer, seed, smoke, reward)
+        trainer = build_trainer(STaRTrainer, seed, size, reward)
     else:
         steps = [line["steps"] for line in star["lines"]]
         settings = (
@@ -83,8 +89,8 @@ def run_arm(arm: str, seed: int, smoke: bool, reward: Any, star: dict[str, Any])
         )
         rows = star["rows"][arm]
         choose = fixed_rows_class(lambda t, i: played(rows[i], seed=t.args.seed + i))
-        trainer = build_trainer(choose, seed, smoke, reward, **settings)
-    record: dict[str, Any] = {"machine": machine(trainer), "seed": seed, "smoke": smoke}
+        trainer = build_trainer(choose, seed, size, reward, **settings)
+    record: dict[str, Any] = {"machine": machine(trainer), "seed": seed, "size": size}
     if arm == "star":
         record["before"] = report_scores(trainer) | report_scores(trainer, with_few_shot=True)
     started = time.monotonic()
@@ -104,12 +110,12 @@ def run_arm(arm: str, seed: int, smoke: bool, reward: Any, star: dict[str, Any])
 
 
 def report_scores(
-    trainer: Any, with_few_shot: bool = False, num_samples: int = NUM_SAMPLES
+    trainer: Any, with_few_shot: bool = False, num_samples: int | None = None
 ) -> dict[str, float]:
-    """Return greedy accuracy on the report set, and pass@k of `num_samples` samples per prompt."""
+    """Return greedy accuracy on the report set, and pass@k of so many samples per prompt."""
     rows = load_prompt_rows(trainer.split.report, "report")
     previous = trainer.args.num_generations_eval
-    trainer.args.num_generations_eval = num_samples
+    trainer.args.num_generations_eval = trainer.num_samples if num_samples is None else num_samples
     try:
         metrics = trainer.self_play.score({"": rows}, with_few_shot=with_few_shot).metrics
     finally:
@@ -174,7 +180,7 @@ def write_summary() -> None:
     star = found["star"]
     if not star:
         return
-    settings = demo_settings("star_code", STaRConfig)
+    settings = demo_settings("star_code", STaRConfig) | SIZES[star[0]["size"]]
     lines = [
         "# Does a small model learn to write programs from its own?",
         "",
@@ -191,10 +197,12 @@ def write_summary() -> None:
     ]
     names = ("accuracy", "pass@1", f"pass@{NUM_SAMPLES}")
     for name, infix in (("untrained, without examples", ""), ("untrained, few-shot", "few_shot_")):
-        cells = [spread([r["before"][f"eval_{infix}{metric}"] for r in star]) for metric in names]
+        cells = [
+            spread_of([r["before"] for r in star], f"eval_{infix}{metric}") for metric in names
+        ]
         lines.append(f"| {name} | {len(star)} | {' | '.join(cells)} | |")
     for arm, records in found.items():
-        cells = [spread([r["report"][f"eval_{metric}"] for r in records]) for metric in names]
+        cells = [spread_of([r["report"] for r in records], f"eval_{metric}") for metric in names]
         minutes = f"{fmean(r['minutes'] for r in records):.1f}" if records else ""
         lines.append(f"| {arm} | {len(records)} | {' | '.join(cells)} | {minutes} |")
     lines += ["", "Greedy accuracy on these prompts after each round; the chosen round:", ""]
@@ -214,6 +222,11 @@ def write_summary() -> None:
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
+def spread_of(scores: list[dict[str, float]], metric: str) -> str:
+    """Return the mean and range of a metric; empty where it wasn't measured."""
+    return spread([each[metric] for each in scores if metric in each]) if scores else ""
+
+
 def main() -> None:
     """Run the arms of a seed that are missing, and write the summary."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -222,18 +235,18 @@ def main() -> None:
     parser.add_argument(
         "--allow_weak_isolation", action="store_true", help="where there are no namespaces"
     )
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the script")
+    parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--results", type=Path, help="folder of the records, if they go elsewhere")
     args = parser.parse_args()
     reward = CodeReward(allow_weak_isolation=args.allow_weak_isolation)
-    folder = args.results or (Path(tempfile.mkdtemp()) if args.smoke else RESULTS)
+    folder = args.results or (Path(tempfile.mkdtemp()) if args.size == "smoke" else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     for arm in args.arms if args.seed is not None else []:
         path = folder / f"{arm}-{args.seed}.json"
         if not path.exists():
             needed = folder / f"star-{args.seed}.json"
             star = {} if arm == "star" else json.loads(needed.read_text())
-            path.write_text(json.dumps(run_arm(arm, args.seed, args.smoke, reward, star)))
+            path.write_text(json.dumps(run_arm(arm, args.seed, args.size, reward, star)))
             print(f"{arm}, seed {args.seed}: {path}")
     if folder == RESULTS:
         write_summary()
