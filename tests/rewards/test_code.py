@@ -133,38 +133,38 @@ def test_a_continuation_keeps_brackets_that_close_at_the_left_margin() -> None:
     assert program_of(closed, "def f():\n", None) == f"def f():\n{closed.split('print')[0]}"
 
 
-@pytest.mark.parametrize(
-    "cheat",
-    [
-        "import os\nos._exit(0)",
-        "import sys\nsys.exit(0)",
-        "raise SystemExit",
-        "def double(x):\n    import os\n    os._exit(0)",
-        "def double(x):\n    raise SystemExit(0)",
-        "def double(x):\n    print('OK', True, 1.0)",
-        "def double(x):\n    raise AssertionError",
-        "class E:\n    def __eq__(self, other): return True\n    def __iter__(self): return iter([1])\ndef double(x):\n    return E()",
-        "class E(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef double(x):\n    return E(5)",
-        "class E(str):\n    def __eq__(self, other): return True\n    __hash__ = str.__hash__\ndef double(x):\n    return E('b')",
-        "import builtins\nbuiltins.AssertionError = ValueError\nbuiltins.len = lambda x: 4\ndef double(x):\n    return 1",
-        "import sys\ndef double(x):\n    f = sys._getframe()\n    while f:\n        for v in list(f.f_locals.values()) + list(f.f_globals.values()):\n            if isinstance(v, str) and 'assert' in v: return 4\n        f = f.f_back",
-        "import gc\ndef double(x):\n    for o in gc.get_objects():\n        if isinstance(o, (list, tuple)) and chr(97) * 2 in o: return x + x\n    return None",
-        "def double(x):\n    try:\n        double(x)\n    finally:\n        return double(x)",
-        "double = type('E', (), {'__call__': lambda s, x: s, '__eq__': lambda s, o: True})()",
-        "import os\ndef double(x):\n    for fd in range(3, 256):\n        try: os.write(fd, b'\\x00\\x00\\x00\\x02i\\x01\\x04' * 9)\n        except OSError: pass",
-        "def check(candidate): pass\ndef __holds__(*a): pass",
-    ],
-)
+CHEATS = [
+    "import os\nos._exit(0)",
+    "import sys\nsys.exit(0)",
+    "raise SystemExit",
+    "def double(x):\n    import os\n    os._exit(0)",
+    "def double(x):\n    raise SystemExit(0)",
+    "def double(x):\n    print('OK', True, 1.0)",
+    "def double(x):\n    raise AssertionError",
+    "class E:\n    def __eq__(self, other): return True\n    def __iter__(self): return iter([1])\ndef double(x):\n    return E()",
+    "class E(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef double(x):\n    return E(5)",
+    "class E(str):\n    def __eq__(self, other): return True\n    __hash__ = str.__hash__\ndef double(x):\n    return E('b')",
+    "import builtins\nbuiltins.AssertionError = ValueError\nbuiltins.len = lambda x: 4\ndef double(x):\n    return 1",
+    "import sys\ndef double(x):\n    f = sys._getframe()\n    while f:\n        for v in list(f.f_locals.values()) + list(f.f_globals.values()):\n            if isinstance(v, str) and 'assert' in v: return 4\n        f = f.f_back",
+    "import gc\ndef double(x):\n    for o in gc.get_objects():\n        if isinstance(o, (list, tuple)) and chr(97) * 2 in o: return x + x\n    return None",
+    "def double(x):\n    try:\n        double(x)\n    finally:\n        return double(x)",
+    "double = type('E', (), {'__call__': lambda s, x: s, '__eq__': lambda s, o: True})()",
+    "import os\ndef double(x):\n    for fd in range(3, 256):\n        try: os.write(fd, b'\\x00\\x00\\x00\\x02i\\x01\\x04' * 9)\n        except OSError: pass",
+    "def check(candidate): pass\ndef __holds__(*a): pass",
+]
+
+
 @pytest.mark.parametrize("tests", [DOUBLE, CHECK])
-def test_a_program_cannot_set_its_own_verdict(cheat, tests) -> None:
+def test_a_program_cannot_set_its_own_verdict(tests) -> None:
     """VF-6: it neither sees the tests nor reports a success."""
-    scores = QUICK([cheat], tests=[tests], entry_point=["double"])
-    assert scores == [0.0]
+    count = len(CHEATS)
+    scores = QUICK(CHEATS, tests=[tests] * count, entry_point=["double"] * count)
+    assert [cheat for cheat, score in zip(CHEATS, scores, strict=True) if score != 0.0] == []
 
 
-@pytest.mark.parametrize("loops", ["while True: pass", "def double(x):\n    while True: pass"])
-def test_a_program_that_does_not_end_scores_zero_by_the_deadline_in_any_thread(loops) -> None:
+def test_a_program_that_does_not_end_scores_zero_by_the_deadline_in_any_thread() -> None:
     """VF-3, VF-4, VF-5."""
+    loops = "def double(x):\n    while True: pass"
     QUICK([RIGHT], tests=[DOUBLE])  # starts the process
     scores: list = []
     thread = threading.Thread(

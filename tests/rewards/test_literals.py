@@ -56,7 +56,7 @@ def shape(value):
     return type(value), repr(value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(values)
 def test_a_value_comes_back_with_all_its_types(value) -> None:
     there_and_back = decode(encode(value))
@@ -64,7 +64,7 @@ def test_a_value_comes_back_with_all_its_types(value) -> None:
     assert shape(there_and_back) == shape(value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(values, st.data())
 def test_damaged_bytes_are_an_error_or_a_value_and_nothing_else(value, data) -> None:
     encoded = bytearray(encode(value))
@@ -75,7 +75,7 @@ def test_damaged_bytes_are_an_error_or_a_value_and_nothing_else(value, data) -> 
             decode(damaged)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_an_error_or_a_value(data) -> None:
     with contextlib.suppress(LiteralError):
