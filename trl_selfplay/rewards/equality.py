@@ -34,7 +34,7 @@ _EXACT = 1e-18
 # Digits to which exact numbers are told apart.
 _MOST_DIGITS = 600
 # Where variables are evaluated: both signs, whole numbers of both parities, fractions, large ones.
-_POINTS = ("2", "3", "7/3", "-5/4", "5", "-3", "1/7", "141/4", "-29/2", "8")
+_POINTS = ("2", "3", "7/3", "-5/4", "5", "-3", "1/7", "-2/5", "3/8", "141/4", "-29/2", "8")
 _FEWEST_POINTS = 3
 
 
@@ -45,6 +45,8 @@ def same(gold: Any, answer: Any) -> bool:
         return _same_named(gold, answer)
     if isinstance(gold, (Number, Formula)) and isinstance(answer, (Number, Formula)):
         if gold.unit is not None and answer.unit is not None and gold.unit != answer.unit:
+            return False
+        if isinstance(answer, Formula) and answer.is_task and not getattr(gold, "is_task", False):
             return False
         return _same_value(gold, answer)
     gold_region, region = intervals_of(gold), intervals_of(answer)

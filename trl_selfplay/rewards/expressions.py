@@ -75,6 +75,8 @@ _MATRIX = re.compile(
 )
 _ANY_REAL = re.compile(r"[a-z](?:\s*\\in\s*\\mathbb\s*\{R\})?")
 _LITERAL_SET = re.compile(r"\\mathbb\s*\{([A-Z])\}|\\emptyset|\\\{\s*\\\}")
+# What a question asks for: a result that still has it is no result.
+_TASK = re.compile(r"\\(?:int|sum|prod|lim|gcd|max|min|mod|det|operatorname|begin)(?![A-Za-z])")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _UNREADABLE = re.compile(
     r"%|\d\s+[.\d]|['\"@#?`\\]$|['\"@#?`]|\\(?:ldots|text|pm|mp|dollar|pounds|euro|yen|cent|degree)\b"
@@ -163,11 +165,12 @@ class _Reader:
             formula = _formula(text)
             if isinstance(formula, Matrix):
                 return formula
-            return Formula(formula / 100 if hundredths else formula, unit)
-        value, places = number
+            value = formula / 100 if hundredths else formula
+            return Formula(value, unit, _TASK.search(text) is not None)
+        exact, places = number
         if hundredths:
-            value, places = value / 100, None if places is None else places + 2
-        return Number(value, places, unit)
+            exact, places = exact / 100, None if places is None else places + 2
+        return Number(exact, places, unit)
 
     def _several(self, parts: list[str], signs: list[str], depth: int) -> Any:
         items: list[Any] = []

@@ -47,6 +47,8 @@ def math_reward(
       `2\frac{1}{2}` and `2 1/2` are mixed numbers. `0.(3)` and `0.333...` repeat.
     - A unit may be missing on either side. Two units must be the same: there is no conversion, so
       neither `50 mm` nor `5 m` is `5 cm`. Currencies and degrees are units.
+    - `40+32` and `2^{10}` are results. A sum, product, integral, limit, greatest divisor, maximum or
+      determinant is none, unless the solution has one, since it may be the question.
     - Expressions with variables are equal if their values are, at several points. Upper and lower
       case differ. `\log` without a base has base 10.
     - Lists and sets are equal in any order: `x=2 or x=3`, `2, 3`, `\{3, 2\}`, `\pm`. Tuples, vectors and

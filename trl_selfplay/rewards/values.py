@@ -26,10 +26,11 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """An expression of sympy, which isn't evaluated."""
+    """An expression of sympy, which isn't evaluated; `is_task` if it asks for a computation."""
 
     value: Any
     unit: str | None = None
+    is_task: bool = False
 
 
 @dataclass(frozen=True, slots=True)
