@@ -38,6 +38,7 @@ _SPELLINGS = (
     (re.compile(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})"), ","),
     (re.compile(r"\\[dtc]?frac ?(\d) ?(\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"(?<=[\d)])( ?)\*\*\1(?=[\d(])"), "^"),
+    (re.compile(r"(?<=[A-Za-z])['’′]{1,3}(?=\()"), ""),  # a derivative
     # Emphasis in Markdown.
     (re.compile(r"\*\*|__"), ""),
     (re.compile(r"(?:^|(?<=[=(,;:>|]))( ?)\*(?=[\d($\\])"), r"\1"),

@@ -121,14 +121,12 @@ def _is_part(before: Sequence[Token], tokens: Sequence[Token]) -> bool:
     if not before or before[-1].kind != "word":
         return False
     words = [token.text.lower() for token in before[-3:] if token.kind == "word"]
-    return (
-        not _BEFORE.isdisjoint(words)
-        or (
-            words[-1] in ("and", "or")
-            and before[-2:-1]
-            and before[-2].kind in ("number", "percent")
-        )
-        or (words[-1] in _LABELS and len(tokens) > 1 and tokens[1].text == "-")
+    near = _words_before(before, len(before))
+    follows_number = len(near) < len(before) and before[-len(near) - 1].kind == "number"
+    if follows_number and (_are_units(near) or words[-1] in ("and", "or")):
+        return True  # 2 hours 30 minutes; 3 and 4 + 5
+    return not _BEFORE.isdisjoint(words) or (
+        words[-1] in _LABELS and len(tokens) > 1 and tokens[1].text == "-"
     )
 
 
@@ -236,6 +234,8 @@ def _changes(words: Sequence[Token], behind: Sequence[Token], *, is_last: bool) 
         texts[1:2] == ["a"] or (len(texts) == 1 and behind and "/" in behind[0].text)
     ):
         return True
+    if _are_units(words) and not is_last and _is_operand(behind[0]):
+        return True  # 2 hours 30 minutes
     is_inside = _are_units(words) and not is_last and behind[0].kind in ("operator", "close")
     return not is_inside and not _BEHIND.isdisjoint(texts)
 

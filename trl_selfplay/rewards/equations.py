@@ -48,7 +48,7 @@ _REMAINDER = re.compile(
 _DENIED = re.compile(
     r"[\s,;(–—-]{0,4}(?:(?:but|and|so)\s)?(?:which|that|this|it)?(?:'s|’s)?\s?(?:is|was|would be|are)?\s?"
     r"(?:not|isn|wasn|doesn|wrong|false|incorrect|untrue|impossible|no\b|an? contradiction|a mistake|an error"
-    r"|\(mod|mod\b|≠|\?)",
+    r"|\(mod|mod\b|≠|\?|[✗✘❌])",
     re.IGNORECASE,
 )  # fmt: skip
 _NUMBER_WORDS = (
