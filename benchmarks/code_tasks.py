@@ -1,7 +1,7 @@
 """Programming tasks in the forms of MBPP and of contests, for the benchmark of code_reward.
 
 In: nothing. Out: reference programs and their tests. A task marked as together uses classes, hands
-over functions or gets a generator, so that its tests can't run apart from the program.
+over functions or talks to a generator, so that its tests can't run apart from the program.
 """
 
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ TASKS = (
     ),
     CodeTask(
         "def countdown(n):\n    while n > 0:\n        yield n\n        n -= 1",
-        ["g = countdown(3)\nassert g.__next__() == 3\nassert list(g) == [2, 1]", "assert list(countdown(0)) == []"],
+        ["g = countdown(3)\nassert g.send(None) == 3\nassert list(g) == [2, 1]", "assert list(countdown(0)) == []"],
         together=True,
     ),
     CodeTask(

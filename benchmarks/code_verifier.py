@@ -271,7 +271,7 @@ def main() -> None:
     refused, _ = grade(tasks[True], CodeReward())
     cases, counts = with_mutants(tasks[True], 2 * args.mutants, args.seed)
     trusted = CodeReward(deadline_s=DEADLINE_S, trusted_tests=True)
-    lines += describe("Tests of classes, functions and generators, with trusted_tests", cases, counts, trusted)  # fmt: skip
+    lines += describe("Tests that need the program's own interpreter, with trusted_tests", cases, counts, trusted)  # fmt: skip
     lines += [f"Without it, all {len(refused)}: {dict(refused.count_causes())}."]
     RESULT.write_text("\n".join(lines) + "\n")
     close_workers()

@@ -61,6 +61,17 @@ def test_arguments_results_and_exceptions_cross_as_in_one_process() -> None:
     assert score(sort.format("xs = xs[:]"), tests) == 0.0
 
 
+def test_iterators_cross_both_ways() -> None:
+    tests = (
+        "g = take(x * x for x in range(3))\nassert next(g) == 0\nassert list(g) == [1, 4]\n"
+        "assert take(map(str, [1])) != ['1']\n"
+    )
+    assert score("def take(xs):\n    yield from xs", tests) == 1.0
+    assert score("def take(xs):\n    return xs", tests) == 1.0
+    assert score("def take(xs):\n    return list(xs)", tests) == 0.0
+    assert score("def take(xs):\n    while True: yield 0", tests) == 0.0
+
+
 FENCED = "I double it.\n```python\n{}\n```\n"
 
 

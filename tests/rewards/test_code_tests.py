@@ -131,8 +131,10 @@ def test_a_function_of_the_tests_that_asserts_counts_where_it_is_called() -> Non
         ("assert f(key=str) == 1", "'f' gets the function 'str'"),
         ("assert f(g) == 1", "'f' gets the function 'g'|g(…)|a value"),
         ("def g(x):\n    return x\nassert f(g) == 1", "'f' gets the function 'g'"),
-        ("assert f(x for x in [1]) == 1", "'f' gets a generator"),
-        ("assert f(iter([1])) == 1", "'f' gets an iterator"),
+        ("assert add(1)(2) == 3", "call what the program returns"),
+        ("g = add(1)\nassert g(2) == 3", "call what the program returns"),
+        ("with opened(1) as x:\n    assert x == 1", "enter a context"),
+        ("g = f(1)\nassert g.send(None) == 1", "'f' returns an object with 'send'"),
         ("assert chain([Pair(5, 24), Pair(1, 2)], 2) == 1", r"'chain' gets an object, Pair\(…\),"),
         (
             "root = Node(8)\nroot.left = Node(3)\nassert height(root) == 2",
@@ -164,6 +166,8 @@ def test_what_cannot_run_beside_the_program_is_found_before_it_runs(tests, why) 
         "assert type(f(1)) is int",
         "assert [g(1) for g in (f, f)] == [1, 1]",
         "max = 3\nassert f(max) == 3",
+        "assert f(x for x in [1]) == f(iter([1])) == f(map(int, '1')) == 1",
+        "g = f(3)\nassert next(g) == 3\nassert g.__next__() == 2\nassert list(g) == [1]",
     ],
 )
 def test_ordinary_tests_have_no_obstacle(tests) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import itertools
 import math
 import subprocess
 import sys
@@ -123,9 +124,30 @@ def test_other_types_do_not_cross() -> None:
     class Disguised:
         __class__ = int
 
-    for value in (Equal(), Disguised(), object(), len, int, lambda: 1, iter([]), {}.keys(), math):
+    for value in (Equal(), Disguised(), object(), len, int, lambda: 1, math, slice(1)):
         with pytest.raises(LiteralError, match="type"):
             encode([value])
+
+
+def test_iterators_cross_as_iterators_of_what_they_give() -> None:
+    def squares():
+        yield from (1, 4)
+
+    table = {"a": 1}
+    for value, elements in (
+        (squares(), [1, 4]),
+        (map(str, [1]), ["1"]),
+        (zip("ab", [1, 2], strict=True), [("a", 1), ("b", 2)]),
+        (reversed([1, 2]), [2, 1]),
+        (table.keys(), ["a"]),
+        (table.items(), [("a", 1)]),
+    ):
+        copy = decode(encode(value))
+        assert copy != elements
+        assert next(copy) == elements[0]
+        assert list(copy) == elements[1:]
+    with pytest.raises(LiteralError, match="an iterator of more than"):
+        encode(itertools.count())
 
 
 def test_shared_containers_stay_shared_and_cycles_are_kept() -> None:

@@ -26,10 +26,9 @@ _CHECK = "check"
 # A name in the instrumented tests that no test uses.
 _MARK = "__holds__"
 _BUILTINS = frozenset(dir(builtins))
-_ITERATORS = frozenset(("enumerate", "filter", "iter", "map", "open", "reversed", "zip"))
 _LITERALS: tuple[type, ...] = (
     *(int, float, complex, str, bytes, bytearray, tuple, list, dict, set, range, Fraction),
-    *(deque, Counter, OrderedDict),
+    *(deque, Counter, OrderedDict, type(iter([]))),
 )
 _LITERAL_ATTRIBUTES = frozenset().union(*map(dir, _LITERALS))
 _USES_OF_VALUES = (
@@ -372,6 +371,11 @@ def _find_obstacle(tree: ast.Module, names: set[str]) -> str | None:
                 of = node.value.func.id  # type: ignore[attr-defined]
             if of and (node.attr not in _LITERAL_ATTRIBUTES or _looks_like_class(of)):
                 return f"{of!r} returns an object with {node.attr!r}"
+        called = node.func if isinstance(node, ast.Call) else None
+        if called in calls or (isinstance(called, ast.Name) and called.id in results):
+            return "the tests call what the program returns"
+        if isinstance(above, ast.withitem) and node in calls:
+            return "the tests enter a context that the program returns"
         if isinstance(node, ast.Name) and node.id in names and not isinstance(node.ctx, ast.Store):
             if isinstance(above, (ast.Attribute, ast.Subscript)):
                 return f"the tests look into {node.id!r}"
@@ -389,16 +393,12 @@ def _looks_like_class(name: str) -> bool:
 
 
 def _unsendable_in(argument: ast.expr, callables: set[str], names: set[str]) -> str | None:
-    """Return what in an argument isn't a value: a function, an iterator or an object; or None."""
+    """Return what in an argument isn't a value: a function or an object; or None."""
     match argument:
         case ast.Lambda():
             return "a lambda"
-        case ast.GeneratorExp():
-            return "a generator"
         case ast.Name(name) if name in callables:
             return f"the function {name!r}"
-        case ast.Call(ast.Name(name)) if name in _ITERATORS:
-            return f"an iterator, {name}(…),"
         case ast.Call(ast.Name(name)) if name in names and _looks_like_class(name):
             return f"an object, {name}(…),"
         case ast.List() | ast.Tuple() | ast.Set() | ast.Dict() | ast.Starred() | ast.IfExp():

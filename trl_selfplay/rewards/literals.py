@@ -2,7 +2,8 @@
 
 In: a value built of literals and standard containers. Out: bytes, and from bytes the value again.
 Only types listed here cross, so decoding runs no code of the other side, as unpickling would.
-Subclasses cross as the type they extend: a named tuple as a tuple, an `IntEnum` as an int. Both
+Subclasses cross as the type they extend: a named tuple as a tuple, an `IntEnum` as an int.
+Iterators, generators and views of dicts cross as iterators of what they give. Both
 directions take time linear in the bytes and have limits on size and depth. Only the standard
 library is imported, because the program's interpreter has nothing else.
 
@@ -10,6 +11,7 @@ A value is a tag and its payload; lengths are base-128 numbers, the lowest seven
 Mutable containers are numbered as they appear, and later occurrences refer to that number.
 """
 
+import itertools
 import struct
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
@@ -20,10 +22,14 @@ from typing import Any
 MOST_BYTES = 4 * 2**20
 MOST_DEPTH = 100
 _MOST_FRACTION_BITS = 2**15
+# Some iterators never end.
+_MOST_ITERATED = 100_000
 
 _CONSTANTS = {b"N": None, b"T": True, b"F": False, b"E": Ellipsis, b"I": NotImplemented}
 _TAG_OF_CONSTANT = {id(value): tag for tag, value in _CONSTANTS.items()}
 _REFERENCE = b"@"
+_ITERATOR = b"g"
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 # In the order in which subclasses are looked for: a Counter is a dict as well.
 _TAGS: tuple[tuple[type, bytes], ...] = (
     (int, b"i"),
@@ -59,7 +65,7 @@ def encode(value: Any, shared: list[Any] | None = None) -> bytes:
     Args:
         value: None, booleans, numbers (also `complex`, `Fraction`, `Decimal`), text, bytes, lists,
             tuples, sets, dicts, deques, ranges and their subclasses, in any combination, with
-            containers that occur more than once or contain themselves.
+            containers that occur more than once or contain themselves; iterators, which it exhausts.
         shared: The mutable containers that both sides know; they are written as references. Those
             met for the first time are appended, in the order in which `decode` appends them.
 
@@ -141,6 +147,13 @@ def _elements(container: Any) -> Iterable[Any]:
     return base.__iter__(container)
 
 
+def _iterated(iterator: Iterable[Any]) -> tuple[Any, ...]:
+    elements = tuple(itertools.islice(iterator, _MOST_ITERATED + 1))
+    if len(elements) > _MOST_ITERATED:
+        raise LiteralError(f"an iterator of more than {_MOST_ITERATED} elements")
+    return elements
+
+
 class _Encoder:
     def __init__(self, shared: list[Any]) -> None:
         self._out = bytearray()
@@ -165,7 +178,9 @@ class _Encoder:
         kind = type(value)
         tag = _TAG_OF.get(kind) or next((t for k, t in _TAGS if issubclass(kind, k)), None)
         if tag is None:
-            raise LiteralError(f"a value of type {kind.__name__}")
+            if not (hasattr(kind, "__next__") or kind in _VIEWS):
+                raise LiteralError(f"a value of type {kind.__name__}")
+            tag = _ITERATOR
         if tag in _MUTABLE:
             number = self._number_of.setdefault(id(value), len(self._shared))
             if number < len(self._shared):
@@ -205,7 +220,7 @@ class _Encoder:
             case _:
                 if tag == b"q":
                     self._write(value.maxlen, depth + 1)
-                elements = tuple(_elements(value))
+                elements = _iterated(value) if tag == _ITERATOR else tuple(_elements(value))
                 self._write_length(len(elements))
                 for element in elements:
                     self._write(element, depth + 1)
@@ -263,6 +278,8 @@ class _Decoder:
                 return row
             case b"t":
                 return tuple(self._read_many(depth + 1))
+            case b"g":
+                return iter(self._read_many(depth + 1))
             case b"u" | b"z":
                 return self._set(tag, depth + 1)
             case b"m" | b"c" | b"o":
