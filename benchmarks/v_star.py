@@ -65,8 +65,8 @@ TUNING_SEED = 100
 SCORES = ("sum", "mean", "ratio")
 # Learning rate, beta and optimizer steps of the verifier.
 SETTINGS: dict[str, tuple[tuple[float, float, int], ...]] = {
-    "addition": ((3e-5, 0.1, 300), (1e-4, 0.1, 300), (3e-4, 0.1, 300), (3e-4, 0.5, 300)),
-    "words": ((1e-4, 0.1, 200), (5e-4, 0.1, 200)),
+    "addition": ((3e-5, 0.1, 300), (1e-4, 0.1, 300), (1e-4, 1.0, 300), (3e-4, 1.0, 600)),
+    "words": ((1e-4, 0.1, 200), (5e-4, 0.1, 200), (1e-4, 1.0, 200)),
 }
 READING: tuple[str, ...] = ()
 
@@ -359,18 +359,25 @@ def work_folder(name: str, task: dict[str, Any], seed: int, is_toy: bool) -> Pat
     return Path(tempfile.gettempdir()) / f"v-star-{size}{name}-{key}-{seed}"
 
 
-def run(name: str, setting: tuple[float, float, int], seed: int, is_toy: bool) -> dict[str, Any]:
-    """Train a generator, a verifier and its control; return what each way of choosing gives."""
+def prepare(
+    name: str, seed: int, is_toy: bool
+) -> tuple[dict[str, Any], Any, list[tuple[str, Any]]]:
+    """Return the task, the trainer of its generator, and the generator's held-out samples."""
     from trl_selfplay.demos.best_of_k import sample_heldout
-    from trl_selfplay.rollouts.stored import load_all_samples
 
-    started = time.monotonic()
     task = TASKS[name](seed, is_toy)
     folder = work_folder(name, task, seed, is_toy)
     generator = train_generator(task, folder, is_toy)
-    trained = time.monotonic()
+    return task, generator, sample_heldout(generator, task["held_out"], folder / "held-out")
+
+
+def run(name: str, setting: tuple[float, float, int], seed: int, is_toy: bool) -> dict[str, Any]:
+    """Train a generator, a verifier and its control; return what each way of choosing gives."""
+    from trl_selfplay.rollouts.stored import load_all_samples
+
+    started = time.monotonic()
+    task, generator, held_out = prepare(name, seed, is_toy)
     source = generator.args.output_dir
-    held_out = sample_heldout(generator, task["held_out"], folder / "held-out")
     sampled = time.monotonic()
     samples = load_all_samples(generator.run.root)
     right = [fmean(r.passes(1.0) for r in samples if r.round_index == t)
@@ -398,8 +405,7 @@ def run(name: str, setting: tuple[float, float, int], seed: int, is_toy: bool) -
         "best_of_k": shares,
         "training": endings,
         "seconds": {
-            "generator": trained - started,
-            "held_out_samples": sampled - trained,
+            "generator_and_held_out_samples": sampled - started,
             "verifiers": verified - sampled,
             **{f"scoring_by_{kind}": value for kind, value in seconds.items()},
         },
@@ -510,6 +516,7 @@ def main() -> None:
     parser.add_argument("--setting", type=float, nargs=3, help="learning rate, beta, steps")
     parser.add_argument("--toy", action="store_true", help="the smallest size; nothing is kept")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--generator", action="store_true", help="train the generators alone")
     parser.add_argument("--here", action="store_true", help="run in this process")
     parser.add_argument("--summary", action="store_true", help="write the summary alone")
     args = parser.parse_args()
@@ -519,6 +526,10 @@ def main() -> None:
     if args.toy:
         record = run(args.task, SETTINGS[args.task][0], args.seed[0], is_toy=True)
         sys.stdout.write(json.dumps(record, indent=1) + "\n")
+        return
+    if args.generator:
+        for seed in args.seed:
+            prepare(args.task, seed, is_toy=False)
         return
     args.results.mkdir(parents=True, exist_ok=True)
     for seed in args.seed:

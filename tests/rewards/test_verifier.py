@@ -153,6 +153,8 @@ def test_what_cannot_work_is_refused(model, word_tokenizer) -> None:
         with pytest.raises(ValueError, match=message):
             VerifierReward(model, tokenizer=word_tokenizer, **arguments)
     verifier = VerifierReward(model, tokenizer=word_tokenizer)
+    with pytest.raises(ValueError, match="2 completion_ids were given for 1 completions"):
+        verifier(["Q "], ["A"], completion_ids=[[5], [6]])
     with pytest.raises(ValueError, match=r"token 999.*must have the verifier's tokenizer"):
         verifier(["Q "], ["A"], completion_ids=[[999]])
 

@@ -107,8 +107,13 @@ class VerifierReward:
             **kwargs: Other columns, which aren't read.
 
         Raises:
-            ValueError: A token that the verifier doesn't know.
+            ValueError: A token that the verifier doesn't know, or tokens of other completions.
         """
+        if completion_ids is not None and len(completion_ids) != len(completions):
+            raise ValueError(
+                f"{len(completion_ids)} completion_ids were given for {len(completions)} completions; "
+                "give one list of tokens each."
+            )
         rows = []
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             if isinstance(prompt, str):
