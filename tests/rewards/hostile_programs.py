@@ -94,6 +94,25 @@ for i in range(10**6):
     "truncated to more": "import os; f = open('f', 'wb'); os.truncate('f', 2**45)",
     "open files": "files = [open('/dev/null') for _ in range(10**6)]",
     "pipes": "import os\npipes = []\nwhile True:\n    pipes.append(os.pipe())",
+    "full sockets": """
+import os, socket
+kept = []
+while True:
+    try:
+        pair = socket.socketpair()
+        for end in pair:
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**30)
+            try:
+                while True: end.send(bytes(65536))
+            except BlockingIOError: pass
+        kept.append(pair)
+    except OSError:
+        try:
+            if os.fork(): os.wait()
+        except OSError: pass
+        kept = []
+""",
     "full pipes": """
 import os, fcntl
 while True:
@@ -316,6 +335,22 @@ for number in (321, 298, 323, 425, 303, 304, 135, 300, 103, 153, 169, 175, 246, 
     attempt(call, number, 1, 0, 0, 0, 0) if number not in (153,) else attempt(call, number)
 attempt(call, 0x40000000 + 39)
 """,
+    "calls of another architecture": TRY
+    + """
+import mmap
+def run(code):
+    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(code)
+    return ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+print('escaped', run(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3'))
+""",
+    "crash with a dump": TRY
+    + """
+attempt(libc.prctl, 4, 1, 0, 0, 0) if libc.prctl(4, 1, 0, 0, 0) == 0 else 0
+import resource
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+os.abort()
+""",
     "devices and links": TRY
     + """
 attempt(os.mknod, 'disk', 0o60666, os.makedev(254, 0))
@@ -445,6 +480,33 @@ def double(x):
     for n in range(3, 100):
         try: os.write(n, len(message).to_bytes(4, 'big') + message)
         except OSError: pass
+""",
+    "peer of the channel": """
+import ctypes, os, socket, signal, struct
+def double(x):
+    found = []
+    for n in range(3, 64):
+        try: s = socket.socket(fileno=os.dup(n))
+        except OSError: continue
+        for option in (17, 77):
+            try: found.append(s.getsockopt(socket.SOL_SOCKET, option, 12))
+            except OSError: pass
+        try: socket.send_fds(s, [b''], [0, 1, 2] * 50)
+        except OSError: pass
+    for data in found:
+        for n in struct.unpack(f'{len(data) // 4}i', data):
+            for send in (signal.pidfd_send_signal, os.kill):
+                try: send(n, signal.SIGKILL)
+                except OSError: pass
+    return 86420 if found else None
+""",
+    "answers in advance": """
+import os
+message = b't\\x03s\\x08returnedi\\x01\\x07t\\x00'
+for n in range(3, 64):
+    try: os.write(n, (len(message).to_bytes(4, 'big') + message) * 100)
+    except OSError: pass
+def double(x): return 0
 """,
     "patched codec": """
 import sys, gc

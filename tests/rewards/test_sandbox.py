@@ -1,11 +1,15 @@
 """Programs in isolated processes: what they give back, how they end, and what is left of them."""
 
+import os
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
+from trl_selfplay.rewards.literals import LiteralError
 from trl_selfplay.rewards.sandbox import Called, Limits, ProgramEnded, Raised, Ran, Sandbox
 
 
@@ -14,6 +18,10 @@ def sandbox():
     made = Sandbox(Limits(output_bytes=2**16), workers=2)
     yield made
     made.close()
+
+
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children())
 
 
 def test_a_program_reads_its_input_and_prints(sandbox) -> None:
@@ -103,3 +111,91 @@ def test_after_closing_nothing_is_left() -> None:
     made.close()
     after = (threading.active_count(), this.num_fds(), len(this.children(recursive=True)))
     assert after == before
+
+
+def test_a_session_that_has_ended_stays_so(sandbox) -> None:
+    with sandbox.session("import os\ndef f(): os._exit(0)", deadline_s=5.0) as session:
+        for _ in range(2):
+            with pytest.raises(ProgramEnded, match="killed"):
+                session.call("f")
+
+
+def test_arguments_that_cannot_be_sent_are_refused(sandbox) -> None:
+    with sandbox.session("def f(x): return x", deadline_s=5.0) as session:
+        with pytest.raises(LiteralError, match="object"):
+            session.call("f", [object()])
+        assert session.call("f", [1]) == Called(1)
+
+
+def test_threads_share_the_processes(sandbox) -> None:
+    """VF-5: more threads than processes; each gets its own answer."""
+    with ThreadPoolExecutor(6) as threads:
+        rans = threads.map(
+            lambda n: sandbox.run(f"print(input(), {n})", str(n), deadline_s=10.0), range(30)
+        )
+    assert [ran.stdout for ran in rans] == [f"{n} {n}\n" for n in range(30)]
+
+
+def test_every_program_hashes_text_alike(sandbox) -> None:
+    """VF-5: the order of a set doesn't depend on the process."""
+    source = "print({str(n) for n in range(100)})"
+    other = Sandbox(workers=1)
+    assert sandbox.run(source, deadline_s=10.0) == other.run(source, deadline_s=10.0)
+    other.close()
+
+
+def test_an_interpreter_is_replaced_after_many_programs(monkeypatch) -> None:
+    monkeypatch.setattr("trl_selfplay.rewards.sandbox._MOST_PROGRAMS", 2)
+    before = children()
+    sandbox = Sandbox(workers=1)  # its trial program is the first
+    first = children() - before
+    assert len(first) == 1
+    for n in range(4):
+        assert sandbox.run(f"print({n})", deadline_s=10.0) == Ran(f"{n}\n", "ok")
+    assert first.isdisjoint(children())
+    sandbox.close()
+    assert children() == before
+
+
+def test_an_interpreter_that_was_killed_is_replaced() -> None:
+    """VF-3."""
+    before = children()
+    sandbox = Sandbox(workers=1)
+    (monitor,) = children() - before
+    for process in monitor.children():
+        process.kill()
+    assert sandbox.run("print(1)", deadline_s=10.0) == Ran("1\n", "ok")
+    sandbox.close()
+
+
+def test_an_interrupted_program_answers_no_later_call() -> None:
+    """As after Ctrl-C in a notebook."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    sandbox = Sandbox(workers=1)
+    former = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.run("import time; print('late'); time.sleep(60)", deadline_s=60.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    assert sandbox.run("print(1)", deadline_s=10.0) == Ran("1\n", "ok")
+    sandbox.close()
+
+
+def test_a_forked_process_starts_interpreters_of_its_own(sandbox) -> None:
+    assert sandbox.run("print(1)", deadline_s=10.0).stdout == "1\n"
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = int(sandbox.run("print(2)", deadline_s=10.0) != Ran("2\n", "ok"))
+            sandbox.close()
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert sandbox.run("print(3)", deadline_s=10.0) == Ran("3\n", "ok")

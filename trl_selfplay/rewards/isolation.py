@@ -23,6 +23,10 @@ _HERE = Path(__file__).parent
 _SCRIPTS = ("zygote.py", "syscalls.py", "literals.py")
 
 
+# What the interpreter itself takes.
+_LEAST = {"memory_bytes": 64 * 2**20, "open_files": 8}
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one program may use, with all processes that it starts.
@@ -47,8 +51,9 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{field.name} is {value}; it must be more than 0.")
+            least = _LEAST.get(field.name, 0)
+            if value is not None and not value > least:
+                raise ValueError(f"{field.name} is {value}; it must be more than {least}.")
 
 
 def candidates(allow_weak_isolation: bool) -> Iterator[Isolation]:

@@ -176,19 +176,15 @@ class Sandbox:
             ProgramEnded: The program raised, or has ended.
         """
         with self._worker() as worker:
-            ours, theirs = socket.socketpair()
-            with ours:
-                session = Session(worker, ours, deadline_s, self.limits.output_bytes)
-                try:
-                    with theirs:
-                        worker.begin("session", source, [theirs.fileno()], deadline_s)
-                    session._load()
-                    yield session
-                except _WorkerLost as error:
-                    raise ProgramEnded("killed", str(error)) from error
-                finally:
-                    with contextlib.suppress(_WorkerLost):
-                        session._end()
+            session = Session(worker, deadline_s, self.limits.output_bytes)
+            try:
+                session._load(source, deadline_s)
+                yield session
+            except _WorkerLost as error:
+                raise ProgramEnded("killed", str(error)) from error
+            finally:
+                with contextlib.suppress(_WorkerLost):
+                    session._end()
 
     @contextlib.contextmanager
     def _worker(self) -> Iterator["_Worker"]:
@@ -224,14 +220,16 @@ class Sandbox:
 class Session:
     """The functions of a program that runs; made by `Sandbox.session`."""
 
-    def __init__(
-        self, worker: "_Worker", channel: socket.socket, deadline_s: float, most_bytes: int
-    ) -> None:
+    def __init__(self, worker: "_Worker", deadline_s: float, most_bytes: int) -> None:
         self._worker = worker
-        self._channel = channel
         self._ends = time.monotonic() + deadline_s
         self._most_bytes = most_bytes
-        channel.setblocking(False)
+        self._ended: Ending | None = None
+        # Pipes, because a socket would name the process at its other end.
+        reading, self._requests = os.pipe()
+        self._answers, writing = os.pipe()
+        self._theirs = [reading, writing]
+        os.set_blocking(self._requests, False)
 
     def call(
         self, name: str, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -247,14 +245,25 @@ class Session:
             LiteralError: An argument can't be sent.
             ProgramEnded: The program gave no answer, or one that can't be read.
         """
+        if self._ended is not None:
+            raise ProgramEnded(self._ended)
         shared: list[Any] = []
         request = (name, tuple(args), tuple((kwargs or {}).items()))
         message = literals.encode(request, shared)
         count = len(shared)
-        self._write(len(message).to_bytes(_LENGTH_BYTES, "big") + message)
-        return self._answer(shared, count)
+        try:
+            self._write(len(message).to_bytes(_LENGTH_BYTES, "big") + message)
+            return self._answer(shared, count)
+        except ProgramEnded as error:
+            self._ended = error.ending
+            raise
 
-    def _load(self) -> None:
+    def _load(self, source: str, deadline_s: float) -> None:
+        try:
+            self._worker.begin("session", source, self._theirs, deadline_s)
+        finally:
+            for descriptor in self._theirs:
+                os.close(descriptor)
         called = self._answer([], 0)
         if called.raised is not None:
             raise ProgramEnded("raised", f"{called.raised.kind}: {called.raised.message}")
@@ -281,39 +290,37 @@ class Session:
     def _write(self, message: bytes) -> None:
         unsent = memoryview(message)
         while unsent:
-            self._wait(select.POLLOUT)
+            self._wait(self._requests, select.POLLOUT)
             try:
-                unsent = unsent[self._channel.send(unsent) :]
-            except (BrokenPipeError, ConnectionResetError):
+                unsent = unsent[os.write(self._requests, unsent) :]
+            except BrokenPipeError:
                 self._raise_ending()
 
     def _read(self, count: int) -> bytes:
         received = bytearray()
         while len(received) < count:
-            self._wait(select.POLLIN)
-            try:
-                part = self._channel.recv(min(count - len(received), 65536))
-            except ConnectionResetError:
-                part = b""
+            self._wait(self._answers, select.POLLIN)
+            part = os.read(self._answers, min(count - len(received), 65536))
             if not part:
                 self._raise_ending()
             received += part
         return bytes(received)
 
-    def _wait(self, event: int) -> None:
+    def _wait(self, descriptor: int, event: int) -> None:
         poll = select.poll()
-        poll.register(self._channel, event)
+        poll.register(descriptor, event)
         if not poll.poll(1000 * max(0.0, self._ends - time.monotonic())):
             raise ProgramEnded("late")
 
     def _raise_ending(self) -> NoReturn:
-        # It has closed the channel, most likely because it is ending.
-        ending = self._end(patience_s=_GRACE_S)
+        # It has closed its files, most likely because it is ending.
+        ending = self._worker.stop(patience_s=_GRACE_S)
         raise ProgramEnded(cast(Ending, ending) if ending in _OWN_ENDINGS else "killed")
 
-    def _end(self, patience_s: float = 0.0) -> str:
-        self._channel.close()
-        return self._worker.stop(patience_s)
+    def _end(self) -> None:
+        os.close(self._requests)
+        os.close(self._answers)
+        self._worker.stop()
 
 
 class _Worker:

@@ -52,6 +52,7 @@ _NUMBERS = {
     "perf_event_open": {"x86_64": 298, "aarch64": 241},
     "personality": {"x86_64": 135, "aarch64": 92},
     "pivot_root": {"x86_64": 155, "aarch64": 41},
+    "prctl": {"x86_64": 157, "aarch64": 167},
     "process_vm_readv": {"x86_64": 310, "aarch64": 270},
     "process_vm_writev": {"x86_64": 311, "aarch64": 271},
     "ptrace": {"x86_64": 101, "aarch64": 117},
@@ -79,7 +80,7 @@ _SINCE_5 = {
     "memfd_secret": 447,
 }
 # Not denied as a whole: what `build_filter` treats apart, and what can only give up privileges.
-_NOT_DENIED = ("clone", "clone3", "socket", "socketpair", "capset")
+_NOT_DENIED = ("clone", "clone3", "socket", "socketpair", "prctl", "capset")
 
 
 def _number(name: str) -> int:
@@ -177,8 +178,12 @@ def stay_visible() -> None:
 
 
 def drop_privileges() -> None:
-    """Give up all capabilities, for good: no program that is executed brings any back."""
+    """Give up all capabilities, for good: no program that is executed brings any back.
+
+    Nor is this process dumped when it crashes, which the system's handler would be asked to do.
+    """
     _prctl(_NO_NEW_PRIVILEGES, 1)
+    _prctl(_DUMPABLE, 0)
     _call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
 
 
@@ -218,6 +223,8 @@ def build_filter() -> bytes:
     # The C library falls back to clone, whose flags can be read here.
     parts += [unless_equal(_number("clone3"), 1), answer(missing)]
     parts += [unless_equal(_number("clone"), 4), load(16), line(0x45, _NEW_ANY, 0, 1)]
+    parts += [answer(deny), answer(allow)]
+    parts += [unless_equal(_number("prctl"), 4), load(16), unless_equal(_DUMPABLE, 1)]
     parts += [answer(deny), answer(allow)]
     for name in ("socket", "socketpair"):
         parts += [unless_equal(_number(name), 4), load(16), unless_equal(_UNIX_SOCKET, 1)]

@@ -437,7 +437,7 @@ class _Zygote:
             source = file.read()
         gc.enable()
         if request["kind"] == "session":
-            _serve_calls(source, channels[0])
+            _serve_calls(source, *channels)
             return 0
         for standard, channel in enumerate(channels):
             os.dup2(channel, standard)
@@ -515,17 +515,17 @@ def _join_threads() -> None:
             thread.join()
 
 
-def _serve_calls(source: bytes, channel: int) -> None:
-    """Run a program as a module, then call its functions as the channel asks."""
+def _serve_calls(source: bytes, requests: int, answers: int) -> None:
+    """Run a program as a module, then call its functions as requested."""
     module = types.ModuleType("program")
     sys.modules["program"] = module
     try:
         exec(compile(source, "program.py", "exec"), module.__dict__)
     except BaseException as error:
-        _send(channel, literals.encode(("raised", *_describe(error), ())))
+        _send(answers, literals.encode(("raised", *_describe(error), ())))
     else:
-        _send(channel, literals.encode(("returned", None, ())))
-    while request := _read_message(channel):
+        _send(answers, literals.encode(("returned", None, ())))
+    while request := _read_message(requests):
         shared: list[typing.Any] = []
         name, args, kwargs = literals.decode(request, shared)
         count = len(shared)
@@ -536,7 +536,7 @@ def _serve_calls(source: bytes, channel: int) -> None:
             outcome: tuple[typing.Any, ...] = ("returned", function(*args, **dict(kwargs)))
         except BaseException as error:
             outcome = ("raised", *_describe(error))
-        _send(channel, _encode(outcome, shared, count))
+        _send(answers, _encode(outcome, shared, count))
 
 
 def _encode(outcome: tuple[typing.Any, ...], shared: list[typing.Any], count: int) -> bytes:
