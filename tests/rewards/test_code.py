@@ -223,7 +223,7 @@ def test_what_is_wrong_with_the_tests_is_an_abstention_with_its_cause() -> None:
         7,
         [],
         "assert double(1).real_part() == 1",
-        "assert 1 + 1 == 2",
+        "for x in []:\n    assert double(x) == 2",
     ]
     scores = code_reward([RIGHT] * 6, tests=tests)
     assert scores == [None] * 6

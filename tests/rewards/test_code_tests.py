@@ -189,6 +189,8 @@ def test_ordinary_tests_have_no_obstacle(tests) -> None:
         ("x = f(1)", "no assert"),
         (["f(1) == 1"], "no assert"),
         ("assert True", "no assert"),
+        ("assert 1 + 1 == 2", "call no function of the program"),
+        ("def check(candidate):\n    assert 1 + 1 == 2", "call no function of the program"),
         ("def check(candidate):\n    candidate(1)", "no assert statement in `check`"),
         ("def check():\n    assert f(1)", "one argument"),
         ("import nowhere_to_be_found\nassert f(1)", "'nowhere_to_be_found', which isn't installed"),

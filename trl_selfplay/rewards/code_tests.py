@@ -214,6 +214,8 @@ def _read_tree(tree: ast.Module, entry_point: str | None, starter: str) -> CallT
         raise ValueError(
             "the tests have no assert statement" + (" in `check`" if check is not None else "")
         )
+    if not (names or candidate in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}):
+        raise ValueError("the tests call no function of the program")
     source = ast.unparse(ast.fix_missing_locations(tree))
     return CallTests(source, names, num_checks, entry_point, check is not None, obstacle)
 
