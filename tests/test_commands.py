@@ -187,7 +187,9 @@ def judge(tmp_path, word_tokenizer):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("command", [c for c in OF_RECIPES if not IS_DEMO[c]])
+@pytest.mark.parametrize(
+    "command", [c for c in OF_RECIPES if not IS_DEMO[c] and "recipes/v_star.py" not in c]
+)  # V-STaR's reads a finished run: tests/test_recipes.py
 def test_a_recipe_runs_on_a_model_and_dataset_as_shown(
     command, load_script, saved_chat_model, judge, tmp_path, monkeypatch
 ) -> None:

@@ -15,7 +15,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from trl_selfplay import QuietSTaRConfig, QuietSTaRModel, STaRConfig
 from trl_selfplay.demos.script_arguments import GradedScriptArguments, load_reward_func, prepare
-from trl_selfplay.rewards import exact_reward
+from trl_selfplay.rewards import VerifierReward, exact_reward
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -142,6 +142,29 @@ def test_the_demo_of_programs_runs_and_reads_other_columns(
         ["--dataset_name", "x", "--tests_column", "test_list", "--output_dir", str(tmp_path)]
     )
     assert parsed[0].tests_column == "test_list"
+
+
+@pytest.mark.slow
+def test_v_star_trains_a_verifier_of_a_finished_run(
+    star, load_script, sums_folder, saved_chat_model, reward_module, tmp_path
+) -> None:
+    data = ["--dataset_name", str(sums_folder), "--prompt_column", "question"]
+    data += ["--solution_column", "answer", "--use_cpu", "--report_to", "none"]
+    data += ["--disable_tqdm", "true", "--max_steps", "2", "--use_peft"]
+    flags = [
+        *("--model_name_or_path", str(saved_chat_model), "--reward_funcs", reward_module),
+        *("--num_rounds", "1", "--num_generations", "6", "--temperature", "1.0"),
+        *("--max_completion_length", "16", "--output_dir", str(tmp_path / "star"), *data),
+    ]
+    star.main(*star.parse_arguments(flags))
+    recipe = load_script(RECIPES / "v_star.py")
+    flags = ["--model_name_or_path", str(tmp_path / "star"), *data]
+    flags += ["--output_dir", str(tmp_path / "verifier")]
+    with pytest.raises(ValueError, match="give --samples"):
+        recipe.main(*recipe.parse_arguments(flags))
+    recipe.main(*recipe.parse_arguments([*flags, "--samples", str(tmp_path / "star")]))
+    scores = VerifierReward(str(tmp_path / "verifier"), score="ratio")(["Q 1 + 2 = ?"], ["so 3"])
+    assert scores[0] is not None
 
 
 @pytest.mark.slow
