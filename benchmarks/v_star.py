@@ -181,8 +181,8 @@ def adapter(task: dict[str, Any]) -> Any:
     return LoraConfig(**task["peft"]) if task["peft"] else None
 
 
-def train_generator(task: dict[str, Any], folder: Path, is_toy: bool) -> Any:
-    """Return the trainer of the generator, trained in this process or read back."""
+def build_generator(task: dict[str, Any], folder: Path, is_toy: bool) -> Any:
+    """Return the trainer of the generator."""
     from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
 
     settings = {
@@ -194,7 +194,7 @@ def train_generator(task: dict[str, Any], folder: Path, is_toy: bool) -> Any:
     }
     settings |= TOY | {"history_rounds": 0} if is_toy else {}
     settings["history_rounds"] = settings["num_rounds"] - 1
-    trainer = ReSTEMTrainer(
+    return ReSTEMTrainer(
         task["base"],
         ReSTEMConfig(str(folder / "generator"), **settings),
         train_dataset=task["train"],
@@ -202,8 +202,6 @@ def train_generator(task: dict[str, Any], folder: Path, is_toy: bool) -> Any:
         few_shot_examples=task["few_shot"],
         peft_config=adapter(task),
     )
-    trainer.train(resume_from_checkpoint=True)
-    return trainer
 
 
 def shuffle_verdicts(rollouts: Sequence[Any], seed: int) -> list[Any]:
@@ -367,8 +365,13 @@ def prepare(
 
     task = TASKS[name](seed, is_toy)
     folder = work_folder(name, task, seed, is_toy)
-    generator = train_generator(task, folder, is_toy)
-    return task, generator, sample_heldout(generator, task["held_out"], folder / "held-out")
+    generator = build_generator(task, folder, is_toy)
+    done = folder / "done"  # then several processes may read it at a time
+    if not done.exists():
+        generator.train(resume_from_checkpoint=True)
+    samples = sample_heldout(generator, task["held_out"], folder / "held-out")
+    done.touch()
+    return task, generator, samples
 
 
 def run(name: str, setting: tuple[float, float, int], seed: int, is_toy: bool) -> dict[str, Any]:
