@@ -35,6 +35,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import os
 import platform
 import random
 import subprocess
@@ -295,6 +296,11 @@ def vote_accuracy(answers: Sequence[str | None], right: Sequence[bool], k: int, 
     return fmean(shares)
 
 
+def uses_gpu(task: dict[str, Any]) -> bool:
+    """Return whether a task's models are on a GPU."""
+    return torch.cuda.is_available() and not task["verifier"].get("use_cpu")
+
+
 def evaluate(
     task: dict[str, Any], samples: list[tuple[str, Any]], verifiers: dict[str, str], generator: str
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
@@ -306,7 +312,7 @@ def evaluate(
     rollouts = [rollout for _, rollout in samples]
     count = max(Counter(r.prompt_id for r in rollouts).values())
     ks = [k for k in KS if k <= count]
-    device = "cuda" if torch.cuda.is_available() else None
+    device = "cuda" if uses_gpu(task) else None
     rng = random.Random(0)
     scores: dict[str, list[float | None]] = {
         "shortest": [-float(len(r.completion_ids)) for r in rollouts],
@@ -396,7 +402,7 @@ def run(name: str, setting: tuple[float, float, int], seed: int, is_toy: bool) -
             )
         verified = time.monotonic()
         shares, seconds = evaluate(task, held_out, verifiers, source)
-    is_gpu = torch.cuda.is_available()
+    is_gpu = uses_gpu(task)
     return {
         "task": name,
         "setting": list(setting),
@@ -413,7 +419,7 @@ def run(name: str, setting: tuple[float, float, int], seed: int, is_toy: bool) -
             **{f"scoring_by_{kind}": value for kind, value in seconds.items()},
         },
         "machine": f"one {torch.cuda.get_device_name(0)} GPU" if is_gpu
-        else f"two shared {platform.machine().replace('_', '-')} cores, {torch.get_num_threads()} thread(s)",
+        else f"{os.cpu_count()} shared {platform.machine().replace('_', '-')} cores, {torch.get_num_threads()} in use",
         "versions": {n: version(n) for n in ("trl", "transformers", "peft", "torch")},
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
