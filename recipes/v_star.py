@@ -111,7 +111,9 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         generator.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         script_args.samples = model_args.model_name_or_path = folder
     elif script_args.samples is None:
-        raise ValueError("give --samples, the output_dir of the run whose samples are learned from.")
+        raise ValueError(
+            "give --samples, the output_dir of the run whose samples are learned from."
+        )
     trainer = VSTaRTrainer(
         model_args.model_name_or_path,
         args=training_args,

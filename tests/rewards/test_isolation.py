@@ -117,7 +117,14 @@ def test_without_isolation_it_refuses_and_says_what_to_do(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [{"memory_bytes": 0}, {"cpu_s": -1.0}, {"processes": -3}, {"output_bytes": 0}]
+    "fault",
+    [
+        {"memory_bytes": 2**20},
+        {"memory_bytes": 1e9},
+        {"cpu_s": -1.0},
+        {"processes": -3},
+        {"output_bytes": None},
+    ],
 )
 def test_limits_that_make_no_sense_are_refused(fault) -> None:
     with pytest.raises(ValueError, match=next(iter(fault))):

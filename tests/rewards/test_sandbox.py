@@ -199,3 +199,18 @@ def test_a_forked_process_starts_interpreters_of_its_own(sandbox) -> None:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     assert sandbox.run("print(3)", deadline_s=10.0) == Ran("3\n", "ok")
+
+
+@pytest.mark.parametrize("deadline_s", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_deadline_that_is_none_is_refused(sandbox, deadline_s) -> None:
+    with pytest.raises(ValueError, match="deadline_s"):
+        sandbox.run("", deadline_s=deadline_s)
+
+
+def test_the_smallest_limits_are_enough_for_the_interpreter() -> None:
+    limits = Limits(
+        memory_bytes=64 * 2**20 + 1, open_files=9, processes=1, file_bytes=1, output_bytes=2
+    )
+    sandbox = Sandbox(limits, workers=1)
+    assert sandbox.run("print(1)", deadline_s=10.0) == Ran("1\n", "ok")
+    sandbox.close()

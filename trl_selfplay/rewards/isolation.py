@@ -4,6 +4,7 @@ In: limits, and an isolation by name. Out: the command and the settings that sta
 interpreter (`zygote.py`), or the reason why this machine can't.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -17,11 +18,11 @@ from typing import Any, Literal
 Isolation = Literal["bubblewrap", "namespaces", "bubblewrap per program", "weak"]
 # Shared libraries and time zones, where they exist.
 _SYSTEM_FOLDERS = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", "/usr/share/zoneinfo")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+_BUBBLEWRAP = "bwrap"
 _INSIDE = "/zygote"
 _HERE = Path(__file__).parent
 _SCRIPTS = ("zygote.py", "syscalls.py", "literals.py")
-
 
 # What the interpreter itself takes.
 _LEAST = {"memory_bytes": 64 * 2**20, "open_files": 8}
@@ -50,19 +51,23 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            least = _LEAST.get(field.name, 0)
-            if value is not None and not value > least:
-                raise ValueError(f"{field.name} is {value}; it must be more than {least}.")
+            value, least = getattr(self, field.name), _LEAST.get(field.name, 0)
+            if value is None and field.default is None:
+                continue
+            is_number = isinstance(value, (int, float) if field.default is None else int)
+            if not is_number or not least < value < math.inf:
+                raise ValueError(
+                    f"{field.name} is {value!r}; it must be a "
+                    f"{'' if field.default is None else 'whole '}number of more than {least}."
+                )
 
 
 def candidates(allow_weak_isolation: bool) -> Iterator[Isolation]:
     """Return the isolations to try, best first."""
-    has_bubblewrap = shutil.which("bwrap") is not None
-    if has_bubblewrap:
+    if shutil.which(_BUBBLEWRAP):
         yield "bubblewrap"
     yield "namespaces"
-    if has_bubblewrap:
+    if shutil.which(_BUBBLEWRAP):
         yield "bubblewrap per program"
     if allow_weak_isolation:
         yield "weak"
@@ -85,7 +90,7 @@ def describe(isolation: Isolation, limits: Limits, folder: str) -> dict[str, Any
         "folders": folders,
         "links": links,
         "hidden": [str(path) for folder in folders for path in _packages_in(folder)],
-        "devices": [device for device in DEVICES if Path(device).exists()],
+        "devices": [device for device in _DEVICES if Path(device).exists()],
         "command": _bubblewrap(isolation, limits, folders, links),
     }
 
@@ -126,7 +131,13 @@ def _bubblewrap(
     """Return the command that starts the interpreter in bubblewrap, without its last argument."""
     if isolation not in ("bubblewrap", "bubblewrap per program"):
         return []
-    words = ["bwrap", "--die-with-parent", "--as-pid-1", "--unshare-pid", "--unshare-net"]
+    words = [
+        shutil.which(_BUBBLEWRAP) or _BUBBLEWRAP,
+        "--die-with-parent",
+        "--as-pid-1",
+        "--unshare-pid",
+        "--unshare-net",
+    ]
     words += ["--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     if os.geteuid() == 0:  # it changes to another user itself
         words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
@@ -134,7 +145,7 @@ def _bubblewrap(
         words += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
     # Folders that it makes on the way to the others can be entered by nobody but root.
     interpreter = os.path.realpath(sys.executable)
-    for path in _parents([*folders, *links, *DEVICES, f"{_INSIDE}/x", interpreter, "/tmp/x"]):
+    for path in _parents([*folders, *links, *_DEVICES, f"{_INSIDE}/x", interpreter, "/tmp/x"]):
         words += ["--perms", "0755", "--dir", path]
     for folder, source in folders.items():
         words += ["--ro-bind", source, folder]
@@ -142,7 +153,7 @@ def _bubblewrap(
             words += ["--tmpfs", packages, "--remount-ro", packages]
     for link, target in links.items():
         words += ["--symlink", target, link]
-    for device in DEVICES:
+    for device in _DEVICES:
         words += ["--dev-bind-try", device, device]
     for script in _SCRIPTS:
         words += ["--ro-bind", str(_HERE / script), f"{_INSIDE}/{script}"]

@@ -41,6 +41,7 @@ _START_DEADLINE_S = 60.0
 # A zygote ends a program itself at its deadline. After this long it is ended with it.
 _GRACE_S = 0.5
 _STOP_DEADLINE_S = 3.0
+_LONGEST_S = 86_400.0
 # Of one zygote. After that many it is replaced, in case something has piled up in it.
 _MOST_PROGRAMS = 1000
 # A zygote may have been ended from outside, as where a machine is out of memory.
@@ -153,6 +154,7 @@ class Sandbox:
         Raises:
             RuntimeError: The machine can't start another process.
         """
+        _check_deadline(deadline_s)
         for _ in range(_MOST_ATTEMPTS):
             with self._worker() as worker:
                 started = time.monotonic()
@@ -175,6 +177,7 @@ class Sandbox:
         Raises:
             ProgramEnded: The program raised, or has ended.
         """
+        _check_deadline(deadline_s)
         with self._worker() as worker:
             session = Session(worker, deadline_s, self.limits.output_bytes)
             try:
@@ -476,10 +479,15 @@ def _choose(limits: Limits, allow_weak_isolation: bool) -> tuple[Isolation, _Wor
     raise RuntimeError(
         "programs that a model wrote can't be isolated here: "
         + "; ".join(reasons)
-        + ". Install bubblewrap, allow unprivileged user namespaces (in Docker with "
-        "`--security-opt seccomp=unconfined --security-opt apparmor=unconfined`), or pass allow_weak_isolation=True inside a container "
-        "or virtual machine that may be damaged."
+        + ". Install bubblewrap, allow unprivileged user namespaces (in Docker with `--security-opt "
+        "seccomp=unconfined --security-opt apparmor=unconfined`), or pass allow_weak_isolation=True "
+        "inside a container or virtual machine that may be damaged."
     )
+
+
+def _check_deadline(deadline_s: float) -> None:
+    if not 0 < deadline_s <= _LONGEST_S:
+        raise ValueError(f"deadline_s is {deadline_s}; it must be between 0 and {_LONGEST_S:.0f}.")
 
 
 def _open_folder() -> str:

@@ -16,7 +16,7 @@ NEW_USER, NEW_PIDS, NEW_NET = 0x10000000, 0x20000000, 0x40000000
 _NEW_ANY = 0x7E020000
 # Flags of mount and umount2.
 NO_SUID, NO_DEVICES, NO_EXEC, BIND, RECURSIVE, PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
-DETACH = 2
+_DETACH = 2
 # Attributes of mount_setattr.
 READ_ONLY_ATTRIBUTE, NO_SUID_ATTRIBUTE, NO_DEVICES_ATTRIBUTE = 1, 2, 4
 # Options of prctl.
@@ -153,7 +153,7 @@ def enter_root(path: str) -> None:
     """Make a mount the root folder, and let go of the former one."""
     os.chdir(path)
     _call("pivot_root", b".", b".")
-    _check(_libc.umount2(b".", DETACH), "leaving the root folder")
+    _check(_libc.umount2(b".", _DETACH), "leaving the root folder")
     os.chdir("/")
 
 
@@ -218,7 +218,7 @@ def build_filter() -> bytes:
     parts = [load(4), line(0x15, _AUDIT[platform.machine()], 1, 0), answer(kill), load(0)]
     if platform.machine() == "x86_64":  # the same calls by other numbers
         parts += [line(0x35, 0x40000000, 0, 1), answer(deny)]
-    for name in {*_NUMBERS, *_SINCE_5} - {*_NOT_DENIED}:
+    for name in sorted({*_NUMBERS, *_SINCE_5} - {*_NOT_DENIED}):
         parts += [unless_equal(_number(name), 1), answer(deny)]
     # The C library falls back to clone, whose flags can be read here.
     parts += [unless_equal(_number("clone3"), 1), answer(missing)]

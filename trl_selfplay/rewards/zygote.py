@@ -277,9 +277,12 @@ class _Processes:
         while (children := self.children()) and time.monotonic() < ends:
             # As the first process of a namespace, whose numbers aren't the host's: all others.
             for pid in [-1] if os.getpid() == 1 else map(int, children):
-                with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            time.sleep(0.001)
 
     def _read(self, name: str) -> str:
         with open(os.open(name, os.O_RDONLY, dir_fd=self._proc)) as file:
@@ -420,7 +423,10 @@ class _Zygote:
             options = f"size={self._limits['file_bytes']},nr_inodes=1024,mode=700"
             flags = syscalls.NO_SUID | syscalls.NO_DEVICES | syscalls.NO_EXEC
             syscalls.mount("tmpfs", _TEMPORARY, "tmpfs", flags, options)
-        os.chdir(self._folder or _TEMPORARY)
+        else:
+            assert self._folder is not None
+            os.environ.update(HOME=self._folder, TMPDIR=self._folder)
+        os.chdir(os.environ["TMPDIR"])
         with contextlib.suppress(OSError):
             _write(self._proc, "self/oom_score_adj", "1000")
         # Its own group, or kill(0) would reach the zygote; a session costs a millisecond more.
@@ -492,7 +498,7 @@ def _run_program(source: bytes) -> int:
     sys.argv = ["program.py"]
     status = 0
     try:
-        exec(compile(source, "program.py", "exec"), module.__dict__)
+        exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
@@ -520,7 +526,7 @@ def _serve_calls(source: bytes, requests: int, answers: int) -> None:
     module = types.ModuleType("program")
     sys.modules["program"] = module
     try:
-        exec(compile(source, "program.py", "exec"), module.__dict__)
+        exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
         _send(answers, literals.encode(("raised", *_describe(error), ())))
     else:
