@@ -4,8 +4,9 @@ Arms, each on the demo of recipes/star_code.py, functions of one line over a lis
 
 - star: the demo as it is. Its record also holds the untrained model's scores, with the few-shot
   examples of round 0 and without, and the share of what it kept that passes the hidden tests.
-- unfiltered: each round trained on as many of star's own samples of that round as star kept, drawn
-  from all that are finished, right or wrong, for as many steps.
+- unfiltered: as many of star's own samples of the last round as star kept there, drawn from all that
+  are finished, right or wrong, for as many steps. Each round trains from the base model, so earlier
+  rounds matter through these samples alone.
 - round0_data: what star's first round kept, as many steps as all rounds together.
 
 Grading sees three tests of a training prompt. 64 held-out prompts select the best round; the scores
@@ -66,7 +67,7 @@ def build_trainer(cls: type, seed: int, size: str, reward: Any, **changes: Any) 
         load_demo_model_path(),
         STaRConfig(tempfile.mkdtemp(), **{**settings, "seed": seed, **changes}),
         train_dataset=split.train,
-        eval_dataset=split.select,
+        eval_dataset=split.select if cls is STaRTrainer else None,  # to choose among rounds
         few_shot_examples=split.few_shot,
         peft_config=demo_lora("star_code"),
         reward_funcs=reward,
@@ -82,13 +83,13 @@ def run_arm(arm: str, seed: int, size: str, reward: Any, star: dict[str, Any]) -
         trainer = build_trainer(STaRTrainer, seed, size, reward)
     else:
         steps = [line["steps"] for line in star["lines"]]
-        settings = (
-            {"num_rounds": len(steps), "round_max_steps": steps}
+        rows, count = (
+            (star["rows"]["unfiltered"][-1], steps[-1])
             if arm == "unfiltered"
-            else {"num_rounds": 1, "max_steps": sum(steps)}
+            else (star["rows"]["round0_data"][0], sum(steps))
         )
-        rows = star["rows"][arm]
-        choose = fixed_rows_class(lambda t, i: played(rows[i], seed=t.args.seed + i))
+        choose = fixed_rows_class(lambda trainer, _: played(rows, seed=trainer.args.seed))
+        settings = {"num_rounds": 1, "max_steps": count}
         trainer = build_trainer(choose, seed, size, reward, **settings)
     record: dict[str, Any] = {"machine": machine(trainer), "seed": seed, "size": size}
     if arm == "star":
@@ -101,10 +102,10 @@ def run_arm(arm: str, seed: int, size: str, reward: Any, star: dict[str, Any]) -
     record["report"] = report_scores(trainer)
     if arm == "star":
         record |= look_at_samples(trainer, reward)
-    record["report_by_round"] = []
-    for line in trainer.run.lines:
-        load_saved_model(trainer.model, trainer.run.folder(line["round"]) / "model")
-        record["report_by_round"].append(report_scores(trainer, num_samples=0)["eval_accuracy"])
+        by_round = record["report_by_round"] = []
+        for line in trainer.run.lines:
+            load_saved_model(trainer.model, trainer.run.folder(line["round"]) / "model")
+            by_round.append(report_scores(trainer, num_samples=0)["eval_accuracy"])
     trainer.end()
     return record
 
@@ -205,11 +206,14 @@ def write_summary() -> None:
         cells = [spread_of([r["report"] for r in records], f"eval_{metric}") for metric in names]
         minutes = f"{fmean(r['minutes'] for r in records):.1f}" if records else ""
         lines.append(f"| {arm} | {len(records)} | {' | '.join(cells)} | {minutes} |")
-    lines += ["", "Greedy accuracy on these prompts after each round; the chosen round:", ""]
-    for arm, records in found.items():
-        for record in records:
-            scores = ", ".join(f"{value:.3f}" for value in record["report_by_round"])
-            lines.append(f"- {arm}, seed {record['seed']}: {scores}; {record['chosen_round']}")
+    lines += [
+        "",
+        "Greedy accuracy of star on these prompts after each round; the chosen round:",
+        "",
+    ]
+    for record in star:
+        scores = ", ".join(f"{value:.3f}" for value in record["report_by_round"])
+        lines.append(f"- seed {record['seed']}: {scores}; {record['chosen_round']}")
     lines += ["", "What star sampled and kept, by round:", ""]
     for record in star:
         kept = [line["examples"] for line in record["lines"]]
