@@ -12,6 +12,7 @@ speed varies.
 import argparse
 import logging
 import multiprocessing
+import operator
 import os
 import platform
 import random
@@ -23,7 +24,7 @@ from importlib.metadata import version
 from trl_selfplay.rewards import maths
 from trl_selfplay.rewards.worker import WorkerPool
 
-Pair = tuple[str, str]  # gold answer, completion
+Pair = tuple[str, str, bool]  # gold answer, completion, whether it is right
 # Shares of the kinds of answers, roughly those of sets from school word problems to competitions.
 _SHARES = {
     "whole number": 45,
@@ -87,32 +88,34 @@ def make_pairs(mix: str, prompts: int, samples: int, draw: random.Random) -> lis
     for kind in kinds:
         gold, other, wrong = make_answer(kind, draw)
         for _ in range(samples):
-            answer = draw.choice([gold, other, wrong, wrong])
-            pairs.append(
-                (gold, f"Adding these up gives the result. Therefore, \\boxed{{{answer}}}.")
+            answer, is_right = draw.choice(
+                [(gold, True), (other, True), (wrong, False), (wrong, False)]
             )
+            completion = f"Adding these up gives the result. Therefore, \\boxed{{{answer}}}."
+            pairs.append((gold, completion, is_right))
     return pairs
 
 
 def verify_bare(pairs: list[Pair]) -> int:
-    """Return how many of the pairs math-verify calls equal."""
+    """Return how many verdicts of math-verify's are wrong."""
     from math_verify import parse, verify
 
     logging.disable(logging.WARNING)  # each call says that the timeouts are off
     return sum(
-        verify(
+        is_right
+        != verify(
             parse(f"${gold}$", parsing_timeout=None),
             parse(completion, parsing_timeout=None),
             timeout_seconds=None,
         )
-        for gold, completion in pairs
+        for gold, completion, is_right in pairs
     )
 
 
-def grade_ours(pairs: list[Pair]) -> float:
-    """Return how many of the pairs math_reward calls right."""
-    golds, completions = zip(*pairs, strict=True)
-    return sum(score or 0.0 for score in maths.math_reward(completions, golds))
+def grade_ours(pairs: list[Pair]) -> int:
+    """Return how many verdicts of math_reward's are wrong; an abstention is wrong, too."""
+    golds, completions, are_right = zip(*pairs, strict=True)
+    return sum(map(operator.ne, maths.math_reward(completions, golds), are_right))
 
 
 def compare(processes: int, args: argparse.Namespace, draw: random.Random) -> list[str]:
@@ -121,13 +124,13 @@ def compare(processes: int, args: argparse.Namespace, draw: random.Random) -> li
     rows = []
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
 
-        def grade_bare(pairs: list[Pair]) -> float:
+        def grade_bare(pairs: list[Pair]) -> int:
             return sum(pool.map(verify_bare, [pairs[n::processes] for n in range(processes)], 1))
 
-        arms: dict[str, Callable[[list[Pair]], float]] = {"bare": grade_bare, "ours": grade_ours}
+        arms: dict[str, Callable[[list[Pair]], int]] = {"bare": grade_bare, "ours": grade_ours}
         for mix, samples in (("all", 1), ("no plain numbers", 1), ("all", args.samples)):
             speeds: dict[str, list[float]] = {name: [] for name in arms}
-            right = dict.fromkeys(arms, 0.0)
+            wrong = dict.fromkeys(arms, 0)
             for repeat in range(args.repeats + 1):
                 pairs = make_pairs(mix, args.pairs // samples, samples, draw)
                 for name in sorted(arms, reverse=bool(repeat % 2)):
@@ -135,13 +138,13 @@ def compare(processes: int, args: argparse.Namespace, draw: random.Random) -> li
                     count = arms[name](pairs)
                     if repeat:  # the first fills caches
                         speeds[name].append(len(pairs) / (time.perf_counter() - started))
-                        right[name] += count
+                        wrong[name] += count
             ratios = [o / b for o, b in zip(speeds["ours"], speeds["bare"], strict=True)]
             bare, ours = (statistics.median(speeds[name]) for name in arms)
             rows.append(
                 f"| {processes} | {mix} | {samples} | {bare:.0f} | {ours:.0f} "
                 f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-                f"| {right['bare']:.0f} | {right['ours']:.0f} |"
+                f"| {wrong['bare']} | {wrong['ours']} |"
             )
     maths._pool.close()
     return rows
@@ -166,10 +169,10 @@ def main() -> None:
         f"{args.pairs} pairs each. Bare: math-verify's `parse` and `verify` without a deadline. math_reward "
         f"has its deadline of {maths.DEADLINE_S:.0f} s per pair, and reads a prompt's solution once per process.\n\n"
         "| Processes | Mix | Completions per prompt | Bare, pairs/s | math_reward, pairs/s | Ratio (range) "
-        "| Right: bare | Right: math_reward |\n|---|---|---|---|---|---|---|---|\n"
+        "| Wrong verdicts: bare | math_reward |\n|---|---|---|---|---|---|---|---|\n"
         + "\n".join(rows)
         + "\n\n"
-        "With one completion per prompt, nearly all pairs are distinct. Equal completions of a prompt are "
+        "Wrong verdicts are counted over all repeats. With one completion per prompt, nearly all pairs are distinct. Equal completions of a prompt are "
         'compared once, and bare has no such cache. The mix "all" is that of `_SHARES` in `benchmarks/maths_speed.py`.\n\n'
         f"Machine: {cpus} shared {platform.machine().replace('_', '-')} cores; Python {platform.python_version()}, "
         f"math-verify {version('math-verify')}, sympy {version('sympy')}; seed {args.seed}; 2026-11-26. "

@@ -10,6 +10,7 @@ import pytest
 from maths_cases import CASES, UNREADABLE
 
 from trl_selfplay.rewards import math_reward, maths
+from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rewards.worker import WorkerFailure, close_workers
 
 pytest.importorskip("math_verify")
@@ -147,3 +148,19 @@ def test_the_deadline_holds_for_every_call() -> None:
     with pytest.raises(WorkerFailure, match="deadline"):
         maths._pool.call("3", "9^{9^{9^{9}}}", deadline_s=1.0)
     assert time.monotonic() - started < 2.0
+
+
+def test_solutions_that_are_not_mathematics_are_found_before_sampling(monkeypatch) -> None:
+    """VF-11: unreadable, unequal to itself, or never done."""
+    monkeypatch.setattr(maths, "DEADLINE_S", 1.0)
+    solutions = [
+        "72",
+        "%%%",
+        "\\frac{1}{0}",
+        "#### 7",
+        "\\boxed{x+1}",
+        "9^{9^{9^{9^{9}}}}!",
+        "3 = 4",
+    ]
+    found = Scorer([math_reward]).find_data_errors(["p"] * 7, {"solution": solutions})
+    assert found["math_reward"].keys() == {1, 2, 5, 6}

@@ -68,6 +68,20 @@ def same(gold: Any, answer: Any) -> bool:
     return bool(gold == answer)
 
 
+def has_value(gold: Any) -> bool:
+    """Return whether an answer is equal to itself, and can be computed if it is a number."""
+    import sympy
+
+    value = gold.value if isinstance(gold, Named) else gold
+    if (
+        isinstance(value, Formula)
+        and not symbols_of(value.value)
+        and not value.value.has(sympy.oo, -sympy.oo)
+    ):
+        return _value_at(value.value, {}) is not None
+    return same(gold, gold)
+
+
 def _same_named(gold: Any, answer: Any) -> bool:
     """Compare where at least one side says of which variable it is the value."""
     if isinstance(gold, Relation):
@@ -145,7 +159,9 @@ def _same_value(gold: Number | Formula, answer: Number | Formula) -> bool:
     first, second = as_sympy(gold), as_sympy(answer)
     if first == second:
         return True
-    if first.has(sympy.oo, sympy.zoo, sympy.nan) or second.has(sympy.oo, sympy.zoo, sympy.nan):
+    if first.has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan) or second.has(
+        sympy.oo, -sympy.oo, sympy.zoo, sympy.nan
+    ):
         return False
     is_rounded = first.has(sympy.Float) or second.has(sympy.Float)
     symbols = symbols_of(first) | symbols_of(second)

@@ -50,6 +50,8 @@ _SHORT_NAME = re.compile(r"[A-Za-z]{2,3}")
 _CONSTANTS = {"e", "i", "\\pi"}
 _WORDS = re.compile(r"(?:[A-Za-z]?[a-z'-]+|[A-Z]+)(?: (?:[A-Za-z]?[a-z'-]+|[A-Z]+)){0,4}")
 _SHORT_WORDS = {"no", "on", "up", "am", "pm"}  # which are no products
+# The parser takes several times as long if there are braces.
+_SHORT_SCRIPT = re.compile(r"([\^_])\{([A-Za-z]|\d+)\}")
 _NUMBER = re.compile(
     r"([-+]?)\s*(\d+(?:\.(\d*))?|\.(\d+))(?:\s*\\(?:times|cdot)\s*10\^\{([-+]?\d{1,3})\})?",
     re.ASCII,
@@ -314,7 +316,7 @@ def _formula(text: str) -> Any:
 
     try:
         value = latex2sympy(
-            text,
+            _SHORT_SCRIPT.sub(r"\1\2 ", text),
             is_real=True,
             convert_degrees=False,
             normalization_config=None,

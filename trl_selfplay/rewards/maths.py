@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trl_selfplay.rewards.answer import extract_answer, final_answer, text_of, without_thoughts
-from trl_selfplay.rewards.equality import same
+from trl_selfplay.rewards.equality import has_value, same
 from trl_selfplay.rewards.expressions import read
 from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.values import UnreadableError, unit_of
@@ -116,10 +116,10 @@ def verdict(gold: str | None, answer: str) -> bool | None:
 
 @functools.lru_cache(maxsize=256)
 def _read_gold(gold: str) -> Any:
-    """Return what a solution describes; None if it can't be read or isn't equal to itself."""
+    """Return what a solution describes; None if it can't be read or has no value."""
     try:
         expected = read(gold)
-        return expected if same(expected, read(gold, unit_of(expected))) else None
+        return expected if has_value(expected) else None
     except UnreadableError:
         return None
 
