@@ -207,6 +207,10 @@ Since 3 + 4 = 7, we go on.
 共3 + 4 = 7个
 3 + 4 = 7 🎉
 3 + 4 = 7 ✓
+She has a total of 28 x 4 = 112 bananas.
+Together, they have $14 + 6 = 20$ books.
+They pay $5 each: 3 × $5 = $15.
+$5+$3=$8
 b² - 4ac = 5² - 4(1)(6) = 25 - 24 = 1
 \frac{-b \pm 1}{2} = \frac{5+1}{2} = 3
 P = 2(l + w) = 2(5 + 3) = 2(8) = 16
@@ -363,6 +367,13 @@ f(2) = 2 + 2 = 5
 ２ + ２ = ５
 3 + 4 = 8 🎉
 3 + 4 = 8 ✓
+10 - 4 = 7 apples left
+She has a total of 28 x 4 = 114 bananas.
+so that's 0.8*100 = 83 students
+Together, they have $14 + 6 = 27$ books.
+This gets him back to 18+11=26 marbles.
+314 + 170 = 485 points
+James needs 360 - 190 = £470 more.
 b² - 4ac = (-5)^2 - 4(1)(6) = 25 - 24 = 2
 So $x = \frac{5+1}{2} = 4$ or $x = 2$.
 P = 2(l + w) = 2(5 + 3) = 2(8) = 18
@@ -534,7 +545,6 @@ A common mistake is 3 + 4 = 8.
 2 hours 30 minutes = 2 × 60 + 40
 90 + 60 = 2 hours 30 minutes
 1 000 + 1 = 1 002
-10 - 4 = 7 apples left
 \textbf{3 + 4 = 8}
 5 m x 3 m = 16 square meters
 [2, 3] + [1] = [2, 3, 1]
@@ -555,6 +565,11 @@ pages 5-10 = 6 pages
 from 10 - 3 + 1 = 9
 Divide 20 by 2 + 3 = 4
 20% of the remaining 30 + 5 = 11
+one third of 9 + 3 = 6
+two of 3 + 4 = 8
+add 5 to 3 + 4 = 12
+"<<=", ">>="
+<<=3>>
 2 apples + 3 bananas = 12
 2 apples + 3 apples = $10
 2 m + 3 = 8

@@ -39,6 +39,10 @@ _SPELLINGS = (
     (re.compile(r"\\[dtc]?frac ?(\d) ?(\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"(?<=[\d)])( ?)\*\*\1(?=[\d(])"), "^"),
     (re.compile(r"(?<=[A-Za-z])['’′]{1,3}(?=\()"), ""),  # a derivative
+    (re.compile(r"(?<=[A-Za-z])['’](?=[a-z]{1,2}\b)"), ""),  # that's
+    # Dollar signs around LaTeX, by the rule of pandoc; others are money.
+    (re.compile(r"\$\$"), " "),
+    (re.compile(r"(?<!\\)\$(?=\S)([^$\n]{1,400})(?<=\S)\$(?!\d)"), r"\\(\1\\)"),
     # Emphasis in Markdown.
     (re.compile(r"\*\*|__"), ""),
     (re.compile(r"(?:^|(?<=[=(,;:>|]))( ?)\*(?=[\d($\\])"), r"\1"),

@@ -4,12 +4,16 @@ In: the tokens between two equals signs of a phrase. Out: the expression at thei
 start, unless it would be cut out of a longer one; and whether the words around it leave a doubt.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trl_selfplay.rewards.arithmetic import Token
 
 _MOST_UNIT_WORDS = 3
+_NUMERIC = ("number", "percent", "close")
+# Words between two numbers that combine them.
+_JOINING = frozenset(("and", "or", "to", "of"))
 
 
 def _words(text: str) -> frozenset[str]:
@@ -18,10 +22,15 @@ def _words(text: str) -> frozenset[str]:
 
 # Words before an expression that make its first number, or all of it, part of something else.
 _BEFORE = _words(
-    "of by to from than times plus minus over into twice double doubled triple half halves thrice "
-    "quarter third quadruple squared cubed negative root square cube log ln sin cos tan sqrt max min "
-    "gcd lcm exp abs average mean difference product power not isn't isn if suppose assume whether "
-    "unless say wrong incorrect false mistake ratio percent divide divided multiply multiplied subtract"
+    "by from than times plus minus over into twice double doubled triple half halves thrice quarter "
+    "third quadruple squared cubed negative root square cube log ln sin cos tan sqrt max min gcd lcm exp "
+    "abs average mean difference product power not isnt isn if suppose assume whether unless say wrong "
+    "incorrect false mistake ratio percent divide divided multiply multiplied subtract"
+)
+# Words before "of" that say of what share or function the rest is: not "a total of 3 + 4 = 7".
+_BEFORE_OF = _words(
+    "half third thirds quarter quarters fourth fourths fifth fifths sixth eighth tenth percent root "
+    "multiple power logarithm log average mean out one two three four five six seven eight nine ten"
 )
 # Words before a number that it belongs to: in "Step 1 - 3 + 4 = 7" nothing is subtracted.
 _LABELS = _words(
@@ -30,8 +39,8 @@ _LABELS = _words(
 )
 # Words behind a number that change it.
 _BEHIND = _words(
-    "times plus minus over dozen hundred thousand million billion trillion squared cubed more less "
-    "fewer r rem remainder left mod modulo percent divided multiplied half tens ones hundreds k"
+    "times plus minus over dozen hundred thousand million billion trillion squared cubed "
+    "r rem remainder mod modulo percent divided multiplied half tens ones hundreds k"
 )
 # Words that are no units.
 _FUNCTION_WORDS = _words(
@@ -85,7 +94,7 @@ def suffix(piece: list[Token], *, starts_line: bool) -> Side | None:
         if token.kind == "word":
             words = _words_before(piece, start)
             first = start - len(words)
-            behind_number = first > 0 and piece[first - 1].kind in ("number", "percent", "close")
+            behind_number = first > 0 and piece[first - 1].kind in _NUMERIC
             if not (_are_units(words) and behind_number) or _is_operand(following):
                 break
             start = first
@@ -120,14 +129,14 @@ def _is_part(before: Sequence[Token], tokens: Sequence[Token]) -> bool:
     """Return whether the words before an expression may make it a part of something else."""
     if not before or before[-1].kind != "word":
         return False
-    words = [token.text.lower() for token in before[-3:] if token.kind == "word"]
     near = _words_before(before, len(before))
-    follows_number = len(near) < len(before) and before[-len(near) - 1].kind == "number"
-    if follows_number and (_are_units(near) or words[-1] in ("and", "or")):
-        return True  # 2 hours 30 minutes; 3 and 4 + 5
-    return not _BEFORE.isdisjoint(words) or (
-        words[-1] in _LABELS and len(tokens) > 1 and tokens[1].text == "-"
-    )
+    words = [word.text.lower() for word in near]
+    follows_number = len(near) < len(before) and before[-len(near) - 1].kind in _NUMERIC
+    if follows_number and (_are_units(near) or not _JOINING.isdisjoint(words)):
+        return True  # 2 hours 30 minutes; add 5 to 4 + 3; 20% of the remaining 30 + 5
+    shares = (a in _BEFORE_OF and b == "of" for a, b in itertools.pairwise(words))
+    is_numbered = words[-1] in _LABELS and len(tokens) > 1 and tokens[1].text == "-"
+    return is_numbered or any(shares) or not _BEFORE.isdisjoint(words[-3:])
 
 
 def _with_sign(side: Side, before: Sequence[Token], starts_line: bool) -> Side | None:
@@ -228,8 +237,10 @@ def _stand_inside(piece: Sequence[Token], end: int, depth: int) -> bool:
 
 
 def _changes(words: Sequence[Token], behind: Sequence[Token], *, is_last: bool) -> bool:
-    """Return whether words behind a number change it: "7 hundred", "2 and a half", "2 and 1/2"."""
-    texts = [word.text.lower() for word in words[:_MOST_UNIT_WORDS]]
+    """Return whether words behind a number change it: "7 hundred", "2 and a half", "2 more than"."""
+    texts = [word.text.lower() for word in words]
+    if "than" in texts[:2]:
+        return True
     if texts[0] == "and" and (
         texts[1:2] == ["a"] or (len(texts) == 1 and behind and "/" in behind[0].text)
     ):

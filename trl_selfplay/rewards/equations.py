@@ -19,7 +19,7 @@ from trl_selfplay.rewards.answer import text_of
 from trl_selfplay.rewards.arithmetic import Token, evaluate, normal_line, number_value, read_tokens
 from trl_selfplay.rewards.equation_sides import Side, prefix, suffix
 
-_MARKED = re.compile(r"<<([^<>=\n]{0,200}=[^<>\n]{0,400})>>")
+_MARKED = re.compile(r"<<(?=[^<>\n]{0,400}[\d])([^<>=\n]{1,200}=[^<>\n]{0,400})>>")
 _EQUALS = re.compile(r"[=＝≈≃≅≒]|\\approx|\\simeq")
 # Where LaTeX is written in JSON, its backslashes come in pairs; elsewhere a pair ends a line.
 _ESCAPED = re.compile(r"\\\\(?=(?:[dtc]?frac|times|cdot|div|text|left|right|approx|boxed)\b)")
@@ -53,7 +53,7 @@ _DENIED = re.compile(
 )  # fmt: skip
 _NUMBER_WORDS = (
     "dozen hundred thousand million billion trillion pair score gross half third fourth quarter tenth "
-    "hundredth thousandth ten one k couple degree percent point"
+    "hundredth thousandth ten one k couple degree percent"
 )
 _DIMENSIONS = (
     "second sec s minute min hour hr h day week month year decade century",
