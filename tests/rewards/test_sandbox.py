@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -214,3 +216,17 @@ def test_the_smallest_limits_are_enough_for_the_interpreter() -> None:
     sandbox = Sandbox(limits, workers=1)
     assert sandbox.run("print(1)", deadline_s=10.0) == Ran("1\n", "ok")
     sandbox.close()
+
+
+def test_limits_of_the_grader_itself_stay() -> None:
+    script = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+from trl_selfplay.rewards.sandbox import Sandbox
+sandbox = Sandbox(workers=1)
+print(sandbox.run("import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE))", deadline_s=10.0))
+sandbox.close()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    assert done.stdout.decode().strip() == str(Ran("(40, 40)\n", "ok"))

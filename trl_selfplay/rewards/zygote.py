@@ -438,7 +438,7 @@ class _Zygote:
 
     def _start(self, request: dict[str, typing.Any], program: int, *channels: int) -> int:
         cpu_s = math.ceil(self._limits["cpu_s"] or request["deadline_s"] + 1)
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
+        _limit(resource.RLIMIT_CPU, cpu_s)
         with open(program, "rb") as file:
             source = file.read()
         gc.enable()
@@ -462,7 +462,13 @@ class _Zygote:
             (resource.RLIMIT_NPROC, self._most_processes),
             (resource.RLIMIT_SIGPENDING, limits["processes"]),
         ):
-            resource.setrlimit(kind, (most, most))
+            _limit(kind, most)
+
+
+def _limit(kind: int, most: int) -> None:
+    hard = resource.getrlimit(kind)[1]  # the grader's own, which can't be raised
+    least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (least, least))
 
 
 def _make_folder(parent: str) -> str:
