@@ -137,7 +137,7 @@ def main() -> None:
             "# Equations in worked answers and in other text",
             "",
             f"Worked answers of reasoning-gym {version('reasoning-gym')}, task gsm_symbolic, seed {SEED} (those of "
-            f"another seed were read while the rules were made): {len(right)} whose equations hold by Python's arithmetic, each "
+            f"another seed, of the same templates, were read while the rules were made): {len(right)} whose equations hold by Python's arithmetic, each "
             f"also with one digit of one result changed, and {len(already)} that the task itself makes wrong "
             "(whole numbers of packets for fractions). Python "
             f"{platform.python_version()}, two shared x86-64 cores, {datetime.date.today()}. Script: "
