@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -146,6 +147,7 @@ def compare(processes: int, args: argparse.Namespace, draw: random.Random) -> li
                 f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
                 f"| {wrong['bare']} | {wrong['ours']} |"
             )
+            print(rows[-1], file=sys.stderr, flush=True)
     maths._pool.close()
     return rows
 
@@ -174,9 +176,9 @@ def main() -> None:
         + "\n\n"
         "Wrong verdicts are counted over all repeats. With one completion per prompt, nearly all pairs are distinct. Equal completions of a prompt are "
         'compared once, and bare has no such cache. The mix "all" is that of `_SHARES` in `benchmarks/maths_speed.py`.\n\n'
-        f"Machine: {cpus} shared {platform.machine().replace('_', '-')} cores; Python {platform.python_version()}, "
+        f"Machine: {cpus} shared {platform.machine().replace('_', '-')} cores, load {os.getloadavg()[1]:.0f}; Python {platform.python_version()}, "
         f"math-verify {version('math-verify')}, sympy {version('sympy')}; seed {args.seed}; 2026-11-26. "
-        "Command: `python benchmarks/maths_speed.py`."
+        f"Command: `python benchmarks/maths_speed.py --pairs {args.pairs} --repeats {args.repeats}`."
     )
 
 
