@@ -17,18 +17,20 @@ from trl_selfplay.rewards.answer import answers_agree
     [
         ("so \\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}"),
         ("\\boxed{1} or rather \\boxed{2}", "2"),
-        ("\\boxed{3}, #### 4, the answer is 5", "3"),
-        ("#### 3\nthe answer is 5\n#### 4", "4"),
-        ("<answer>a</answer> <answer> b </answer>", "b"),
+        ("\\boxed{3}, #### 4, the answer is 5", ""),
+        ("#### 3\nWait, one more.\n#### 4", "4"),
+        ("<answer>a</answer> <answer> b </answer>", ""),
+        ("<answer>a</answer> Wait. <answer> b </answer>", "b"),
         ("the answer is 5. No, the answer is 6.", "6"),
         ("Answer: c, b, a\n", "c, b, a"),
         ("The final answer is: 12", "12"),
         ("ANSWER: x", "x"),
-        ("no marker, 7", None),
+        ("no marker, 7 or 8", None),
         ("The answer is **72**.", "72"),
         ("**Answer:** 72", "72"),
         ("Answer: 3.5", "3.5"),
-        ("Answer:\n72", ""),
+        ("Answer:\n72", "72"),
+        ("Answer:\n", ""),
         ("", None),
         ("\\boxed{1} then \\boxed{unbalanced", ""),
         ("<answer>1</answer> <answer>open", ""),
@@ -109,8 +111,10 @@ def test_a_solution_that_cannot_be_used_is_no_verdict() -> None:
     assert exact_reward(["Answer: 1"] * 3, [None, "", "  "]) == [None, None, None]
 
 
-def test_without_a_marker_only_the_bare_answer_counts() -> None:
-    assert exact_reward(["72", "it is 72", "72 or 73"], ["72"] * 3) == [1.0, 0.0, 0.0]
+def test_without_a_marker_the_last_sentence_counts_if_it_has_one_number() -> None:
+    texts = ["72", "it is 72", "72 or 73", "It isn't 72.", "24 + 48 = 72.\nSo she has 72 clips.",
+             "She has 72 clips.\nThen she buys", "Is it 72?", "3 friends have 72 clips."]  # fmt: skip
+    assert exact_reward(texts, ["72"] * 8) == [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
 
 
 def test_percent_is_a_unit_only_when_asked() -> None:
@@ -164,3 +168,13 @@ def test_half_a_surrogate_pair_is_a_wrong_answer() -> None:
     for function in functions:
         assert function(["Answer: \ud800", "Answer: B"], solution=["B", "B"])[0] == 0.0
         assert function(["Answer: B"], solution=["\ud800"])[0] in (0.0, None)
+
+
+def test_words_of_our_patterns_are_words_in_an_answer() -> None:
+    """A list of words is read to its end, whatever they are."""
+    words = """if not wait no so with for where which as because since right found required correct
+        wrong answer result output thinks or and maybe may the foundation actually sorry first"""
+    for word in words.split():
+        for gold in (f"{word}, laws, abide", f"abide, {word}, laws", f"abide, laws, {word}"):
+            texts = [f"1. {word}\nAnswer: {gold}", f"\\boxed{{{gold}}}", f"#### {gold}"]
+            assert exact_reward(texts, [gold] * 3) == [1.0] * 3, gold

@@ -12,19 +12,37 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-_ANSWER_IS = re.compile(r"the\s+(?:final\s+|correct\s+)?answer\s+is\s*:?|answer\s*:", re.IGNORECASE)
-_ANSWER_TAG = "<answer>"
-_ANSWER_END = "</answer>"
-# The tags that close a model's thoughts; the opening tag is often part of the prompt.
-_THOUGHTS_END = re.compile(r"</(?:think|thinking|reasoning)>", re.IGNORECASE)
-_HASHES = re.compile(r"####[ \t]*([^\n]*)")
-_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", re.ASCII)
-_NUMBER = re.compile(r"\d+(?:\.\d*)?|\.\d+", re.ASCII)
-_QUOTIENT = re.compile(r"(\d+)\s*/\s*(\d+)", re.ASCII)
-_BRACE = re.compile(r"[{}]")
-_CURRENCY = "$€£¥"
-# Longer digit strings are compared as text: no answer needs them, and large integers are slow.
-_MOST_DIGITS = 60
+from trl_selfplay.rewards.conclusions import before_explanation, conclude
+from trl_selfplay.rewards.quantities import known_units, plain, read_quantity
+from trl_selfplay.rewards.statements import (
+    STEP,
+    Statement,
+    find_statements,
+    resolve,
+    take_back,
+)
+from trl_selfplay.rewards.transcript import last_turns, without_thoughts
+
+_PLAUSIBLE_LENGTH = 120
+_NO_ANSWER = re.compile(
+    r"\b(?:let['’]?s|let us|we need|first,? (?:we|let|i)\b|step by step|to find|to solve)\b",
+    re.IGNORECASE,
+)
+# A turn that is one short line is an answer, if the model went on with turns of its own.
+_IS_BARE = re.compile(r"\s*(?!Q|Problem|Exercise|Instruct|Human|User)[^\n:?]{1,60}\s*")
+_BARE_FENCE = re.compile(r"\s*```[\w+-]{0,20}\n(.*?)\n?```\s*", re.DOTALL)
+_ARTICLE = re.compile(r"^(?:the|an?)\s+(?=\S\S)")
+_TIGHT = re.compile(r"\s*([,;:()\[\]{}])\s*")
+_HALF_DAY = re.compile(r"\b([ap])\.\s?m\b\.?")
+_CLOCK = re.compile(r"(?<=\d)\s?([ap]m)\b")
+_ORDINAL = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b")
+_MONTHS = """january february march april may june july august september october november
+    december"""
+_DATE_WORD = re.compile(r"[a-z]+|\d{1,4}")
+_CURRENCIES = frozenset({"dollar", "euro", "pound", "yen", "rupee", "won"})
+_YES_NO = frozenset({"yes", "no", "true", "false"})
+_SECOND_THOUGHTS = {"wait", "actually", "but", "can", "cannot", "unable", "sorry", "know", "sure"}
+_OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 
 
 def text_of(completion: Any) -> str:
@@ -37,55 +55,78 @@ def text_of(completion: Any) -> str:
     return content or ""
 
 
-def without_thoughts(text: str) -> str:
-    """Return the text after the last `</think>`, `</thinking>` or `</reasoning>`, if there is one.
-
-    >>> without_thoughts("<think>4 or 5?</think> The answer is 5.")
-    ' The answer is 5.'
-    """
-    end = 0
-    for match in _THOUGHTS_END.finditer(text):
-        end = match.end()
-    return text[end:]
-
-
 def extract_answer(text: str) -> str | None:
-    r"""Return the marked final answer of a text, or None if there is no marker.
+    r"""Return the final answer of a text, or None if the text doesn't say which it is.
 
-    Closed thoughts are not searched. The markers are, in order of precedence, `\boxed{…}` with
-    balanced braces, `#### …`, `<answer>…</answer>`, and "the answer is …" or "Answer: …" up to the
-    end of the line. Of the first kind that occurs, the last occurrence counts; if it is empty or
-    never closed, the answer is "".
+    Thoughts, tokens of chat templates and turns after the model's own are not read. An answer is, from
+    the most to the least final:
+
+    - what `\boxed{…}`, `<answer>…</answer>`, the key `answer` of a JSON object or "final answer" hold,
+      or `####`, where it is no Markdown heading;
+    - what follows "the answer is" or "Answer:", in the sentence or, if nothing does, the next line;
+    - what follows "the result is" or "Output:"; a last sentence that begins with "So", "Therefore" or
+      the like and has one number; the only bold number of the last line; a number or a word before its
+      explanation.
+
+    The last statement counts. If it contradicts one that is at least as final, without a word such as
+    "wait" or a calculation between them, the answer is "". So it is if a marker is empty or never
+    closed, or if the text takes its answer back. "The answer isn't 5" and "if the answer is 5" state
+    none.
 
     >>> extract_answer("3 + 4 = 7, so the answer is 7.")
     '7'
     """
-    text = without_thoughts(text)
-    if "\\boxed{" in text:
-        return _last_boxed(text)
-    if matches := _HASHES.findall(text):
-        return matches[-1].strip()
-    if _ANSWER_TAG in text:
-        inside = text.rsplit(_ANSWER_TAG, 1)[1]
-        return inside.split(_ANSWER_END, 1)[0].strip() if _ANSWER_END in inside else ""
-    end = None
-    for match in _ANSWER_IS.finditer(text):
-        end = match.end()
-    if end is None:
+    parts = last_turns(text)
+    for part in parts:
+        answer = _marked_answer(part)
+        if answer is None:
+            answer = conclude(part)
+        if answer is None:
+            answer = before_explanation(part)
+        if answer is None and len(parts) > 1 and _IS_BARE.fullmatch(part):
+            answer = part.strip()
+        if answer is not None:
+            return answer
+    return None
+
+
+def _marked_answer(text: str, least: int = STEP) -> str | None:
+    statements = [s for s in find_statements(text) if s.finality >= least]
+    plausible = [s for s in statements if _is_plausible(s)]
+    standing = resolve(text, plausible, _agree)
+    if standing is None or standing.finality == STEP:
+        answer = conclude(text) if least == STEP else None
+        if answer is not None and (standing is None or text.rfind(answer) >= standing.start):
+            return answer
+    standing = standing or (statements[-1] if statements else None)
+    return None if standing is None else take_back(text, standing, _agree).value
+
+
+def _is_plausible(statement: Statement) -> bool:
+    """Return whether a statement is an answer, and not the beginning of an explanation."""
+    return statement.finality > 1 or (
+        bool(statement.value)
+        and len(statement.value) <= _PLAUSIBLE_LENGTH
+        and _NO_ANSWER.search(statement.value) is None
+    )
+
+
+def _agree(first: str, second: str) -> bool | None:
+    """Return whether two answers are the same; None if they can't be compared."""
+    if first == second or answers_agree(first, second):
+        return True
+    numbers = read_quantity(first), read_quantity(second)
+    if all(numbers):
+        return False
+    words = normalise_answer(first), normalise_answer(second)
+    if not all(isinstance(form, str) for form in words):
         return None
-    # Models write "**Answer:** 7" and "The answer is **7**."
-    line = text[end:].lstrip(" \t*").split("\n", 1)[0].rstrip(" \t\r*")
-    return line.removesuffix(".").rstrip(" \t*")
-
-
-def _last_boxed(text: str) -> str:
-    start = text.rindex("\\boxed{") + len("\\boxed{")
-    depth = 1
-    for brace in _BRACE.finditer(text, start):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[start : brace.start()].strip()
-    return ""
+    one, other = str(words[0]), str(words[1])
+    if re.search(rf"(?<!\w){re.escape(one)}(?!\w)", other) or re.search(
+        rf"(?<!\w){re.escape(other)}(?!\w)", one
+    ):
+        return True
+    return False if re.fullmatch(r"[\w\s'.,-]+", one + other) else None
 
 
 def final_answer(solution: Any) -> str:
@@ -106,9 +147,9 @@ def final_answer(solution: Any) -> str:
         )
     if isinstance(solution, float) and math.isnan(solution):
         return ""
-    text = str(solution).strip()
-    marked = extract_answer(text)
-    return without_thoughts(text).strip() if marked is None else marked
+    text = without_thoughts(str(solution).strip()).strip()
+    marked = _marked_answer(text, least=STEP + 1)
+    return text if marked is None else marked
 
 
 def is_answer(solution: Any) -> bool:
@@ -117,48 +158,46 @@ def is_answer(solution: Any) -> bool:
 
 
 def normalise_answer(text: str, *, percent_is_unit: bool = False) -> str | Fraction:
-    """Return a normal form that is equal for equal answers: an exact number if the text is one.
+    r"""Return a normal form that is equal for equal answers: an exact number if the text is one.
 
-    Case and white space are folded. A trailing period, surrounding `$` and currency signs are
-    removed. Commas group thousands only as in 1,000,000. A percent sign is kept, since 5% is not 5,
-    unless `percent_is_unit`. Digits other than 0-9 are text.
+    Markdown, LaTeX's delimiters, currency signs, quotation marks, a final period and an article at
+    the beginning are removed; case and white space are folded. Commas and spaces group thousands only
+    as in 1,000,000. A percent sign is kept, since 5% is not 5, unless `percent_is_unit`; so are known
+    units after a number, but not other words: `72 clips` is 72. Digits other than 0-9 are text.
 
     >>> normalise_answer("1,000.0") == normalise_answer("1000")
     True
     """
-    text = " ".join(text.split()).removesuffix(".").strip()
-    if len(text) > 1 and text[0] == text[-1] == "$":
-        text = text[1:-1].strip()
-    folded, percent = text.casefold(), ""
-    if text.endswith("%"):
-        text = text.removesuffix("%").removesuffix("\\").strip()
-        percent = "" if percent_is_unit else "%"
-    number = _as_number(text)
-    if number is None:
-        return folded
-    return f"{number}%" if percent else number
+    quantity = read_quantity(text)
+    if quantity is not None:
+        units = known_units(quantity.units) - _CURRENCIES - ({"%"} if percent_is_unit else set())
+        return f"{quantity.number} {' '.join(sorted(units))}" if units else quantity.number
+    folded = _HALF_DAY.sub(r"\1m", plain(text).casefold())
+    folded = _TIGHT.sub(r"\1", _CLOCK.sub(r" \1", folded))
+    return _as_date(folded) or _ARTICLE.sub("", folded, count=1)
 
 
-def _as_number(text: str) -> Fraction | None:
-    digits = text.replace("\\$", "$").strip(_CURRENCY).strip()
-    sign = 1
-    if digits[:1] in ("-", "−", "+"):
-        sign = 1 if digits[0] == "+" else -1
-        digits = digits[1:].lstrip(_CURRENCY)
-    if len(digits) > _MOST_DIGITS:
+def _as_date(text: str) -> str | None:
+    """Return a date with the name of a month as year-month-day, or None."""
+    words = _DATE_WORD.findall(_ORDINAL.sub("", text))
+    months = [
+        i
+        for i, m in enumerate(_MONTHS.split(), 1)
+        for w in words
+        if w == m or (w == m[:3] and len(w) == 3)
+    ]
+    numbers = [int(word) for word in words if word.isdigit()]
+    others = [w for w in words if not w.isdigit() and w not in ("of", "the", "on")]
+    if len(months) != 1 or len(others) != 1 or len(numbers) not in (1, 2):
         return None
-    if _GROUPED.fullmatch(digits):
-        digits = digits.replace(",", "")
-    if _NUMBER.fullmatch(digits):
-        return sign * Fraction(digits.rstrip("."))
-    match = _QUOTIENT.fullmatch(digits)
-    if match is None or int(match[2]) == 0:
-        return None
-    return sign * Fraction(int(match[1]), int(match[2]))
+    return "-".join([str(months[0]), *map(str, sorted(numbers))])
 
 
 def answers_agree(first: str, second: str, *, percent_is_unit: bool = False) -> bool:
-    """Return whether two answers have the same, non-empty normal form."""
+    """Return whether two answers are the same: equal numbers whose units don't differ, or equal text."""
+    numbers = read_quantity(first), read_quantity(second)
+    if numbers[0] is not None and numbers[1] is not None:
+        return numbers[0].agrees(numbers[1], percent_is_unit=percent_is_unit)
     form = normalise_answer(first, percent_is_unit=percent_is_unit)
     return form != "" and form == normalise_answer(second, percent_is_unit=percent_is_unit)
 
@@ -191,7 +230,30 @@ exact_reward.abstains_without_solution = True  # type: ignore[attr-defined]
 def _exact_score(completion: str, gold: Any) -> float | None:
     if gold is None or not (expected := final_answer(gold)).strip():
         return None
-    answer = extract_answer(completion)
-    if answer is None:
-        answer = without_thoughts(completion)
-    return float(answers_agree(answer, expected))
+    answer = answer_in(completion)
+    return float(answers_agree(answer, expected) or _says(answer, expected))
+
+
+def answer_in(text: str) -> str:
+    r"""Return the final answer of a text, or all of what a text without one says.
+
+    >>> answer_in("<think>4 or 5?</think>```\n5\n```<|im_end|>")
+    '5'
+    """
+    answer = extract_answer(text)
+    if answer is not None:
+        return answer
+    parts = last_turns(text)
+    text = parts[0].strip() if parts else ""
+    fence = _BARE_FENCE.fullmatch(text)
+    return fence[1] if fence else text
+
+
+def _says(answer: str, expected: str) -> bool:
+    """Return whether an answer begins with the "yes" or "no" that is expected: `Yes, it is prime`."""
+    word = plain(expected).casefold()
+    if word not in _YES_NO:
+        return False
+    first, rest = (*re.split(r"[,.;:—–]", plain(answer).casefold(), maxsplit=1), "")[:2]
+    words = set(re.findall(r"\w+", rest))
+    return plain(first) == word and words.isdisjoint({_OPPOSITE[word], *_SECOND_THOUGHTS})

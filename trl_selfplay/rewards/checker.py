@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl_selfplay.rewards.answer import extract_answer, text_of, without_thoughts
+from trl_selfplay.rewards.answer import answer_in, text_of
 from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.sent_function import (
     import_function,
@@ -89,8 +89,7 @@ class checker_reward:
             text = text_of(completion)
             arguments = {name: values[index] for name, values in passed.items()}
             if "answer" in named:
-                marked = extract_answer(text)
-                arguments["answer"] = without_thoughts(text).strip() if marked is None else marked
+                arguments["answer"] = answer_in(text)
             if "completion" in named:
                 arguments["completion"] = text
             calls.append((arguments,))

@@ -11,7 +11,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
-from trl_selfplay.rewards.answer import extract_answer, final_answer, text_of, without_thoughts
+from trl_selfplay.rewards.answer import answer_in, final_answer, text_of
 from trl_selfplay.rewards.equality import has_value, same
 from trl_selfplay.rewards.expressions import read
 from trl_selfplay.rewards.scores import Scores
@@ -34,8 +34,8 @@ def math_reward(
 ) -> Scores:
     r"""Return 1.0 if a completion's final answer has the value of the solution, else 0.0.
 
-    The final answer is found by `extract_answer`; a completion without a marker counts only if all
-    of it is one answer. Returns None, with a cause and one warning per cause, if the solution can't
+    The final answer is found by `extract_answer`; a completion in which it
+    finds none counts only if all of it is one answer. Returns None, with a cause and one warning per cause, if the solution can't
     be read as mathematics, isn't equal to itself (`1/0`), or if the comparison gives no verdict within
     5 seconds. After four such timeouts on one prompt, its longer completions aren't compared.
 
@@ -72,7 +72,10 @@ def math_reward(
     """
     golds = [None if gold is None else _shortened(final_answer(gold)) for gold in solution]
     verdicts, failures = _pool.call_each(
-        list(zip(golds, map(_answer_in, completions), strict=True)),
+        [
+            (gold, _shortened(answer_in(text_of(completion))))
+            for gold, completion in zip(golds, completions, strict=True)
+        ],
         DEADLINE_S,
         groups=list(map(pickle.dumps, solution if prompts is None else prompts)),
     )
@@ -86,12 +89,6 @@ def math_reward(
 
 
 math_reward.abstains_without_solution = True  # type: ignore[attr-defined]
-
-
-def _answer_in(completion: Any) -> str:
-    text = text_of(completion)
-    marked = extract_answer(text)
-    return _shortened(without_thoughts(text) if marked is None else marked)
 
 
 def _shortened(text: str) -> str:
