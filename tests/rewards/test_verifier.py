@@ -161,7 +161,7 @@ def test_what_cannot_work_is_refused(model, word_tokenizer) -> None:
 
 def test_a_verifier_is_a_reward_function_and_reads_no_other_columns(model, word_tokenizer) -> None:
     """VF-14; and the columns that it reads don't tell prompts apart."""
-    from trl_selfplay.rewards.scoring import columns_read
+    from trl_selfplay.rewards.functions import columns_read
 
     verifier = VerifierReward(model, tokenizer=word_tokenizer)
     assert columns_read(verifier, ["prompt", "solution", "level"]) == []
