@@ -15,7 +15,7 @@ from chat_server import completion, send, serving
 
 from trl_selfplay.rewards.endpoint import KEY_VARIABLE, Endpoint, EndpointError, Reply
 
-DEADLINE_S = 0.3
+DEADLINE_S = 1.5
 LATE = "no answer within the deadline"
 UNREADABLE = "the endpoint's answer couldn't be read"
 REFUSED = "the endpoint answered with an error"
@@ -155,49 +155,61 @@ def says(content):
     return lambda server, request: send(request, content)
 
 
-@pytest.mark.parametrize(
-    ("misbehave", "cause"),
-    [
-        (silent, LATE),
-        (drips_headers, LATE),
-        (drips_body, LATE),
-        (drips_chunks, LATE),
-        (continues, LATE),
-        (giant, UNREADABLE),
-        (many_headers, UNREADABLE),
-        (lambda server, request: half_closed(request), UNREADABLE),
-        (lambda server, request: request.wfile.write(b"SSH-2.0-x\r\n"), UNREADABLE),
-        (says(b"<html>"), UNREADABLE),
-        (says(b"\xff\xfe\x00"), UNREADABLE),
-        (says(b"[" * 100_000), UNREADABLE),
-        (says(b'{"choices": []}'), UNREADABLE),
-        (says(b'{"choices": [{}, {}]}'), UNREADABLE),
-        (says(b'{"choices": [null]}'), UNREADABLE),
-        (says(completion(None)), UNREADABLE),
-        (says(b'{"error": "overloaded"}'), UNREADABLE),
-        (lambda server, request: send(request, b"", 500), REFUSED),
-        (lambda server, request: send(request, b"", 429, Retry_After="-5"), REFUSED),
-    ],
-)  # fmt: skip
-def test_no_misbehaviour_outlasts_the_deadline(misbehave, cause) -> None:
-    """VF-4, outside the main thread; the other questions aren't affected (VF-3)."""
+MISBEHAVIOUR = {
+    "silent": (silent, LATE),
+    "headers byte by byte": (drips_headers, LATE),
+    "a body byte by byte": (drips_body, LATE),
+    "chunks without end": (drips_chunks, LATE),
+    "100 Continue without end": (continues, LATE),
+    "a giant body": (giant, UNREADABLE),
+    "many headers": (many_headers, UNREADABLE),
+    "half-closed": (lambda server, request: half_closed(request), UNREADABLE),
+    "another protocol": (lambda server, request: request.wfile.write(b"SSH-2.0-x\r\n"), UNREADABLE),
+    "HTML": (says(b"<html>"), UNREADABLE),
+    "no text": (says(b"\xff\xfe\x00"), UNREADABLE),
+    "nested": (says(b"[" * 100_000), UNREADABLE),
+    "no choice": (says(b'{"choices": []}'), UNREADABLE),
+    "two choices": (says(b'{"choices": [{}, {}]}'), UNREADABLE),
+    "a null choice": (says(b'{"choices": [null]}'), UNREADABLE),
+    "no content": (says(completion(None)), UNREADABLE),
+    "an error in the body": (says(b'{"error": "overloaded"}'), UNREADABLE),
+    "500": (lambda server, request: send(request, b"", 500), REFUSED),
+    "429": (lambda server, request: send(request, b"", 429, Retry_After="-5"), REFUSED),
+}
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+@pytest.mark.parametrize("part", [slice(None, 9), slice(9, None)], ids=["transport", "content"])
+def test_no_misbehaviour_outlasts_the_deadline(part, in_thread) -> None:
+    """VF-4, from the main thread and another; other questions aren't affected (VF-3)."""
+    names = [*MISBEHAVIOUR][part]
     servers = []
     replies = []
 
     def respond(question):
-        return "fine" if question == "b" else lambda request: misbehave(servers[0], request)
+        if question not in MISBEHAVIOUR:
+            return question.upper()
+        return lambda request: MISBEHAVIOUR[question][0](servers[0], request)
 
     def run():
+        endpoint = Endpoint("m", servers[0].url, deadline=DEADLINE_S, concurrency=16)
         started = time.monotonic()
-        replies.extend(ask(Endpoint("m", servers[0].url, deadline=DEADLINE_S), "a", "b", "a2"))
+        replies.extend(ask(endpoint, "before", *names, "after"))
         assert time.monotonic() - started < DEADLINE_S + 1
 
     with serving(respond) as server:
         servers.append(server)
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-    assert replies == [Reply(None, cause), Reply("fine"), Reply(None, cause)]
+        if in_thread:
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+        else:
+            run()
+    assert dict(zip(["before", *names, "after"], replies, strict=True)) == {
+        "before": Reply("BEFORE"),
+        **{name: Reply(None, MISBEHAVIOUR[name][1]) for name in names},
+        "after": Reply("AFTER"),
+    }
 
 
 @contextmanager

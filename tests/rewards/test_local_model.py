@@ -58,6 +58,11 @@ def test_a_question_without_room_for_the_reply_abstains(model, word_tokenizer) -
     assert ask(local) == []
 
 
+def test_a_model_without_room_for_any_reply_is_refused(model, word_tokenizer) -> None:
+    with pytest.raises(ValueError, match="context of 512 tokens"):
+        JudgeReward(model, tokenizer=word_tokenizer, max_completion_length=450)
+
+
 def test_a_chat_model_gets_the_question_as_the_users_message(
     tiny_model, chat_tokenizer, monkeypatch
 ) -> None:

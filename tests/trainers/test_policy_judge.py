@@ -15,10 +15,9 @@ from trl_selfplay.generation.random_streams import stream_key
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.rewards import JudgeReward
-from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.record import load_rollouts
+from trl_selfplay.rounds.judging import check_judges
 from trl_selfplay.rounds.weights import copy_into
-from trl_selfplay.trainers.construction import check_judges
 
 # A random model names no tag: any number counts.
 FORM = {
@@ -222,29 +221,39 @@ def test_replies_to_other_questions_arent_taken_for_these(judged, tmp_path) -> N
 
 
 def test_samples_are_not_compared_where_there_is_one(judged) -> None:
-    compares = JudgeReward("policy", against="samples")
+    compares = JudgeReward("policy", against="samples", max_completion_length=64)
     fixed = {"reward_funcs": compares, "reward_weights": [1.0], "rationalize": False}
     with pytest.raises(ValueError, match="judge_reward compares a prompt's samples"):
         judged("run", **fixed)
     judged("run", **fixed, eval_dataset=None)
 
 
-def test_weights_that_are_divided_over_processes_are_not_exchanged() -> None:
-    check_judges(Scorer(judge(weights="current")), None, True)
+def test_weights_that_are_divided_over_processes_are_not_exchanged(judged) -> None:
+    only = {"reward_weights": [1.0], "eval_dataset": None}
+    check_judges(judged("a", reward_funcs=judge(weights="current"), **only).self_play, True)
+    play = judged("b", reward_funcs=judge(), **only).self_play
+    check_judges(play, False)
     with pytest.raises(ValueError, match="weights='current'"):
-        check_judges(Scorer(judge()), None, True)
+        check_judges(play, True)
+
+
+def test_a_judge_without_room_for_its_replies_is_refused(judged) -> None:
+    with pytest.raises(ValueError, match=r"'policy' has a context of 512 .* Lower that"):
+        judged("run", reward_funcs=judge(max_completion_length=512), reward_weights=[1.0])
 
 
 def test_a_judge_that_needs_a_solution_wants_the_column(judged, sums) -> None:
     rows = sums(6).remove_columns("solution")
     with pytest.raises(ValueError, match="column `solution`"):
         judged(
-            "run", reward_funcs=JudgeReward("policy", against="solution"), reward_weights=[1.0],
+            "run", reward_weights=[1.0],
+            reward_funcs=JudgeReward("policy", against="solution", max_completion_length=64),
             train_dataset=rows, eval_dataset=None, rationalize=False,
         )  # fmt: skip
     lists = Dataset.from_list([{"prompt": "Q", "solution": ["1"]}])
     with pytest.raises(TypeError, match="compares with one answer"):
         judged(
-            "run", reward_funcs=JudgeReward("policy", shows_solution=True), reward_weights=[1.0],
+            "run", reward_weights=[1.0],
+            reward_funcs=JudgeReward("policy", shows_solution=True, max_completion_length=64),
             train_dataset=lists, eval_dataset=None, rationalize=False,
         )  # fmt: skip

@@ -224,6 +224,8 @@ class JudgeReward:
         self._verdict = verdict or (_COMPARISON_VERDICT if compares else _SCORE_VERDICT)
         _check_template(self._template, self._verdict, compares, shows_solution)
         self._answers = _build_answers(model, base_url, options)
+        if isinstance(self._answers, LocalModel):
+            self._answers.check_room(self.shortest_question, max_completion_length)
         self.votes: list[tuple[float, float]] = []
         self.__name__ = "judge_reward"
 
@@ -231,6 +233,11 @@ class JudgeReward:
     def asks_policy(self) -> bool:
         """Whether the model that is being trained is the judge."""
         return isinstance(self._answers, _PolicyReplies)
+
+    @property
+    def shortest_question(self) -> str:
+        """The question about nothing."""
+        return self._question(prompt="", solution="", completion="", first="", second="").text
 
     @property
     def abstains_without_solution(self) -> bool:

@@ -80,6 +80,12 @@ class LocalModel:
             replies[places[index]] = Reply(text, is_cut_off=sampled.finish == "length")
         return replies
 
+    def check_room(self, question: str, max_completion_length: int) -> None:
+        """Raise ValueError if not even this question fits, with a reply, into the context."""
+        check_room(
+            len(self._token_ids(question)), max_completion_length, self._context_length, self.name
+        )
+
     def _token_ids(self, question: str) -> tuple[int, ...]:
         text = split_control_tokens(question, self.tokenizer)
         if getattr(self.tokenizer, "chat_template", None):
@@ -96,6 +102,19 @@ class LocalModel:
 def fits(num_tokens: int, max_completion_length: int, context_length: int | None) -> bool:
     """Return whether a question and its reply fit into the model's positions."""
     return context_length is None or num_tokens + max_completion_length <= context_length
+
+
+def check_room(
+    num_tokens: int, max_completion_length: int, context_length: int | None, name: str
+) -> None:
+    """Raise ValueError if the judge's shortest question leaves no room for a reply."""
+    if not fits(num_tokens, max_completion_length, context_length):
+        raise ValueError(
+            f"the judge {name!r} has a context of {context_length} tokens, and a question about "
+            f"nothing takes {num_tokens} of them besides max_completion_length="
+            f"{max_completion_length} of the reply. Lower that, shorten rubric or template, or "
+            "choose another model."
+        )
 
 
 def split_control_tokens(text: str, tokenizer: Any) -> str:

@@ -15,7 +15,12 @@ from trl_selfplay.generation.random_streams import Phase
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.rewards.endpoint import Reply
 from trl_selfplay.rewards.judge import JudgeReward
-from trl_selfplay.rewards.local_model import TOO_LONG, fits, split_control_tokens
+from trl_selfplay.rewards.local_model import (
+    TOO_LONG,
+    check_room,
+    fits,
+    split_control_tokens,
+)
 from trl_selfplay.rollouts.collection import Collector, Progress
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout
@@ -97,6 +102,37 @@ def judged(
             judge.keep_replies({})
 
 
+def check_judges(play: Any, is_sharded: bool) -> None:
+    """Raise ValueError where the policy can't judge as it is to.
+
+    Args:
+        play: The stages of the trainer's rounds.
+        is_sharded: Weights are divided over processes while training.
+    """
+    scorer, for_heldout = play.collector.scorer, play.collector.heldout_scorer
+    for each in (scorer, for_heldout):
+        for judge in () if each is None else each.policy_judges:
+            _, num_tokens = _row_of(play, judge.shortest_question)
+            most = judge.options.max_completion_length
+            check_room(num_tokens, most, play.context_length, "policy")
+            if is_sharded and judge.weights == "initial":
+                raise ValueError(
+                    "the policy is to judge with its initial weights, and weights that are divided "
+                    "over processes (FSDP, DeepSpeed ZeRO-3) can't be exchanged. Use "
+                    "weights='current', a model of the judge's own, or a server."
+                )
+
+
+def _row_of(play: Any, question: str) -> tuple[PromptRow, int]:
+    """Return a question as a prompt, and its number of tokens."""
+    tokenizer = play.formatter.tokenizer
+    text = split_control_tokens(question, tokenizer)
+    is_chat = getattr(tokenizer, "chat_template", None) is not None
+    prompt: Any = [{"role": "user", "content": text}] if is_chat else text
+    row = PromptRow.of(prompt, "questions of the judge")
+    return row, len(play.formatter.token_ids(row, few_shot=False))
+
+
 def _ask(
     play: Any,
     judge: JudgeReward,
@@ -106,15 +142,11 @@ def _ask(
     prefix: str,
 ) -> dict[str, Reply]:
     """Return the policy's reply to each question, with the weights that the judge is to have."""
-    tokenizer, most = play.formatter.tokenizer, judge.options.max_completion_length
+    most = judge.options.max_completion_length
     replies: dict[str, Reply] = {}
     rows: dict[str, PromptRow] = {}
     for question in questions:
-        text = split_control_tokens(question, tokenizer)
-        is_chat = getattr(tokenizer, "chat_template", None) is not None
-        prompt: Any = [{"role": "user", "content": text}] if is_chat else text
-        row = PromptRow.of(prompt, "questions of the judge")
-        num_tokens = len(play.formatter.token_ids(row, few_shot=False))
+        row, num_tokens = _row_of(play, question)
         if fits(num_tokens, most, play.context_length):
             rows[question] = row
         else:

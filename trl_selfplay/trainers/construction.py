@@ -469,24 +469,6 @@ def build_scorers(
     return scorer, eval_scorer
 
 
-def check_judges(scorer: Scorer | None, heldout_scorer: Scorer | None, is_sharded: bool) -> None:
-    """Raise ValueError for judges that can't do here what they are to do.
-
-    Args:
-        scorer: Grades the rounds' completions.
-        heldout_scorer: Grades held-out ones.
-        is_sharded: Weights are divided over processes while training.
-    """
-    for each in (scorer, heldout_scorer):
-        judges = [] if each is None else each.policy_judges
-        if is_sharded and any(judge.weights == "initial" for judge in judges):
-            raise ValueError(
-                "the policy is to judge with its initial weights, and weights that are divided over "
-                "processes (FSDP, DeepSpeed ZeRO-3) can't be exchanged. Use weights='current', a "
-                "model of the judge's own, or a server."
-            )
-
-
 def heldout_threshold(grading: Grading, args: Any) -> float | None:
     """Return the reward at which a held-out completion is right; None where rewards have degrees.
 

@@ -26,6 +26,7 @@ from trl_selfplay.rollouts.prompts import (
     load_prompt_rows,
 )
 from trl_selfplay.rollouts.rendering import FewShotExample, PromptFormatter
+from trl_selfplay.rounds.judging import check_judges
 from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds.loop import run_rounds
 from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run
@@ -39,7 +40,6 @@ from trl_selfplay.trainers.construction import (
     check_built_model,
     check_comparing,
     check_heldout_graders,
-    check_judges,
     heldout_threshold,
     load_processing_class,
     start_of_run,
@@ -129,9 +129,8 @@ class RoundsMixin(Trainer):
         self.self_play = self.prepare_stages(
             self._build_self_play(rows, heldout, grading, examples, hint_formatter)
         )
-        collector = self.self_play.collector
         is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        check_judges(collector.scorer, collector.heldout_scorer, is_sharded)
+        check_judges(self.self_play, is_sharded)
         self.self_play.check_prompts(hinted=hint_formatter is not None)
         self.self_play.warn_data_errors()
 
