@@ -1,10 +1,10 @@
 """How far the demo's model, SmolLM2-135M-Instruct, can be trusted as a judge of sums.
 
-Sixty sums of two numbers, each with a right and a wrong worked answer, are judged in four forms:
+Twenty-five sums of two numbers, each with a right and a wrong worked answer, are judged in four forms:
 by the rubric; by the rubric with the solution shown; by the same rubric with a verdict that names
 no tag; and against a worked solution in both orders. Then the wrong answers are judged again with a
-line that dictates the highest score. The result is a table under results/judge.md; it takes about
-20 minutes on two cores.
+line that dictates the highest score. The result is a table under results/judge.md; it takes
+about 10 minutes on two cores.
 
     OMP_NUM_THREADS=2 python benchmarks/judge.py
 """
@@ -23,8 +23,8 @@ from trl_selfplay.evaluation.agreement import Agreement, Estimate, measure_agree
 from trl_selfplay.rewards import JudgeReward
 
 RESULT = Path(__file__).parent / "results" / "judge.md"
-NUM_SUMS = 60
-MOST_TOKENS = 128
+NUM_SUMS = 25
+MOST_TOKENS = 64
 UNTAGGED = """\
 {rubric}
 

@@ -1,6 +1,7 @@
 """A run of two rounds in a process of its own: `graded_process.py METHOD MODEL FOLDER CHANGES`.
 
-METHOD is "STaR", "IRPO", "ReST^EM" or "ReST", CHANGES are fields of the config in JSON.
+METHOD is "STaR", "IRPO", "ReST^EM", "ReST", or "judged ReST", whose policy judges too. CHANGES are
+fields of the config in JSON.
 """
 
 import json
@@ -19,6 +20,7 @@ from trl_selfplay import (
     STaRConfig,
     STaRTrainer,
 )
+from trl_selfplay.rewards import JudgeReward
 
 _CLASSES: dict[str, Any] = {
     "STaR": (STaRTrainer, STaRConfig),
@@ -37,7 +39,11 @@ def main(method: str, model: str, folder: str, changes: str) -> None:
     pairs = [divmod(i, 10) for i in range(18)]
     rows = [{"prompt": f"Q {a} + {b} = ?", "solution": str((a + b) % 10)} for a, b in pairs]
     worked = [{**row, "completion": f"so {row['solution']}"} for row in rows[:14]]
-    gold = {"gold_dataset": Dataset.from_list(worked)} if method == "ReST" else {}
+    gold = {"gold_dataset": Dataset.from_list(worked)} if method.endswith("ReST") else {}
+    judge = JudgeReward(  # a random model names no tag: any number counts
+        "policy", template="{prompt} {completion} so", verdict=r".*?(\d).*", scale=(0, 9),
+        temperature=1.0, max_completion_length=40,
+    )  # fmt: skip
     trainer: Any = trainer_class(
         model,
         args=config_class(
@@ -52,7 +58,7 @@ def main(method: str, model: str, folder: str, changes: str) -> None:
         train_dataset=Dataset.from_list(rows[:14]),
         eval_dataset=Dataset.from_list(rows[14:]),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        reward_funcs=reward,
+        reward_funcs=[reward, judge] if method.startswith("judged") else reward,
         **gold,
     )  # fmt: skip
     trainer.self_play.collector.sampler.suggest_batch_size = lambda *lengths: 3

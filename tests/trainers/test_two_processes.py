@@ -31,6 +31,7 @@ def samples_of_round_0(folder: Path):
         ("IRPO", {"max_completion_length": 32, "max_per_prompt": 2}),
         ("ReST^EM", {"loss_weighting": "reward"}),
         ("ReST", {"improve_thresholds": [0.1, 0.3], "start_from": "previous"}),
+        ("judged ReST", {"improve_thresholds": [0.1, 0.9], "start_from": "previous"}),
     ],
 )
 def test_two_processes_come_to_what_one_does(tmp_path, saved_tiny_model, method, changes) -> None:
@@ -52,7 +53,7 @@ def test_two_processes_come_to_what_one_does(tmp_path, saved_tiny_model, method,
         [json.loads(line) for line in (root / "rounds.jsonl").read_text().splitlines()]
         for root in (first, second)
     ]
-    assert len(lines[0]) == len(lines[1]) == (4 if method == "ReST" else 2)
+    assert len(lines[0]) == len(lines[1]) == (4 if method.endswith("ReST") else 2)
     for name in ("funnel", "rewards", "examples", "steps", "learning_rate"):
         assert lines[0][0][name] == lines[1][0][name]
     weights, others = (
