@@ -15,7 +15,7 @@ from chat_server import completion, send, serving
 
 from trl_selfplay.rewards.endpoint import KEY_VARIABLE, Endpoint, EndpointError, Reply
 
-DEADLINE_S = 1.5
+DEADLINE_S = 1.0
 LATE = "no answer within the deadline"
 UNREADABLE = "the endpoint's answer couldn't be read"
 REFUSED = "the endpoint answered with an error"
@@ -31,6 +31,12 @@ def _no_thread_is_left():
 @pytest.fixture(autouse=True)
 def _no_key(monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Don't wait between tries."""
+    monkeypatch.setattr("trl_selfplay.rewards.endpoint._FIRST_WAIT_S", 0.01)
 
 
 def ask(endpoint, *questions, temperature=0.0, max_completion_length=9):
@@ -88,7 +94,7 @@ def half_closed(request):
     ],
     ids=["500", "429", "503 until a date", "HTML", "half-closed", "closed"],
 )
-def test_what_may_pass_is_tried_again(fail) -> None:
+def test_what_may_pass_is_tried_again(fail, quick) -> None:
     numbers = count()
     with serving(lambda question: fail if next(numbers) == 0 else "done") as server:
         assert ask(Endpoint("m", server.url), "a") == [Reply("done")]
@@ -155,12 +161,14 @@ def says(content):
     return lambda server, request: send(request, content)
 
 
-MISBEHAVIOUR = {
-    "silent": (silent, LATE),
-    "headers byte by byte": (drips_headers, LATE),
-    "a body byte by byte": (drips_body, LATE),
-    "chunks without end": (drips_chunks, LATE),
-    "100 Continue without end": (continues, LATE),
+ENDLESS = {
+    "silent": silent,
+    "headers byte by byte": drips_headers,
+    "a body byte by byte": drips_body,
+    "chunks without end": drips_chunks,
+    "100 Continue without end": continues,
+}
+UNUSABLE = {
     "a giant body": (giant, UNREADABLE),
     "many headers": (many_headers, UNREADABLE),
     "half-closed": (lambda server, request: half_closed(request), UNREADABLE),
@@ -179,23 +187,18 @@ MISBEHAVIOUR = {
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
-@pytest.mark.parametrize("part", [slice(None, 9), slice(9, None)], ids=["transport", "content"])
-def test_no_misbehaviour_outlasts_the_deadline(part, in_thread) -> None:
-    """VF-4, from the main thread and another; other questions aren't affected (VF-3)."""
-    names = [*MISBEHAVIOUR][part]
-    servers = []
-    replies = []
+def test_no_answer_without_end_outlasts_the_deadline(in_thread) -> None:
+    """VF-4, from the main thread and another."""
+    servers, replies, seconds = [], [], []
 
     def respond(question):
-        if question not in MISBEHAVIOUR:
-            return question.upper()
-        return lambda request: MISBEHAVIOUR[question][0](servers[0], request)
+        return lambda request: ENDLESS[question](servers[0], request)
 
     def run():
-        endpoint = Endpoint("m", servers[0].url, deadline=DEADLINE_S, concurrency=16)
+        endpoint = Endpoint("m", servers[0].url, deadline=DEADLINE_S)
         started = time.monotonic()
-        replies.extend(ask(endpoint, "before", *names, "after"))
-        assert time.monotonic() - started < DEADLINE_S + 1
+        replies.extend(ask(endpoint, *ENDLESS))
+        seconds.append(time.monotonic() - started)
 
     with serving(respond) as server:
         servers.append(server)
@@ -205,11 +208,40 @@ def test_no_misbehaviour_outlasts_the_deadline(part, in_thread) -> None:
             thread.join()
         else:
             run()
-    assert dict(zip(["before", *names, "after"], replies, strict=True)) == {
-        "before": Reply("BEFORE"),
-        **{name: Reply(None, MISBEHAVIOUR[name][1]) for name in names},
-        "after": Reply("AFTER"),
-    }
+    assert replies == [Reply(None, LATE)] * len(ENDLESS)
+    assert seconds[0] < DEADLINE_S + 1
+
+
+def test_what_cant_be_used_abstains_and_leaves_other_questions_alone(quick) -> None:
+    """VF-3."""
+    servers = []
+
+    def respond(question):
+        if question not in UNUSABLE:
+            return question.upper()
+        return lambda request: UNUSABLE[question][0](servers[0], request)
+
+    asked = ["before", *UNUSABLE, "after"]
+    with serving(respond) as server:
+        servers.append(server)
+        replies = dict(zip(asked, ask(Endpoint("m", server.url), *asked), strict=True))
+    assert (replies.pop("before"), replies.pop("after")) == (Reply("BEFORE"), Reply("AFTER"))
+    assert replies == {name: Reply(None, cause) for name, (_, cause) in UNUSABLE.items()}
+
+
+def test_a_late_try_leaves_the_cause_of_those_before_it() -> None:
+    numbers = count()
+    servers = []
+
+    def respond(question):
+        if next(numbers) == 0:
+            return lambda request: send(request, b"", 500)
+        return lambda request: silent(servers[0], request)
+
+    with serving(respond) as server:
+        servers.append(server)
+        assert ask(Endpoint("m", server.url, deadline=DEADLINE_S), "a") == [Reply(None, REFUSED)]
+    assert len(server.bodies) == 2
 
 
 @contextmanager
@@ -242,9 +274,9 @@ def test_nothing_at_the_address_is_an_error_at_construction() -> None:
         Endpoint("m", "http://no-such-host.invalid/v1", deadline=5.0)
 
 
-def test_an_endpoint_that_goes_down_abstains_and_then_is_an_error() -> None:
+def test_an_endpoint_that_goes_down_abstains_and_then_is_an_error(quick) -> None:
     with serving(upper) as server:
-        endpoint = Endpoint("m", server.url, deadline=0.2)
+        endpoint = Endpoint("m", server.url)
     assert ask(endpoint, "a", "b") == 2 * [Reply(None, "the endpoint couldn't be reached")]
     with pytest.raises(EndpointError, match=r"\d+ questions in a row"):
         ask(endpoint, *map(str, range(16)))

@@ -177,7 +177,10 @@ class Endpoint:
             try:
                 reply = self._try(body, ends, stop)
             except _Failure as raised:
-                failure = raised
+                # That time is up says less than what earlier tries have met.
+                if number == 0 or raised.cause != LATE:
+                    failure = raised
+                failure.is_final = raised.is_final
             else:
                 with self._lock:
                     self._failures_in_a_row = 0
