@@ -4,9 +4,10 @@ Arms, each on the demo of recipes/star_code.py, functions of one line over a lis
 
 - star: the demo as it is. Its record also holds the untrained model's scores, with the few-shot
   examples of round 0 and without, and the share of what it kept that passes the hidden tests.
-- unfiltered: as many of star's own samples of the last round as star kept there, drawn from all that
-  are finished, right or wrong, for as many steps. Each round trains from the base model, so earlier
-  rounds matter through these samples alone.
+- unfiltered_first: as many of star's own samples of its first round as star kept there, drawn from all
+  that are finished, right or wrong, for as many steps; to be compared with star after its first round.
+- unfiltered_last: the same of its last round. Each round trains from the base model, so here what the
+  filter did in earlier rounds is in the samples, and only its last use is left out.
 - round0_data: what star's first round kept, as many steps as all rounds together.
 
 Grading sees three tests of a training prompt. 64 held-out prompts select the best round; the scores
@@ -42,7 +43,7 @@ from trl_selfplay.rollouts.stored import load_kept
 from trl_selfplay.rounds.run import find_best_round
 
 RESULTS = Path(__file__).parent / "results" / "star_code"
-ARMS = ("star", "unfiltered", "round0_data")
+ARMS = ("star", "unfiltered_first", "unfiltered_last", "round0_data")
 NUM_SAMPLES = 8
 # What the sizes change: "small" is for two CPU cores, where samples for pass@k take most of the time;
 # "smoke" only tries the script.
@@ -83,11 +84,12 @@ def run_arm(arm: str, seed: int, size: str, reward: Any, star: dict[str, Any]) -
         trainer = build_trainer(STaRTrainer, seed, size, reward)
     else:
         steps = [line["steps"] for line in star["lines"]]
-        rows, count = (
-            (star["rows"]["unfiltered"][-1], steps[-1])
-            if arm == "unfiltered"
-            else (star["rows"]["round0_data"][0], sum(steps))
-        )
+        unfiltered = star["rows"]["unfiltered"]
+        rows, count = {
+            "unfiltered_first": (unfiltered[0], steps[0]),
+            "unfiltered_last": (unfiltered[-1], steps[-1]),
+            "round0_data": (star["rows"]["round0_data"][0], sum(steps)),
+        }[arm]
         choose = fixed_rows_class(lambda trainer, _: played(rows, seed=trainer.args.seed))
         settings = {"num_rounds": 1, "max_steps": count}
         trainer = build_trainer(choose, seed, size, reward, **settings)
@@ -191,7 +193,9 @@ def write_summary() -> None:
         f"scores are of {len(programs_split().report)} other prompts with 12 hidden tests each, and "
         "chose nothing. Mean [minimum, maximum] over seeds. Script: `benchmarks/star_code.py`.",
         "",
-        f"{'; '.join(sorted({r['machine'] for r in star}))}; seeds {[r['seed'] for r in star]}.",
+        f"star: {star[0]['machine']}; seeds {[r['seed'] for r in star]}. Controls: "
+        f"{' and '.join(sorted({r['machine'] for arm in ARMS[1:] for r in found[arm]}))}; where pass@k "
+        "is empty, only greedy accuracy was measured.",
         "",
         "| arm | seeds | greedy accuracy | pass@1 | pass@8 | minutes |",
         "|---|---|---|---|---|---|",
@@ -203,8 +207,10 @@ def write_summary() -> None:
         ]
         lines.append(f"| {name} | {len(star)} | {' | '.join(cells)} | |")
     for arm, records in found.items():
+        if not records:
+            continue
         cells = [spread_of([r["report"] for r in records], f"eval_{metric}") for metric in names]
-        minutes = f"{fmean(r['minutes'] for r in records):.1f}" if records else ""
+        minutes = f"{fmean(r['minutes'] for r in records):.1f}"
         lines.append(f"| {arm} | {len(records)} | {' | '.join(cells)} | {minutes} |")
     lines += [
         "",
@@ -214,6 +220,13 @@ def write_summary() -> None:
     for record in star:
         scores = ", ".join(f"{value:.3f}" for value in record["report_by_round"])
         lines.append(f"- seed {record['seed']}: {scores}; {record['chosen_round']}")
+    lines += ["", "What the filter adds, in greedy accuracy, the same seeds:", ""]
+    for arm, place in (("unfiltered_first", 0), ("unfiltered_last", -1)):
+        pairs = [(a, b) for a in star for b in found[arm] if a["seed"] == b["seed"]]
+        gains = [a["report_by_round"][place] - b["report"]["eval_accuracy"] for a, b in pairs]
+        if gains:
+            name = "first" if place == 0 else "last"
+            lines.append(f"- star after its {name} round over {arm}: {spread(gains)}")
     lines += ["", "What star sampled and kept, by round:", ""]
     for record in star:
         kept = [line["examples"] for line in record["lines"]]
