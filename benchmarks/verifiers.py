@@ -29,6 +29,7 @@ CORPUS = Path(__file__).parent.parent / "tests" / "rewards" / "corpus"
 RESULTS = Path(__file__).parent / "results" / "verifiers"
 Rows = Sequence[dict[str, Any]]
 Verdicts = Sequence[float | None]
+_MINERVA_RESULTS: dict[str, list[dict[str, int]]] = {}
 
 
 def ours(reward: Callable[..., Any]) -> Callable[[Rows], Verdicts]:
@@ -100,22 +101,30 @@ def minerva_math(metric: str) -> Callable[[Rows], Verdicts]:
     """Return lm-eval's minerva_math task, with its metric `exact_match` or `math_verify`."""
 
     def grade(rows: Rows) -> Verdicts:
-        import lm_eval
-
-        path = Path(lm_eval.__file__).parent / "tasks" / "minerva_math" / "utils.py"
-        spec = spec_from_file_location("minerva_math_utils", path)
-        assert spec is not None
-        assert spec.loader is not None
-        task = module_from_spec(spec)
-        spec.loader.exec_module(task)
-        verdicts = []
-        for row in rows:
-            gold = final_answer(row["solution"]).strip().strip("$")
-            doc = {"answer": task.normalize_final_answer(gold), "solution": f"$\\boxed{{{gold}}}$"}
-            verdicts.append(float(task.process_results(doc, [row["completion"]])[metric]))
-        return verdicts
+        return [float(result[metric]) for result in minerva_results(rows)]
 
     return grade
+
+
+def minerva_results(rows: Rows) -> Sequence[dict[str, int]]:
+    """Return both metrics of lm-eval's minerva_math, which takes minutes, once per set of rows."""
+    import lm_eval
+
+    key = "".join(row["id"] for row in rows)
+    if key in _MINERVA_RESULTS:
+        return _MINERVA_RESULTS[key]
+    path = Path(lm_eval.__file__).parent / "tasks" / "minerva_math" / "utils.py"
+    spec = spec_from_file_location("minerva_math_utils", path)
+    assert spec is not None
+    assert spec.loader is not None
+    task = module_from_spec(spec)
+    spec.loader.exec_module(task)
+    results = []
+    for row in rows:
+        gold = final_answer(row["solution"]).strip().strip("$")
+        doc = {"answer": task.normalize_final_answer(gold), "solution": f"$\\boxed{{{gold}}}$"}
+        results.append(task.process_results(doc, [row["completion"]]))
+    return _MINERVA_RESULTS.setdefault(key, results)
 
 
 def multiple_choice(pattern: str, group: int) -> Callable[[Rows], Verdicts]:
