@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from itertools import combinations, permutations
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,9 @@ from trl_selfplay.evaluation.estimates import (
     best_of_k,
     binomial_interval,
     bootstrap_interval,
+    majority_at_k,
     mean_best_of_k,
+    mean_majority_at_k,
     paired_difference,
     pass_at_k,
     standard_error,
@@ -312,3 +315,37 @@ def test_best_of_k_by_the_gold_label_is_pass_at_k(make_rollout, k) -> None:
     scores = random.Random(k).sample(range(100), len(rollouts))
     (by_chance,) = mean_best_of_k(rollouts, scores, [1]).values()
     assert by_chance == pytest.approx(fmean(r.reward for r in rollouts))
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "d", None]), min_size=1, max_size=7), st.data())
+def test_the_majority_of_k_equals_the_mean_over_all_draws(forms, data) -> None:
+    """Each form is right or wrong as a whole; ties are split, and no vote is wrong."""
+    right = data.draw(st.sets(st.sampled_from(["a", "b", "c", "d"])))
+    k = data.draw(st.integers(1, len(forms)))
+    outcomes = []
+    for draw in combinations(forms, k):
+        votes = Counter(form for form in draw if form is not None)
+        winners = [form for form, n in votes.items() if n == max(votes.values())]
+        outcomes.append(fmean(form in right for form in winners) if winners else 0.0)
+    found = majority_at_k(forms, [form in right for form in forms], k)
+    assert found == pytest.approx(fmean(outcomes))
+
+
+def test_the_majority_of_one_is_the_mean_sample_and_of_all_is_the_vote(make_rollout) -> None:
+    """One prompt votes right, another wrong; the third's answers are all different."""
+    answers = {"p": ("5", "5", "7"), "q": ("7", "5", "7"), "r": ("1", "2", "5")}
+    rollouts = [
+        make_rollout(
+            prompt_id=prompt_id, sample_index=i, reward=float(answer == "5"), completion=answer
+        )
+        for prompt_id, given_answers in answers.items()
+        for i, answer in enumerate(given_answers)
+    ]
+    forms = [r.completion for r in rollouts]
+    found = mean_majority_at_k(rollouts, forms, [1, 3])
+    assert found == {1: pytest.approx(4 / 9), 3: pytest.approx((1 + 0 + 1 / 3) / 3)}
+
+
+def test_the_majority_of_more_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="k=3 of 2 answers and 2 verdicts"):
+        majority_at_k(["a", "b"], [True, False], 3)

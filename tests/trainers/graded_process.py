@@ -1,7 +1,7 @@
 """A run of two rounds in a process of its own: `graded_process.py METHOD MODEL FOLDER CHANGES`.
 
-METHOD is "STaR", "IRPO", "ReST^EM", "ReST", or "judged ReST", whose policy judges too. CHANGES are
-fields of the config in JSON.
+METHOD is "STaR", "IRPO", "ReST^EM", "ReST", "judged ReST", whose policy judges too, or "vote", ReST^EM
+by majority votes. CHANGES are fields of the config in JSON.
 """
 
 import json
@@ -20,7 +20,7 @@ from trl_selfplay import (
     STaRConfig,
     STaRTrainer,
 )
-from trl_selfplay.rewards import JudgeReward
+from trl_selfplay.rewards import JudgeReward, VoteReward
 
 _CLASSES: dict[str, Any] = {
     "STaR": (STaRTrainer, STaRConfig),
@@ -44,6 +44,12 @@ def main(method: str, model: str, folder: str, changes: str) -> None:
         "policy", template="{prompt} {completion} so", verdict=r".*?(\d).*", scale=(0, 9),
         temperature=1.0, max_completion_length=40,
     )  # fmt: skip
+    grading: dict[str, Any] = {"reward_funcs": reward}
+    if method == "vote":
+        votes = VoteReward(0.0, normal_form=lambda text: len(text) % 3)
+        grading = {"reward_funcs": votes, "eval_reward_funcs": reward}
+    if method.startswith("judged"):
+        grading = {"reward_funcs": [reward, judge]}
     trainer: Any = trainer_class(
         model,
         args=config_class(
@@ -58,7 +64,7 @@ def main(method: str, model: str, folder: str, changes: str) -> None:
         train_dataset=Dataset.from_list(rows[:14]),
         eval_dataset=Dataset.from_list(rows[14:]),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-        reward_funcs=[reward, judge] if method.startswith("judged") else reward,
+        **grading,
         **gold,
     )  # fmt: skip
     trainer.self_play.collector.sampler.suggest_batch_size = lambda *lengths: 3

@@ -30,6 +30,7 @@ def samples_of_round_0(folder: Path):
         ("STaR", {}),
         ("IRPO", {"max_completion_length": 32, "max_per_prompt": 2}),
         ("ReST^EM", {"loss_weighting": "reward"}),
+        ("vote", {}),
         ("ReST", {"improve_thresholds": [0.1, 0.3], "start_from": "previous"}),
         ("judged ReST", {"improve_thresholds": [0.1, 0.9], "start_from": "previous"}),
     ],

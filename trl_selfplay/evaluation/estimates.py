@@ -4,9 +4,10 @@ In: graded rollouts of held-out prompts. Out: metrics by name. Intervals are ove
 samples of the same prompt aren't independent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from math import comb, inf, prod, sqrt
 from statistics import NormalDist, fmean
+from typing import Any
 
 import numpy as np
 
@@ -85,12 +86,99 @@ def mean_best_of_k(
     Raises:
         ValueError: As `best_of_k`.
     """
-    by_prompt: dict[str, tuple[list[float], list[bool]]] = {}
-    for rollout, score in zip(rollouts, scores, strict=True):
-        scored, correct = by_prompt.setdefault(rollout.prompt_id, ([], []))
-        scored.append(-inf if score is None else score)
+    known = [-inf if score is None else score for score in scores]
+    return _mean_over_prompts(best_of_k, rollouts, known, ks, reward_threshold)
+
+
+def majority_at_k(forms: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
+    """Return the probability that the majority of k samples, drawn from all N, is right.
+
+    Ties are broken at random. A draw without a vote is wrong.
+
+    Args:
+        forms: The normal form of the answer of each of a prompt's N samples; None doesn't vote.
+        correct: Whether each sample is right.
+        k: Size of the draw, at most N.
+
+    Raises:
+        ValueError: Lengths differ, or not 1 ≤ k ≤ N.
+
+    Source: self-consistency, arXiv 2203.11171; here, its expected value over all draws.
+    """
+    n = len(forms)
+    if len(correct) != n or not 1 <= k <= n:
+        raise ValueError(
+            f"the majority of k={k} of {n} answers and {len(correct)} verdicts; it needs as many "
+            "verdicts as answers and 1 <= k <= their number."
+        )
+    verdicts: dict[Hashable, list[bool]] = {}
+    for form, right in zip(forms, correct, strict=True):
+        if form is not None:
+            verdicts.setdefault(form, []).append(right)
+    num_silent = n - sum(map(len, verdicts.values()))
+    won = 0.0
+    for form, own in verdicts.items():
+        others = [len(theirs) for other, theirs in verdicts.items() if other != form]
+        for votes in range(1, min(len(own), k) + 1) if any(own) else ():
+            ways = comb(len(own), votes) * _ways_to_win(others, num_silent, votes, k - votes)
+            won += fmean(own) * ways
+    return won / comb(n, k)
+
+
+def _ways_to_win(others: Sequence[int], num_silent: int, votes: int, rest: int) -> float:
+    """Return the number of ways to draw the rest so that no other form has more votes.
+
+    A way in which t others have as many counts 1 / (t + 1).
+    """
+    ways = {(0, 0): 1}  # by the number of samples drawn, and of forms with as many votes
+    for count in others:
+        before, ways = ways, {}
+        for (drawn, tied), number in before.items():
+            for taken in range(min(count, votes, rest - drawn) + 1):
+                key = drawn + taken, tied + (taken == votes)
+                ways[key] = ways.get(key, 0) + number * comb(count, taken)
+    return sum(
+        number * comb(num_silent, rest - drawn) / (tied + 1)
+        for (drawn, tied), number in ways.items()
+    )
+
+
+def mean_majority_at_k(
+    rollouts: Sequence[Rollout],
+    forms: Sequence[Hashable | None],
+    ks: Sequence[int],
+    reward_threshold: float = 1.0,
+) -> dict[int, float]:
+    """Return, by k, how often the majority of k samples is right, on average over the prompts.
+
+    It is what voting reaches without training on the votes.
+
+    Args:
+        rollouts: Graded samples. A truncated one is wrong.
+        forms: The normal form of each sample's answer; None doesn't vote.
+        ks: Numbers of samples that vote; at most those of each prompt.
+        reward_threshold: Minimum reward of a right one.
+
+    Raises:
+        ValueError: As `majority_at_k`.
+    """
+    return _mean_over_prompts(majority_at_k, rollouts, forms, ks, reward_threshold)
+
+
+def _mean_over_prompts(
+    estimate: Callable[[Sequence[Any], Sequence[bool], int], float],
+    rollouts: Sequence[Rollout],
+    values: Sequence[Any],
+    ks: Sequence[int],
+    reward_threshold: float,
+) -> dict[int, float]:
+    """Return, by k, the mean of an estimate of a prompt's samples: their values, and which are right."""
+    by_prompt: dict[str, tuple[list[Any], list[bool]]] = {}
+    for rollout, value in zip(rollouts, values, strict=True):
+        of_prompt, correct = by_prompt.setdefault(rollout.prompt_id, ([], []))
+        of_prompt.append(value)
         correct.append(rollout.passes(reward_threshold))
-    return {k: fmean(best_of_k(*each, k) for each in by_prompt.values()) for k in ks}
+    return {k: fmean(estimate(*each, k) for each in by_prompt.values()) for k in ks}
 
 
 def standard_error(values: Sequence[float]) -> float | None:
