@@ -2,7 +2,7 @@
 
 Two-digit addition with a scratchpad, a decoder of 0.8 M parameters with a token per character (see
 addition.py). The base of each seed is saved at two points of its training, so that the same model
-begins from a low and from a higher accuracy. From each, four rounds of STaR without hints, in which
+begins from a low and from a higher accuracy. From each, three rounds of STaR without hints, in which
 every round goes on from the last one:
 
 - gold: completions with the right answer are trained on.
@@ -35,9 +35,9 @@ from addition import build_tokenizer, right_answer, row_of, rows_of, scratchpad,
 
 DATE = "2026-11-26"
 ARMS = ("gold", "vote")
-BASE_STEPS = {"low": 140, "high": 260}
-NUM_BASE, NUM_TRAIN, NUM_HELD_OUT = 400, 100, 100
-NUM_ROUNDS, ROUND_STEPS, NUM_SAMPLES = 4, 40, 8
+BASE_STEPS = {"low": 200, "high": 320}
+NUM_BASE, NUM_TRAIN, NUM_HELD_OUT = 400, 150, 100
+NUM_ROUNDS, ROUND_STEPS, NUM_SAMPLES = 3, 30, 8
 
 
 def final_number(text: str) -> str | None:
@@ -99,7 +99,7 @@ def run_arm(arm: str, base: Path, seed: int, sums: dict[str, list[tuple[int, int
             str(base),
             STaRConfig(
                 f"{folder}/{arm}",
-                **training_settings(seed),
+                **{**training_settings(seed), "learning_rate": 3e-4, "warmup_steps": 5},
                 num_rounds=NUM_ROUNDS,
                 max_steps=ROUND_STEPS,
                 rationalize=False,
