@@ -28,15 +28,6 @@ def trainable(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def digest_weights(model: Any) -> str:
-    """Return the digest of the trainable weights' names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, weight in trainable(model).items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def digest_json(value: Any) -> str:
     """Return the digest of plain values; a float's repr tells its every bit."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

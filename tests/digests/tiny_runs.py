@@ -68,14 +68,3 @@ def gold_rows(first: int, last: int) -> Dataset:
 def data_rows(first: int, last: int) -> Dataset:
     """Return rows with `prompt` and `completion`, SPIN's."""
     return gold_rows(first, last).remove_columns("solution")
-
-
-def even_share(completions: list[str], **columns: Any) -> list[float]:
-    """A reward with degrees: the share of a completion's words that are 0 or 2."""
-    words = [c.split() for c in completions]
-    return [sum(w in ("0", "2") for w in each) / max(len(each), 1) for each in words]
-
-
-def last_digits(completion: str) -> tuple[str, ...]:
-    """A normal form: the last two digits."""
-    return tuple([w for w in completion.split() if w.isdigit()][-2:])
