@@ -13,7 +13,8 @@ import pytest
 from checkers import LIMIT, Below, make_checker, misbehave, within_limit
 
 from trl_selfplay.rewards import checker_reward
-from trl_selfplay.rewards.scoring import Scorer, columns_read
+from trl_selfplay.rewards.functions import columns_read
+from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rewards.worker import close_workers
 
 

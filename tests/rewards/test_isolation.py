@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hostile_programs
@@ -108,6 +109,97 @@ def test_weak_isolation_leaves_no_folder(monkeypatch) -> None:
         assert list(Path(folder).iterdir()) == []
 
 
+LEAVE_OR_SIGNAL = """
+import ctypes, os, resource, signal
+libc = ctypes.CDLL(None)
+def attempt(function, *arguments):
+    try:
+        result = function(*arguments)
+    except OSError:
+        return
+    if result != -1:
+        print("escaped", function, arguments, flush=True)
+if os.fork() == 0:
+    attempt(os.setsid)
+    attempt(os.setpgid, 0, 0)
+    os._exit(0)
+parent = os.getppid()
+for pid in (-1, parent, -os.getpgid(parent)):
+    attempt(os.kill, pid, 0)
+attempt(os.setpgid, 0, os.getpgid(parent))
+attempt(libc.tgkill, parent, parent, 0)
+attempt(signal.pidfd_send_signal, os.pidfd_open(parent), 0)
+attempt(resource.prlimit, parent, resource.RLIMIT_CPU, (1, 1))
+attempt(libc.fcntl, 1, 8, parent)
+attempt(open, f"/proc/{parent}/mem", "r+b")
+os.wait()
+resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+signal.signal(signal.SIGUSR1, lambda *_: print("own"))
+os.kill(os.getpid(), signal.SIGUSR1)
+signal.raise_signal(signal.SIGUSR1)
+"""
+CROWDS = {
+    "idle": "import os, time\nfor _ in range(3): os.fork()\ntime.sleep(60)",
+    "fork bomb": hostile_programs.EXHAUSTION["fork bomb that ignores errors"],
+    # Each is dead before it's found.
+    "short lives": """
+import os, time
+if os.fork(): time.sleep(60)
+for _ in range(4): os.fork()
+while True:
+    try:
+        if os.fork(): os._exit(0)
+    except OSError: pass
+""",
+}
+
+
+@pytest.fixture
+def weak(monkeypatch):
+    monkeypatch.setattr(isolations, "candidates", lambda allow_weak_isolation: ["weak"])
+    before = psutil.Process().children()
+    made = Sandbox(workers=1)
+    (monitor,) = (child for child in psutil.Process().children() if child not in before)
+    yield made, monitor
+    made.close()
+
+
+def test_with_weak_isolation_a_program_stays_in_its_group_and_signals_it_alone(weak) -> None:
+    assert weak[0].run(LEAVE_OR_SIGNAL, deadline_s=10.0) == Ran("own\nown\n", "ok")
+
+
+@pytest.mark.parametrize("killed", ["nothing", "zygote", "monitor"])
+@pytest.mark.parametrize(
+    "crowd",
+    ["idle", *(pytest.param(name, marks=pytest.mark.slow) for name in CROWDS if name != "idle")],
+)
+def test_weak_isolation_leaves_no_process(weak, crowd, killed) -> None:
+    """VF-7: also where the machine's memory is low, and it kills others than the program."""
+    sandbox, monitor = weak
+    (zygote,) = monitor.children()
+
+    def crowded() -> list[psutil.Process]:
+        return [p for p in psutil.process_iter() if lives_in(p, monitor.pid)]
+
+    with ThreadPoolExecutor(1) as other:
+        running = other.submit(sandbox.run, CROWDS[crowd], deadline_s=1.0)
+        while len(crowded()) < 6:
+            assert not running.done()
+        if killed != "nothing":
+            {"zygote": zygote, "monitor": monitor}[killed].kill()
+            sandbox.close()
+        assert running.result().stdout == ""
+    sandbox.close()
+    assert crowded() == []
+
+
+def lives_in(process, session) -> bool:
+    try:
+        return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+
+
 def test_without_isolation_it_refuses_and_says_what_to_do(monkeypatch) -> None:
     candidates = list(isolations.candidates(allow_weak_isolation=False))
     assert "weak" not in candidates
@@ -162,7 +254,7 @@ def test_a_plain_user_has_the_same_isolation(tmp_path_factory, kind) -> None:
     rewards.mkdir(parents=True)
     (rewards.parent / "__init__.py").touch()
     (rewards / "__init__.py").touch()
-    for name in ("isolation", "literals", "sandbox", "syscalls", "zygote"):
+    for name in ("isolation", "literals", "processes", "program", "sandbox", "syscalls", "zygote"):
         shutil.copy(ROOT / "trl_selfplay" / "rewards" / f"{name}.py", rewards)
     shutil.copy(hostile_programs.__file__, folder)
     script = f"""

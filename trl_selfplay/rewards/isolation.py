@@ -22,7 +22,7 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _BUBBLEWRAP = "bwrap"
 _INSIDE = "/zygote"
 _HERE = Path(__file__).parent
-_SCRIPTS = ("zygote.py", "syscalls.py", "literals.py")
+_SCRIPTS = ("zygote.py", "processes.py", "program.py", "syscalls.py", "literals.py")
 
 # What the interpreter itself takes.
 _LEAST = {"memory_bytes": 64 * 2**20, "open_files": 8}

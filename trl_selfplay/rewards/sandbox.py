@@ -26,6 +26,7 @@ from typing import Any, Literal, NoReturn, cast, get_args
 import trl_selfplay.rewards.isolation as isolations
 import trl_selfplay.rewards.literals as literals
 from trl_selfplay.rewards.isolation import Isolation, Limits
+from trl_selfplay.rewards.processes import Processes
 
 Ending = Literal[
     "ok",
@@ -40,7 +41,7 @@ _OWN_ENDINGS = get_args(Ending)[1:]
 _START_DEADLINE_S = 60.0
 # A zygote ends a program itself at its deadline. After this long it is ended with it.
 _GRACE_S = 0.5
-_STOP_DEADLINE_S = 3.0
+_STOP_DEADLINE_S = 10.0
 _LONGEST_S = 86_400.0
 # Of one zygote. After that many it is replaced, in case something has piled up in it.
 _MOST_PROGRAMS = 1000
@@ -428,6 +429,10 @@ class _Worker:
             self._process.wait()
         os.close(self._errors)
         if self._folder is not None:
+            # If the monitor has ended first, as where a machine is out of memory.
+            proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+            Processes(proc).end_session(self._process.pid, _STOP_DEADLINE_S)
+            os.close(proc)
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def forget(self) -> None:

@@ -42,7 +42,10 @@ _NUMBERS = {
     "chroot": {"x86_64": 161, "aarch64": 51},
     "clone": {"x86_64": 56, "aarch64": 220},
     "fanotify_init": {"x86_64": 300, "aarch64": 262},
+    "fcntl": {"x86_64": 72, "aarch64": 25},
+    "ioctl": {"x86_64": 16, "aarch64": 29},
     "kcmp": {"x86_64": 312, "aarch64": 272},
+    "kill": {"x86_64": 62, "aarch64": 129},
     "keyctl": {"x86_64": 250, "aarch64": 219},
     "memfd_create": {"x86_64": 319, "aarch64": 279},
     "mount": {"x86_64": 165, "aarch64": 40},
@@ -53,20 +56,28 @@ _NUMBERS = {
     "personality": {"x86_64": 135, "aarch64": 92},
     "pivot_root": {"x86_64": 155, "aarch64": 41},
     "prctl": {"x86_64": 157, "aarch64": 167},
+    "prlimit64": {"x86_64": 302, "aarch64": 261},
     "process_vm_readv": {"x86_64": 310, "aarch64": 270},
     "process_vm_writev": {"x86_64": 311, "aarch64": 271},
     "ptrace": {"x86_64": 101, "aarch64": 117},
     "request_key": {"x86_64": 249, "aarch64": 218},
+    "rt_sigqueueinfo": {"x86_64": 129, "aarch64": 138},
+    "rt_tgsigqueueinfo": {"x86_64": 297, "aarch64": 240},
     "setns": {"x86_64": 308, "aarch64": 268},
+    "setpgid": {"x86_64": 109, "aarch64": 154},
+    "setsid": {"x86_64": 112, "aarch64": 157},
     "shmget": {"x86_64": 29, "aarch64": 194},
     "socket": {"x86_64": 41, "aarch64": 198},
     "socketpair": {"x86_64": 53, "aarch64": 199},
+    "tgkill": {"x86_64": 234, "aarch64": 131},
+    "tkill": {"x86_64": 200, "aarch64": 130},
     "umount2": {"x86_64": 166, "aarch64": 39},
     "unshare": {"x86_64": 272, "aarch64": 97},
     "userfaultfd": {"x86_64": 323, "aarch64": 282},
 }
 # Calls whose numbers are the same on all machines: those since Linux 5.0.
 _SINCE_5 = {
+    "pidfd_send_signal": 424,
     "io_uring_setup": 425,
     "open_tree": 428,
     "move_mount": 429,
@@ -80,7 +91,15 @@ _SINCE_5 = {
     "memfd_secret": 447,
 }
 # Not denied as a whole: what `build_filter` treats apart, and what can only give up privileges.
-_NOT_DENIED = ("clone", "clone3", "socket", "socketpair", "prctl", "capset")
+_TREATED_APART = ("clone", "clone3", "socket", "socketpair", "prctl", "capset")
+# What leaves a process's group, and signals to any process.
+_LEAVING = ("setsid", "setpgid")
+_SIGNALS = ("tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal")
+# Arguments that name a process, and may be 0 for the own one.
+_OWN_ALONE = ("kill", "tgkill", "prlimit64")
+# Requests to signal a process when a file is ready: F_SETOWN, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP.
+_OWNERS = {"fcntl": (8, 15), "ioctl": (0x8901, 0x8902)}
+_NOT_DENIED = {*_TREATED_APART, *_LEAVING, *_SIGNALS, *_OWN_ALONE, *_OWNERS}
 
 
 def _number(name: str) -> int:
@@ -172,9 +191,9 @@ def adopt_orphans() -> None:
     _prctl(_SUBREAPER, 1)
 
 
-def stay_visible() -> None:
-    """Let this process still write its files in /proc after a change of user."""
-    _prctl(_DUMPABLE, 1)
+def set_visible(is_visible: bool) -> None:
+    """Say whether this process, and others of its user, may write its files in /proc."""
+    _prctl(_DUMPABLE, int(is_visible))
 
 
 def drop_privileges() -> None:
@@ -194,12 +213,16 @@ def filter_calls(program: bytes) -> None:
     _prctl(_SECCOMP, 2, header)
 
 
-def build_filter() -> bytes:
+def build_filter(own: int | None = None) -> bytes:
     """Return a seccomp filter against what limits and namespaces don't cover.
 
     Denied are sockets other than Unix sockets, namespaces, mounts, memory that belongs to no
     process (memfd, System V), tracing, keys, and interfaces of the kernel that programs under test
     don't need: io_uring, bpf, perf, userfaultfd.
+
+    Args:
+        own: Where there are no namespaces, the process: it can then signal itself and its group
+            alone, its descendants their group, and none leaves that.
     """
     allow, deny, missing, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
 
@@ -215,18 +238,30 @@ def build_filter() -> bytes:
     def unless_equal(value: int, skip: int) -> bytes:
         return line(0x15, value, 0, skip)
 
+    def by_argument(
+        name: str, offset: int, values: tuple[int, ...], among: int, otherwise: int
+    ) -> list[bytes]:
+        jumps = [line(0x15, value, len(values) - i) for i, value in enumerate(values)]
+        start = [unless_equal(_number(name), len(values) + 3), load(offset)]
+        return [*start, *jumps, answer(otherwise), answer(among)]
+
     parts = [load(4), line(0x15, _AUDIT[platform.machine()], 1, 0), answer(kill), load(0)]
     if platform.machine() == "x86_64":  # the same calls by other numbers
         parts += [line(0x35, 0x40000000, 0, 1), answer(deny)]
-    for name in sorted({*_NUMBERS, *_SINCE_5} - {*_NOT_DENIED}):
+    denied = {*_NUMBERS, *_SINCE_5} - _NOT_DENIED
+    if own is not None:
+        denied |= {*_LEAVING, *_SIGNALS}
+        for name in _OWN_ALONE:
+            parts += by_argument(name, 16, (0, own), allow, deny)
+        for name, requests in _OWNERS.items():
+            parts += by_argument(name, 24, requests, deny, allow)
+    for name in sorted(denied):
         parts += [unless_equal(_number(name), 1), answer(deny)]
     # The C library falls back to clone, whose flags can be read here.
     parts += [unless_equal(_number("clone3"), 1), answer(missing)]
     parts += [unless_equal(_number("clone"), 4), load(16), line(0x45, _NEW_ANY, 0, 1)]
     parts += [answer(deny), answer(allow)]
-    parts += [unless_equal(_number("prctl"), 4), load(16), unless_equal(_DUMPABLE, 1)]
-    parts += [answer(deny), answer(allow)]
+    parts += by_argument("prctl", 16, (_DUMPABLE,), deny, allow)
     for name in ("socket", "socketpair"):
-        parts += [unless_equal(_number(name), 4), load(16), unless_equal(_UNIX_SOCKET, 1)]
-        parts += [answer(allow), answer(deny)]
+        parts += by_argument(name, 16, (_UNIX_SOCKET,), allow, deny)
     return b"".join([*parts, answer(allow)])

@@ -7,7 +7,6 @@ program a process that is the first one of namespaces of its own, with which all
 dies. Only the standard library is imported.
 """
 
-import atexit
 import contextlib
 import gc
 import importlib.util
@@ -21,21 +20,20 @@ import signal
 import socket
 import sys
 import time
-import types
 import typing
 from pathlib import Path
 
 if typing.TYPE_CHECKING:
-    import trl_selfplay.rewards.literals as literals
+    import trl_selfplay.rewards.processes as processes
+    import trl_selfplay.rewards.program as program
     import trl_selfplay.rewards.syscalls as syscalls
 
 _NOBODY = 65534
-_LENGTH_BYTES = 4
-_IS_MADE_BY_CODE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _READY = b"ready"
 _POLL_S = 0.01
 _MONITOR_POLL_S = 0.5
 _KILL_S = 2.0
+_MONITOR_KILL_S = 30.0
 _TEMPORARY = "/tmp"
 # What programs often import, so that it is there already.
 _PRELOADED = (
@@ -44,12 +42,18 @@ _PRELOADED = (
 )
 
 
-def _load(name: str) -> typing.Any:
-    """Import a module beside this file: its package needs more than the standard library."""
+def _load(name: str, **needed: typing.Any) -> typing.Any:
+    """Import a module beside this file: its package needs more than the standard library.
+
+    Args:
+        name: Of the module.
+        needed: Modules that it uses, loaded before.
+    """
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    vars(module).update(needed)
     spec.loader.exec_module(module)
     return module
 
@@ -82,20 +86,23 @@ def main(settings: dict[str, typing.Any]) -> None:
             control.send(json.dumps({"error": str(error)}).encode())
         os._exit(1)
     control.close()
-    _monitor(child, _Processes(settings["proc"]), settings["parent"])
+    _monitor(child, processes.Processes(settings["proc"]), settings["parent"])
 
 
-def _monitor(child: int, processes: "_Processes", parent: int) -> None:
+def _monitor(child: int, found: "processes.Processes", parent: int) -> None:
     """Wait until the child has ended; end it when the parent has ended, or at SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    events = {signal.SIGTERM, signal.SIGCHLD}
+    # A second SIGTERM must not interrupt the end.
+    signal.pthread_sigmask(signal.SIG_BLOCK, events)
     alive = os.pidfd_open(child)
-    try:
-        # A parent-death signal would already come when the thread ends that has started this.
-        while os.getppid() == parent and not _is_readable(alive, _MONITOR_POLL_S):
-            pass
-    finally:
-        # Bubblewrap's root may not signal the zygote when it dies, so that comes here as an orphan.
-        processes.kill_children()
+    # A parent-death signal would already come when the thread ends that has started this.
+    while os.getppid() == parent and not _is_readable(alive, 0.0):
+        event = signal.sigtimedwait(events, _MONITOR_POLL_S)
+        if event is not None and event.si_signo == signal.SIGTERM:
+            break
+    # Bubblewrap's root may not signal the zygote when it dies, so that comes here as an orphan. So
+    # does, where isolation is weak, all that a program has started.
+    found.end_children(_MONITOR_KILL_S)
 
 
 def _leave_namespaces(proc: int) -> None:
@@ -184,14 +191,15 @@ def _build_root(settings: dict[str, typing.Any]) -> None:
     syscalls.enter_root("/new")
 
 
-def _become_nobody() -> None:
+def _become_nobody(is_visible: bool) -> None:
+    """Become a user without rights, with files in /proc that this user may write or not."""
     if os.geteuid() == 0:
         # Where a container's root has no right to this, the count of processes is polled alone.
         with contextlib.suppress(OSError):
             os.setgroups([])
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
             os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-    syscalls.stay_visible()
+    syscalls.set_visible(is_visible)
     syscalls.die_with_parent()  # a change of user has switched it off
 
 
@@ -200,7 +208,8 @@ def _serve(control: socket.socket, settings: dict[str, typing.Any]) -> None:
     # Before the change of user, who may not be allowed to read the library.
     for name in (*_PRELOADED.split(), *(() if _nests(settings) else ("shutil",))):
         importlib.import_module(name)
-    _become_nobody()
+    # In its own namespaces a program doesn't find this process. Else it must not write its memory.
+    _become_nobody(is_visible=_nests(settings))
     zygote = _Zygote(control, settings)
     gc.collect()
     gc.freeze()
@@ -228,67 +237,6 @@ def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
     return message, descriptors
 
 
-class _Processes:
-    """What `/proc` tells, as a file descriptor: it may be out of sight, and number otherwise."""
-
-    def __init__(self, proc: int) -> None:
-        self._proc = proc
-
-    def tasks(self, pid: str) -> list[str]:
-        """Return the threads of a process."""
-        try:
-            descriptor = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._proc)
-        except OSError:
-            return []
-        try:
-            return os.listdir(descriptor)
-        except OSError:
-            return []
-        finally:
-            os.close(descriptor)
-
-    def children(self, pid: str = "self") -> list[str]:
-        """Return the children of a process."""
-        found: list[str] = []
-        for task in self.tasks(pid):
-            with contextlib.suppress(OSError):
-                found += self._read(f"{pid}/task/{task}/children").split()
-        return found
-
-    def memory_bytes(self, pid: str) -> int:
-        """Return the memory of a process, with what it shares with others."""
-        try:
-            return int(self._read(f"{pid}/statm").split()[1]) * resource.getpagesize()
-        except OSError:
-            return 0
-
-    def count_own(self) -> int:
-        """Return how many processes and threads this user has."""
-        count = 0
-        for pid in os.listdir(self._proc):
-            with contextlib.suppress(OSError):
-                if pid.isdigit() and os.stat(pid, dir_fd=self._proc).st_uid == os.geteuid():
-                    count += len(self.tasks(pid))
-        return count
-
-    def kill_children(self) -> None:
-        """End the children of this process, and those that it adopts from them."""
-        ends = time.monotonic() + _KILL_S
-        while (children := self.children()) and time.monotonic() < ends:
-            # As the first process of a namespace, whose numbers aren't the host's: all others.
-            for pid in [-1] if os.getpid() == 1 else map(int, children):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            time.sleep(0.001)
-
-    def _read(self, name: str) -> str:
-        with open(os.open(name, os.O_RDONLY, dir_fd=self._proc)) as file:
-            return file.read()
-
-
 class _Zygote:
     """Processes for programs, one ready in advance and at most one at work."""
 
@@ -297,12 +245,13 @@ class _Zygote:
         self._proc = settings["proc"]
         self._limits = settings["limits"]
         self._nests = _nests(settings)
-        self._processes = _Processes(settings["proc"])
+        self._processes = processes.Processes(settings["proc"])
         self._most_processes = self._limits["processes"]
         if not self._nests:
             syscalls.adopt_orphans()  # so that they are found
             # The kernel counts all that the user runs.
             self._most_processes += self._processes.count_own()
+        self._is_weak = settings["isolation"] == "weak"
         self._filter = syscalls.build_filter()
         self._child: int | None = None
         self._parent_folder = settings["folder"]
@@ -352,10 +301,15 @@ class _Zygote:
             if not _is_readable(self._alive, _KILL_S):
                 os._exit(1)  # and all that is inside with this process
         os.close(self._alive)
+        if not self._nests:
+            # Before its number, which is the group's, is free for others.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
         self._child = None
         if self._folder is not None:
-            self._processes.kill_children()
+            if not self._processes.end_children(_KILL_S):
+                os._exit(1)  # and the monitor goes on
             _remove_folder(self._folder)
         if ready not in (b"", _READY):
             return {"error": ready.decode(errors="replace")}
@@ -425,6 +379,8 @@ class _Zygote:
             syscalls.mount("tmpfs", _TEMPORARY, "tmpfs", flags, options)
         else:
             assert self._folder is not None
+            syscalls.die_with_parent()
+            syscalls.set_visible(True)
             os.environ.update(HOME=self._folder, TMPDIR=self._folder)
         os.chdir(os.environ["TMPDIR"])
         with contextlib.suppress(OSError):
@@ -434,21 +390,21 @@ class _Zygote:
         _close_all_but({0, 1, 2, kept})
         self._set_limits()
         syscalls.drop_privileges()
-        syscalls.filter_calls(self._filter)
+        syscalls.filter_calls(syscalls.build_filter(os.getpid()) if self._is_weak else self._filter)
 
-    def _start(self, request: dict[str, typing.Any], program: int, *channels: int) -> int:
+    def _start(self, request: dict[str, typing.Any], file: int, *channels: int) -> int:
         cpu_s = math.ceil(self._limits["cpu_s"] or request["deadline_s"] + 1)
         _limit(resource.RLIMIT_CPU, cpu_s)
-        with open(program, "rb") as file:
-            source = file.read()
+        with open(file, "rb") as opened:
+            source = opened.read()
         gc.enable()
         if request["kind"] == "session":
-            _serve_calls(source, *channels)
+            program.serve_calls(source, *channels)
             return 0
         for standard, channel in enumerate(channels):
             os.dup2(channel, standard)
             os.close(channel)
-        return _run_program(source)
+        return program.run(source)
 
     def _set_limits(self) -> None:
         limits = self._limits
@@ -497,102 +453,8 @@ def _close_all_but(kept: set[int]) -> None:
             os.closerange(before + 1, after)
 
 
-def _run_program(source: bytes) -> int:
-    """Run a program as `python program.py` would, and return its exit status."""
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
-    sys.argv = ["program.py"]
-    status = 0
-    try:
-        exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        status = 1
-    try:
-        if "threading" in sys.modules:
-            _join_threads()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-    except BaseException:
-        status = status or 1
-    return status & 255
-
-
-def _join_threads() -> None:
-    import threading
-
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join()
-
-
-def _serve_calls(source: bytes, requests: int, answers: int) -> None:
-    """Run a program as a module, then call its functions as requested."""
-    module = types.ModuleType("program")
-    sys.modules["program"] = module
-    try:
-        exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
-    except BaseException as error:
-        _send(answers, literals.encode(("raised", *_describe(error), ())))
-    else:
-        _send(answers, literals.encode(("returned", None, ())))
-    while request := _read_message(requests):
-        shared: list[typing.Any] = []
-        name, args, kwargs = literals.decode(request, shared)
-        count = len(shared)
-        try:
-            function: typing.Any = module
-            for part in name.split("."):
-                function = getattr(function, part)
-            outcome: tuple[typing.Any, ...] = ("returned", function(*args, **dict(kwargs)))
-        except BaseException as error:
-            outcome = ("raised", *_describe(error))
-        _send(answers, _encode(outcome, shared, count))
-
-
-def _encode(outcome: tuple[typing.Any, ...], shared: list[typing.Any], count: int) -> bytes:
-    """Return an outcome and what has become of the arguments, or why they can't be written."""
-    known = shared[:count]
-    try:
-        return literals.encode((*outcome, tuple(map(literals.contents, known))), known.copy())
-    except literals.LiteralError as error:
-        return literals.encode(("raised", type(error).__name__, str(error), ()))
-    except BaseException as error:
-        return literals.encode(("raised", *_describe(error), ()))
-
-
-def _describe(error: BaseException) -> tuple[str, str]:
-    """Return the name of an exception's nearest built-in type, and its message."""
-    kind = next(base for base in type(error).__mro__ if base.__flags__ & _IS_MADE_BY_CODE == 0)
-    try:
-        return kind.__name__, str(error)[:1000]
-    except BaseException:  # a hostile __str__
-        return kind.__name__, ""
-
-
-def _send(channel: int, message: bytes) -> None:
-    unsent = memoryview(len(message).to_bytes(_LENGTH_BYTES, "big") + message)
-    while unsent:
-        unsent = unsent[os.write(channel, unsent) :]
-
-
-def _read_message(channel: int) -> bytes:
-    header = _read(channel, _LENGTH_BYTES)
-    return _read(channel, int.from_bytes(header, "big")) if header else b""
-
-
-def _read(channel: int, count: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < count:
-        part = os.read(channel, count - len(parts))
-        if not part:
-            return b""
-        parts += part
-    return bytes(parts)
-
-
 if __name__ == "__main__":
-    literals = _load("literals")
+    processes = _load("processes")
+    program = _load("program", literals=_load("literals"))
     syscalls = _load("syscalls")
     main(json.loads(sys.argv[1]))
