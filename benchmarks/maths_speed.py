@@ -1,12 +1,11 @@
 """Pairs per second of math_reward, against math-verify's parse and verify in as many processes.
 
-In: a seed. Out: a table of pairs per second, side by side, on standard output. Both get the same
-completions, and different ones in every repeat. Bare means `verify(parse(gold), parse(completion))`
+In: a seed. Out: results/maths_speed.md, pairs per second side by side. Both get the same completions, and different ones in every repeat. Bare means `verify(parse(gold), parse(completion))`
 with the package's own timeouts switched off, in processes that share out the pairs beforehand and so
 never wait for each other. math_reward has its deadline per pair. Take turns, since the machine's
 speed varies.
 
-    python benchmarks/maths_speed.py > benchmarks/results/maths_speed.md
+    python benchmarks/maths_speed.py
 """
 
 import argparse
@@ -21,10 +20,12 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 from trl_selfplay.rewards import maths
 from trl_selfplay.rewards.worker import WorkerPool
 
+RESULTS = Path(__file__).parent / "results" / "maths_speed.md"
 Pair = tuple[str, str, bool]  # gold answer, completion, whether it is right
 # Shares of the kinds of answers, roughly those of sets from school word problems to competitions.
 _SHARES = {
@@ -153,7 +154,7 @@ def compare(processes: int, args: argparse.Namespace, draw: random.Random) -> li
 
 
 def main() -> None:
-    """Measure, and print the page."""
+    """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument(
@@ -165,7 +166,7 @@ def main() -> None:
     draw = random.Random(args.seed)
     rows = [row for processes in (1, 2) for row in compare(processes, args, draw)]
     cpus = len(os.sched_getaffinity(0))
-    print(
+    RESULTS.write_text(
         f"# Speed of math_reward\n\n"
         f"Pairs of a gold answer and a completion per second; medians of {args.repeats} repeats, in turns, of "
         f"{args.pairs} pairs each. Bare: math-verify's `parse` and `verify` without a deadline. math_reward "
@@ -178,7 +179,7 @@ def main() -> None:
         'compared once, and bare has no such cache. The mix "all" is that of `_SHARES` in `benchmarks/maths_speed.py`.\n\n'
         f"Machine: {cpus} shared {platform.machine().replace('_', '-')} cores, load {os.getloadavg()[1]:.0f}; Python {platform.python_version()}, "
         f"math-verify {version('math-verify')}, sympy {version('sympy')}; seed {args.seed}; 2026-11-26. "
-        f"Command: `python benchmarks/maths_speed.py --pairs {args.pairs} --repeats {args.repeats}`."
+        f"Command: `python benchmarks/maths_speed.py --pairs {args.pairs} --repeats {args.repeats}`.\n"
     )
 
 

@@ -1,22 +1,11 @@
-"""Forms of tests, what can't run beside a program, and how checks are counted."""
+"""Forms of tests, and what can't run beside a program."""
 
 import json
 
 import pytest
 
-from trl_selfplay.rewards.code_tests import (
-    CallTests,
-    InputTests,
-    NotAValue,
-    ProgramOver,
-    Unsendable,
-    last_function,
-    read_outcome,
-    read_tests,
-    run_calls,
-    same_output,
-    together,
-)
+from trl_selfplay.rewards.code_checks import run_calls
+from trl_selfplay.rewards.code_tests import InputTests, last_function, read_tests, same_output
 
 
 def run(tests, program: str, candidate=None, **options):
@@ -51,40 +40,6 @@ def test_check_gets_the_function_that_is_named() -> None:
     assert read_tests(text).entry_point is None
 
 
-def test_statements_between_checks_run_in_order() -> None:
-    tests = "import math\nxs = [1]\npush(xs, 2)\nassert xs == [1, 2]\npush(xs, 3)\nassert math.fsum(xs) == 6"
-    assert held(tests, "def push(xs, x): xs.append(x)") == [True, True]
-    assert held(tests, "def push(xs, x): 1 / 0") == [False, False]
-
-
-def test_a_check_that_fails_or_raises_does_not_end_the_others() -> None:
-    tests = ["assert f(1) == 1", "assert f(0) == 1", "assert f(2)[0] == 1", "assert f(3) == 1 / 3"]
-    assert held(tests, "def f(x): return 1 / x") == [True, False, False, True]
-    assert held(tests, "def f(x): return 1 / x", stop_early=True) == [True, False, False, False]
-
-
-def test_a_test_may_expect_an_exception() -> None:
-    tests = (
-        "try:\n    f(-1)\nexcept ValueError as error:\n    assert 'small' in str(error)\n"
-        "else:\n    assert False\n"
-    )
-    assert held(tests, "def f(x): raise ValueError('too small')") == [True]
-    assert held(tests, "def f(x): raise TypeError('too small')") == [False]
-    assert held(tests, "def f(x): return x") == [False]
-
-
-@pytest.mark.parametrize("trouble", [ProgramOver, NotAValue])
-def test_no_test_can_pass_by_catching_that_the_program_has_ended(trouble) -> None:
-    tests = read_tests(
-        "try:\n    f(1)\nexcept:\n    pass\nassert 1 + 1 == 2\ntry:\n    f(1)\nexcept BaseException:\n    assert str()==''"
-    )
-
-    def call(name, args, kwargs):
-        raise trouble
-
-    assert run_calls(tests, call) == ([True, False], 2)
-
-
 def test_helpers_of_the_starter_belong_to_the_tests() -> None:
     """A program can't pass by redefining the function that its result is compared with."""
     starter = "import math\ndef encode(s):\n    return s[::-1]\ndef decode(s):\n    pass\n"
@@ -111,13 +66,6 @@ def test_a_module_that_the_tests_forgot_to_import_is_imported() -> None:
     tests = read_tests("assert math.isclose(area(1), math.pi)")
     assert tests.names == ("area",)
     assert run(tests, "def area(r): return 3.14159265358979 * r * r")[0] == [True]
-
-
-def test_a_function_of_the_tests_that_asserts_counts_where_it_is_called() -> None:
-    text = (
-        "def same(a, b):\n    assert a == b\ndef check(c):\n    same(c(1), 1)\n    same(c(2), 3)\n"
-    )
-    assert run(read_tests(text), "def f(x): return x", "f")[0] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +141,13 @@ def test_ordinary_tests_have_no_obstacle(tests) -> None:
         ("def check(candidate):\n    assert 1 + 1 == 2", "call no function of the program"),
         ("def check(candidate):\n    candidate(1)", "no assert statement in `check`"),
         ("def check():\n    assert f(1)", "one argument"),
+        ("assert f(1)\ndef test_f():\n    assert f(2)", "never call 'test_f', which asserts"),
+        (
+            "import unittest\nassert f(1)\nclass T(unittest.TestCase):\n    def test_f(self):\n"
+            "        self.assertEqual(f(2), 2)",
+            "never call 'test_f', which asserts",
+        ),
+        ("import unittest\nassert f(1)\nunittest.main()", "call unittest.main, which doesn't"),
         ("import nowhere_to_be_found\nassert f(1)", "'nowhere_to_be_found', which isn't installed"),
         ("[1, 2", "neither Python nor JSON"),
         ([1, 2], "starts with 1"),
@@ -234,27 +189,3 @@ def test_the_last_function_of_a_text() -> None:
     assert last_function("x = 1") is None
     assert last_function("def f(:") is None
     assert last_function("-" * 100_000) is None
-
-
-def test_program_and_tests_together_print_what_holds(capsys) -> None:
-    tests = read_tests("s = Stack()\ns.push(2)\nassert s.pop() == 2\nassert s.pop() is None")
-    assert isinstance(tests, CallTests)
-    stack = "class Stack(list):\n    push = list.append\n    def pop(self): return list.pop(self)\n"
-    for program, expected in (
-        (stack, [True, False]),
-        ("class Stack: ...", [False, False]),
-        ("class Stack", [False, False]),
-        ("import sys\nsys.exit(0)", [False, False]),
-    ):
-        exec(together(tests, program, None, "secret"), {})
-        assert read_outcome(tests, capsys.readouterr().out, "secret") == expected
-    assert read_outcome(tests, "OK\n[0, 1]\n", "secret") == [False, False]
-    assert read_outcome(tests, "", "secret") == [False, False]
-
-
-def test_an_argument_that_cannot_be_sent_ends_the_tests() -> None:
-    def call(name, args, kwargs):
-        raise Unsendable
-
-    with pytest.raises(Unsendable):
-        run_calls(read_tests("try:\n    f(open)\nexcept:\n    pass\nassert f(1)"), call)

@@ -3,7 +3,8 @@
 In: completions with a program, and tests in the column `tests`. Out: 1.0 if all tests hold or else
 0.0, or the share that holds; None if the tests can't be used. A worker process reads and runs the
 tests; the program runs in a sandbox of the worker's, and gets nothing but the arguments of calls, or
-its standard input. So it can neither look up what is expected nor report a success of its own.
+its standard input. So it can neither look up what is expected nor report a success of its own. The
+tests themselves are trusted: the worker has the user's rights.
 """
 
 import ast
@@ -19,19 +20,21 @@ from dataclasses import asdict
 from typing import Any
 
 from trl_selfplay.rewards.answer import text_of, without_thoughts
-from trl_selfplay.rewards.code_tests import (
-    CallTests,
-    InputTests,
+from trl_selfplay.rewards.code_checks import (
     NotAValue,
     ProgramOver,
     Unsendable,
+    read_outcome,
+    run_calls,
+    together,
+)
+from trl_selfplay.rewards.code_tests import (
+    CallTests,
+    InputTests,
     last_function,
     parse,
-    read_outcome,
     read_tests,
-    run_calls,
     same_output,
-    together,
 )
 from trl_selfplay.rewards.isolation import Limits
 from trl_selfplay.rewards.literals import LiteralError
@@ -56,6 +59,9 @@ _TRIAL = ("print(1)", "", InputTests((("", "1"),)))
 
 class CodeReward:
     """The reward function of programs that are checked by tests; `code_reward` is one.
+
+    Programs aren't trusted, tests are: they run outside the sandbox and may do what the user may. So
+    the column `tests` has to come from a source whose code you would run.
 
     Args:
         share: Return the share of tests that hold in place of 1.0 or 0.0.

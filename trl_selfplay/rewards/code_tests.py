@@ -1,9 +1,7 @@
-"""Read the tests of programming tasks, and run them on a program that is somewhere else.
+"""Read the tests of programming tasks.
 
 In: tests as text, lists or JSON, in the forms of MBPP, HumanEval and programming contests. Out:
-`CallTests` or `InputTests`, what keeps tests from running beside the program, and which checks
-hold. The program's functions are proxies here: a call of one sends its arguments away, so that the
-program sees neither the tests nor what they expect.
+`CallTests` or `InputTests`, and what keeps tests from running beside the program.
 """
 
 import ast
@@ -16,16 +14,18 @@ import sys
 import textwrap
 import warnings
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 # The function that tests in HumanEval's form define.
-_CHECK = "check"
+CHECK = "check"
 # A name in the instrumented tests that no test uses.
-_MARK = "__holds__"
+MARK = "__holds__"
 _BUILTINS = frozenset(dir(builtins))
+# They look for tests elsewhere, and some raise nothing if one fails.
+_RUNNERS = ("unittest.main", "pytest.main", "doctest.testmod")
 _LITERALS: tuple[type, ...] = (
     *(int, float, complex, str, bytes, bytearray, tuple, list, dict, set, range, Fraction),
     *(deque, Counter, OrderedDict, type(iter([]))),
@@ -192,14 +192,13 @@ def _as_one_check(tree: ast.Module) -> list[ast.stmt]:
 def _read_tree(tree: ast.Module, entry_point: str | None, starter: str) -> CallTests:
     if not tree.body:
         raise ValueError("there are no tests")
-    check = next(
-        (s for s in tree.body if isinstance(s, ast.FunctionDef) and s.name == _CHECK), None
-    )
+    check = next((s for s in tree.body if isinstance(s, ast.FunctionDef) and s.name == CHECK), None)
     if check is not None:
         entry_point = entry_point or _checked_name(tree) or last_function(starter)
         tree.body = [s for s in tree.body if not _is_call_of_check(s)]
         if len(check.args.args) + len(check.args.posonlyargs) != 1:
             raise ValueError("`check` of the tests has to take one argument, the function")
+    _refuse_what_never_runs(tree)
     helpers = _needed_helpers(tree, entry_point, starter)
     tree.body = [*helpers, *tree.body]
     names, modules = _names_of_program(tree, entry_point, check is not None)
@@ -230,18 +229,18 @@ def last_function(source: str) -> str | None:
     return names[-1] if names else None
 
 
-def _is_call_of_check(statement: ast.stmt) -> bool:
+def _is_call_of_check(statement: ast.AST) -> bool:
     return (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Call)
         and isinstance(statement.value.func, ast.Name)
-        and statement.value.func.id == _CHECK
+        and statement.value.func.id == CHECK
     )
 
 
 def _checked_name(tree: ast.Module) -> str | None:
     """Return the argument of a call `check(f)` in the tests themselves."""
-    for statement in filter(_is_call_of_check, tree.body):
+    for statement in filter(_is_call_of_check, ast.walk(tree)):
         (argument, *_) = statement.value.args or [None]  # type: ignore[attr-defined]
         if isinstance(argument, ast.Name):
             return argument.id
@@ -412,18 +411,62 @@ def _unsendable_in(argument: ast.expr, callables: set[str], names: set[str]) -> 
 
 def _is_check(node: ast.AST, checking: set[str]) -> bool:
     """Return whether a statement asserts something, itself or by calling a function that does."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
-        return False
-    if isinstance(node, ast.Assert):
-        return not isinstance(node.test, ast.Constant)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in checking:
-        return True
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.Lambda():
+            return False
+        case ast.Assert(ast.Constant(value)) if value:
+            return False
+        case ast.Assert() | ast.Raise():
+            return True
+        case ast.Call(ast.Name(name)) if name in checking:
+            return True
+        case ast.Call(ast.Attribute(_, name)) if name in checking or _is_assertion(name):
+            return True
     return any(_is_check(child, checking) for child in ast.iter_child_nodes(node))
 
 
+def _is_assertion(name: str) -> bool:
+    """Return whether a library's function asserts something, by its name."""
+    return name.startswith("assert") or name == "raises"
+
+
 def _checking_functions(tree: ast.Module) -> set[str]:
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name != _CHECK]
-    return {f.name for f in functions if any(_is_check(s, set()) for s in f.body)}
+    """Return the functions and methods that assert something, those of libraries included."""
+    nodes = list(ast.walk(tree))
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name != CHECK]
+    imports = (n for n in nodes if isinstance(n, ast.ImportFrom))
+    checking = {a.asname or a.name for n in imports for a in n.names if _is_assertion(a.name)}
+    previous: set[str] | None = None
+    while checking != previous:  # a function may call one that asserts
+        previous = checking
+        calling = {f.name for f in functions if any(_is_check(s, checking) for s in f.body)}
+        checking = checking | calling
+    return checking
+
+
+def _refuse_what_never_runs(tree: ast.Module) -> None:
+    """Raise ValueError for tests that only a runner such as pytest would call."""
+    nodes = list(ast.walk(tree))
+    runner = next(
+        (r for n in nodes if isinstance(n, ast.Call) and (r := ast.unparse(n.func)) in _RUNNERS),
+        None,
+    )
+    if runner:
+        raise ValueError(f"the tests call {runner}, which doesn't find them; call them one by one")
+    used = {n.id for n in nodes if isinstance(n, ast.Name)}
+    used |= {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    for function in nodes:
+        if (
+            isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+            and function.name not in used | {CHECK}
+            and not function.name.startswith("__")
+            and any(
+                isinstance(n, ast.Assert)
+                or (isinstance(n, ast.Attribute) and _is_assertion(n.attr))
+                for n in ast.walk(function)
+            )
+        ):
+            raise ValueError(f"the tests never call {function.name!r}, which asserts something")
 
 
 def _mark_checks(scope: ast.Module | ast.FunctionDef, checking: set[str]) -> int:
@@ -431,144 +474,7 @@ def _mark_checks(scope: ast.Module | ast.FunctionDef, checking: set[str]) -> int
     count = 0
     for index, statement in enumerate(scope.body):
         if _is_check(statement, checking):
-            mark = ast.Call(ast.Name(_MARK, ast.Load()), [ast.Constant(count)], [])
+            mark = ast.Call(ast.Name(MARK, ast.Load()), [ast.Constant(count)], [])
             scope.body[index] = ast.With([ast.withitem(mark)], [statement])
             count += 1
     return count
-
-
-class Unsendable(BaseException):
-    """A test passes something to the program that isn't a value. No test can catch this."""
-
-
-class ProgramOver(BaseException):
-    """The program has ended, or its time has. No test can catch this."""
-
-
-class _Checks:
-    """Notes which of the marked statements hold.
-
-    Args:
-        count: Number of checks.
-        stop_early: End the tests at the first check that doesn't hold.
-    """
-
-    def __init__(self, count: int, stop_early: bool) -> None:
-        self.held = [False] * count
-        self.spoilt = False  # by what a test may have caught
-        self._stop_early = stop_early
-
-    def __call__(self, index: int) -> "_Checks":
-        self._index = index
-        self.spoilt = False
-        return self
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        self.held[self._index] = error is None and not self.spoilt
-        if isinstance(error, ProgramOver) or (self._stop_early and not self.held[self._index]):
-            raise ProgramOver from error
-        return isinstance(error, (Exception, SystemExit))
-
-
-def run_calls(
-    tests: CallTests,
-    call: Callable[[str, tuple[Any, ...], dict[str, Any]], Any],
-    candidate: str | None = None,
-    stop_early: bool = False,
-) -> tuple[list[bool], int]:
-    """Run tests in this process; return which checks hold, and how many calls were made.
-
-    Args:
-        tests: Tests without an obstacle.
-        call: Calls the program's function of a name. It returns the value and updates the arguments in
-            place, or raises what the program raised, `Unsendable` or `ProgramOver`; `spoil` below.
-        candidate: Name of the function that `check` gets.
-        stop_early: Don't run the checks after one that doesn't hold.
-
-    Raises:
-        Unsendable: A test passes something that can't be sent.
-    """
-    checks, calls = _Checks(tests.num_checks, stop_early), 0
-
-    def proxy(name: str) -> Callable[..., Any]:
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            try:
-                return call(name, args, kwargs)
-            except (NotAValue, ProgramOver):
-                checks.spoilt = True
-                raise
-
-        stand_in.__name__ = name
-        return stand_in
-
-    namespace: dict[str, Any] = {"__name__": "tests", _MARK: checks}
-    namespace |= {name: proxy(name) for name in tests.names}
-    try:
-        exec(compile(tests.source, "tests", "exec"), namespace)
-        if tests.takes_candidate:
-            namespace[_CHECK](proxy(candidate or ""))
-    except (Exception, SystemExit, ProgramOver):  # later checks don't hold
-        pass
-    return checks.held, calls
-
-
-class NotAValue(Exception):
-    """The program returned something other than a value, so that the check fails."""
-
-
-# Runs the program and its tests in one interpreter; the last line that it prints holds the outcome.
-_TOGETHER = """
-def _run(program, tests, candidate, nonce):
-    import json, sys
-    held = []
-    class Checks:
-        def __call__(self, index):
-            self.index = index
-            return self
-        def __enter__(self):
-            pass
-        def __exit__(self, kind, error, trace):
-            if error is None:
-                held.append(self.index)
-            return isinstance(error, (Exception, SystemExit))
-    write, flush = sys.stdout.write, sys.stdout.flush
-    names = {"__name__": "program"}
-    try:
-        exec(compile(program, "program", "exec"), names)
-        names[MARK] = Checks()
-        exec(compile(tests, "tests", "exec"), names)
-        if candidate is not None:
-            names[CHECK](names[candidate])
-    except (Exception, SystemExit):
-        pass
-    write("\\n" + nonce + json.dumps(held) + "\\n")
-    flush()
-"""
-
-
-def together(tests: CallTests, program: str, candidate: str | None, nonce: str) -> str:
-    """Return one program that runs a program and its tests, and prints which checks hold.
-
-    The program can read the tests and forge the outcome; only `read_outcome` is strict.
-
-    Args:
-        tests: The tests.
-        program: The program's source.
-        candidate: Name of the function that `check` gets; None without `check`.
-        nonce: Text that the program can't print by chance.
-    """
-    source = _TOGETHER.replace("MARK", repr(_MARK)).replace("CHECK", repr(_CHECK))
-    return f"{source}\n_run({program!r}, {tests.source!r}, {candidate!r}, {nonce!r})\n"
-
-
-def read_outcome(tests: CallTests, printed: str, nonce: str) -> list[bool]:
-    """Return which checks hold, from what `together` printed; none if it didn't get to its end."""
-    outcome = printed.rstrip("\n").rpartition("\n")[2]
-    if not outcome.startswith(nonce):
-        return [False] * tests.num_checks
-    held = set(json.loads(outcome.removeprefix(nonce)))
-    return [index in held for index in range(tests.num_checks)]
