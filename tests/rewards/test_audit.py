@@ -77,7 +77,7 @@ def program(row):
     "name",
     [
         "exact_reward",
-        "is_same",
+        pytest.param("is_same", marks=pytest.mark.slow),
         pytest.param("exact_with_equations", marks=pytest.mark.slow),
         pytest.param("choice_reward", marks=pytest.mark.slow),
         pytest.param("math_reward", marks=pytest.mark.slow),
@@ -173,6 +173,12 @@ def test_messages_score_as_text_does(name) -> None:
 
 # The audit itself.
 
+
+def exact(completions, solution, **kwargs):
+    """As `exact_reward`, which takes its time for what isn't marked."""
+    return [float(c == f"Answer: {s}") for c, s in zip(completions, solution, strict=True)]
+
+
 ROWS = [{"prompt": "3 + 4?", "solution": "7"}, {"prompt": "2 + 3?", "solution": "5"}]
 
 
@@ -232,8 +238,7 @@ def test_digits_of_another_script_are_reported_to_a_checker_that_reads_them() ->
 
 def test_partial_credit_is_tolerated_on_request() -> None:
     def partial(completions, solution, **kwargs):
-        exact = exact_reward(completions, solution)
-        return [max(score, 0.1) for score in exact]
+        return [max(score, 0.1) for score in exact(completions, solution)]
 
     assert "empty" in problems(audit_reward(partial, ROWS, in_process=True))
     assert audit_reward(partial, ROWS, in_process=True, tolerance=0.1).passed
@@ -256,7 +261,7 @@ def fail(completions, solution, **kwargs):
         return "0.0"
     if text.startswith("{"):
         return [float("inf")] * len(completions)
-    return exact_reward(completions, solution)
+    return exact(completions, solution)
 
 
 FAILURES = {
@@ -299,7 +304,7 @@ def test_a_call_that_hangs_in_this_process_ends_the_audit() -> None:
     def wait(completions, **kwargs):
         if not completions[0]:
             over.wait()
-        return exact_reward(completions, kwargs["solution"])
+        return exact(completions, kwargs["solution"])
 
     try:
         audit = audit_reward(wait, ROWS, deadline=0.5, in_process=True)
@@ -316,7 +321,7 @@ def test_what_cannot_be_sent_is_called_here_with_a_note() -> None:
 
     def counts(completions, solution, **kwargs):
         next(numbers)
-        return exact_reward(completions, solution)
+        return exact(completions, solution)
 
     audit = audit_reward(counts, ROWS)
     assert audit.passed
