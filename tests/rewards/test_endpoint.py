@@ -101,7 +101,9 @@ def test_what_may_pass_is_tried_again(fail, quick) -> None:
     assert len(server.bodies) == 2
 
 
-@pytest.mark.parametrize("wait", ["100", formatdate(time.time() + 100, usegmt=True)])
+@pytest.mark.parametrize(
+    "wait", ["100", formatdate(time.time() + 86_400, usegmt=True)], ids=["seconds", "date"]
+)
 def test_a_server_that_asks_for_more_time_than_there_is_isnt_asked_again(wait) -> None:
     def busy(question):
         return lambda request: send(request, b"", 429, Retry_After=wait)
