@@ -100,8 +100,9 @@ class Sandbox:
     Args:
         limits: What each program may use.
         workers: Programs that run at the same time; other threads wait. None: one per CPU.
-        allow_weak_isolation: Where nothing better can be had, run programs with limits alone: they
-            can then read this user's files, write to them, use the network and kill processes.
+        allow_weak_isolation: Where nothing better can be had, run programs with limits and a filter of
+            system calls alone: they can then read and write this user's files and, other than as
+            root, the memory of this user's processes.
 
     Raises:
         RuntimeError: The machine offers no isolation.
