@@ -168,6 +168,26 @@ def test_what_cannot_be_sent_is_refused_at_construction() -> None:
         checker_reward("checkers.nonesuch")
     with pytest.raises(ValueError, match="deadline=0"):
         checker_reward(within_limit, deadline=0)
+    with pytest.raises(ValueError, match="up to 86400"):
+        checker_reward(within_limit, deadline=float("inf"))
+
+    async def waits(answer): ...
+
+    with pytest.raises(TypeError, match="asynchronous"):
+        checker_reward(waits)
+
+
+def test_a_column_that_is_missing_or_has_another_length_is_an_error() -> None:
+    def equals(answer, solution, level=0):
+        return answer == solution
+
+    reward = checker_reward(equals)
+    with pytest.raises(ValueError, match=r"'equals' needs the columns \['solution'\]"):
+        reward(["1"])
+    for values in ([], ["1", "2"]):
+        with pytest.raises(ValueError, match=f"'solution' has {len(values)} values for 1"):
+            reward(["1"], solution=values)
+    assert reward(["1"], solution=["1"]) == [1.0]
 
 
 def test_a_function_of_a_module_that_is_nowhere_is_refused(monkeypatch) -> None:

@@ -260,6 +260,9 @@ def test_a_starter_that_passes_by_itself_is_listed() -> None:
     prompts = ["def f(x):\n    return x", "def f(x):", "def f(x):\n    return 2"]
     errors = code_reward.find_data_errors(prompts, tests=[["assert f(1) == 1"]] * 3)
     assert errors == {0: "the tests hold for an empty answer"}
+    swallows = "try:\n    assert f(2) == 4\nexcept Exception:\n    pass"
+    errors = code_reward.find_data_errors(["p"] * 2, tests=[swallows, "assert f(2) == 4"])
+    assert errors == {0: "the tests hold for an empty answer"}
 
 
 def test_tests_that_pass_only_sometimes_are_listed() -> None:
@@ -308,7 +311,7 @@ def test_scores_do_not_depend_on_batch_or_order() -> None:
 
 
 def test_options_are_checked() -> None:
-    for deadline_s in (0, -1.0, float("nan"), float("inf")):
+    for deadline_s in (0, -1.0, float("nan"), float("inf"), 2e6):
         with pytest.raises(ValueError, match="deadline_s"):
             CodeReward(deadline_s=deadline_s)
     assert (code_reward.__name__, code_fraction_reward.__name__) == (

@@ -147,6 +147,7 @@ def test_ordinary_tests_have_no_obstacle(tests) -> None:
             "        self.assertEqual(f(2), 2)",
             "never call 'test_f', which asserts",
         ),
+        ("assert f(1)\nassert (f(2) == 4, 'bad')", "always holds; leave out"),
         ("import unittest\nassert f(1)\nunittest.main()", "call unittest.main, which doesn't"),
         ("import nowhere_to_be_found\nassert f(1)", "'nowhere_to_be_found', which isn't installed"),
         ("[1, 2", "neither Python nor JSON"),

@@ -27,6 +27,7 @@ __all__ = ["check", "checker_reward", "prepare"]  # a process calls `prepare` an
 # What a checker is given besides the dataset's columns.
 _GIVEN = ("answer", "completion", "prompt")
 _FIRST_CALL_S = 60.0
+_MOST_SECONDS = 86_400  # a day
 
 
 class checker_reward:
@@ -60,8 +61,12 @@ class checker_reward:
         self.func = import_function(func) if isinstance(func, str) else func
         if not callable(self.func):
             raise TypeError(f"a checker is {self.func!r:.100}; give a function of `answer`.")
-        if not deadline > 0:
-            raise ValueError(f"deadline={deadline!r}; give a number of seconds above 0.")
+        if inspect.iscoroutinefunction(self.func):
+            raise TypeError(f"the checker {self.func!r:.100} is asynchronous; give a function.")
+        if not 0 < deadline <= _MOST_SECONDS:
+            raise ValueError(
+                f"deadline={deadline!r}; give seconds above 0 and up to {_MOST_SECONDS}."
+            )
         self.deadline = float(deadline)
         self.__name__ = name_of(self.func)
         self._parameters = _parameters_of(self.func, self.__name__)
@@ -73,7 +78,11 @@ class checker_reward:
         return checker_reward, (self.func, self.deadline)
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """Score each completion; None, and a logged count, where there is no score."""
+        """Score each completion; None, and a logged count, where there is no score.
+
+        Raises:
+            ValueError: A column that the checker names is missing, or has another length.
+        """
         prompts = columns.pop("prompts", None)
         named = {p.name for p in self._parameters}
         takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters)
@@ -84,6 +93,15 @@ class checker_reward:
         }
         if "prompt" in named:
             passed["prompt"] = [None] * len(completions) if prompts is None else prompts
+        needed = {p.name for p in self._parameters if p.default is p.empty} - {*_GIVEN}
+        needed -= {p.name for p in self._parameters if p.kind is p.VAR_KEYWORD}
+        if missing := sorted(needed - passed.keys()):
+            raise ValueError(f"the checker {self.__name__!r} needs the columns {missing}.")
+        for name, values in passed.items():
+            if len(values) != len(completions):
+                raise ValueError(
+                    f"the column {name!r} has {len(values)} values for {len(completions)} completions."
+                )
         calls = []
         for index, completion in enumerate(completions):
             text = text_of(completion)

@@ -43,6 +43,7 @@ from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.worker import WorkerPool
 
 DEADLINE_S = 5.0
+_MOST_SECONDS = 86_400  # the system's timers take no more than 24 days
 # The worker's own time besides the program's, before it is ended.
 _GRACE_S = 0.5
 # Longer answers aren't programs of any task, and parsing takes a multiple of their size.
@@ -83,8 +84,10 @@ class CodeReward:
         trusted_tests: bool = False,
         allow_weak_isolation: bool = False,
     ) -> None:
-        if not 0 < deadline_s < float("inf"):
-            raise ValueError(f"deadline_s={deadline_s} is no positive number of seconds.")
+        if not 0 < deadline_s <= _MOST_SECONDS:
+            raise ValueError(
+                f"deadline_s={deadline_s}; give seconds above 0 and up to {_MOST_SECONDS}, a day."
+            )
         self.__name__ = "code_fraction_reward" if share else "code_reward"
         self._share = share
         self._deadline_s = deadline_s
@@ -148,7 +151,7 @@ class CodeReward:
     ) -> dict[int, str]:
         """Return the rows whose tests can't be used, or fail on the program in `solution`, and why.
 
-        Tests that the starter passes by itself are no use either.
+        Tests that an empty answer passes are no use either.
 
         Raises:
             RuntimeError: This machine offers no isolation, and `allow_weak_isolation` isn't set.
@@ -169,9 +172,8 @@ class CodeReward:
                 "that it takes are in docs/verifiers.md."
             )
         self._grade([_TRIAL], None)  # raises if programs can't be run here
-        begun = [index for index, (starter, _) in usable.items() if starter]
-        outcomes = self._grade([("", *usable[index]) for index in begun], None)
-        for index, held in zip(begun, outcomes, strict=True):
+        outcomes = self._grade([("", *row) for row in usable.values()], None)
+        for index, held in zip(usable, outcomes, strict=True):
             if not isinstance(held, str) and all(held):
                 errors[index] = "the tests hold for an empty answer"
         references = enumerate([] if solution is None else solution)

@@ -198,7 +198,7 @@ def _read_tree(tree: ast.Module, entry_point: str | None, starter: str) -> CallT
         tree.body = [s for s in tree.body if not _is_call_of_check(s)]
         if len(check.args.args) + len(check.args.posonlyargs) != 1:
             raise ValueError("`check` of the tests has to take one argument, the function")
-    _refuse_what_never_runs(tree)
+    _refuse_what_never_fails(tree)
     helpers = _needed_helpers(tree, entry_point, starter)
     tree.body = [*helpers, *tree.body]
     names, modules = _names_of_program(tree, entry_point, check is not None)
@@ -444,9 +444,12 @@ def _checking_functions(tree: ast.Module) -> set[str]:
     return checking
 
 
-def _refuse_what_never_runs(tree: ast.Module) -> None:
-    """Raise ValueError for tests that only a runner such as pytest would call."""
+def _refuse_what_never_fails(tree: ast.Module) -> None:
+    """Raise ValueError for tests that only a runner such as pytest would call, or that always hold."""
     nodes = list(ast.walk(tree))
+    tuples = (n for n in nodes if isinstance(n, ast.Assert) and isinstance(n.test, ast.Tuple))
+    if always := next(tuples, None):
+        raise ValueError(f"`{ast.unparse(always):.80}` always holds; leave out the parentheses")
     runner = next(
         (r for n in nodes if isinstance(n, ast.Call) and (r := ast.unparse(n.func)) in _RUNNERS),
         None,
