@@ -157,6 +157,7 @@ def read_tokens(line: str) -> list[Token]:
     """Return the tokens of a line from `normal_line`."""
     tokens: list[Token] = []
     space = True
+    behind_command = -1
     for match in _TOKENS.finditer(line):
         group = match.lastgroup or "break"
         if group == "space":
@@ -166,7 +167,11 @@ def read_tokens(line: str) -> list[Token]:
             tokens += _read_inner(match["inner"], match.end(), is_attached=not space)
             space = False
             continue
-        kind, text = _classify(group, match[0], line, match.start(), tokens)
+        if group == "number" and behind_command == match.start():  # 2\times3
+            kind, text = group, match[0]
+        else:
+            kind, text = _classify(group, match[0], line, match.start(), tokens)
+        behind_command = match.end() if group == "command" else -1
         if kind != "aside":
             tokens.append(Token(kind, text, match.end(), is_attached=not space))
             space = False

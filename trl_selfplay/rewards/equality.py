@@ -3,9 +3,12 @@ r"""Compare the objects that two answers describe.
 In: a gold answer and an answer, as `expressions.py` reads them. Out: whether they are the same.
 Exact numbers must be exactly equal. Decimals may be rounded, if the relative difference is small and
 every digit shown is right. Expressions with variables are compared at several points, which is
-faster than simplifying, and can't hang on what sympy can't simplify.
+faster than simplifying, and can't hang on what sympy can't simplify. The points are drawn from a
+hash of both expressions, so that no answer can be made to agree there alone, and rational
+functions are evaluated exactly.
 """
 
+import random
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -33,9 +36,17 @@ _ROUNDED_FORMULA = 1e-6
 _EXACT = 1e-18
 # Digits to which exact numbers are told apart.
 _MOST_DIGITS = 600
-# Where variables are evaluated: both signs, whole numbers of both parities, fractions, large ones.
-_POINTS = ("2", "3", "7/3", "-5/4", "5", "-3", "1/7", "-2/5", "3/8", "141/4", "-29/2", "8")
+# Ranges from which the values of variables are drawn, as multiples of 1 or 2 plus 0 or 1, or as
+# fractions: both signs, whole numbers of both parities, and small and large ones.
+_EVEN, _ODD, _WHOLE, _FRACTION = (2, 0), (2, 1), (1, 0), None
+_RANGES = (
+    (_EVEN, 1, 12), (_ODD, 1, 12), (_FRACTION, 1, 5), (_FRACTION, -3, -1), (_ODD, 2, 20),
+    (_WHOLE, -25, -2), (_FRACTION, 0, 1), (_FRACTION, -1, 0), (_FRACTION, 0, 1),
+    (_FRACTION, 30, 90), (_FRACTION, -30, -3), (_EVEN, 2, 20),
+)  # fmt: skip
 _FEWEST_POINTS = 3
+# Of powers that are computed exactly.
+_MOST_EXPONENT, _MOST_BITS = 2000, 20_000
 
 
 def same(gold: Any, answer: Any) -> bool:
@@ -168,7 +179,9 @@ def _same_value(gold: Number | Formula, answer: Number | Formula) -> bool:
     if symbols:
         return _same_at_points(first, second, symbols, is_rounded)
     if not is_rounded:
-        return _are_near(_value_at(first, {}), _value_at(second, {})) and _is_zero(first - second)
+        return _are_near(_value_at(first, {}), _value_at(second, {})) and _is_zero(
+            first - second, {}
+        )
     if isinstance(gold, Number) or isinstance(answer, Number):
         difference = _value_at(first - second, {})
         is_near = _are_near(_value_at(first, {}), _value_at(second, {}), float(_ROUNDING))
@@ -182,27 +195,36 @@ def _is_hidden(difference: Any, *values: Number | Formula) -> bool:
     return bool(places) and bool(difference * Fraction(10) ** min(places) < 1)
 
 
-def _is_zero(difference: Any) -> bool:
+def _is_zero(difference: Any, at: dict[Any, Any]) -> bool:
     """Return whether an exact number is zero, or smaller than can be computed."""
     from sympy.core.evalf import PrecisionExhausted
 
     try:
         return bool(
-            difference.evalf(15, maxn=_MOST_DIGITS, strict=True, subs={imaginary(): _i()}) == 0
+            difference.evalf(15, maxn=_MOST_DIGITS, strict=True, subs={**at, imaginary(): _i()})
+            == 0
         )
     except PrecisionExhausted:
         return True
 
 
 def _same_at_points(first: Any, second: Any, symbols: Iterable[Any], is_rounded: bool) -> bool:
+    import sympy
+
     compared = 0
-    for at in _points(symbols):
+    is_slow = first.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit) or second.has(
+        sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit
+    )
+    for at in _points(symbols, first, second):
         values = [_value_at(expression, at) for expression in (first, second)]
         if any(value is None for value in values):
             continue
         if not _has_imaginary(first, second) and not all(_is_real(value) for value in values):
             continue  # outside the domain of real functions
         if not _are_near(values[0], values[1], _ROUNDED_FORMULA if is_rounded else _EXACT):
+            return False
+        is_settled = is_rounded or is_slow or all(value.is_Rational for value in values)
+        if not is_settled and compared < _FEWEST_POINTS and not _is_zero(first - second, at):
             return False
         compared += 1
     return compared >= _FEWEST_POINTS
@@ -214,38 +236,85 @@ def _same_relation(gold: Relation | None, answer: Relation | None) -> bool:
 
     if gold is None or answer is None or gold.sign != answer.sign:
         return False
-    ratio = gold.difference / answer.difference
     symbols = symbols_of(gold.difference) | symbols_of(answer.difference)
     if not symbols:
         return False
-    ratios = [r for at in _points(symbols) if (r := _value_at(ratio, at)) is not None]
+    ratios = []
+    for at in _points(symbols, gold.difference, answer.difference):
+        values = [_value_at(side.difference, at) for side in (gold, answer)]
+        if None not in values and values[1] != 0:
+            ratios.append(values[0] / values[1])
     if len(ratios) < _FEWEST_POINTS or not ratios[0].is_real or ratios[0] == 0:
         return False
     if gold.sign.startswith("<") and ratios[0] < 0:
         return False
-    tolerance = _ROUNDED_FORMULA if ratio.has(sympy.Float) else _EXACT
+    is_rounded = gold.difference.has(sympy.Float) or answer.difference.has(sympy.Float)
+    tolerance = _ROUNDED_FORMULA if is_rounded else _EXACT
     return all(_are_near(ratios[0], other, tolerance) for other in ratios[1:])
 
 
-def _points(symbols: Iterable[Any]) -> list[dict[Any, Any]]:
-    """Return points at which no two variables have the same value."""
+def _points(symbols: Iterable[Any], *expressions: Any) -> list[dict[Any, Any]]:
+    """Return points at which no two variables have the same value, by a hash of the expressions."""
     import sympy
 
     ordered = sorted(symbols, key=lambda symbol: symbol.name)
+    draw = random.Random(" ".join(map(sympy.srepr, expressions)))
     points = []
-    for start in range(len(_POINTS)):
-        at = {}
+    for start in range(len(_RANGES)):
+        at: dict[Any, Any] = {}
         for index, symbol in enumerate(ordered):
-            turn, place = divmod(start + 3 * index, len(_POINTS))
-            at[symbol] = sympy.Rational(_POINTS[place]) + sympy.Rational(2 * turn * (index + 1), 1)
+            turn, place = divmod(start + 3 * index, len(_RANGES))
+            kind, low, high = _RANGES[place]
+            while symbol not in at or list(at.values()).count(at[symbol]) > 1:
+                if kind is None:
+                    scale = draw.randint(500, 999)
+                    value = Fraction(draw.randint(low * scale + 1, high * scale - 1), scale)
+                else:
+                    value = Fraction(draw.randint(low, high) * kind[0] + kind[1])
+                value += 2 * turn * (index + 1)
+                at[symbol] = sympy.Rational(value.numerator, value.denominator)
         points.append(at)
     return points
 
 
+def _rational_at(expression: Any, at: dict[Any, Any]) -> Fraction | None:
+    """Return the exact value of a rational function at a point; None if it is none, or too large."""
+    if expression.is_Symbol:
+        expression = at.get(expression, expression)
+    if expression.is_Rational:
+        return Fraction(int(expression.p), int(expression.q))
+    if not (expression.is_Add or expression.is_Mul or expression.is_Pow):
+        return None
+    parts = []
+    for part in expression.args:
+        value = _rational_at(part, at)
+        if value is None:
+            return None
+        parts.append(value)
+    result = parts[0]
+    for part in parts[1:]:
+        if expression.is_Add:
+            result += part
+        elif expression.is_Mul:
+            result *= part
+        else:
+            bits = result.numerator.bit_length() + result.denominator.bit_length()
+            is_small = abs(part) <= _MOST_EXPONENT and bits * abs(part) <= _MOST_BITS
+            if part.denominator != 1 or not is_small or (result == 0 and part <= 0):
+                return None
+            result **= int(part)
+        if result.numerator.bit_length() + result.denominator.bit_length() > _MOST_BITS:
+            return None
+    return result
+
+
 def _value_at(expression: Any, at: dict[Any, Any]) -> Any:
-    """Return the value of an expression at a point, to 30 digits; None if it has none there."""
+    """Return the value of an expression at a point, exact or to 30 digits; None if it has none."""
+    import sympy
     from sympy.core.evalf import PrecisionExhausted
 
+    if (exact := _rational_at(expression, at)) is not None:
+        return sympy.Rational(exact.numerator, exact.denominator)
     try:
         value = expression.evalf(DIGITS, subs={**at, imaginary(): _i()})
     except PrecisionExhausted:
@@ -259,6 +328,8 @@ def _value_at(expression: Any, at: dict[Any, Any]) -> Any:
 def _are_near(first: Any, second: Any, tolerance: float = _EXACT) -> bool:
     if first is None or second is None:
         return False
+    if first.is_Rational and second.is_Rational and tolerance == _EXACT:
+        return bool(first == second)
     return bool(abs(first - second) <= tolerance * max(abs(first), abs(second)))
 
 

@@ -47,6 +47,11 @@ _NAME = re.compile(
 )
 _VARIABLE = re.compile(rf"(?:[A-Za-z]|\\(?:{_GREEK}))(?:\s*_\{{[^{{}}]*\}})?")
 _SHORT_NAME = re.compile(r"[A-Za-z]{2,3}")
+# A name, a numeral, a choice, a vector or a product.
+_CAPITALS = re.compile(
+    r"(?:\\(?:angle|triangle|overline|overrightarrow|vec|widehat|hat)\s*)?"
+    r"(\{\s*)?[A-Z](?:\s*[A-Z])+(?(1)\s*\})"
+)
 _CONSTANTS = {"e", "i", "\\pi"}
 _WORDS = re.compile(r"(?:[A-Za-z]?[a-z'-]+|[A-Z]+)(?: (?:[A-Za-z]?[a-z'-]+|[A-Z]+)){0,4}")
 _SHORT_WORDS = {"no", "on", "up", "am", "pm"}  # which are no products
@@ -81,28 +86,30 @@ _LITERAL_SET = re.compile(r"\\mathbb\s*\{([A-Z])\}|\\emptyset|\\\{\s*\\\}")
 _TASK = re.compile(r"\\(?:int|sum|prod|lim|gcd|max|min|mod|det|operatorname|begin)(?![A-Za-z])")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _UNREADABLE = re.compile(
-    r"%|\d\s+[.\d]|['\"@#?`\\]$|['\"@#?`]|\\(?:ldots|text|pm|mp|dollar|pounds|euro|yen|cent|degree)\b"
+    r"%|\d\s+[.\d]|['\"@#?`\\]$|['\"@#?`]|\\(?:ldots|text|pm|mp|dollar|pounds|euro|yen|rupee|cent|degree)\b"
     r"|\^\{?\s*(?:T|\\top)\b|(?<![\\A-Za-z])(?![a-z]?matrix\}|lcm|rank)[A-Za-z]{4,}"
 )
 
 
-def read(text: str, expected_unit: str | None = None) -> Any:
+def read(text: str, expected_unit: str | None = None, *, any_words: bool = True) -> Any:
     """Return the object that an answer describes.
 
     Args:
         text: The answer, as extracted.
         expected_unit: As for `split_unit`.
+        any_words: As for `split_unit`.
 
     Raises:
         UnreadableError: It describes none.
         ImportError: math-verify is not installed.
     """
-    return _Reader(expected_unit).read(clean(text), 0)
+    return _Reader(expected_unit, any_words).read(clean(text), 0)
 
 
 class _Reader:
-    def __init__(self, expected_unit: str | None) -> None:
+    def __init__(self, expected_unit: str | None, any_words: bool) -> None:
         self._expected_unit = expected_unit
+        self._any_words = any_words
 
     def read(self, text: str, depth: int) -> Any:
         if depth > _MOST_NESTED:
@@ -116,6 +123,8 @@ class _Reader:
             len(word) > 2 or word.lower() in _SHORT_WORDS for word in text.split()
         ):
             return _words(text)
+        if _CAPITALS.fullmatch(text):
+            return Words(_squeeze(text).casefold())
         parts, signs = _split(text, _SEPARATORS)
         if len(parts) > 1:
             return self._several(parts, signs, depth)
@@ -155,7 +164,7 @@ class _Reader:
         return self._single(text)
 
     def _single(self, text: str) -> Number | Formula | Matrix:
-        text, unit = split_unit(text, self._expected_unit)
+        text, unit = split_unit(text, self._expected_unit, any_words=self._any_words)
         hundredths = text.endswith("%")
         text = text.removesuffix("%").strip()
         while (inside := _inside_of(text)) is not None and inside[0] in ("{}", "()"):
@@ -220,7 +229,10 @@ class _Reader:
             parts, signs = parts[1:], signs[1:]
         if "\\approx" in signs:  # what is exact counts
             parts = parts[: signs.index("\\approx") + 1]
-        values = [self.read(part, depth + 1) for part in parts]
+        values = [
+            self._single(part) if _CAPITALS.fullmatch(part) else self.read(part, depth + 1)
+            for part in parts
+        ]
         numbers = [v for v in values if not isinstance(v, Formula) or not symbols_of(v.value)]
         if len(values) > 1 and (name is not None or len(numbers) == len(values)):
             # 2 + 3 = 5 is 5, and 2 + 3 = 6 is nothing.

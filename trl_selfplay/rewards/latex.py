@@ -14,7 +14,7 @@ _MOST_NESTED = 40
 _SURROUNDINGS = "* \t\r\n"
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _UNICODE = {
-    **dict.fromkeys("−–—‐‑", "-"),
+    **dict.fromkeys("−–—‐‑－", "-"),
     **dict.fromkeys("\u00a0\u2007\u2008\u2009\u202f", "\\,"),
     **dict.fromkeys("⋅·∙", "\\cdot "),
     **dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", (f"^{{{digit}}}" for digit in range(10)), strict=True)),
@@ -100,6 +100,7 @@ _UNICODE = {
     "€": "\\euro ",
     "¥": "\\yen ",
     "¢": "\\cent ",
+    "₹": "\\rupee ",
 }
 _UNICODE_TABLE = str.maketrans(_UNICODE)
 # Commands that change the look alone, and other names of commands.
@@ -192,7 +193,19 @@ _PLAIN_NAMES = (
     "theta|alpha|beta"
 )
 _PLAIN_NAME = re.compile(rf"(?<![\\A-Za-z])({_PLAIN_NAMES})(?![A-Za-z])")
-_PERCENT = re.compile(r"\s*(?:\\text\s*\{\s*percent\s*\}|(?<=[\d })])percent(?![A-Za-z]))")
+_PERCENT = re.compile(
+    r"\s*(?:\\text\s*\{\s*(?:per ?cent|pct)\.?\s*\}|(?<=[\d })])(?:per ?cent|pct)(?![A-Za-z]))"
+)
+_CURRENCIES = {
+    "USD": "dollar",
+    "US\\dollar": "dollar",
+    "EUR": "euro",
+    "GBP": "pounds",
+    "JPY": "yen",
+    "INR": "rupee",
+    "Rs": "rupee",
+}
+_CURRENCY = re.compile(r"^(-?)\s*(USD|US\\dollar|EUR|GBP|JPY|INR|Rs\.?)\s*(?=-?\.?\d)")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALE = re.compile(rf"(?<=[\d}}])\s*(\\text\s*\{{)?\s*({'|'.join(_SCALES)})(?![A-Za-z])")
 _DEGREES_INSIDE = re.compile(r"(\d+(?:\.\d+)?)\s*\\degree(?![A-Za-z])\s*")
@@ -227,6 +240,7 @@ def clean(text: str) -> str:
     text = _COMMAND.sub(_rename, _NO_SPACE.sub(_close_up, text))
     text = _TEXT_THAT_IS_NONE.sub(r"\1\2", text)
     text = _PERCENT.sub("%", text)
+    text = _CURRENCY.sub(lambda found: f"{found[1]}\\{_CURRENCIES[found[2].rstrip('.')]} ", text)
     text = _SCALE.sub(lambda match: f"\\cdot 10^{{{_SCALES[match[2]]}}}{match[1] or ' '}", text)
     if _ANGLE_FUNCTION.search(text):
         text = _DEGREES_INSIDE.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)

@@ -43,14 +43,19 @@ def math_reward(
 
     - Exact numbers must be equal. Decimals may be rounded: the relative difference is at most 1e-4,
       and less than one unit of the last digit shown. `0.142857` is 1/7, and `0.143` isn't.
-    - `5%` is 0.05, and not 5. `1,000`, `1{,}000` and `1 000` are 1000; `(1,000)` is a pair.
+    - `5%` and `5 per cent` are 0.05, and not 5. `1,000`, `1{,}000` and `1 000` are 1000; `(1,000)` is a pair.
       `2\frac{1}{2}` and `2 1/2` are mixed numbers. `0.(3)` and `0.333...` repeat.
     - A unit may be missing on either side. Two units must be the same: there is no conversion, so
-      neither `50 mm` nor `5 m` is `5 cm`. Currencies and degrees are units.
+      neither `50 mm` nor `5 m` is `5 cm`. Currencies and degrees are units. Where the solution has
+      none, an answer may have a known unit or a plural, such as `5 apples`; other words (`5 bn`,
+      `5 tripled`) make it wrong.
     - `40+32` and `2^{10}` are results. A sum, product, integral, limit, greatest divisor, maximum or
       determinant is none, unless the solution has one, since it may be the question.
-    - Expressions with variables are equal if their values are, at several points. Upper and lower
-      case differ. `\log` without a base has base 10.
+    - Expressions with variables are equal if their values are, at several points that a hash of both
+      determines: exactly for rational functions. Upper and lower case differ. `\log` without a base
+      has base 10.
+    - Capital letters alone, such as `AB` or `\angle ABC`, are compared in order, since they may be a name, a numeral
+      or a product of matrices: `BA` is wrong, also for a segment. `ba` is `ab`.
     - Lists and sets are equal in any order: `x=2 or x=3`, `2, 3`, `\{3, 2\}`, `\pm`. Tuples, vectors and
       matrices have an order and a shape; `(3,4)` is neither `\{3,4\}` nor `3, 4`.
     - Brackets of intervals count. `1<x\le 2` is `(1,2]`, and `(1,2)` is an interval or a point alike.
@@ -106,7 +111,7 @@ def verdict(gold: str | None, answer: str) -> bool | None:
     if expected is None:
         return None
     try:
-        return same(expected, read(answer, unit_of(expected)))
+        return same(expected, read(answer, unit_of(expected), any_words=False))
     except UnreadableError:
         return False
 
