@@ -101,10 +101,22 @@ def test_a_checkpoint_without_a_trained_head_is_refused(word_tokenizer, tmp_path
         Scorer(str(tmp_path))
 
 
-def test_a_tokenizer_without_anything_to_pad_with_is_refused(classifier, word_tokenizer) -> None:
-    word_tokenizer.pad_token = word_tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="Set its `pad_token`"):
-        RewardModel(classifier, word_tokenizer)
+@pytest.mark.parametrize("eos", ["4", None])
+def test_without_a_padding_token_the_score_is_read_at_the_last_token(
+    classifier, word_tokenizer, eos
+) -> None:
+    """Also where that is EOS; each equals the classifier alone, which reads the last token."""
+    word_tokenizer.pad_token, word_tokenizer.eos_token = None, eos
+    classifier.config.pad_token_id = None
+    texts = ["Q 1 4", "Q 1 + 2 4", "Q", "Q 4 4 4"]
+    scores = RewardModel(classifier, word_tokenizer)(["Q "] * 4, texts)
+    assert word_tokenizer.pad_token is None
+    classifier.config.pad_token_id = None
+    for text, found in zip(texts, scores, strict=True):
+        ids = word_tokenizer("Q " + text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = classifier(input_ids=ids).logits[0, 0].item()
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_chats_are_rendered_with_the_model_s_own_template(classifier, word_tokenizer) -> None:

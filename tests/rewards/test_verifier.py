@@ -122,6 +122,10 @@ def test_chats_are_rendered_with_a_generation_prompt(model, word_tokenizer) -> N
     assert verifier(chat, answer) == text("Q 1 so ")
     assert verifier(chat, answer, tools=[[{"name": "f"}]]) == text("Q 1 1 so ")
     assert verifier(chat, answer, chat_template_kwargs=[{"twice": True}]) == text("Q 1 so so ")
+    parts = [[{"role": "assistant", "content": [{"type": "text", "text": "A 3"}]}]]
+    assert verifier(chat, parts) == text("Q 1 so ")
+    silent = verifier(chat, [[{"role": "assistant", "content": None}]])
+    assert silent == pytest.approx(verifier(["Q 1 so "], [""]), abs=1e-5)
     twice = VerifierReward(model, tokenizer=word_tokenizer, chat_template_kwargs={"twice": True})
     assert twice(chat, answer) == text("Q 1 so so ")
 

@@ -8,14 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, get_peft_model
-from transformers import TrainingArguments
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from trl_selfplay import IRPOConfig, ReSTEMConfig, SPINConfig, STaRConfig
 from trl_selfplay.disk import DamagedFileError
+from trl_selfplay.rewards.code import CodeReward
+from trl_selfplay.rewards.isolation import Limits
+from trl_selfplay.rewards.reward_model import RewardModel
+from trl_selfplay.rewards.scoring import Scorer
+from trl_selfplay.rewards.verifier import VerifierReward
 from trl_selfplay.rollouts.selection import reasoning_path
 from trl_selfplay.rounds.identity import (
     PARENTS_FIELDS,
+    _describe_graders,
     check_identity,
     describe_adapters,
     describe_run,
@@ -308,6 +314,56 @@ def test_rewards_of_two_versions_of_a_function_are_said(path, caplog) -> None:
     assert not caplog.text
     check_identity(describe(other={"reward_funcs_source": "b"}), path, 0, is_trained=False)
     assert caplog.text.count("graded before keep their rewards") == 1
+
+
+def test_options_of_a_function_that_a_record_doesn_t_know_are_no_change(path, caplog) -> None:
+    """Earlier versions recorded those of fewer functions."""
+    judge, code = {"judge_reward": {"scale": 5}}, {"code_reward": {"deadline_s": 5.0}}
+    for earlier in ({}, judge):
+        path.unlink(missing_ok=True)
+        check_identity(describe(other={"graders": earlier}), path, 0, is_trained=False)
+        now = describe(other={"graders": {**earlier, **code}})
+        check_identity(now, path, 1, is_trained=True)
+        assert not caplog.text
+    code["code_reward"]["deadline_s"] = 9.0
+    check_identity(describe(other={"graders": {**judge, **code}}), path, 1, is_trained=True)
+    assert "graders.code_reward.deadline_s: 5.0 on disk, 9.0 now" in caplog.text
+
+
+@pytest.mark.parametrize("make", ["code", "verifier", "classifier"])
+def test_what_scores_depend_on_is_recorded_of_each_function(
+    make, tiny_model, word_tokenizer
+) -> None:
+    def described(function):
+        scorer = Scorer([function], reward_processing_classes=[word_tokenizer])
+        return describe(other={"graders": _describe_graders(scorer)}).settings
+
+    model = tiny_model(word_tokenizer)
+    if make == "code":
+        one, same = CodeReward(), CodeReward(limits=Limits())
+        others = [
+            CodeReward(deadline_s=9.0),
+            CodeReward(trusted_tests=True),
+            CodeReward(limits=Limits(memory_bytes=2**30)),
+        ]
+    elif make == "verifier":
+        one, same = (VerifierReward(model, tokenizer=word_tokenizer) for _ in range(2))
+        kwargs = {"chat_template_kwargs": {"twice": True}}
+        others = [
+            VerifierReward(tiny_model(word_tokenizer, seed=1), tokenizer=word_tokenizer),
+            VerifierReward(model, tokenizer=word_tokenizer, **kwargs),
+        ]
+    else:
+        torch.manual_seed(0)
+        models = [LlamaForSequenceClassification(LlamaConfig(
+            vocab_size=len(word_tokenizer), hidden_size=8, intermediate_size=8,
+            num_hidden_layers=1, num_attention_heads=2, num_labels=1,
+        )) for _ in range(2)]  # fmt: skip
+        one, same = (RewardModel(models[0], word_tokenizer) for _ in range(2))
+        others = [RewardModel(models[1], word_tokenizer)]
+    assert described(one) == described(same)
+    for other in others:
+        assert described(other) != described(one)
 
 
 @pytest.mark.parametrize("name", ["eval_dataset", "eval_dataset hard"])

@@ -92,7 +92,17 @@ class CodeReward:
         self._share = share
         self._deadline_s = deadline_s
         self._trusted_tests = trusted_tests
-        self._pool = _pool_for(limits or Limits(), allow_weak_isolation)
+        self._limits = limits or Limits()
+        self._pool = _pool_for(self._limits, allow_weak_isolation)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        return {
+            "deadline_s": self._deadline_s,
+            "limits": asdict(self._limits),
+            "trusted_tests": self._trusted_tests,
+        }
 
     def __call__(
         self,

@@ -5,6 +5,7 @@ if the text is longer than the classifier's context, since the score of half an 
 meaningless.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,8 +39,7 @@ class RewardModel:
             it. Elsewhere, as in GRPOTrainer, it changes nothing.
 
     Raises:
-        ValueError: The classifier has more than one label, lacks trained weights, or its tokenizer
-            has nothing to pad with.
+        ValueError: The classifier has more than one label, or lacks trained weights.
     """
 
     def __init__(
@@ -65,23 +65,23 @@ class RewardModel:
         self.calibrate = calibrate
         access = {k: v for k, v in (model_init_kwargs or {}).items() if k in _ACCESS}
         self._tokenizer: Any = tokenizer or AutoTokenizer.from_pretrained(source, **access)
-        if self._tokenizer.pad_token is None:
-            if self._tokenizer.eos_token is None:
-                raise ValueError(
-                    f"the tokenizer of the reward model {source!r} has neither a padding token nor "
-                    "an end-of-sequence token. Set its `pad_token`."
-                )
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        # The score is read at the last token that is not padding.
-        config = loaded.config.get_text_config()
-        config.pad_token_id = self._tokenizer.pad_token_id
+        self._config = config = loaded.config.get_text_config()
+        self._pad_id: int | None = self._tokenizer.pad_token_id
+        if self._pad_id is None:
+            self._pad_id = config.pad_token_id
         # Models like RoBERTa have two more positions than tokens, so check the tokenizer as well.
         limits = (
             getattr(config, "max_position_embeddings", None),
             self._tokenizer.model_max_length,
         )
         self._context_length = min(limit for limit in limits if limit is not None)
+        self._source = str(source)
         self.__name__ = str(source).rstrip("/").split("/")[-1] or type(loaded).__name__
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the scores depend on, but for the weights."""
+        return {"model": self._source, "context_length": self._context_length}
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> Scores:
         """Score each prompt with its completion, using the model's own chat template for messages.
@@ -107,7 +107,13 @@ class RewardModel:
         return scores
 
     def _score(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        input_ids, attention_mask = pad_rows(rows, self._tokenizer.pad_token_id)
+        pad_id = self._pad_id
+        if pad_id is None:
+            # The score is read at the last token other than the padding, so it can't be EOS.
+            last = {row[-1] for row in rows}
+            pad_id = next(i for i in itertools.count() if i not in last)
+        self._config.pad_token_id = pad_id
+        input_ids, attention_mask = pad_rows(rows, pad_id)
         model = self.grading_model.ready()
         device = self.grading_model.device
         with torch.inference_mode():

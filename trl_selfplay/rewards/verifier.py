@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trl_selfplay.rewards.answer import text_of
 from trl_selfplay.rewards.grading_model import GradingModel, pad_rows, token_batches
 from trl_selfplay.rewards.scores import Scores
 
@@ -72,9 +73,11 @@ class VerifierReward:
                 "score='ratio' needs a `reference`, the model that the verifier was trained from: "
                 f"{source!r} has no adapters to switch off."
             )
-        models = [verifier]
+        models, sources = [verifier], [source]
         if reference is not None:
             models.append(_load(reference, model_init_kwargs or {}))
+            is_named = isinstance(reference, str)
+            sources.append(reference if is_named else models[1].config.name_or_path)
         self.score = score
         self.max_tokens_per_batch = max_tokens_per_batch
         self.grading_model = GradingModel(nn.ModuleList(models), device)
@@ -85,7 +88,16 @@ class VerifierReward:
         config = verifier.config.get_text_config()
         self._context_length = getattr(config, "max_position_embeddings", None)
         self._num_embeddings = verifier.get_input_embeddings().weight.shape[0]
+        self._sources = sources
         self.__name__ = f"verifier_{score}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the scores depend on, but for the weights."""
+        return {
+            "models": [str(source) for source in self._sources],
+            "chat_template_kwargs": self._chat_template_kwargs,
+        }
 
     def __call__(
         self,
@@ -198,8 +210,7 @@ class VerifierReward:
             both = self._text_ids(prompt + completion)
             if both[: len(asked)] == list(asked):
                 return both[len(asked) :]
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(text_of(completion), add_special_tokens=False)["input_ids"])
 
     def _with_end(self, answered: list[int]) -> list[int]:
         eos = self._tokenizer.eos_token_id

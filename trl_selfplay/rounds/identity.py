@@ -385,12 +385,16 @@ def _differing(
     known = {_top(name) for name in before} & {_top(name) for name in now}
     # Every version records held-out sets: one that is named on one side only was added or dropped.
     known |= {_top(name) for name in (*before, *now) if name.startswith(_HELDOUT)}
+    # Versions also know the options of different functions.
+    graders = {_of_grader(name) for name in before} & {_of_grader(name) for name in now}
     found = {}
     for name in sorted({*recorded, *settings}):
         was: Any = before.get(name)
         is_: Any = now.get(name)
-        if _top(name) not in known or (
-            _top(name) == _ADAPTERS and (name not in before or name not in now)
+        if (
+            _top(name) not in known
+            or (_top(name) == _ADAPTERS and (name not in before or name not in now))
+            or _of_grader(name) not in graders
         ):  # only one version knows it
             continue
         rule = described.rule(name)
@@ -408,6 +412,11 @@ def _differing(
     if recorded.get("weights") == settings.get("weights") is not None:
         found.pop("model", None)  # the same weights under another name, or at another place
     return found
+
+
+def _of_grader(name: str) -> str:
+    """Return the beginning that all options of one function share; "" for any other setting."""
+    return ".".join(name.split(".")[:2]) if _top(name) in ("graders", "eval_graders") else ""
 
 
 def _adapters(names: Iterable[str]) -> set[str]:
