@@ -497,6 +497,7 @@ TABLE: list[tuple[str, list[str], list[str]]] = [
     ("A", ["A"], ["B"]),
     ("a", [], ["A"]),
     ("AB", ["AB", "A B"], ["BA", "ab", "AC"]),
+    ("0.5", ["0.5 cup", r"\frac12\text{ cup}", "0.5 ton"], ["0.5 gross"]),
     ("IV", ["IV"], ["VI"]),
     (r"\angle ABC", [r"\angle ABC", "∠ABC"], [r"\angle BAC"]),
     (r"\triangle ABC", [r"\triangle ABC"], [r"\triangle BAC"]),
