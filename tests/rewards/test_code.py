@@ -1,5 +1,6 @@
 """Programs graded by their tests: what counts as right, what a program may try, and data errors."""
 
+import json
 import random
 import threading
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from trl_selfplay.rewards import CodeReward, code_fraction_reward, code_reward
 from trl_selfplay.rewards.code import program_of
+from trl_selfplay.rewards.isolation import Limits
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rewards.worker import close_workers
 
@@ -308,6 +310,16 @@ def test_scores_do_not_depend_on_batch_or_order() -> None:
     order = random.Random(0).sample(range(36), 36)
     shuffled = code_reward([rows[i][0] for i in order], tests=[rows[i][1] for i in order])
     assert shuffled == [together[i] for i in order]
+
+
+def test_a_run_records_the_options_that_change_scores() -> None:
+    def recorded(**options):
+        (function,) = Scorer([CodeReward(**options)]).with_identity.values()
+        return json.dumps(function.identity, sort_keys=True)
+
+    assert recorded() == recorded(allow_weak_isolation=True)
+    options = [{"deadline_s": 9.0}, {"trusted_tests": True}, {"limits": Limits(processes=2)}]
+    assert len({recorded(), *(recorded(**each) for each in options)}) == 4
 
 
 def test_options_are_checked() -> None:
