@@ -85,6 +85,7 @@ FENCED = "I double it.\n```python\n{}\n```\n"
         FENCED.format("def double(x): ...") + FENCED.format(RIGHT),
         FENCED.format(RIGHT) + "It prints\n```\n4\n```",
         FENCED.format(RIGHT) + "```text\n4\n```",
+        FENCED.format(RIGHT) + "A use:\n" + FENCED.format("print(double(2))"),
         f"```\n{RIGHT}\n```",
         f"~~~py\n{RIGHT}\n~~~",
         f"````python\n{RIGHT}\n````",
@@ -107,6 +108,8 @@ def test_the_program_is_found_in_the_answer(answer) -> None:
         f"Here it is: {RIGHT}",
         f"<think>```python\n{RIGHT}\n```</think> Done.",
         FENCED.format(RIGHT) + FENCED.format("def double(x): ..."),
+        FENCED.format(RIGHT) + "Better:\n```python\ndef double(x",
+        FENCED.format(RIGHT) + FENCED.format("double = lambda x: 0"),
         [],
     ],
 )

@@ -296,7 +296,9 @@ def _describe_reference(outcomes: Sequence[list[bool] | str]) -> str | None:
     return f"its solution fails the tests, check {failed[0].index(False)} among them"
 
 
-def program_of(answer: str, starter: str, entry_point: str | None) -> str:
+def program_of(
+    answer: str, starter: str, entry_point: str | None, names: Sequence[str] = ()
+) -> str:
     """Return the program of an answer.
 
     Args:
@@ -306,13 +308,17 @@ def program_of(answer: str, starter: str, entry_point: str | None) -> str:
             it; any other continues it, up to the first line that isn't indented if the whole isn't
             Python.
         entry_point: The tested function; by default the starter's last one.
+        names: Functions that the tests call. A block that defines none of them, nor the tested one,
+            counts only if no block does: it shows a use.
     """
     blocks = _code_blocks(answer)
     marked = [code for language, code in blocks if language in _PYTHON]
-    code = (marked or [code for _, code in blocks] or [answer])[-1]
+    codes = marked or [code for _, code in blocks] or [answer]
+    tested = entry_point or last_function(_completed(starter))
+    sought = {*names, *([tested] if tested else [])}
+    code = next((c for c in reversed(codes) if not _is_use(c, sought)), codes[-1])
     if not starter.strip():
         return textwrap.dedent(code)
-    tested = entry_point or last_function(_completed(starter))
     if tested in _functions(textwrap.dedent(code)):
         return f"{_completed(starter)}\n{textwrap.dedent(code)}"
     joint = "\n" if blocks and not starter.endswith("\n") else ""
@@ -322,6 +328,19 @@ def program_of(answer: str, starter: str, entry_point: str | None) -> str:
     first_line, newline, rest = code.partition("\n")
     outside = re.search(r"^[^\s#)\]}]", rest, re.MULTILINE)
     return f"{starter}{joint}{first_line}{newline}{rest[: outside.start()] if outside else rest}"
+
+
+def _is_use(code: str, names: set[str]) -> bool:
+    """Return whether a text is Python that sets none of these names, and no function's body."""
+    try:
+        tree = parse(textwrap.dedent(code))
+    except ValueError:
+        return False
+    stored = {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
+    stored |= {getattr(statement, "name", "") for statement in tree.body}
+    return not (names & stored or any(isinstance(s, ast.Return) for s in tree.body))
 
 
 def _functions(code: str) -> set[str]:
@@ -375,7 +394,7 @@ def grade(
         return none_hold
     if isinstance(tests, InputTests):
         return _run_on_inputs(program_of(answer, starter, None), tests, ends, stop_early)
-    program = program_of(answer, starter, tests.entry_point)
+    program = program_of(answer, starter, tests.entry_point, tests.names)
     candidate = None
     if tests.takes_candidate:
         candidate = tests.entry_point or last_function(program)
