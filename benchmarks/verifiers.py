@@ -256,13 +256,17 @@ def versions() -> str:
 
 
 def load_rows(name: str) -> Rows:
-    """Return the rows of a corpus; `forms` are those of tests/rewards/answer_forms.py."""
+    """Return the rows of a corpus; `forms` are those of tests/rewards/answer_forms.py.
+
+    A name that ends in .jsonl is a path.
+    """
     if name == "forms":
         sys.path.insert(0, str(CORPUS.parent))
         from answer_forms import all_rows
 
         return all_rows()
-    lines = (CORPUS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    path = Path(name) if name.endswith(".jsonl") else CORPUS / f"{name}.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(text) for text in lines]
 
 

@@ -76,7 +76,7 @@ def test_the_final_answer_of_a_solution(solution, answer) -> None:
         ("0.1", "0.10000000000000001", False),
         ("1/0", "0", False),
         ("\u0661", "1", False),
-        ("９", "9", False),
+        ("９", "9", True),
         ("2000", "2024", False),
         ("$x + 1$", "x + 1", True),
         ("\\$72", "72", True),
@@ -178,3 +178,77 @@ def test_words_of_our_patterns_are_words_in_an_answer() -> None:
         for gold in (f"{word}, laws, abide", f"abide, {word}, laws", f"abide, laws, {word}"):
             texts = [f"1. {word}\nAnswer: {gold}", f"\\boxed{{{gold}}}", f"#### {gold}"]
             assert exact_reward(texts, [gold] * 3) == [1.0] * 3, gold
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{72} is incorrect",
+        "\\boxed{72}, which is wrong.",
+        "<answer>72</answer> is not correct.",
+        "Answer: 72 (wrong)",
+        "\\boxed{72} ✗",
+        "It's not true that \\boxed{72}.",
+        "I doubt the answer is 72.",
+        "Bob's answer is 72.",
+        "Die Antwort ist nicht 72.",
+    ],
+)
+def test_an_answer_that_the_text_calls_wrong_is_none(text) -> None:
+    assert exact_reward([text], ["72"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Twice the answer is 72",
+        "10% of the answer is 72.",
+        "The answer squared is 72.",
+        "\\frac{1}{\\boxed{72}}",
+        "2^{\\boxed{72}}",
+        "\\boxed{72} \\times 10^3",
+        "\\boxed{72}^2",
+        "3 \\times \\boxed{72}",
+        "x \\neq \\boxed{72}",
+        "\\boxed{72}\\sqrt{2}",
+        "\\boxed{72},000",
+        "\\boxed{72} thousand",
+        "\\boxed{>72}",
+        "The answer is 72 squared.",
+        "The answer is 72k.",
+    ],
+)
+def test_a_part_or_a_multiple_of_the_answer_is_none(text) -> None:
+    assert exact_reward([text], ["72"]) == [0.0]
+
+
+def test_a_box_in_an_equation_is_an_answer() -> None:
+    texts = ["24 + 48 = \\boxed{72}", "24 + \\boxed{72} = 96", "\\boxed{72} is the answer.",
+             "- \\boxed{72}", "{\\color{red}\\boxed{72}}", "\\boxed{72}, not 71", "\\boxed{72} clips",
+             "\\boxed{72}. It is not prime."]  # fmt: skip
+    assert exact_reward(texts, ["72"] * 8) == [1.0] * 8
+    assert exact_reward(["\\boxed{72} \\times 10^3"], ["72000"]) == [1.0]
+
+
+def test_yes_or_no_must_not_contradict_its_sentence() -> None:
+    texts = ["Yes, it is not", "Yes, it isn't.", "No, it is.", "Yes, it is prime", "No, it is not.",
+             "Yes. There is no smaller divisor."]  # fmt: skip
+    golds = ["yes", "yes", "no", "yes", "no", "yes"]
+    assert exact_reward(texts, golds) == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def test_the_word_for_an_answer_may_be_in_another_language() -> None:
+    texts = ["Antwort: 72", "La respuesta es 72.", "Ответ: 72", "所以答案是 72。", "答えは 72 個です。",
+             "정답은 72입니다.", "La réponse est: **72**"]  # fmt: skip
+    assert exact_reward(texts, ["72"] * 7) == [1.0] * 7
+
+
+def test_a_last_sentence_may_name_a_word() -> None:
+    rows = [("It is **Lisbon**.", "Lisbon"), ('The missing word is "umbrella".', "umbrella"),
+            ("The statement is false.", "False"), ("Ottawa. Some say Toronto.", "Ottawa"),
+            ("Are all squares rectangles? Yes.", "yes"), ("| Chile | **Santiago** |", "Santiago"),
+            ("The author is George Eliot (born Mary Ann Evans).", "George Eliot")]  # fmt: skip
+    texts, golds = zip(*rows, strict=True)
+    assert exact_reward(texts, golds) == [1.0] * len(rows)
+    wrong = ["It is not **Lisbon**.", "Lisbon. Actually, Porto.", "It is false that it is Lisbon."]
+    assert exact_reward(wrong, ["Lisbon"] * 3) == [0.0] * 3

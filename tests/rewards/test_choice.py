@@ -174,3 +174,42 @@ def test_an_article_is_no_letter_before_an_option_s_text() -> None:
     assert choice_reward(texts, ["B"] * 4, choices=[OPTIONS] * 4) == [1.0] * 4
     assert choice_reward(texts, ["A"] * 4, choices=[OPTIONS] * 4) == [0.0] * 4
     assert choice_reward(["The answer is A dog."], ["A"], choices=[["dog", "cat"]]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Answer: not London",
+        "London is wrong.",
+        "The answer is other than London.",
+        "London? No.",
+        "Is it London?",
+        "I ruled out London.",
+        "Everything but London",
+        "Answer: A (wrong)",
+        "\\boxed{A} is incorrect.",
+        "(A)? No.",
+        "<answer>not London</answer>",
+        "The incorrect option is A.",
+        "Some would choose A.",
+        "Answer: A ❌",
+    ],
+)
+def test_an_option_that_the_text_denies_is_not_chosen(text) -> None:
+    assert choice_reward([text], ["A"], choices=[["London", "Paris"]]) == [0.0]
+
+
+def test_the_opposite_of_an_option_is_not_the_option() -> None:
+    for options in (["true", "false"], ["yes", "no"]):
+        for text in (f"not {options[0]}", f"Answer: not {options[0]}", f"It is not {options[0]}."):
+            assert choice_reward([text], ["A"], choices=[options]) == [0.0]
+
+
+def test_an_option_counts_beside_a_denied_one() -> None:
+    texts = [
+        "London. It is not Paris.",
+        "London, not Paris",
+        "The capital is London. Paris is wrong.",
+    ]
+    assert choice_reward(texts, ["A"] * 3, choices=[["London", "Paris"]] * 3) == [1.0] * 3
+    assert choice_reward(["答案:A", "Ａ", "Die richtige Antwort ist A."], ["A"] * 3) == [1.0] * 3

@@ -1,6 +1,7 @@
 """The verifiers on labelled answers.
 
-`corpus/frozen.jsonl` was written by someone who hadn't seen the code, and doesn't change.
+`corpus/frozen.jsonl` and `corpus/second.jsonl` were written by people who hadn't seen the code, and don't
+change.
 `answer_forms.py` has the forms that the verifiers were written for.
 """
 
@@ -15,21 +16,31 @@ from answer_forms import CHOICE_FORMS, OPTIONS, all_rows, choice_rows
 from trl_selfplay.rewards import choice_reward, exact_reward, math_reward
 from trl_selfplay.rewards.worker import close_workers
 
-FROZEN = Path(__file__).parent / "corpus" / "frozen.jsonl"
-SHA_256 = "2c4ead630fb5938d7bfb96e8d040e04a3c072655ae5bce017b096eebb0d42b63"
-# False 1.0s and right answers found, by reward function and kind.
+CORPUS = Path(__file__).parent / "corpus"
+SHA_256 = {
+    "frozen": "2c4ead630fb5938d7bfb96e8d040e04a3c072655ae5bce017b096eebb0d42b63",
+    "second": "d1a5f71e6bd24d367416b66c20ddb869a790b195c2d6af8c27ef6bb1d5d48bcb",
+}
+# False 1.0s and right answers found, by corpus, reward function and kind.
 MEASURED = {
-    ("exact_reward", "number"): (0, 252),
-    ("exact_reward", "text"): (0, 106),
-    ("choice_reward", "choice"): (0, 371),
-    ("math_reward", "number"): (0, 246),
-    ("math_reward", "maths"): (0, 250),
+    ("frozen", "exact_reward", "number"): (0, 253),
+    ("frozen", "exact_reward", "text"): (0, 106),
+    ("frozen", "choice_reward", "choice"): (0, 371),
+    ("frozen", "math_reward", "number"): (0, 250),
+    ("frozen", "math_reward", "maths"): (0, 250),
+    ("second", "exact_reward", "number"): (0, 123),
+    ("second", "exact_reward", "text"): (0, 48),
+    ("second", "choice_reward", "choice"): (0, 151),
+    ("second", "math_reward", "number"): (0, 119),
+    ("second", "math_reward", "maths"): (0, 114),
 }
 
 
-@pytest.fixture(scope="module")
-def frozen():
-    return [json.loads(line) for line in FROZEN.read_text(encoding="utf-8").splitlines()]
+@pytest.fixture(scope="module", params=["frozen", "second"])
+def corpus(request):
+    """Return the name and the rows of a corpus."""
+    path = CORPUS / f"{request.param}.jsonl"
+    return request.param, list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,29 +65,33 @@ def count(reward, rows):
     return passed[0], passed[1]
 
 
-def test_the_frozen_rows_have_not_changed() -> None:
-    assert hashlib.sha256(FROZEN.read_bytes()).hexdigest() == SHA_256
+@pytest.mark.parametrize("name", SHA_256)
+def test_the_rows_have_not_changed(name) -> None:
+    assert hashlib.sha256((CORPUS / f"{name}.jsonl").read_bytes()).hexdigest() == SHA_256[name]
 
 
 @pytest.mark.parametrize("kind", ["number", "text"])
-def test_exact_answers_of_the_frozen_rows(frozen, kind) -> None:
-    rows = [row for row in frozen if row["kind"] == kind]
-    assert count(exact_reward, rows) == MEASURED["exact_reward", kind]
+def test_exact_answers_of_the_corpora(corpus, kind) -> None:
+    name, rows = corpus
+    rows = [row for row in rows if row["kind"] == kind]
+    assert count(exact_reward, rows) == MEASURED[name, "exact_reward", kind]
 
 
-def test_choices_of_the_frozen_rows(frozen) -> None:
-    rows = [row for row in frozen if row["kind"] == "choice"]
-    assert count(choice_reward, rows) == MEASURED["choice_reward", "choice"]
+def test_choices_of_the_corpora(corpus) -> None:
+    name, rows = corpus
+    rows = [row for row in rows if row["kind"] == "choice"]
+    assert count(choice_reward, rows) == MEASURED[name, "choice_reward", "choice"]
 
 
-def test_mathematics_of_the_frozen_rows(frozen) -> None:
+def test_mathematics_of_the_corpora(corpus) -> None:
     """At least as many as measured: what the grader of mathematics reads may grow."""
     pytest.importorskip("math_verify")
-    rows = [row for row in frozen if row["kind"] in ("number", "maths")]
+    name, rows = corpus
+    rows = [row for row in rows if row["kind"] in ("number", "maths")]
     scores = grade(math_reward, rows)
     for kind in ("number", "maths"):
         pairs = [(row, s) for row, s in zip(rows, scores, strict=True) if row["kind"] == kind]
-        false_ones, least = MEASURED["math_reward", kind]
+        false_ones, least = MEASURED[name, "math_reward", kind]
         assert sum(s == 1.0 and not row["verdict"] for row, s in pairs) == false_ones
         assert sum(s == 1.0 and row["verdict"] for row, s in pairs) >= least
 

@@ -42,6 +42,14 @@ _DATE_WORD = re.compile(r"[a-z]+|\d{1,4}")
 _CURRENCIES = frozenset({"dollar", "euro", "pound", "yen", "rupee", "won"})
 _YES_NO = frozenset({"yes", "no", "true", "false"})
 _SECOND_THOUGHTS = {"wait", "actually", "but", "can", "cannot", "unable", "sorry", "know", "sure"}
+# "Yes, it is not", "No, it is"
+_CONTRADICTS = {
+    True: re.compile(r"\s*(?!because|since|as\b)[^.;]{0,60}?(?:\bnot\b|\bnever\b|n't\b)"),
+    False: re.compile(
+        r"\s*(?:it|this|that|they|he|she|there)\s(?:is|are|does|do|can|will|was|has|did)(?:\s(?:true|correct|right))?\s*$"
+    ),
+}
+_RESTATED = re.compile(r",?\s+(?:or|i\.e\.,?|that\s+is,?)\s+", re.IGNORECASE)
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 
 
@@ -242,11 +250,19 @@ def answer_in(text: str) -> str:
     """
     answer = extract_answer(text)
     if answer is not None:
-        return answer
+        return _said_once(answer)
     parts = last_turns(text)
     text = parts[0].strip() if parts else ""
     fence = _BARE_FENCE.fullmatch(text)
     return fence[1] if fence else text
+
+
+def _said_once(answer: str) -> str:
+    """Return one of two equal quantities: of `1500 dollars, or $1,500.00` the first."""
+    parts = _RESTATED.split(answer)
+    if len(parts) != 2 or not all(read_quantity(part) for part in parts):
+        return answer
+    return parts[0] if answers_agree(*parts) else answer
 
 
 def _says(answer: str, expected: str) -> bool:
@@ -255,5 +271,11 @@ def _says(answer: str, expected: str) -> bool:
     if word not in _YES_NO:
         return False
     first, rest = (*re.split(r"[,.;:—–]", plain(answer).casefold(), maxsplit=1), "")[:2]
+    # "there is no other" is no "no"
+    rest = re.sub(r"\bno\s+(?=[a-z])", "", rest)
     words = set(re.findall(r"\w+", rest))
-    return plain(first) == word and words.isdisjoint({_OPPOSITE[word], *_SECOND_THOUGHTS})
+    return (
+        plain(first) == word
+        and words.isdisjoint({_OPPOSITE[word], *_SECOND_THOUGHTS})
+        and not _CONTRADICTS[word in ("yes", "true")].match(rest)
+    )

@@ -12,6 +12,7 @@ from typing import Any
 from trl_selfplay.rewards.answer import answers_agree, final_answer, text_of
 from trl_selfplay.rewards.statements import (
     ANSWER,
+    CALLED_WRONG,
     FINAL,
     NOT_MEANT,
     STEP,
@@ -26,7 +27,7 @@ _AMBIGUOUS = "?"  # the value of a statement that names two options
 # "B", "(B)", "B.", "b)"
 _ALONE = re.compile(r"[(\[{<]?([A-Za-z])[)\]}>.:,]*")
 # Not the call in "f(x)".
-_IN_PARENTHESES = re.compile(r"(?<!\w)\(([A-Za-z])\)")
+_IN_PARENTHESES = re.compile(r"(?<!\w)\(([A-Za-z])\)(?!\s?\?)")
 # A letter is a choice if what follows can't follow the article "A" or the pronoun "I". The rule is
 # the same for every letter, or right answers "A" would be lost. Punctuation and the end of the text
 # may follow a letter of either case, these words only a capital letter.
@@ -45,8 +46,8 @@ _NAME = r"(?i:(?:option|choice|letter|answer|statement|alternative)\s{1,3})?"
 _CHOOSES = (
     # "the correct option is B", "Final choice: B"
     re.compile(
-        r"(?i:(?:correct|right|best|final|my|selected|chosen|only)\s{1,3}(?:answer\s{1,3})?"
-        rf"(?:option|choice|letter|one|alternative|statement))(?:{_MARKS}(?i:is|would\s+be|must\s+be|:|=)[\s*:]{{0,4}})"
+        r"\b(?i:(?:correct|right|best|final|my|selected|chosen|only|odd)\s{1,3}(?:answer\s{1,3})?"
+        rf"(?:option|choice|letter|one(?:\s{{1,3}}out)?|alternative|statement))(?:{_MARKS}(?i:is|would\s+be|must\s+be|:|=)[\s*:]{{0,4}})"
         rf"{_MARKS}{_NAME}{_MARKS}{_LETTER}"
     ),
     # "Option: B" on a line of its own
@@ -80,13 +81,13 @@ _IS_RIGHT = re.compile(
 _NAMED_LETTER = re.compile(rf"\b(?i:option|choice)\s+\**{_LETTER}")
 _DENIED_LETTER = re.compile(
     r"(?<![\w'’])\(?([A-Za-z])\)?\**\s+"
-    r"(?:is\s+(?:not|wrong|incorrect|false|never|ruled|eliminated)|isn['’]t|cannot\s+be|can['’]t\s+be)\b"
+    r"(?:is\s+(?:not|wrong|incorrect|false|never|ruled|eliminated|excluded|impossible|out\b)|isn['’]t|cannot\s+be|can['’]t\s+be)\b"
 )
 _REFUSED_LETTER = re.compile(
     rf"(?i:\b(?:not|neither|nor|never|except|eliminated?|rules?\s+out|reject|exclude)|n['’]t)\s{{1,3}}(?:be\s{{1,3}})?{_NAME}{_LETTER}"
 )
 _FIRST = re.compile(
-    rf"{_NAME}(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])(?=[).:,;]|\s+[—–-]\s|[ \t]*$)(?!['’]\w)|([A-Z])(?=\s+(?:because|since|as)\b))"
+    rf"{_NAME}(?:[(\[]([A-Za-z])[)\]](?!\s?\?)|([A-Za-z])(?=[).:,;]|\s+[—–-]\s|[ \t]*$)(?!['’]\w)|([A-Z])(?=\s+(?:because|since|as)\b))"
 )
 _PLAUSIBLE_LENGTH = 120
 _MOST_WORDS = 8
@@ -108,9 +109,19 @@ _BARE_LEADING = re.compile(r"([A-Z])(?=\s)")
 # What ends an option's text. A period or comma before a digit doesn't.
 _ENDS = re.compile(r"[\"`;:!?)\]}$*_\n]|[.,](?!\d)|\s[-–—(]|$|\s(?:because|since|is|as|so|which)\b")
 _DENIAL = re.compile(r"(?:not|neither|none\s+of\s+(?:these|them)\s+is)\b", re.IGNORECASE)
+_MOST_NAMED = 20
+_DENIES_NAME = re.compile(
+    r"\b(?:not|never|neither|nor|cannot|except|excludes?|excluding|reject|rejects|eliminates?|ruled?s?\s+out|unlike|instead\s+of|rather\s+than"
+    r"|other\s+than|(?:anything|everything|all)\s+but|far\s+from|wrong|incorrect|false|untrue|doubt|if|unless)\b|n['’]t\b"
+)
+_SAYS_WRONG = re.compile(
+    r"\((?:(?:this|it)\s+is\s+)?(?:wrong|incorrect|not)\b|[❌✗✘]", re.IGNORECASE
+)
+_CLAUSES = re.compile(r"[.!?;\n]|,\s|(?<!anything )(?<!everything )(?<!all )\bbut\b")
 _WRAPPER = re.compile(
     r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|boxed|fbox)\s?\{([^{}]*)\}"
 )
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _LATEX_SPACE = re.compile(r"\\[ ,;:!]|~|\\q?quad(?![A-Za-z])|\\(?=\()|\\(?=\))")
 _TAKEN_BACK = re.compile(
     r"(?:^|[.!?\n—–(*)]|\bbut)[\s*_]{0,4}(?:but\s|oh,?\s)?(?:wait|hold\s+on|oops|correction|on\s+second\s+thoughts?"
@@ -223,6 +234,8 @@ def _stated(text: str, options: Mapping[str, str]) -> str | None:
     if standing is None:
         return _AMBIGUOUS if is_unreadable else None
     tail = text[standing.end : standing.end + 2000]
+    if CALLED_WRONG.match(tail):
+        return _AMBIGUOUS
     if (change := _TAKEN_BACK.search(tail)) and not is_confirmed(tail[change.start() :]):
         return _AMBIGUOUS
     return standing.value or _AMBIGUOUS
@@ -277,6 +290,7 @@ def _without_marks(text: str) -> str:
     r"""Return an answer without markdown, quotation marks and LaTeX's text commands around it."""
     for _ in range(3):
         text = _WRAPPER.sub(r"\1", text)
+    text = text.translate(_FULL_WIDTH)
     text = _LATEX_SPACE.sub(" ", text).strip("*_`\"'# \t\r\n>")
     return text.strip("$").strip("*_` \t\r\n")
 
@@ -330,7 +344,7 @@ def _choice_in(text: str, options: Mapping[str, str]) -> str | None:
     exact = _exact_choice(text, options)
     if exact is not None:
         return exact
-    if _DENIAL.match(text):
+    if _DENIAL.match(text) or _SAYS_WRONG.search(text):
         return None
     letters = _letters(_IN_PARENTHESES, text, options)
     start = 0
@@ -371,7 +385,10 @@ def _exact_choice(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def _named_option(text: str, options: Mapping[str, str]) -> str | None:
-    """Return the letter of the only option whose text occurs as whole words, or None."""
+    """Return the letter of the only option whose text occurs as whole words, or None.
+
+    An option that its sentence denies, as in "London is wrong", isn't chosen.
+    """
     letter_of = {option.casefold(): letter for letter, option in options.items() if option}
     if not letter_of:
         return None
@@ -380,7 +397,20 @@ def _named_option(text: str, options: Mapping[str, str]) -> str | None:
     pattern = re.compile(
         r"(?<![\w\-−])(?<!\d[.,])(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w|[.,]\d)"
     )
-    named = {letter_of[match[0]] for match in pattern.finditer(text.casefold())}
+    folded = text.casefold()
+    matches = list(pattern.finditer(folded))
+    named: set[str] = set()
+    denied: set[str] = set()
+    for match in matches[-_MOST_NAMED:]:
+        before = _CLAUSES.split(folded[max(0, match.start() - 200) : match.start()])[-1]
+        behind = folded[match.end() : match.end() + 100]
+        is_denied = (
+            _DENIES_NAME.search(before)
+            or CALLED_WRONG.match(behind)
+            or re.match(r"\?|,\s*no\b", behind)
+        )
+        (denied if is_denied else named).add(letter_of[match[0]])
+    named -= denied
     if len(named) > 1:
         return _AMBIGUOUS
     return named.pop() if named else None

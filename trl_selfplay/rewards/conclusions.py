@@ -8,7 +8,7 @@ none.
 import re
 
 from trl_selfplay.rewards.quantities import NUMBER_WORDS, in_digits, read_quantity
-from trl_selfplay.rewards.statements import clean, cut
+from trl_selfplay.rewards.statements import RETHINK, clean, cut
 
 _MOST_CHARACTERS = 1000
 _SHORT = 60
@@ -20,7 +20,9 @@ _CHATTER = re.compile(
 _HEDGES = re.compile(
     r"\b(?:or|maybe|perhaps|might|could|may\s+(?:be|have)|if|not|never|at\s+least|at\s+most|more\s+than|less\s+than"
     r"|between|either|neither|nor|unless|possibly|let\s+us|let['’]s|first|cannot|wrong|incorrect|suppose|assume"
-    r"|says|thinks|claims?|(?:some|people|many)\s+(?:say|think)|answer\s+(?:is|was|be))\b"
+    r"|says|thinks|claims?|(?:some|people|many)\s+(?:say|think)|false\s+that|answer\s+[a-z]+|(?:previous|earlier|example|sample|initial|original|[a-z]+['’]s)\s+(?:answer|guess)"
+    r"|nicht|kein\w*|pas|não|no\s+es|es\s+no)\b|不是|아니|,\s+no[.!]?$"
+    r"|\b(?:nearly|almost|over|under|above|below|twice|double|triple|half)\s+[\\$£€]{0,2}\d"
     r"|n['’]t\b|\?",
     re.IGNORECASE,
 )
@@ -68,7 +70,28 @@ _DATE = re.compile(
     rf"\d{{1,2}}(?:st|nd|rd|th)?\s{_MONTH},?\s\d{{3,4}}|{_MONTH}\s\d{{1,2}}(?:st|nd|rd|th)?,?\s\d{{3,4}}"
 )
 _NAMED = re.compile(
-    r"\b(?:is|are|was|were)\s(?P<value>[A-Z][\w'’.-]{0,30}(?:\s[A-Z][\w'’.-]{0,30}){0,3})[.!]?$"
+    r"\b(?:is|are|was|were)\s(?P<value>[A-Z][\w'’.-]{0,30}(?:\s[A-Z][\w'’.-]{0,30}){0,3})(?:\s\([^()]{1,80}\))?[.!]?$"
+)
+_QUOTED = re.compile(r"\b(?:is|are|was|were)\s[\"“](?P<value>[^\"“”]{1,100})[\"”][.!]?$")
+_TRUTH = re.compile(
+    r"(?:^|.*\b(?:statement|claim|assertion|proposition|it|this|that)\s(?:is\s)?)(?P<value>yes|no|true|false)[.!]?$",
+    re.IGNORECASE,
+)
+_TRUTH_WORD = re.compile(r"\b(?:true|false|yes|no|hardly|doubt|partly|half)\b", re.IGNORECASE)
+# "You might expect 90, but …": what counts is what follows.
+_APPEARANCE = re.compile(
+    r"[^.]{0,80}\b(?:might|may|could)\s(?:expect|think|guess|say)\b[^.]{0,80}?,\sbut\s|at\sfirst\s(?:glance|sight)[^.]{0,80}?,\sbut\s",
+    re.IGNORECASE,
+)
+_SO_CLAUSE = re.compile(r".*,\s(?:and\s)?so\s")
+_TABLE_ROW = re.compile(r"\|.*\|$")
+_DOUBTS = re.compile(
+    r"\b(?:wrong|incorrect|mistaken?|actually|myth|untrue|false|instead|should\s+be|sorry|wait|oops|correct\w*|however|or|maybe"
+    r"|perhaps|might|not\s+sure|unsure|answer|right|real|true)\b|\bno[,.!]|\bbut\s+(?:it|that|this)\b|\?",
+    re.IGNORECASE,
+)
+_BARE_NAME = re.compile(
+    r"[*_\"]{0,3}[^\W\d]{2,30}(?:\s[^\W\d]{2,30}){0,3}[*_\"]{0,3}[.!]\s+(?=[A-Z])"
 )
 _LISTED = re.compile(r"\b(?:is|are|prints|returns|reads|outputs):\s(?P<value>[^:]{1,200})$")
 _EXPLANATION = re.compile(
@@ -86,24 +109,36 @@ _SPACES = str.maketrans(
 
 def conclude(text: str) -> str | None:
     """Return the answer in the last sentence of a text, or in the code block that it ends with."""
-    text = text.rstrip()
-    if (fence := _OPEN_FENCE.search(text, max(0, len(text) - 2 * _MOST_CHARACTERS))) and text.count(
-        "```"
-    ) == 2:
+    text = text.rstrip().rstrip("✓✔✅🎉☑\ufe0f \t\n")
+    fence = _OPEN_FENCE.search(text, max(0, len(text) - 2 * _MOST_CHARACTERS))
+    if fence and (text.count("```") == 2 or _is_corrected(text[: fence.start(1)])):
         return fence[1].strip()
     sentence, is_only = _last_sentence(text)
-    claim = cut(sentence)
+    stated = sentence
+    if appearance := _APPEARANCE.match(sentence):
+        stated = sentence[appearance.end() :]
+        if clause := _SO_CLAUSE.match(stated):
+            stated = stated[clause.end() :]
+    claim = cut(stated)
+    if claim.count("**") % 2:
+        claim += "**"
     if not claim or _HEDGES.search(_WITHOUT_LIST.sub(r"\1", claim)):
         return None
     if _RESTATES.search(claim) and not _CONCLUDES.match(claim):
         return None
-    is_whole = sentence.endswith(_WHOLE)
+    is_whole = sentence.endswith(_WHOLE) or _TABLE_ROW.fullmatch(sentence) is not None
     if not is_whole and not is_only:
         return None
     for find in (_maths, _emphasised, _result, _only_number, _moment, _name):
         if (answer := find(claim if find is not _maths else sentence)) is not None:
             return answer if is_whole or sentence.endswith(answer) else None
     return None
+
+
+def _is_corrected(text: str) -> bool:
+    """Return whether second thoughts follow the code block before the last."""
+    between = text.rsplit("```", 2)[1]
+    return RETHINK.search(between[-_MOST_CHARACTERS:]) is not None
 
 
 def _last_sentence(text: str) -> tuple[str, bool]:
@@ -117,7 +152,7 @@ def _last_sentence(text: str) -> tuple[str, bool]:
             sentences.pop()
         if sentences:
             is_only = len(lines) == len(sentences) == 1 and len(text) <= _MOST_CHARACTERS
-            sentence = sentences[-1].translate(_SPACES)
+            sentence = sentences[-1].translate(_SPACES).replace("{,}", ",")
             if len(sentences) == 1 and (item := _LIST_ITEM.match(sentence)):
                 sentence = sentence[item.end() :]
             return sentence, is_only
@@ -154,6 +189,8 @@ def _emphasised(sentence: str) -> str | None:
         return None
     (span,) = spans
     value = (span["bold"] or span["italic"] or span["code"]).strip()
+    if re.match(r"[A-Za-z ]{2,30}:\s", value):
+        return None
     if read_quantity(value):
         return _with_unit(value, sentence[span.end() :])
     if _NUMBER.search(sentence[: span.start()] + sentence[span.end() :]) or len(value.split()) > 6:
@@ -194,7 +231,14 @@ def _moment(sentence: str) -> str | None:
 
 
 def _name(sentence: str) -> str | None:
-    found = _NAMED.search(sentence) or _LISTED.search(sentence)
+    found = (
+        _NAMED.search(sentence)
+        or _LISTED.search(sentence)
+        or _QUOTED.search(sentence)
+        or _TRUTH.fullmatch(sentence)
+    )
+    if found and found.re is _TRUTH and _TRUTH_WORD.search(sentence[: found.start("value")]):
+        return None
     return clean(found["value"]) if found else None
 
 
@@ -210,6 +254,8 @@ def before_explanation(text: str) -> str | None:
         return None
     if len(text) > 2 * _MOST_CHARACTERS:
         return None
+    if (name := _BARE_NAME.match(text)) and not _DOUBTS.search(text, name.end()):
+        return clean(name[0])
     shortened = cut(text)
     if len(shortened) <= _SHORT and _EXPLANATION.match(text, len(shortened)):
         value = clean(shortened)

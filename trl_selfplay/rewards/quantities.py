@@ -18,6 +18,7 @@ _SIGNIFICANT_DIGITS = 6
 
 _PLAIN = str.maketrans(
     {
+        **{chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # full-width forms
         **dict.fromkeys("−–‐‑﹣－", "-"),
         **dict.fromkeys("\u00a0\u2007\u2008\u2009\u200a\u202f\u3000", " "),
         **dict.fromkeys("\u200b\u2060\ufeff✅✔✓☑🎉👍\ufe0f", ""),
@@ -36,6 +37,8 @@ _PLAIN = str.maketrans(
         "⅔": " 2/3",
     }
 )
+# A quoted line of Markdown, but not an inequality.
+_QUOTE = re.compile(r"^(?:>\s+)+(?![-\d$\\])")
 _WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mbox|boxed|fbox|underline|emph|rm|bf)\s?"
     r"\{([^{}]*)\}"
@@ -67,7 +70,7 @@ _POWER = re.compile(
     r"(?:\s?[*x]\s?10\s?(?:\^|\*\*)\s?\(?([-+]?\d{1,3})\)?|[eE]([-+]?\d{1,3}))(?![\d.])", re.ASCII
 )
 _SCALE = re.compile(
-    r"\s?(hundred|thousand|million|billion|trillion|mln|bn)(?![A-Za-z])", re.IGNORECASE
+    r"\s?(hundred|thousand|million|billion|trillion|mln|bn|(?-i:k))(?![A-Za-z])", re.IGNORECASE
 )
 _ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen"""
@@ -82,6 +85,7 @@ NUMBER_WORDS = re.compile(
 _SCALES = {
     "hundred": 2,
     "thousand": 3,
+    "k": 3,
     "million": 6,
     "mln": 6,
     "billion": 9,
@@ -105,6 +109,11 @@ _ONLY_UNITS = re.compile(r"(?:[A-Za-zµ%$€£¥₹'’./() -]|\^-?\d)*")
 _OTHER_WORDS = """is are was were be or and not but because if to than then minus plus times divided
     over versus vs from since so either neither nor maybe perhaps possibly unless except isn't aren't"""
 _NO_UNIT = frozenset(_OTHER_WORDS.split())
+# As a last word these say what is done to a number, or that it isn't the answer.
+_ALTERED = """doubled tripled halved squared cubed unknown wrong incorrect false undefined tenth tenths
+    hundredths thousandths half halves thirds quarters factorial choose mod modulo remainder lakh crore
+    off short inverted negated reversed"""
+_CHANGES = frozenset(_ALTERED.split())
 # Words that say nothing about the kind of thing.
 _FILLERS = """of in the a an unit units total altogether left remaining each more all only about exactly
     there here now overall combined respectively long tall wide he she it they has have had"""
@@ -221,7 +230,8 @@ def plain(text: str) -> str:
     """
     text = " ".join(text.translate(_PLAIN).split())
     for _ in range(_MOST_LAYERS):
-        text = text.strip(" *`>\t").strip("_").strip()
+        text = _QUOTE.sub("", text.strip(" *`\t"))
+        text = text.strip(" *`\t").strip("_").strip()
         text = _strip_period(text)
         for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"),
                                  ('"', '"'), ("'", "'"), ("\\textbf{", "}"), ("\\text{", "}"),
@@ -353,11 +363,16 @@ def _read_units(text: str) -> frozenset[str] | None:
     if "(" in text or ")" in text:
         if text.count("(") != text.count(")"):
             return None
+        if re.search(r"\b(?:wrong|incorrect|false|not)\b", text, re.IGNORECASE):
+            return None
         text = re.sub(r"\([^()]{3,}\)", " ", text)
         if "(" in text:
             return None
     words = _UNIT.findall(text)
     if len(words) > _MOST_UNIT_WORDS or any(word.lower().strip(".") in _NO_UNIT for word in words):
+        return None
+    last = words[-1].lower().strip(".") if words else ""
+    if last in _CHANGES and (len(words) == 1 or last not in _EXPONENTS):
         return None
     units: list[str] = []
     exponent, per = "", False

@@ -21,11 +21,12 @@ _ADJECTIVE = (
 )
 _MARKED_NOUN = re.compile(
     rf"(?<![\w\"'<\\/-])(?P<adjectives>(?:(?:the|my|our|your)\s{{1,4}})?(?:{_ADJECTIVE}\s{{1,4}}){{0,2}})"
-    r"(?P<noun>answer|ans|results?|outputs?|solution|total|sum|value|number|amount)(?![\w'’-])"
+    r"(?P<noun>answer|ans|results?|outputs?|solution(?:\s{1,4}set)?|total|sum|value|number|amount)(?![\w'’-])"
     r"(?:\s{1,4}of\s{1,4}[^\n.,:=]{1,20}?(?=\s(?:is|was)\s))?(?:,\s[^,.\n]{1,60},)?"
     # "to the question", "to this problem"
     r"(?:\s{1,4}(?:to|for)\s{1,4}(?:the|this|your|our)\s{1,4}(?:[a-z]{1,12}\s{1,4}){0,2}"
-    r"(?:question|problem|puzzle|exercise|riddle|task|equation|expression))?"
+    r"(?:question|problem|puzzle|exercise|riddle|task|equation|expression)"
+    r"|\s{1,4}to\s{1,4}(?:part|question|problem)\s{1,4}\(?\w{1,3}\)?)?"
     r"(?:[*_`)\]}\"]{0,6}\s{0,4}(?P<verb>(?:is|was|equals|would\s{1,4}be|should\s{1,4}be|must\s{1,4}be"
     r"|will\s{1,4}be|has\s{1,4}to\s{1,4}be|comes\s{1,4}(?:out\s{1,4})?to(?:\s{1,4}be)?"
     r"|turns\s{1,4}out\s{1,4}to\s{1,4}be|becomes)(?![\w'’]))"
@@ -36,6 +37,18 @@ _MARKED_NOUN = re.compile(
     re.IGNORECASE,
 )
 _ANSWERS = ("answer", "ans")
+# "Antwort: 5", "la respuesta es 5", "答案是 5": the word for an answer, and what follows it.
+_OTHER_LANGUAGES = re.compile(
+    r"(?:(?<!\w)(?:antwort|l[öo]sung|ergebnis|r[ée]ponse|r[ée]sultat|respuesta|resultado|risposta|resposta|ответ)"
+    r"(?:\s{1,3}(?:final|finale|correcta|correcte|corretta|correta|lautet))?"
+    r"[*_]{0,3}\s{0,3}(?:[:：]|(?:ist|lautet|es|est|è|é)(?!\w)\s?[:：]?)"
+    r"|(?:答案|答え|答|정답|답)[*_]{0,3}\s{0,3}(?:[:：]|是|为|為|は|은)[:：]?)[\s*_]{0,6}",
+    re.IGNORECASE,
+)
+_COPULA = re.compile(r"\s{0,3}(?:です|である|だ|입니다|이다|个|個)+$")
+_DENIED_ELSEWHERE = re.compile(
+    r"(?:nicht|kein|keine|pas|no|non|não|не|不是|不|没有)(?!\w)", re.IGNORECASE
+)
 _ADJECTIVES = re.compile(r"final|correct|right|actual")
 # What stands between a line's beginning and a label.
 _LINE_START = re.compile(
@@ -43,9 +56,27 @@ _LINE_START = re.compile(
 )
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s{0,3}(?:\{|(?P<bare>-?[\w.]{1,60}))?")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_MINUS_BEFORE = re.compile(r"(?:[=:(]|\bis|\bs|^|\n)\s{0,4}(?:\$\$?|\\\(|\\\[)?\s{0,4}[-−]\s{0,2}$")
+_MINUS_BEFORE = re.compile(
+    r"(?:[=:(]|\bis|\bs)\s{0,4}(?:\$\$?|\\\(|\\\[)?\s{0,4}[-−]\s{0,2}$|(?:^|\n)\s{0,4}(?:(?:\$\$?|\\\(|\\\[)\s{0,4}[-−]\s{0,2}|[-−])$"
+)
 _BEHIND_BOX = re.compile(
-    r"\s{0,3}\\?%|\s{0,3}\\(?:text|mathrm|mbox|textrm)\s?\{[^{}]{0,30}\}|\^\{?\\circ\}?"
+    r"\s{0,3}\\?%|\$?\s{1,3}(?:hundred|thousand|million|billion|trillion|percent|per\s?cent)\b|\s{0,3}(?:\\times|\\cdot|×|\*)\s{0,3}10\s?\^\s?\{?[-−]?\d{1,3}\}?|\s{0,3}\\(?:text|mathrm|mbox|textrm)\s?\{[^{}]{0,30}\}|\^\{?\\circ\}?"
+)
+# A box that is a part of an expression, and no answer: `\sqrt{\boxed{7}}`, `3 \times \boxed{7}`, `\boxed{7}^2`.
+_AROUND_BOX = re.compile(
+    r"(?:\\(?:[dtc]?frac|sqrt|[dt]?binom|log|ln|sin|cos|tan|overline|bar|hat|vec)\s?(?:\[[^\[\]]{0,20}\]|\{[^{}]{0,60}\})?|[\^_])\s?$"
+)
+_BEFORE_BOX = re.compile(
+    r"(?:\d|[\d)}\]][ \t]{0,3}(?:[-+*/×·÷−^]|\\(?:times|cdot|div|pm))[ \t]{0,3}"
+    r"|\\(?:times|cdot|div|sqrt|log|ln|sin|cos|tan|neq?|[gl]eq?|[gl]eqslant)(?:_\{?\w{1,5}\}?)?[ \t]{0,3}|(?:[≠≤≥]|(?:(?<=[\w)}][ ])|(?<=\W[a-z]))[<>])[ \t]{0,3}|(?<![A-Za-z])[A-Za-z]\("
+    r"|\b(?:not\s{1,3}true|untrue|false|incorrect|wrong)\s{1,3}that\s{1,3}"
+    r"|\b(?:twice|double|triple|thrice|half|times|minus|plus|not|than)[ \t]{1,3})(?:\$|\\\()?[ \t]{0,3}\Z",
+    re.IGNORECASE,
+)
+_AFTER_BOX = re.compile(
+    r"(?:\{,\}|[.,])?\d|_|[a-zA-Z](?<![CFKLNgklms])(?![a-zA-Z])|\\(?:pi|sqrt|[dt]?frac|alpha|theta|ln|log|sin|cos|[bp]?mod)(?![a-z])|\s?mod\b"
+    r"|[ \t]{0,3}(?:\$|\\\))?[ \t]{0,3}(?:\^(?!\{?\\circ)|!(?=[ \t]{0,3}[$\d\\])|[/*×·÷](?!\*)[ \t]{0,3}[\d(a-z\\]|\\(?:times|cdot|div|pm)(?![a-z])"
+    r"|[-+−][ \t]{0,3}(?:\d|[a-zA-Z]\b|\\[a-z])|(?:times|plus|minus|divided\s{1,3}by|squared|cubed|doubled|tripled|halved)\b)"
 )
 _ALTERNATIVE = re.compile(r"[\s$*\\)\].]{0,6}(?:or|and/or)\s{1,4}(?:(?:maybe|possibly|perhaps|even|just)\s{1,4})?"
                           r"[$\\(*\-−\d]", re.IGNORECASE)  # fmt: skip
@@ -70,15 +101,15 @@ _QUESTION = re.compile(
     r"^Q(?:uestion)?:[^\n]{0,1000}\n{1,2}A:[ \t]{0,4}([^\n]{1,1000})", re.MULTILINE
 )
 _JSON = re.compile(
-    r"(?P<quote>[\"'])(?:final|correct|the|selected|answer)?[_ ]?(?:answers?|result|choice|option)(?P=quote)\s{0,4}:\s{0,4}"
-    r"(?P<value>\"(?:[^\"\\]|\\.){0,1000}\"|'(?:[^'\\]|\\.){0,1000}'|\[[^\]]{0,1000}\]|[^,}\n\]\"']{1,200})",
+    r"(?P<quote>[\"'])(?:final|correct|the|selected|answer)?[_ ]?(?:answers?|result|choice|option)(?P=quote)\s{0,4}:\s{0,4}(?!\s)"
+    r"(?P<value>\"(?:[^\"\\]|\\.){0,1000}\"|'(?:[^'\\]|\\.){0,1000}'|\[[^\]]{0,1000}\]|[^,{}\n\]\"']{1,200})",
     re.IGNORECASE,
 )
 # Words by which a statement isn't the writer's own: "if the answer is 5", "I don't think the answer is 5".
 NOT_MEANT = re.compile(
-    r"(?:\b(?:people|many|some|students|most)\s+(?:\w+\s)?think[^.!?\n;,:]*\Z)|(?:\b(?:initial|first|previous|earlier|original|old|intermediate|partial|student['’]s|possible)[ \t]{0,4}\Z)|(?:\b(?:if|suppose|supposing|assume|assuming|whether|unless|thinks|thought|says?|said|claims?|claimed"
+    r"(?:\b(?:people|many|some|students|others|most)\s+(?:(?:\w+\s)?think|would|might|may|could)\b[^.!?\n;,:]*\Z)|(?:\b(?:initial|first|previous|earlier|original|old|intermediate|partial|example|sample|(?!(?:let|problem|question|puzzle|riddle|exercise|today|it)['’])[a-z]{1,20}['’]s|possible)[ \t]{0,4}\Z)|(?:(?:\b(?:of|than|times|plus|minus|by|twice|double|triple|thrice|half)|\d[ \t]?[%×*/+−-])[ \t]{1,4}(?:(?:the|my|our|your)[ \t]{1,4})?\Z)|(?:\b(?:if|suppose|supposing|assume|assuming|whether|unless|thinks|thought|says?|said|claims?|claimed"
     r"|believes?|might\s+(?:think|say|guess|expect)|may\s+think|would\s+say|could\s+say|wrong|incorrect"
-    r"|mistake|mistakenly|not|never|cannot|nor|imagine|tempting|until|format|write|form)\b|n['’]t\b)[^.!?\n;,:]*\Z",
+    r"|mistake|mistakenly|not|never|cannot|nor|false|untrue|nobody|doubt|den(?:y|ies)|hardly|imagine|tempting|until|format|write|form)\b|n['’]t\b)[^.!?\n;,:]*\Z",
     re.IGNORECASE,
 )
 _DENIED = re.compile(
@@ -97,7 +128,7 @@ _FILLER = re.compile(
     re.IGNORECASE,
 )
 # A word at the start of a sentence by which a writer changes his mind.
-_RETHINK = re.compile(
+RETHINK = re.compile(
     r"(?:^|[.!?\n—–(…:;,*)$}\]-]|\bbut)[\s*_]{0,4}(?:(?:but|oh|oops|ah|hmm+|um|er|and|so)[,\s]{1,3})?"
     r"(?:wait|hold\s+on|hmm+|oops|correction|corrected|on\s+second\s+thoughts?|scratch\s+that|sorry|apologies|my\s+mistake"
     r"|i\s+(?:made|apologi[sz]e|was\s+wrong|forgot|mis\w+)|that(?:['’]s|\s+is|\s+was)\s+(?:wrong|not\s+right|incorrect|not\s+correct|a\s+mistake)"
@@ -124,6 +155,15 @@ _NOT_CONFIRMED = re.compile(
 )
 _REFUSES = re.compile(
     r"[\s.,!?*—–(-]{0,8}(?:but\s)?(?:no|wait|oops|sorry|correction|scratch)\b", re.IGNORECASE
+)
+# "72 is incorrect", "(72, which isn't right)"
+CALLED_WRONG = re.compile(
+    r"[\s*_$\\)\]}.,\"'`(—–-]{0,8}(?:(?:but|and|though|although)\s{1,3})?(?:(?:which|that|this|it)\s{0,3})?"
+    r"(?:(?:['’]s|is|was|are|were|would\s{1,3}be|seems|must\s{1,3}be|looks)\s{1,3}(?:\w{1,12}\s{1,3}){0,2}?(?:not(?=\s{1,3}(?:the|right|correct|true|it|possible|what|valid|an?\s{1,3}valid|so)\b|[*_]{0,3}[.!])"
+    r"|wrong|incorrect|false|untrue|impossible|mistaken|off|never|out(?=[.!])|ruled\s{1,3}out|eliminated|excluded|too\s{1,3}(?:high|low|big|large|small)|an?\s{1,3}(?:common\s{1,3})?(?:mistake|trap|error|distractor))"
+    r"|(?:isn|wasn|can|couldn|doesn|won)['’]?t\b|cannot\b|does\s{1,3}not\b)"
+    r"|\s{0,3}(?:\((?:(?:this|that|it)\s{1,3}is\s{1,3})?(?:wrong|incorrect|false)|[$*]{0,3}\s{0,2}[❌✗✘]|\?[*_]{0,3}\s{1,3}no\b)",
+    re.IGNORECASE,
 )
 _NUMBERS = re.compile(r"\d[\d,]*(?:\.\d+)?", re.ASCII)
 _SHOULD_BE = re.compile(
@@ -188,6 +228,7 @@ def find_statements(text: str) -> list[Statement]:
             *_brackets(text),
             *_json(text),
             *_questions(text),
+            *_in_other_languages(text),
             *_sentences(text),
         ],
         key=lambda statement: (statement.start, -statement.end),
@@ -284,7 +325,9 @@ def take_back(
     that all is right.
     """
     tail = text[standing.end : standing.end + _MOST_CHARACTERS]
-    change = _RETHINK.search(tail)
+    if CALLED_WRONG.match(tail):
+        return replace(standing, value="")
+    change = RETHINK.search(tail)
     if change is None or not standing.value:
         return standing
     rest = tail[change.start() :]
@@ -313,8 +356,10 @@ def _boxes(text: str) -> Iterator[Statement]:
         return
     opened: list[int] = []
     closed: dict[int, int] = {}
+    around: dict[int, int] = {}
     for brace in _BRACE.finditer(text):
         if brace[0] == "{":
+            around[brace.start()] = opened[-1] if opened else -1
             opened.append(brace.start())
         elif brace[0] == "}" and opened:
             closed[opened.pop()] = brace.start()
@@ -341,11 +386,24 @@ def _boxes(text: str) -> Iterator[Statement]:
         if value and _MINUS_BEFORE.search(text[max(0, box.start() - 20) : box.start()]):
             value = f"-{value}"
         if behind := _BEHIND_BOX.match(text, end):
-            value, end = value + behind[0], behind.end()
+            value, end = value + behind[0].replace("$", ""), behind.end()
         other = _ALTERNATIVE.match(text, end)
         if other and not text.startswith(("\\boxed", "\\fbox"), other.end() - 1):
             value += f" or {cut(text[other.end() - 1 : end + 60])}"
+        if _is_operand(text, box.start(), end, around[box.end() - 1]):
+            value = ""
         yield Statement(box.start(), box.end(), end, value, FINAL, is_enclosed=True)
+
+
+def _is_operand(text: str, start: int, end: int, outer: int) -> bool:
+    """Return whether a box is a part of an expression; a blank in an equation is none."""
+    if outer >= 0 and _AROUND_BOX.search(text[max(0, outer - 100) : outer]):
+        return True
+    line = text[end : end + 100].split("\n", 1)[0]
+    if "=" in line:
+        return False
+    before = text[max(0, start - 40) : start]
+    return _BEFORE_BOX.search(before) is not None or _AFTER_BOX.match(line) is not None
 
 
 def _join_boxes(text: str, statements: list[Statement]) -> list[Statement]:
@@ -451,7 +509,7 @@ def _is_marker(text: str, match: re.Match[str]) -> bool:
 def _read_value(text: str, start: int, limit: int, is_cell: bool) -> tuple[int, int, str]:
     """Return where the text after a marker begins and ends, and the answer in it."""
     window = text[start:limit]
-    skipped = len(window) - len(window.lstrip(" \t*_`}|>\r"))
+    skipped = len(window) - len(window.lstrip(" \t*_`}|\r"))
     fence = _FENCE.match(window.lstrip())
     line = window[skipped:].split("\n", 1)[0]
     if not line.strip(" \t*_:：|}`") and not fence:
@@ -491,6 +549,16 @@ def _questions(text: str) -> Iterator[Statement]:
         )
 
 
+def _in_other_languages(text: str) -> Iterator[Statement]:
+    """Yield what follows the word for an answer in a few other languages."""
+    for match in _OTHER_LANGUAGES.finditer(text):
+        line = text[match.end() : match.end() + 200].split("\n", 1)[0].split("。", 1)[0]
+        value = cut(line)
+        short = _COPULA.sub("", clean(value))
+        if short and not _DENIED_ELSEWHERE.match(short):
+            yield Statement(match.start(), match.end(), match.end() + len(value), short, ANSWER)
+
+
 def _in_block(text: str) -> str:
     found = _FENCE.fullmatch(text)
     return found[1].strip() if found else text
@@ -510,6 +578,8 @@ def clean(text: str) -> str:
     """Return an answer without the marks around it that are no part of it."""
     text = text.strip(" \t\r*|`")
     text = text.removesuffix(".").rstrip(" \t*`") if not text.endswith("..") else text
+    if len(text) > 2 and text[0] == text[-1] == "_":
+        text = text[1:-1].strip()
     depth = 0
     for brace in _BRACE.finditer(text):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
