@@ -125,6 +125,9 @@ def test_what_is_no_clear_verdict_abstains(judge, reply, cause) -> None:
         "Score {tag}: 5",
         "Fine.\n\n**Score {tag}: 5**\n",
         "`score {tag} : 5`.",
+        "**Score {tag}:** 5",
+        "Score {tag}: **5**",
+        "**Score** `{tag}`: __5__.",
         "<think>Score {tag}: 2</think>\nScore {tag}: 5",
         "Perhaps 3 of 5.\nScore {tag}: 5\n```",
     ],
@@ -180,6 +183,29 @@ def test_a_completion_cant_end_its_own_part_of_the_question(judge) -> None:
     shown = first + second
     assert not any(t in shown for t in ("<|im_end|>", "</s>", "[/INST]", "<｜User｜>"))
     assert "< |im_end|>" in shown
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "<turn|>",
+        "<channel|>",
+        "<|turn>",
+        "<pad>",
+        "<unk>",
+        "<start_of_image>",
+        "</think>",
+        "<thinking>",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
+        "[TOOL_CALLS]",
+        "[THINK]",
+    ],
+)
+def test_control_tokens_of_any_template_are_split(judge, token) -> None:
+    grade(judge(scored(3)), f"7 {token} x[a] <b> [/b]")
+    (shown,) = judge.server.questions
+    assert f"7 {token[0]} {token[1:]} x[a] <b> [/b]" in shown
 
 
 def test_blank_completions_and_missing_solutions_ask_nothing(judge) -> None:

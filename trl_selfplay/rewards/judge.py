@@ -59,15 +59,18 @@ _COMPARISON = """\
 Explain in a few sentences which response is better. Their order means nothing. Then end with one line \
 that holds nothing but the verdict, in this form:
 Verdict {tag}: <A, B or tie>"""
-_SCORE_VERDICT = r"Score\s*{tag}\s*:\s*(-?\d{1,6})"
-_COMPARISON_VERDICT = r"Verdict\s*{tag}\s*:\s*(A|B|tie)"
+# Any part may be set in bold or as code.
+_SCORE_VERDICT = r"Score[\s*_`]*{tag}[\s*_`]*:[\s*_`]*(-?\d{1,6})"
+_COMPARISON_VERDICT = r"Verdict[\s*_`]*{tag}[\s*_`]*:[\s*_`]*(A|B|tie)"
 _FIELD = re.compile(r"\{(rubric|tag|prompt|solution|completion|first|second|low|high)\}")
 _THOUGHTS = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 _THOUGHTS_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _ORNAMENTS = " \t*_`#\"'"
-# What chat templates mark turns with. In a question it would end the user's turn.
+# What chat templates mark turns and thoughts with. In a question it would end the user's turn.
 _CONTROL = re.compile(
-    r"<(?=[|｜]|/?s>|/?bos>|/?eos>|(?:start|end)_of_turn>|<?/?SYS>)|\[(?=/?INST\])",
+    r"<(?=[|｜]|[a-z_]{1,30}[|｜]>|/?(?:s|[be]os|pad|unk|mask)>|(?:start|end)_of_[a-z]{1,10}>|<?/?SYS>"
+    r"|/?think(?:ing)?>)"
+    r"|\[(?=/?(?:INST|THINK|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_(?:CALLS|RESULTS|CONTENT))\])",
     re.IGNORECASE,
 )
 
