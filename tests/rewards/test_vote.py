@@ -1,6 +1,7 @@
 """Votes: ties and small majorities abstain; a prompt's samples vote together, and nobody else's."""
 
 import itertools
+import math
 import random
 from collections import Counter
 
@@ -102,6 +103,9 @@ def test_votes_are_weighed_by_another_function() -> None:
     assert vote("1", "2", None, function=VoteReward(0.7, weigh_by=trust), level=[3, 0.5, 0.5]) == [
         1.0, 0.0, 0.0,
     ]  # fmt: skip
+    assert vote("1", "2", function=weighed, level=[math.nan, 1.0]) == [0.0, 1.0]
+    with pytest.raises(ValueError, match="trust gave 3 weights for 2 completions"):
+        vote("1", "2", function=weighed, level=[1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match=r"trust gave -1\.0 as the weight of completion 1"):
         vote("1", "2", function=weighed, level=[1.0, -1.0])
 
@@ -180,6 +184,24 @@ def test_rows_with_the_same_prompt_vote_apart(make_rollout, word_tokenizer, sums
     mixed = random.Random(0).sample(rollouts, len(rollouts))
     by_key = {(r.prompt_id, r.sample_index): r.reward for r in collector.grade(mixed, rows)}
     assert [by_key[r.prompt_id, r.sample_index] for r in rollouts] == together
+
+
+@pytest.mark.parametrize(
+    ("answers", "scores"),
+    [
+        (("5 km", "5", "7", "5"), [1.0, 1.0, 0.0, 1.0]),
+        (("5 km", "5", "7", "7 km", "5 km"), [1.0, 1.0, 0.0, 0.0, 1.0]),
+        (("1/3", "0.33333333", "0.25"), [1.0, 1.0, 0.0]),
+        ((r"$\frac12$", "0.5", "2"), [1.0, 1.0, 0.0]),
+        # 5 agrees with both, and they don't agree with each other
+        (("5 km", "5", "5", "5", "5 m"), [0.0, 1.0, 1.0, 1.0, 0.0]),
+        (("5", "5%", "5%"), [0.0, 1.0, 1.0]),
+    ],
+)
+def test_answers_vote_together_that_exact_reward_takes_for_the_same(answers, scores) -> None:
+    assert vote(*answers) == scores
+    for order in itertools.permutations(range(len(answers))):
+        assert vote(*(answers[i] for i in order)) == [scores[i] for i in order]
 
 
 def test_a_vote_of_exact_weights_doesn_t_depend_on_the_order() -> None:

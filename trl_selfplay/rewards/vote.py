@@ -15,6 +15,7 @@ from typing import Any
 
 from trl_selfplay.rewards.answer import extract_answer, normalise_answer, text_of
 from trl_selfplay.rewards.functions import is_async
+from trl_selfplay.rewards.quantities import Quantity, read_quantity
 from trl_selfplay.rewards.scores import Scores
 
 TIE = "tie"
@@ -98,7 +99,8 @@ class VoteReward:
         threshold: Minimum share of a prompt's samples, 0 to 1, that the majority must have.
         normal_form: `f(text) -> form` of a completion. Completions with equal forms vote together;
             None doesn't vote. By default it is that of the marked answer, see `answer_form`:
-            numbers are compared by value, other answers as text.
+            numbers are compared by value, other answers as text. With it, `5 km` votes with `5`, and
+            `0.333333` with `1/3`, where all answers so joined agree with each other.
         weigh_by: A reward function whose score is the weight of a sample's vote: not negative; None
             doesn't vote.
         check_by: A reward function that knows the solutions, such as `exact_reward`. It doesn't
@@ -173,9 +175,10 @@ class VoteReward:
             **kwargs: For the functions that weigh votes and check labels.
 
         Raises:
-            ValueError: A weight is negative.
+            ValueError: A weight is negative, or their number isn't that of the completions.
         """
-        forms = [self._normal_form(text_of(completion)) for completion in completions]
+        texts = [text_of(completion) for completion in completions]
+        forms = [self._normal_form(text) for text in texts]
         given = {"prompts": prompts, "completions": completions, **kwargs}
         weights = self._weights(given)
         scores: list[float | None] = [None] * len(forms)
@@ -184,6 +187,8 @@ class VoteReward:
         labelled: list[int] = []  # of each prompt with a label, a completion that has it
         for members in _members(prompts, groups):
             of_members = [forms[i] for i in members]
+            if self._normal_form is answer_form:
+                of_members = _join(of_members, [texts[i] for i in members])
             vote = count_votes(of_members, [weights[i] for i in members], self.threshold)
             logged["vote_confidence"].append(vote.confidence)
             logged["vote_decided"].append(float(vote.label is not None))
@@ -191,8 +196,8 @@ class VoteReward:
                 causes |= dict.fromkeys(members, vote.cause)
                 continue
             labelled.append(members[of_members.index(vote.label)])
-            for i in members:
-                scores[i] = float(forms[i] == vote.label)
+            for i, form in zip(members, of_members, strict=True):
+                scores[i] = float(form == vote.label)
         if self._check_by is not None and labelled:
             verdicts = self._check_by(**_only(labelled, given, len(forms)))
             known = [float(v >= 1.0) for v in verdicts if v is not None]
@@ -206,7 +211,13 @@ class VoteReward:
     def _weights(self, given: Mapping[str, Any]) -> list[float]:
         if self._weigh_by is None:
             return [1.0] * len(given["completions"])
-        weights = [0.0 if w is None else float(w) for w in self._weigh_by(**given)]
+        answer = self._weigh_by(**given)
+        if len(answer) != len(given["completions"]):
+            raise ValueError(
+                f"{_name(self._weigh_by)} gave {len(answer)} weights for {len(given['completions'])} "
+                "completions. Return one number or None per completion."
+            )
+        weights = [0.0 if w is None or math.isnan(w) else float(w) for w in answer]
         for index, weight in enumerate(weights):
             if not 0.0 <= weight < math.inf:
                 raise ValueError(
@@ -215,6 +226,32 @@ class VoteReward:
                     "example, a probability in place of its logarithm."
                 )
         return weights
+
+
+def _join(forms: Sequence[Hashable | None], completions: Sequence[str]) -> list[Hashable | None]:
+    """Return forms that are also equal for quantities that agree, as `exact_reward` compares them.
+
+    `5` agrees with `5 km` and with `5 m`, which don't agree with each other. Such answers stay apart.
+    """
+    quantities: dict[Hashable, set[Quantity]] = {}
+    for form, completion in zip(forms, completions, strict=True):
+        quantity = None if form is None else read_quantity(extract_answer(completion) or "")
+        if quantity is not None:
+            quantities.setdefault(form, set()).add(quantity)
+    near = {
+        form: frozenset(
+            other
+            for other, others in quantities.items()
+            if form == other or all(q.agrees(o) for q in mine for o in others)
+        )
+        for form, mine in quantities.items()
+    }
+    return [
+        near[form]
+        if form in near and all(near[other] == near[form] for other in near[form])
+        else form
+        for form in forms
+    ]
 
 
 def _members(prompts: Sequence[Any], groups: Sequence[Hashable] | None) -> list[list[int]]:
