@@ -1,5 +1,6 @@
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -171,3 +172,26 @@ def test_tasks_that_accept_wrong_answers_are_refused(task) -> None:
     first, second = reasoning_gym.create_dataset(task, size=2, seed=42)
     wrong = "no idea" if task == "game_of_life_halting" else second["answer"]
     assert reasoning_gym.get_score_answer_fn(task)(answer=wrong, entry=first) == 1.0
+
+
+_LENIENT = {
+    "not {0}": ("gsm_symbolic", "kakurasu", "knights_knaves", "quantum_lock", "sokoban", "survo"),
+    "-{0}": ("gsm_symbolic", "kakurasu", "quantum_lock", "sokoban", "tower_of_hanoi"),
+    "{0} or {1}": (
+        "gsm_symbolic", "intermediate_integration", "letter_jumble", "polynomial_multiplication",
+        "simple_integration",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", _LENIENT)
+def test_the_documented_scorers_don_t_read_what_stands_around_an_answer(form) -> None:
+    """This fails when a later version of theirs does: docs/verifiers.md names them."""
+    text = (Path(__file__).parents[2] / "docs" / "verifiers.md").read_text()
+    section = text.partition("**Doesn't see**")[2].partition("`checker_reward(")[0]
+    for task in _LENIENT[form]:
+        first, second = reasoning_gym.create_dataset(task, size=2, seed=3)
+        answer = form.format(first["answer"], second["answer"])
+        score = reasoning_gym.get_score_answer_fn(task)(answer=answer, entry=first)
+        assert (task, round(score, 9)) == (task, 1.0)
+        assert f"`{task}`" in section
