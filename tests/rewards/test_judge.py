@@ -272,6 +272,12 @@ def test_a_pair_without_a_verdict_in_either_order_is_left_out(judge) -> None:
     assert scores.causes == {2: "the judge gave no verdict"}
 
 
+def test_a_win_over_a_blank_text_alone_is_no_score_where_the_judge_was_asked(judge) -> None:
+    scores = grade(judge(lambda question: "Score: 5", against="samples"), "It is 72", "banana", "")
+    assert scores == [None, None, 0.0]
+    assert set(scores.causes.values()) == {"the judge gave no verdict"}
+
+
 def test_scores_depend_neither_on_batch_nor_on_order(judge) -> None:
     """VF-5."""
     function = judge(lambda question: scored(1 + len(between(question, "response")) % 5)(question))

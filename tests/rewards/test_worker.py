@@ -31,11 +31,13 @@ def meet(port, number):
     return number
 
 
-def answer_in_pairs(server, pairs) -> None:
+def answer_in_pairs(server, pairs, others) -> None:
     for _ in range(pairs):
         (first, _), (second, _) = server.accept(), server.accept()
         first.close()
         second.close()
+    for _ in range(others):  # one process may hold all calls that are left
+        server.accept()[0].close()
 
 
 def misbehave(how, *_):
@@ -135,10 +137,10 @@ def test_values_depend_neither_on_the_order_of_calls_nor_on_the_number_of_proces
 
 
 def test_several_processes_work_at_the_same_time() -> None:
-    """Each call waits until another one is at work as well."""
+    """Each of the first calls waits until another one is at work as well."""
     pool = WorkerPool(__name__, "meet", workers=2)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        meeting = threading.Thread(target=answer_in_pairs, args=(server, 6))
+        meeting = threading.Thread(target=answer_in_pairs, args=(server, 3, 6))
         meeting.start()
         port = server.getsockname()[1]
         values, failures = pool.call_each([(port, n) for n in range(12)], deadline_s=30.0)
@@ -149,6 +151,7 @@ def test_several_processes_work_at_the_same_time() -> None:
 
 
 def test_threads_share_the_bound_on_processes() -> None:
+    before = len(workers())
     pool = WorkerPool(__name__, "double", workers=2)
     threads = [
         threading.Thread(target=pool.call_each, args=([(n,) for n in range(100)], 10.0))
@@ -158,7 +161,7 @@ def test_threads_share_the_bound_on_processes() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(workers()) <= 3  # a thread has one in any case
+    assert len(workers()) - before <= 3  # a thread has one in any case
     pool.close()
 
 

@@ -452,16 +452,25 @@ def _texts_of(cases: Iterable[_Case]) -> list[str]:
 
 
 def _collect(count: int, cases: Sequence[_Case], outcomes: Sequence[_Outcome]) -> Scores:
-    """Return each completion's mean over the cases that were decided."""
+    """Return each completion's mean over the cases that were decided.
+
+    What is known without the judge, such as a win over a blank text, isn't enough where it was asked.
+    """
     values: list[list[float]] = [[] for _ in range(count)]
     causes: dict[int, str] = {}
+    judged: set[int] = set()
     for case, outcome in zip(cases, outcomes, strict=True):
         for place, index in enumerate(case.members):
             if outcome.value is None:
                 causes.setdefault(index, outcome.cause)
-            else:
-                values[index].append(1.0 - outcome.value if place else outcome.value)
-    scores = [sum(each) / len(each) if each else None for each in values]
+                continue
+            values[index].append(1.0 - outcome.value if place else outcome.value)
+            if case.questions:
+                judged.add(index)
+    scores = [
+        sum(each) / len(each) if each and (i in judged or i not in causes) else None
+        for i, each in enumerate(values)
+    ]
     return Scores(scores, {i: cause for i, cause in causes.items() if scores[i] is None})
 
 
