@@ -252,3 +252,16 @@ def test_a_last_sentence_may_name_a_word() -> None:
     assert exact_reward(texts, golds) == [1.0] * len(rows)
     wrong = ["It is not **Lisbon**.", "Lisbon. Actually, Porto.", "It is false that it is Lisbon."]
     assert exact_reward(wrong, ["Lisbon"] * 3) == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("1. the\n2. his\n3. that\nAnswer: that, on, his, the\n\n", "that, on, his, the"),
+        ("Answer: About, then, now", "About, then, now"),
+        ("1. Archive\n2. answer\n3. is\nAnswer: is, answer, Archive", "is, answer, Archive"),
+        ("The answer is therefore, 5.", "5"),
+    ],
+)
+def test_words_of_a_list_are_no_fillers_and_no_markers(text, answer) -> None:
+    assert extract_answer(text) == answer

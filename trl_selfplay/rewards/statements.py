@@ -122,9 +122,11 @@ _NOT_BUT = re.compile(
     r"[\s*_]{0,4}(?:not|no\s+longer)\s[^.!?\n]{1,200}?,?\sbut\s(?:rather\s)?([^.!?\n]{1,200})$",
     re.IGNORECASE,
 )
+# Not the first word of a list: "that, on, his".
 _FILLER = re.compile(
     r"(?:[\s*_`]{0,4}(?:simply|just|indeed|therefore|thus|hence|then|clearly|definitely|probably|likely|again|now"
-    r"|equal\s+to|exactly|given\s+by|that|option|choice|approximately|about|around|roughly)\b[\s*_]{0,4}[:,]?)*[\s*_`]{0,4}[:：]?",
+    r"|equal\s+to|exactly|given\s+by|that|option|choice|approximately|about|around|roughly)\b"
+    r"(?:[\s*_]{0,4}(?::|,(?=\s{0,3}[-$\\\d(*]))|(?!\s{0,3},)))*[\s*_`]{0,4}[:：]?",
     re.IGNORECASE,
 )
 # A word at the start of a sentence by which a writer changes his mind.
@@ -492,9 +494,10 @@ def _sentences(text: str) -> Iterator[Statement]:
 def _is_marker(text: str, match: re.Match[str]) -> bool:
     """Return whether a noun such as "answer" is followed by one, and not denied or supposed."""
     adjectives, noun = match["adjectives"].lower(), match["noun"].lower()
-    starts_line = _LINE_START.search(text[max(0, match.start() - 30) : match.start()]) is not None
-    if match["line"] is not None or match["cell"]:
-        fits = starts_line and noun in _ANSWERS
+    before = text[max(0, match.start() - 30) : match.start()]
+    starts_line = _LINE_START.search(before) is not None
+    if match["line"] is not None or match["cell"]:  # "2. answer" alone is an item of a list
+        fits = starts_line and noun in _ANSWERS and before[-2:] not in (". ", ") ")
     elif match["period"]:
         fits = noun == "ans"
     elif noun in ("total", "sum", "results", "outputs"):
