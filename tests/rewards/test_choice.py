@@ -213,3 +213,19 @@ def test_an_option_counts_beside_a_denied_one() -> None:
     ]
     assert choice_reward(texts, ["A"] * 3, choices=[["London", "Paris"]] * 3) == [1.0] * 3
     assert choice_reward(["答案:A", "Ａ", "Die richtige Antwort ist A."], ["A"] * 3) == [1.0] * 3
+
+
+def test_solutions_that_name_no_option_are_listed_before_sampling() -> None:
+    solutions = ["B", 1, "a bird", None, "the moon"]
+    errors = choice_reward.find_data_errors(solution=solutions, choices=[OPTIONS] * 5)
+    assert set(errors) == {1, 2, 3}
+    assert errors[1] == "the solution 1 names no option; give its letter or its text"
+    scores = choice_reward(["(B)"] * 5, solutions, [OPTIONS] * 5)
+    assert scores == [1.0, None, None, None, 0.0]
+    assert set(scores.causes.values()) == {"the solution names no option"}
+
+
+@pytest.mark.parametrize("choices", [{"label": ["A", "B"], "text": OPTIONS}, "a cat, a dog"])
+def test_options_that_are_no_list_are_refused(choices) -> None:
+    with pytest.raises(TypeError, match="give a list of texts"):
+        choice_reward(["(B)"], ["B"], [choices])

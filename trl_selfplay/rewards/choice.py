@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trl_selfplay.rewards.answer import answers_agree, final_answer, text_of
+from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.statements import (
     ANSWER,
     CALLED_WRONG,
@@ -23,6 +24,7 @@ from trl_selfplay.rewards.statements import (
 )
 from trl_selfplay.rewards.transcript import last_turns
 
+_NO_OPTION = "the solution names no option"
 _AMBIGUOUS = "?"  # the value of a statement that names two options
 # "B", "(B)", "B.", "b)"
 _ALONE = re.compile(r"[(\[{<]?([A-Za-z])[)\]}>.:,]*")
@@ -135,7 +137,7 @@ def choice_reward(
     solution: Sequence[Any],
     choices: Sequence[Sequence[str] | None] | None = None,
     **kwargs: Any,
-) -> list[float | None]:
+) -> Scores:
     """Return 1.0 if a completion chooses the right option and no other, else 0.0.
 
     Choices are found where `extract_answer` finds answers, and in sentences such as "the correct
@@ -158,7 +160,7 @@ def choice_reward(
         **kwargs: Other columns, unused.
 
     Raises:
-        TypeError: A solution is a list, a dict or bytes.
+        TypeError: A solution is a list, a dict or bytes, or the options of a row are no list.
     """
     columns = choices if choices is not None else [None] * len(completions)
     scores: list[float | None] = []
@@ -169,11 +171,31 @@ def choice_reward(
             scores.append(None)
         else:
             scores.append(float(_chosen(text_of(completion), options) == right))
-    return scores
+    return Scores(scores, {i: _NO_OPTION for i, score in enumerate(scores) if score is None})
+
+
+def _find_data_errors(
+    solution: Sequence[Any],
+    choices: Sequence[Sequence[str] | None] | None = None,
+    **kwargs: Any,
+) -> dict[int, str]:
+    """Return the rows whose solution names no option; an index isn't one."""
+    graded = choice_reward([""] * len(solution), solution, choices)
+    return {
+        index: f"the solution {solution[index]!r:.80} names no option; give its letter or its text"
+        for index in graded.causes
+    }
+
+
+choice_reward.find_data_errors = _find_data_errors  # type: ignore[attr-defined]
 
 
 def _read_options(row_options: Sequence[str] | None) -> dict[str, str]:
     """Return options by letter, without letters in their texts."""
+    if isinstance(row_options, (str, Mapping)):
+        raise TypeError(
+            f"the choices of a row are {row_options!r:.100}; give a list of texts, in order."
+        )
     texts = [str(option).strip() for option in row_options or ()]
     options = {chr(ord("A") + index): text for index, text in enumerate(texts)}
     prefixes = [_LETTERED.match(text) for text in texts]
