@@ -233,7 +233,7 @@ def test_digits_of_another_script_are_reported_to_a_checker_that_reads_them() ->
 
     reward = checker_reward(is_equal)
     audit = audit_reward(reward, [{"prompt": "40 + 32?", "solution": 72}], in_process=True)
-    assert set(problems(audit)) == {"full-width digits", "Arabic digits"}
+    assert set(problems(audit)) == {"Arabic digits"}
 
 
 def test_partial_credit_is_tolerated_on_request() -> None:
