@@ -330,6 +330,11 @@ class Scorer:
             )
         return total
 
+    @property
+    def has_models(self) -> bool:
+        """Whether a function holds a model of its own."""
+        return bool(self._models)
+
     def park_models(self) -> None:
         """Move the models that grade off the device on which another is to be trained.
 

@@ -161,7 +161,12 @@ class Collector:
                         new = [r for same in prompts if not _are_graded(same) for r in same]
                         if new:
                             changed.add(name)
-                            new = self.grade(new, rows, f"shard {name}, round {work.round_index}")
+                            where = f"shard {name}, round {work.round_index}"
+                            new = [
+                                r
+                                for part in self._parts(new)
+                                for r in self.grade(part, rows, where)
+                            ]
                         rollouts = done + new
                         tally.count(rollouts)
                     unfinished[name] += rollouts
@@ -171,6 +176,15 @@ class Collector:
                             save_rollouts(work.path(name), finished)
                         collected += finished
         return collected
+
+    def _parts(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+        """Return what is graded in one call: all, or, with a model that grades, each prompt.
+
+        The last bit of a model's score depends on what is in its batch, and what waits on time.
+        """
+        if self.scorer is None or not self.scorer.has_models:
+            return [list(rollouts)]
+        return [list(same) for _, same in groupby(rollouts, key=lambda r: r.prompt_id)]
 
     def _sample_shards(
         self, work: "_Work", progress: Progress, stop: Event
