@@ -6,10 +6,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
+from trl_selfplay.rewards.grading_model import GradingModel
 from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts import collection
@@ -154,6 +156,25 @@ def test_prompts_are_graded_while_their_shard_is_sampled(
         prompt = graded[start][0]
         same = [r for r in rollouts if r.prompt == prompt]
         assert graded[start : start + 3] == [(prompt, list(r.completion_ids)) for r in same]
+
+
+def test_a_function_that_holds_a_model_grades_whole_shards_in_order(
+    tmp_path, collector, assignments
+) -> None:
+    """VF-5 to the last bit: a model's scores depend on what is in its batch."""
+    calls = []
+
+    def holds_a_model(completions, completion_ids, **kwargs):
+        calls.append(completion_ids)
+        return has_a_digit(completions)
+
+    holds_a_model.grading_model = GradingModel(torch.nn.Linear(1, 1))
+    rollouts, _ = collect(collector(holds_a_model), assignments, tmp_path)
+    files = sorted(tmp_path.glob("*.parquet"))
+    assert len(calls) == len(files) > 1
+    for ids, file in zip(calls, files, strict=True):
+        assert ids == [list(r.completion_ids) for r in load_rollouts(file)]
+    assert rollouts == collect(collector(), assignments)[0]
 
 
 def planned_place(folder, rollout):

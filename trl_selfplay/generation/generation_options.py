@@ -4,7 +4,7 @@ In: the model's generation config, the user's extra options, the sampling option
 end a completion, or an error that names every option that would otherwise be ignored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -185,3 +185,8 @@ def check_sampling_options(options: SamplingOptions) -> None:
     for name, is_valid, expected in rules:
         if not is_valid:
             raise ValueError(f"{name} must be {expected}, but is {getattr(options, name)!r}.")
+
+
+def without_added_eos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Remove the EOS that some tokenizers append to every text, which would end a prompt."""
+    return list(ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids)

@@ -4,13 +4,14 @@ In: a loaded model. Out: `GradingModel`, which moves it, and functions that make
 memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from trl_selfplay.memory import return_freed_memory
+from trl_selfplay.rewards.scores import Scores
 
 
 class GradingModel:
@@ -91,3 +92,26 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]
         count = max(1, max_tokens // max(1, lengths[order[start]]))
         yield order[start : start + count]
         start += count
+
+
+def score_in_batches(
+    lengths: Sequence[int],
+    max_tokens: int,
+    causes: dict[int, str],
+    score: Callable[[list[int]], list[float]],
+) -> Scores:
+    """Return a score per sequence, from batches of bounded memory.
+
+    Args:
+        lengths: Tokens of each sequence.
+        max_tokens: See `token_batches`.
+        causes: Why sequences aren't scored, by index.
+        score: Returns the scores of one batch, which it gets as indices.
+    """
+    scores = Scores([None] * len(lengths), causes)
+    fitting = [index for index in range(len(lengths)) if index not in causes]
+    for batch in token_batches([lengths[index] for index in fitting], max_tokens):
+        chosen = [fitting[place] for place in batch]
+        for index, value in zip(chosen, score(chosen), strict=True):
+            scores[index] = value
+    return scores

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from trl_selfplay.generation.generation_options import without_added_eos
 from trl_selfplay.generation.model_traits import describe_model
 from trl_selfplay.generation.random_streams import stream_key
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
@@ -94,9 +95,7 @@ class LocalModel:
                 messages, add_generation_prompt=True, tokenize=False
             )
             return tuple(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
-        ids = list(self.tokenizer(text)["input_ids"])
-        # Some tokenizers append it to every text.
-        return tuple(ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids)
+        return tuple(without_added_eos(self.tokenizer(text)["input_ids"], self.tokenizer))
 
 
 def fits(num_tokens: int, max_completion_length: int, context_length: int | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl_selfplay.rewards.grading_model import GradingModel, pad_rows, token_batches
+from trl_selfplay.rewards.grading_model import GradingModel, pad_rows, score_in_batches
 from trl_selfplay.rewards.scores import Scores
 
 # Keywords of `from_pretrained` that the tokenizer needs as well as the model.
@@ -89,22 +89,22 @@ class RewardModel:
         Plain text gets the special tokens that the tokenizer adds by default (GRPOTrainer omits
         them).
         """
-        scores = Scores([None] * len(prompts))
         encoded = [
             self._tokenizer(self._render(p, c), add_special_tokens=isinstance(p, str))["input_ids"]
             for p, c in zip(prompts, completions, strict=True)
         ]
+        causes = {}
         for index, ids in enumerate(encoded):
             if not ids:
-                scores.causes[index] = "the text is empty"
+                causes[index] = "the text is empty"
             elif len(ids) > self._context_length:
-                scores.causes[index] = "the text is longer than the reward model's context"
-        fitting = [i for i in range(len(encoded)) if i not in scores.causes]
-        for batch in token_batches([len(encoded[i]) for i in fitting], self.max_tokens_per_batch):
-            chosen = [fitting[place] for place in batch]
-            for index, score in zip(chosen, self._score([encoded[i] for i in chosen]), strict=True):
-                scores[index] = score
-        return scores
+                causes[index] = "the text is longer than the reward model's context"
+        return score_in_batches(
+            [len(ids) for ids in encoded],
+            self.max_tokens_per_batch,
+            causes,
+            lambda batch: self._score([encoded[i] for i in batch]),
+        )
 
     def _score(self, rows: Sequence[Sequence[int]]) -> list[float]:
         pad_id = self._pad_id

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trl_selfplay.generation.generation_options import without_added_eos
 from trl_selfplay.rewards.answer import text_of
-from trl_selfplay.rewards.grading_model import GradingModel, pad_rows, token_batches
+from trl_selfplay.rewards.grading_model import GradingModel, pad_rows, score_in_batches
 from trl_selfplay.rewards.scores import Scores
 
 Kind = Literal["sum", "mean", "ratio"]
@@ -146,20 +147,19 @@ class VerifierReward:
                 answered = list(completion_ids[index])
             rows.append((asked, self._with_end(answered)))
         self._check_tokens(rows)
-        scores = Scores([None] * len(rows))
-        if self._context_length is not None:
-            scores.causes = {
-                index: "prompt and completion are longer than the verifier's context"
-                for index, (asked, answered) in enumerate(rows)
-                if len(asked) + len(answered) > self._context_length
-            }
-        fitting = [index for index in range(len(rows)) if index not in scores.causes]
-        lengths = [sum(map(len, rows[index])) for index in fitting]
-        for batch in token_batches(lengths, self.max_tokens_per_batch):
-            chosen = [fitting[place] for place in batch]
-            for index, score in zip(chosen, self._score([rows[i] for i in chosen]), strict=True):
-                scores[index] = score
-        return scores
+        lengths = [len(asked) + len(answered) for asked, answered in rows]
+        limit = self._context_length
+        causes = {
+            index: "prompt and completion are longer than the verifier's context"
+            for index, length in enumerate(lengths)
+            if limit is not None and length > limit
+        }
+        return score_in_batches(
+            lengths,
+            self.max_tokens_per_batch,
+            causes,
+            lambda batch: self._score([rows[i] for i in batch]),
+        )
 
     def _score(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         models = self.grading_model.ready()
@@ -198,9 +198,7 @@ class VerifierReward:
             return torch.stack(sums).tolist()
 
     def _text_ids(self, text: str) -> list[int]:
-        ids = list(self._tokenizer(text)["input_ids"])
-        if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id:  # some add it to every text
-            ids.pop()
+        ids = without_added_eos(self._tokenizer(text)["input_ids"], self._tokenizer)
         # Without a prompt and a start token, nothing would predict the first token.
         return ids or [self._tokenizer.eos_token_id]
 

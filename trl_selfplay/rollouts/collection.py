@@ -100,7 +100,8 @@ class Collector:
 
         Prompts whose samples are all there are graded while others are sampled, in a thread of its
         own: all that are waiting in one call, each with its samples together and in the order of
-        their indices. The thread waits when as many prompts are waiting as the largest shard has.
+        their indices. Where a function holds a model, a call gets a whole shard. The thread waits
+        when as many prompts are waiting as the largest shard has.
 
         Each of n processes samples every n-th shard, and all return all rollouts.
 
@@ -147,6 +148,10 @@ class Collector:
         rows = {prompt_id: a.row for prompt_id, a in work.assignments.items()}
         stop = Event()
         most = max((len(shard.prompt_ids) for shard in work.shards.values()), default=1)
+        # A model that grades shares the device with the sampler, and the last bit of its scores depends
+        # on what is in its batch: it gets whole shards, not what happens to be waiting.
+        grades_shards = grades and self.scorer is not None and self.scorer.has_models
+        waiting: dict[str, list[list[Rollout]]] = {name: [] for name in work.shards}
         unfinished: dict[str, list[Rollout]] = {name: [] for name in work.shards}
         changed: set[str] = set()
         collected: list[Rollout] = []
@@ -154,7 +159,11 @@ class Collector:
         with closing(run_ahead(self._sample_shards(work, progress, stop), stop, most)) as batches:
             for batch in batches:
                 for name, items in groupby(batch, key=lambda item: item.shard):
-                    prompts = [item.rollouts for item in items]
+                    waiting[name] += [item.rollouts for item in items]
+                    is_sampled = not waiting[name][-1]  # all of the shard, and it is on disk
+                    if grades_shards and not is_sampled:
+                        continue
+                    prompts, waiting[name] = waiting[name], []
                     rollouts = [r for same in prompts for r in same]
                     if grades:
                         done = [r for same in prompts if _are_graded(same) for r in same]
@@ -162,29 +171,16 @@ class Collector:
                         if new:
                             changed.add(name)
                             where = f"shard {name}, round {work.round_index}"
-                            new = [
-                                r
-                                for part in self._parts(new)
-                                for r in self.grade(part, rows, where)
-                            ]
+                            new = self.grade(work.in_order(name, new), rows, where)
                         rollouts = done + new
                         tally.count(rollouts)
                     unfinished[name] += rollouts
-                    if not prompts[-1]:  # all of the shard has been sampled, and is on disk
+                    if is_sampled:
                         finished = work.in_order(name, unfinished.pop(name))
                         if work.folder is not None and name in changed:
                             save_rollouts(work.path(name), finished)
                         collected += finished
         return collected
-
-    def _parts(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
-        """Return what is graded in one call: all, or, with a model that grades, each prompt.
-
-        The last bit of a model's score depends on what is in its batch, and what waits on time.
-        """
-        if self.scorer is None or not self.scorer.has_models:
-            return [list(rollouts)]
-        return [list(same) for _, same in groupby(rollouts, key=lambda r: r.prompt_id)]
 
     def _sample_shards(
         self, work: "_Work", progress: Progress, stop: Event

@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trl_selfplay.disk import save_text
+from trl_selfplay.generation.generation_options import without_added_eos
 from trl_selfplay.rollouts.prompts import (
     HintFormatter,
     Messages,
@@ -228,14 +229,10 @@ class PromptFormatter:
         ids = self._encode(text)
         # A text that was rendered before already has start tokens.
         if self._bos is None:
-            self._bos = self._strip_eos(self._encode(""))
+            self._bos = without_added_eos(self._encode(""), self.tokenizer)
         if self._bos and ids[: 2 * len(self._bos)] == 2 * self._bos:
             ids = ids[len(self._bos) :]
-        return self._strip_eos(ids)
-
-    def _strip_eos(self, ids: list[int]) -> list[int]:
-        """Remove the EOS that some tokenizers append to every text, which would end a prompt."""
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+        return without_added_eos(ids, self.tokenizer)
 
     def continuation_ids(self, text: str) -> list[int]:
         """Return the tokens of plain text that follows other text, as a model would sample them."""
