@@ -150,3 +150,10 @@ class Sampler(Protocol):
             batch_size: Maximum sequences decoded together.
         """
         ...
+
+    def release(self) -> None:
+        """Free what sampling holds besides the model; the next `sample` begins anew.
+
+        Called before training and at the end of a run. Does nothing where nothing is held.
+        """
+        ...

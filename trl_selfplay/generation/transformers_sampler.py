@@ -262,6 +262,9 @@ class TransformersSampler:
                     batch.refill(fresh)
                 finished = batch.advance()
 
+    def release(self) -> None:
+        """Do nothing: this sampler holds nothing besides the model."""
+
     def _wrapped(self) -> nn.Module:
         return self._model if isinstance(self._model, nn.Module) else self._model()
 

@@ -152,6 +152,7 @@ def _run_rounds(
     finally:
         trainer.progress = None
         trainer.remove_callback(callback)
+        trainer.self_play.collector.sampler.release()
         free_optimizer(trainer)
     _load_chosen_weights(trainer, progress.lines)
     if history:

@@ -52,6 +52,7 @@ def train_on(
     trainer.accelerator.wait_for_everyone()  # all have looked before one writes
     folder.mkdir(parents=True, exist_ok=True)
     free_optimizer(trainer)
+    trainer.self_play.collector.sampler.release()
     trainer.self_play.collector.park_models()
     # Dropout must not depend on what happened in this process before: a resumed round starts alike.
     set_seed(seed)

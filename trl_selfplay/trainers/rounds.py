@@ -318,6 +318,8 @@ class RoundsMixin(Trainer):
                 "evaluate() needs an `eval_dataset` of held-out rows in the form of `train_dataset`."
             )
         scores = self.score_sets(sets, prefix=metric_key_prefix)
+        if self.progress is None:  # within a run, the next round samples with the same weights
+            self.self_play.collector.sampler.release()
         metrics = {**scores.metrics, f"{metric_key_prefix}_runtime": round(scores.seconds, 4)}
         chosen = self.run.chosen_metric
         if eval_dataset is None and metric_key_prefix == "eval" and chosen is not None:

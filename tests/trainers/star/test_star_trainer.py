@@ -216,6 +216,9 @@ class Spoiled:
     def suggest_batch_size(self, *lengths):
         return self.sampler.suggest_batch_size(*lengths)
 
+    def release(self):
+        self.sampler.release()
+
     def sample(self, *args):
         for index, sampled in self.sampler.sample(*args):
             ids = sampled.completion_ids
