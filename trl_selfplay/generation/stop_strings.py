@@ -1,6 +1,7 @@
-"""Find the token that completes a stop string.
+"""Find the token that ends a completion, above all the one that completes a stop string.
 
-In: the growing token ids of a completion. Out: whether its text now contains one of the strings.
+In: the growing token ids of a completion. Out: whether its text now contains one of the strings, and
+why the completion ends.
 Each step decodes only the last few tokens. A string may begin or end anywhere in a token, or inside
 a character that is spread over several tokens.
 """
@@ -8,6 +9,8 @@ a character that is spread over several tokens.
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
+
+from trl_selfplay.generation.sampler import Finish, SamplingOptions
 
 
 class StopStringScanner:
@@ -51,3 +54,42 @@ class StopStringScanner:
         )
         assert isinstance(text, str)  # one sequence decodes to one string
         return text
+
+
+class CompletionEnd:
+    """Finds the end of one completion; call `find` after every token.
+
+    Args:
+        tokenizer: Decodes the text that is searched for stop strings.
+        options: Say what ends a completion.
+        prompt_length: Tokens of the prompt.
+        context_length: Most tokens of prompt and completion, or None.
+
+    Attributes:
+        limit: Most tokens of this completion.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        options: SamplingOptions,
+        prompt_length: int,
+        context_length: int | None,
+    ) -> None:
+        self.limit = options.max_completion_length
+        if context_length is not None:
+            self.limit = min(self.limit, context_length - prompt_length)
+        self._eos_token_ids = frozenset(options.eos_token_ids)
+        stops = options.stop_strings
+        self._scanner = StopStringScanner(tokenizer, stops) if stops else None
+
+    def find(self, completion_ids: Sequence[int]) -> Finish | None:
+        """Return why the completion ends with its last token, or None if it doesn't.
+
+        Expects the ids of the previous call and one more token.
+        """
+        if completion_ids[-1] in self._eos_token_ids:
+            return "eos"
+        if self._scanner is not None and self._scanner.is_complete(completion_ids):
+            return "stop"
+        return "length" if len(completion_ids) >= self.limit else None

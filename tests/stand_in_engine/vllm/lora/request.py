@@ -1,0 +1,10 @@
+"""An adapter by name, number and folder, as in vLLM."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
