@@ -744,3 +744,12 @@ def test_class_attributes_name_the_method_on_the_model_card(build_sft, tmp_path)
 def test_the_configs_are_training_arguments() -> None:
     assert issubclass(SFTConfig, TrainingArguments)
     assert issubclass(DPOConfig, TrainingArguments)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch lacks oneDNN")
+def test_onednn_multiplies_dense_float32_tensors() -> None:
+    """Private: `torch.ops.mkldnn._linear_pointwise`, which torch.compile calls."""
+    x, weight, bias = torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4)
+    for b in (bias, None):
+        found = torch.ops.mkldnn._linear_pointwise(x, weight, b, "none", [], "")
+        torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, b))

@@ -18,6 +18,8 @@ from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trl.models import unwrap_model_for_generation
 
+from trl_selfplay.generation.cpu_linear import fast_linear_layers
+
 # Layers that share another layer's keys; transformers before 5.23 leaves them out of the cache.
 _SHARING: Any = getattr(cache_utils, "DummyLayer", ())
 
@@ -229,7 +231,8 @@ def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterato
             unwrapped = unwrapping.__enter__()
         model.eval()
         hook = _cast_before_head(unwrapped)
-        yield unwrapped
+        with fast_linear_layers(model):
+            yield unwrapped
     finally:
         if hook is not None:
             hook.remove()

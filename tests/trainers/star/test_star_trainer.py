@@ -354,6 +354,9 @@ class GoldSampler:
         for index, request in enumerate(requests):
             yield index, SampledCompletion(self.completions[request.prompt_ids], "eos")
 
+    def release(self):
+        pass
+
 
 def test_a_round_on_forced_gold_samples_is_plain_fine_tuning(
     build_star, tiny_model, word_tokenizer, tmp_path
