@@ -21,6 +21,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
+    LlamaForCausalLM,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -753,3 +755,10 @@ def test_onednn_multiplies_dense_float32_tensors() -> None:
     for b in (bias, None):
         found = torch.ops.mkldnn._linear_pointwise(x, weight, b, "none", [], "")
         torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, b))
+
+
+def test_what_decoding_through_cuda_graphs_relies_on_exists() -> None:
+    """transformers' word that a step never waits for the device; torch's end of a failed capture."""
+    assert PreTrainedModel._can_compile_fullgraph is False
+    assert LlamaForCausalLM._can_compile_fullgraph is True
+    assert callable(torch.cuda.memory._cuda_endAllocateToPool)

@@ -1,4 +1,7 @@
-"""Give back the memory of tensors that are gone: to the accelerator, and on a CPU to the system."""
+"""Give back the memory of tensors that are gone: to the accelerator, and on a CPU to the system.
+
+In: an error. Out: whether it says that memory ran out.
+"""
 
 import ctypes
 import gc
@@ -20,3 +23,10 @@ def return_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries lack it
         if trim is not None:
             trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of torch says that the device or the system is out of memory."""
+    text = str(error).lower()
+    signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs)

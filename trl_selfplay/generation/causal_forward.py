@@ -85,6 +85,26 @@ class CausalForward:
             )
         return outputs.logits[:, -1].float()
 
+    def step(
+        self,
+        tokens: torch.Tensor,
+        cache: DynamicCache,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Feed one token per row, (B,), into the cache and return the next logits, float32 (B, V).
+
+        Args:
+            tokens: Token ids, (B,).
+            cache: S columns.
+            positions: (B,).
+            mask: (B, S + 1), or None if nothing is masked.
+
+        Raises:
+            RuntimeError: The model didn't use the cache.
+        """
+        return self.next_logits(tokens[:, None], cache, positions[:, None], mask)
+
     def forget_lengths(self) -> None:
         """Reset the model's rotary frequencies.
 

@@ -339,11 +339,8 @@ class DecodeBatch:
         if self._restarts_here():
             self._compute_keys_again()
             return
-        self._logits = self._forward.next_logits(
-            tokens.to(self._forward.device)[:, None],
-            self._cache,
-            positions[:, None],
-            self._current_mask(),
+        self._logits = self._forward.step(
+            tokens.to(self._forward.device), self._cache, positions, self._current_mask()
         )
         self._positions = self._positions + 1
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -39,7 +40,8 @@ from trl_selfplay.generation.sampler import (
     SampleRequest,
     SamplingOptions,
 )
-from trl_selfplay.memory import return_freed_memory
+from trl_selfplay.generation.static_decoding import StaticDecoder
+from trl_selfplay.memory import is_out_of_memory, return_freed_memory
 
 __all__ = [
     "TransformersSampler",
@@ -85,6 +87,7 @@ class TransformersSampler:
         accelerator: The trainer's accelerator, for unwrapping and mixed precision.
         pad_token_id: Pads shorter prompts, masked; by default the tokenizer's, or else 0.
         traits: The model's traits from `try_model`; by default they are read without a trial.
+        cuda_graphs: Decode through CUDA graphs on a CUDA device, if the model allows it.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class TransformersSampler:
         accelerator: Accelerator | None = None,
         pad_token_id: int | None = None,
         traits: ModelTraits | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self._model = model
         self._tried = traits
@@ -105,12 +109,19 @@ class TransformersSampler:
         self._token_ids = frozenset(tokenizer.get_vocab().values())
         self._described: tuple[nn.Module, ModelTraits] | None = None
         self._fitting: tuple[int, int] | None = None  # batch size and length after running out
+        # Weights that are sharded between processes are gathered anew for each call.
+        whole = accelerator is None or accelerator.distributed_type in (
+            DistributedType.NO,
+            DistributedType.MULTI_GPU,
+        )
+        self._static = StaticDecoder() if cuda_graphs and whole else None
 
     def suggest_batch_size(self, longest_prompt: int, max_completion_length: int) -> int:
         """Return how many sequences of this length in tokens fit in memory at once, at least 1.
 
         Compares keys and values, activations of the prompt and logits with half of the free memory.
-        On a CPU, keys and values take at most as much as the weights, or 256 MiB.
+        On a CPU, keys and values take at most as much as the weights, or 256 MiB. For CUDA graphs,
+        keys and values count twice: in the graphs' buffers, and as new rows on their way there.
         """
         model, traits = self._unwrapped(), self._traits()
         device = input_device(model)
@@ -120,6 +131,8 @@ class TransformersSampler:
             length = longest_prompt + max_completion_length
             largest = min(_LARGEST_BATCH_ON_CPU, cache // (traits.bytes_per_token * length))
         bytes_per_sequence = _bytes_per_sequence(traits, longest_prompt, max_completion_length)
+        if self._static is not None and self._static.takes(model, traits):
+            bytes_per_sequence += traits.bytes_per_token * (longest_prompt + max_completion_length)
         fitting = int(_SHARE_OF_FREE_MEMORY * _free_bytes(device)) // bytes_per_sequence
         return max(1, min(largest, fitting))
 
@@ -161,9 +174,13 @@ class TransformersSampler:
             return
         with sampling_state(self._wrapped(), self._accelerator) as model:
             autocast = None if self._accelerator is None else self._accelerator.autocast
-            forward = CausalForward(model, traits, autocast)
-            chooser = TokenChooser(options, self._token_ids)
             longest = len(queue.first.prompt_ids) + options.max_completion_length
+            if self._static is not None and self._static.takes(model, traits):
+                rows = min(batch_size, len(queue.requests))
+                forward = self._static.build_forward(model, traits, autocast, rows, longest + 1)
+            else:
+                forward = CausalForward(model, traits, autocast)
+            chooser = TokenChooser(options, self._token_ids)
             prefix = None
             if queue.is_complete and (
                 traits.padding == "inside" or (traits.window or 0) >= longest
@@ -186,7 +203,8 @@ class TransformersSampler:
                         del started[index]
                         yield index, sampled
                 except RuntimeError as error:
-                    if not _is_out_of_memory(error) or len(started) == 1:
+                    self.release()  # for memory, and for what NaN may have left in buffers
+                    if not is_out_of_memory(error) or len(started) == 1:
                         raise
                     batch_size = len(started) // 2
                     self._fitting = (batch_size, longest)
@@ -263,7 +281,9 @@ class TransformersSampler:
                 finished = batch.advance()
 
     def release(self) -> None:
-        """Do nothing: this sampler holds nothing besides the model."""
+        """Free the buffers and captured steps of CUDA graphs."""
+        if self._static is not None:
+            self._static.release()
 
     def _wrapped(self) -> nn.Module:
         return self._model if isinstance(self._model, nn.Module) else self._model()
@@ -321,12 +341,6 @@ def _bytes_per_sequence(
         + traits.bytes_per_prompt_token * longest_prompt
         + 4 * _LOGITS_COPIES * traits.vocab_size
     )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    signs = ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in signs)
 
 
 def _free_bytes(device: torch.device) -> int:
