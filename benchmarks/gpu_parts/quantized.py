@@ -1,0 +1,261 @@
+"""Part a: a model of 8B parameters with QLoRA on one card: training, sampling, and the way between.
+
+In: the size of the measurement. Out: items. A round of STaR and of SPIN with rows of 1,024 tokens, of
+which the peak of training, tokens per second, and seconds between phases are taken; tokens per second
+of sampling by batch in what a card of 24 GB leaves, without and with CUDA graphs and with
+transformers' `generate` and `generate_batch`, base weights in 16 and in 4 bits, adapters attached.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from gpu_parts import models
+from gpu_parts.items import Item
+from gpu_parts.measuring import card_of, clean_up, read_peak, restart_peak, seconds_of
+from gpu_parts.phases import PhaseClock
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from trl_selfplay import SPINConfig, SPINTrainer, STaRConfig, STaRTrainer
+from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
+from trl_selfplay.generation.transformers_sampler import TransformersSampler
+
+CARD_GB = 24
+NUM_ROUNDS = 2
+SAMPLES_PER_PROMPT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        model: Of `models.CONFIGS`.
+        prompt: Tokens of a prompt; half of them are the same in all prompts when only sampling.
+        completion: Tokens of a completion in training.
+        steps: Optimizer steps of a round, of one row each.
+        batches: Sequences that are decoded together.
+        sampled: Tokens of a completion when only sampling.
+        repeats: Timed runs, after one that warms up.
+    """
+
+    model: str
+    prompt: int
+    completion: int
+    steps: int
+    batches: tuple[int, ...]
+    sampled: int
+    repeats: int
+
+
+FULL = Sizes("8B", 896, 128, 6, (32, 128, 8), 64, 3)
+TOY = Sizes("toy", 24, 8, 2, (8,), 8, 1)
+
+
+def build_items(device: str, results: Path) -> list[Item]:
+    """Return the items of this part."""
+    sizes = FULL if device == "cuda" else TOY
+    items = [
+        Item("star", lambda: measure_star(sizes, device), 30),
+        Item("spin", lambda: measure_spin(sizes, device), 35),
+    ]
+    for batch in sizes.batches:
+        for precision in ("nf4", "16-bit"):
+            items.append(
+                Item(
+                    f"sampling {precision} {batch}",
+                    lambda p=precision, b=batch: measure_sampling(sizes, device, p, b),
+                    25,
+                )
+            )
+    if device == "cuda":
+        batch = sizes.batches[0]
+        name = f"generate_batch 16-bit {batch}"
+        items.append(Item(name, lambda: measure_generate_batch(sizes, device, "16-bit", batch), 40))
+    return items
+
+
+def shared_settings(sizes: Sizes, device: str, folder: str) -> dict[str, Any]:
+    """Return the fields that both configurations have."""
+    return {
+        "output_dir": folder, "num_rounds": NUM_ROUNDS, "max_completion_length": sizes.completion,
+        "max_length": sizes.prompt + sizes.completion, "per_device_train_batch_size": 1,
+        "max_steps": sizes.steps, "learning_rate": 1e-6, "bf16": device == "cuda",
+        "gradient_checkpointing": True, "save_strategy": "no", "report_to": [],
+        "disable_tqdm": True, "logging_steps": 1000, "temperature": 1.0,
+    }  # fmt: skip
+
+
+def star_config(sizes: Sizes, device: str, folder: str) -> STaRConfig:
+    """Return STaR's settings."""
+    return STaRConfig(**shared_settings(sizes, device, folder), rationalize=False)
+
+
+def spin_config(sizes: Sizes, device: str, folder: str) -> SPINConfig:
+    """Return SPIN's settings."""
+    return SPINConfig(**shared_settings(sizes, device, folder))
+
+
+def all_right(completions: list[str], **columns: Any) -> list[float]:
+    """Grade every completion as right."""
+    return [1.0] * len(completions)
+
+
+def measure_star(sizes: Sizes, device: str) -> dict[str, Any]:
+    """Run two rounds of STaR."""
+    config = models.CONFIGS[sizes.model]
+    rows = models.build_rows(sizes.steps, sizes.prompt, sizes.completion, config.vocab_size)
+
+    def build(model: Any, folder: str) -> Any:
+        return STaRTrainer(
+            model,
+            star_config(sizes, device, folder),
+            train_dataset=rows.rename_column("completion", "solution"),
+            processing_class=models.build_tokenizer(config.vocab_size),
+            reward_funcs=all_right,
+            peft_config=models.lora(),
+        )
+
+    return run_rounds(build, sizes, device, sizes.prompt + sizes.completion)
+
+
+def measure_spin(sizes: Sizes, device: str) -> dict[str, Any]:
+    """Run two rounds of SPIN."""
+    config = models.CONFIGS[sizes.model]
+    rows = models.build_rows(sizes.steps, sizes.prompt, sizes.completion, config.vocab_size)
+
+    def build(model: Any, folder: str) -> Any:
+        return SPINTrainer(
+            model,
+            args=spin_config(sizes, device, folder),
+            train_dataset=rows,
+            processing_class=models.build_tokenizer(config.vocab_size),
+            peft_config=models.lora(),
+        )
+
+    return run_rounds(build, sizes, device, 2 * (sizes.prompt + sizes.completion))
+
+
+def run_rounds(
+    build: Callable[[Any, str], Any], sizes: Sizes, device: str, tokens_per_step: int
+) -> dict[str, Any]:
+    """Run the rounds of a trainer over a 4-bit model on a card of 24 GB; return their summary."""
+    models.kept_model.cache_clear()
+    clean_up(device)
+    with card_of(device, CARD_GB), tempfile.TemporaryDirectory() as folder:
+        trainer = build(models.build_model(sizes.model, device, is_quantized=True), folder)
+        clock = PhaseClock(trainer, device, ends_all=True)
+        trainer.train()
+        summary = clock.summarize(tokens_per_step)
+    return {**summary, "length": sizes.prompt + sizes.completion, "card_gb": CARD_GB}
+
+
+def measure_sampling(sizes: Sizes, device: str, precision: str, batch: int) -> dict[str, Any]:
+    """Time each way of sampling, one after the other, on a card of 24 GB."""
+    model = models.kept_model(sizes.model, device, precision == "nf4")
+    ids = build_prompts(sizes, model.config.vocab_size, batch)
+    ways = {"eager": {}}
+    if "cuda_graphs" in signature(TransformersSampler).parameters:
+        ways = {"eager": {"cuda_graphs": False}, "graphs": {"cuda_graphs": True}}
+    arms: dict[str, dict[str, Any]] = {}
+    with card_of(device, CARD_GB):
+        for name, settings in ways.items():
+            tokenizer = models.build_tokenizer(model.config.vocab_size)
+            sampler = TransformersSampler(model, tokenizer, **settings)
+            run = partial(sample_all, sampler, ids, batch, sizes.sampled)
+            arms[name] = time_runs(run, batch * sizes.sampled, sizes.repeats, device)
+            sampler.release()
+        config = generation_config(sizes.sampled, batch // len(ids), models.EOS)
+        run = partial(generate_all, model, ids.to(device), config)
+        arms["generate"] = time_runs(run, batch * sizes.sampled, sizes.repeats, device)
+    return describe(sizes, precision, batch) | {"arms": arms}
+
+
+def measure_generate_batch(sizes: Sizes, device: str, precision: str, batch: int) -> dict[str, Any]:
+    """Time transformers' continuous batching in the same way, over pages of as many tokens as needed."""
+    model = models.kept_model(sizes.model, device, precision == "nf4")
+    ids = build_prompts(sizes, model.config.vocab_size, batch)
+    config = generation_config(sizes.sampled, batch // len(ids), end=-1)
+    pages = batch * (2 + (ids.shape[1] + sizes.sampled) // ContinuousBatchingConfig.page_size)
+    batching = ContinuousBatchingConfig(num_blocks=pages)
+
+    def run() -> None:
+        model.generate_batch(
+            ids.tolist(), generation_config=config, continuous_batching_config=batching
+        )
+
+    try:
+        with card_of(device, CARD_GB):
+            arm = time_runs(run, batch * sizes.sampled, sizes.repeats, device)
+    finally:
+        models.kept_model.cache_clear()  # its attention may have been replaced
+    return describe(sizes, precision, batch) | {"arms": {"generate_batch": arm}}
+
+
+def build_prompts(sizes: Sizes, vocab_size: int, batch: int) -> torch.Tensor:
+    """Return prompts, 8 samples of each fill the batch; the first half of their tokens is the same."""
+    num_prompts, length = max(1, batch // SAMPLES_PER_PROMPT), sizes.prompt // 2
+    ids = torch.randint(
+        10, vocab_size, (num_prompts, length), generator=torch.Generator().manual_seed(0)
+    )
+    ids[:, : length // 2] = ids[0, : length // 2].clone()
+    return ids
+
+
+def sample_all(sampler: TransformersSampler, ids: torch.Tensor, batch: int, length: int) -> None:
+    """Sample a batch of completions with this package's sampler."""
+    requests = [
+        SampleRequest(tuple(row), i * 1000 + k)
+        for i, row in enumerate(ids.tolist())
+        for k in range(batch // len(ids))
+    ]
+    for _ in sampler.sample(requests, SamplingOptions(length), batch):
+        pass
+
+
+def generation_config(length: int, num_samples: int, end: int) -> GenerationConfig:
+    """Return settings of transformers that sample as many tokens, from the whole distribution."""
+    return GenerationConfig(
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=length,
+        min_new_tokens=length, num_return_sequences=num_samples, pad_token_id=models.PAD,
+        eos_token_id=end,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def generate_all(model: Any, ids: torch.Tensor, config: GenerationConfig) -> None:
+    """Sample the same with `generate`."""
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+
+
+def time_runs(run: Callable[[], Any], num_tokens: int, repeats: int, device: str) -> dict[str, Any]:
+    """Return tokens per second of runs after a first one, its seconds, and the peak; or the error."""
+    restart_peak(device)
+    try:
+        first = seconds_of(device, run)
+        rates = [num_tokens / seconds_of(device, run) for _ in range(repeats)]
+    except Exception as error:  # of one way of sampling; the others go on
+        found = {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
+        error.__traceback__ = None
+        clean_up(device)
+        return found
+    return {
+        "tokens_per_second": median(rates),
+        "rates": rates,
+        "first_seconds": first,
+        "peak": read_peak(device),
+    }
+
+
+def describe(sizes: Sizes, precision: str, batch: int) -> dict[str, Any]:
+    """Return what was sampled."""
+    return {
+        "precision": precision, "batch": batch, "prompt": sizes.prompt // 2,
+        "sampled": sizes.sampled, "card_gb": CARD_GB,
+    }  # fmt: skip
