@@ -34,6 +34,7 @@ from gpu_parts.items import BROKEN, Records, open_items, run_items
 RESULTS = Path(__file__).parent / "results" / "gpu"
 PARTS = {
     "a": "quantized",
+    "b": "whole_round",
     "e": "quiet_star",
 }
 PART_SECONDS = 480
