@@ -38,9 +38,9 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from trl_selfplay.generation.random_streams import gumbel_noise, stream_key, token_words
-from trl_selfplay.trainers.quiet_star.attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.mixing import ATTRIBUTE, attach_thought_module, mix
 from trl_selfplay.trainers.quiet_star.objective import advantages, base_ahead, objective_sums
+from trl_selfplay.trainers.quiet_star.replaced_attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.sampling import (
     can_think,
     choose_columns,

@@ -21,9 +21,25 @@ def states_of(model: Any, embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def logits_of(model: Any, states: torch.Tensor) -> torch.Tensor:
-    logits = model.get_output_embeddings()(states).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    """Let the model's own forward apply its head to states (N, d) or (d,), in place of its backbone's."""
+
+    backbone = model.base_model
+    if type(model).__name__ == "OPTForCausalLM":  # its forward calls the inner module
+        backbone = backbone.decoder
+
+    def replace(module: Any, args: Any, output: Any) -> Any:
+        output.last_hidden_state = states[None]
+        return output
+
+    if states.ndim == 1:
+        return logits_of(model, states[None])[0]
+    if not len(states):
+        return states.new_empty((0, model.get_output_embeddings().weight.shape[0]))
+    hook = backbone.register_forward_hook(replace)
+    ids = torch.zeros((1, len(states)), dtype=torch.long)
+    logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    hook.remove()
+    return logits
 
 
 def naive_scores(

@@ -19,6 +19,7 @@ from causal_classes import build_tiny
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     EarlyStoppingCallback,
     LlamaForCausalLM,
@@ -762,3 +763,52 @@ def test_what_decoding_through_cuda_graphs_relies_on_exists() -> None:
     assert PreTrainedModel._can_compile_fullgraph is False
     assert LlamaForCausalLM._can_compile_fullgraph is True
     assert callable(torch.cuda.memory._cuda_endAllocateToPool)
+
+
+@pytest.mark.parametrize(
+    ("family", "class_name", "method", "parameters"),
+    [
+        ("gptj", "GPTJAttention", "_attn", ["query", "key", "value", "attention_mask"]),
+        ("codegen", "CodeGenAttention", "_attn", ["query", "key", "value", "attention_mask"]),
+        ("gpt_neo", "GPTNeoSelfAttention", "_attn", ["query", "key", "value", "attention_mask"]),
+        (
+            "gpt_neox_japanese",
+            "GPTNeoXJapaneseAttention",
+            "_attn",
+            ["query", "key", "value", "attention_mask"],
+        ),
+        ("falcon", "FalconAttention", "_split_heads", ["fused_qkv"]),
+        ("bloom", "BloomAttention", "_reshape", ["fused_qkv"]),
+        ("bloom", "BloomModel", "build_alibi_tensor", ["attention_mask", "num_heads", "dtype"]),
+    ],
+)
+def test_attention_modules_have_the_methods_that_thoughts_replace_or_call(
+    family, class_name, method, parameters
+) -> None:
+    classes = {type(module).__name__: type(module) for module in build_tiny(family).modules()}
+    found = inspect.signature(getattr(classes[class_name], method)).parameters
+    assert list(found)[1:] == parameters
+
+
+def test_falcon_builds_the_bias_of_alibi_from_a_mask_and_the_number_of_heads() -> None:
+    from transformers.models.falcon.modeling_falcon import build_alibi_tensor
+
+    bias = build_alibi_tensor(torch.ones((1, 3)), 4, torch.float32)
+    assert bias.shape == (4, 1, 3)
+    assert torch.equal(bias[:, 0], bias[:, 0, 1:2] * torch.arange(3))
+
+
+def test_a_4d_mask_passes_through_a_model_unchanged() -> None:
+    """The same object reaches the attention function."""
+    seen = []
+    AttentionInterface.register(
+        "test_seen", lambda m, q, k, v, mask, **_: (seen.append(mask), (q.transpose(1, 2), None))[1]
+    )
+    for family in ("llama", "gemma3_text", "gpt_oss", "stablelm"):
+        model = build_tiny(family)
+        model.config._attn_implementation = "test_seen"
+        mask = torch.ones((1, 1, 3, 3), dtype=torch.bool)
+        model(torch.tensor([[3, 4, 5]]), attention_mask=mask)
+        assert seen
+        assert all(one is mask for one in seen)
+        seen.clear()

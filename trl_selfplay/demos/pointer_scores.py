@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from trl_selfplay.trainers.quiet_star.attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.backbone import project
 from trl_selfplay.trainers.quiet_star.mixing import ATTRIBUTE, barred_token_ids, mix
 from trl_selfplay.trainers.quiet_star.model import QuietSTaRModel
 from trl_selfplay.trainers.quiet_star.observation import measure_gains, plot_gains
+from trl_selfplay.trainers.quiet_star.replaced_attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.sampling import ThinkingColumns, sample_thoughts, thought_keys
 from trl_selfplay.trainers.quiet_star.storage import ThoughtSettings
 from trl_selfplay.trainers.quiet_star.unrolled import ThoughtBatch, gather_columns, unroll

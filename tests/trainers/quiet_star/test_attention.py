@@ -25,14 +25,16 @@ def layout_of(text_mask=None, anchors=None):
     return ThoughtLayout(text_mask, anchors, NUM_TEXT, BLOCK)
 
 
-def dense_attention(query, key, value, mask, scaling, softcap=None):
+def dense_attention(query, key, value, mask, scaling, softcap=None, bias=0.0, sinks=None):
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = query @ key.transpose(-1, -2) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1) @ value).transpose(1, 2)
+    scores = (scores + bias).masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    return (scores.softmax(-1)[..., : key.shape[2]] @ value).transpose(1, 2)
 
 
 def compare(ours, theirs, inputs, where=None) -> None:
@@ -61,6 +63,32 @@ def test_split_attention_equals_attention_under_the_dense_mask(
     ours = attend(*inputs, layout_of(), layer=0, scaling=0.3, window=window, softcap=softcap)
     mask, _ = dense_mask(NUM_TEXT, ANCHORS, BLOCK, window)
     compare(ours, dense_attention(*inputs, mask, 0.3, softcap), inputs)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kind", ["sinks", "capped sinks", "slopes", "both"])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_sinks_and_slopes_are_those_of_dense_attention(
+    monkeypatch, num_kv_heads, window, kind, chunk
+) -> None:
+    """QS-4: a sink takes part in each softmax once; ALiBi adds slope times position."""
+    if chunk is not None:
+        monkeypatch.setattr(attention, "CPU_CHUNK_SCORES", chunk)
+    inputs, more, bias = tensors(num_kv_heads=num_kv_heads), {}, 0.0
+    mask, positions = dense_mask(NUM_TEXT, ANCHORS, BLOCK, window)
+    if kind != "slopes":
+        more["sinks"] = torch.tensor([0.5, -1.0, 2.0, 4.0], requires_grad=True)
+        inputs.append(more["sinks"])
+    softcap = 1.5 if kind == "capped sinks" else None
+    if kind in ("slopes", "both"):
+        more["slopes"] = torch.tensor([0.5, 0.25, 0.125, -0.3])
+        bias = more["slopes"][:, None, None] * positions
+    ours = attend(
+        *inputs[:3], layout_of(), layer=0, scaling=0.3, window=window, softcap=softcap, **more
+    )
+    sinks = more.get("sinks")
+    compare(ours, dense_attention(*inputs[:3], mask, 0.3, softcap, bias, sinks), inputs)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

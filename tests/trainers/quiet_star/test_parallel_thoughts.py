@@ -6,10 +6,10 @@ from naive_thoughts import dense_mask, logits_of, naive_scores, states_of
 from tiny_families import FAMILIES
 
 from trl_selfplay.generation.random_streams import gumbel_noise, token_words
-from trl_selfplay.trainers.quiet_star.attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.backbone import embed, last_states
 from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout
 from trl_selfplay.trainers.quiet_star.mixing import ATTRIBUTE
+from trl_selfplay.trainers.quiet_star.replaced_attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.sampling import sample_thoughts
 from trl_selfplay.trainers.quiet_star.unrolled import ThoughtBatch, think_and_talk
 
@@ -90,7 +90,9 @@ def test_sampled_thoughts_equal_those_of_a_naive_loop(
                 torch.testing.assert_close(drawn.entropies[b, g], mean, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral-window", "gemma2", "gpt2", "gpt_oss", "bloom"]
+)
 def test_gradients_equal_those_through_ordinary_sequences(family, family_model, text) -> None:
     """QS-5: of all weights, the thought module's included, through a loss of all terms."""
     model, text.ids, text.mask = family_model(family), text.ids[:1], text.mask[:1]

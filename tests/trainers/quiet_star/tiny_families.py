@@ -30,6 +30,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
                     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
                     "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "bloom": {"n_layer": 2, "n_head": 4},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "n_inner": 48},
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout
+from trl_selfplay.trainers.quiet_star.replaced_attention import WITHOUT_POSITION_IDS, mask_with
 
 # Maximum number of logits at once: 4 MiB in float32 on a CPU, 512 MiB elsewhere.
 CPU_CHUNK_LOGITS = 1 << 20
@@ -27,16 +28,14 @@ def last_states(model: Any, embeddings: torch.Tensor, layout: ThoughtLayout) -> 
 
     Call this inside `thoughts_attend(model)`. `model` is a causal language model without wrappers.
     """
-    # transformers builds no mask of its own if it gets a 4D one, and passes it on unchanged (its
-    # documented behaviour: https://github.com/huggingface/transformers/pull/46507). This mask is
-    # empty: our attention ignores it, and any other would fail instead of seeing too much.
-    no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=embeddings.device)
+    positions = {}
+    if type(model).__name__ not in WITHOUT_POSITION_IDS:
+        positions["position_ids"] = layout.position_ids()
     states: torch.Tensor = model.base_model(
         inputs_embeds=embeddings,
-        position_ids=layout.position_ids(),
-        attention_mask=no_mask,
+        attention_mask=mask_with(layout, embeddings.device),
         use_cache=False,
-        thought_layout=layout,
+        **positions,
     ).last_hidden_state
     return states
 
@@ -44,6 +43,8 @@ def last_states(model: Any, embeddings: torch.Tensor, layout: ThoughtLayout) -> 
 def project(model: Any, states: torch.Tensor) -> torch.Tensor:
     """Apply the model's head with its scale and soft cap to states (…, d); return logits (…, V)."""
     config = model.config.get_text_config()
+    if type(model).__name__ == "ModernBertDecoderForCausalLM":
+        states = model.lm_head(states)  # a dense layer and a norm before its output embeddings
     logits: torch.Tensor = model.get_output_embeddings()(states)
     scale = getattr(config, "logit_scale", None)
     if scale is not None:

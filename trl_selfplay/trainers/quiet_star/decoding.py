@@ -13,10 +13,10 @@ import torch
 from trl_selfplay.generation.random_streams import gumbel_noise, stream_key, token_words
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.generation.token_filters import filter_logits
-from trl_selfplay.trainers.quiet_star.attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.backbone import bar, embed, last_states, project
 from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout, ThoughtMemory, new_text_layout
 from trl_selfplay.trainers.quiet_star.mixing import ATTRIBUTE, mix
+from trl_selfplay.trainers.quiet_star.replaced_attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.sampling import continue_thoughts
 from trl_selfplay.trainers.quiet_star.storage import ThoughtSettings
 

@@ -18,8 +18,8 @@ class ThoughtMemory:
 
     Attributes:
         capacity: Maximum number of tokens per thought.
-        text: Maps a layer index to keys and values of the text, (B, Hkv, S, d).
-        own: Maps a layer index to keys and values of the thoughts, (B, Hkv, G, capacity, d).
+        text: Maps an attention call's number in the forward to keys and values of the text, (B, Hkv, S, d).
+        own: Maps the same to keys and values of the thoughts, (B, Hkv, G, capacity, d).
     """
 
     capacity: int = 0
@@ -118,10 +118,13 @@ class ThoughtLayout:
         thought were written into the text there.
         """
         text = self.text_positions()
-        first = text.gather(1, self.anchors) + 1 + self.block_start  # (B, G)
-        steps = torch.arange(self.block_length, device=first.device)
-        blocks = (first[:, :, None] + steps).flatten(1)  # (B, G·L)
+        blocks = self.own_positions()[:, :, self.block_start :].flatten(1)  # (B, G·L)
         return torch.cat([text[:, text.shape[1] - self.num_new_text :], blocks], dim=1)
+
+    def own_positions(self) -> torch.Tensor:
+        """Return the position of each block's tokens so far, int64 (B, G, block_start + L)."""
+        steps = torch.arange(self.block_start + self.block_length, device=self.anchors.device)
+        return self.text_positions().gather(1, self.anchors)[:, :, None] + 1 + steps
 
     def text_visible(self, window: int | None) -> torch.Tensor | None:
         """Return which text columns each new text column sees, bool (B, 1, T, S).

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from trl_selfplay.generation.random_streams import Phase, gumbel_noise, stream_key, token_words
-from trl_selfplay.trainers.quiet_star.attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.backbone import (
     bar,
     chunk_rows,
@@ -21,6 +20,7 @@ from trl_selfplay.trainers.quiet_star.backbone import (
     project,
 )
 from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout, ThoughtMemory, new_text_layout
+from trl_selfplay.trainers.quiet_star.replaced_attention import thoughts_attend
 
 
 @dataclass(frozen=True, slots=True)

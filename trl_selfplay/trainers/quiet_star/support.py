@@ -13,10 +13,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from trl_selfplay.generation.model_traits import describe_model
-from trl_selfplay.trainers.quiet_star.attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.backbone import embed, last_states, project
 from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout, ThoughtMemory, new_text_layout
 from trl_selfplay.trainers.quiet_star.mixing import unwrap_causal_lm
+from trl_selfplay.trainers.quiet_star.replaced_attention import (
+    WITHOUT_POSITION_IDS,
+    thoughts_attend,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,20 +54,26 @@ def check_model(model: Any) -> None:
             f"{name} looks up vectors for each layer by a token's id (`hidden_size_per_layer_input`), "
             f"which the vectors that begin and end a thought don't have. {remedy}"
         )
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(f"{name} has chunked attention, which thoughts don't support. {remedy}")
+    for kind in getattr(config, "layer_types", None) or ():
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(
+                f"{name} has layers of the kind {kind!r}, in which a token sees a selection of "
+                f"the text that thoughts can't join. {remedy}"
+            )
+    if causal_lm.base_model is causal_lm:
+        raise ValueError(
+            f"{name} can't be run without its head, so states can't be mixed. {remedy}"
+        )
     attention = causal_lm.config._attn_implementation
     if attention not in _KNOWN_ATTENTION:
         raise ValueError(
             f"{name} was loaded with attn_implementation={attention!r}. Thoughts replace the "
             f"attention function, so it must be a known one: {', '.join(_KNOWN_ATTENTION)}."
         )
-    if not traits.takes_position_ids or not getattr(
-        causal_lm, "_supports_attention_backend", False
-    ):
+    if not traits.takes_position_ids and name not in WITHOUT_POSITION_IDS:
         raise ValueError(
-            f"{name} doesn't take position_ids or an attention function through transformers' "
-            f"interfaces, so thoughts can't be placed. {remedy}"
+            f"{name} doesn't take position_ids, so thoughts can't be placed after their columns. "
+            f"{remedy}"
         )
     if any(p.device.type == "meta" for p in causal_lm.parameters()):
         return  # sharded weights allow no trial
@@ -94,9 +103,15 @@ def _try_thoughts(model: Any, name: str, remedy: str) -> None:
                 )
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # models fail in many ways
+        except ValueError as error:
             reason = str(error).rstrip(".")
             raise ValueError(f"{name} can't compute thoughts: {reason}. {remedy}") from error
+        except Exception as error:  # models fail in many ways
+            raise ValueError(
+                f"{name} can't compute thoughts: its attention reads the mask itself, or works in "
+                f"another way of its own ({type(error).__name__}: {str(error).rstrip('.')}). {remedy}"
+            ) from error
+        _check_head(model, text, name, remedy)
         ours = project(model, states).float()  # (2 ways, 2 blocks, L, V)
         for block, anchor, logits in zip(blocks, anchors[0].tolist(), ours.unbind(1), strict=True):
             sequence = torch.cat([text[: anchor + 1], block])[None]
@@ -106,12 +121,25 @@ def _try_thoughts(model: Any, name: str, remedy: str) -> None:
             if not difference <= _TOLERANCE.get(model.dtype, 1e-1) * max(size, 1.0):
                 raise ValueError(
                     f"{name} gives other logits for a thought in one forward than for the same "
-                    f"tokens in a sequence (they differ by {difference:.2g}), so its attention, "
-                    f"positions or head work in a way that thoughts don't support. {remedy}"
+                    f"tokens in a sequence (they differ by {difference:.2g}), so its attention or "
+                    f"positions work in a way that thoughts don't support. {remedy}"
                 )
     finally:
         for module, was_training in zip(model.modules(), training, strict=True):
             module.training = was_training
+
+
+def _check_head(model: Any, text: torch.Tensor, name: str, remedy: str) -> None:
+    """Raise ValueError if the model's logits aren't those of `project`."""
+    states = model.base_model(input_ids=text[None], use_cache=False).last_hidden_state
+    expected = model(input_ids=text[None], use_cache=False).logits.float()
+    difference = (expected - project(model, states).float()).abs().max().item()
+    size = expected.abs().max().item()
+    if not difference <= _TOLERANCE.get(model.dtype, 1e-1) * max(size, 1.0):
+        raise ValueError(
+            f"{name} has a head of more than one linear layer, which mixed states don't "
+            f"support. {remedy}"
+        )
 
 
 def _states_of_thoughts(

@@ -29,7 +29,6 @@ from trl_selfplay.trainers.construction import (
     read_config,
 )
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
-from trl_selfplay.trainers.quiet_star.attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.config import QuietSTaRConfig
 from trl_selfplay.trainers.quiet_star.construction import (
     add_thoughts_to_forward,
@@ -68,6 +67,7 @@ from trl_selfplay.trainers.quiet_star.observation import (
     most_helpful,
     thought_sums,
 )
+from trl_selfplay.trainers.quiet_star.replaced_attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.sampling import (
     SampledThoughts,
     ThinkingColumns,

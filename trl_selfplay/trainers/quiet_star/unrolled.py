@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from trl_selfplay.trainers.quiet_star.attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.backbone import (
     describe_predictions,
     embed,
@@ -18,6 +17,7 @@ from trl_selfplay.trainers.quiet_star.backbone import (
 )
 from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout
 from trl_selfplay.trainers.quiet_star.mixing import ATTRIBUTE, mix
+from trl_selfplay.trainers.quiet_star.replaced_attention import thoughts_attend
 
 
 @dataclass(frozen=True, slots=True)
