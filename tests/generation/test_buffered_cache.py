@@ -46,7 +46,7 @@ def test_a_rebuilt_cache_lets_its_old_buffers_go(config, change) -> None:
     else:
         cache.reorder_cache(torch.tensor([1]))
     for layer, (keys, _), (more, _) in zip(cache.layers, expected, joined, strict=True):
-        assert layer._key_buffer is layer._value_buffer is None
+        assert layer._buffers is None
         if change == "join":
             padded = torch.nn.functional.pad(more, (0, 0, 2, 0))
             assert torch.equal(layer.keys, torch.cat([keys, padded]))
@@ -54,3 +54,60 @@ def test_a_rebuilt_cache_lets_its_old_buffers_go(config, change) -> None:
             assert torch.equal(layer.keys, keys[:, :, [0, 2, 3]])
         else:
             assert torch.equal(layer.keys, keys[1:])
+
+
+def settle(cache: DynamicCache, rows: int, columns: int) -> list[tuple]:
+    buffers = []
+    for layer in cache.layers:
+        keys, values = (torch.zeros(rows, HEADS, columns, DIM) for _ in range(2))
+        layer.settle(keys, values)
+        buffers.append((keys, values))
+    return buffers
+
+
+@pytest.mark.parametrize("change", ["join", "columns", "reorder", "update"])
+def test_a_settled_cache_stays_in_its_buffers(config, change) -> None:
+    """With the same keys and values as a cache that isn't settled."""
+    caches = []
+    for is_settled in (True, False):
+        torch.manual_seed(0)
+        cache, other = new_cache(config), new_cache(config)
+        fill(cache, 2, [3, 1])
+        fill(other, 1, [2])
+        if is_settled:
+            buffers = settle(cache, 4, 8)
+        if change == "join":
+            join_caches(cache, other)
+        elif change == "columns":
+            keep_columns(cache, torch.tensor([True, False, True, True]))
+        elif change == "reorder":
+            cache.reorder_cache(torch.tensor([1, 1, 0]))
+        fill(cache, 3 if change in ("join", "reorder") else 2, [1])
+        caches.append(cache)
+    for layer, grown, (keys, values) in zip(*(c.layers for c in caches), buffers, strict=True):
+        assert layer.lies_in(keys)
+        assert layer.keys.data_ptr() == keys.data_ptr()
+        assert layer.values.data_ptr() == values.data_ptr()
+        assert torch.equal(layer.keys, grown.keys)
+        assert torch.equal(layer.values, grown.values)
+
+
+def test_a_settled_cache_leaves_buffers_that_are_too_small_or_needed(config) -> None:
+    for change in ("rows", "columns", "leave"):
+        cache = new_cache(config)
+        expected = fill(cache, 2, [4, 1])
+        buffers = settle(cache, 2, 5)
+        for layer in cache.layers:
+            if change == "leave":
+                layer.leave()
+        if change == "rows":
+            cache.reorder_cache(torch.tensor([0, 1, 1]))
+        elif change == "columns":
+            fill(cache, 2, [1])
+        for keys, values in buffers:
+            keys.zero_()
+            values.zero_()
+        for layer, (keys, values), (home, _) in zip(cache.layers, expected, buffers, strict=True):
+            assert not layer.lies_in(home)
+            assert torch.equal(layer.keys[:2, :, :5], keys)
+            assert torch.equal(layer.values[:2, :, :5], values)

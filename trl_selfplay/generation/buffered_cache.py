@@ -24,8 +24,8 @@ class BufferedLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._key_buffer: torch.Tensor | None = None
-        self._value_buffer: torch.Tensor | None = None
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._stays = False
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -33,38 +33,68 @@ class BufferedLayer(DynamicLayer):
         """Append keys and values, (B, H, S, D) each, and return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
+        length, rows = self.get_seq_length(), key_states.shape[0]
         end = length + key_states.shape[-2]
-        # Grow the buffers if they lack room. Otherwise only the new tokens are written; the slices
-        # below are views, so attention reads the buffers directly.
-        if self._key_buffer is None or self._value_buffer is None or self._is_full(end):
-            self._key_buffer = _grown(self.keys, key_states, length, end)
-            self._value_buffer = _grown(self.values, value_states, length, end)
-        self._key_buffer[:, :, length:end] = key_states
-        self._value_buffer[:, :, length:end] = value_states
-        self.keys = self._key_buffer[:, :, :end]
-        self.values = self._value_buffer[:, :, :end]
+        # Grow the buffers if they lack room. Otherwise only the new tokens are written, and attention
+        # reads the buffers directly.
+        if self._buffers is None or end > self._buffers[0].shape[-2]:
+            self._buffers = (
+                _grown(self.keys, key_states, length, end),
+                _grown(self.values, value_states, length, end),
+            )
+            self._stays = False
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:rows, :, length:end] = states
+        self.show(rows, end)
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
-    def _is_full(self, end: int) -> bool:
-        """Return whether the buffer lacks room, or `keys` was replaced and isn't a view of it.
+    def show(self, rows: int, length: int) -> None:
+        """Make keys and values the first rows and columns of the buffers."""
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[:rows, :, :length] for buffer in self._buffers)
 
-        Joining rows or dropping columns gives `keys` a new storage.
+    def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Replace keys and values by those of other rows or columns.
+
+        They are copied to buffers that stay, if they fit; other buffers are freed, and the next token
+        allocates new ones.
         """
-        assert self._key_buffer is not None
+        rows, _, length, _ = keys.shape
+        if self._stays and self._buffers is not None:
+            room = self._buffers[0].shape
+            self._stays = rows <= room[0] and length <= room[2]
+        if not self._stays or self._buffers is None:
+            self.keys, self.values, self._buffers = keys, values, None
+            return
+        for buffer, states in zip(self._buffers, (keys, values), strict=True):
+            buffer[:rows, :, :length] = states
+        self.show(rows, length)
+
+    def settle(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Move keys and values to buffers that stay, with room for more rows and columns."""
         assert self.keys is not None
-        return (
-            end > self._key_buffer.shape[-2] or self.keys.data_ptr() != self._key_buffer.data_ptr()
-        )
+        assert self.values is not None
+        self._buffers, self._stays = (keys, values), True
+        self.put(self.keys, self.values)
+
+    def leave(self) -> None:
+        """Take keys and values out of buffers that stay, which others need."""
+        assert self.keys is not None
+        assert self.values is not None
+        self._stays = False
+        self.put(self.keys.clone(), self.values.clone())
+
+    def lies_in(self, keys: torch.Tensor) -> bool:
+        """Return whether the layer is settled in these buffers."""
+        return self._stays and self._buffers is not None and self._buffers[0] is keys
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Repeat, select or drop rows; the next token allocates new buffers."""
+        """Repeat, select or drop rows."""
         super().reorder_cache(beam_idx)
-        self.release_buffers()
-
-    def release_buffers(self) -> None:
-        """Free the buffers once `keys` and `values` are no longer views of them."""
-        self._key_buffer = self._value_buffer = None
+        if self.keys is not None and self.values is not None:
+            self.put(self.keys, self.values)
 
 
 def _grown(held: torch.Tensor | None, states: torch.Tensor, length: int, end: int) -> torch.Tensor:
@@ -118,9 +148,10 @@ def _filled(cache: DynamicCache) -> list[Any]:
 
 def _replace(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Set a layer's keys and values, and free the old ones before the next layer is copied."""
-    layer.keys, layer.values = keys, values
     if isinstance(layer, BufferedLayer):
-        layer.release_buffers()
+        layer.put(keys, values)
+    else:
+        layer.keys, layer.values = keys, values
 
 
 def _joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

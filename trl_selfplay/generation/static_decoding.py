@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from trl_selfplay.generation.buffered_cache import BufferedLayer
 from trl_selfplay.generation.causal_forward import CausalForward
 from trl_selfplay.generation.model_traits import ModelTraits, input_device, without_adapters
 from trl_selfplay.memory import is_out_of_memory
@@ -47,6 +46,7 @@ class StaticDecoder:
     def __init__(self, device_type: str = "cuda") -> None:
         self.device_type = device_type
         self._obstacle: str | None = None
+        self._told: str | None = None
         self._model_state: Any = None
         self._capacity = (0, 0)  # rows, columns
         self._buffers: _Buffers | None = None
@@ -56,8 +56,9 @@ class StaticDecoder:
         if input_device(model).type != self.device_type:
             return False
         obstacle = _find_obstacle(model, traits)
-        if obstacle is not None:
+        if obstacle is not None and obstacle != self._told:
             logger.info("decoding without CUDA graphs: %s.", obstacle)
+        self._told = obstacle
         return obstacle is None
 
     def build_forward(
@@ -99,7 +100,7 @@ class StaticDecoder:
         if self._obstacle is not None:
             return None
         try:
-            return self._hold(cache, mask).step(forward, tokens, cache, positions)
+            return self._hold(cache).step(forward, tokens, cache, positions, mask)
         except Exception as error:  # a fault of the model's own shows up again without graphs
             self._buffers = None
             self._capacity = (0, self._capacity[1])
@@ -115,7 +116,7 @@ class StaticDecoder:
         self._buffers = self._obstacle = None
         self._capacity = (0, 0)
 
-    def _hold(self, cache: DynamicCache, mask: torch.Tensor | None) -> "_Buffers":
+    def _hold(self, cache: DynamicCache) -> "_Buffers":
         """Return buffers that hold the cache, with room for a token."""
         rows, _, length, _ = _layers(cache)[0].keys.shape
         rows = _row_size(max(rows, self._capacity[0]))
@@ -124,10 +125,8 @@ class StaticDecoder:
             self._buffers = None
         if self._buffers is None:
             self._buffers = _Buffers(rows, columns, captures=self.device_type == "cuda")
-        buffers = self._buffers
-        if not buffers.hold(cache):
-            buffers.take(cache, mask)
-        return buffers
+        self._buffers.take(cache)
+        return self._buffers
 
 
 class _StaticForward(CausalForward):
@@ -171,38 +170,28 @@ class _Buffers:
     def have_room(self, rows: int, columns: int) -> bool:
         return rows <= self._size[0] and columns <= self._size[1]
 
-    def hold(self, cache: DynamicCache) -> bool:
-        """Return whether the cache's keys are views of the buffers.
+    def take(self, cache: DynamicCache) -> None:
+        """Move a cache into the buffers, unless it lies there; it then stays there.
 
-        Those of rows that were dropped, repeated or joined have a storage of their own.
+        A cache that needs more room than the buffers have leaves them by itself.
         """
-        keys = _layers(cache)[0].keys
-        return self._owner() is cache and keys.data_ptr() == self._keys[0].data_ptr()
-
-    def take(self, cache: DynamicCache, mask: torch.Tensor | None) -> None:
-        """Move a cache into the buffers; `mask`, (B, S + 1) or None, covers it and the next token."""
         layers = _layers(cache)
-        if not self._keys:
-            self._allocate(layers[0].keys.device)
+        if self._keys and layers[0].lies_in(self._keys[0]):
+            return
         other = self._owner()
         if other is not None and other is not cache:
             for layer in _layers(other):
-                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+                layer.leave()
         self._owner = weakref.ref(cache)
+        if not self._keys:
+            self._allocate(layers[0].keys.device)
         for place, layer in enumerate(layers):
             if place == len(self._keys):
                 # Masked columns count with a weight of zero, which must not meet a NaN.
                 for buffers, held in ((self._keys, layer.keys), (self._values, layer.values)):
                     shape = (self._size[0], held.shape[1], self._size[1], held.shape[3])
                     buffers.append(held.new_zeros(shape))
-            rows, _, length, _ = layer.keys.shape
-            self._keys[place][:rows, :, :length] = layer.keys
-            self._values[place][:rows, :, :length] = layer.values
-            self._show(place, layer, rows, length)
-        # Rows beyond the batch see all columns, since one that sees none gives NaN.
-        self._mask.fill_(1)
-        if mask is not None:
-            self._mask[: mask.shape[0], : mask.shape[1]] = mask
+            layer.settle(self._keys[place], self._values[place])
 
     def _allocate(self, device: torch.device) -> None:
         rows, columns = self._size
@@ -211,17 +200,13 @@ class _Buffers:
         self._order = torch.arange(columns, device=device)
         self._mask = torch.ones((rows, columns), dtype=torch.long, device=device)
 
-    def _show(self, place: int, layer: BufferedLayer, rows: int, length: int) -> None:
-        layer.keys = self._keys[place][:rows, :, :length]
-        layer.values = self._values[place][:rows, :, :length]
-        layer.release_buffers()
-
     def step(
         self,
         forward: CausalForward,
         tokens: torch.Tensor,
         cache: DynamicCache,
         positions: torch.Tensor,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Feed tokens (B,) into the cache that the buffers hold; return logits, float32 (B, V)."""
         layers = _layers(cache)
@@ -229,6 +214,10 @@ class _Buffers:
         self._tokens[:rows] = tokens
         self._positions[:rows] = positions
         self._column.fill_(length)
+        # Rows beyond the batch see all columns, since one that sees none gives NaN.
+        self._mask[rows if mask is not None else 0 :].fill_(1)
+        if mask is not None:
+            self._mask[:rows, : length + 1] = mask
         size = (_row_size(rows), _column_size(length + 1))
         if size in self._graphs:
             self._graphs[size].replay()
@@ -239,8 +228,8 @@ class _Buffers:
             # The first step of a size, which chooses kernels and may allocate for good, isn't captured.
             self._met.add(size)
             self._compute(forward, size)
-        for place, layer in enumerate(layers):
-            self._show(place, layer, rows, length + 1)
+        for layer in layers:
+            layer.show(rows, length + 1)
         assert self._logits is not None
         return self._logits[:rows]
 
@@ -268,6 +257,7 @@ class _Buffers:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)
         torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # which a capture that runs out of memory can't do
         # Weights that an outer autocast has cast already must be cast by the graph, and not outlive it.
         torch.clear_autocast_cache()
         with torch.cuda.stream(self._stream):

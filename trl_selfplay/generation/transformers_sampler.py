@@ -121,7 +121,7 @@ class TransformersSampler:
 
         Compares keys and values, activations of the prompt and logits with half of the free memory.
         On a CPU, keys and values take at most as much as the weights, or 256 MiB. For CUDA graphs,
-        keys and values count twice: in the graphs' buffers, and as new rows on their way there.
+        those of the prompt count twice: in the graphs' buffers, and as new rows on their way there.
         """
         model, traits = self._unwrapped(), self._traits()
         device = input_device(model)
@@ -132,7 +132,7 @@ class TransformersSampler:
             largest = min(_LARGEST_BATCH_ON_CPU, cache // (traits.bytes_per_token * length))
         bytes_per_sequence = _bytes_per_sequence(traits, longest_prompt, max_completion_length)
         if self._static is not None and self._static.takes(model, traits):
-            bytes_per_sequence += traits.bytes_per_token * (longest_prompt + max_completion_length)
+            bytes_per_sequence += traits.bytes_per_token * longest_prompt
         fitting = int(_SHARE_OF_FREE_MEMORY * _free_bytes(device)) // bytes_per_sequence
         return max(1, min(largest, fitting))
 
