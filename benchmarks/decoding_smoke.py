@@ -173,6 +173,8 @@ def failing_capture() -> None:
             f"empty_cache works; reserved {before >> 20} -> {torch.cuda.memory_reserved() >> 20} MiB"
         )
         say("current stream is the default one:", torch.cuda.current_stream().cuda_stream == 0)
+        say("random numbers and pinned memory:", torch.rand(1, device="cuda").item(),
+            torch.ones(9).pin_memory().sum().item())  # fmt: skip
     _, graphs = samplers(build(TINY, torch.float32))
     say("another model is captured afterwards:", sample(graphs, requests, options) == expected,
         graphs._static._obstacle)  # fmt: skip
@@ -234,7 +236,6 @@ def main() -> None:
     dtype = torch.bfloat16 if GPU else torch.float32
     check("tiny, float32: rows leave and come", lambda: whole_sampler(build(TINY, torch.float32)))
     check("tiny, float32", lambda: compare(build(TINY, torch.float32), 16, theirs=True))
-    check("a capture that fails", failing_capture)
     model = check("0.5B, 16-bit: build", lambda: build(HALF_B, dtype))
     for batch in BATCHES:
         check(f"0.5B, 16-bit, batch {batch}", lambda b=batch: compare(model, b, theirs=True))
@@ -243,6 +244,7 @@ def main() -> None:
     if GPU:
         check("profile, batch 32", lambda: profile(model, 32))
         check("memory", lambda: released(model))
+    model = None
     model = check("0.5B, nf4, LoRA: build", lambda: build(HALF_B, dtype, nf4=GPU, lora=True))
     for batch in BATCHES:
         check(f"0.5B, nf4, LoRA, batch {batch}", lambda b=batch: compare(model, b, theirs=False))
@@ -255,6 +257,8 @@ def main() -> None:
     check("profile, batch 128", lambda: profile(model, BATCHES[-1]) if GPU else None)
     for batch in BATCHES[1:]:
         check(f"continuous batching, batch {batch}", lambda b=batch: continuous(model, b))
+    model = None
+    check("a capture that fails", failing_capture)
     say("end")
 
 
