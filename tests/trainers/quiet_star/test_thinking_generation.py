@@ -80,6 +80,57 @@ def test_filters_are_those_of_transformers(family_model, text) -> None:
     assert not torch.equal(model.generate(ids, max_new_tokens=8), plain)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_without_weight_on_thoughts_greedy_text_is_that_of_transformers(
+    padded, family_model, text
+) -> None:
+    """From the model's generation config alone: several EOS ids, the penalty, the length."""
+    causal_lm = family_model(awake=False)
+    ids, mask = text.ids, text.mask.clone()
+    if padded:
+        ids, mask[1, :5] = ids.clone(), 0
+        ids[1, :5] = 0
+    causal_lm.generation_config = GenerationConfig(
+        # transformers counts padding as seen, so a penalty would differ.
+        repetition_penalty=1.0 if padded else 1.7,
+        eos_token_id=[3, 9, 14], pad_token_id=0, max_new_tokens=16,
+    )  # fmt: skip
+    theirs = causal_lm.generate(ids, attention_mask=mask)
+    ours = QuietSTaRModel(causal_lm, ThoughtSettings(1)).generate(ids, mask)
+    assert torch.equal(ours, theirs)
+    assert ours.shape[1] > ids.shape[1] + 2
+
+
+def test_without_weight_on_thoughts_samples_follow_the_scores_of_transformers(
+    family_model, text
+) -> None:
+    """All filters together, from a generation config and keywords, which win."""
+    causal_lm = family_model(awake=False)
+    ids, count = text.ids[:1, :6], 4000
+    causal_lm.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.3, top_k=15, top_p=0.97, min_p=0.02, repetition_penalty=1.4,
+        num_return_sequences=3, pad_token_id=0, max_new_tokens=1,
+    )  # fmt: skip
+    changed = {"temperature": 1.6, "num_return_sequences": count}
+    torch.manual_seed(0)
+    theirs = causal_lm.generate(
+        ids, attention_mask=torch.ones_like(ids), **changed | {"num_return_sequences": 1},
+        output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    expected = theirs.scores[0][0].double().softmax(-1) * count
+    model = QuietSTaRModel(causal_lm, ThoughtSettings(1))
+    assert len(model.generate(ids)) == 3
+    observed = torch.bincount(model.generate(ids, **changed)[:, -1], minlength=23)
+    kept = expected > 0
+    assert 4 < kept.sum() < 16
+    assert observed[~kept].sum() == 0
+    common = expected >= 5
+    found = [*observed[common].tolist(), int(observed[~common].sum())]
+    due = [*expected[common].tolist(), float(expected[~common].sum())]
+    pairs = [(f, d) for f, d in zip(found, due, strict=True) if d]
+    assert chisquare(*zip(*pairs, strict=True)).pvalue > 1e-3
+
+
 def test_the_models_generation_config_counts_where_nothing_else_is_said(family_model, text) -> None:
     causal_lm = family_model()
     model, ids = QuietSTaRModel(causal_lm, ThoughtSettings(1)), text.ids[:, :4]
@@ -103,7 +154,12 @@ def test_the_models_generation_config_counts_where_nothing_else_is_said(family_m
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
-        ({"num_beams": 4}, TypeError, "doesn't take num_beams=4. It takes input_ids"),
+        ({"num_beams": 4}, TypeError, "num_beams=4: thoughts are not kept per beam"),
+        (
+            {"generation_config": GenerationConfig(num_beams=4)},
+            ValueError,
+            "num_beams=4",
+        ),
         ({"output_scores": True, "streamer": 1}, TypeError, "output_scores=True, streamer=1"),
         ({"num_return_sequences": 2}, ValueError, "Set do_sample=True"),
         ({"num_return_sequences": 0}, ValueError, "num_return_sequences=0"),

@@ -21,7 +21,7 @@ from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout
 # Maximum number of scores computed at once. Chunks bound the memory (16 MiB in float32 on a CPU,
 # close to the size of its caches), and each chunk skips text columns that none of its blocks sees.
 CPU_CHUNK_SCORES = 1 << 22
-DEVICE_CHUNK_SCORES = 1 << 27
+DEVICE_CHUNK_SCORES = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)

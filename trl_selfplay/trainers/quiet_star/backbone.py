@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from trl_selfplay.trainers.quiet_star.layout import ThoughtLayout
 from trl_selfplay.trainers.quiet_star.replaced_attention import WITHOUT_POSITION_IDS, mask_with
 
-# Maximum number of logits at once: 4 MiB in float32 on a CPU, 512 MiB elsewhere.
+# Maximum number of logits at once: 4 MiB in float32 on a CPU, 256 MiB elsewhere.
 CPU_CHUNK_LOGITS = 1 << 20
-DEVICE_CHUNK_LOGITS = 1 << 27
+DEVICE_CHUNK_LOGITS = 1 << 26
 
 
 def embed(model: Any, token_ids: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,12 @@ class GenerateOptions:
 
 def refuse_unknown(options: Mapping[str, Any]) -> None:
     """Raise TypeError for unsupported keywords of `generate`, unless they are switched off."""
+    if (options.get("num_beams") or 1) != 1:
+        raise TypeError(
+            f"QuietSTaRModel.generate got num_beams={options['num_beams']}: thoughts are not kept per "
+            "beam. Leave it out, or sample with do_sample=True and num_return_sequences and choose "
+            "among the texts."
+        )
     unknown = [
         f"{name}={value!r}"
         for name, value in options.items()
