@@ -16,6 +16,7 @@ from tests.generation.test_transformers_sampler import (
     collect,
     random_prompts,
 )
+from trl_selfplay.generation import decode_batch
 from trl_selfplay.generation.model_traits import describe_model
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.generation.static_decoding import StaticDecoder
@@ -26,6 +27,11 @@ NEEDS_GPU = (
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 )
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+POSITIONS = {
+    "gpt2": "n_positions",
+    "llama": "max_position_embeddings",
+    "mistral": "max_position_embeddings",
+}
 OPTIONS = SamplingOptions(40, eos_token_ids=(EOS, 9, 23))
 
 
@@ -67,6 +73,32 @@ def test_samples_equal_those_of_a_cache_that_grows(
         if options.return_logprobs:
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
     assert bool(buffers_of(sampler)._graphs) == (device == "cuda")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize(
+    ("lengths", "prefix_length", "batch_size"),
+    [([1, 9, 30, 4], 0, 5), ([1, 9, 30], 40, 7), ([30], 0, 1)],
+)
+def test_a_forward_that_begins_before_its_tokens_are_looked_at_changes_no_sample(
+    build_model, tokenizer, monkeypatch, family, lengths, prefix_length, batch_size
+) -> None:
+    """As on a GPU, which computes by itself; the last row fills the model's context."""
+    length = max(lengths) + prefix_length + 40
+    model = build_model(family, **{POSITIONS[family]: length - 1}).eval()
+    requests = build_requests(random_prompts(lengths, prefix_length=prefix_length), num_samples=4)
+    options = SamplingOptions(
+        40, eos_token_ids=(EOS, 9, 23), repetition_penalty=1.2, return_logprobs=True
+    )
+    sampler = TransformersSampler(model, tokenizer)
+    expected = collect(sampler, requests, options, batch_size)
+    monkeypatch.setattr(decode_batch, "_can_run_ahead", lambda forward: True)
+    for found in (sampler, static_sampler(model, tokenizer)):
+        for ours, theirs in zip(
+            collect(found, requests, options, batch_size), expected, strict=True
+        ):
+            assert ours.completion_ids == theirs.completion_ids
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,7 +7,7 @@ Shapes: B rows, S cached columns, V logits.
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,7 @@ class DecodeBatch:
         self._seen: torch.Tensor | None = None
         self._logprobs: torch.Tensor | None = None
         self._tokens: torch.Tensor | None = None  # (B,), chosen but not yet fed to the model
+        self._runs_ahead = _can_run_ahead(forward)
         self._prefill([request.prompt_ids for _, request in requests], pad_token_id, prefix)
 
     def _build_row(
@@ -223,10 +224,11 @@ class DecodeBatch:
         The shorter of the two caches is padded on the left, masked, to the length of the other. That
         is exact for full attention, and for sliding windows over rows without inner padding.
         """
-        # Bring this batch to the state of a prefilled one: its last tokens in the cache, and only
-        # unfinished rows.
+        # Bring this batch to the state of a prefilled one: only unfinished rows, and their last tokens
+        # in the cache.
+        self._drop_finished()
         if self._tokens is not None:
-            self._feed(self._drop_finished(self._tokens))
+            self._feed(self._tokens)
             self._tokens = None
         # Make room: drop columns that no remaining row sees.
         masks = [self._full_mask(), other._full_mask()]
@@ -273,7 +275,7 @@ class DecodeBatch:
 
     def _decode_one(self) -> list[tuple[int, SampledCompletion]]:
         # Tokens are fed here and not when they are chosen, so that finished rows are returned before
-        # the next forward.
+        # the next forward. A device that computes by itself is given that forward at once.
         if self._tokens is not None:
             self._feed(self._tokens)
         tokens, logprobs = self._chooser.choose(
@@ -284,8 +286,13 @@ class DecodeBatch:
         )
         if logprobs is not None:
             self._logprobs = logprobs if self._logprobs is None else self._logprobs + logprobs
+        read = _start_reading(tokens)
+        if self._runs_ahead:
+            self._feed(tokens)
+        else:
+            self._tokens = tokens
         # The only synchronization with the device per step.
-        token_list = tokens.tolist()
+        token_list = read()
         finished: list[tuple[int, SampledCompletion]] = []
         for place, (row, token) in enumerate(zip(self._rows, token_list, strict=True)):
             if row.is_finished:
@@ -312,8 +319,7 @@ class DecodeBatch:
             self._rows = []
             return finished
         if finished and num_finished >= _DROP_SHARE * len(self._rows):
-            tokens = self._drop_finished(tokens)
-        self._tokens = tokens
+            self._drop_finished()
         return finished
 
     def _finish_of(self, row: _Row, token: int) -> Finish | None:
@@ -371,13 +377,12 @@ class DecodeBatch:
         )
         self._positions = self._positions + 1
 
-    def _drop_finished(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Remove the finished rows from every tensor; return the tokens of the remaining rows."""
+    def _drop_finished(self) -> None:
+        """Remove the finished rows from every tensor."""
         kept = [place for place, row in enumerate(self._rows) if not row.is_finished]
-        self._rows = [self._rows[place] for place in kept]
-        index = torch.tensor(kept).to(self._forward.device)
-        self._select(index)
-        return tokens[index.to(tokens.device)]
+        if len(kept) < len(self._rows):
+            self._rows = [self._rows[place] for place in kept]
+            self._select(torch.tensor(kept).to(self._forward.device))
 
     def _select(self, index: torch.Tensor) -> None:
         """Repeat or select rows of the cache and of all other tensors, by index (B',)."""
@@ -388,6 +393,8 @@ class DecodeBatch:
         # With layers on several devices, logits may be on another one than the input.
         beside = index.to(self._logits.device)
         self._logits = self._logits[beside]
+        if self._tokens is not None:
+            self._tokens = self._tokens[beside]
         if self._seen is not None:
             self._seen = self._seen[beside]
         if self._logprobs is not None:
@@ -395,6 +402,27 @@ class DecodeBatch:
 
     def _current_mask(self) -> torch.Tensor | None:
         return None if self._mask is None else self._mask[:, : self._length]
+
+
+def _can_run_ahead(forward: CausalForward) -> bool:
+    """Return whether the forward on tokens can begin before it is known which rows they finish."""
+    return forward.device.type == "cuda" and not forward.traits.rope_restarts
+
+
+def _start_reading(tokens: torch.Tensor) -> Callable[[], list[int]]:
+    """Copy tokens from the device before what is queued after this; return what waits for them."""
+    if tokens.device.type != "cuda":
+        return tokens.tolist
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    is_copied = torch.cuda.Event()
+    is_copied.record(torch.cuda.current_stream(tokens.device))
+
+    def read() -> list[int]:
+        is_copied.synchronize()
+        return host.tolist()
+
+    return read
 
 
 def _token_mask(prompts: Sequence[tuple[int, ...]], logits: torch.Tensor) -> torch.Tensor:
