@@ -19,6 +19,7 @@ FLOW = (
     "memory",
     "disk",
     "generation",
+    "estimation",
     "rewards",
     "rollouts",
     "evaluation",

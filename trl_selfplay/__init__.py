@@ -8,6 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trl_selfplay.estimation.forecast import estimate
+    from trl_selfplay.estimation.record import Estimate
+    from trl_selfplay.estimation.twin import CannotEstimateError
     from trl_selfplay.rollouts.record import Rollout
     from trl_selfplay.rollouts.selection import default_normal_form, reasoning_path
     from trl_selfplay.rounds.empty_round import EmptyRoundError
@@ -29,7 +32,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CannotEstimateError",
     "EmptyRoundError",
+    "Estimate",
     "IRPOConfig",
     "IRPOTrainer",
     "QuietSTaRConfig",
@@ -49,12 +54,15 @@ __all__ = [
     "__version__",
     "add_hint",
     "default_normal_form",
+    "estimate",
     "find_leak",
     "reasoning_path",
 ]
 
 _MODULE_OF = {
+    "CannotEstimateError": "trl_selfplay.estimation.twin",
     "EmptyRoundError": "trl_selfplay.rounds.empty_round",
+    "Estimate": "trl_selfplay.estimation.record",
     "IRPOConfig": "trl_selfplay.trainers.irpo.config",
     "IRPOTrainer": "trl_selfplay.trainers.irpo.trainer",
     "QuietSTaRConfig": "trl_selfplay.trainers.quiet_star.config",
@@ -73,6 +81,7 @@ _MODULE_OF = {
     "WrongReferenceError": "trl_selfplay.trainers.reference",
     "add_hint": "trl_selfplay.trainers.star.rationalization",
     "default_normal_form": "trl_selfplay.rollouts.selection",
+    "estimate": "trl_selfplay.estimation.forecast",
     "find_leak": "trl_selfplay.trainers.star.rationalization",
     "reasoning_path": "trl_selfplay.rollouts.selection",
 }

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from trl_selfplay.generation.batch_size import bytes_per_sequence, largest_batch
 from trl_selfplay.generation.causal_forward import CausalForward
 from trl_selfplay.generation.decode_batch import DecodeBatch, SharedPrefix, TokenChooser
 from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
@@ -59,18 +60,8 @@ _PATHS = {
 }
 # A shorter common prefix (the first tokens of a chat template) costs more in copies than it saves.
 _SHORTEST_SHARED_PREFIX = 16
-# In larger batches, the time per step grows with the batch and throughput stays the same.
-_LARGEST_BATCH_ON_CPU = 64
-_LARGEST_BATCH_ON_DEVICE = 256
-# A step reads all weights once for all rows, and the keys and values of each row. Once these are
-# larger than the weights, a larger batch on a CPU costs memory and gains little.
-_LEAST_CACHE_ON_CPU = 256 * 2**20
 # Joining caches copies both; from this share of free places on, fuller steps make up for it.
 _REFILL_SHARE = 1 / 4
-# The rest is for fragmentation, graders and peaks during prefill.
-_SHARE_OF_FREE_MEMORY = 0.5
-# Float32 copies of a row of logits in memory at once: logits, filtered, noise, sorted, hashed bits.
-_LOGITS_COPIES = 6
 
 
 class TransformersSampler:
@@ -125,16 +116,16 @@ class TransformersSampler:
         """
         model, traits = self._unwrapped(), self._traits()
         device = input_device(model)
-        largest = _LARGEST_BATCH_ON_DEVICE
-        if device.type == "cpu":
-            cache = max(sum(p.nbytes for p in model.parameters()), _LEAST_CACHE_ON_CPU)
-            length = longest_prompt + max_completion_length
-            largest = min(_LARGEST_BATCH_ON_CPU, cache // (traits.bytes_per_token * length))
-        bytes_per_sequence = _bytes_per_sequence(traits, longest_prompt, max_completion_length)
-        if self._static is not None and self._static.takes(model, traits):
-            bytes_per_sequence += traits.bytes_per_token * longest_prompt
-        fitting = int(_SHARE_OF_FREE_MEMORY * _free_bytes(device)) // bytes_per_sequence
-        return max(1, min(largest, fitting))
+        graphs = self._static is not None and self._static.takes(model, traits)
+        each = bytes_per_sequence(traits, longest_prompt, max_completion_length, graphs)
+        return largest_batch(
+            traits,
+            longest_prompt + max_completion_length,
+            sum(p.nbytes for p in model.parameters()),
+            each,
+            _free_bytes(device),
+            on_cpu=device.type == "cpu",
+        )
 
     def sample(
         self, requests: Requests, options: SamplingOptions, batch_size: int
@@ -330,17 +321,6 @@ def _build_prefix(
     positions = torch.arange(length)[None].to(forward.device)
     forward.next_logits(input_ids, cache, positions, None)
     return SharedPrefix(first[:length], cache)
-
-
-def _bytes_per_sequence(
-    traits: ModelTraits, longest_prompt: int, max_completion_length: int
-) -> int:
-    length = longest_prompt + max_completion_length
-    return (
-        traits.bytes_per_token * length
-        + traits.bytes_per_prompt_token * longest_prompt
-        + 4 * _LOGITS_COPIES * traits.vocab_size
-    )
 
 
 def _free_bytes(device: torch.device) -> int:

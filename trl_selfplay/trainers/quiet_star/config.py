@@ -16,6 +16,7 @@ from trl_selfplay.trainers.field_checks import (
     check_fields,
 )
 from trl_selfplay.trainers.ported_scripts import takes_ported_fields
+from trl_selfplay.trainers.quiet_star.footprint import ThinkingStep
 from trl_selfplay.trainers.quiet_star.objective import BASELINES
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,10 @@ class QuietSTaRConfig(SFTConfig):
                 "num_thoughts=1 with reinforce_baseline='leave_one_out': there is no other thought "
                 "to compare with. Set num_thoughts=2, or another baseline."
             )
+
+    def step_without_data(self) -> ThinkingStep | None:
+        """Return a training step for estimates of memory; None without thoughts, for the parent's."""
+        return ThinkingStep(self) if self.num_thoughts else None
 
     @classmethod
     def from_paper(cls, **overrides: Any) -> Self:

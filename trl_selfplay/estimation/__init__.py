@@ -1,0 +1,1 @@
+"""Memory of a run before it begins: weights, training, sampling, from configurations alone."""

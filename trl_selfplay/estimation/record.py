@@ -1,0 +1,105 @@
+"""What a run takes, phase by phase: the record that `estimate` returns, and its table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# What a device's driver and libraries take before the first tensor.
+CONTEXT_BYTES = 600 * 10**6
+GB = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """The memory of one phase at its peak.
+
+    Attributes:
+        name: "sampling", "reference" (scoring pairs) or "training".
+        parts: Bytes by what takes them: "weights", "adapter", "gradients", "optimizer",
+            "activations", "logits", "cache", "grading models", "engine".
+        detail: What was assumed, such as the batch.
+    """
+
+    name: str
+    parts: Mapping[str, int]
+    detail: str = ""
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The memory of a run by phase, in bytes. `print` shows a table.
+
+    Attributes:
+        model: Name or class of the model.
+        device: "cuda" or "cpu".
+        phases: In their order within a round.
+        num_parameters: All weights, adapters included.
+        num_trainable: Those that are trained.
+        smallest: Bytes without which nothing can run: the weights.
+        advice: Changes of settings with which it would fit, each with the peak it leads to; empty
+            if it fits, or if no memory was given to fit into.
+        notes: What isn't counted.
+    """
+
+    model: str
+    device: str
+    phases: tuple[Phase, ...]
+    num_parameters: int
+    num_trainable: int
+    smallest: int
+    advice: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase."""
+        return max(phase.total for phase in self.phases)
+
+    @property
+    def largest_phase(self) -> Phase:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    def phase(self, name: str) -> Phase:
+        """Return a phase by its name.
+
+        Raises:
+            KeyError: The run has no such phase.
+        """
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise KeyError(f"there is no phase {name!r}; there are {[p.name for p in self.phases]}.")
+
+    def fits(self, free: int) -> bool:
+        """Return whether every phase fits into so many bytes."""
+        return self.peak <= free
+
+    def summary(self) -> str:
+        """Return one line: the peak and each phase."""
+        phases = ", ".join(f"{phase.name} {_gb(phase.total)}" for phase in self.phases)
+        return f"{_gb(self.peak)} at most ({phases})"
+
+    def __str__(self) -> str:
+        trained = f"{self.num_trainable / 1e6:,.1f} M of {self.num_parameters / 1e6:,.1f} M weights"
+        names = list(dict.fromkeys(name for phase in self.phases for name in phase.parts))
+        width = max(len(name) for name in [*names, "total"])
+        header = " " * width + "".join(f"{phase.name:>12}" for phase in self.phases)
+        rows = [header]
+        for name in [*names, "total"]:
+            values = [p.total if name == "total" else p.parts.get(name, 0) for p in self.phases]
+            rows.append(f"{name:<{width}}" + "".join(f"{_gb(value):>12}" for value in values))
+        details = [f"{phase.name}: {phase.detail}" for phase in self.phases if phase.detail]
+        advice = [f"to fit: {change}" for change in self.advice]
+        title = f"{self.model} on {self.device}, {trained} trained"
+        return "\n".join([title, *rows, *details, *self.notes, *advice])
+
+
+def _gb(count: int) -> str:
+    if count == 0:
+        return "–"
+    return f"{count / GB:.2f} GB" if count >= GB / 100 else f"{count / 1e6:.1f} MB"
