@@ -224,6 +224,52 @@ def continuous(model: Any, batch: int) -> None:
             f"{run.peak_bytes / 2**30:.2f} GiB")  # fmt: skip
 
 
+FUSED = """
+template <typename T> T gumbel(T word, T first, T second) {
+  unsigned int x = (unsigned int)word ^ (unsigned int)first;
+  x ^= x >> 16; x *= 0x7FEB352Du;
+  x ^= (unsigned int)second;
+  x ^= x >> 15; x *= 0x846CA68Bu;
+  x ^= x >> 16; x &= 0x7FFFFFFFu;
+  float v = (float)x * -4.656612873077393e-10f - 2.3283064365386963e-10f;
+  v = v < -0.999999940395355225f ? -0.999999940395355225f : v;
+  return __float_as_int(-logf(-log1pf(v)));
+}
+"""
+
+
+def noise(batch: int) -> None:
+    """Time the noise of one step, as it is and in one kernel, and the other parts of a choice."""
+    from trl_selfplay.generation.random_streams import _row_words, gumbel_noise, token_words
+    from trl_selfplay.generation.token_filters import keep_top_k, keep_top_p
+
+    words = token_words(151_936, "cuda")
+    keys = list(range(batch))
+    rows = torch.from_numpy(_row_words(keys, 3)).to("cuda")
+    fused = torch.cuda.jiterator._create_jit_fn(FUSED)
+    logits = torch.randn(batch, 151_936, device="cuda")
+
+    def milliseconds(run: Callable[[], Any]) -> str:
+        run()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(10):
+            run()
+        torch.cuda.synchronize()
+        return f"{(time.perf_counter() - started) * 100:.3f} ms"
+
+    def in_one() -> torch.Tensor:
+        return fused(words, rows[:, :1], rows[:, 1:]).view(torch.float32)
+
+    say(f"noise, batch {batch}:", milliseconds(lambda: gumbel_noise(words, keys, 3)),
+        "in one kernel", milliseconds(in_one),
+        "equal", torch.equal(in_one(), gumbel_noise(words, keys, 3)),
+        "top-k", milliseconds(lambda: keep_top_k(logits.clone(), 40)),
+        "top-p", milliseconds(lambda: keep_top_p(logits, 0.9)),
+        "argmax", milliseconds(lambda: logits.max(dim=-1)),
+        "words", milliseconds(lambda: _row_words(keys, keys)))  # fmt: skip
+
+
 def main() -> None:
     """Run the checks in the order of what they tell."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
@@ -241,6 +287,8 @@ def main() -> None:
     check("0.5B, 16-bit: rows leave and come", lambda: whole_sampler(model))
     check("0.5B, top-k 40", lambda: compare(model, BATCHES[1], theirs=False, top_k=40))
     if GPU:
+        for batch in (8, 128):
+            check(f"noise, batch {batch}", lambda b=batch: noise(b))
         check("profile, batch 32", lambda: profile(model, 32))
         check("memory", lambda: released(model))
     model = check("0.5B, nf4, LoRA: build", lambda: build(HALF_B, dtype, nf4=GPU, lora=True))
