@@ -7,7 +7,6 @@ python benchmarks/decoding_smoke.py --device cpu      # toy sizes, nothing captu
 import argparse
 import logging
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import Accelerator
 from decoding import (
     build_requests,
     build_tokenizer,
@@ -24,8 +24,9 @@ from decoding import (
     measured,
     sample,
 )
+from gpu_parts import models
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.generation.static_decoding import StaticDecoder
@@ -37,7 +38,7 @@ parser.add_argument("--seconds", type=float, default=105.0, help="begin no check
 ARGS = parser.parse_args()
 GPU = ARGS.device == "cuda"
 STARTED = time.perf_counter()
-LENGTH = 96 if GPU else 12
+LENGTH = 64 if GPU else 12
 BATCHES = (8, 32, 128) if GPU else (2, 4)
 PREFIX, REST = (128, 64) if GPU else (20, 6)
 TINY = LlamaConfig(
@@ -50,6 +51,10 @@ SIZES = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
 HALF_B = Qwen2Config(
     vocab_size=151_936 if GPU else 500, num_attention_heads=14, num_key_value_heads=2,
     max_position_embeddings=4096, tie_word_embeddings=True, **SIZES,
+)  # fmt: skip
+EIGHT_B = LlamaConfig(
+    vocab_size=32_000, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=8,
+    num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=4096,
 )  # fmt: skip
 TOKENIZERS: dict[int, Any] = {}
 
@@ -76,43 +81,39 @@ def check(name: str, run: Callable[[], Any]) -> Any:
 
 def build(config: Any, dtype: torch.dtype, nf4: bool = False, lora: bool = False) -> Any:
     """Return a model with random weights."""
-    torch.manual_seed(0)
-    with torch.device(ARGS.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    models.CONFIGS["tried"] = config
     if nf4:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, quantization_config=quantization, device_map=ARGS.device
-            )
+        model = models.build_model("tried", ARGS.device, is_quantized=True)
+    else:
+        torch.manual_seed(0)
+        with torch.device(ARGS.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if lora:
         config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
         model = get_peft_model(model, config)
     return model.eval()
 
 
-def samplers(model: Any) -> tuple[TransformersSampler, TransformersSampler]:
+def samplers(
+    model: Any, accelerator: Any = None
+) -> tuple[TransformersSampler, TransformersSampler]:
     """Return the eager sampler and the one that captures steps."""
     vocab_size = model.config.vocab_size
     if vocab_size not in TOKENIZERS:
         TOKENIZERS[vocab_size] = build_tokenizer(vocab_size)
     tokenizer = TOKENIZERS[vocab_size]
-    eager = TransformersSampler(model, tokenizer, cuda_graphs=False)
-    graphs = TransformersSampler(model, tokenizer)
+    eager = TransformersSampler(model, tokenizer, accelerator, cuda_graphs=False)
+    graphs = TransformersSampler(model, tokenizer, accelerator)
     if not GPU:
         graphs._static = StaticDecoder("cpu")
     return eager, graphs
 
 
-def compare(model: Any, batch: int, theirs: bool, **changes: Any) -> None:
+def compare(model: Any, batch: int, theirs: bool, accelerator: Any = None, **changes: Any) -> None:
     """Print speed, memory and differing tokens of one batch size."""
     options = SamplingOptions(LENGTH, temperature=1.0, **changes)
     requests = build_requests(model.config.vocab_size, batch, PREFIX, REST)
-    eager, graphs = samplers(model)
+    eager, graphs = samplers(model, accelerator)
     measured(lambda: sample(eager, requests, SamplingOptions(4)))  # warms up
     e = measured(lambda: sample(eager, requests, options))
     captured = measured(lambda: sample(graphs, requests, options))
@@ -122,7 +123,7 @@ def compare(model: Any, batch: int, theirs: bool, **changes: Any) -> None:
     num_graphs = 0 if static._buffers is None else len(static._buffers._graphs)
     line = (
         f"batch {batch:3d}: eager {e.rate:7.0f} tok/s {e.peak_bytes / 2**30:.2f} GiB | graphs "
-        f"{g.rate:7.0f} tok/s {g.peak_bytes / 2**30:.2f} GiB (x{g.rate / e.rate:.2f}), {num_graphs} "
+        f"{g.rate:7.0f} tok/s {batch / g.rate * 1000:.2f} ms per step {g.peak_bytes / 2**30:.2f} GiB (x{g.rate / e.rate:.2f}), {num_graphs} "
         f"captured in about {captured.seconds - g.seconds:.2f} s, differing "
         f"{differing(e.completions, g.completions):.2%}, run to run "
         f"{differing(captured.completions, g.completions):.2%}"
@@ -173,6 +174,8 @@ def failing_capture() -> None:
             f"empty_cache works; reserved {before >> 20} -> {torch.cuda.memory_reserved() >> 20} MiB"
         )
         say("current stream is the default one:", torch.cuda.current_stream().cuda_stream == 0)
+        say("random numbers and pinned memory:", torch.rand(1, device="cuda").item(),
+            torch.ones(9).pin_memory().sum().item())  # fmt: skip
     _, graphs = samplers(build(TINY, torch.float32))
     say("another model is captured afterwards:", sample(graphs, requests, options) == expected,
         graphs._static._obstacle)  # fmt: skip
@@ -278,31 +281,38 @@ def main() -> None:
     name = torch.cuda.get_device_name() if GPU else "cpu"
     say(name, "torch", torch.__version__, "transformers", transformers.__version__)
     dtype = torch.bfloat16 if GPU else torch.float32
-    check("tiny, float32: rows leave and come", lambda: whole_sampler(build(TINY, torch.float32)))
-    check("tiny, float32", lambda: compare(build(TINY, torch.float32), 16, theirs=True))
-    check("a capture that fails", failing_capture)
     model = check("0.5B, 16-bit: build", lambda: build(HALF_B, dtype))
     for batch in BATCHES:
         check(f"0.5B, 16-bit, batch {batch}", lambda b=batch: compare(model, b, theirs=True))
-    check("0.5B, 16-bit: rows leave and come", lambda: whole_sampler(model))
-    check("0.5B, top-k 40", lambda: compare(model, BATCHES[1], theirs=False, top_k=40))
     if GPU:
         for batch in (8, 128):
             check(f"noise, batch {batch}", lambda b=batch: noise(b))
         check("profile, batch 32", lambda: profile(model, 32))
         check("memory", lambda: released(model))
+    model = None
     model = check("0.5B, nf4, LoRA: build", lambda: build(HALF_B, dtype, nf4=GPU, lora=True))
-    for batch in BATCHES:
+    for batch in BATCHES[:2]:
         check(f"0.5B, nf4, LoRA, batch {batch}", lambda b=batch: compare(model, b, theirs=False))
-    model = check("0.5B, 16-bit, LoRA: build", lambda: build(HALF_B, dtype, lora=True))
-    check("0.5B, 16-bit, LoRA", lambda: compare(model, BATCHES[1], theirs=False))
+    if GPU:
+        model = None
+        model = check("8B, 8 layers, nf4, LoRA: build", lambda: build(EIGHT_B, dtype, True, True))
+        mixed = Accelerator(mixed_precision="bf16")
+        for batch in (4, 32):
+            check(f"8B, 8 layers, autocast, batch {batch}",
+                  lambda b=batch: compare(model, b, False, mixed))  # fmt: skip
+        check("profile, nf4, batch 4", lambda: profile(model, 4))
+    model = None
+    model = check("0.5B, 16-bit: build", lambda: build(HALF_B, dtype))
+    check("0.5B, top-k 40", lambda: compare(model, BATCHES[1], theirs=False, top_k=40))
+    check("0.5B, 16-bit: rows leave and come", lambda: whole_sampler(model))
+    for batch in BATCHES[1:]:
+        check(f"continuous batching, batch {batch}", lambda b=batch: continuous(model, b))
     model = None
     model = check("0.5B, float32: build", lambda: build(HALF_B, torch.float32))
     check("0.5B, float32", lambda: compare(model, BATCHES[1], theirs=False))
-    model = check("0.5B, 16-bit: build", lambda: build(HALF_B, dtype))
-    check("profile, batch 128", lambda: profile(model, BATCHES[-1]) if GPU else None)
-    for batch in BATCHES[1:]:
-        check(f"continuous batching, batch {batch}", lambda b=batch: continuous(model, b))
+    model = None
+    check("tiny, float32: rows leave and come", lambda: whole_sampler(build(TINY, torch.float32)))
+    check("a capture that fails", failing_capture)
     say("end")
 
 

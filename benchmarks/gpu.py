@@ -34,6 +34,7 @@ from gpu_parts.items import BROKEN, Records, open_items, run_items
 RESULTS = Path(__file__).parent / "results" / "gpu"
 PARTS = {
     "a": "quantized",
+    "c": "real_task",
     "b": "whole_round",
     "e": "quiet_star",
 }
@@ -105,7 +106,9 @@ def run_part(part: str, args: argparse.Namespace, deadline: float) -> None:
             failed = [s for s in statuses if s != 0]
             if not failed:
                 break
-            records.end_begun(f"The process ended with status {failed[0]}:\n{last_errors(part)}")
+            was_stopped = time.time() >= deadline
+            why = f"The process ended with status {failed[0]}:\n{last_errors(part)}"
+            records.end_begun(None if was_stopped else why)
             if BROKEN not in failed and not has_open(part, args, records):
                 break
 
@@ -152,8 +155,9 @@ def error_file(part: str) -> Path:
 
 
 def last_errors(part: str) -> str:
-    """Return the end of what a part's processes wrote."""
-    return error_file(part).read_text(errors="replace")[-2000:]
+    """Return the last lines that a part's processes wrote."""
+    lines = error_file(part).read_text(errors="replace").splitlines()
+    return "\n".join(line for line in lines if "it/s" not in line and "%|" not in line)[-800:]
 
 
 def main() -> None:
@@ -184,6 +188,7 @@ def main() -> None:
     for part in [p for p in PARTS if p in parts]:
         run_part(part, args, min(end, time.time() + PART_SECONDS))
         write_report(args.results)
+        error_file(part).unlink(missing_ok=True)
     print(f"{time.time() - started:.0f} s; {args.results}.md", flush=True)
 
 

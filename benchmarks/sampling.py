@@ -339,7 +339,7 @@ def write_summary(repeats: int) -> None:
         + ", ".join(f"`{name}` {100 * share:.0f} %" for name, share in record["profile"])
         + ".",
         "",
-        "On a GPU (0.5B and 8B, bfloat16 and nf4): not measured; `python benchmarks/sampling_gpu.py`.",
+        "On a GPU: `python benchmarks/gpu.py`.",
     ]
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
 

@@ -763,6 +763,7 @@ def test_what_decoding_through_cuda_graphs_relies_on_exists() -> None:
     assert PreTrainedModel._can_compile_fullgraph is False
     assert LlamaForCausalLM._can_compile_fullgraph is True
     assert callable(torch.cuda.memory._cuda_endAllocateToPool)
+    assert callable(torch.Generator.graphsafe_set_state)
 
 
 @pytest.mark.parametrize(

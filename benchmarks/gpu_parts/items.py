@@ -10,8 +10,10 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -83,16 +85,22 @@ class Records:
             self._write(items)
             return True
 
-    def end_begun(self, why: str) -> None:
-        """Turn what was begun in this session, and not finished, into errors."""
-        for name, record in self.load().items():
-            if record.get("state") == "begun" and record["session"] == self.session:
-                self.save(name, {"error": why})
+    def end_begun(self, why: str | None) -> None:
+        """Turn what was begun in this session, and not finished, into errors; None forgets it."""
+        with self._locked():
+            items = self.load()
+            for name, record in list(items.items()):
+                if record.get("state") == "begun" and record["session"] == self.session:
+                    del items[name]
+                    if why is not None:
+                        items[name] = {"error": why, "session": self.session}
+            self._write(items)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("w") as file:
+        key = zlib.crc32(str(self.path.resolve()).encode())
+        with (Path(tempfile.gettempdir()) / f"trl-selfplay-gpu-{key:08x}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -165,7 +173,7 @@ def run_items(
             with redirect_stdout(sys.stderr):  # what trainers print
                 record = item.run()
         except Exception as error:
-            text = traceback.format_exc()[-3000:]
+            text = traceback.format_exc()[-1500:]
             error.__traceback__ = None  # its frames hold tensors
             record = {"error": text}
             print(text, file=sys.stderr)

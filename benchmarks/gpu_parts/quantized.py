@@ -40,6 +40,7 @@ class Sizes:
         completion: Tokens of a completion in training.
         steps: Optimizer steps of a round, of one row each.
         batches: Sequences that are decoded together.
+        small_batch: A smaller number of them, of less value.
         sampled: Tokens of a completion when only sampling.
         repeats: Timed runs, after one that warms up.
     """
@@ -49,34 +50,36 @@ class Sizes:
     completion: int
     steps: int
     batches: tuple[int, ...]
+    small_batch: int
     sampled: int
     repeats: int
 
 
-FULL = Sizes("8B", 896, 128, 6, (32, 128, 8), 64, 3)
-TOY = Sizes("toy", 24, 8, 2, (8,), 8, 1)
+FULL = Sizes("8B", 896, 128, 6, (32, 128), 8, 64, 2)
+TOY = Sizes("toy", 24, 8, 2, (8,), 4, 8, 1)
 
 
 def build_items(device: str, results: Path) -> list[Item]:
     """Return the items of this part."""
     sizes = FULL if device == "cuda" else TOY
     items = [
-        Item("star", lambda: measure_star(sizes, device), 30),
-        Item("spin", lambda: measure_spin(sizes, device), 35),
+        Item("star", partial(measure_star, sizes, device), 30),
+        Item("spin", partial(measure_spin, sizes, device), 30),
     ]
-    for batch in sizes.batches:
-        for precision in ("nf4", "16-bit"):
-            items.append(
-                Item(
-                    f"sampling {precision} {batch}",
-                    lambda p=precision, b=batch: measure_sampling(sizes, device, p, b),
-                    25,
-                )
-            )
-    if device == "cuda":
-        batch = sizes.batches[0]
-        name = f"generate_batch 16-bit {batch}"
-        items.append(Item(name, lambda: measure_generate_batch(sizes, device, "16-bit", batch), 40))
+    ways = ["eager", "graphs", "generate"] if device == "cuda" else ["eager", "generate"]
+    cases = [(precision, batch) for precision in ("nf4", "16-bit") for batch in sizes.batches]
+    cases += [(precision, sizes.small_batch) for precision in ("16-bit", "nf4")]
+    items += [
+        Item(f"{way} {precision} {batch}", partial(measure_sampling, sizes, device, *case), 12)
+        for precision, batch in cases
+        for way in ways
+        for case in [(way, precision, batch)]
+    ]
+    if device == "cuda":  # last: it may replace the model's attention
+        case = ("generate_batch", "16-bit", sizes.batches[0])
+        items.append(
+            Item(" ".join(map(str, case)), partial(measure_sampling, sizes, device, *case), 30)
+        )
     return items
 
 
@@ -155,44 +158,47 @@ def run_rounds(
     return {**summary, "length": sizes.prompt + sizes.completion, "card_gb": CARD_GB}
 
 
-def measure_sampling(sizes: Sizes, device: str, precision: str, batch: int) -> dict[str, Any]:
-    """Time each way of sampling, one after the other, on a card of 24 GB."""
+def measure_sampling(
+    sizes: Sizes, device: str, way: str, precision: str, batch: int
+) -> dict[str, Any]:
+    """Time one way of sampling on a card of 24 GB, over a model that is kept for the next."""
     model = models.kept_model(sizes.model, device, precision == "nf4")
     ids = build_prompts(sizes, model.config.vocab_size, batch)
-    ways = {"eager": False, "graphs": True} if device == "cuda" else {"eager": False}
-    arms: dict[str, dict[str, Any]] = {}
-    with card_of(device, CARD_GB):
-        for name, cuda_graphs in ways.items():
-            tokenizer = models.build_tokenizer(model.config.vocab_size)
-            sampler = TransformersSampler(model, tokenizer, cuda_graphs=cuda_graphs)
-            run = partial(sample_all, sampler, ids, batch, sizes.sampled)
-            arms[name] = time_runs(run, batch * sizes.sampled, sizes.repeats, device)
-            sampler.release()
-        config = generation_config(sizes.sampled, batch // len(ids), models.EOS)
+    num_samples = batch // len(ids)
+    release: Callable[[], None] = partial(clean_up, device)
+    if way in ("eager", "graphs"):
+        tokenizer = models.build_tokenizer(model.config.vocab_size)
+        sampler = TransformersSampler(model, tokenizer, cuda_graphs=way == "graphs")
+        run = partial(sample_all, sampler, ids, batch, sizes.sampled)
+        release = sampler.release
+    elif way == "generate":
+        config = generation_config(sizes.sampled, num_samples, models.EOS)
         run = partial(generate_all, model, ids.to(device), config)
-        arms["generate"] = time_runs(run, batch * sizes.sampled, sizes.repeats, device)
-    return describe(sizes, precision, batch) | {"arms": arms}
-
-
-def measure_generate_batch(sizes: Sizes, device: str, precision: str, batch: int) -> dict[str, Any]:
-    """Time transformers' continuous batching in the same way, over pages of as many tokens as needed."""
-    model = models.kept_model(sizes.model, device, precision == "nf4")
-    ids = build_prompts(sizes, model.config.vocab_size, batch)
-    config = generation_config(sizes.sampled, batch // len(ids), end=-1)
-    pages = batch * (2 + (ids.shape[1] + sizes.sampled) // ContinuousBatchingConfig.page_size)
-    batching = ContinuousBatchingConfig(num_blocks=pages)
-
-    def run() -> None:
-        model.generate_batch(
-            ids.tolist(), generation_config=config, continuous_batching_config=batching
+    else:
+        config = generation_config(sizes.sampled, num_samples, end=-1)
+        pages = batch * (2 + (ids.shape[1] + sizes.sampled) // ContinuousBatchingConfig.page_size)
+        batching = ContinuousBatchingConfig(num_blocks=pages)
+        run = partial(
+            model.generate_batch,
+            ids.tolist(),
+            generation_config=config,
+            continuous_batching_config=batching,
         )
-
+        release = models.kept_model.cache_clear
     try:
         with card_of(device, CARD_GB):
-            arm = time_runs(run, batch * sizes.sampled, sizes.repeats, device)
+            restart_peak(device)
+            first = seconds_of(device, run)
+            seconds = [seconds_of(device, run) for _ in range(sizes.repeats)]
+            peak = read_peak(device)
     finally:
-        models.kept_model.cache_clear()  # its attention may have been replaced
-    return describe(sizes, precision, batch) | {"arms": {"generate_batch": arm}}
+        release()
+    num_tokens = batch * sizes.sampled
+    return {
+        "tokens_per_second": num_tokens / median(seconds), "seconds": seconds,
+        "first_seconds": first, "peak": peak, "prompt": ids.shape[1], "sampled": sizes.sampled,
+        "card_gb": CARD_GB,
+    }  # fmt: skip
 
 
 def build_prompts(sizes: Sizes, vocab_size: int, batch: int) -> torch.Tensor:
@@ -229,30 +235,3 @@ def generation_config(length: int, num_samples: int, end: int) -> GenerationConf
 def generate_all(model: Any, ids: torch.Tensor, config: GenerationConfig) -> None:
     """Sample the same with `generate`."""
     model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-
-
-def time_runs(run: Callable[[], Any], num_tokens: int, repeats: int, device: str) -> dict[str, Any]:
-    """Return tokens per second of runs after a first one, its seconds, and the peak; or the error."""
-    restart_peak(device)
-    try:
-        first = seconds_of(device, run)
-        rates = [num_tokens / seconds_of(device, run) for _ in range(repeats)]
-    except Exception as error:  # of one way of sampling; the others go on
-        found = {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
-        error.__traceback__ = None
-        clean_up(device)
-        return found
-    return {
-        "tokens_per_second": median(rates),
-        "rates": rates,
-        "first_seconds": first,
-        "peak": read_peak(device),
-    }
-
-
-def describe(sizes: Sizes, precision: str, batch: int) -> dict[str, Any]:
-    """Return what was sampled."""
-    return {
-        "precision": precision, "batch": batch, "prompt": sizes.prompt // 2,
-        "sampled": sizes.sampled, "card_gb": CARD_GB,
-    }  # fmt: skip

@@ -55,14 +55,14 @@ def build_items(device: str, results: Path) -> list[Item]:
     """Return the items of this part; of the longer texts, those that halve what is unknown first."""
     sizes = FULL if device == "cuda" else TOY
     items = [
-        Item(f"split {sizes.length}", partial(measure_split, sizes, device, sizes.length), 15),
-        Item(f"dense {sizes.length}", partial(measure_dense, sizes, device), 15),
+        Item(f"split {sizes.length}", partial(measure_split, sizes, device, sizes.length), 10),
+        Item(f"dense {sizes.length}", partial(measure_dense, sizes, device), 10),
     ]
     return items + [
         Item(
             f"split {length}",
             partial(measure_split, sizes, device, length),
-            15,
+            10,
             partial(is_unknown, length),
         )
         for length in bisecting(sizes.searched)
@@ -98,10 +98,12 @@ def is_unknown(length: int, records: Mapping[str, Any]) -> bool:
     return True
 
 
-def quiet_star_config(sizes: Sizes, device: str, folder: str) -> QuietSTaRConfig:
+def quiet_star_config(
+    sizes: Sizes, device: str, folder: str, max_length: int | None = None
+) -> QuietSTaRConfig:
     """Return the trainer's settings."""
     return QuietSTaRConfig(
-        folder, max_steps=sizes.steps, per_device_train_batch_size=1, max_length=None,
+        folder, max_steps=sizes.steps, per_device_train_batch_size=1, max_length=max_length,
         thought_length=THOUGHT_LENGTH, num_ahead_tokens=NUM_AHEAD, num_thoughts=NUM_THOUGHTS,
         bf16=device == "cuda", report_to=[], save_strategy="no", logging_steps=1000,
         gradient_checkpointing=True, learning_rate=1e-5, disable_tqdm=True,

@@ -69,7 +69,7 @@ def build_items(device: str, results: Path) -> list[Item]:
     """Return the items of this part."""
     sizes = FULL if device == "cuda" else TOY
     ways = {"rest_em": run_rest_em, "generate and SFT": run_by_hand, "GRPO": run_grpo}
-    return [Item(name, partial(measure, run, sizes, device), 40) for name, run in ways.items()]
+    return [Item(name, partial(measure, run, sizes, device), 20) for name, run in ways.items()]
 
 
 def measure(run: Any, sizes: Sizes, device: str) -> dict[str, Any]:
@@ -94,6 +94,16 @@ def half(completions: list[str], **columns: Any) -> list[float]:
     return [float(bool(first) and int(first[0][1:]) % 2 == 0) for first in firsts]
 
 
+def rest_em_config(sizes: Sizes, device: str, folder: str) -> ReSTEMConfig:
+    """Return the settings of the round of ReST^EM."""
+    return ReSTEMConfig(
+        folder, num_rounds=1, num_generations=sizes.num_generations,
+        max_completion_length=sizes.most, max_length=sizes.prompts[1] + sizes.most,
+        per_device_train_batch_size=sizes.rows, max_steps=sizes.steps, bf16=device == "cuda",
+        **SAMPLING, **SETTINGS,
+    )  # fmt: skip
+
+
 def run_rest_em(
     model: Any, tokenizer: Any, prompts: list[str], sizes: Sizes, device: str, folder: str
 ) -> dict[str, Any]:
@@ -101,16 +111,12 @@ def run_rest_em(
     rows = Dataset.from_dict({"prompt": prompts, "solution": [""] * len(prompts)})
     trainer = ReSTEMTrainer(
         model,
-        ReSTEMConfig(
-            folder, num_rounds=1, num_generations=sizes.num_generations,
-            max_completion_length=sizes.most, per_device_train_batch_size=sizes.rows,
-            max_steps=sizes.steps, bf16=device == "cuda", **SAMPLING, **SETTINGS,
-        ),
+        rest_em_config(sizes, device, folder),
         train_dataset=rows,
         processing_class=tokenizer,
         reward_funcs=half,
         peft_config=models.lora(),
-    )  # fmt: skip
+    )
     clock = PhaseClock(trainer, device)
     seconds = seconds_of(device, trainer.train)
     summary = clock.summarize(tokens_per_step=0)

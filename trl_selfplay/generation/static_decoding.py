@@ -107,7 +107,7 @@ class StaticDecoder:
             if is_out_of_memory(error) and len(tokens) > 1:
                 raise  # smaller batches follow
             first = error.__context__ or error  # the end of a failed capture raises as well
-            self._obstacle = f"{type(first).__name__}: {first}"
+            self._obstacle = f"{type(first).__name__}: {first}".partition("\n")[0]
             logger.warning("decoding without CUDA graphs, which failed with %s", self._obstacle)
             return None
 
@@ -258,6 +258,7 @@ class _Buffers:
             self._stream = torch.cuda.Stream(device)
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # which a capture that runs out of memory can't do
+        random_state = torch.cuda.get_rng_state(device)
         # Weights that an outer autocast has cast already must be cast by the graph, and not outlive it.
         torch.clear_autocast_cache()
         with torch.cuda.stream(self._stream):
@@ -269,7 +270,7 @@ class _Buffers:
                 try:
                     graph.capture_end()
                 except RuntimeError:
-                    _end_allocation(self._pool, device)
+                    _undo_capture(device, self._pool, random_state)
                     raise
         torch.clear_autocast_cache()
         return graph
@@ -308,14 +309,19 @@ class _StaticLayer(DynamicLayer):
         return self._length
 
 
-def _end_allocation(pool: Any, device: torch.device) -> None:
-    """End a failed capture's allocation from its pool.
+def _undo_capture(device: torch.device, pool: Any, random_state: torch.Tensor) -> None:
+    """Give back what a capture that failed has left in its state: the allocator and the generator.
 
-    Otherwise `empty_cache` fails from then on, and so does training. Remove when the oldest supported
-    torch is 2.12, which has https://github.com/pytorch/pytorch/pull/180395.
+    Otherwise `empty_cache` fails from then on, and so does whatever draws random numbers. Remove when
+    the oldest supported torch is 2.12, which has https://github.com/pytorch/pytorch/pull/180395, and
+    when its generators leave the capture as well.
     """
     with suppress(RuntimeError):  # it has ended
         torch.cuda.memory._cuda_endAllocateToPool(device.index, pool)
+    fresh = torch.Generator(device)
+    fresh.set_state(random_state)
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def _find_obstacle(model: Any, traits: ModelTraits) -> str | None:
