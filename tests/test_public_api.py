@@ -18,7 +18,6 @@ OPTIONAL = {
     "math_verify",
     "latex2sympy2_extended",
     "vllm",
-    "ray",
     "nbclient",
 }
 
