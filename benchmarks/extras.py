@@ -84,10 +84,16 @@ def install(extra: str, folder: Path) -> tuple[str, str, str]:
 def main() -> int:
     """Print one row per extra."""
     parser = argparse.ArgumentParser(description=__doc__)
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     names = [PLAIN, *extras]
-    parser.add_argument("--install", nargs="*", choices=names, help="default: all but the large ones")
-    parser.add_argument("--folder", type=Path, help="where environments are made, on the disk of uv's cache")
+    parser.add_argument(
+        "--install", nargs="*", choices=names, help="default: all but the large ones"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where environments are made, on the disk of uv's cache"
+    )
     given = parser.parse_args()
     installed = given.install
     if installed is None:

@@ -12,10 +12,9 @@ from causal_classes import build_tiny
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
+from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
-from trl_selfplay.generation.trial import try_model
 
 OPTIONS = SamplingOptions(max_completion_length=6)
 RAGGED = [SampleRequest((5,) * (5 + 2 * (i % 2)), i) for i in range(8)]
@@ -157,7 +156,7 @@ def test_four_bit_lora_layers_still_get_gradients_after_sampling_on_a_cpu(
     base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
     # seven projections in each of two layers; the head stays as it is
-    assert keep_4bit_weights_trainable(model) == 14
+    assert prepare_quantized_layers(model) == 14
     model.train()
     sampled = list(TransformersSampler(model, tokenizer).sample(REQUESTS, OPTIONS, batch_size=6))
     assert len(sampled) == 6
@@ -168,31 +167,6 @@ def test_four_bit_lora_layers_still_get_gradients_after_sampling_on_a_cpu(
     of_b = [gradient for name, gradient in gradients.items() if "lora_B" in name]
     assert len(of_b) == 14
     assert all(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in of_b)
-
-
-def test_a_bfloat16_head_of_modules_to_save_samples_on_a_float32_base(
-    build_model, tokenizer, tmp_path
-) -> None:
-    """As TRL makes it of a 4-bit base with `modules_to_save`: it trains, so it has to sample."""
-    wide = {"hidden_size": 128, "intermediate_size": 128}
-    build_model(**wide).save_pretrained(tmp_path)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-    base = LlamaForCausalLM.from_pretrained(
-        tmp_path, quantization_config=quantization, dtype=torch.float32
-    )
-    model = get_peft_model(base, LoraConfig(r=4, modules_to_save=["lm_head"]))
-    keep_4bit_weights_trainable(model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    try_model(model)
-    sampled = list(TransformersSampler(model, tokenizer).sample(REQUESTS, OPTIONS, batch_size=6))
-    assert len(sampled) == 6
-    head = model.get_output_embeddings()
-    hooks = [h for module in head.modules() for h in module._forward_pre_hooks]
-    assert not hooks
 
 
 @pytest.mark.parametrize("asks_for_loss", [True, False])
@@ -214,4 +188,4 @@ def test_experts_are_sampled_without_their_balancing_loss(tokenizer, asks_for_lo
 
 
 def test_a_model_without_four_bit_layers_is_left_alone(build_model) -> None:
-    assert keep_4bit_weights_trainable(build_model()) == 0
+    assert prepare_quantized_layers(build_model()) == 0

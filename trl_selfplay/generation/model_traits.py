@@ -18,8 +18,6 @@ from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trl.models import unwrap_model_for_generation
 
-from trl_selfplay.generation.cpu_linear import fast_linear_layers
-
 # Layers that share another layer's keys; transformers before 5.23 leaves them out of the cache.
 _SHARING: Any = getattr(cache_utils, "DummyLayer", ())
 
@@ -208,58 +206,52 @@ def _largest(config: Any, *names: str) -> int:
 def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterator[Any]:
     """Unwrap a model and prepare it for sampling; restore every module afterwards.
 
-    The model is in eval mode without gradient checkpointing, its experts compute no balancing loss
-    (meaningless for one token), and its head accepts states of any precision. Flags are restored per
-    module, even after an exception, so a model in which only some modules train is unchanged.
+    The model is in eval mode without activation checkpointing, and its experts compute no balancing
+    loss (meaningless for one token). Flags are restored per module, even after an exception, so a
+    model in which only some modules train is unchanged.
     """
     modules: list[Any] = list(model.modules())
     were_training = [module.training for module in modules]
-    # Set the flags directly: transformers' methods lose the user's checkpointing arguments when they
-    # switch it on again.
-    checkpointing = [m for m in modules if m.__dict__.get("gradient_checkpointing")]
     configs = {id(c): c for m in modules if (c := m.__dict__.get("config")) is not None}.values()
     balancing = [c for c in configs if getattr(c, "output_router_logits", False)]
-    unwrapping = hook = None
-    try:
-        for module in checkpointing:
-            module.gradient_checkpointing = False
-        for config in balancing:
-            config.output_router_logits = False
-        unwrapped: Any = model
-        if accelerator is not None:
-            unwrapping = unwrap_model_for_generation(model, accelerator)
-            unwrapped = unwrapping.__enter__()
-        model.eval()
-        hook = _cast_before_head(unwrapped)
-        with fast_linear_layers(model):
+    unwrapping = None
+    with without_checkpointing(model):
+        try:
+            for config in balancing:
+                config.output_router_logits = False
+            unwrapped: Any = model
+            if accelerator is not None:
+                unwrapping = unwrap_model_for_generation(model, accelerator)
+                unwrapped = unwrapping.__enter__()
+            model.eval()
             yield unwrapped
-    finally:
-        if hook is not None:
-            hook.remove()
-        if unwrapping is not None:
-            # Exit as if nothing was raised: TRL's context cleans up without a `finally`. Remove when
-            # https://github.com/huggingface/trl/issues/6659 is fixed in the oldest supported TRL.
-            unwrapping.__exit__(None, None, None)
-        for module, was_training in zip(modules, were_training, strict=True):
-            module.training = was_training
-        for module in checkpointing:
-            module.gradient_checkpointing = True
-        for config in balancing:
-            config.output_router_logits = True
+        finally:
+            if unwrapping is not None:
+                # Exit as if nothing was raised: TRL's context cleans up without a `finally`. Remove
+                # when https://github.com/huggingface/trl/issues/6659 is fixed in the oldest
+                # supported TRL.
+                unwrapping.__exit__(None, None, None)
+            for module, was_training in zip(modules, were_training, strict=True):
+                module.training = was_training
+            for config in balancing:
+                config.output_router_logits = True
 
 
-def _cast_before_head(model: Any) -> Any:
-    """Cast states to the head's precision; return the hook's handle, or None without a plain head.
+@contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Let a model keep its activations within this context.
 
-    On a 4-bit base, TRL casts a head in `modules_to_save` to bfloat16 (see
-    https://github.com/huggingface/trl/pull/7272), while the states may be float32; TRL's own loss
-    doesn't call the head. Remove when TRL leaves `modules_to_save` in their precision.
+    The flags of its modules are set directly: the methods of transformers lose which layers the user
+    chose, and TRL's context calls them with arguments that they don't take, such as `every_n_layers`.
     """
-    head = model.get_output_embeddings()
-    dtype = getattr(getattr(head, "weight", None), "dtype", None)
-    if dtype is None or not dtype.is_floating_point:
-        return None
-    return head.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
+    modules = [m for m in model.modules() if m.__dict__.get("gradient_checkpointing")]
+    for module in modules:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def input_device(model: PreTrainedModel | PeftModel) -> torch.device:

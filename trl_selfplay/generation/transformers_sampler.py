@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from trl_selfplay.generation.batch_size import bytes_per_sequence, largest_batch
 from trl_selfplay.generation.causal_forward import CausalForward
 from trl_selfplay.generation.decode_batch import DecodeBatch, SharedPrefix, TokenChooser
-from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
 from trl_selfplay.generation.generation_options import (
     check_generation_config,
     check_sampling_options,
@@ -34,6 +33,7 @@ from trl_selfplay.generation.model_traits import (
     input_device,
     sampling_state,
 )
+from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.generation.request_queue import RequestQueue
 from trl_selfplay.generation.sampler import (
     Requests,
@@ -48,7 +48,7 @@ __all__ = [
     "TransformersSampler",
     "check_generation_config",
     "collect_eos_token_ids",
-    "keep_4bit_weights_trainable",
+    "prepare_quantized_layers",
 ]
 
 logger = logging.getLogger(__name__)

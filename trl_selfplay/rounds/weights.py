@@ -5,6 +5,7 @@ in its trainable parameters. They are copied in place: a parameter is never repl
 and wrapped forwards stay attached.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,48 @@ def check_head(model: Any) -> None:
             "that train. Give the indices of untied embeddings alone, or use "
             'modules_to_save=["embed_tokens", "lm_head"].'
         )
+
+
+# A weight that starts near 0 or at random, such as LoRA's, loses little in bfloat16.
+_FACTORS = re.compile(r"\.lora_(embedding_)?[ABE]\.")  # E: AdaLoRA's
+_OF_SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
+
+
+def unrounded_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Return copies of the weights that `undo_rounding` gives back to a model with adapters."""
+    if not isinstance(model, PeftModel) or not _is_rounded(model):
+        return {}
+    weights = trainable_parameters(model).items()
+    return {n: p.detach().clone() for n, p in weights if not _FACTORS.search(n)}
+
+
+def undo_rounding(model: Any, unrounded: Mapping[str, torch.Tensor]) -> None:
+    """Give back their precision to trainable weights of a quantized model but for LoRA's factors.
+
+    TRL rounds all of them to bfloat16, where the small updates of weights around 1 (IA3, norms), of
+    embeddings and of heads are lost, and a head no longer fits the states that it gets. TRL spares
+    DoRA's magnitudes alone: https://github.com/huggingface/trl/pull/7272. Remove when it spares
+    everything but LoRA's factors.
+
+    Args:
+        model: As the parent has built it.
+        unrounded: From `unrounded_weights`, before that.
+    """
+    if not _is_rounded(model):
+        return
+    weights = dict(model.named_parameters())
+    for name, parameter in trainable_parameters(model).items():
+        original = weights[_OF_SAVED_MODULE.sub(".original_module.", name)]
+        if name in unrounded:
+            parameter.data = unrounded[name].to(parameter.device)
+        elif original is not parameter:
+            parameter.data = original.detach().clone()
+        elif not _FACTORS.search(name):
+            parameter.data = parameter.data.float()  # as PEFT makes them
+
+
+def _is_rounded(model: Any) -> bool:
+    return any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -31,7 +31,7 @@ from trl_selfplay.generation.model_traits import (
 )
 from trl_selfplay.generation.transformers_sampler import (
     check_generation_config,
-    keep_4bit_weights_trainable,
+    prepare_quantized_layers,
 )
 from trl_selfplay.generation.trial import try_model
 from trl_selfplay.rewards.functions import compares_samples
@@ -373,7 +373,7 @@ def check_built_model(
     Raises:
         ValueError: The model can't be trained, saved, sampled from or scored as rounds do.
     """
-    keep_4bit_weights_trainable(model)
+    prepare_quantized_layers(model)
     check_trainable(model)
     check_head(model)
     check_generation_config(model.generation_config)

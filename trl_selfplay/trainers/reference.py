@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from trl_selfplay.disk import DamagedFileError, naming_damage
-from trl_selfplay.generation.model_traits import sampling_state
+from trl_selfplay.generation.model_traits import sampling_state, without_checkpointing
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.rows import build_pair_rows, pair_of, save_rows
@@ -282,7 +282,8 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         )
 
     def _rescore(self, model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-        return torch.cat(self.compute_policy_log_probs(model, dict(inputs))).float()
+        with without_checkpointing(model):
+            return torch.cat(self.compute_policy_log_probs(model, dict(inputs))).float()
 
     def _is_float32(self) -> bool:
         if self.accelerator.mixed_precision != "no":

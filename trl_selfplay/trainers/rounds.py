@@ -31,7 +31,11 @@ from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds.loop import run_rounds
 from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run
 from trl_selfplay.rounds.stages import SelfPlay
-from trl_selfplay.rounds.weights import initial_weights_in_place
+from trl_selfplay.rounds.weights import (
+    initial_weights_in_place,
+    undo_rounding,
+    unrounded_weights,
+)
 from trl_selfplay.trainers.construction import (
     Grading,
     build_run,
@@ -113,6 +117,7 @@ class RoundsMixin(Trainer):
         tokenizer = load_processing_class(model, processing_class, args)
         self.run = build_run(args, model, peft_config, list(heldout))
         placeholder = self.placeholder_rows(tokenizer)
+        unrounded = unrounded_weights(model)
         super().__init__(
             model=model,
             args=args,
@@ -124,6 +129,7 @@ class RoundsMixin(Trainer):
             # `compute_loss_func`, is missed by those alone who pass it.
             **{name: value for name, value in parent.items() if value is not None},
         )
+        undo_rounding(self.model, unrounded)
         self.placeholder = cast("Dataset", self.train_dataset)
         self.eval_dataset = eval_dataset
         self.self_play = self.prepare_stages(

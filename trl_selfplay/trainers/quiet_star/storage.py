@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
+from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.trainers.quiet_star.mixing import ATTRIBUTE, ThoughtModule, trained_module
 from trl_selfplay.trainers.quiet_star.support import check_model
 
@@ -180,7 +180,7 @@ def load_thinking_model(
     else:
         model = AutoModelForCausalLM.from_pretrained(base_model or folder, **kwargs)
     check_base(model, content, folder)
-    keep_4bit_weights_trainable(model)
+    prepare_quantized_layers(model)
     check_model(model)
     setattr(model, ATTRIBUTE, module.to(model.get_input_embeddings().weight.device))
     return (_add_adapters(model, folder) if adapted else model), settings

@@ -18,11 +18,16 @@ from trl import SFTTrainer
 
 from trl_selfplay.disk import held_by_this_process
 from trl_selfplay.evaluation.report import say
-from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
 from trl_selfplay.generation.model_traits import sampling_state
+from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, refuse_broken
 from trl_selfplay.rounds.noise import switch_noise_off
-from trl_selfplay.rounds.weights import adapters_keep_dtypes, nonfinite_weights
+from trl_selfplay.rounds.weights import (
+    adapters_keep_dtypes,
+    nonfinite_weights,
+    undo_rounding,
+    unrounded_weights,
+)
 from trl_selfplay.trainers.construction import (
     check_saveable,
     load_processing_class,
@@ -147,21 +152,20 @@ class QuietSTaRTrainer(SFTTrainer):
         formats = formatting_func is not None or dataset_kwargs.get("skip_prepare_dataset", False)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_rows(dataset, name, args, formats)
-        thought_weights: dict[str, torch.Tensor] = {}
+        unrounded: dict[str, torch.Tensor] = {}
         if args.num_thoughts:
             refuse_replicas(args)
             refuse_unused(compute_metrics, compute_loss_func, preprocess_logits_for_metrics)
             processing_class = load_processing_class(model, processing_class, args)
             model, quantization_config = load_model(model, args, quantization_config)
             refuse_adapters(model, peft_config)
-            keep_4bit_weights_trainable(model)
+            prepare_quantized_layers(model)
             check_model(model)
             switch_router_loss_off(model, args)
             attach_thoughts(model, processing_class, args)
             peft_config = save_thoughts_too(peft_config)
-            module = trained_module(unwrap_causal_lm(model))
             num_embeddings = model.get_input_embeddings().weight.shape[0]
-            thought_weights = {n: p.detach().clone() for n, p in module.state_dict().items()}
+            unrounded = unrounded_weights(model)
         else:
             refuse_thoughts(model)
         super().__init__(
@@ -190,10 +194,7 @@ class QuietSTaRTrainer(SFTTrainer):
             refuse_added_tokens(self.model, num_embeddings)
             check_saveable(self.model)
             refuse_optimizer_without_thoughts(optimizers[0], trained_module(self.causal_lm))
-            # TRL casts all trainable weights on a quantized model to bfloat16, but the mixing head and
-            # the vectors need float32. The cast: https://github.com/huggingface/trl/pull/7272.
-            # Remove when TRL leaves `modules_to_save` alone.
-            trained_module(self.causal_lm).float().load_state_dict(thought_weights)
+            undo_rounding(self.model, unrounded)
             self._prepare_model_and_lengths()
 
     @property
