@@ -1,5 +1,6 @@
 """Every trainer on a 4-bit base: what it trains, saves, samples and resumes."""
 
+import copy
 import math
 
 import pytest
@@ -101,6 +102,7 @@ def build(
         arguments = {
             "model": base_folder, "quantization_config": nf4(), "peft_config": lora(), **changes
         }  # fmt: skip
+        arguments["peft_config"] = copy.deepcopy(arguments["peft_config"])  # PEFT writes into it
         rounds = {
             "STaR": build_star, "ReSTEM": build_rest_em, "SPIN": build_spin, "IRPO": build_irpo
         }  # fmt: skip
@@ -282,6 +284,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", FAST)
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
 def test_what_else_people_set_on_a_quantized_base(
     build, method, variant, base_folder, tmp_path
 ) -> None:

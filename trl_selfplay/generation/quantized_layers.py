@@ -36,7 +36,7 @@ def prepare_quantized_layers(model: nn.Module) -> int:
             layer.support_avx512bf16_for_cpu = False
         else:
             layer.train()
-            layer.train = partial(_stay, layer)
+            layer.train = partial(_stay, layer)  # type: ignore[assignment]
         count += 1
     return count
 

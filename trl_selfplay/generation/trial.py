@@ -66,6 +66,8 @@ def try_model(model: nn.Module, accelerator: Accelerator | None = None) -> Model
     failure = failures[-1]
     if isinstance(failure, Exception):
         text = f"its forward failed with {type(failure).__name__}: {failure}"
+        if base is not unwrapped and getattr(base, "is_quantized", False):
+            text += ". Many kinds of adapters can't read the weights of a quantized base: use LoRA."
     else:
         text = failure
     raise ValueError(
