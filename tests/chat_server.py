@@ -85,22 +85,12 @@ def serving(respond: Callable[..., Any], port: int = 0) -> Iterator[ChatServer]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = False  # joined when the server closes
-
-        def handle_error(self, *args: Any) -> None:  # a client that only looked whether it is there
-            pass
-
-    server = Server(("127.0.0.1", port), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    url, end = start(Handler, port)
+    state.url = f"{url}/v1"
 
     def stop() -> None:
         state.gone.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        end()
 
     state.stop = stop
     try:
@@ -108,3 +98,24 @@ def serving(respond: Callable[..., Any], port: int = 0) -> Iterator[ChatServer]:
     finally:
         if not state.gone.is_set():
             stop()
+
+
+def start(handler: type[BaseHTTPRequestHandler], port: int = 0) -> tuple[str, Callable[[], None]]:
+    """Serve in a thread; return the address, and what stops the server."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = False  # joined when the server closes
+
+        def handle_error(self, *args: Any) -> None:  # a client that only looked whether it is there
+            pass
+
+    server = Server(("127.0.0.1", port), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+
+    def stop() -> None:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+    return f"http://127.0.0.1:{server.server_address[1]}", stop

@@ -442,7 +442,9 @@ GRPO_DEFAULTS = {
     "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0,
     "generation_kwargs": None, "chat_template_kwargs": None, "reward_weights": None,
     "log_completions": False, "num_completions_to_print": None, "use_vllm": False,
-    "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3,
+    "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3, "vllm_max_model_length": None,
+    "vllm_tensor_parallel_size": 1, "vllm_server_base_url": None, "vllm_server_host": "0.0.0.0",
+    "vllm_server_port": 8000, "vllm_server_timeout": 240.0,
 }  # fmt: skip
 
 
@@ -813,3 +815,24 @@ def test_a_4d_mask_passes_through_a_model_unchanged() -> None:
         assert seen
         assert all(one is mask for one in seen)
         seen.clear()
+
+
+def test_a_counter_of_a_tensor_grows_with_each_write_but_those_past_autograd() -> None:
+    """Private: `torch.Tensor._version`."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    before = weight._version
+    with torch.no_grad():
+        weight.copy_(torch.ones(3))
+    assert weight._version > before
+    before = weight._version
+    weight.data.add_(1.0)  # why weights are read anew after each training
+    assert weight._version == before
+
+
+def test_modules_and_models_say_what_is_saved_of_them(tiny_model, word_tokenizer) -> None:
+    """Private: `Module._non_persistent_buffers_set`, `PreTrainedModel._tied_weights_keys`."""
+    model = tiny_model(word_tokenizer, tie_word_embeddings=True)
+    rotary = next(m for n, m in model.named_modules() if n.endswith("rotary_emb"))
+    assert "inv_freq" in rotary._non_persistent_buffers_set
+    assert not [name for name in model.state_dict() if "inv_freq" in name]
+    assert "lm_head.weight" in model._tied_weights_keys

@@ -113,7 +113,7 @@ def test_what_decides_which_samples_there_are_may_never_change() -> None:
         name
         for config in CONFIGS
         for name in {field.name for field in dataclasses.fields(config)} - parents_fields(config)
-        if resume_rules(config)[name] not in (OnResume.FIXED, OnResume.MAY_GROW)
+        if resume_rules(config)[name] not in (OnResume.FIXED, OnResume.MAY_GROW, OnResume.ENGINE)
     }
     assert rest == {
         "deduplicate", "deduplicate_against_gold", "gold_ratio", "history_rounds",
@@ -123,6 +123,10 @@ def test_what_decides_which_samples_there_are_may_never_change() -> None:
         "on_empty_round",
         "reward_threshold", "round_betas", "round_learning_rates", "round_max_steps",
         "start_from", "stop_after_rounds_without_gain", "threshold_kind",
+        # Where and how fast an engine runs, not what it computes.
+        "allow_engine_change", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_mode",
+        "vllm_python", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
+        "vllm_server_timeout", "vllm_tensor_parallel_size",
     }  # fmt: skip
     parents = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert parents & PARENTS_FIELDS[OnResume.FIXED] == {"metric_for_best_model", "seed"}

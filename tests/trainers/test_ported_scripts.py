@@ -32,8 +32,8 @@ TRL_CONFIGS = (GRPOConfig, RLOOConfig, SFTConfig, DPOConfig, KTOConfig)
         ({"epsilon": 0.3}, "no ratio of policies"),
         ({"scale_rewards": "batch"}, "loss_weighting='reward'"),
         ({"mask_truncated_completions": True}, "never trained on"),
-        ({"use_vllm": True}, "sampled by the trainer itself"),
-        ({"vllm_mode": "server"}, "sampled by the trainer itself"),
+        ({"vllm_enable_sleep_mode": True}, "ends before training"),
+        ({"vllm_group_port": 1}, "loads each round's adapter from disk"),
         ({"vllm_importance_sampling_cap": 2.0}, "no ratio of policies"),
         ({"steps_per_generation": 4}, "num_prompts_per_round"),
         ({"generation_batch_size": 64}, "num_prompts_per_round"),
@@ -67,8 +67,13 @@ def test_a_subclass_may_have_a_constructor_of_its_own(tmp_path) -> None:
 
 def test_all_fields_are_named_at_once(tmp_path) -> None:
     with pytest.raises(TypeError) as caught:
-        STaRConfig(str(tmp_path), beta=0.1, use_vllm=True, num_iterations=3)
+        STaRConfig(str(tmp_path), beta=0.1, vllm_enable_sleep_mode=True, num_iterations=3)
     assert len(str(caught.value).splitlines()) == 4
+
+
+def test_thoughts_are_not_sampled_by_an_engine(tmp_path) -> None:
+    with pytest.raises(TypeError, match="inside the forward pass that trains, at every token"):
+        QuietSTaRConfig(str(tmp_path), use_vllm=True)
 
 
 def test_a_loss_of_grpo_is_refused(tmp_path) -> None:

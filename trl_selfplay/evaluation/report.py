@@ -247,12 +247,13 @@ def _rows(lines: Sequence[Mapping[str, Any]], metric: str | None) -> list[list[s
     if (chosen := metric.removeprefix(f"{prefix}_")) not in scores and "pass@" not in chosen:
         scores = [chosen, *scores]
     scores = [name for name in scores if f"{prefix}_{name}" in known]
-    rows = [["round", "gain ± s.e.", "funnel", "steps", *scores, "seconds"]]
+    engines = ["engine gap"] if any("engine" in line for line in lines) else []
+    rows = [["round", "gain ± s.e.", "funnel", "steps", *scores, *engines, "seconds"]]
     before = lines[0].get("eval_before") or {}
     for name, form in (("before", prefix), ("before, few-shot", f"{prefix}_few_shot")):
         if any(key.startswith(tuple(f"{form}_{score}" for score in scores)) for key in before):
             cells = [_score(before, f"{form}_{score}") for score in scores]
-            rows.append([name, _NONE, _NONE, _NONE, *cells, _NONE])
+            rows.append([name, _NONE, _NONE, _NONE, *cells, *(_NONE for _ in engines), _NONE])
     for line in lines:
         rows.append(
             [
@@ -261,6 +262,7 @@ def _rows(lines: Sequence[Mapping[str, Any]], metric: str | None) -> list[list[s
                 _chain(Funnel.from_dict(line["funnel"]), line, _uses_hints(lines)),
                 f"{line['steps']:,}",
                 *(_score(line["eval"], f"{prefix}_{score}") for score in scores),
+                *(_engine_gap(line) for _ in engines),
                 "/".join(f"{line['seconds'].get(phase, 0.0):.0f}" for phase in _phases(lines)),
             ]
         )
@@ -276,8 +278,11 @@ def _caption(lines: Sequence[Mapping[str, Any]]) -> str:
     for funnel in funnels:
         causes.update(dict(funnel.abstain_causes))
     abstained = f"; abstained: {describe_causes(causes.items())}" if causes else ""
+    engine = ""
+    if any("engine" in line for line in lines):
+        engine = "engine gap: nats per token between vLLM's log-probs and the trainer's; "
     return (
-        f"funnel: sampled → finished → {graded}kept → trained; seconds: "
+        f"funnel: sampled → finished → {graded}kept → trained; {engine}seconds: "
         f"{'/'.join(_phases(lines))}{abstained}"
     )
 
@@ -340,6 +345,12 @@ def _gain(gain: float | None, standard_error: float | None) -> str:
     if gain is None:
         return _NONE
     return f"{gain:+.3f}" + ("" if standard_error is None else f" ± {standard_error:.3f}")
+
+
+def _engine_gap(line: Mapping[str, Any]) -> str:
+    """Return the difference of an engine's log-probs from the trainer's, if an engine sampled."""
+    agreement = (line.get("engine") or {}).get("agreement")
+    return _NONE if agreement is None else f"{agreement['gap']:.2g}"
 
 
 def plot_rounds(

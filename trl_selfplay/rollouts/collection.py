@@ -35,6 +35,7 @@ from trl_selfplay.rollouts.shards import (
     load_plan,
     load_shard,
     plan_shards,
+    save_engine,
     save_plan,
     split_found,
 )
@@ -132,6 +133,7 @@ class Collector:
             round_index=round_index,
             phase=phase,
             folder=folder,
+            prefix=prefix,
         )
         collected = self._grade_as_sampled(work, progress)
         if world > 1:
@@ -217,6 +219,9 @@ class Collector:
                 rollouts = work.in_order(name, [r for same in samples.values() for r in same])
                 if work.folder is not None and found != rollouts:
                     save_rollouts(work.path(name), rollouts)
+                    engine = getattr(self.sampler, "engine_record", None)
+                    if engine is not None and len(rollouts) > len(kept):
+                        save_engine(work.folder / f"{work.prefix}engines.json", name, engine)
             if stop.is_set():
                 return
             yield _SampledPrompt(name, [])
@@ -351,6 +356,7 @@ class _Work:
     round_index: int
     phase: Phase
     folder: Path | None
+    prefix: str
 
     def path(self, name: str) -> Path:
         assert self.folder is not None

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from trl_selfplay.disk import DamagedFileError, naming_damage, save_text
 from trl_selfplay.generation.sampler import Sampler
@@ -122,6 +123,26 @@ def read_plan(path: Path) -> list[Shard] | None:
     with naming_damage(path, "The phase is planned anew around the shards that are there."):
         plan = json.loads(path.read_text())
         return [Shard(tuple(map(str, s["prompt_ids"])), int(s["batch_size"])) for s in plan]
+
+
+def save_engine(path: Path, shard: str, record: Mapping[str, Any]) -> None:
+    """Write down which engine sampled a shard, beside what is known of the phase's other shards."""
+    save_text(path, json.dumps({**load_engines(path), shard: dict(record)}, indent=1))
+
+
+def load_engines(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the record of the engine that sampled each shard last, by the shard's name.
+
+    Returns:
+        Nothing for shards that were sampled in the training process.
+
+    Raises:
+        DamagedFileError: The file can't be read.
+    """
+    if not path.exists():
+        return {}
+    with naming_damage(path, "Delete it; only reports read it."):
+        return dict(json.loads(path.read_text()))
 
 
 def held_prompts(

@@ -431,10 +431,13 @@ def _refuse(
         for name in differing
         if described.rule(name) is OnResume.UNTIL_TRAINED and name not in described.per_round
     }
+    allowed = {OnResume.WARNED}
+    if described.settings.get("allow_engine_change"):
+        allowed.add(OnResume.ENGINE)
     refused = {
         name: text
         for name, text in differing.items()
-        if described.rule(name) is not OnResume.WARNED and (is_trained or name not in until_trained)
+        if described.rule(name) not in allowed and (is_trained or name not in until_trained)
     }
     if "weights" in refused:
         refused["weights"] += ": the model's weights are not those that the run began with"
@@ -447,6 +450,8 @@ def _refuse(
             if late
             else ""
         )
+        if engine := [name for name in refused if described.rule(name) is OnResume.ENGINE]:
+            when += f"\n{', '.join(engine)} may change with allow_engine_change=True."
         raise ValueError(
             f"{path.parent.parent} holds rounds of another configuration:\n"
             + "\n".join(f"  {name}: {text}" for name, text in refused.items())

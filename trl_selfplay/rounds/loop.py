@@ -34,6 +34,7 @@ from trl_selfplay.rollouts.funnel import describe_funnel
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rendering import keep_rendering
+from trl_selfplay.rollouts.shards import load_engines
 from trl_selfplay.rounds.checkpoints import list_checkpoints
 from trl_selfplay.rounds.dry_run import try_step
 from trl_selfplay.rounds.early_stopping import ends_run
@@ -362,6 +363,9 @@ def _finish_round(
         "steps": state.global_step,
         "learning_rate": args.learning_rate,
     }
+    engines = load_engines(run.folder(plan.sampling_round) / "samples" / "engines.json")
+    if engines:
+        line["engine"] = engines[max(engines)]
     if round_index == 0 and before is not None:
         line["eval_before"] = before.metrics
     if trainer.is_world_process_zero():

@@ -26,6 +26,8 @@ class OnResume(StrEnum):
     disk stay valid. In a list with one value per round, each value: until its round is finished."""
     MAY_GROW = "may_grow"
     """Always, to a larger value: rounds are added at the end."""
+    ENGINE = "engine"
+    """With `allow_engine_change=True`: samples before and after come from different engines."""
     FIXED = "fixed"
     """Never: samples depend on it. In a list with one value per round, each value: until its round
     samples."""

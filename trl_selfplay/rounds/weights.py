@@ -6,7 +6,7 @@ and wrapped forwards stay attached.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -188,16 +188,24 @@ def reload_initial_weights(model: Any, args: Any, saved: Path) -> None:
 def initial_weights_in_place(model: Any, args: Any, saved: Path) -> Iterator[None]:
     """Let the model have the weights from before round 0 within this context.
 
-    Its present ones wait in the CPU's memory, and return bit for bit.
-
     Args:
         model: The trainer's model.
         args: See `reload_initial_weights`, as for `saved`.
         saved: File of `save_trainable`, if there is one.
     """
+    with other_weights_in_place(model, lambda: reload_initial_weights(model, args, saved)):
+        yield
+
+
+@contextmanager
+def other_weights_in_place(model: nn.Module, load: Callable[[], object]) -> Iterator[None]:
+    """Let the model have the trainable weights that `load` gives it within this context.
+
+    Its present ones wait in the CPU's memory, and return bit for bit.
+    """
     held = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(model).items()}
     try:
-        reload_initial_weights(model, args, saved)
+        load()
         yield
     finally:
         copy_into(model, held, "the copy of the present weights")

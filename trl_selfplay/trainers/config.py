@@ -23,6 +23,7 @@ from trl_selfplay.rounds.plan import (
     per_round_lists,
     plan_equal_rounds,
 )
+from trl_selfplay.trainers.engine_config import EngineConfig, check_engine_fields
 from trl_selfplay.trainers.field_checks import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -41,7 +42,7 @@ _DICT_FIELDS = ("generation_kwargs", "chat_template_kwargs")
 
 
 @dataclass
-class SelfPlayConfig:
+class SelfPlayConfig(EngineConfig):
     """Fields of the outer loop: rounds, sampling, held-out scores.
 
     A method's own checks follow `super().__post_init__()`, which runs those of the shared fields and
@@ -383,6 +384,7 @@ def check_self_play_config(config: Any) -> None:
     Each message names the field, its value and what to set.
     """
     check_parent_fields(config)
+    check_engine_fields(config)
     _check_generation_kwargs(config)
     if "" in (config.stop_strings or ()):
         raise ValueError(

@@ -65,8 +65,16 @@ _FIELDS: dict[str, str] = {
     "use_adaptive_entropy": _NO_ENTROPY,
     "steps_per_generation": _ROUND_SIZE,
     "generation_batch_size": _ROUND_SIZE,
-    "use_vllm": _OWN_SAMPLER,
-    "vllm_": _OWN_SAMPLER,
+    "use_vllm": "thoughts are sampled inside the forward pass that trains, at every token, so an "
+    "engine beside it can't sample them",
+    "vllm_": "thoughts are sampled inside the forward pass that trains",
+    "vllm_model_impl": "vLLM uses its own implementation of a model where it has one",
+    "vllm_enable_sleep_mode": "the engine never sleeps: its process ends before training, and its "
+    "memory is free",
+    "vllm_structured_outputs_regex": "completions aren't constrained; a reward function rejects the "
+    "others",
+    "vllm_group_port": "no weights are sent by NCCL; the server loads each round's adapter from disk",
+    "allow_engine_change": "thoughts are sampled inside the forward pass that trains",
     "use_transformers_": _OWN_SAMPLER,
     "transformers_continuous_batching_config": _OWN_SAMPLER,
     "cache_implementation": _OWN_SAMPLER,

@@ -161,6 +161,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         )
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         scored: list[tuple[int, float, float]] = []
+        self.self_play.collector.sampler.release()  # an engine may hold the device's memory
         with sampling_state(policy, None):
             for indices in batches[accelerator.process_index :: accelerator.num_processes]:
                 batch = self.data_collator([examples[i] for i in indices])

@@ -16,7 +16,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.evaluation.heldout import HeldOutScores
-from trl_selfplay.generation.transformers_sampler import TransformersSampler, collect_eos_token_ids
+from trl_selfplay.generation.model_traits import ModelTraits
+from trl_selfplay.generation.transformers_sampler import collect_eos_token_ids
 from trl_selfplay.rollouts.collection import Collector
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import (
@@ -48,6 +49,8 @@ from trl_selfplay.trainers.construction import (
     load_processing_class,
     start_of_run,
 )
+from trl_selfplay.trainers.engine_config import check_engine_is_there
+from trl_selfplay.trainers.sampling import build_sampler
 
 
 class RoundsMixin(Trainer):
@@ -109,6 +112,7 @@ class RoundsMixin(Trainer):
         Raises:
             ValueError, TypeError: For arguments, rows or a model that can't work.
         """
+        check_engine_is_there(args, args.world_size)
         check_adapters(model, peft_config)
         heldout = load_heldout_sets(eval_dataset, rows, self.load_rows, grading.heldout_funcs)
         check_comparing(grading.reward_funcs, args, hint_formatter is not None)
@@ -133,7 +137,7 @@ class RoundsMixin(Trainer):
         self.placeholder = cast("Dataset", self.train_dataset)
         self.eval_dataset = eval_dataset
         self.self_play = self.prepare_stages(
-            self._build_self_play(rows, heldout, grading, examples, hint_formatter)
+            self._build_self_play(model, rows, heldout, grading, examples, hint_formatter)
         )
         is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         check_judges(self.self_play, is_sharded)
@@ -142,6 +146,7 @@ class RoundsMixin(Trainer):
 
     def _build_self_play(
         self,
+        given: Any,
         rows: list[PromptRow],
         heldout: Mapping[str, list[PromptRow]],
         grading: Grading,
@@ -154,8 +159,8 @@ class RoundsMixin(Trainer):
         balanced = cast("Any", self).aux_loss_enabled  # of TRL's trainers
         traits = check_built_model(model, accelerator, tokenizer, balanced)
         # Read when used: training replaces the wrapped model and the state.
-        sampler = TransformersSampler(
-            lambda: self.model_wrapped, tokenizer, accelerator=accelerator, traits=traits
+        sampler = build_sampler(
+            args, given, lambda: self.model_wrapped, tokenizer, accelerator, traits
         )
         scorer, eval_scorer = build_scorers(grading, args, accelerator.device, lambda: self.state)
         calibrated = scorer.calibration.names if scorer is not None else ()
@@ -192,7 +197,7 @@ class RoundsMixin(Trainer):
             ),
             eos_token_ids=collect_eos_token_ids(model, tokenizer),
             eos_token_id=tokenizer.eos_token_id,
-            context_length=traits.context_length,
+            context_length=_context_length(args, traits),
             run=self.run,
             initial_weights=self.initial_weights,
         )
@@ -335,3 +340,9 @@ class RoundsMixin(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+
+def _context_length(args: Any, traits: ModelTraits) -> int | None:
+    """Return the most tokens of prompt and completion, of the model and of the engine."""
+    limits = [traits.context_length, args.vllm_max_model_length if args.use_vllm else None]
+    return min((limit for limit in limits if limit is not None), default=None)

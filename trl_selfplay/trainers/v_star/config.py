@@ -32,6 +32,7 @@ _UNUSED = {
     "generation_kwargs": _SAMPLING,
     "num_generations_eval": _SAMPLING,
     "temperature_eval": _SAMPLING,
+    "use_vllm": _SAMPLING,
 }
 
 

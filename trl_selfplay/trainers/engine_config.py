@@ -1,0 +1,224 @@
+"""Fields that choose the engine which samples, and the settings that vLLM is started with.
+
+In: a config's fields, named as in GRPOConfig where it has them. Out: checked fields, and
+`EngineSettings`. Without `use_vllm` the trainer samples in its own process.
+"""
+
+import importlib.util
+import logging
+import shutil
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import torch
+from accelerate import Accelerator
+
+from trl_selfplay.generation.engine import EngineSettings
+from trl_selfplay.rounds.plan import OnResume
+from trl_selfplay.trainers.field_checks import AT_LEAST_1, Bounds
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_QUANTIZATIONS = ("fp8", "bitsandbytes")
+_PRECISION_OF_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Which fields a mode reads, besides `use_vllm`, `vllm_mode` and `allow_engine_change`.
+_FIELDS_OF_MODE = {
+    "phase": (
+        "vllm_python", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_dtype",
+        "vllm_quantization", "vllm_tensor_parallel_size",
+    ),
+    "server": (
+        "vllm_max_model_length", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
+        "vllm_server_timeout",
+    ),
+}  # fmt: skip
+INSTALL = (
+    'Install it beside this package (pip install "trl-selfplay[vllm]"), or in an environment of its '
+    'own and set vllm_python to its interpreter, such as "/envs/vllm/bin/python".'
+)
+
+
+@dataclass
+class EngineConfig:
+    """Fields of the engine that samples."""
+
+    _BOUNDS = {  # noqa: RUF012  # not a field
+        "vllm_gpu_memory_utilization": Bounds(0, 1, exclusive=True),
+        "vllm_max_model_length": Bounds(2),  # a prompt and a completion
+        "vllm_tensor_parallel_size": AT_LEAST_1,
+        "vllm_server_port": Bounds(1, 65535),
+        "vllm_server_timeout": Bounds(0),
+    }
+
+    use_vllm: Annotated[bool, OnResume.ENGINE] = field(
+        default=False,
+        metadata={"help": "Sample with vLLM instead of in the training process."},
+    )
+    vllm_mode: Annotated[str, OnResume.FREE] = field(
+        default="phase",
+        metadata={
+            "help": "'phase': a child process starts vLLM for each sampling phase and exits before "
+            "training. 'server': a running vLLM server samples, for a second device."
+        },
+    )
+    vllm_python: Annotated[str | None, OnResume.FREE] = field(
+        default=None,
+        metadata={
+            "help": "Python interpreter that runs vLLM in phase mode; its environment needs vLLM "
+            "0.32 or later and none of this package's dependencies. None: this interpreter."
+        },
+    )
+    vllm_gpu_memory_utilization: Annotated[float, OnResume.FREE] = field(
+        default=0.9,
+        metadata={
+            "help": "Share of the device's memory for the engine in phase mode. It gets less if less "
+            "is free, since the trainer's model stays on the device."
+        },
+    )
+    vllm_max_model_length: Annotated[int | None, OnResume.FREE] = field(
+        default=None,
+        metadata={
+            "help": "Maximum tokens of a prompt with its completion. None: the model's context, as "
+            "far as the engine's memory allows."
+        },
+    )
+    vllm_dtype: Annotated[str | None, OnResume.ENGINE] = field(
+        default=None,
+        metadata={
+            "help": "Precision of the engine in phase mode: 'bfloat16', 'float16' or 'float32'. None: "
+            "the precision of the trainer's forward.",
+            "choices": list(_DTYPES),
+        },
+    )
+    vllm_quantization: Annotated[str | None, OnResume.ENGINE] = field(
+        default=None,
+        metadata={
+            "help": "Quantize the base weights in the engine in phase mode: 'fp8', or 'bitsandbytes', "
+            "which needs vLLM's plug-in. None: as they are in the model's source.",
+            "choices": list(_QUANTIZATIONS),
+        },
+    )
+    vllm_tensor_parallel_size: Annotated[int, OnResume.FREE] = field(
+        default=1,
+        metadata={"help": "Devices over which the engine divides the model in phase mode."},
+    )
+    vllm_server_base_url: Annotated[str | None, OnResume.FREE] = field(
+        default=None,
+        metadata={
+            "help": "Address of the server, such as 'http://localhost:8000'. If given, "
+            "`vllm_server_host` and `vllm_server_port` are ignored."
+        },
+    )
+    vllm_server_host: Annotated[str, OnResume.FREE] = field(
+        default="0.0.0.0", metadata={"help": "Host of the server."}
+    )
+    vllm_server_port: Annotated[int, OnResume.FREE] = field(
+        default=8000, metadata={"help": "Port of the server."}
+    )
+    vllm_server_timeout: Annotated[float, OnResume.FREE] = field(
+        default=240.0, metadata={"help": "Seconds to wait for the server to be up."}
+    )
+    allow_engine_change: Annotated[bool, OnResume.FREE] = field(
+        default=False,
+        metadata={
+            "help": "Let a resumed run sample with another engine than before: with or without vLLM, "
+            "another version of it, another precision or quantization."
+        },
+    )
+
+    @property
+    def server_url(self) -> str:
+        """The address of the vLLM server."""
+        given = self.vllm_server_base_url
+        return given or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+
+
+def check_engine_fields(config: Any) -> None:
+    """Raise ValueError for fields of the engine that can't work; warn of those without effect."""
+    mode = config.vllm_mode
+    if config.use_vllm and mode == "colocate":
+        raise ValueError(
+            "vllm_mode='colocate' would keep the engine's memory while the model trains. Use "
+            "vllm_mode='phase': the engine runs on the same device and ends before training."
+        )
+    if mode not in (*_FIELDS_OF_MODE, "colocate"):
+        raise ValueError(f"vllm_mode={mode!r}; choose 'phase' or 'server'.")
+    if config.use_vllm and mode == "server" and config.vllm_server_base_url:
+        parts = urlsplit(config.vllm_server_base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                f"vllm_server_base_url={config.vllm_server_base_url!r} is no address. Give one such "
+                "as 'http://localhost:8000'."
+            )
+    used = _FIELDS_OF_MODE[mode] if config.use_vllm else ()
+    unused = [
+        f"{each.name}={getattr(config, each.name)!r}"
+        for each in fields(EngineConfig)
+        if each.name.startswith("vllm_")
+        and each.name not in (*used, "vllm_mode")
+        and getattr(config, each.name) != each.default
+    ]
+    if unused:
+        where = f"vllm_mode={mode!r}" if config.use_vllm else "use_vllm=False"
+        logger.warning("%s: without effect with %s.", ", ".join(unused), where)
+
+
+def check_engine_is_there(config: Any, num_processes: int) -> None:
+    """Raise, before a model is loaded, if vLLM can't sample for a config on this machine.
+
+    Raises:
+        FileNotFoundError: `vllm_python` is no interpreter.
+        ImportError: vLLM isn't installed.
+        ValueError: There are several training processes.
+    """
+    if not config.use_vllm:
+        return
+    if num_processes > 1:
+        raise ValueError(
+            f"use_vllm=True with {num_processes} training processes, each of which would start an "
+            "engine or load adapters into one server. Train in one process, or set use_vllm=False."
+        )
+    if config.vllm_mode != "phase":
+        return
+    if config.vllm_python is not None:
+        if shutil.which(config.vllm_python) is None:
+            raise FileNotFoundError(
+                f"vllm_python={config.vllm_python!r} is no program. Give the path of the "
+                'interpreter in the environment that has vLLM, such as "/envs/vllm/bin/python".'
+            )
+    elif importlib.util.find_spec("vllm") is None:
+        raise ImportError(f"use_vllm=True, and vLLM isn't installed. {INSTALL}")
+
+
+def engine_settings(config: Any, model: Any, accelerator: Accelerator) -> EngineSettings:
+    """Return the settings of the engine in phase mode.
+
+    Args:
+        config: With the fields of `EngineConfig`.
+        model: The trainer's model.
+        accelerator: The trainer's; its mixed precision is that of the forward.
+    """
+    return EngineSettings(
+        python=config.vllm_python,
+        dtype=config.vllm_dtype or name_dtype(forward_dtype(model, accelerator)),  # type: ignore[arg-type]
+        quantization=config.vllm_quantization,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        max_model_length=config.vllm_max_model_length,
+        tensor_parallel_size=config.vllm_tensor_parallel_size,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def forward_dtype(model: Any, accelerator: Accelerator) -> torch.dtype:
+    """Return the precision in which the trainer's forward multiplies matrices."""
+    autocast = _PRECISION_OF_AUTOCAST.get(accelerator.mixed_precision)
+    quantization = getattr(model.config, "quantization_config", None)
+    computed = getattr(quantization, "bnb_4bit_compute_dtype", None)
+    return autocast or computed or model.dtype
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    """Return the name of a precision, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
