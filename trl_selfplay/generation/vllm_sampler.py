@@ -105,6 +105,7 @@ class VLLMSampler:
         self._adapter_number = 0  # of the last adapter; never one twice
         self._next_id = 0
         self._has_failed = False  # since the last release
+        self._memory_share = 1.0  # of what an engine would get; less after each failure
         self._is_sampling = False
         self._memory_before = 0
         self.engine_record: dict[str, Any] | None = None
@@ -271,16 +272,19 @@ class VLLMSampler:
             RuntimeError: A process can't be ended, or the memory isn't free within a minute.
         """
         self._has_failed = False
-        if self._process is None:
-            return
-        process = self._process
-        self._forget_engine()
-        process.end()
-        self._check_memory()
+        if self._process is not None:
+            self._end_engine()
 
     def _running(self) -> EngineProcess:
         assert self._process is not None
         return self._process
+
+    def _end_engine(self) -> None:
+        process = self._running()
+        self._forget_engine()
+        # One process leaves nothing to tidy; several share memory by name.
+        process.end(at_once=self._settings.tensor_parallel_size == 1)
+        self._check_memory()
 
     def _forget_engine(self) -> None:
         self._process = self._weights = None
@@ -322,11 +326,7 @@ class VLLMSampler:
         """Have an engine with these weights, trying twice to start one."""
         current = self._weights
         if current is not None and _base_of(current) != _base_of(weights):
-            assert self._process is not None
-            process = self._process
-            self._forget_engine()
-            process.end()
-            self._check_memory()
+            self._end_engine()
         while self._process is None:
             try:
                 self._start(weights, longest, options)
@@ -346,18 +346,15 @@ class VLLMSampler:
             raise failure
         self._has_failed = True
         self._check_memory()
-        settings = self._settings
-        self._settings = replace(
-            settings,
-            gpu_memory_utilization=settings.gpu_memory_utilization * _MEMORY_AFTER_FAILURE,
-            max_num_seqs=max(1, int(self._num_sequences() * _SEQUENCES_AFTER_FAILURE)),
-        )
+        self._memory_share *= _MEMORY_AFTER_FAILURE
+        sequences = max(1, int(self._num_sequences() * _SEQUENCES_AFTER_FAILURE))
+        self._settings = replace(self._settings, max_num_seqs=sequences)
         logger.warning(
-            "%s\nStarting another engine with gpu_memory_utilization=%.2f and max_num_seqs=%d; what "
-            "was unfinished is sampled again.",
+            "%s\nStarting another engine with %.0f %% of the memory and max_num_seqs=%d; what was "
+            "unfinished is sampled again.",
             failure,
-            self._settings.gpu_memory_utilization,
-            self._num_sequences(),
+            100 * self._memory_share,
+            sequences,
         )
 
     def _start(
@@ -398,7 +395,7 @@ class VLLMSampler:
             "trust_remote_code": settings.trust_remote_code,
             "dtype": settings.dtype,
             "quantization": settings.quantization,
-            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "gpu_memory_utilization": self._memory_share * self._utilization(),
             "max_model_len": length or -1,  # -1: as much of the model's context as fits
             "tensor_parallel_size": settings.tensor_parallel_size,
             "max_num_seqs": self._num_sequences(),
@@ -414,10 +411,6 @@ class VLLMSampler:
         if on_cpu:
             longest_row = len(longest.prompt_ids) + self._end_of(longest, options).limit
             arguments["kv_cache_memory_bytes"] = self._cache_bytes(longest_row)
-        else:
-            free, total = torch.cuda.mem_get_info(self._device)
-            most = _SHARE_OF_FREE_MEMORY * free / total
-            arguments["gpu_memory_utilization"] = min(settings.gpu_memory_utilization, most)
         if weights.adapter is not None:
             fitting = [rank for rank in _LORA_RANKS if rank >= weights.adapter_rank]
             arguments |= {
@@ -427,6 +420,14 @@ class VLLMSampler:
             }
         return {**arguments, **settings.engine_arguments}
 
+    def _utilization(self) -> float:
+        """Return the share of the device's whole memory that the engine may use."""
+        most = 1.0
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            most = _SHARE_OF_FREE_MEMORY * free / total
+        return min(self._settings.gpu_memory_utilization, most)
+
     def _cache_bytes(self, longest_row: int) -> int:
         """Return the size of the cache on a CPU: what all sequences need, if there is so much.
 
@@ -434,7 +435,8 @@ class VLLMSampler:
         """
         # Blocks of 128 tokens; float32 in the engine may face 16 bits here.
         per_row = 2 * self._traits.bytes_per_token * (longest_row + 128)
-        most = self._settings.gpu_memory_utilization * psutil.virtual_memory().available
+        available = psutil.virtual_memory().available
+        most = self._memory_share * self._settings.gpu_memory_utilization * available
         return max(per_row, int(min(per_row * self._num_sequences(), most)))
 
     def _free_memory(self) -> int:
