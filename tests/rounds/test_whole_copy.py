@@ -14,7 +14,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from trl_selfplay.generation.four_bit import keep_4bit_weights_trainable
+from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.rounds import whole_copy
 from trl_selfplay.rounds.whole_copy import save_whole_copy
 
@@ -108,7 +108,7 @@ def test_a_copy_of_a_four_bit_policy_is_its_dequantized_weights(
     model = AutoModelForCausalLM.from_pretrained(
         saved_chat_model, quantization_config=quantization, dtype=torch.float32
     )
-    keep_4bit_weights_trainable(model)
+    prepare_quantized_layers(model)
     model = shaken(get_peft_model(model, ADAPTERS[kind]))
     expected = logits(model)
     save_whole_copy(model, tmp_path / "copy", torch.float32)
