@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu"
 PARTS = {
     "a": "quantized",
     "c": "real_task",
+    "d": "estimates",
     "b": "whole_round",
     "e": "quiet_star",
 }
@@ -168,7 +169,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--results", type=Path, help="default: results/gpu")
     parser.add_argument("--here", choices=PARTS, help=argparse.SUPPRESS)
-    for name, kind in (("card", str), ("session", str), ("deadline", float)):
+    parser.add_argument(
+        "--card", help="folder in results; part d needs no card and can follow elsewhere"
+    )
+    for name, kind in (("session", str), ("deadline", float)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--shares-card", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -181,11 +185,15 @@ def main() -> None:
     if args.here:
         sys.exit(run_here(args))
     started = time.time()
-    args.card, args.session = card_name(args.device), f"{started:.0f}-{os.getpid()}"
+    args.card = args.card or card_name(args.device)
+    args.session = f"{started:.0f}-{os.getpid()}"
     end = started + (args.limit or float("inf"))
     from gpu_parts.report import write_report
 
-    for part in [p for p in PARTS if p in parts]:
+    order = [part for part in PARTS if part in parts]
+    if "d" in order[:-1]:
+        order.append("d")  # for what was measured after it
+    for part in order:
         run_part(part, args, min(end, time.time() + PART_SECONDS))
         write_report(args.results)
         error_file(part).unlink(missing_ok=True)

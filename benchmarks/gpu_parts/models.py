@@ -25,11 +25,16 @@ from transformers import (
 PAD, EOS = 0, 1
 _FIRST_WORD = 2
 _IDS: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": EOS}
-# The sizes of Qwen2.5-0.5B, of Llama-3.1-8B, and one for CPUs (nf4 needs rows of 64 weights).
+# The sizes of Qwen2.5-0.5B and 3B, of Llama-3.1-8B, and one for CPUs (nf4 needs rows of 64 weights).
 CONFIGS = {
     "0.5B": Qwen2Config(
         vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
         num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32_768,
+        tie_word_embeddings=True, **_IDS,
+    ),
+    "3B": Qwen2Config(
+        vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36,
+        num_attention_heads=16, num_key_value_heads=2, max_position_embeddings=32_768,
         tie_word_embeddings=True, **_IDS,
     ),
     "8B": LlamaConfig(

@@ -7,8 +7,9 @@ transformers' `generate` and `generate_batch`, base weights in 16 and in 4 bits,
 """
 
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,6 @@ from trl_selfplay import SPINConfig, SPINTrainer, STaRConfig, STaRTrainer
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 
-CARD_GB = 24
 NUM_ROUNDS = 2
 SAMPLES_PER_PROMPT = 8
 
@@ -38,11 +38,13 @@ class Sizes:
         model: Of `models.CONFIGS`.
         prompt: Tokens of a prompt; half of them are the same in all prompts when only sampling.
         completion: Tokens of a completion in training.
-        steps: Optimizer steps of a round, of one row each.
+        steps: Optimizer steps of a round.
         batches: Sequences that are decoded together.
         small_batch: A smaller number of them, of less value.
         sampled: Tokens of a completion when only sampling.
         repeats: Timed runs, after one that warms up.
+        rows: Rows of an optimizer step.
+        card_gb: The memory of the card.
     """
 
     model: str
@@ -53,10 +55,22 @@ class Sizes:
     small_batch: int
     sampled: int
     repeats: int
+    rows: int = 1
+    card_gb: int = 24
 
 
 FULL = Sizes("8B", 896, 128, 6, (32, 128), 8, 64, 2)
 TOY = Sizes("toy", 24, 8, 2, (8,), 4, 8, 1)
+
+
+def cards_of(sizes: Sizes) -> dict[str, Sizes]:
+    """Return by item a training on a card of another size, with as many rows as should fit."""
+    small = "3B" if sizes is FULL else sizes.model
+    return {
+        "card of 8 GB": replace(sizes, model=small, steps=3, rows=2, card_gb=8),
+        "card of 16 GB": replace(sizes, steps=3, rows=4, card_gb=16),
+        "card of 24 GB": replace(sizes, steps=3, rows=8, card_gb=24),
+    }
 
 
 def build_items(device: str, results: Path) -> list[Item]:
@@ -75,6 +89,10 @@ def build_items(device: str, results: Path) -> list[Item]:
         for way in ways
         for case in [(way, precision, batch)]
     ]
+    items += [
+        Item(name, partial(measure_star, other, device), 30)
+        for name, other in cards_of(sizes).items()
+    ]
     if device == "cuda":  # last: it may replace the model's attention
         case = ("generate_batch", "16-bit", sizes.batches[0])
         items.append(
@@ -87,7 +105,7 @@ def shared_settings(sizes: Sizes, device: str, folder: str) -> dict[str, Any]:
     """Return the fields that both configurations have."""
     return {
         "output_dir": folder, "num_rounds": NUM_ROUNDS, "max_completion_length": sizes.completion,
-        "max_length": sizes.prompt + sizes.completion, "per_device_train_batch_size": 1,
+        "max_length": sizes.prompt + sizes.completion, "per_device_train_batch_size": sizes.rows,
         "max_steps": sizes.steps, "learning_rate": 1e-6, "bf16": device == "cuda",
         "gradient_checkpointing": True, "save_strategy": "no", "report_to": [],
         "disable_tqdm": True, "logging_steps": 1000, "temperature": 1.0,
@@ -112,7 +130,9 @@ def all_right(completions: list[str], **columns: Any) -> list[float]:
 def measure_star(sizes: Sizes, device: str) -> dict[str, Any]:
     """Run two rounds of STaR."""
     config = models.CONFIGS[sizes.model]
-    rows = models.build_rows(sizes.steps, sizes.prompt, sizes.completion, config.vocab_size)
+    rows = models.build_rows(
+        sizes.steps * sizes.rows, sizes.prompt, sizes.completion, config.vocab_size
+    )
 
     def build(model: Any, folder: str) -> Any:
         return STaRTrainer(
@@ -124,13 +144,15 @@ def measure_star(sizes: Sizes, device: str) -> dict[str, Any]:
             peft_config=models.lora(),
         )
 
-    return run_rounds(build, sizes, device, sizes.prompt + sizes.completion)
+    return run_rounds(build, sizes, device)
 
 
 def measure_spin(sizes: Sizes, device: str) -> dict[str, Any]:
     """Run two rounds of SPIN."""
     config = models.CONFIGS[sizes.model]
-    rows = models.build_rows(sizes.steps, sizes.prompt, sizes.completion, config.vocab_size)
+    rows = models.build_rows(
+        sizes.steps * sizes.rows, sizes.prompt, sizes.completion, config.vocab_size
+    )
 
     def build(model: Any, folder: str) -> Any:
         return SPINTrainer(
@@ -141,21 +163,37 @@ def measure_spin(sizes: Sizes, device: str) -> dict[str, Any]:
             peft_config=models.lora(),
         )
 
-    return run_rounds(build, sizes, device, 2 * (sizes.prompt + sizes.completion))
+    return run_rounds(build, sizes, device, sides=2)
 
 
 def run_rounds(
-    build: Callable[[Any, str], Any], sizes: Sizes, device: str, tokens_per_step: int
+    build: Callable[[Any, str], Any], sizes: Sizes, device: str, sides: int = 1
 ) -> dict[str, Any]:
-    """Run the rounds of a trainer over a 4-bit model on a card of 24 GB; return their summary."""
+    """Run the rounds of a trainer over a 4-bit model; return their summary.
+
+    Args:
+        build: Returns the trainer of a model and a folder.
+        sizes: How much is measured.
+        device: "cuda" or "cpu".
+        sides: Sequences in a row: 2 with pairs.
+    """
     models.kept_model.cache_clear()
     clean_up(device)
-    with card_of(device, CARD_GB), tempfile.TemporaryDirectory() as folder:
-        trainer = build(models.build_model(sizes.model, device, is_quantized=True), folder)
+    length = sizes.prompt + sizes.completion
+    with card_of(device, sizes.card_gb), tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        model = models.build_model(sizes.model, device, is_quantized=True)
+        built = time.perf_counter()
+        trainer = build(model, folder)
+        constructed = time.perf_counter()
         clock = PhaseClock(trainer, device, ends_all=True)
         trainer.train()
-        summary = clock.summarize(tokens_per_step)
-    return {**summary, "length": sizes.prompt + sizes.completion, "card_gb": CARD_GB}
+        summary = clock.summarize(sizes.rows * sides * length)
+    return {
+        **summary, "model": sizes.model, "length": length, "rows": sizes.rows,
+        "card_gb": sizes.card_gb, "build_seconds": built - started,
+        "construction_seconds": constructed - built,
+    }  # fmt: skip
 
 
 def measure_sampling(
@@ -186,7 +224,7 @@ def measure_sampling(
         )
         release = models.kept_model.cache_clear
     try:
-        with card_of(device, CARD_GB):
+        with card_of(device, sizes.card_gb):
             restart_peak(device)
             first = seconds_of(device, run)
             seconds = [seconds_of(device, run) for _ in range(sizes.repeats)]
@@ -197,7 +235,7 @@ def measure_sampling(
     return {
         "tokens_per_second": num_tokens / median(seconds), "seconds": seconds,
         "first_seconds": first, "peak": peak, "prompt": ids.shape[1], "sampled": sizes.sampled,
-        "card_gb": CARD_GB,
+        "card_gb": sizes.card_gb,
     }  # fmt: skip
 
 

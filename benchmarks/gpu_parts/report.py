@@ -106,6 +106,24 @@ def write_quantized(items: Records) -> list[str]:
         row_of(name, items.get(item), 5, read_training)
         for name, item in (("STaR (target 10 GB)", "star"), ("SPIN (target 12 GB)", "spin"))
     ]
+    head = [
+        "trainer", "training, peak GB", "scoring, peak GB", "training, GB held by the allocator",
+        "trained tokens/s", "seconds between phases",
+    ]  # fmt: skip
+    cards = [
+        row_of(
+            name,
+            items.get(name),
+            5,
+            lambda r: [
+                r["model"],
+                str(r["rows"]),
+                *(in_gb(r["peaks"]["training"].get(key, 0)) for key in ("allocated", "reserved")),
+                in_gb(r["peaks"]["sampling"]["allocated"]),
+            ],
+        )
+        for name in ("card of 8 GB", "card of 16 GB", "card of 24 GB")
+    ]
     text = [
         "### a. 8B with QLoRA",
         "",
@@ -113,10 +131,13 @@ def write_quantized(items: Records) -> list[str]:
         "layers, gradient checkpointing, one row of 1,024 tokens per step (SPIN: a pair of them), "
         "two rounds, on a card of 24 GB.",
         "",
+        *table(head, rows),
+        "",
+        "STaR in the same way on other cards, with more rows per step:",
+        "",
         *table(
-            ["trainer", "training, peak GB", "scoring, peak GB", "training, GB held by the allocator",
-             "trained tokens/s", "seconds between phases"],
-            rows,
+            ["card", "model", "rows", "training, peak GB", "held by the allocator", "sampling, peak GB"],
+            cards,
         ),
         "",
         "Sampled tokens per second on a card of 24 GB, adapters attached: 64 tokens each, 8 samples of "
