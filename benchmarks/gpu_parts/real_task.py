@@ -71,7 +71,7 @@ class Sizes:
     stops: tuple[str, ...] = ()
 
 
-FULL = Sizes(2000, 600, 400, 8, 96, 100, 120, 16)
+FULL = Sizes(2000, 600, 400, 8, 96, 100, 100, 16)
 TOY = Sizes(4, 4, 4, 2, 12, 1, 1, 2, stops=(" ",))
 # Full attention to answers of three lines: a learning rate as in the demos.
 SETTINGS: dict[str, Any] = {
@@ -94,7 +94,7 @@ def build_items(device: str, results: Path) -> list[Item]:
         Item(
             name_of(*case),
             partial(measure, *case, device, results),
-            seconds=45.0,
+            seconds=25.0,
             is_wanted=partial(has_what_it_needs, *case),
             is_alone=case in first,
         )

@@ -172,7 +172,7 @@ def write_real_task(items: Records) -> list[str]:
     text = [
         "### c. SmolLM2-135M on 2,000 word problems",
         "",
-        "2,000 problems × 8 samples, 2 rounds of ReST^EM, 120 steps of 16 rows per round; controls with as "
+        "2,000 problems × 8 samples, 2 rounds of ReST^EM, 100 steps of 16 rows per round; controls with as "
         "many steps. Greedy accuracy on 400 other problems (standard error up to .025). The start has "
         "seen 600 worked answers to others.",
         "",
@@ -257,10 +257,10 @@ def write_whole_round(items: Records) -> list[str]:
     return [
         "### b. A round of a 0.5B model against TRL's pieces",
         "",
-        "The size of Qwen2.5-0.5B in bfloat16, LoRA of rank 16; 128 prompts of 64 to 192 tokens × 8 "
+        "The size of Qwen2.5-0.5B in bfloat16, LoRA of rank 16; 64 prompts of 64 to 192 tokens × 8 "
         "completions, which end at random after 100 tokens on average; the reward keeps half. By hand: "
         "`generate` in batches of 256 sorted by length, then SFTTrainer. GRPOTrainer: the same "
-        "completions, 16 per step. Loading and construction don't count.",
+        "completions, 16 per step. Loading, construction and what is compiled once don't count.",
         "",
         *table(["way", "seconds", "sampling s", "training s", "steps", "peak GB"], rows),
     ]  # fmt: skip
