@@ -10,6 +10,7 @@ Shapes: B rows, S cached columns, V logits.
 """
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 # Sizes for which steps are captured. Fewer waste more of each step, more take longer to capture.
 _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _LEAST_COLUMNS = 128
+# Only one capture may be underway in a process. A judge may sample in another thread.
+_CAPTURING = threading.Lock()
 
 
 class StaticDecoder:
@@ -104,9 +107,9 @@ class StaticDecoder:
         except Exception as error:  # a fault of the model's own shows up again without graphs
             self._buffers = None
             self._capacity = (0, self._capacity[1])
-            if is_out_of_memory(error) and len(tokens) > 1:
-                raise  # smaller batches follow
             first = error.__context__ or error  # the end of a failed capture raises as well
+            if is_out_of_memory(first) and len(tokens) > 1:
+                raise first from None  # smaller batches follow
             self._obstacle = f"{type(first).__name__}: {first}".partition("\n")[0]
             logger.warning("decoding without CUDA graphs, which failed with %s", self._obstacle)
             return None
@@ -222,7 +225,8 @@ class _Buffers:
         if size in self._graphs:
             self._graphs[size].replay()
         elif self._captures and size in self._met:
-            self._graphs[size] = self._capture(forward, size)
+            with _CAPTURING:
+                self._graphs[size] = self._capture(forward, size)
             self._graphs[size].replay()
         else:
             # The first step of a size, which chooses kernels and may allocate for good, isn't captured.

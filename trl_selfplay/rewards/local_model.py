@@ -79,6 +79,7 @@ class LocalModel:
         for index, sampled in self._sampler.sample(requests, options, batch_size):
             text = self.tokenizer.decode(list(sampled.completion_ids), skip_special_tokens=True)
             replies[places[index]] = Reply(text, is_cut_off=sampled.finish == "length")
+        self._sampler.release()  # the policy's sampler has use for the memory
         return replies
 
     def check_room(self, question: str, max_completion_length: int) -> None:
