@@ -8,7 +8,9 @@ from causal_classes import VOCAB_SIZE, build_tiny, family_names
 from naive_thoughts import logits_of, naive_scores, states_of
 from tiny_families import wake_head
 
+from trl_selfplay.rounds.noise import switch_noise_off
 from trl_selfplay.trainers.quiet_star.mixing import ATTRIBUTE, attach_thought_module
+from trl_selfplay.trainers.quiet_star.replaced_attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.sampling import sample_thoughts
 from trl_selfplay.trainers.quiet_star.support import check_model
 from trl_selfplay.trainers.quiet_star.unrolled import ThoughtBatch, think_and_talk
@@ -90,3 +92,31 @@ def test_thoughts_of_each_way_to_attend_equal_naive_ones(way) -> None:
 def test_thoughts_of_every_class_equal_naive_ones_or_it_is_refused(family) -> None:
     reason = check_thoughts(build_tiny(family), [0, 1, 9, 15, 16, 20])
     assert not any(raw in reason for raw in RAW) or "(RuntimeError: " in reason
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["gpt_oss", "bloom", "falcon", "gptj", "xglm", "gpt2"])
+def test_recomputed_activations_leave_gradients_as_they_are(family, reentrant) -> None:
+    """QS-19: layers that pass the mask on by position or by name, both forms of recomputation."""
+    model = build_tiny(family)
+    attach_thought_module(model, None, scale=100.0, seed=0)
+    wake_head(model)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(3, VOCAB_SIZE, (1, TEXT), generator=generator)
+    tokens = torch.randint(3, VOCAB_SIZE, (1, 2, LENGTH), generator=generator)
+    anchors = torch.tensor([[3, 15]])
+    batch = ThoughtBatch(anchors, tokens, torch.ones_like(anchors, dtype=torch.bool), AHEAD)
+    found = []
+    switch_noise_off(model.train())
+    for recomputes in (False, True):
+        if recomputes:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        with thoughts_attend(model):
+            outputs = think_and_talk(model, text, torch.ones_like(text), batch)
+            (outputs["talk_log_probs"].sum() + outputs["thought_log_probs"].sum()).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        size = gradient.abs().max().clamp(min=1.0)
+        torch.testing.assert_close(found[1][name] / size, gradient / size, atol=1e-5, rtol=0)

@@ -22,6 +22,21 @@ NAME = "trl_selfplay_thoughts"
 _UNSUPPORTED = ("position_bias", "cache", "indices", "block_indices", "sinks")
 
 
+class _LayoutMask(torch.Tensor):
+    """An attention mask that carries a layout, also through `detach` (reentrant checkpointing)."""
+
+    thought_layout: ThoughtLayout | None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func is torch.Tensor.detach:
+            result.thought_layout = getattr(args[0], "thought_layout", None)
+        return result
+
+
 def mask_with(layout: ThoughtLayout, device: torch.device) -> torch.Tensor:
     """Return an attention mask that carries a layout through a model.
 
@@ -29,7 +44,7 @@ def mask_with(layout: ThoughtLayout, device: torch.device) -> torch.Tensor:
     documented behaviour: https://github.com/huggingface/transformers/pull/46507). This one is empty:
     attention that reads it fails instead of seeing too much.
     """
-    mask: Any = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)
+    mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device).as_subclass(_LayoutMask)
     mask.thought_layout = layout
     return mask
 
