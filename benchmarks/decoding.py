@@ -26,10 +26,12 @@ from typing import Any
 
 import torch
 from gpu_parts import models
-from gpu_parts.measuring import GB, clean_up, read_peak, restart_peak
+from gpu_parts.measuring import GB, clean_up, read_peak, restart_peak, wait_for
 from peft import get_peft_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from trl_selfplay.generation import token_filters
+from trl_selfplay.generation.decode_batch import TokenChooser
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.static_decoding import StaticDecoder
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
@@ -162,6 +164,36 @@ def measure_continuous(case: Case, model: Any, device: str) -> None:
         timed(case, "generate_batch", device, lambda: generate_batch(model, requests))
 
 
+def measure_choosing(device: str, batch: int) -> str:
+    """Return what the choice of one token per row takes beside the model, by the options."""
+    vocab_size = models.CONFIGS["0.5B"].vocab_size
+    scale = 4.0  # so that a few tokens have most of the mass
+    logits = torch.randn((batch, vocab_size), device=device) * scale
+    keys, steps = list(range(batch)), [0] * batch
+
+    def milliseconds(**changes: Any) -> float:
+        chooser = TokenChooser(SamplingOptions(1, **changes), range(vocab_size))
+        for count in (2, 10):
+            wait_for(device)
+            started = time.perf_counter()
+            for _ in range(count):
+                chooser.choose(logits.clone(), keys, steps, None)
+            wait_for(device)
+        return (time.perf_counter() - started) * 100
+
+    guess, found = token_filters._TOP_P_FIRST_GUESS_ON_DEVICE, []
+    for name, changes, first in (
+        ("without filters", {}, guess),
+        ("top-k 40", {"top_k": 40}, guess),
+        ("top-p .9", {"top_p": 0.9}, guess),
+        ("top-p .9 by sorting all", {"top_p": 0.9}, vocab_size),
+    ):
+        token_filters._TOP_P_FIRST_GUESS_ON_DEVICE = first
+        found.append(f"{name} {milliseconds(**changes):.2f}")
+    token_filters._TOP_P_FIRST_GUESS_ON_DEVICE = guess
+    return f"Milliseconds to choose tokens of {batch} rows of logits: {', '.join(found)}."
+
+
 def attempt(case: Case, way: str, run: Callable[[], Any]) -> None:
     """Run something; note why it failed, and go on."""
     try:
@@ -171,13 +203,13 @@ def attempt(case: Case, way: str, run: Callable[[], Any]) -> None:
         case.rates[way] = f"{type(error).__name__}: {str(error)[:80]}".replace("\n", " ")
 
 
-def attempt_check(device: str) -> str:
-    """Return what a failing capture leaves usable, or the error."""
+def attempt_text(run: Callable[[], str]) -> str:
+    """Return what something says, or its error."""
     try:
-        return check_failing_capture(device)
+        return run()
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
-        return f"After a capture that fails: {type(error).__name__}: {str(error)[:200]}"
+        return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def check_failing_capture(device: str) -> str:
@@ -280,7 +312,9 @@ def main() -> None:
                     case, "generate_batch", lambda c=case, m=model: measure_continuous(c, m, device)
                 )
             show()
-            last = attempt_check(device)
+            last = attempt_text(lambda: measure_choosing(device, batches[-1]))
+            show()
+            last += "\n\n" + attempt_text(lambda: check_failing_capture(device))
             show()
         del model
         clean_up(device)

@@ -11,10 +11,11 @@ import torch
 
 from trl_selfplay.generation.sampler import SamplingOptions
 
-# First guess of the number of tokens that hold the mass top_p. On a CPU, sorting a whole vocabulary
-# takes longer than the model's forward. The guess grows for rows that need more tokens, so the
-# result is exact.
+# First guess of the number of tokens that hold the mass top_p. Sorting a whole vocabulary takes
+# longer than the model's forward. The guess grows for rows that need more tokens, so the result is
+# exact. A device waits for the check whether it was enough, so its guess is larger.
 _TOP_P_FIRST_GUESS = 64
+_TOP_P_FIRST_GUESS_ON_DEVICE = 1024
 _TOP_P_GROWTH = 32
 
 
@@ -75,9 +76,9 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     log_total = logits.logsumexp(dim=-1, keepdim=True)
     kept = torch.full_like(logits, -math.inf)
     rows = torch.arange(logits.shape[0], device=logits.device)
-    # On other devices sorting is cheap, and checking whether the guess was enough would synchronize.
     on_cpu = logits.device.type == "cpu"
-    count = min(_TOP_P_FIRST_GUESS, vocab_size) if on_cpu else vocab_size
+    guess = _TOP_P_FIRST_GUESS if on_cpu else _TOP_P_FIRST_GUESS_ON_DEVICE
+    count = min(guess, vocab_size)
     while True:
         # `rows` are those whose mass isn't reached yet, all of them at first.
         part = logits if len(rows) == len(logits) else logits[rows]
