@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_selfplay.estimation.forecast import estimate
+    from trl_selfplay.estimation.plan import CannotEstimateError
     from trl_selfplay.estimation.record import Estimate
-    from trl_selfplay.estimation.twin import CannotEstimateError
     from trl_selfplay.rollouts.record import Rollout
     from trl_selfplay.rollouts.selection import default_normal_form, reasoning_path
     from trl_selfplay.rounds.empty_round import EmptyRoundError
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "CannotEstimateError": "trl_selfplay.estimation.twin",
+    "CannotEstimateError": "trl_selfplay.estimation.plan",
     "EmptyRoundError": "trl_selfplay.rounds.empty_round",
     "Estimate": "trl_selfplay.estimation.record",
     "IRPOConfig": "trl_selfplay.trainers.irpo.config",

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -35,6 +35,7 @@ def estimate(
     peft_config: Any = None,
     quantization_config: Any = None,
     prompt_length: int | None = None,
+    row_length: int | None = None,
     memory: int | None = None,
     device: str | None = None,
     reward_models: Sequence[Any] = (),
@@ -52,6 +53,8 @@ def estimate(
         quantization_config: As the trainer takes it.
         prompt_length: Tokens of the longest prompt. None: what `max_completion_length` leaves of
             `max_length`.
+        row_length: Tokens of the longest row of training. None: `max_length`, or less if prompts
+            and completions are shorter.
         memory: Bytes that are free on the device. If the run doesn't fit, `advice` says what would.
         device: "cuda" or "cpu"; None for the one that the trainer would use on this machine. For
             "cuda" on a machine without a GPU, autocast is taken to be bfloat16, TRL's default.
@@ -59,10 +62,13 @@ def estimate(
             configurations; they leave it during training.
 
     Raises:
-        CannotEstimateError: A ValueError: weights are sharded over devices, quantized other than by
-            bitsandbytes, or the model can't run without data.
+        CannotEstimateError: A ValueError: weights are sharded over devices, or quantized other than
+            by bitsandbytes; the model can't run without data; or neither `max_length` nor
+            `row_length` is set for a trainer that doesn't sample.
     """
-    plan = read_plan(model, config, peft_config, quantization_config, prompt_length, device)
+    plan = read_plan(
+        model, config, peft_config, quantization_config, prompt_length, row_length, device
+    )
     graders = sum(_weight_bytes(each) for each in reward_models)
     twin = build_twin(plan.model, plan.loading, plan.peft_config, plan.own_step)
     phases = _phases(plan, twin, graders, memory)
@@ -77,7 +83,7 @@ def estimate(
     )
     if memory is None or found.fits(memory):
         return found
-    return replace(found, advice=tuple(_advise(plan, graders, memory)))
+    return replace(found, advice=tuple(_advise(_as_planned(plan), graders, memory)))
 
 
 def _phases(plan: RunPlan, twin: Twin, graders: int, memory: int | None) -> tuple[Phase, ...]:
@@ -171,25 +177,41 @@ def _advise(plan: RunPlan, graders: int, memory: int) -> Iterator[str]:
     yield f"none of {', '.join(said)} is enough; take a smaller model"
 
 
+def _as_planned(plan: RunPlan) -> RunPlan:
+    """Return the plan of a loaded model as one of a model that will be loaded in the same way."""
+    model = plan.model
+    if not isinstance(model, nn.Module):
+        return plan
+    adapters: Any = getattr(model, "peft_config", {})
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return replace(
+        plan,
+        model=base.config,
+        loading={"dtype": base.dtype},  # the configuration says how weights are quantized
+        peft_config=next(iter(adapters.values()), plan.peft_config),
+    )
+
+
 def _changes(plan: RunPlan) -> Iterator[tuple[str, RunPlan]]:
-    """Yield settings that save memory, those that cost least first."""
-    is_planned = not isinstance(plan.model, nn.Module)
+    """Yield settings that save memory, those that cost least first; on a CPU none of few bits."""
+    quantized = plan.loading.get("quantization_config")
+    quantized = quantized or getattr(plan.model, "quantization_config", None)
     if plan.checkpointing is None:
         plan = replace(plan, checkpointing={})
         yield "gradient_checkpointing=True", plan
     if plan.rows > 1:
         plan = replace(plan, rows=1, scored_rows=1, accumulates=True)
         yield "per_device_train_batch_size=1 with more gradient_accumulation_steps", plan
-    if plan.peft_config is None and is_planned and "8bit" not in plan.optim:
+    if plan.peft_config is None and "8bit" not in plan.optim and plan.on_gpu:
         plan = replace(plan, optim="adamw_8bit")
         yield "optim='adamw_8bit'", plan
-    if is_planned and plan.loading.get("dtype", "float32") == "float32":
+    if plan.loading.get("dtype", "float32") in ("float32", torch.float32) and plan.on_gpu:
         plan = replace(plan, loading={**plan.loading, "dtype": "bfloat16"})
         yield "model_init_kwargs={'dtype': 'bfloat16'}", plan
-    if plan.peft_config is None and is_planned:
+    if plan.peft_config is None:
         plan = replace(plan, peft_config=LoraConfig(r=16, target_modules="all-linear"))
         yield "peft_config=LoraConfig(r=16, target_modules='all-linear')", plan
-    if is_planned and plan.loading.get("quantization_config") is None:
+    if quantized is None and plan.on_gpu:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

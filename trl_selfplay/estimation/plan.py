@@ -14,6 +14,10 @@ from trl import DPOConfig
 _USUAL_PROMPT = 512
 
 
+class CannotEstimateError(ValueError):
+    """The memory of this run can't be told from its configuration."""
+
+
 class OwnStep(Protocol):
     """A training step with a loss of its own, which a config's `step_without_data()` returns.
 
@@ -29,7 +33,7 @@ class OwnStep(Protocol):
     def prepare_adapters(self, peft_config: Any) -> Any:
         """Return the adapters' configuration as the trainer changes it."""
 
-    def running(self, causal_lm: Any) -> AbstractContextManager[None]:
+    def running(self, causal_lm: Any, on_gpu: bool) -> AbstractContextManager[None]:
         """Return the context of forward and backward."""
 
     def loss(self, causal_lm: Any, rows: int, length: int) -> torch.Tensor:
@@ -84,6 +88,7 @@ def read_plan(
     peft_config: Any,
     quantization_config: Any,
     prompt_length: int | None,
+    row_length: int | None,
     device: str | None,
 ) -> RunPlan:
     """Return what a run with this configuration does; see `estimate` for the arguments."""
@@ -95,11 +100,7 @@ def read_plan(
         device = "cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu"
     on_gpu = device != "cpu"
     completion_length = getattr(config, "max_completion_length", 0)
-    length = config.max_length
-    if length is None:
-        length = (prompt_length or _USUAL_PROMPT) + completion_length
-    elif prompt_length is not None and completion_length:
-        length = min(length, prompt_length + completion_length)
+    length = _row_length(config, prompt_length, row_length, completion_length)
     if prompt_length is None:
         prompt_length = max(1, length - completion_length) if completion_length else 0
     are_pairs = isinstance(config, DPOConfig)
@@ -122,11 +123,31 @@ def read_plan(
         scored_rows=scored or rows,
         prompt_length=prompt_length,
         completion_length=completion_length,
-        engine_share=config.vllm_gpu_memory_utilization
-        if getattr(config, "use_vllm", False)
-        else None,
+        engine_share=_engine_share(config),
         own_step=config.step_without_data() if hasattr(config, "step_without_data") else None,
     )
+
+
+def _row_length(
+    config: Any, prompt_length: int | None, row_length: int | None, completion_length: int
+) -> int:
+    """Return the tokens of the longest row that may be trained on."""
+    known = [n for n in (row_length, config.max_length) if n is not None]
+    if completion_length and (prompt_length is not None or not known):
+        known.append((prompt_length or _USUAL_PROMPT) + completion_length)
+    if not known:
+        raise CannotEstimateError(
+            "max_length=None: the length of the rows isn't known from the configuration. Pass "
+            "row_length, the tokens of the longest one."
+        )
+    return min(known)
+
+
+def _engine_share(config: Any) -> float | None:
+    if not getattr(config, "use_vllm", False):
+        return None
+    share: float = config.vllm_gpu_memory_utilization
+    return 0.0 if config.vllm_mode == "server" else share  # a server has a device of its own
 
 
 def _autocast_of(config: Any, on_gpu: bool) -> torch.dtype | None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from trl_selfplay.estimation.live_bytes import LiveBytes
-from trl_selfplay.estimation.plan import OwnStep
+from trl_selfplay.estimation.plan import CannotEstimateError, OwnStep
 from trl_selfplay.estimation.precision import DeviceRules, fused_attention
-from trl_selfplay.estimation.twin import CannotEstimateError, Twin
+from trl_selfplay.estimation.twin import Twin
 
 # The tiles in which TRL projects states to logits (`ChunkedLogProbFunction`, and its callers).
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
@@ -71,7 +71,7 @@ def step_peak(
     rules, live = DeviceRules(batch.autocast, batch.length), LiveBytes(twin.model)
     contexts = (
         fused_attention(twin.causal_lm),
-        nullcontext() if own_step is None else own_step.running(twin.causal_lm),
+        nullcontext() if own_step is None else own_step.running(twin.causal_lm, batch.on_gpu),
         _looks_like_autocast(batch), rules, live,
         torch.set_grad_enabled(with_gradients),
     )  # fmt: skip

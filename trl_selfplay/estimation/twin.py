@@ -20,15 +20,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trl_selfplay.estimation.plan import OwnStep
+from trl_selfplay.estimation.plan import CannotEstimateError, OwnStep
 
 # Initializations of LoRA that compute on the weights, which a twin doesn't have.
 _PLAIN_START = True
 _QUANTIZED = ("Linear4bit", "Linear8bitLt")  # layers of bitsandbytes
-
-
-class CannotEstimateError(ValueError):
-    """The memory of this model can't be told from its configuration."""
 
 
 @dataclass(frozen=True, slots=True)

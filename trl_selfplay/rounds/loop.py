@@ -29,7 +29,7 @@ from trl_selfplay.evaluation.monitor import (
     warn_long,
     warn_truncation,
 )
-from trl_selfplay.evaluation.report import print_round_table, say
+from trl_selfplay.evaluation.report import format_duration, print_round_table, say
 from trl_selfplay.rollouts.funnel import describe_funnel
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import load_rollouts
@@ -46,6 +46,7 @@ from trl_selfplay.rounds.log import (
     load_log_history,
     say_where_interrupted,
 )
+from trl_selfplay.rounds.memory_check import tell_memory
 from trl_selfplay.rounds.plan import RoundPlan
 from trl_selfplay.rounds.run import (
     UNTRAINED,
@@ -110,6 +111,7 @@ def _run_rounds(
     args, run = trainer.args, trainer.run
     progress = RoundProgress(args.plan_rounds(), trainer.warm_up_rows())
     _refuse_callbacks(trainer, progress)
+    tell_memory(trainer)
     try_step(trainer, trainer.placeholder)
     _open_run(trainer, progress, resume)
     callback = RoundCallback(trainer, progress)
@@ -136,7 +138,7 @@ def _run_rounds(
                 with changed_settings(args, plan.settings):
                     if call_round_event(trainer, "on_round_begin", progress):
                         break
-                    started = time.monotonic()
+                    started, is_fresh = time.monotonic(), not run.folder(plan.round_index).exists()
                     played = trainer.play_round(plan.round_index)
                     progress.seconds = {"sample": time.monotonic() - started, "train": 0.0}
                     if played.num_examples == 0 and not plan.may_be_skipped:
@@ -148,6 +150,8 @@ def _run_rounds(
                     scores = trainer.score_heldout(plan.round_index, folder / "evaluation")
                     ended = _finish_round(trainer, plan, played, before, scores)
                     history += trainer.state.log_history
+                    if is_fresh and not ended:
+                        _tell_time_left(progress, time.monotonic() - started)
                     if call_round_event(trainer, "on_round_end", progress):
                         break
     finally:
@@ -165,6 +169,15 @@ def _run_rounds(
     if output is None:
         return TrainOutput(progress.total_steps, 0.0, {})
     return output._replace(global_step=progress.total_steps)
+
+
+def _tell_time_left(progress: RoundProgress, seconds: float) -> None:
+    """Print how long a whole round took, and what the remaining ones take if they take as long."""
+    if left := len(progress.plans) - len(progress.lines):
+        say(
+            f"that round took {format_duration(seconds)}; rounds left: {left}, about "
+            f"{format_duration(left * seconds)} if each takes as long"
+        )
 
 
 def _refuse_callbacks(trainer: Any, progress: RoundProgress) -> None:

@@ -6,11 +6,13 @@ loss computed by the functions that train, over rows in which every column that 
 
 import copy
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from trl_selfplay.trainers.quiet_star import attention, backbone
 from trl_selfplay.trainers.quiet_star.mixing import ATTRIBUTE, ThoughtModule
 from trl_selfplay.trainers.quiet_star.replaced_attention import thoughts_attend
 from trl_selfplay.trainers.quiet_star.sampling import sample_thoughts
@@ -42,9 +44,18 @@ class ThinkingStep:
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), ATTRIBUTE})
         return peft_config
 
-    def running(self, causal_lm: Any) -> AbstractContextManager[None]:
-        """Return a context with attention that supports thoughts, in the backward pass as well."""
-        return thoughts_attend(causal_lm)
+    @contextmanager
+    def running(self, causal_lm: Any, on_gpu: bool) -> Iterator[None]:
+        """Attend as thoughts do, in the backward pass as well, in the chunks of the device."""
+        own = backbone.DEVICE_CHUNK_LOGITS, attention.DEVICE_CHUNK_SCORES
+        if not on_gpu:  # the meta device counts as another device than a CPU
+            backbone.DEVICE_CHUNK_LOGITS = backbone.CPU_CHUNK_LOGITS
+            attention.DEVICE_CHUNK_SCORES = attention.CPU_CHUNK_SCORES
+        try:
+            with thoughts_attend(causal_lm):
+                yield
+        finally:
+            backbone.DEVICE_CHUNK_LOGITS, attention.DEVICE_CHUNK_SCORES = own
 
     def loss(self, causal_lm: Any, rows: int, length: int) -> torch.Tensor:
         """Sample thoughts, then compute a loss of text and thoughts.

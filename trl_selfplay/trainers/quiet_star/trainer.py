@@ -21,6 +21,7 @@ from trl_selfplay.evaluation.report import say
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, refuse_broken
+from trl_selfplay.rounds.memory_check import tell_memory
 from trl_selfplay.rounds.noise import switch_noise_off
 from trl_selfplay.rounds.weights import (
     adapters_keep_dtypes,
@@ -257,6 +258,8 @@ class QuietSTaRTrainer(SFTTrainer):
             resume = last_whole_checkpoint(Path(str(self.args.output_dir)), self.accelerator)
         elif resume:
             refuse_broken(Path(resume), self.accelerator)
+        if self.args.num_thoughts:
+            tell_memory(self, longest_row(self.train_dataset, self.args.max_length))
         folder = Path(str(self.args.output_dir))
         is_main = self.is_world_process_zero()
         with held_by_this_process(folder, is_main), adapters_keep_dtypes(self.model):

@@ -1,0 +1,73 @@
+"""Tell how much memory a run takes before it begins, and warn if that is more than is free.
+
+In: a trainer that has not begun to train. Out: a line of output, or a warning with settings that would
+make it fit.
+"""
+
+import logging
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from trl_selfplay.estimation.forecast import estimate
+from trl_selfplay.estimation.plan import CannotEstimateError
+from trl_selfplay.estimation.record import GB
+from trl_selfplay.evaluation.report import say
+
+logger = logging.getLogger(__name__)
+
+# Below this many weights a run takes little, and estimating would take longer than its first steps.
+_LEAST_WEIGHTS = 10**7
+
+
+def tell_memory(trainer: Any, row_length: int | None = None) -> None:
+    """Print the memory of each phase, or warn if it doesn't fit; change nothing.
+
+    Nothing is said of models below 10 M weights, and of sharded ones.
+
+    Args:
+        trainer: Of this package.
+        row_length: Tokens of the longest row of training, if it is known.
+    """
+    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    if sum(p.numel() for p in model.parameters()) < _LEAST_WEIGHTS:
+        return
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        logger.info("The memory of this run isn't estimated: its weights may be sharded.")
+        return
+    device = trainer.accelerator.device
+    free = _free_for_all(model, device)
+    try:
+        found = estimate(
+            model,
+            trainer.args,
+            row_length=row_length,
+            memory=free,
+            device="cpu" if device.type == "cpu" else "cuda",
+        )
+    except CannotEstimateError as error:
+        logger.info("The memory of this run isn't estimated: %s", error)
+        return
+    if not trainer.is_world_process_zero():
+        return
+    if found.fits(free):
+        say(f"memory: {found.summary()}, of {free / GB:.1f} GB")
+        return
+    logger.warning(
+        "This run may need more memory than the %.1f GB that it can have on %s: %s. To fit: %s.",
+        free / GB,
+        device,
+        found.summary(),
+        "; ".join(found.advice),
+    )
+
+
+def _free_for_all(model: nn.Module, device: torch.device) -> int:
+    """Return the bytes that the run can have on its device, those that the model has already included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    held = sum(p.nbytes for p in model.parameters() if p.device.type == "cpu")
+    return int(psutil.virtual_memory().available) + held
