@@ -80,8 +80,11 @@ def gumbel_noise(
     chunk = max(1, min(rows, chunk_elements // vocab_size))
     bits = torch.empty((chunk, vocab_size), dtype=torch.int32, device=device)
     scratch = torch.empty_like(bits)
-    # Without waiting for the device, which is still computing the logits.
-    row_words = torch.from_numpy(_row_words(keys, steps)).to(device, non_blocking=True)  # (rows, 2)
+    row_words = torch.from_numpy(_row_words(keys, steps))  # (rows, 2)
+    if device.type == "cuda":  # which is still computing the logits, so don't wait for it
+        row_words = row_words.pin_memory().to(device, non_blocking=True)
+    else:
+        row_words = row_words.to(device)
     for start in range(0, rows, chunk):
         stop = min(start + chunk, rows)
         x, s = bits[: stop - start], scratch[: stop - start]
