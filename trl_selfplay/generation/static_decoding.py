@@ -337,10 +337,11 @@ def _find_obstacle(model: Any, traits: ModelTraits) -> str | None:
     if traits.rope_switch is not None:
         return "rotary frequencies depend on the length"
     # transformers' own word that a step with a static cache never waits for the device.
-    if not base._can_compile_fullgraph:
+    if not getattr(base, "_can_compile_fullgraph", False):
         return f"{type(base).__name__} doesn't support static caches"
-    if base.config._attn_implementation not in ("sdpa", "eager"):
-        return f"the attention is {base.config._attn_implementation}, and not sdpa"
+    attention = getattr(base.config, "_attn_implementation", None)
+    if attention not in ("sdpa", "eager"):
+        return f"the attention is {attention}, and not sdpa"
     if len({p.device for p in parameters}) > 1 or any(isinstance(p, DTensor) for p in parameters):
         return "the weights are on several devices"
     return None
