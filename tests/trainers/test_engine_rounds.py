@@ -1,10 +1,15 @@
 """Whole runs over an engine that reads its weights from disk: whose samples, whose weights."""
 
 import json
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
+import psutil
 import pytest
+from engines import VLLM_PYTHON, StandIn, needs_vllm
 from folder_engine import FolderEngine
 from lora_server import serving_adapters
 from peft import LoraConfig
@@ -236,6 +241,7 @@ def test_a_server_samples_with_each_round_s_adapter(
     assert lora_server.adapters == {}
 
 
+@pytest.mark.slow
 def test_a_server_that_ignores_the_new_adapter_is_found_out(
     build_star, saved_tiny_model, lora_server
 ) -> None:
@@ -251,3 +257,77 @@ def test_a_server_that_ignores_the_new_adapter_is_found_out(
 def test_a_server_is_refused_where_it_can_not_load_what_trains(build_star, lora_server) -> None:
     with pytest.raises(ValueError, match="all weights are trained"):
         build_star(use_vllm=True, vllm_mode="server", vllm_server_base_url=lora_server.url)
+
+
+def test_a_random_text_is_not_the_policy_s(
+    build_star, tmp_path, monkeypatch, tiny_model, byte_tokenizer
+) -> None:
+    """The worker as it is, over a stand-in for vLLM that has no model."""
+    stand_in = StandIn(tmp_path, monkeypatch)
+    trainer = build_star(
+        model=tiny_model(byte_tokenizer), processing_class=byte_tokenizer, use_vllm=True,
+        vllm_python=stand_in.python,
+    )  # fmt: skip
+    with pytest.raises(EngineMismatchError, match="another policy"):
+        trainer.train()
+    assert not list(trainer.run.root.glob("*/samples/*.parquet"))
+    [note] = stand_in.notes("engine")
+    assert not psutil.pid_exists(note["pid"])
+
+
+@pytest.fixture
+def vllm_model(tmp_path, tiny_model, word_tokenizer) -> Path:
+    """A folder with a model whose heads vLLM takes."""
+    folder = tmp_path / "vllm-model"
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    tiny_model(word_tokenizer, vocab_size=64, **sizes).save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def check_lines(trainer, limit):
+    first, second = (line["engine"]["agreement"] for line in trainer.run.lines)
+    assert max(first["gap"], second["gap"]) < 1e-5
+    assert (first["limit"], second["nearer_to"]) == (limit, "current")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs_vllm
+@pytest.mark.parametrize("use_dora", [False, True], ids=["adapter", "copy"])
+def test_vllm_has_each_round_s_weights(build_star, vllm_model, use_dora) -> None:
+    trainer = build_star(
+        model=str(vllm_model), peft_config=LoraConfig(**LORA, use_dora=use_dora), use_vllm=True,
+        vllm_python=VLLM_PYTHON, vllm_max_model_length=64, top_k=10, temperature=0.8,
+    )  # fmt: skip
+    trainer.train()
+    check_lines(trainer, limit=1e-3)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs_vllm
+def test_a_vllm_server_has_each_round_s_weights(build_star, vllm_model, tmp_path) -> None:
+    url = "http://127.0.0.1:8765"
+    command = [
+        VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", vllm_model,
+        "--host", "127.0.0.1", "--port", "8765", "--enable-lora", "--max-lora-rank", "8",
+        "--logprobs-mode", "processed_logprobs", "--enforce-eager", "--dtype", "float32",
+        "--max-model-len", "64", "--max-num-seqs", "16",
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": "",
+    }  # fmt: skip
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        trainer = build_star(
+            model=str(vllm_model), peft_config=LoraConfig(**LORA), use_vllm=True,
+            vllm_mode="server", vllm_server_base_url=url, top_k=10, temperature=0.8,
+        )  # fmt: skip
+        trainer.train()
+        check_lines(trainer, limit=0.05)
+    finally:
+        server.terminate()
+        server.wait()

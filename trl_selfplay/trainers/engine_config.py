@@ -112,10 +112,10 @@ class EngineConfig:
         },
     )
     vllm_server_host: Annotated[str, OnResume.FREE] = field(
-        default="0.0.0.0", metadata={"help": "Host of the server."}
+        default="0.0.0.0", metadata={"help": "Host of the vLLM server in server mode."}
     )
     vllm_server_port: Annotated[int, OnResume.FREE] = field(
-        default=8000, metadata={"help": "Port of the server."}
+        default=8000, metadata={"help": "Port of the vLLM server in server mode."}
     )
     vllm_server_timeout: Annotated[float, OnResume.FREE] = field(
         default=240.0, metadata={"help": "Seconds to wait for the server to be up."}
