@@ -325,8 +325,10 @@ def _build_prefix(
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        share = torch.cuda.get_per_process_memory_fraction(device)  # of a card that others use, too
+        free = max(0, min(free, int(share * total) - reserved))
         # Memory that torch has reserved but doesn't use is available as well.
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + reserved
+        return free + reserved - torch.cuda.memory_allocated(device)
     return psutil.virtual_memory().available
