@@ -44,6 +44,7 @@ _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _LEAST_TEMPERATURE = 0.01
 # After a failure, the next engine gets these shares of memory and sequences.
 _MEMORY_AFTER_FAILURE, _SEQUENCES_AFTER_FAILURE = 0.8, 0.5
+_USUAL_LENGTH = 1024  # tokens a sequence, for the size of the cache on a CPU
 # The trainer's model is on the same device. What an engine may use must be free when it starts.
 _SHARE_OF_FREE_MEMORY = 0.95
 _MEMORY_PATIENCE_S = 60.0
@@ -160,7 +161,7 @@ class VLLMSampler:
         try:
             self._check_length(queue.first, options, self._settings.max_model_length)
             weights = self._export()
-            self._prepare_engine(weights, queue.first, options)
+            self._prepare_engine(weights)
             while True:
                 free = batch_size - len(rows)
                 queue.has_more(free, is_decoding=bool(rows))
@@ -174,7 +175,7 @@ class VLLMSampler:
                     self._allow_another_try(failure)
                     queue.put_back(row.number for row in rows.values())
                     rows.clear()
-                    self._prepare_engine(weights, queue.first, options)
+                    self._prepare_engine(weights)
                     continue
                 yield from self._read(news, rows, options)
         finally:
@@ -320,16 +321,14 @@ class VLLMSampler:
                 "longer sequences for all. Lower `max_completion_length`, or use `use_vllm=False`."
             )
 
-    def _prepare_engine(
-        self, weights: EngineWeights, longest: SampleRequest, options: SamplingOptions
-    ) -> None:
+    def _prepare_engine(self, weights: EngineWeights) -> None:
         """Have an engine with these weights, trying twice to start one."""
         current = self._weights
         if current is not None and _base_of(current) != _base_of(weights):
             self._end_engine()
         while self._process is None:
             try:
-                self._start(weights, longest, options)
+                self._start(weights)
             except EngineFailure as failure:
                 self._allow_another_try(failure)
         if current is None or current.version != weights.version:
@@ -357,16 +356,14 @@ class VLLMSampler:
             sequences,
         )
 
-    def _start(
-        self, weights: EngineWeights, longest: SampleRequest, options: SamplingOptions
-    ) -> None:
+    def _start(self, weights: EngineWeights) -> None:
         settings = self._settings
         return_freed_memory()
         began = time.monotonic()
         self._memory_before = self._free_memory()
         self._process = EngineProcess(
             settings.python,
-            self._engine_arguments(weights, longest, options),
+            self._engine_arguments(weights),
             engine_environment(settings.python, self._device, settings.tensor_parallel_size),
             settings.start_patience_s,
             settings.step_patience_s,
@@ -380,9 +377,7 @@ class VLLMSampler:
         }
         logger.info("vLLM %s started in %.0f s.", ready["version"], time.monotonic() - began)
 
-    def _engine_arguments(
-        self, weights: EngineWeights, longest: SampleRequest, options: SamplingOptions
-    ) -> dict[str, Any]:
+    def _engine_arguments(self, weights: EngineWeights) -> dict[str, Any]:
         """Return the arguments of `EngineArgs`."""
         settings, traits = self._settings, self._traits
         on_cpu = self._device.type == "cpu"
@@ -409,8 +404,7 @@ class VLLMSampler:
             "seed": 0,
         }
         if on_cpu:
-            longest_row = len(longest.prompt_ids) + self._end_of(longest, options).limit
-            arguments["kv_cache_memory_bytes"] = self._cache_bytes(longest_row)
+            arguments["kv_cache_memory_bytes"] = self._cache_bytes()
         if weights.adapter is not None:
             fitting = [rank for rank in _LORA_RANKS if rank >= weights.adapter_rank]
             arguments |= {
@@ -428,16 +422,17 @@ class VLLMSampler:
             most = _SHARE_OF_FREE_MEMORY * free / total
         return min(self._settings.gpu_memory_utilization, most)
 
-    def _cache_bytes(self, longest_row: int) -> int:
-        """Return the size of the cache on a CPU: what all sequences need, if there is so much.
+    def _cache_bytes(self) -> int:
+        """Return the size of the cache on a CPU: what the sequences are likely to need.
 
         vLLM would take a share of the whole memory, which other processes use as well.
         """
-        # Blocks of 128 tokens; float32 in the engine may face 16 bits here.
-        per_row = 2 * self._traits.bytes_per_token * (longest_row + 128)
+        longest = self._settings.max_model_length or self._traits.context_length or _USUAL_LENGTH
+        # The engine's numbers may be twice as wide as the trainer's: one sequence fits in any case.
+        tokens = max(2 * longest, self._num_sequences() * min(longest, _USUAL_LENGTH))
         available = psutil.virtual_memory().available
-        most = self._memory_share * self._settings.gpu_memory_utilization * available
-        return max(per_row, int(min(per_row * self._num_sequences(), most)))
+        most = self._settings.gpu_memory_utilization * available
+        return int(self._memory_share * min(self._traits.bytes_per_token * tokens, most))
 
     def _free_memory(self) -> int:
         """Return the device's free bytes, as if this process had reserved nothing; 0 on a CPU."""
