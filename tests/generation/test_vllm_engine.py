@@ -197,6 +197,15 @@ def test_completions_end_where_they_should(policy, requests, tokenizer) -> None:
     assert all(c.finish == "length" for c in completions.values())
 
 
+def test_prompts_that_exceed_a_step_together_are_sampled(policy) -> None:
+    """With 12,000 tokens, some prompts have to wait; vLLM on a CPU can't compute a part of one."""
+    wanted = [SampleRequest((3 + i, *[4 + i] * 199), i) for i in range(60)]
+    options = SamplingOptions(4, return_logprobs=True)
+    completions = policy.sample(wanted, options)
+    assert sorted(completions) == list(range(60))
+    assert policy.largest_gap(wanted, completions, options) < TOLERANCE
+
+
 def test_requests_enter_while_others_decode(policy, requests) -> None:
     done, given = [], []
 

@@ -30,7 +30,7 @@ _WORKER = Path(__file__).with_name("vllm_worker.py")
 _LENGTH = struct.Struct("!I")
 _NUM_LAST_LINES = 20
 _LAST_BYTES = 1 << 14
-# The worker's own grace is 5 s; killing all it has started takes moments.
+# The worker's own grace is 2 s; killing all it has started takes moments.
 _END_PATIENCE_S = 60.0
 # Of a launcher such as torchrun: the engine is no member of the trainer's group.
 _OF_LAUNCHERS = (
@@ -149,7 +149,7 @@ class EngineProcess:
         """End the process and all that it has started; return when they are gone.
 
         Args:
-            at_once: Whether to kill it at once; else it may end by itself within 5 seconds.
+            at_once: Whether to kill it at once; else it may end by itself within 2 seconds.
 
         Raises:
             RuntimeError: Something can't be ended; the error names it.

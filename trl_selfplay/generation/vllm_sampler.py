@@ -405,6 +405,9 @@ class VLLMSampler:
         }
         if on_cpu:
             arguments["kv_cache_memory_bytes"] = self._cache_bytes()
+            # After a part of a prompt, vLLM 0.32 sets a seed's generator back, which those on a CPU
+            # can't. Remove when gpu_model_runner.py no longer calls `set_offset` there.
+            arguments["enable_chunked_prefill"] = False
         if weights.adapter is not None:
             fitting = [rank for rank in _LORA_RANKS if rank >= weights.adapter_rank]
             arguments |= {

@@ -38,7 +38,7 @@ _LENGTH = struct.Struct("!I")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _WATCH_S = 0.1
 # Within this, an engine that is no longer wanted may end by itself and remove its shared memory.
-_GRACE_S = 5.0
+_GRACE_S = 2.0
 AT_ONCE = b"!"  # on the standard input: without that grace
 _BEAT_S = 1.0  # a busy engine says at least as often that it is alive
 _SIGNS_OF_MEMORY = (
@@ -113,8 +113,9 @@ def start_engine(arguments: dict[str, Any], least_version: list[int]) -> tuple[A
         import vllm
     except ImportError as error:
         raise ImportError(
-            f"{sys.executable} can't import vLLM ({error}). Install it there, or name the interpreter "
-            "of an environment that has it."
+            f"{sys.executable} can't import vLLM ({error}). Install it there (pip install "
+            '"trl-selfplay[vllm]"), or let `vllm_python` name the interpreter of another environment '
+            "with vLLM."
         ) from error
     found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
     if found and [int(part) for part in found.groups()] < least_version:
