@@ -82,6 +82,7 @@ def test_pairs_of_rollouts_carry_what_the_policy_wrote(make_rollout) -> None:
     assert row == {
         "prompt_id": chosen.prompt_id, "prompt_ids": [1, 2], "chosen_ids": [5, 6, EOS],
         "rejected_ids": [7, EOS], "chosen_mask": [True, False, True],
+        "length": 2 + 3,
     }  # fmt: skip
     plain = pair_of(rejected, rejected, (1, 2), EOS)
     assert "chosen_mask" not in build_pair_rows([plain], seed=0).column_names

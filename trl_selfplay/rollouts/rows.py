@@ -18,6 +18,7 @@ from trl_selfplay.rollouts.record import Rollout
 
 IGNORE_INDEX = -100
 WEIGHT = "weight"
+LENGTH = "length"  # the default of `length_column_name`
 # (reward of each row, number of tokens to learn of each row) → weight of each row.
 RowWeights = Callable[[Sequence[float | None], Sequence[int]], list[float]]
 
@@ -132,11 +133,16 @@ def build_pair_rows(pairs: Sequence[Pair], seed: int | None) -> Dataset:
             the order.
 
     Returns:
-        The fields of `Pair` as columns; masks only if a pair has one.
+        The fields of `Pair` as columns, masks only if a pair has one; and `length`, the tokens of the
+        longer side, by which the parent can group rows.
     """
     columns = {f.name: [getattr(pair, f.name) for pair in pairs] for f in fields(Pair)}
+    longer = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     rows = Dataset.from_dict(
         {
+            LENGTH: [len(p.prompt_ids) + n for p, n in zip(pairs, longer, strict=True)],
+        }
+        | {
             name: [list(value) if isinstance(value, tuple) else value for value in values]
             for name, values in columns.items()
             if not name.endswith("_mask") or any(value is not None for value in values)

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
-from transformers import TrainerState, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.disk import (
@@ -80,6 +81,19 @@ def train_on(
             replace_folder(temporary, folder / "model")
     trainer.accelerator.wait_for_everyone()
     return output
+
+
+class SameOrderOnResume(TrainerCallback):
+    """Seeds the order that `train_sampling_strategy="group_by_length"` draws in each epoch.
+
+    The parent draws it from the global generator, whose state at the start of a later epoch a resumed
+    run doesn't know: some rows would be trained on twice, others never.
+    """
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Seed the generator with the seed and the epoch."""
+        if args.train_sampling_strategy == "group_by_length":
+            torch.manual_seed(args.seed + int(state.epoch or 0))
 
 
 def save_state(state: TrainerState, folder: Path) -> None:

@@ -355,6 +355,22 @@ def check_parent_fields(config: Any) -> None:
         )
     if getattr(config, "packing", False) and config.max_length is None:
         raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")
+    if config.length_column_name != "length":
+        raise ValueError(
+            f"length_column_name={config.length_column_name!r}: rows are made in each round, with their "
+            "lengths. Leave it out; train_sampling_strategy='group_by_length' needs no column of yours."
+        )
+    strategy = getattr(config, "packing_strategy", "bfd")
+    if strategy == "wrapped":
+        raise ValueError(
+            "packing_strategy='wrapped' cuts completions off from their prompts, and rows attend to the "
+            "ones before them. Leave it out; 'bfd' packs whole rows."
+        )
+    if strategy != "bfd" and not config.packing:
+        raise ValueError(
+            f"packing_strategy={strategy!r} has no effect without packing=True. Set that, or leave it "
+            "out."
+        )
     if _LAYERWISE in config.optim or config.optim in ("lomo", "adalomo"):
         raise ValueError(
             f"optim={str(config.optim.value)!r} updates weights in hooks that outlive a round's "

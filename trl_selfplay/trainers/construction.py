@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from peft import PeftModel
 from torch import nn
 from transformers import AutoProcessor, PreTrainedTokenizerBase, TrainingArguments
@@ -61,6 +61,10 @@ REFUSED = {
     "override `compute_ref_log_probs(model, inputs)` in a subclass; its log-probs are then what the "
     "loss compares with.",
 }
+
+
+# Largest relative difference of log-probs that is rounding, in bfloat16 as well.
+_ROUNDING = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -409,6 +413,40 @@ def check_parent_forward(
         f"TRL can't train {type(base).__name__}: its forward fails with {type(failure).__name__}: "
         f"{failure}. {advice}"
     ) from failure
+
+
+def check_rows_apart(model: Any, accelerator: Accelerator, collate: Callable[..., Any]) -> None:
+    """Raise ValueError if rows that the collator puts end to end attend to one another.
+
+    The attention of many classes tells such rows apart by their positions, that of others doesn't, and
+    recurrent layers carry their state on.
+
+    Args:
+        model: With its adapters.
+        accelerator: The parent's.
+        collate: The parent's collator, without padding.
+    """
+    unwrapped = accelerator.unwrap_model(model)
+    if not has_whole_weights(unwrapped):
+        return
+    first, second = ([*range(3, 3 + n), n] for n in (9, 6))
+
+    def log_probs(*rows: list[int]) -> torch.Tensor:
+        batch = collate([{"input_ids": row, "labels": row} for row in rows])
+        inputs = send_to_device(dict(batch), input_device(unwrapped))
+        with sampling_state(model, accelerator) as ready, accelerator.autocast(), torch.no_grad():
+            found: torch.Tensor = ready(**inputs, use_cache=False, fused_lm_head=True).log_probs
+            return found[0, 1 - len(rows[-1]) :].float()
+
+    alone, behind = log_probs(second), log_probs(first, second)
+    gap = float((alone - behind).abs().max() / alone.abs().max())
+    if gap > _ROUNDING:
+        raise ValueError(
+            f"padding_free or packing puts rows end to end, and in {type(without_adapters(unwrapped)).__name__} "
+            f"they see one another there (log-probs differ by {gap:.2g} of their size). Set "
+            "padding_free=False and packing=False; train_sampling_strategy='group_by_length' saves "
+            "padding too. With model_init_kwargs={'attn_implementation': 'flash_attention_2'} it may work."
+        )
 
 
 def _failure_of_forward(

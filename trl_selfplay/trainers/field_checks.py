@@ -145,10 +145,31 @@ def check_fields(config: Any) -> None:
             raise ValueError(
                 f"optim_args={value!r}; it must be pairs such as 'eps=1e-6,foreach=no'."
             )
-    if config.activation_offloading and (config.use_cpu or not torch.accelerator.is_available()):
+    _check_savings(config)
+
+
+def _check_savings(config: Any) -> None:
+    """Raise ValueError for ways to save memory or time that would fail late, or have no effect."""
+    on_cpu = config.use_cpu or not torch.accelerator.is_available()
+    checkpointing: Any = config.gradient_checkpointing_kwargs
+    if getattr(config, "activation_checkpointing_kwargs", None):  # its name since transformers 5.23
+        checkpointing = config.activation_checkpointing_kwargs
+    for name, offloads in (
+        ("activation_offloading=True", config.activation_offloading),
+        (
+            f"gradient_checkpointing_kwargs={checkpointing}",
+            isinstance(checkpointing, dict) and checkpointing.get("offload"),
+        ),
+    ):
+        if offloads and on_cpu:
+            raise ValueError(
+                f"{name} moves activations from an accelerator's memory to the CPU's, and this run "
+                "computes on the CPU. Leave it out."
+            )
+    if config.liger_kernel_config and not config.use_liger_kernel:
         raise ValueError(
-            "activation_offloading=True moves activations from an accelerator's memory to the CPU's, "
-            "and this run computes on the CPU. Leave it out."
+            f"liger_kernel_config={config.liger_kernel_config} has no effect without "
+            "use_liger_kernel=True. Set that, or leave it out."
         )
 
 

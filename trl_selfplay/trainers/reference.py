@@ -27,7 +27,7 @@ from trl_selfplay.disk import DamagedFileError, naming_damage
 from trl_selfplay.generation.model_traits import sampling_state, without_checkpointing
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import Rollout
-from trl_selfplay.rollouts.rows import build_pair_rows, pair_of, save_rows
+from trl_selfplay.rollouts.rows import LENGTH, build_pair_rows, pair_of, save_rows
 from trl_selfplay.rollouts.selection import Selection
 from trl_selfplay.rounds.noise import switch_noise_off
 from trl_selfplay.trainers.rounds import RoundsMixin
@@ -64,7 +64,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
     read, such as a tool's answer. Without a mask, it wrote all of them.
     """
 
-    collated_columns = _MASKS
+    collated_columns = (*_MASKS, LENGTH)
 
     def __init__(self, model: Any, args: Any, *rest: Any, peft_config: Any, **named: Any) -> None:
         """Build the parent without a reference model, and the stages as `RoundsMixin` does.
@@ -94,8 +94,8 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         if "ref" in getattr(policy, "peft_config", {}) and not had_ref_adapter:
             policy.delete_adapter("ref")  # the parent's copy: right in round 0 only
         self.data_collator = MaskCollator(self.data_collator)
-        for column in _LOGPS:  # as every row of a round has them
-            self.placeholder = cast("Any", self.placeholder).add_column(column, [0.0])
+        for column, value in ((LENGTH, 3), *((name, 0.0) for name in _LOGPS)):  # as rows have them
+            self.placeholder = cast("Any", self.placeholder).add_column(column, [value])
         self._checked_round: int | None = None
         # Scored twice, a policy must give the same log-probs.
         if switched := switch_noise_off(policy):

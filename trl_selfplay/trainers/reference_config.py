@@ -89,6 +89,11 @@ class ReferenceConfig(SelfPlayConfig):
             value = getattr(config, field_name)
             if value != right:
                 raise ValueError(f"{field_name}={value!r}: {reason}. Leave it {right}.")
+        if (config.gradient_checkpointing_kwargs or {}).get("selective"):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs={config.gradient_checkpointing_kwargs}: TRL checkpoints "
+                "selectively in SFTTrainer alone. Leave `selective` out."
+            )
         for field_name, condition in {**_WITHOUT_EFFECT, **self.unused_fields()}.items():
             value = getattr(config, field_name)
             if value != config.__dataclass_fields__[field_name].default:

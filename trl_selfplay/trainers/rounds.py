@@ -32,6 +32,7 @@ from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds.loop import run_rounds
 from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run
 from trl_selfplay.rounds.stages import SelfPlay
+from trl_selfplay.rounds.training import SameOrderOnResume
 from trl_selfplay.rounds.weights import (
     initial_weights_in_place,
     undo_rounding,
@@ -45,6 +46,7 @@ from trl_selfplay.trainers.construction import (
     check_built_model,
     check_comparing,
     check_heldout_graders,
+    check_rows_apart,
     heldout_threshold,
     load_processing_class,
     start_of_run,
@@ -134,6 +136,7 @@ class RoundsMixin(Trainer):
             **{name: value for name, value in parent.items() if value is not None},
         )
         undo_rounding(self.model, unrounded)
+        self.add_callback(SameOrderOnResume)
         self.placeholder = cast("Dataset", self.train_dataset)
         self.eval_dataset = eval_dataset
         self.self_play = self.prepare_stages(
@@ -158,6 +161,8 @@ class RoundsMixin(Trainer):
         tokenizer = cast("PreTrainedTokenizerBase", self.processing_class)
         balanced = cast("Any", self).aux_loss_enabled  # of TRL's trainers
         traits = check_built_model(model, accelerator, tokenizer, balanced)
+        if getattr(self, "padding_free", False):  # of SFTTrainer
+            check_rows_apart(model, accelerator, self.data_collator)
         # Read when used: training replaces the wrapped model and the state.
         sampler = build_sampler(
             args, given, lambda: self.model_wrapped, tokenizer, accelerator, traits

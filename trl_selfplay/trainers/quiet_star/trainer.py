@@ -23,6 +23,7 @@ from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, refuse_broken
 from trl_selfplay.rounds.memory_check import tell_memory
 from trl_selfplay.rounds.noise import switch_noise_off
+from trl_selfplay.rounds.training import SameOrderOnResume
 from trl_selfplay.rounds.weights import (
     adapters_keep_dtypes,
     nonfinite_weights,
@@ -186,6 +187,7 @@ class QuietSTaRTrainer(SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        self.add_callback(SameOrderOnResume)
         self._barred = tuple(barred_token_ids(self.processing_class))
         self._step_counts = torch.zeros(2, dtype=torch.long)  # predicted tokens, thinking columns
         self._batch_index = {"train": 0, "eval": 0}
