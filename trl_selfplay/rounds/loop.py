@@ -30,6 +30,7 @@ from trl_selfplay.evaluation.monitor import (
     warn_truncation,
 )
 from trl_selfplay.evaluation.report import format_duration, print_round_table, say
+from trl_selfplay.memory import fast_collections
 from trl_selfplay.rollouts.funnel import describe_funnel
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import load_rollouts
@@ -101,7 +102,7 @@ def run_rounds(
     if trial is not None:
         raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
     folder, is_main = Path(trainer.args.output_dir), trainer.is_world_process_zero()
-    with held_by_this_process(folder, is_main):
+    with held_by_this_process(folder, is_main), fast_collections():
         return _run_rounds(trainer, train_parent, resume_from_checkpoint)
 
 
