@@ -284,6 +284,26 @@ def test_a_phase_sampled_again_on_another_engine_has_the_same_samples(policy, re
     assert policy.sample(requests, batch_size=16) == before
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_engine_on_a_gpu_agrees_and_leaves_its_memory_free(policy, requests, tokenizer) -> None:
+    """Never run: no machine at hand had a GPU and vLLM."""
+    sampler = VLLMSampler(
+        settings=EngineSettings(python=VLLM_PYTHON, dtype="float32", gpu_memory_utilization=0.5),
+        export=lambda: policy.weights,
+        tokenizer=tokenizer,
+        traits=describe_model(policy.model),
+        device="cuda",
+    )
+    torch.zeros(1, device="cuda")  # the context of this process itself
+    before, _ = torch.cuda.mem_get_info()
+    completions = dict(sampler.sample(requests, OPTIONS, 64))
+    assert torch.cuda.mem_get_info()[0] < before - 2**30
+    assert policy.largest_gap(requests, completions) < 0.1  # the device may compute in TF32
+    sampler.release()
+    assert torch.cuda.mem_get_info()[0] > before - 2**28
+
+
 def test_memory_that_does_not_suffice_is_an_error_that_says_so(policy, requests, tokenizer) -> None:
     sampler = VLLMSampler(
         settings=EngineSettings(

@@ -100,7 +100,7 @@ class VLLMSampler:
         self._tokenizer = tokenizer
         self._traits = traits
         self._device = torch.device(device)
-        self._token_ids = frozenset(tokenizer.get_vocab().values())
+        self._excluded = {*range(traits.vocab_size)} - {*tokenizer.get_vocab().values()}
         self._process: EngineProcess | None = None
         self._weights: EngineWeights | None = None
         self._adapter_number = 0  # of the last adapter; never one twice
@@ -204,7 +204,6 @@ class VLLMSampler:
         if added:
             assert self._weights is not None
             adapter = self._weights.adapter
-            excluded = set(range(self._traits.vocab_size)) - self._token_ids
             self._running().send(
                 {
                     "add": added,
@@ -215,11 +214,10 @@ class VLLMSampler:
                         "min_p": options.min_p or 0.0,
                         "repetition_penalty": options.repetition_penalty,
                         "stop_token_ids": options.eos_token_ids,
-                        "logprobs": 0
-                        if options.return_logprobs
-                        else None,  # 0: the sampled token's
+                        # 0: of the sampled token alone
+                        "logprobs": 0 if options.return_logprobs else None,
                     },
-                    "excluded": sorted(excluded - {*options.eos_token_ids}),
+                    "excluded": sorted(self._excluded - {*options.eos_token_ids}),
                     # A stop string is looked for after every token; else the end is soon enough.
                     "streams": bool(options.stop_strings),
                     "adapter": None if adapter is None else [self._adapter_number, str(adapter)],
