@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.rounds import hand_over as module
 from trl_selfplay.rounds.hand_over import HandOver, digest_trainable, find_source, why_copied
 
@@ -211,3 +212,23 @@ def test_the_source_of_the_base_weights(saved_tiny_model, tiny_model, word_token
     assert find_source(grown, grown, None) is None
     shutil.rmtree(saved_tiny_model)
     assert find_source(loaded, loaded, None) is None
+
+
+def test_a_base_in_four_bits_on_disk_is_dequantized_for_an_engine_without_them(
+    saved_chat_model, tmp_path
+) -> None:
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    first = AutoModelForCausalLM.from_pretrained(
+        saved_chat_model, quantization_config=quantization, dtype=torch.float32
+    )
+    folder = str(tmp_path / "four-bit")
+    first.save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    prepare_quantized_layers(loaded)
+    expected = logits(loaded)
+    model = lora(loaded)
+    assert find_source(model, folder, None, "bitsandbytes") == folder
+    assert find_source(model, folder, None) is None
+    weights = HandOver(lambda: model, tmp_path / "w", None, torch.float32)()
+    base = AutoModelForCausalLM.from_pretrained(weights.model)
+    torch.testing.assert_close(logits(base), expected, rtol=1e-3, atol=1e-3)

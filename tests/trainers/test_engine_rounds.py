@@ -9,12 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from engines import VLLM_PYTHON, StandIn, needs_vllm
 from folder_engine import FolderEngine
 from lora_server import serving_adapters
 from peft import LoraConfig
 from tiny_rewards import contains_solution
-from transformers import TrainerCallback
+from transformers import BitsAndBytesConfig, TrainerCallback
 
 from trl_selfplay.generation.checked_sampler import EngineChangedError
 from trl_selfplay.generation.engine_agreement import EngineMismatchError
@@ -165,6 +166,19 @@ def test_the_engine_and_its_gap_stand_in_shards_line_and_report(build, capsys) -
     assert trainer.run.lines[0]["engine"]["agreement"]["nearer_to"] == "not told"
     assert trainer.run.lines[1]["engine"]["agreement"]["nearer_to"] == "current"
     assert "engine gap" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_trainer_in_four_bits_shows_its_gap_to_the_engine(build, saved_chat_model) -> None:
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    trainer = build(
+        model=str(saved_chat_model), peft_config=LoraConfig(**LORA),
+        model_init_kwargs={"quantization_config": quantization, "dtype": "float32"},
+    )  # fmt: skip
+    trainer.train()
+    agreement = trainer.run.lines[1]["engine"]["agreement"]
+    assert agreement["limit"] == 0.3
+    assert 1e-4 < agreement["gap"] < 0.3
 
 
 def interrupted(trainer):

@@ -177,13 +177,18 @@ def why_copied(model: Any) -> str | None:
     return None
 
 
-def find_source(model: Any, given: Any, revision: str | None) -> str | None:
+def find_source(
+    model: Any, given: Any, revision: str | None, quantization: str | None = None
+) -> str | None:
     """Return the folder with the base weights as the trainer has them; None if there is none.
+
+    Weights that bitsandbytes has quantized on disk are none that every engine reads.
 
     Args:
         model: The trainer's model.
         given: The model as the trainer's constructor got it, a name or a loaded model.
         revision: Commit, branch or tag on the hub.
+        quantization: The engine's.
     """
     base = without_adapters(model)
     name = given if isinstance(given, str) else base.config.name_or_path
@@ -195,6 +200,9 @@ def find_source(model: Any, given: Any, revision: str | None) -> str | None:
         folder = str(Path(str(path)).parent)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
+        return None
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method == "bitsandbytes" and quantization != method:
         return None
     # Tokens were added, or it is another model under this name.
     same = getattr(config, "vocab_size", None) == base.get_input_embeddings().weight.shape[0]

@@ -164,18 +164,27 @@ def _as_in_checkpoints(
     base: Any, weights: Iterator[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights by the names, and in the form, that the family's checkpoints have."""
-    conversions = get_model_conversion_mapping(base, add_legacy=False)
+    dense = base
+    if hasattr(base.config, "quantization_config"):  # what it was loaded with can't be reverted
+        with torch.device("meta"):
+            dense = type(base)(_dense_config(base))
+    conversions = get_model_conversion_mapping(dense, add_legacy=False)
     if any(isinstance(conversion, WeightConverter) for conversion in conversions):
-        yield from revert_weight_conversion(base, dict(weights)).items()  # experts are stacked
+        yield from revert_weight_conversion(dense, dict(weights)).items()  # experts are stacked
         return
     for name, tensor in weights:
-        yield from revert_weight_conversion(base, {name: tensor}).items()
+        yield from revert_weight_conversion(dense, {name: tensor}).items()
 
 
-def _write_config(base: Any, folder: Path, dtype: torch.dtype, names: set[str]) -> None:
+def _dense_config(base: Any) -> Any:
     config = copy.deepcopy(base.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    return config
+
+
+def _write_config(base: Any, folder: Path, dtype: torch.dtype, names: set[str]) -> None:
+    config = _dense_config(base)
     config.dtype = dtype
     config.architectures = [type(base).__name__]
     # An embedding or a head that was trained apart from the other is no longer tied to it.

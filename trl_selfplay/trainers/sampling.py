@@ -57,7 +57,7 @@ def build_sampler(
     hand_over = HandOver(
         lambda: accelerator.unwrap_model(model()),
         folder / "weights",
-        find_source(unwrapped, given, revision),
+        find_source(unwrapped, given, revision, config.vllm_quantization),
         getattr(torch, settings.dtype),
     )
     engine: EngineSampler
