@@ -277,9 +277,9 @@ def test_nothing_is_made_up_on_load(trained, tmp_path, saved_tiny_model) -> None
     with pytest.raises(FileNotFoundError, match=r"has no quiet_star\.safetensors"):
         QuietSTaRModel.from_pretrained(folder)
     weights = load_file(tmp_path / "away")
-    del weights["head.0.bias"]
+    del weights["head.mixing_input.bias"]
     save_file(weights, folder / "quiet_star.safetensors")
-    with pytest.raises(RuntimeError, match=r"head\.0\.bias"):
+    with pytest.raises(RuntimeError, match=r"head\.mixing_input\.bias"):
         QuietSTaRModel.from_pretrained(folder)
     with pytest.raises(FileNotFoundError, match=r"has no quiet_star\.json"):
         QuietSTaRModel.from_pretrained(saved_tiny_model)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from causal_classes import VOCAB_SIZE, build_tiny, family_names
 from naive_thoughts import logits_of, naive_scores, states_of
+from peft import LoraConfig, get_peft_model
 from tiny_families import wake_head
 
 from trl_selfplay.rounds.noise import switch_noise_off
@@ -120,3 +121,18 @@ def test_recomputed_activations_leave_gradients_as_they_are(family, reentrant) -
     for name, gradient in found[0].items():
         size = gradient.abs().max().clamp(min=1.0)
         torch.testing.assert_close(found[1][name] / size, gradient / size, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT's
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama"])
+def test_lora_on_all_linear_layers_neither_takes_the_mixing_head_nor_whole_layers(family) -> None:
+    """PEFT shortens names for experts: layers 0, 2 and 4 of a head were taken for the model's."""
+    model = build_tiny(family)
+    attach_thought_module(model, None, scale=100.0, seed=0)
+    config = LoraConfig(target_modules="all-linear", modules_to_save=[ATTRIBUTE], r=2)
+    adapted = get_peft_model(model, config)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    lora = [name for name in trained if "lora_" in name]
+    assert any("self_attn" in name for name in lora)
+    assert not any(ATTRIBUTE in name for name in lora)
+    assert sum(ATTRIBUTE in name for name in trained) == 6  # 2 vectors in one, 5 of the head

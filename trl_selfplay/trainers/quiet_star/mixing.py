@@ -5,6 +5,7 @@ In: a causal language model and its tokenizer. Out: one module, attached to the 
 Source: Quiet-STaR, arXiv 2403.09629, sections 4.2 to 4.4; shapes from the official code.
 """
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -36,12 +37,16 @@ class ThoughtModule(nn.Module):
         hidden_size = len(initial)
         stored = initial.detach().float() / scale
         self.vectors = nn.Parameter(torch.stack([stored, stored]))  # (2, d): start, end
+        # Named layers: PEFT shortens the numbers of unnamed ones ("all-linear" on experts) to names
+        # such as "0", which are those of the model's layers too.
         self.head = nn.Sequential(
-            nn.Linear(2 * hidden_size, hidden_size),
-            nn.ReLU(),
-            nn.Linear(hidden_size, hidden_size),
-            nn.ReLU(),
-            nn.Linear(hidden_size, 1, bias=False),
+            OrderedDict(
+                mixing_input=nn.Linear(2 * hidden_size, hidden_size),
+                first_relu=nn.ReLU(),
+                mixing_hidden=nn.Linear(hidden_size, hidden_size),
+                second_relu=nn.ReLU(),
+                mixing_weight=nn.Linear(hidden_size, 1, bias=False),
+            )
         )
         last: Any = self.head[-1]
         nn.init.zeros_(last.weight)
