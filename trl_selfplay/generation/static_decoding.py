@@ -316,9 +316,10 @@ class _StaticLayer(DynamicLayer):
 def _undo_capture(device: torch.device, pool: Any, random_state: torch.Tensor) -> None:
     """Give back what a capture that failed has left in its state: the allocator and the generator.
 
-    Otherwise `empty_cache` fails from then on, and so does whatever draws random numbers. Remove when
-    the oldest supported torch is 2.12, which has https://github.com/pytorch/pytorch/pull/180395, and
-    when its generators leave the capture as well.
+    Otherwise `empty_cache` fails from then on, and so does whatever draws random numbers. The part for
+    the generator was never run: `pytest -m gpu tests/generation/test_static_decoding.py`. Remove this
+    when the oldest supported torch is 2.12, which has
+    https://github.com/pytorch/pytorch/pull/180395, and when its generators leave the capture as well.
     """
     with suppress(RuntimeError):  # it has ended
         torch.cuda.memory._cuda_endAllocateToPool(device.index, pool)
