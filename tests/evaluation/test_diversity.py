@@ -12,15 +12,20 @@ from trl_selfplay.evaluation.diversity import (
     diversity_metrics,
     rarefied,
     solved_by_difficulty,
+    summarize_samples,
     warn_poorer_samples,
     warn_sharpening,
 )
 from trl_selfplay.rollouts.selection import default_normal_form as form
 
 
+def summary(rollouts, threshold=1.0):
+    return summarize_samples(rollouts, form, threshold)
+
+
 def sample_set(make_rollout, texts, rewards=None, length=4):
-    """Build rollouts from a list of texts for each prompt."""
-    return [
+    """Summarize rollouts made from a list of texts for each prompt."""
+    rollouts = [
         make_rollout(
             prompt_id=f"p{p}", sample_index=s, completion=text, completion_ids=(5,) * length,
             reward=1.0 if rewards is None else rewards[p][s],
@@ -28,12 +33,13 @@ def sample_set(make_rollout, texts, rewards=None, length=4):
         for p, group in enumerate(texts)
         for s, text in enumerate(group)
     ]  # fmt: skip
+    return summary(rollouts)
 
 
 def test_distinct_ratio_is_1_for_all_different_and_1_over_n_for_all_equal(make_rollout) -> None:
     """CD-3."""
     rollouts = sample_set(make_rollout, [["a", "b", "c", "d"], ["x", "X ", " x", "x"]])
-    assert distinct_ratios(rollouts, form) == {"p0": 1.0, "p1": 0.25}
+    assert distinct_ratios(rollouts) == {"p0": 1.0, "p1": 0.25}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -49,7 +55,7 @@ def test_newly_solved_prompts_do_not_look_like_lost_paths(make_rollout) -> None:
     texts = [[f"path {i}" for i in range(8)], [f"way {i}" for i in range(8)]]
     before = sample_set(make_rollout, texts, [[1.0] * 8, [0.0] * 8])
     now = sample_set(make_rollout, texts, [[1.0] * 8, [1.0] + [0.0] * 7])
-    first, second = distinct_correct(before, now, form, 1.0)
+    first, second = distinct_correct(before, now)
     assert first == second == {"p0": pytest.approx(8.0)}
 
 
@@ -73,8 +79,8 @@ def test_copies_of_one_round_are_silent(make_rollout) -> None:
     alarms = 0
     for _ in range(200):
         first, now = (random_round(make_rollout, rng, prompts=20) for _ in range(2))
-        alarms += bool(warn_poorer_samples(first, now, form, 1.0, 1))
-        alarms += warn_sharpening(first, now, 1.0, 1) is not None
+        alarms += bool(warn_poorer_samples(first, now, 1))
+        alarms += warn_sharpening(first, now, 1) is not None
     assert alarms <= 10
 
 
@@ -82,7 +88,7 @@ def test_a_collapse_onto_one_text_is_told(make_rollout) -> None:
     rng = np.random.default_rng(0)
     first = random_round(make_rollout, rng)
     now = sample_set(make_rollout, [["same"] * 8] * 40)
-    warnings = warn_poorer_samples(first, now, form, 1.0, 2)
+    warnings = warn_poorer_samples(first, now, 2)
     assert len(warnings) == 2
     assert all("round 2" in warning for warning in warnings)
 
@@ -91,9 +97,7 @@ def test_a_collapse_onto_one_text_is_told(make_rollout) -> None:
 def test_lengths_are_told_beyond_half_and_double(make_rollout, length, speaks) -> None:
     texts = [[f"{p} {s}" for s in range(4)] for p in range(10)]
     first = sample_set(make_rollout, texts)
-    jitter = [r for p in range(10) for r in sample_set(make_rollout, texts, length=length)
-              if r.prompt_id == f"p{p}"]  # fmt: skip
-    warnings = warn_poorer_samples(first, jitter, form, 1.0, 1)
+    warnings = warn_poorer_samples(first, sample_set(make_rollout, texts, length=length), 1)
     assert bool([w for w in warnings if "tokens on average" in w]) is speaks
 
 
@@ -104,17 +108,17 @@ def test_sharpening_is_pass_at_1_up_and_pass_at_k_down(make_rollout) -> None:
     before = sample_set(make_rollout, texts, (rng.random((60, 8)) < 0.3).astype(float).tolist())
     lost = [[0.9 if p % 2 else 0.0] * 8 for p in range(60)]
     sharp = (rng.random((60, 8)) < np.array(lost)).astype(float).tolist()
-    warning = warn_sharpening(before, sample_set(make_rollout, texts, sharp), 1.0, 2)
+    warning = warn_sharpening(before, sample_set(make_rollout, texts, sharp), 2)
     assert warning is not None
     assert "round 2" in warning
     assert "pass@8" in warning
     better = (rng.random((60, 8)) < 0.8).astype(float).tolist()
-    assert warn_sharpening(before, sample_set(make_rollout, texts, better), 1.0, 2) is None
+    assert warn_sharpening(before, sample_set(make_rollout, texts, better), 2) is None
 
 
 def test_the_rounds_numbers_for_the_log(make_rollout) -> None:
     rollouts = sample_set(make_rollout, [["a", "b"], ["c", "c"]], [[1.0, 1.0], [0.0, 0.0]])
-    assert diversity_metrics(rollouts, rollouts, form, 1.0) == {
+    assert diversity_metrics(rollouts, rollouts) == {
         "play/distinct": 0.75,
         "play/coverage": 0.5,
         "play/distinct_correct": 2.0,
@@ -132,8 +136,10 @@ def test_rewards_with_degrees_are_told_by_the_best_of_a_prompt(make_rollout) -> 
         for k, r in enumerate(values)
     ]
     cut = make_rollout(prompt_id="a", sample_index=2, reward=0.9, finish="length")
-    numbers = diversity_metrics([*rollouts, cut], [*rollouts, cut], form, 1.0, True)
+    with_cut = summary([*rollouts, cut])
+    numbers = diversity_metrics(with_cut, with_cut, has_degrees=True)
     assert numbers == {"play/distinct": 1.0, "play/best_reward": pytest.approx(0.45)}
-    counted = diversity_metrics(rollouts, rollouts, form, 0.5, True)
+    reached = summary(rollouts, threshold=0.5)
+    counted = diversity_metrics(reached, reached, has_degrees=True)
     assert counted["play/coverage"] == 0.5
     assert counted["play/solved_medium"] == 1.0

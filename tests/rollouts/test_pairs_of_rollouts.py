@@ -37,7 +37,7 @@ def pair(rollouts, gold=(), **changes):
 
 def keys(pairing):
     return [((r.prompt_id, r.sample_index), (w.prompt_id, w.sample_index))
-            for r, w in pairing.pairs]  # fmt: skip
+            for r, w in zip(pairing.chosen, pairing.rejected, strict=True)]  # fmt: skip
 
 
 def test_every_pair_is_a_right_and_a_wrong_completion_of_one_prompt(samples) -> None:
@@ -113,7 +113,7 @@ def test_equal_completions_are_paired_unless_duplicates_are_dropped(samples, mak
         )
         for i, (text, reward) in enumerate([("x", 1.0), ("X ", 1.0), ("y", 0.0), ("y", 0.0)])
     ]
-    assert len(pair(rollouts, max_pairs=None).pairs) == 4
+    assert len(pair(rollouts, max_pairs=None).chosen) == 4
     found = pair(rollouts, max_pairs=None, deduplicate=True)
     assert keys(found) == [(("a", 0), ("a", 2))]
 

@@ -88,6 +88,10 @@ def rollout_sets(draw: st.DrawFn) -> list[Rollout]:
     return rollouts
 
 
+def outcomes_of(selection: Selection) -> list[tuple[Rollout, str]]:
+    return list(zip(selection.rollouts, selection.outcomes, strict=True))
+
+
 def select_naively(rollouts: list[Rollout], threshold: float) -> dict[tuple[str, int], str]:
     """The definition, one rollout at a time, without the cap."""
     outcomes: dict[tuple[str, int], str] = {}
@@ -122,7 +126,7 @@ def test_every_rollout_gets_the_outcome_that_the_definition_gives_it(
 ) -> None:
     """ST-7, ST-8, ST-21, SE-2: no failed, hinted-and-wrong, cut or abstained one is kept."""
     selection = run_select(rollouts, reward_threshold=threshold, fits=lambda r: r.completion != "d")
-    outcomes = {(r.prompt_id, r.sample_index): outcome for r, outcome in selection.outcomes}
+    outcomes = {(r.prompt_id, r.sample_index): outcome for r, outcome in outcomes_of(selection)}
     assert outcomes == select_naively(rollouts, threshold)
 
 
@@ -134,7 +138,7 @@ def test_counts_add_up_for_hinted_and_unhinted(
     selection = run_select(rollouts, max_per_prompt=max_per_prompt, seed=seed)
     for hinted, counts in ((False, selection.funnel.unhinted), (True, selection.funnel.hinted)):
         assert counts.sampled == sum(r.hinted == hinted for r in rollouts)
-        tally = Counter(outcome for r, outcome in selection.outcomes if r.hinted == hinted)
+        tally = Counter(outcome for r, outcome in outcomes_of(selection) if r.hinted == hinted)
         assert {name: getattr(counts, name) for name in tally} == dict(tally)
     assert selection.funnel.kept == len(selection.kept)
     assert (
@@ -151,7 +155,9 @@ def test_permuting_the_records_changes_nothing(
     shuffled = list(rollouts)
     generator.shuffle(shuffled)
     options = {"max_per_prompt": max_per_prompt, "seed": seed}
-    assert run_select(shuffled, **options) == run_select(rollouts, **options)
+    one, other = run_select(shuffled, **options), run_select(rollouts, **options)
+    assert (one.rollouts, one.outcomes, one.kept) == (other.rollouts, other.outcomes, other.kept)
+    assert one.funnel == other.funnel
 
 
 @given(rollout_sets(), st.integers(1, 3))
@@ -174,7 +180,7 @@ def test_text_of_unselected_rollouts_has_no_influence(rollouts: list[Rollout]) -
     before = run_select(rollouts)
     dropped = {
         (r.prompt_id, r.sample_index)
-        for r, outcome in before.outcomes
+        for r, outcome in outcomes_of(before)
         if outcome in ("abstained", "truncated", "failed")
     }
     garbled = [
@@ -290,19 +296,21 @@ def test_what_does_not_fit_makes_room_for_a_shorter_duplicate() -> None:
     """Length is looked at before deduplication: white space may be all that was too much."""
     rollouts = [make_rollout(0, "a" + " " * 50 + "b"), make_rollout(1, "a b")]
     selection = run_select(rollouts, fits=lambda r: len(r.completion_ids) < 10)
-    assert [outcome for _, outcome in selection.outcomes] == ["too_long", "kept"]
+    assert selection.outcomes == ("too_long", "kept")
 
 
 def test_a_selection_counts_the_outcomes_that_it_is_given() -> None:
     rollouts = [make_rollout(i, prompt_id=p) for p in ("a", "b", "c") for i in (0, 1)]
     outcomes = ("kept", "failed", "unpaired", "capped", "failed", "truncated")
-    selection = Selection.from_outcomes(zip(rollouts, outcomes, strict=True))
+    given = dict(zip([(r.prompt_id, r.sample_index) for r in rollouts], outcomes, strict=True))
+    selection = Selection.of(rollouts, lambda r: given[r.prompt_id, r.sample_index])
     assert selection.kept == (rollouts[0],)
     assert selection.rollouts == rollouts
     assert (selection.funnel.prompts, selection.funnel.prompts_solved) == (3, 2)
     counts = selection.funnel.unhinted.to_dict()
     assert {name: n for name, n in counts.items() if n} == Counter(outcomes)
-    paired = Selection.from_outcomes(selection.outcomes, solved={"a"})
+    unsolved = ("failed", "unpaired", "capped", "truncated")
+    paired = Selection.from_outcomes(selection.facts, outcomes, unsolved=unsolved)
     assert paired.funnel.prompts_solved == 1
 
 

@@ -6,11 +6,13 @@ and beyond two standard errors, paired by prompt, so that noise causes none. The
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from math import comb, inf
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
 from statistics import fmean
 
 from trl_selfplay.evaluation.estimates import paired_difference, pass_at_k
+from trl_selfplay.rollouts.facts import digest_form
 from trl_selfplay.rollouts.record import Rollout
 
 LEAST_DISTINCT = 0.5
@@ -23,15 +25,59 @@ DIFFICULTIES = (("easy", 0.75), ("medium", 0.5), ("hard", 0.25), ("very_hard", 0
 NormalForm = Callable[[str], Hashable]
 
 
-def _by_prompt(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
-    groups: dict[str, list[Rollout]] = {}
+@dataclass(slots=True)
+class PromptSamples:
+    """What matters of a prompt's samples without hints.
+
+    Attributes:
+        forms: A stand-in for the normal form of each.
+        correct_forms: The same of those that are correct.
+        num_tokens: Of all completions together.
+        num_graded: How many have a reward.
+        best_reward: The highest reward of a finished one; None without any.
+    """
+
+    forms: list[Hashable]
+    correct_forms: list[Hashable]
+    num_tokens: int = 0
+    num_graded: int = 0
+    best_reward: float | None = None
+
+
+Samples = Mapping[str, PromptSamples]
+
+
+def summarize_samples(
+    rollouts: Iterable[Rollout], normal_form: NormalForm, threshold: float
+) -> dict[str, PromptSamples]:
+    """Read a round's samples once; return what matters of them by prompt.
+
+    Args:
+        rollouts: Graded, in any order; those with hints don't count.
+        normal_form: Maps equal completions to the same form.
+        threshold: Minimum reward of a correct completion.
+    """
+    samples: dict[str, PromptSamples] = {}
     for rollout in rollouts:
-        if not rollout.hinted:
-            groups.setdefault(rollout.prompt_id, []).append(rollout)
-    return groups
+        if rollout.hinted:
+            continue
+        own = samples.get(rollout.prompt_id)
+        if own is None:
+            own = samples[rollout.prompt_id] = PromptSamples([], [])
+        form = digest_form(normal_form(rollout.completion))
+        own.forms.append(form)
+        own.num_tokens += len(rollout.completion_ids)
+        if rollout.reward is not None:
+            own.num_graded += 1
+            if rollout.passes(threshold):
+                own.correct_forms.append(form)
+            if not rollout.is_truncated:
+                best = own.best_reward
+                own.best_reward = rollout.reward if best is None else max(rollout.reward, best)
+    return samples
 
 
-def distinct_ratios(rollouts: Sequence[Rollout], normal_form: NormalForm) -> dict[str, float]:
+def distinct_ratios(samples: Samples) -> dict[str, float]:
     """Return the share of distinct normal forms among each prompt's samples.
 
     It is 1 if all n samples differ and 1/n if none do. It falls with n, so compare rounds with equal
@@ -39,10 +85,7 @@ def distinct_ratios(rollouts: Sequence[Rollout], normal_form: NormalForm) -> dic
 
     Source: the exploration of B-STaR, arXiv 2412.17256, counted on all samples.
     """
-    return {
-        prompt_id: len({normal_form(r.completion) for r in group}) / len(group)
-        for prompt_id, group in _by_prompt(rollouts).items()
-    }
+    return {i: len(set(own.forms)) / len(own.forms) for i, own in samples.items()}
 
 
 def rarefied(counts: Sequence[int], size: int) -> float:
@@ -59,9 +102,7 @@ def rarefied(counts: Sequence[int], size: int) -> float:
     return sum(1.0 - comb(total - count, size) / comb(total, size) for count in counts)
 
 
-def distinct_correct(
-    before: Sequence[Rollout], now: Sequence[Rollout], normal_form: NormalForm, threshold: float
-) -> tuple[dict[str, float], dict[str, float]]:
+def distinct_correct(before: Samples, now: Samples) -> tuple[dict[str, float], dict[str, float]]:
     """Return the distinct correct solutions, before and now, of each prompt solved in both rounds.
 
     Both are rarefied to the smaller number of correct samples. Otherwise a prompt that is solved more
@@ -69,36 +110,28 @@ def distinct_correct(
 
     Source: RFT, arXiv 2308.01825, Table 3: distinct reasoning paths per question.
     """
-    forms: list[dict[str, Counter[Hashable]]] = [{}, {}]
-    for counts, rollouts in zip(forms, (before, now), strict=True):
-        for prompt_id, group in _by_prompt(rollouts).items():
-            correct = [normal_form(r.completion) for r in group if r.passes(threshold)]
-            if correct:
-                counts[prompt_id] = Counter(correct)
     values: tuple[dict[str, float], dict[str, float]] = {}, {}
-    for prompt_id in forms[0].keys() & forms[1].keys():
-        counters = [side[prompt_id] for side in forms]
-        size = min(counter.total() for counter in counters)
-        for side, counter in zip(values, counters, strict=True):
-            side[prompt_id] = rarefied(list(counter.values()), size)
+    for prompt_id in before.keys() & now.keys():
+        correct = [side[prompt_id].correct_forms for side in (before, now)]
+        size = min(map(len, correct))
+        if size > 0:
+            for side, forms in zip(values, correct, strict=True):
+                side[prompt_id] = rarefied(list(Counter(forms).values()), size)
     return values
 
 
-def mean_lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def mean_lengths(samples: Samples) -> dict[str, float]:
     """Return the mean number of tokens of each prompt's completions."""
-    groups = _by_prompt(rollouts)
-    return {i: fmean(len(r.completion_ids) for r in group) for i, group in groups.items()}
+    return {i: own.num_tokens / len(own.forms) for i, own in samples.items()}
 
 
-def pass_rates(rollouts: Sequence[Rollout], threshold: float, k: int = 1) -> dict[str, float]:
+def pass_rates(samples: Samples, k: int = 1) -> dict[str, float]:
     """Return the unbiased pass@k of each prompt with at least k graded samples."""
-    rates = {}
-    for prompt_id, group in _by_prompt(rollouts).items():
-        graded = [r for r in group if r.reward is not None]
-        if len(graded) >= k:
-            correct = sum(r.passes(threshold) for r in graded)
-            rates[prompt_id] = pass_at_k(len(graded), correct, k)
-    return rates
+    return {
+        prompt_id: pass_at_k(own.num_graded, len(own.correct_forms), k)
+        for prompt_id, own in samples.items()
+        if own.num_graded >= k
+    }
 
 
 def solved_by_difficulty(
@@ -120,43 +153,31 @@ def solved_by_difficulty(
     return {name: fmean(groups[name]) for name, _ in DIFFICULTIES if name in groups}
 
 
-def best_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def best_rewards(samples: Samples) -> dict[str, float]:
     """Return the highest reward among each prompt's finished samples."""
-    best: dict[str, float] = {}
-    for rollout in rollouts:
-        if rollout.reward is not None and not rollout.hinted and not rollout.is_truncated:
-            best[rollout.prompt_id] = max(rollout.reward, best.get(rollout.prompt_id, -inf))
-    return best
+    return {i: own.best_reward for i, own in samples.items() if own.best_reward is not None}
 
 
-def diversity_metrics(
-    first: Sequence[Rollout],
-    now: Sequence[Rollout],
-    normal_form: NormalForm,
-    threshold: float,
-    has_degrees: bool = False,
-) -> dict[str, float]:
+def diversity_metrics(first: Samples, now: Samples, has_degrees: bool = False) -> dict[str, float]:
     """Return a round's diversity metrics for the log, named play/….
 
     Args:
         first: The samples of round 0.
         now: The samples of this round.
-        normal_form: Maps equal completions to the same form.
-        threshold: Minimum reward of a correct completion.
         has_degrees: Rewards are graded and may never reach the threshold. The best reward per prompt
             is logged, and metrics of correct completions only if there are any.
     """
-    metrics = {"play/distinct": fmean(distinct_ratios(now, normal_form).values())}
+    metrics = {"play/distinct": fmean(distinct_ratios(now).values())}
     if has_degrees:
         if best := best_rewards(now):
             metrics["play/best_reward"] = fmean(best.values())
-        if not any(rollout.passes(threshold) for rollout in (*first, *now)):
+        if not any(own.correct_forms for own in (*first.values(), *now.values())):
             return metrics
-    metrics["play/coverage"] = fmean(r > 0.0 for r in pass_rates(now, threshold).values() or [0.0])
-    _, correct = distinct_correct(now, now, normal_form, threshold)
+    metrics["play/coverage"] = fmean(r > 0.0 for r in pass_rates(now).values() or [0.0])
+    _, correct = distinct_correct(now, now)
     if correct:
         metrics["play/distinct_correct"] = fmean(correct.values())
-    shares = solved_by_difficulty(pass_rates(first, threshold), pass_rates(now, threshold))
+    shares = solved_by_difficulty(pass_rates(first), pass_rates(now))
     return metrics | {f"play/solved_{name}": share for name, share in shares.items()}
 
 
@@ -172,27 +193,19 @@ def _falls_below(
     return means if means[1] < share * means[0] else None
 
 
-def warn_poorer_samples(
-    first: Sequence[Rollout],
-    now: Sequence[Rollout],
-    normal_form: NormalForm,
-    threshold: float,
-    round_index: int,
-) -> list[str]:
+def warn_poorer_samples(first: Samples, now: Samples, round_index: int) -> list[str]:
     """Return warnings if a round's samples are less diverse, shorter or longer than those of round 0."""
     warnings = []
     remedy = (
         "Raise temperature, deduplicate, lower max_per_prompt, or train each round from the base "
         "(start_from='base')."
     )
-    if found := _falls_below(
-        distinct_ratios(first, normal_form), distinct_ratios(now, normal_form), LEAST_DISTINCT
-    ):
+    if found := _falls_below(distinct_ratios(first), distinct_ratios(now), LEAST_DISTINCT):
         warnings.append(
             f"round {round_index}: {found[1]:.2f} of a prompt's completions are distinct, "
             f"{found[0]:.2f} in round 0. {remedy}"
         )
-    before, after = distinct_correct(first, now, normal_form, threshold)
+    before, after = distinct_correct(first, now)
     if found := _falls_below(before, after, LEAST_DISTINCT_CORRECT):
         warnings.append(
             f"round {round_index}: prompts solved in both rounds have {found[1]:.2f} distinct "
@@ -210,27 +223,23 @@ def warn_poorer_samples(
     return warnings
 
 
-def warn_sharpening(
-    before: Sequence[Rollout], now: Sequence[Rollout], threshold: float, round_index: int
-) -> str | None:
+def warn_sharpening(before: Samples, now: Samples, round_index: int) -> str | None:
     """Return a warning if held-out pass@1 rose and pass@k fell, each by two standard errors.
 
     Args:
         before: Held-out samples of the untrained model.
         now: Held-out samples after the round on the same prompts; k is the smallest number of samples
             per prompt.
-        threshold: Minimum reward of a passing completion.
         round_index: The round, for the warning.
 
     Source: "Progress or Regress? Self-Improvement Reversal in Post-training", arXiv 2407.05013.
     """
-    groups = [*_by_prompt(before).values(), *_by_prompt(now).values()]
-    k = min((sum(r.reward is not None for r in group) for group in groups), default=0)
+    k = min((own.num_graded for own in (*before.values(), *now.values())), default=0)
     if k < 2:
         return None
     changes = {}
     for size in (1, k):
-        scores = [pass_rates(rollouts, threshold, size) for rollouts in (before, now)]
+        scores = [pass_rates(samples, size) for samples in (before, now)]
         change, error = paired_difference(*scores)
         if change is None or error is None or abs(change) <= _STANDARD_ERRORS * error:
             return None

@@ -4,7 +4,7 @@ In: graded rollouts of held-out prompts. Out: metrics by name. Intervals are ove
 samples of the same prompt aren't independent.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from math import comb, inf, prod, sqrt
 from statistics import NormalDist, fmean
 from typing import Any
@@ -244,7 +244,7 @@ def bootstrap_interval(
 
 
 def summarize_heldout(
-    rollouts: Sequence[Rollout], *, reward_threshold: float | None, prefix: str = "eval"
+    rollouts: Iterable[Rollout], *, reward_threshold: float | None, prefix: str = "eval"
 ) -> dict[str, float]:
     """Return the metrics of one held-out set.
 
@@ -266,46 +266,51 @@ def summarize_heldout(
         `_high` (bootstrap) replaces accuracy, and `_mean_sampled_reward`, over prompts and their
         samples, replaces pass@k. Metrics without data are absent.
     """
-    greedy = [r for r in rollouts if r.sample_index == 0]
+    rewards: dict[str, float | None] = {}  # of greedy completions
+    lengths: list[int] = []
+    num_passed = num_truncated = 0
+    samples: dict[str, list[tuple[float, bool]]] = {}
+    for r in rollouts:
+        passes = reward_threshold is not None and r.passes(reward_threshold)
+        if r.sample_index == 0:
+            rewards[r.prompt_id] = r.reward
+            lengths.append(len(r.completion_ids))
+            num_passed += passes
+            num_truncated += r.is_truncated
+        elif r.reward is not None:
+            samples.setdefault(r.prompt_id, []).append((r.reward, passes))
     metrics: dict[str, float] = {}
-    graded = [r for r in greedy if r.reward is not None]
+    graded = [reward for _, reward in sorted(rewards.items()) if reward is not None]
     if graded and reward_threshold is not None:
-        num_passed = sum(r.passes(reward_threshold) for r in graded)
         low, high = binomial_interval(num_passed, len(graded))
         metrics["accuracy"] = num_passed / len(graded)
         metrics["accuracy_low"], metrics["accuracy_high"] = low, high
     if graded:
-        rewards = [r.reward for r in graded if r.reward is not None]
-        metrics["mean_reward"] = fmean(rewards)
+        metrics["mean_reward"] = fmean(graded)
         if reward_threshold is None:
-            low, high = bootstrap_interval(rewards)
+            low, high = bootstrap_interval(graded)
             metrics["mean_reward_low"], metrics["mean_reward_high"] = low, high
-    if greedy:
-        metrics["mean_length"] = fmean(len(r.completion_ids) for r in greedy)
-        metrics["truncated"] = fmean(r.is_truncated for r in greedy)
-        metrics["abstained"] = 1.0 - len(graded) / len(greedy)
-    samples = [r for r in rollouts if r.sample_index > 0 and r.reward is not None]
+    if lengths:
+        metrics["mean_length"] = fmean(lengths)
+        metrics["truncated"] = num_truncated / len(lengths)
+        metrics["abstained"] = 1.0 - len(graded) / len(lengths)
     if reward_threshold is not None:
-        metrics |= _pass_at_k_metrics(samples, reward_threshold)
+        verdicts = [[passes for _, passes in own] for _, own in sorted(samples.items())]
+        metrics |= _pass_at_k_metrics(verdicts)
     elif samples:
-        by_prompt: dict[str, list[float]] = {}
-        for r in samples:
-            by_prompt.setdefault(r.prompt_id, []).append(r.reward or 0.0)
-        metrics["mean_sampled_reward"] = fmean(map(fmean, by_prompt.values()))
+        means = [fmean(reward for reward, _ in own) for own in samples.values()]
+        metrics["mean_sampled_reward"] = fmean(means)
     return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
 
-def _pass_at_k_metrics(samples: Sequence[Rollout], threshold: float) -> dict[str, float]:
-    verdicts: dict[str, list[bool]] = {}
-    for r in sorted(samples, key=lambda r: (r.prompt_id, r.sample_index)):
-        if r.reward is not None:
-            verdicts.setdefault(r.prompt_id, []).append(r.passes(threshold))
-    most = max(map(len, verdicts.values()), default=0)
+def _pass_at_k_metrics(verdicts: Sequence[Sequence[bool]]) -> dict[str, float]:
+    """Return pass@k of prompts, given whether each of their samples is right."""
+    most = max(map(len, verdicts), default=0)
     powers = {2**i for i in range(most.bit_length())}
     ks = sorted({k for k in powers if k <= most} | ({most} if most else set()))
     metrics: dict[str, float] = {}
     for k in ks:
-        values = [pass_at_k(len(v), sum(v), k) for v in verdicts.values() if len(v) >= k]
+        values = [pass_at_k(len(v), sum(v), k) for v in verdicts if len(v) >= k]
         metrics[f"pass@{k}"] = fmean(values)
         if k in (1, most):
             low, high = bootstrap_interval(values)

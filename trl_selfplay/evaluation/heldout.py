@@ -4,7 +4,7 @@ In: a config's sampling options, graded rollouts. Out: metrics with the names th
 expects, and each prompt's score for paired comparisons.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ def heldout_options(
     return greedy, sampled
 
 
-def greedy_scores(rollouts: Sequence[Rollout], threshold: float | None) -> dict[str, float]:
+def greedy_scores(rollouts: Iterable[Rollout], threshold: float | None) -> dict[str, float]:
     """Return 1.0 for each prompt whose greedy completion passed, else 0.0.
 
     Without a threshold, because rewards are graded, return the reward itself. Abstentions are left

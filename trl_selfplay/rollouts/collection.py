@@ -22,12 +22,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
+from trl_selfplay.disk import is_found
 from trl_selfplay.generation.random_streams import Phase, stream_key
 from trl_selfplay.generation.sampler import Sampler, SampleRequest, SamplingOptions
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.ahead import run_ahead
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout, save_rollouts
+from trl_selfplay.rollouts.sequence import Rollouts, StoredShard
 from trl_selfplay.rollouts.shards import (
     Assignment,
     Shard,
@@ -94,10 +96,11 @@ class Collector:
         progress: Progress,
         folder: Path | None = None,
         prefix: str = "",
-    ) -> list[Rollout]:
-        """Return the graded rollouts of all assignments, sorted by (prompt_id, sample_index).
+    ) -> Rollouts:
+        """Return the graded rollouts of all assignments, in the order of the shards.
 
-        Those of the phase "judge" aren't graded, nor are any without reward functions.
+        Those of the phase "judge" aren't graded, nor are any without reward functions. With a
+        folder all lie there, and are read when they are needed.
 
         Prompts whose samples are all there are graded while others are sampled, in a thread of its
         own: all that are waiting in one call, each with its samples together and in the order of
@@ -136,12 +139,24 @@ class Collector:
             prefix=prefix,
         )
         collected = self._grade_as_sampled(work, progress)
-        if world > 1:
-            collected = gather_object(collected)
-        return sorted(collected, key=lambda r: (r.prompt_id, r.sample_index))
+        if folder is not None:
+            self.accelerator.wait_for_everyone()
+            stored = [
+                StoredShard(folder / f"{prefix}{index:05d}.parquet", shard.prompt_ids)
+                for index, shard in enumerate(shards)
+                if shard.prompt_ids
+            ]
+            if world > 1:  # other processes wrote some of them
+                all(is_found(shard.path) for shard in stored)
+            return Rollouts.stored(stored)
+        return Rollouts.of(gather_object(collected) if world > 1 else collected)
 
     def _grade_as_sampled(self, work: "_Work", progress: Progress) -> list[Rollout]:
-        """Return the rollouts of this process's shards, graded if there is anything to grade with."""
+        """Grade this process's shards as they are sampled, if there is anything to grade with.
+
+        Returns:
+            Their rollouts, unless they are on disk.
+        """
         grades = self.scorer is not None and work.phase != "judge"
         threshold = None if self.has_degrees else self.reward_threshold
         if work.phase == "eval":
@@ -179,9 +194,10 @@ class Collector:
                     unfinished[name] += rollouts
                     if is_sampled:
                         finished = work.in_order(name, unfinished.pop(name))
-                        if work.folder is not None and name in changed:
+                        if work.folder is None:
+                            collected += finished
+                        elif name in changed:
                             save_rollouts(work.path(name), finished)
-                        collected += finished
         return collected
 
     def _sample_shards(

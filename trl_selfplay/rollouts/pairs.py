@@ -8,9 +8,10 @@ Source: IRPO, arXiv 2404.19733, section 2; V-STaR, arXiv 2402.06457, Algorithm 1
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, product
+from itertools import product
 
 from trl_selfplay.rollouts.funnel import Outcome
 from trl_selfplay.rollouts.record import Rollout
@@ -20,6 +21,7 @@ from trl_selfplay.rollouts.selection import (
     default_normal_form,
     select,
 )
+from trl_selfplay.rollouts.sequence import Rollouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,8 @@ class Pairing:
     """The pairs of a round.
 
     Attributes:
-        pairs: (right, wrong) rollouts of the same prompt, ordered by prompt.
+        chosen: The right rollout of each pair, ordered by prompt.
+        rejected: The wrong rollout of each pair, of the same prompt.
         selection: The outcome of every rollout. Right rollouts are "kept" if they are in a pair,
             "capped" if they were not drawn, and "unpaired" if their prompt has no wrong rollout. Wrong
             rollouts are "failed", whether they are in a pair or not.
@@ -35,7 +38,8 @@ class Pairing:
             without a wrong one.
     """
 
-    pairs: tuple[tuple[Rollout, Rollout], ...]
+    chosen: Rollouts
+    rejected: Rollouts
     selection: Selection
     metrics: dict[str, float]
 
@@ -65,41 +69,57 @@ def pair_rollouts(
         seed: Seed of the draw, which depends on nothing else but the ids.
     """
     gold = [rollout for rollout in gold if is_right(rollout) and fits(rollout)]
+    gold.sort(key=lambda r: r.sample_index)  # all below those of samples
     rules = SelectionRules(
         is_right, seed, fits=fits, normal_form=default_normal_form if deduplicate else None
     )
     right = select(rollouts, rules, beside=gold)
     wrong = select(rollouts, replace(rules, is_correct=lambda rollout: not is_right(rollout)))
-    chosen = _by_prompt([*right.kept, *gold])
-    rejected = _by_prompt(wrong.kept)
-    pairs: list[tuple[Rollout, Rollout]] = []
-    for prompt_id in sorted(chosen.keys() & rejected.keys()):
-        every = list(product(chosen[prompt_id], rejected[prompt_id]))
+    facts = right.facts
+    right_places: dict[str, list[int]] = {}  # among the round's rollouts, then `gold`
+    for place, rollout in enumerate(gold, start=len(facts.rollouts)):
+        right_places.setdefault(rollout.prompt_id, []).append(place)
+    for prompt_id, place in _kept(right):
+        right_places.setdefault(prompt_id, []).append(place)
+    wrong_places: dict[str, list[int]] = {}
+    for prompt_id, place in _kept(wrong):
+        wrong_places.setdefault(prompt_id, []).append(place)
+    pairs: list[array[int]] = [array("q"), array("q")]
+    paired = right_places.keys() & wrong_places.keys()
+    for prompt_id in sorted(paired):
+        every = list(product(right_places[prompt_id], wrong_places[prompt_id]))
         count = len(every) if max_pairs is None else min(max_pairs, len(every))
-        pairs += random.Random(f"pairs/{seed}/{prompt_id}").sample(every, count)
-    drawn = {id(rollout) for rollout, _ in pairs}
+        for pair in random.Random(f"pairs/{seed}/{prompt_id}").sample(every, count):
+            for side, place in zip(pairs, pair, strict=True):
+                side.append(place)
+    drawn = set(pairs[0])
 
-    def outcome_of(rollout: Rollout, outcome: Outcome) -> Outcome:
-        if outcome != "kept" or id(rollout) in drawn:
+    def outcome_at(place: int, outcome: Outcome) -> Outcome:
+        if outcome != "kept" or place in drawn:
             return outcome
-        return "capped" if rollout.prompt_id in rejected else "unpaired"
+        return "capped" if facts.prompt_ids[facts.prompts[place]] in wrong_places else "unpaired"
 
-    prompts = {r.prompt_id for r in rollouts}
+    pool = right.rollouts + gold
     return Pairing(
-        pairs=tuple(pairs),
+        chosen=pool.pick(pairs[0]),
+        rejected=pool.pick(pairs[1]),
         selection=Selection.from_outcomes(
-            ((r, outcome_of(r, outcome)) for r, outcome in right.outcomes),
-            gold=[rollout for rollout in gold if id(rollout) in drawn],
+            facts,
+            [outcome_at(place, outcome) for place, outcome in enumerate(right.outcomes)],
+            gold=[r for i, r in enumerate(gold, len(facts.rollouts)) if i in drawn],
         ),
         metrics={
-            "select/examples": float(len(pairs)),
-            "select/prompts_paired": float(len(chosen.keys() & rejected.keys())),
-            "select/prompts_without_right": float(len(prompts - chosen.keys())),
-            "select/prompts_without_wrong": float(len(chosen.keys() - rejected.keys())),
+            "select/examples": float(len(pairs[0])),
+            "select/prompts_paired": float(len(paired)),
+            "select/prompts_without_right": float(len(set(facts.prompt_ids) - right_places.keys())),
+            "select/prompts_without_wrong": float(len(right_places.keys() - wrong_places.keys())),
         },
     )
 
 
-def _by_prompt(rollouts: Iterable[Rollout]) -> dict[str, list[Rollout]]:
-    ordered = sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_index))
-    return {name: list(group) for name, group in groupby(ordered, key=lambda r: r.prompt_id)}
+def _kept(selection: Selection) -> Iterator[tuple[str, int]]:
+    """Yield the prompt and the place of each rollout that is kept."""
+    facts = selection.facts
+    for place, outcome in enumerate(selection.outcomes):
+        if outcome == "kept":
+            yield facts.prompt_ids[facts.prompts[place]], place

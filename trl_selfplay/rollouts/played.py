@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
 from datasets import Dataset
 
+from trl_selfplay.rollouts.facts import Facts
 from trl_selfplay.rollouts.funnel import Funnel
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.selection import Selection
-from trl_selfplay.rollouts.stored import StoredRollouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class PlayedRound:
         training_rows: The parent's final dataset.
         num_examples: Number of selected examples; packed rows hold several.
         funnel: Counts of what each selection step dropped.
-        rollouts: All graded rollouts of the round, read from disk as they are iterated over.
+        rollouts: All graded rollouts of the round, read from disk when they are needed.
         metrics: Metrics for the log, with the prefixes play/ and select/.
         rewards: Mean weighted reward, and the mean of each function by name.
         remedy: Why a round of this method may be empty and what to do; "" if rewards decide.
@@ -32,34 +33,32 @@ class PlayedRound:
     training_rows: Dataset
     num_examples: int
     funnel: Funnel
-    rollouts: StoredRollouts | Sequence[Rollout]
+    rollouts: Sequence[Rollout]
     metrics: dict[str, float]
     rewards: dict[str, float | None]
     remedy: str = ""
 
 
-def mean_rewards(rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float | None]:
+def mean_rewards(facts: Facts, names: Sequence[str]) -> dict[str, float | None]:
     """Return the mean weighted reward and each function's mean, without abstentions."""
-    columns = {"mean": [r.reward for r in rollouts]}
-    columns |= {name: [r.rewards[i] for r in rollouts] for i, name in enumerate(names)}
-    return {
-        name: fmean(scores) if (scores := [v for v in values if v is not None]) else None
-        for name, values in columns.items()
-    }
+    columns = {"mean": facts.rewards, **dict(zip(names, facts.scores, strict=False))}
+    known = {name: values[~np.isnan(values)] for name, values in columns.items()}
+    return {name: fmean(values.tolist()) if len(values) else None for name, values in known.items()}
 
 
 def round_metrics(selection: Selection, rewards: Mapping[str, float | None]) -> dict[str, float]:
     """Return a round's metrics: play/… of what was sampled, select/… of what was selected."""
-    rollouts = selection.rollouts
-    unhinted = [r for r in rollouts if not r.hinted]
+    facts = selection.facts
+    unhinted = ~facts.hinted
+    kept = np.array([outcome == "kept" for outcome in selection.outcomes], dtype=bool)
+    num_solved = len(np.unique(facts.prompts[kept & unhinted]))
     metrics = {
-        "play/completions": float(len(rollouts)),
-        "play/mean_length": fmean(len(r.completion_ids) for r in unhinted),
-        "play/truncated": fmean(r.is_truncated for r in unhinted),
-        "select/kept": float(len(selection.kept)),
-        "select/kept_hinted": float(sum(r.hinted for r in selection.kept)),
-        "select/prompts_solved": len({r.prompt_id for r in selection.kept if not r.hinted})
-        / len({r.prompt_id for r in unhinted}),
+        "play/completions": float(len(kept)),
+        "play/mean_length": fmean(facts.lengths[unhinted].tolist()),
+        "play/truncated": fmean(facts.truncated[unhinted].tolist()),
+        "select/kept": float(kept.sum()),
+        "select/kept_hinted": float((kept & facts.hinted).sum()),
+        "select/prompts_solved": num_solved / len(np.unique(facts.prompts[unhinted])),
         "select/examples": float(len(selection.examples)),
     }
     metrics |= {f"play/reward_{n}": v for n, v in rewards.items() if v is not None}

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ class Rollout:
 # `completion_mask`; 2 lacks `causes`.
 FORMAT = 3
 _FORMAT_KEY = b"trl_selfplay_rollouts_format"
+_SINCE = {"completion_mask": 2, "causes": 3}  # the format that brought a column
 SCHEMA = pa.schema(
     [
         ("round_index", pa.int32()),
@@ -156,6 +158,50 @@ def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
     Raises:
         OSError: The disk is full or the folder isn't writable. The shard is then absent or unchanged.
     """
+    save_table(path, to_table(rollouts))
+
+
+def load_rollouts(path: Path, remedy: str = BRING_BACK) -> list[Rollout]:
+    """Read one shard.
+
+    Raises:
+        DamagedFileError: The file is truncated, isn't Parquet or lacks a column.
+        NewerFormatError: A later version of the package wrote it.
+    """
+    table = load_table(path, remedy)
+    with naming_damage(path, remedy):
+        return to_rollouts(table)
+
+
+def load_table(
+    path: Path, remedy: str = BRING_BACK, columns: Sequence[str] = SCHEMA.names
+) -> pa.Table:
+    """Read one shard, or some of its columns, as a table of the newest format.
+
+    Raises:
+        DamagedFileError, NewerFormatError: As `load_rollouts`.
+    """
+    with naming_damage(path, remedy), pq.ParquetFile(path) as file:
+        version = int((file.schema_arrow.metadata or {}).get(_FORMAT_KEY, b"1"))
+        if version > FORMAT:
+            raise NewerFormatError(
+                f"{path} has format {version} of rollouts, and this version of trl-selfplay reads "
+                f"formats up to {FORMAT}. Go on with the version that wrote it, or a later one: "
+                "pip install --upgrade trl-selfplay."
+            )
+        table = file.read([name for name in columns if version >= _SINCE.get(name, 1)])
+        for name in set(columns) - set(table.column_names):
+            if version >= _SINCE.get(name, 1):
+                raise KeyError(f"there is no column {name!r}")
+            nothing: Any = None if name == "completion_mask" else []
+            absent = pa.array([nothing] * len(table), SCHEMA.field(name).type)
+            table = table.append_column(name, absent)
+        schema = pa.schema([SCHEMA.field(name) for name in columns], SCHEMA.metadata)
+        return table.select(list(columns)).cast(schema)
+
+
+def to_table(rollouts: Sequence[Rollout]) -> pa.Table:
+    """Return rollouts as a table with one column per field."""
     columns = {
         field.name: pa.array(
             [
@@ -166,37 +212,24 @@ def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
         )
         for field in fields(Rollout)
     }
-    save_table(path, pa.table(columns, schema=SCHEMA))
+    return pa.table(columns, schema=SCHEMA)
 
 
-def load_rollouts(path: Path, remedy: str = BRING_BACK) -> list[Rollout]:
-    """Read one shard.
-
-    Raises:
-        DamagedFileError: The file is truncated, isn't Parquet or lacks a column.
-        NewerFormatError: A later version of the package wrote it.
-    """
-    with naming_damage(path, remedy):
-        table = pq.read_table(path)
-        version = int((table.schema.metadata or {}).get(_FORMAT_KEY, b"1"))
-        if version > FORMAT:
-            raise NewerFormatError(
-                f"{path} has format {version} of rollouts, and this version of trl-selfplay reads "
-                f"formats up to {FORMAT}. Go on with the version that wrote it, or a later one: "
-                "pip install --upgrade trl-selfplay."
-            )
-        if version < 2:
-            absent = pa.nulls(len(table), SCHEMA.field("completion_mask").type)
-            table = table.append_column("completion_mask", absent)
-        if version < 3:
-            none = pa.array([[]] * len(table), SCHEMA.field("causes").type)
-            table = table.append_column("causes", none)
-        rows = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
-        return [_rollout(row) for row in rows]
+def to_rollouts(table: pa.Table) -> list[Rollout]:
+    """Return the rollouts of a table with the columns of `SCHEMA`."""
+    columns = (to_values(table.column(field.name)) for field in fields(Rollout))
+    return list(map(Rollout, *columns))
 
 
-def _rollout(row: dict[str, Any]) -> Rollout:
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
-    }
-    return Rollout(**values)
+def to_values(column: pa.ChunkedArray) -> list[Any]:
+    """Return the values of a table's column, lists as tuples."""
+    if not pa.types.is_list(column.type):
+        return column.to_pylist()
+    if column.type.value_type != pa.int32() or column.null_count:
+        return [value if value is None else tuple(value) for value in column.to_pylist()]
+    values: list[Any] = []
+    for chunk in column.chunks:  # of token ids: all of them at once, since one by one is slow
+        offsets = chunk.offsets.to_numpy().tolist()
+        tokens = chunk.values.to_numpy().tolist()
+        values += [tuple(tokens[start:end]) for start, end in pairwise(offsets)]
+    return values

@@ -192,6 +192,7 @@ class PromptFormatter:
         self.sanitize_control_tokens = sanitize_control_tokens
         self.start = start or datetime.now()
         self._bos: list[int] | None = None
+        self._ints: dict[int, int] = {}  # one object per token id, not per token
 
     def token_ids(self, row: PromptRow, *, few_shot: bool, hinted: bool = False) -> tuple[int, ...]:
         """Return the prompt's token ids, with the generation prompt of a chat template.
@@ -212,8 +213,10 @@ class PromptFormatter:
         ]
         if isinstance(prompt, str):
             text = "".join(f"{before}{after}\n\n" for before, after in shown) + prompt
-            return tuple(self.text_ids(text))
-        return tuple(self.chat_ids(_turns(prompt, shown), row))
+            ids = self.text_ids(text)
+        else:
+            ids = self.chat_ids(_turns(prompt, shown), row)
+        return tuple(map(self._ints.setdefault, ids, ids))
 
     def _examples(self, row: PromptRow) -> list[FewShotExample]:
         """Return the few-shot examples for a row, without one that asks the same question."""

@@ -6,19 +6,28 @@ masks it again.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from uuid import uuid4
 
-from datasets import Dataset
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from accelerate import Accelerator
+from datasets import Dataset, load_from_disk
 
-from trl_selfplay.disk import replace_folder
+from trl_selfplay.disk import is_found, replace_folder
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.sequence import Rollouts
 
 IGNORE_INDEX = -100
 WEIGHT = "weight"
 LENGTH = "length"  # the default of `length_column_name`
+_TOKENS = pa.list_(pa.int32())
+_BATCH = 1000  # rows that are written together
 # (reward of each row, number of tokens to learn of each row) → weight of each row.
 RowWeights = Callable[[Sequence[float | None], Sequence[int]], list[float]]
 
@@ -41,6 +50,7 @@ def build_training_rows(
     seed: int,
     weigh: RowWeights | None = None,
     completion_only: bool = True,
+    folder: Path | None = None,
 ) -> Dataset:
     """Build the dataset of one round, shuffled under `seed`.
 
@@ -53,6 +63,7 @@ def build_training_rows(
             themselves must be shuffled.
         completion_only: If True, only completions are learned; else prompts as well.
         weigh: Returns the values of a column `weight`; None adds no column.
+        folder: Where the dataset is written, so that it isn't in memory; None keeps it there.
 
     Returns:
         Columns `input_ids` and `labels` (-100 on prompt tokens that aren't learned and on completion
@@ -61,19 +72,31 @@ def build_training_rows(
     Source: STaR, arXiv 2203.14465, Eq. 2: the gradient is that of log p(rationale, answer | x),
     with x unhinted, so prompt tokens carry no loss.
     """
-    input_ids, labels = [], []
-    for rollout in rollouts:
+
+    def row_of(rollout: Rollout) -> tuple[list[int], list[int]]:
         prompt = prompt_ids[rollout.prompt_id]
         completion = training_completion_ids(rollout, eos_token_id)
-        input_ids.append([*prompt, *completion])
         learnt = [IGNORE_INDEX] * len(prompt) if completion_only else prompt
-        labels.append([*learnt, *_own_tokens(rollout, completion)])
-    columns: dict[str, list[Any]] = {"input_ids": input_ids, "labels": labels}
+        return [*prompt, *completion], [*learnt, *_own_tokens(rollout, completion)]
+
+    examples = Rollouts.of(rollouts)
+    order = shuffled_order(len(examples), seed)
+    schema = pa.schema([("input_ids", _TOKENS), ("labels", _TOKENS)])
+    weights: list[float] = []
     if weigh is not None:
-        lengths = [sum(label != IGNORE_INDEX for label in row[1:]) for row in labels]
-        columns[WEIGHT] = weigh([r.reward for r in rollouts], lengths)
-    rows = Dataset.from_dict(columns)
-    return rows.shuffle(seed=seed).flatten_indices()
+        schema = schema.append(pa.field(WEIGHT, pa.float64()))
+        rewards: list[float | None] = [None] * len(examples)
+        lengths = [0] * len(examples)
+        for place, rollout in examples.scan():
+            rewards[place] = rollout.reward
+            lengths[place] = sum(label != IGNORE_INDEX for label in row_of(rollout)[1][1:])
+        weights = weigh(rewards, lengths)
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for place, rollout in zip(order, examples.pick(order), strict=True):
+            yield (*row_of(rollout), *weights[place : place + 1])
+
+    return _collect(rows(), schema, folder)
 
 
 def _own_tokens(rollout: Rollout, completion: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,36 +147,97 @@ def pair_of(
     )
 
 
-def build_pair_rows(pairs: Sequence[Pair], seed: int | None) -> Dataset:
+def build_pair_rows(pairs: Iterable[Pair], folder: Path | None = None) -> Dataset:
     """Build the rows of DPOTrainer, still without the reference's log-probs.
 
     Args:
-        pairs: Pairs in an order that doesn't depend on sampling.
-        seed: Seed of the shuffle (the parent draws the same row order in every round); None keeps
-            the order.
+        pairs: Pairs in the order of the rows.
+        folder: Where the dataset is written, so that it isn't in memory; None keeps it there.
 
     Returns:
         The fields of `Pair` as columns, masks only if a pair has one; and `length`, the tokens of the
         longer side, by which the parent can group rows.
     """
-    columns = {f.name: [getattr(pair, f.name) for pair in pairs] for f in fields(Pair)}
-    longer = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
-    rows = Dataset.from_dict(
-        {
-            LENGTH: [len(p.prompt_ids) + n for p, n in zip(pairs, longer, strict=True)],
-        }
-        | {
-            name: [list(value) if isinstance(value, tuple) else value for value in values]
-            for name, values in columns.items()
-            if not name.endswith("_mask") or any(value is not None for value in values)
-        }
+    names = [field.name for field in fields(Pair)]
+    unused = {name for name in names if name.endswith("_mask")}
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for pair in pairs:
+            values = tuple(getattr(pair, name) for name in names)
+            unused.difference_update(n for n, v in zip(names, values, strict=True) if v is not None)
+            longer = max(len(pair.chosen_ids), len(pair.rejected_ids))
+            yield len(pair.prompt_ids) + longer, *values
+
+    types = {"prompt_id": pa.string(), **dict.fromkeys(unused, pa.list_(pa.bool_()))}
+    schema = pa.schema(
+        [(LENGTH, pa.int64()), *((name, types.get(name, _TOKENS)) for name in names)]
     )
-    return rows if seed is None else rows.shuffle(seed=seed).flatten_indices()
+    return _collect(rows(), schema, folder).remove_columns(sorted(unused))
 
 
-def save_rows(folder: Path, rows: Dataset) -> None:
-    """Write a dataset atomically."""
+def shuffled_order(count: int, seed: int) -> list[int]:
+    """Return the order of `count` rows that `Dataset.shuffle` gives them."""
+    return list(Dataset.from_dict({"place": range(count)}).shuffle(seed=seed)["place"])
+
+
+def count_values(rows: Dataset, column: str) -> np.ndarray:
+    """Return the length of each list of a column."""
+    tables = rows.select_columns([column]).with_format("arrow").iter(_BATCH)
+    lengths = [pc.list_value_length(table.column(column)).to_numpy() for table in tables]
+    return np.concatenate([np.zeros(0, np.int32), *lengths])
+
+
+def build_on_main(
+    accelerator: Accelerator, folder: Path, build: Callable[[Path], Dataset]
+) -> Dataset:
+    """Return rows that the main process builds in a folder, and the others read from there.
+
+    Args:
+        accelerator: Of the process.
+        folder: Of the dataset.
+        build: Writes the dataset into the folder and returns it.
+    """
+    rows = build(folder) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    if rows is None:
+        is_found(folder / "state.json")
+        rows = cast("Dataset", load_from_disk(str(folder)))
+    return rows
+
+
+def save_dataset(folder: Path, rows: Dataset) -> Dataset:
+    """Write a dataset atomically; return it as it is read from disk."""
+    tables = rows.with_format("arrow").iter(_BATCH)
+    return save_rows(folder, tables, rows.features.arrow_schema)
+
+
+def save_rows(folder: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> Dataset:
+    """Write a dataset atomically, table by table; return it as it is read from disk."""
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    rows.save_to_disk(str(temporary))
+    # Saved whole, a dataset would pass through memory: only what describes it is saved so.
+    described = Dataset(
+        pa.table([pa.nulls(1, field.type) for field in schema], schema=schema),
+        fingerprint=uuid4().hex[:16],
+    )
+    described.save_to_disk(str(temporary))
+    (path,) = temporary.glob("*.arrow")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
     replace_folder(temporary, folder)
+    return cast("Dataset", load_from_disk(str(folder)))
+
+
+def _collect(rows: Iterable[tuple[Any, ...]], schema: pa.Schema, folder: Path | None) -> Dataset:
+    """Return rows as a dataset in memory, or in a folder."""
+
+    def tables() -> Iterator[pa.Table]:
+        left = iter(rows)
+        while batch := list(islice(left, _BATCH)):
+            columns = zip(zip(*batch, strict=True), schema, strict=True)
+            yield pa.table([pa.array(values, field.type) for values, field in columns], schema)
+
+    if folder is not None:
+        return save_rows(folder, tables(), schema)
+    return Dataset(pa.concat_tables([schema.empty_table(), *tables()]).combine_chunks())

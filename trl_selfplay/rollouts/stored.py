@@ -4,23 +4,23 @@ In: a round's folder. Out: its rollouts, or those with certain outcomes; of a ru
 of all rounds.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_selfplay.disk import BRING_BACK, DamagedFileError, naming_damage, save_table
+from trl_selfplay.disk import BRING_BACK, naming_damage, save_table
 from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.selection import Selection
+from trl_selfplay.rollouts.sequence import Rollouts, StoredShard
 from trl_selfplay.rollouts.shards import read_plan
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRollouts:
-    """All rollouts that a round sampled; iterating reads one shard at a time.
+def load_samples(folder: Path) -> Rollouts:
+    """Return all rollouts that a round sampled, in the order of its shards.
 
     Samples with hints come after those without. Within a shard the order is that of the plan.
 
@@ -28,123 +28,131 @@ class StoredRollouts:
         folder: Folder of the round that sampled them.
 
     Raises:
-        DamagedFileError: On iteration: a shard that was planned can't be read, lacks a prompt, or
-            is gone.
+        DamagedFileError: A shard that was planned can't be read or is gone.
         FileNotFoundError: The round has no samples on disk.
     """
-
-    folder: Path
-
-    def __iter__(self) -> Iterator[Rollout]:
-        """Yield the rollouts, shard by shard."""
-        for path, planned in self.shards():
-            held = load_rollouts(path)
-            if missing := set(planned) - {r.prompt_id for r in held}:
-                raise DamagedFileError(
-                    f"{path} lacks {len(missing)} of the {len(planned)} prompts that were sampled "
-                    f"into it. {BRING_BACK}"
-                )
-            yield from held
-
-    def __len__(self) -> int:
-        """Return how many there are, from the files' metadata alone."""
-        count = 0
-        for path, _ in self.shards():
-            with naming_damage(path, BRING_BACK):
-                count += pq.read_metadata(path).num_rows
-        return count
-
-    def shards(self) -> Iterator[tuple[Path, tuple[str, ...]]]:
-        """Yield each shard's file and the ids of its prompts."""
-        samples = self.folder / "samples"
-        plans = {prefix: read_plan(samples / f"{prefix}plan.json") for prefix in ("", "hint-")}
-        if plans[""] is None:
-            raise FileNotFoundError(
-                f"{samples} has no samples of that round, which this one needs too. {BRING_BACK}"
-            )
-        for prefix, shards in plans.items():
-            for number, shard in enumerate(shards or ()):
-                if shard.prompt_ids:
-                    yield samples / f"{prefix}{number:05d}.parquet", shard.prompt_ids
+    return Rollouts.stored(_shards(folder))
 
 
-def load_samples(folder: Path) -> list[Rollout]:
-    """Return all rollouts that a round sampled, sorted by (prompt_id, sample_index).
-
-    Raises:
-        DamagedFileError, FileNotFoundError: As `StoredRollouts`.
-    """
-    return sorted(StoredRollouts(folder), key=lambda r: (r.prompt_id, r.sample_index))
-
-
-def load_all_samples(root: Path) -> list[Rollout]:
+def load_all_samples(root: Path) -> Rollouts:
     """Return what all rounds of a run sampled without hints, as the samples of one round.
 
-    A prompt's samples are numbered from 0 in the order of the rounds.
+    A prompt's samples are numbered from 0 in the order of the rounds. They are sorted by prompt and
+    number.
 
     Args:
         root: The run's folder, `_rounds`.
 
     Raises:
-        DamagedFileError, FileNotFoundError: As `StoredRollouts`.
+        DamagedFileError, FileNotFoundError: As `load_samples`.
     """
-    found: list[Rollout] = []
-    counts: Counter[str] = Counter()
+    found = Rollouts.of(())
     for folder in sorted(root.glob("round-*")):
-        if not (folder / "samples").exists():
-            continue  # it trained on an earlier round's samples
-        for rollout in load_samples(folder):
-            if rollout.phase == "train":
-                found.append(replace(rollout, sample_index=counts[rollout.prompt_id]))
-                counts[rollout.prompt_id] += 1
-    return sorted(found, key=lambda r: (r.prompt_id, r.sample_index))
+        if (folder / "samples").exists():  # else it trained on an earlier round's samples
+            found += load_samples(folder)
+    phases, prompt_ids, indices, rounds = found.columns(
+        "phase", "prompt_id", "sample_index", "round_index"
+    )
+    places = np.flatnonzero(np.array([phase == "train" for phase in phases], dtype=bool))
+    order = _sorted_places(prompt_ids, rounds, indices)
+    chosen = order[np.isin(order, places)]
+    numbers = [
+        number
+        for _, same in groupby(chosen.tolist(), key=prompt_ids.__getitem__)
+        for number, _ in enumerate(same)
+    ]
+    return found.pick(chosen).renumbered(np.array(numbers, np.int32))
 
 
 def rewrite_samples(folder: Path, change: Callable[[Rollout], Rollout]) -> None:
     """Change each of a round's samples on disk, shard by shard.
 
     Raises:
-        DamagedFileError, FileNotFoundError: As `StoredRollouts`.
+        DamagedFileError, FileNotFoundError: As `load_samples`.
     """
-    for path, _ in StoredRollouts(folder).shards():
-        held = load_rollouts(path)
+    for shard in _shards(folder):
+        held = load_rollouts(shard.path)
         changed = list(map(change, held))
         if changed != held:
-            save_rollouts(path, changed)
+            save_rollouts(shard.path, changed)
 
 
 def save_selection(path: Path, selection: Selection) -> None:
     """Write the outcome of each rollout: prompt_id, sample_index, hinted, outcome."""
-    rollouts, outcomes = zip(*selection.outcomes, strict=True) if selection.outcomes else ((), ())
+    facts = selection.facts
+    prompt_ids = pa.DictionaryArray.from_arrays(
+        facts.prompts, pa.array(facts.prompt_ids, pa.string())
+    )
     save_table(
         path,
         pa.table(
             {
-                "prompt_id": pa.array([r.prompt_id for r in rollouts], pa.string()),
-                "sample_index": pa.array([r.sample_index for r in rollouts], pa.int32()),
-                "hinted": pa.array([r.hinted for r in rollouts], pa.bool_()),
-                "outcome": pa.array(list(outcomes), pa.string()),
+                "prompt_id": prompt_ids.cast(pa.string()),
+                "sample_index": pa.array(facts.sample_indices, pa.int32()),
+                "hinted": pa.array(facts.hinted, pa.bool_()),
+                "outcome": pa.array(selection.outcomes, pa.string()),
             }
         ),
     )
 
 
-def load_outcomes(folder: Path, outcomes: Collection[str]) -> list[Rollout]:
-    """Return the rollouts of a round with one of these outcomes, from its folder.
+def load_outcomes(folder: Path, outcomes: Collection[str]) -> Rollouts:
+    """Return the rollouts of a round with one of these outcomes, by (prompt_id, sample_index).
 
     Raises:
-        DamagedFileError, FileNotFoundError: As `StoredRollouts`.
+        DamagedFileError, FileNotFoundError: As `load_samples`.
     """
     rollouts = load_samples(folder)
     path = folder / "selection.parquet"
-    with naming_damage(path, BRING_BACK):
-        selection = pq.read_table(path).to_pylist()
-        chosen = {
-            (s["prompt_id"], s["sample_index"]) for s in selection if s["outcome"] in outcomes
-        }
-    return [r for r in rollouts if (r.prompt_id, r.sample_index) in chosen]
+    with naming_damage(path, BRING_BACK), pq.ParquetFile(path) as file:
+        chosen: dict[str, set[int]] = {}
+        for batch in file.iter_batches(columns=["prompt_id", "sample_index", "outcome"]):
+            for prompt_id, index, outcome in zip(*map(pa.Array.to_pylist, batch), strict=True):
+                if outcome in outcomes:
+                    chosen.setdefault(prompt_id, set()).add(index)
+    prompt_ids, indices = rollouts.columns("prompt_id", "sample_index")
+    order = _sorted_places(prompt_ids, indices)
+    return rollouts.pick([i for i in order.tolist() if indices[i] in chosen.get(prompt_ids[i], ())])
 
 
-def load_kept(folder: Path) -> list[Rollout]:
+def load_history(folders: Iterable[Path]) -> Rollouts:
+    """Return what rounds selected before the cap, from their folders.
+
+    Raises:
+        DamagedFileError, FileNotFoundError: As `load_samples`.
+    """
+    history = Rollouts.of(())
+    for folder in folders:
+        history += load_outcomes(folder, ("kept", "capped"))
+    return history
+
+
+def load_kept(folder: Path) -> Rollouts:
     """Return the rollouts that an earlier round kept, from its folder."""
     return load_outcomes(folder, ("kept",))
+
+
+def _shards(folder: Path) -> Iterator[StoredShard]:
+    """Yield a round's shards that hold anything.
+
+    Raises:
+        FileNotFoundError: The round has no samples on disk.
+    """
+    samples = folder / "samples"
+    plans = {prefix: read_plan(samples / f"{prefix}plan.json") for prefix in ("", "hint-")}
+    if plans[""] is None:
+        raise FileNotFoundError(
+            f"{samples} has no samples of that round, which this one needs too. {BRING_BACK}"
+        )
+    for prefix, shards in plans.items():
+        for number, shard in enumerate(shards or ()):
+            if shard.prompt_ids:
+                yield StoredShard(samples / f"{prefix}{number:05d}.parquet", shard.prompt_ids)
+
+
+def _sorted_places(prompt_ids: list[str], *numbers: list[int]) -> np.ndarray:
+    """Return the places of rollouts by prompt, then by these numbers."""
+    ranks = {prompt_id: rank for rank, prompt_id in enumerate(sorted(set(prompt_ids)))}
+    keys = [np.array([ranks[prompt_id] for prompt_id in prompt_ids], np.int32)]
+    keys += [np.array(values, np.int32) for values in numbers]
+    return np.lexsort(keys[::-1])

@@ -11,10 +11,11 @@ from typing import Any
 
 from trl_selfplay.disk import BRING_BACK, naming_damage, save_text
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.stored import rewrite_samples
 
 
-def weigh_calibrated(play: Any, rollouts: list[Rollout], folder: Path) -> list[Rollout]:
+def weigh_calibrated(play: Any, rollouts: Rollouts, folder: Path) -> Rollouts:
     """Return samples with their calibrated rewards.
 
     Args:
@@ -30,7 +31,7 @@ def weigh_calibrated(play: Any, rollouts: list[Rollout], folder: Path) -> list[R
         return rollouts
     path = play.run.calibration_path
     if accelerator.is_main_process and not path.exists():
-        save_text(path, json.dumps(scorer.calibration.scores_of(r.rewards for r in rollouts)))
+        save_text(path, json.dumps(scorer.calibration.scores_of(rollouts.columns("rewards")[0])))
     accelerator.wait_for_everyone()
     with naming_damage(path, BRING_BACK):
         scores = json.loads(path.read_text())
@@ -42,4 +43,4 @@ def weigh_calibrated(play: Any, rollouts: list[Rollout], folder: Path) -> list[R
     if accelerator.is_main_process:
         rewrite_samples(folder, weigh)
     accelerator.wait_for_everyone()
-    return list(map(weigh, rollouts))
+    return rollouts  # as they are on disk now

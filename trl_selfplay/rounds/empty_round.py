@@ -10,6 +10,7 @@ from typing import Any
 from trl_selfplay.rollouts.funnel import describe_causes, describe_funnel
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.sequence import Rollouts
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,9 @@ def handle_empty_round(args: Any, round_index: int, played: PlayedRound) -> None
     """
     examples = "\n".join(
         f"--- {r.prompt[-200:]!r}\n    → {r.completion[:300]!r} (finish {r.finish}, reward {r.reward})"
-        for r in heapq.nsmallest(3, played.rollouts, key=_finished_first)
+        for r in heapq.nsmallest(
+            3, (r for _, r in Rollouts.of(played.rollouts).scan()), key=_finished_first
+        )
     )
     funnel = played.funnel
     kept = (
@@ -78,7 +81,8 @@ def _remedy(args: Any, played: PlayedRound) -> str:
             "is cut is never trained on. Raise it, set stop_strings, or check that the model knows "
             "its EOS token."
         )
-    highest = max((r.reward for r in played.rollouts if r.reward is not None), default=0.0)
+    (rewards,) = Rollouts.of(played.rollouts).columns("reward")
+    highest = max((reward for reward in rewards if reward is not None), default=0.0)
     return (
         "A wrong answer format is the usual reason; compare these completions with what the reward "
         "functions expect. Show the format with few_shot_examples, sample more (num_generations, "

@@ -24,6 +24,8 @@ from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.prompts import canonical_prompt
 from trl_selfplay.rounds.plan import OnResume, declared_rules, per_round_lists
 
+_DIGEST_SIZE = 8
+
 logger = logging.getLogger(__name__)
 
 
@@ -233,6 +235,16 @@ def _describe_graders(scorer: Scorer) -> dict[str, Any]:
 def summarize(values: Sequence[Any]) -> str:
     """Return how many values there are and a digest of them."""
     return f"{len(values)}, {_digest([repr(values)])}"
+
+
+def summarize_each(values: Iterable[Any]) -> str:
+    """Return what `summarize` returns of a list of these values, without having all in memory."""
+    digest, count = hashlib.blake2b(b"[", digest_size=_DIGEST_SIZE), 0
+    for value in values:
+        digest.update(f"{', ' if count else ''}{value!r}".encode())
+        count += 1
+    digest.update(b"]")
+    return f"{count}, {digest.hexdigest()}"
 
 
 def name_function(function: Any) -> str:
@@ -503,4 +515,4 @@ def _add(flat: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _digest(texts: Iterable[str]) -> str:
-    return hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=_DIGEST_SIZE).hexdigest()

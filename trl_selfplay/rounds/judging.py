@@ -24,6 +24,7 @@ from trl_selfplay.rewards.local_model import (
 from trl_selfplay.rollouts.collection import Collector, Progress
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.shards import Assignment
 
 
@@ -38,7 +39,7 @@ def collect_judged(
     progress: Progress,
     folder: Path | None = None,
     prefix: str = "",
-) -> list[Rollout]:
+) -> Rollouts:
     """Sample all assignments, let the policy judge them, then grade them.
 
     Args:
@@ -65,7 +66,7 @@ def collect_judged(
     replies = judgements_of(folder)
     with judged(play, collector, sampled, rows, round_index, replies, prefix):
         if folder is None:
-            return collector.grade(sampled, rows)
+            return Rollouts.of(collector.grade(sampled, rows))
         with play.progress("grading", len(sampled)) as grading:
             return collector.collect(assignments, options, progress=grading, **where)
 

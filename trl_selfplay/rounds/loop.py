@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import BEMACallback
 
 from trl_selfplay.disk import BRING_BACK, DamagedFileError, held_by_this_process, is_found
-from trl_selfplay.evaluation.diversity import warn_sharpening
+from trl_selfplay.evaluation.diversity import summarize_samples, warn_sharpening
 from trl_selfplay.evaluation.estimates import paired_difference
 from trl_selfplay.evaluation.heldout import HeldOutScores
 from trl_selfplay.evaluation.monitor import (
@@ -35,6 +35,7 @@ from trl_selfplay.rollouts.funnel import describe_funnel
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rendering import keep_rendering
+from trl_selfplay.rollouts.selection import default_normal_form
 from trl_selfplay.rollouts.shards import load_engines
 from trl_selfplay.rounds.checkpoints import list_checkpoints
 from trl_selfplay.rounds.dry_run import try_step
@@ -399,17 +400,20 @@ def _warn_sharpening(run: Run, round_index: int, threshold: float | None) -> Non
     if threshold is None:  # with rewards of degrees no sample is simply right
         return
     before, now = (
-        [
-            rollout
-            for path in sorted(folder.glob("*sampled-*.parquet"))
-            if "few_shot_" not in path.name  # the untrained model's other form of the prompt
-            for rollout in load_rollouts(path)
-        ]
+        summarize_samples(
+            (
+                rollout
+                for path in sorted(folder.glob("*sampled-*.parquet"))
+                if "few_shot_" not in path.name  # the untrained model's other form of the prompt
+                for rollout in load_rollouts(path)
+            ),
+            default_normal_form,
+            threshold,
+        )
         for folder in (run.folder(i) / "evaluation" for i in (UNTRAINED, round_index))
     )
-    prompts = {r.prompt_id for r in now}
-    before = [r for r in before if r.prompt_id in prompts]
-    if before and (warning := warn_sharpening(before, now, threshold, round_index)):
+    before = {prompt_id: own for prompt_id, own in before.items() if prompt_id in now}
+    if before and (warning := warn_sharpening(before, now, round_index)):
         logger.warning("%s", warning)
 
 

@@ -8,8 +8,9 @@ call these in the order of their papers.
 import logging
 import math
 import random
+import shutil
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,7 +23,11 @@ from datasets import Dataset
 from trl import pack_dataset
 
 from trl_selfplay.disk import DamagedFileError
-from trl_selfplay.evaluation.diversity import diversity_metrics, warn_poorer_samples
+from trl_selfplay.evaluation.diversity import (
+    diversity_metrics,
+    summarize_samples,
+    warn_poorer_samples,
+)
 from trl_selfplay.evaluation.estimates import summarize_heldout
 from trl_selfplay.evaluation.heldout import (
     HeldOutScores,
@@ -43,15 +48,15 @@ from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.rendering import PromptFormatter, check_lengths, check_training_lengths
 from trl_selfplay.rollouts.rows import (
     RowWeights,
+    build_on_main,
     build_training_rows,
-    save_rows,
+    save_dataset,
     training_completion_ids,
 )
 from trl_selfplay.rollouts.selection import Selection
+from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.shards import Assignment
 from trl_selfplay.rollouts.stored import (
-    StoredRollouts,
-    load_outcomes,
     load_samples,
     save_selection,
 )
@@ -186,7 +191,7 @@ class SelfPlay:
 
     def sample(
         self, rows: Sequence[PromptRow], round_index: int, phase: Phase, folder: Path
-    ) -> list[Rollout]:
+    ) -> Rollouts:
         """Sample `num_generations` completions per prompt, and grade them if there are reward functions.
 
         Few-shot examples precede the prompt in the first `few_shot_rounds` rounds.
@@ -216,7 +221,7 @@ class SelfPlay:
         few_shot: bool = False,
         prefix: str = "",
         **options: Any,
-    ) -> list[Rollout]:
+    ) -> Rollouts:
         """Sample completions of any prompts, those of the dataset or others (`PromptRow.of`).
 
         What is already in `folder` is read back. The phase "judge" isn't graded.
@@ -235,7 +240,7 @@ class SelfPlay:
             ValueError: A prompt and its completion don't fit into the model's positions.
         """
         if not rows:
-            return []
+            return Rollouts.of(())
         how = build_sampling_options(self.config, self.eos_token_ids, **options)
         most = how.max_completion_length
         prompt_ids = self._prompt_ids(rows, few_shot, phase == "hint", rows[0].source, most)
@@ -253,7 +258,7 @@ class SelfPlay:
                 prefix=prefix,
             )
 
-    def _collect(self, collector: Collector, *what: Any, **where: Any) -> list[Rollout]:
+    def _collect(self, collector: Collector, *what: Any, **where: Any) -> Rollouts:
         """Sample and grade, with the policy's judgements if a reward function asks for them."""
         scorer = collector.scorer
         if scorer is None or where["phase"] == "judge" or not scorer.policy_judges:
@@ -314,7 +319,7 @@ class SelfPlay:
         few_shot: bool = False,
         folder: Path | None = None,
         prefix: str = "",
-    ) -> list[Rollout]:
+    ) -> Rollouts:
         """Sample and grade held-out prompts, once greedily and `num_generations_eval` times at random.
 
         The random streams don't depend on the round: every round, and a later evaluation of a
@@ -333,7 +338,7 @@ class SelfPlay:
         collector = replace(self.collector, scorer=self.collector.heldout_scorer)
         greedy, sampled = heldout_options(self.config, self.eos_token_ids)
         prompt_ids = [self.formatter.token_ids(row, few_shot=few_shot) for row in rows]
-        rollouts: list[Rollout] = []
+        rollouts = Rollouts.of(())
         for name, options, indices in (
             ("greedy-", greedy, (0,)),
             ("sampled-", sampled, tuple(range(1, self.config.num_generations_eval + 1))),
@@ -370,17 +375,17 @@ class SelfPlay:
         normal_form: Callable[[str], Hashable],
     ) -> dict[str, float]:
         """Return a round's diversity metrics; warn if its samples are less diverse than round 0's."""
-        first: Sequence[Rollout] = rollouts
+        threshold = self.collector.reward_threshold
+        now = first = summarize_samples(rollouts, normal_form, threshold)
         if round_index > 0:
             try:
-                first = load_samples(self.run.folder(0))
+                samples = load_samples(self.run.folder(0))
+                first = summarize_samples(samples, normal_form, threshold)
             except (DamagedFileError, FileNotFoundError) as error:
                 logger.warning("diversity isn't compared with round 0's: %s", error)
-        threshold = self.collector.reward_threshold
-        for warning in warn_poorer_samples(first, rollouts, normal_form, threshold, round_index):
+        for warning in warn_poorer_samples(first, now, round_index):
             logger.warning("%s", warning)
-        has_degrees = self.config.rewards_have_degrees
-        return diversity_metrics(first, rollouts, normal_form, threshold, has_degrees)
+        return diversity_metrics(first, now, self.config.rewards_have_degrees)
 
     def training_prompt_ids(self, rows: Sequence[PromptRow]) -> dict[str, tuple[int, ...]]:
         """Return the prompts as trained on: never hinted, few-shot only if configured."""
@@ -471,22 +476,34 @@ class SelfPlay:
             metrics: Further metrics to log.
         """
         folder = self.run.folder(round_index)
-        examples = selection.examples
-        rows = build_training_rows(
-            examples,
-            prompt_ids,
-            self.eos_token_id,
-            seed=self.config.seed + round_index,
-            weigh=weigh,
-            completion_only=self.config.completion_only_loss is not False,
-        )
-        if self.config.packing and examples:
-            rows = pack_dataset(rows, self.config.max_length, self.config.packing_strategy)
+        num_examples = len(selection.examples)
+
+        def build(where: Path) -> Dataset:
+            return build_training_rows(
+                selection.examples,
+                prompt_ids,
+                self.eos_token_id,
+                seed=self.config.seed + round_index,
+                weigh=weigh,
+                completion_only=self.config.completion_only_loss is not False,
+                folder=where,
+            )
+
+        def build_packed(where: Path) -> Dataset:
+            with_rows = folder / ".unpacked"
+            packed = pack_dataset(
+                build(with_rows), self.config.max_length, self.config.packing_strategy
+            )
+            saved = save_dataset(where, packed)
+            shutil.rmtree(with_rows, ignore_errors=True)
+            return saved
+
         self.keep_selection(folder, selection)
-        if self.collector.accelerator.is_main_process:
-            save_rows(folder / "dataset", rows)
-        self.collector.accelerator.wait_for_everyone()
-        return self.describe_round(round_index, selection, rows, len(examples), metrics)
+        is_packed = self.config.packing and num_examples
+        rows = build_on_main(
+            self.collector.accelerator, folder / "dataset", build_packed if is_packed else build
+        )
+        return self.describe_round(round_index, selection, rows, num_examples, metrics)
 
     def describe_round(
         self,
@@ -505,14 +522,13 @@ class SelfPlay:
             num_examples: Selected examples; packed rows hold several.
             metrics: Further metrics to log; they override the common ones of the same name.
         """
-        rollouts, scorer = selection.rollouts, self.collector.scorer
-        rewards = mean_rewards(rollouts, () if scorer is None else scorer.names)
-        sampled_in = rollouts[0].round_index if rollouts else round_index
+        scorer = self.collector.scorer
+        rewards = mean_rewards(selection.facts, () if scorer is None else scorer.names)
         return PlayedRound(
             rows,
             num_examples,
             replace(selection.funnel, gold=len(selection.gold)),
-            StoredRollouts(self.run.folder(sampled_in)),
+            selection.rollouts,
             round_metrics(selection, rewards)
             | dict(metrics)
             | {f"play/{n}": v for n, v in _take_logged(scorer).items()},
@@ -572,16 +588,3 @@ def _first_of_each_kind(rows: Sequence[PromptRow]) -> list[PromptRow]:
 def _take_logged(scorer: Scorer | None) -> dict[str, float]:
     """Return the numbers that reward functions logged; none if nothing is graded."""
     return {} if scorer is None else scorer.take_metrics()
-
-
-def load_history(run: Run, rounds: Iterable[int]) -> list[Rollout]:
-    """Return what these rounds selected before the cap, the newest round first.
-
-    Raises:
-        DamagedFileError, FileNotFoundError: As `load_samples`.
-    """
-    return [
-        rollout
-        for round_index in sorted(rounds, reverse=True)
-        for rollout in load_outcomes(run.folder(round_index), ("kept", "capped"))
-    ]

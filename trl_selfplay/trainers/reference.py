@@ -11,11 +11,12 @@ of round t, so every margin is 0 there.
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset, load_from_disk
@@ -27,8 +28,18 @@ from trl_selfplay.disk import DamagedFileError, naming_damage
 from trl_selfplay.generation.model_traits import sampling_state, without_checkpointing
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import Rollout
-from trl_selfplay.rollouts.rows import LENGTH, build_pair_rows, pair_of, save_rows
+from trl_selfplay.rollouts.rows import (
+    LENGTH,
+    Pair,
+    build_on_main,
+    build_pair_rows,
+    count_values,
+    pair_of,
+    save_dataset,
+    shuffled_order,
+)
 from trl_selfplay.rollouts.selection import Selection
+from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rounds.noise import switch_noise_off
 from trl_selfplay.trainers.rounds import RoundsMixin
 
@@ -154,17 +165,16 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         policy: Any = self.model
         size = args.precompute_ref_batch_size or args.per_device_train_batch_size
         masks = [column for column in _MASKS if column in rows.column_names]
-        examples = rows.select_columns([*_IDS, *masks]).to_list()
+        examples = rows.select_columns([*_IDS, *masks])
         # By length, so that little is computed on padding.
-        order = sorted(
-            range(len(examples)), key=lambda i: (sum(len(examples[i][c]) for c in _IDS), i)
-        )
+        lengths = sum(count_values(rows, column) for column in _IDS)
+        order = np.argsort(lengths, kind="stable").tolist()
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         scored: list[tuple[int, float, float]] = []
         self.self_play.collector.sampler.release()  # an engine may hold the device's memory
         with sampling_state(policy, None):
             for indices in batches[accelerator.process_index :: accelerator.num_processes]:
-                batch = self.data_collator([examples[i] for i in indices])
+                batch = self.data_collator(examples.select(indices).to_list())
                 batch = send_to_device(dict(batch), accelerator.device)
                 chosen, rejected = log_probs(policy, batch)
                 scored += zip(indices, chosen.tolist(), rejected.tolist(), strict=True)
@@ -176,7 +186,8 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         self,
         round_index: int,
         selection: Selection,
-        pairs: Sequence[tuple[Rollout, Rollout]],
+        chosen: Sequence[Rollout],
+        rejected: Sequence[Rollout],
         prompt_ids: Mapping[str, tuple[int, ...]],
         metrics: Mapping[str, float] = MappingProxyType({}),
     ) -> PlayedRound:
@@ -185,19 +196,33 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         Args:
             round_index: The round that trains on them.
             selection: The outcome of every rollout.
-            pairs: (chosen, rejected) completions of the same prompt.
+            chosen: The first completion of each pair.
+            rejected: The second one, of the same prompt.
             prompt_ids: Prompts as trained on.
             metrics: What else to log of the round.
         """
         play, folder = self.self_play, self.run.folder(round_index)
         play.keep_selection(folder, selection)
-        tokens = [
-            pair_of(chosen, rejected, prompt_ids[chosen.prompt_id], play.eos_token_id)
-            for chosen, rejected in pairs
-        ]
-        rows = build_pair_rows(tokens, seed=self.args.seed + round_index)
-        rows = self.store_reference(rows, folder / "dataset")
+        order = shuffled_order(len(chosen), self.args.seed + round_index)
+        sides = (Rollouts.of(side).pick(order) for side in (chosen, rejected))
+        pairs = (
+            pair_of(one, other, prompt_ids[one.prompt_id], play.eos_token_id)
+            for one, other in zip(*sides, strict=True)
+        )
+        rows = self.store_pairs(pairs, folder / "dataset")
         return play.describe_round(round_index, selection, rows, len(rows), metrics)
+
+    def store_pairs(self, pairs: Iterable[Pair], folder: Path) -> Dataset:
+        """Return pairs, in the order of the rows, with the reference's log-probs, as `store_reference`."""
+        unscored = folder.with_name(f".{folder.name}-unscored")
+        rows = build_on_main(
+            self.accelerator, unscored, lambda where: build_pair_rows(pairs, where)
+        )
+        rows = self.store_reference(rows, folder)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            shutil.rmtree(unscored, ignore_errors=True)
+        return rows
 
     def store_reference(self, rows: Dataset, folder: Path) -> Dataset:
         """Return rows with the reference's log-probs, computed and saved once.
@@ -224,11 +249,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         logps = self.score_pairs(rows, self.compute_ref_log_probs)
         for column, values in zip(_LOGPS, zip(*logps, strict=True), strict=True):
             rows = rows.add_column(column, list(values))
-        self.accelerator.wait_for_everyone()  # all have looked before one writes
-        if self.is_world_process_zero():
-            save_rows(folder, rows)
-        self.accelerator.wait_for_everyone()
-        return rows
+        return build_on_main(self.accelerator, folder, lambda where: save_dataset(where, rows))
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Check the reference before the first step of a fresh round, then train as the parent."""

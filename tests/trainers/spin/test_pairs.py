@@ -20,7 +20,7 @@ def rollout(make_rollout):
 
 def outcomes(rollouts, max_length=None):
     selection = select_pairs(rollouts, CHOSEN, max_length)
-    return [outcome for _, outcome in selection.outcomes], selection.funnel
+    return list(selection.outcomes), selection.funnel
 
 
 def test_every_rollout_has_one_outcome_and_the_counts_add_up(rollout) -> None:
@@ -53,14 +53,11 @@ def test_equal_completions_of_the_opponent_stay(rollout) -> None:
     assert outcomes([rollout(index=0), rollout(index=1)])[0] == ["kept", "kept"]
 
 
-def test_rows_hold_exact_tokens_and_their_order_depends_on_the_seed_alone(rollout) -> None:
+def test_rows_hold_exact_tokens(rollout) -> None:
     """SP-9: EOS is there exactly if it was sampled."""
     rollouts = [rollout(index=i, ids=(i + 10, 4)) for i in range(8)]
-    pairs = pair_up(rollouts, CHOSEN)
-    rows = build_pair_rows(pairs, seed=3)
-    assert rows.to_list() == build_pair_rows(pairs, seed=3).to_list()
-    assert rows["rejected_ids"] != [list(r.completion_ids) for r in rollouts]
-    assert sorted(rows["rejected_ids"]) == [list(r.completion_ids) for r in rollouts]
+    rows = build_pair_rows(pair_up(rollouts, CHOSEN))
+    assert list(rows["rejected_ids"]) == [list(r.completion_ids) for r in rollouts]
     assert rows[0]["chosen_ids"] == [7, 8, 1]
     assert rows[0]["prompt_ids"] == [5, 6]
 

@@ -123,7 +123,12 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         )
         diversity = play.watch_diversity(round_index, rollouts, default_normal_form)
         played = self.build_pair_round(  # with the log-probs of both under M_t
-            round_index, pairing.selection, pairing.pairs, prompt_ids, diversity | pairing.metrics
+            round_index,
+            pairing.selection,
+            pairing.chosen,
+            pairing.rejected,
+            prompt_ids,
+            diversity | pairing.metrics,
         )
         return replace(played, remedy=_REMEDY) if played.funnel.correct else played
 

@@ -20,9 +20,9 @@ from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.rows import WEIGHT, build_training_rows
 from trl_selfplay.rollouts.selection import SelectionRules, default_normal_form, select
-from trl_selfplay.rollouts.stored import load_samples
+from trl_selfplay.rollouts.sequence import Rollouts
+from trl_selfplay.rollouts.stored import load_history, load_samples
 from trl_selfplay.rounds.identity import name_function, summarize
-from trl_selfplay.rounds.stages import load_history
 from trl_selfplay.trainers import construction
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.rest_em.config import ReSTEMConfig
@@ -159,9 +159,9 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
             rollouts = load_samples(self.run.folder(grow))
         step = args.num_improve_steps
         earlier = range(max(grow - args.history_rounds * step, 0), grow, step)
-        history, gold = load_history(self.run, earlier), self._score_gold()
+        history, gold = load_history(map(self.run.folder, earlier)), self._score_gold()
         prompt_ids = self._prompt_ids(play.rows if earlier else rows)
-        is_selected = self._selection_rule(improve, [*rollouts, *history, *gold])
+        is_selected = self._selection_rule(improve, rollouts + history + gold)
         if args.improve_thresholds is not None:
             gold = [rollout for rollout in gold if is_selected(rollout)]
         rules = SelectionRules(
@@ -186,9 +186,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         self._warn_repeated(played, improve, round_index)
         return played
 
-    def _selection_rule(
-        self, improve: int, rollouts: Sequence[Rollout]
-    ) -> Callable[[Rollout], bool]:
+    def _selection_rule(self, improve: int, rollouts: Rollouts) -> Callable[[Rollout], bool]:
         """Return F(x, y; τ): the threshold of this Improve step, or that of the reward."""
         args = self.args
         if args.improve_thresholds is not None:

@@ -11,7 +11,7 @@ ln 2 minus the held-out loss is a lower bound of how far the opponent still is f
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_heldout_rows(
-    rows: Sequence[PromptRow], chosen: Mapping[str, ChosenTokens], rollouts: Sequence[Rollout]
+    rows: Sequence[PromptRow], chosen: Mapping[str, ChosenTokens], rollouts: Iterable[Rollout]
 ) -> Dataset:
     """Return one row per finished opponent completion, and one for each prompt without any.
 

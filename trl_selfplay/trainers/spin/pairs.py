@@ -8,8 +8,10 @@ Source: SPIN, arXiv 2401.01335, equation 4.7: y from the data, y' sampled by the
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
 from statistics import fmean
+from typing import Any
 
 from trl_selfplay.rollouts.completions import ChosenTokens
 from trl_selfplay.rollouts.funnel import Outcome
@@ -40,10 +42,11 @@ def select_pairs(
         chosen: Tokens of the data's completions by prompt id.
         max_length: Maximum tokens of prompt and completion; None for no limit.
     """
-    ordered = sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_index))
-    outcomes = [(r, _outcome(r, chosen[r.prompt_id], max_length)) for r in ordered]
-    paired = {r.prompt_id for r, outcome in outcomes if outcome == "kept"}
-    return Selection.from_outcomes(outcomes, solved=paired)
+    return Selection.of(
+        rollouts,
+        lambda rollout: _outcome(rollout, chosen[rollout.prompt_id], max_length),
+        unsolved=("truncated", "empty", "identical", "too_long"),
+    )
 
 
 def _outcome(rollout: Rollout, tokens: ChosenTokens, max_length: int | None) -> Outcome:
@@ -59,43 +62,47 @@ def _outcome(rollout: Rollout, tokens: ChosenTokens, max_length: int | None) -> 
     return "kept"
 
 
-def pair_up(rollouts: Sequence[Rollout], chosen: Mapping[str, ChosenTokens]) -> list[Pair]:
-    """Return each completion of the opponent as the rejected side of a pair with the data's.
+def pair_up(rollouts: Iterable[Rollout], chosen: Mapping[str, ChosenTokens]) -> Iterator[Pair]:
+    """Yield each completion of the opponent as the rejected side of a pair with the data's.
 
     The rejected side ends with EOS only if EOS was sampled.
     """
-    return [
-        Pair(
+    for r in rollouts:
+        tokens = chosen[r.prompt_id]
+        yield Pair(
             prompt_id=r.prompt_id,
-            prompt_ids=chosen[r.prompt_id].prompt_ids,
-            chosen_ids=chosen[r.prompt_id].chosen_ids,
+            prompt_ids=tokens.prompt_ids,
+            chosen_ids=tokens.chosen_ids,
             rejected_ids=r.completion_ids,
         )
-        for r in rollouts
-    ]
 
 
 def pair_metrics(
     selection: Selection, chosen: Mapping[str, ChosenTokens], num_examples: int
 ) -> dict[str, float]:
     """Return the metrics of a round: play/… of the samples, select/… of the pairs."""
-    rollouts, counts = selection.rollouts, selection.funnel.unhinted
-    sampled = len(rollouts)
+    facts, counts = selection.facts, selection.funnel.unhinted
+    sampled = len(facts.rollouts)
+    of_chosen = [len(chosen[prompt_id].chosen_ids) for prompt_id in facts.prompt_ids]
+    distinct = {
+        blake2b(repr((r.prompt_id, r.completion_ids)).encode(), digest_size=16).digest()
+        for _, r in facts.rollouts.scan()
+    }
     return {
         "play/completions": float(sampled),
-        "play/mean_length": fmean(len(r.completion_ids) for r in rollouts),
-        "play/mean_length_chosen": fmean(len(chosen[r.prompt_id].chosen_ids) for r in rollouts),
+        "play/mean_length": fmean(facts.lengths.tolist()),
+        "play/mean_length_chosen": fmean(of_chosen[prompt] for prompt in facts.prompts.tolist()),
         "play/truncated": counts.truncated / sampled,
         "play/identical": counts.identical / sampled,
         "play/empty": counts.empty / sampled,
-        "play/distinct": len({(r.prompt_id, r.completion_ids) for r in rollouts}) / sampled,
+        "play/distinct": len(distinct) / sampled,
         "select/kept": float(counts.kept),
         "select/examples": float(num_examples),
     }
 
 
 def find_giveaways(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
     decode: Callable[[int], str],
     eos_token_ids: Sequence[int],
 ) -> list[str]:
@@ -112,20 +119,27 @@ def find_giveaways(
     Returns:
         One sentence with numbers per difference.
     """
-    if len(pairs) < _FEWEST_PAIRS:
-        return []
-    sides = [[tuple(c) for c, _ in pairs], [tuple(r) for _, r in pairs]]
-    found = []
     eos = set(eos_token_ids)
-    for place, pick in (
+    picks = (
         ("first token", lambda ids: ids[:1]),
         ("last token", lambda ids: ids[-1:]),
         ("last token before EOS", lambda ids: ids[-2:-1] if ids[-1] in eos else ids[-1:]),
-    ):
-        of_chosen, of_rejected = (Counter(pick(ids) for ids in side) for side in sides)
+    )
+    tokens = {name: (Counter[Any](), Counter[Any]()) for name, _ in picks}  # of both sides
+    lengths = (Counter[int](), Counter[int]())
+    for pair in pairs:
+        for side, ids in enumerate(pair):
+            lengths[side][len(ids)] += 1
+            for name, pick in picks:
+                tokens[name][side][tuple(pick(ids))] += 1
+    count = lengths[0].total()
+    if count < _FEWEST_PAIRS:
+        return []
+    found = []
+    for place, (of_chosen, of_rejected) in tokens.items():
         token, difference = max(
             (
-                (t, (of_chosen[t] - of_rejected[t]) / len(pairs))
+                (t, (of_chosen[t] - of_rejected[t]) / count)
                 for t in sorted({*of_chosen, *of_rejected})
             ),
             key=lambda entry: abs(entry[1]),
@@ -133,23 +147,23 @@ def find_giveaways(
         if abs(difference) > _TELLING_SHARE:
             text = repr(decode(token[0])) if token else "nothing"
             found.append(
-                f"the {place} is {text} in {of_chosen[token] / len(pairs):.0%} of the data's "
-                f"completions and in {of_rejected[token] / len(pairs):.0%} of the opponent's"
+                f"the {place} is {text} in {of_chosen[token] / count:.0%} of the data's "
+                f"completions and in {of_rejected[token] / count:.0%} of the opponent's"
             )
-    lengths = [[len(ids) for ids in side] for side in sides]
     longer = _share_longer(*lengths)
     if max(longer, 1.0 - longer) > _TELLING_LENGTH:
+        means = [fmean(side.keys(), side.values()) for side in lengths]
         found.append(
             f"length alone tells {max(longer, 1.0 - longer):.0%} of them apart (mean "
-            f"{fmean(lengths[0]):.0f} tokens in the data, {fmean(lengths[1]):.0f} of the opponent)"
+            f"{means[0]:.0f} tokens in the data, {means[1]:.0f} of the opponent)"
         )
     return found
 
 
-def _share_longer(first: Sequence[int], second: Sequence[int]) -> float:
+def _share_longer(first: Counter[int], second: Counter[int]) -> float:
     """Return the probability that a member of `first` exceeds one of `second`, ties as 1/2 (AUC)."""
-    counts, wins = Counter(second), 0.0
-    for length, times in Counter(first).items():
-        below = sum(n for other, n in counts.items() if other < length)
-        wins += times * (below + 0.5 * counts[length])
-    return wins / (len(first) * len(second))
+    wins = 0.0
+    for length, times in first.items():
+        below = sum(n for other, n in second.items() if other < length)
+        wins += times * (below + 0.5 * second[length])
+    return wins / (first.total() * second.total())

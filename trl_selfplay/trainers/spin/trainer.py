@@ -7,7 +7,7 @@ reference of `ReferenceMixin`: the policy as it enters the round.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +27,8 @@ from trl_selfplay.rollouts.completions import (
 )
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow
-from trl_selfplay.rollouts.rows import build_pair_rows
-from trl_selfplay.rollouts.stored import StoredRollouts, load_kept
+from trl_selfplay.rollouts.rows import Pair, shuffled_order
+from trl_selfplay.rollouts.stored import load_kept
 from trl_selfplay.rounds.run import UNTRAINED
 from trl_selfplay.rounds.stages import SelfPlay
 from trl_selfplay.trainers.construction import Grading, read_config, refuse_arguments
@@ -153,19 +153,20 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         rollouts = play.sample(play.draw_prompts(round_index), round_index, "train", folder)
         selection = select_pairs(rollouts, self.chosen, args.max_length)
         earlier = range(max(round_index - args.history_rounds, 0), round_index)
-        history = [r for t in earlier for r in load_kept(self.run.folder(t))]
-        pairs = build_pair_rows(
-            pair_up([*selection.kept, *history], self.chosen), seed=args.seed + round_index
-        )
+        rejected = selection.kept
+        for t in earlier:
+            rejected += load_kept(self.run.folder(t))
         play.keep_selection(folder, selection)
-        self._warn_giveaways(pairs, round_index)
-        training_rows = self.store_reference(pairs, folder / "dataset")  # log p_θt(y), log p_θt(y')
+        self._warn_giveaways(pair_up(rejected, self.chosen), round_index)
+        order = shuffled_order(len(rejected), args.seed + round_index)
+        pairs = pair_up(rejected.pick(order), self.chosen)
+        training_rows = self.store_pairs(pairs, folder / "dataset")  # log p_θt(y), log p_θt(y')
         self._play_heldout(round_index, folder)
         return PlayedRound(
             training_rows,
             len(training_rows) if selection.kept else 0,  # earlier rounds' pairs alone are no round
             selection.funnel,
-            StoredRollouts(folder),
+            selection.rollouts,
             pair_metrics(selection, self.chosen, len(training_rows)),
             {},
             _REMEDY,
@@ -193,10 +194,10 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         finally:
             self.ld_alpha = ld_alpha
 
-    def _warn_giveaways(self, pairs: Dataset, round_index: int) -> None:
+    def _warn_giveaways(self, pairs: Iterable[Pair], round_index: int) -> None:
         tokenizer: Any = self.self_play.formatter.tokenizer  # its stubs know lists of texts only
         found = find_giveaways(
-            list(zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)),
+            ((pair.chosen_ids, pair.rejected_ids) for pair in pairs),
             lambda token: tokenizer.decode([token]),
             self.self_play.eos_token_ids,
         )

@@ -18,8 +18,8 @@ from trl_selfplay.rollouts.selection import (
     select,
     unsolved_prompts,
 )
+from trl_selfplay.rollouts.stored import load_history
 from trl_selfplay.rounds.identity import name_function
-from trl_selfplay.rounds.stages import load_history
 from trl_selfplay.trainers import construction
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.rounds import RoundsMixin
@@ -145,6 +145,6 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
             normal_form=self.normal_form if args.deduplicate else None,
             max_per_prompt=args.max_per_prompt,
         )
-        selection = select(rollouts, rules, history=load_history(self.run, earlier))
+        selection = select(rollouts, rules, history=load_history(map(self.run.folder, earlier)))
         metrics = play.watch_diversity(round_index, rollouts, self.normal_form)
         return play.build_sft_round(round_index, selection, prompt_ids, metrics=metrics)  # line 7

@@ -23,8 +23,9 @@ from trl_selfplay.rollouts.pairs import pair_rollouts
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.stored import load_all_samples
-from trl_selfplay.rounds.identity import summarize
+from trl_selfplay.rounds.identity import summarize_each
 from trl_selfplay.trainers.construction import Grading, read_config, refuse_arguments
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.reference import ReferenceMixin
@@ -105,7 +106,8 @@ class VSTaRTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
 
     def identity(self) -> dict[str, Any]:
         """Return a digest of the samples."""
-        return {"samples": summarize([(r.prompt_id, r.completion_ids) for r in self.samples])}
+        samples = ((r.prompt_id, r.completion_ids) for r in self.samples)
+        return {"samples": summarize_each(samples)}
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Pair right with wrong completions of all rounds, and score both under G_SFT."""
@@ -121,14 +123,17 @@ class VSTaRTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
             seed=args.seed,
         )
         played = self.build_pair_round(
-            round_index, pairing.selection, pairing.pairs, prompt_ids, pairing.metrics
+            round_index,
+            pairing.selection,
+            pairing.chosen,
+            pairing.rejected,
+            prompt_ids,
+            pairing.metrics,
         )
-        return replace(played, rollouts=pairing.selection.rollouts, remedy=_REMEDY)
+        return replace(played, remedy=_REMEDY)
 
 
-def _read_samples(
-    samples: str | Path | Sequence[Rollout], rows: Sequence[PromptRow]
-) -> list[Rollout]:
+def _read_samples(samples: str | Path | Sequence[Rollout], rows: Sequence[PromptRow]) -> Rollouts:
     """Return graded samples of the prompts.
 
     Raises:
@@ -145,15 +150,16 @@ def _read_samples(
                 "over rounds, or rollouts."
             )
     else:
-        found = [rollout for rollout in samples if not rollout.hinted]
-    if not all(rollout.is_graded for rollout in found):
+        found = Rollouts.of([rollout for rollout in samples if not rollout.hinted])
+    prompt_ids, rewards = found.columns("prompt_id", "rewards")
+    if not all(rewards):
         raise ValueError(
             f"{where} has completions without rewards, such as SPINTrainer's. Give a run whose "
             "completions were graded by reward functions."
         )
     known = {row.prompt_id for row in rows}
-    of_prompts = [rollout for rollout in found if rollout.prompt_id in known]
-    sampled = {rollout.prompt_id for rollout in found}
+    of_prompts = [place for place, prompt_id in enumerate(prompt_ids) if prompt_id in known]
+    sampled = set(prompt_ids)
     if not of_prompts:
         raise ValueError(
             f"none of the {len(sampled)} prompts that {where} has samples of is in "
@@ -166,7 +172,7 @@ def _read_samples(
             len(sampled),
             where,
         )
-    return of_prompts
+    return found.pick(of_prompts)
 
 
 def _with_merged_adapter(model: Any, args: VSTaRConfig) -> Any:
