@@ -75,7 +75,7 @@ def test_a_device_that_is_broken_ends_the_process(parts, tmp_path) -> None:
     assert set(parts.Records(path).load()) == {"first"}
 
 
-def test_what_a_dead_process_had_begun_is_an_error_and_what_a_limit_stopped_is_missing(
+def test_what_a_dead_process_had_begun_is_an_error_and_what_a_limit_stopped_is_not(
     parts, tmp_path
 ) -> None:
     records = parts.Records(tmp_path / "a.json", "1")
@@ -86,7 +86,8 @@ def test_what_a_dead_process_had_begun_is_an_error_and_what_a_limit_stopped_is_m
     later = parts.Records(tmp_path / "a.json", "2")
     later.begin("second")
     later.end_begun(None)
-    assert set(later.load()) == {"first"}
+    assert later.load()["second"]["state"] == "stopped"
+    assert not parts.is_done(later.load()["second"])
 
 
 def test_longer_texts_are_bisected_and_known_ones_left_out(parts) -> None:

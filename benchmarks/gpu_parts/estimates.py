@@ -42,8 +42,8 @@ def build_items(device: str, results: Path) -> list[Item]:
         ),
     }
     for length in (in_e.length, *in_e.searched):
-        config = partial(quiet_star.quiet_star_config, in_e, max_length=length)
-        cases[f"split {length}"] = ("e", in_e.model, config, {})
+        config = partial(quiet_star.quiet_star_config, in_e)
+        cases[f"split {length}"] = ("e", in_e.model, config, {"row_length": length})
     items = []
     for name, (part, size, config, arguments) in cases.items():
         record = Records(results / f"{part}.json").load().get(name)

@@ -7,7 +7,6 @@ import datetime
 import fcntl
 import gc
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -50,6 +49,8 @@ class Item:
 class Records:
     """The records of a part on one card, in a file that several processes write.
 
+    The file may have `notes` beside them, sentences for the tables; they stay.
+
     Args:
         path: The part's JSON file.
         session: Of the command that runs; an item is tried once in a session.
@@ -79,21 +80,22 @@ class Records:
             found = items.get(name, {})
             if found.get("session") == self.session:
                 return False
-            items[name] = {"state": "begun", "session": self.session, "process": os.getpid()}
+            items[name] = {"state": "begun", "session": self.session, "began": time.time()}
             if "error" in found:
                 items[name]["error"] = found["error"]
             self._write(items)
             return True
 
     def end_begun(self, why: str | None) -> None:
-        """Turn what was begun in this session, and not finished, into errors; None forgets it."""
+        """Turn what was begun in this session, and not finished, into errors; None: it was stopped."""
         with self._locked():
             items = self.load()
-            for name, record in list(items.items()):
+            for name, record in items.items():
                 if record.get("state") == "begun" and record["session"] == self.session:
-                    del items[name]
-                    if why is not None:
-                        items[name] = {"error": why, "session": self.session}
+                    seconds = round(time.time() - record["began"], 1)
+                    stopped = {"state": "stopped", "after_seconds": seconds}
+                    items[name] = stopped if why is None else {"error": why}
+                    items[name]["session"] = self.session
             self._write(items)
 
     @contextmanager
@@ -105,7 +107,9 @@ class Records:
             yield
 
     def _write(self, items: dict[str, Any]) -> None:
+        notes = json.loads(self.path.read_text()).get("notes") if self.path.exists() else None
         content = {
+            **({"notes": notes} if notes else {}),
             "date": datetime.date.today().isoformat(),
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in _PACKAGES},
@@ -123,7 +127,7 @@ def _version(package: str) -> str:
 
 def is_done(record: Mapping[str, Any] | None) -> bool:
     """Return whether an item was measured."""
-    return record is not None and "error" not in record and record.get("state") != "begun"
+    return record is not None and "error" not in record and "state" not in record
 
 
 def is_out_of_memory(record: Mapping[str, Any]) -> bool:

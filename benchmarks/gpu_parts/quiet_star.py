@@ -98,12 +98,10 @@ def is_unknown(length: int, records: Mapping[str, Any]) -> bool:
     return True
 
 
-def quiet_star_config(
-    sizes: Sizes, device: str, folder: str, max_length: int | None = None
-) -> QuietSTaRConfig:
+def quiet_star_config(sizes: Sizes, device: str, folder: str) -> QuietSTaRConfig:
     """Return the trainer's settings."""
     return QuietSTaRConfig(
-        folder, max_steps=sizes.steps, per_device_train_batch_size=1, max_length=max_length,
+        folder, max_steps=sizes.steps, per_device_train_batch_size=1, max_length=None,
         thought_length=THOUGHT_LENGTH, num_ahead_tokens=NUM_AHEAD, num_thoughts=NUM_THOUGHTS,
         bf16=device == "cuda", report_to=[], save_strategy="no", logging_steps=1000,
         gradient_checkpointing=True, learning_rate=1e-5, disable_tqdm=True,

@@ -51,6 +51,8 @@ def write_card(folder: Path) -> list[str]:
     }  # fmt: skip
     for part, write in writers.items():
         text += [*write(items[part]), "", *write_failures(items[part])]
+        for note in found.get(part, {}).get("notes", ()):
+            text += [note, ""]
     return text
 
 
@@ -70,6 +72,8 @@ def row_of(
 
 def why_missing(record: Records | None) -> str:
     """Return what stands in place of a number."""
+    if record is not None and record.get("state") == "stopped":
+        return f"{MISSING}: stopped after {record['after_seconds']:.0f} s"
     if record is None or "error" not in record:
         return MISSING
     return "out of memory" if is_out_of_memory(record) else "failed"
@@ -146,7 +150,9 @@ def write_quantized(items: Records) -> list[str]:
         "",
     ]  # fmt: skip
     ways = ("eager", "graphs", "generate", "generate_batch")
-    cells: dict[tuple[str, int], dict[str, Any]] = {}
+    cells: dict[tuple[str, int], dict[str, Any]] = {
+        (precision, batch): {} for precision in ("nf4", "16-bit") for batch in (8, 32, 128)
+    }
     for name, record in items.items():
         way, _, case = name.partition(" ")
         if way in ways:
@@ -156,7 +162,6 @@ def write_quantized(items: Records) -> list[str]:
         [precision, str(batch), *(speed_of(arms.get(way)) for way in ways)]
         for (precision, batch), arms in sorted(cells.items())
     ]
-    rows = rows or [["nf4 and 16-bit", "8, 32, 128", *[MISSING] * len(ways)]]
     return text + table(["weights", "batch", *ways], rows)
 
 
@@ -280,6 +285,8 @@ def write_quiet_star(items: Records) -> list[str]:
     rows = [row_of(name, items.get(name), 3, read) for name in names]
     fitting = [_length(n) for n, r in items.items() if n.startswith("split") and is_done(r)]
     longest = f"{max(fitting)} tokens" if fitting else MISSING
+    if fitting and not any(map(is_out_of_memory, items.values())):
+        longest += "; none was too long, so longer ones may fit"
     return [
         "### e. Quiet-STaR on a 0.5B model",
         "",
