@@ -177,8 +177,8 @@ def test_a_trainer_in_four_bits_shows_its_gap_to_the_engine(build, saved_chat_mo
     )  # fmt: skip
     trainer.train()
     agreement = trainer.run.lines[1]["engine"]["agreement"]
-    assert agreement["limit"] == 0.3
-    assert 1e-4 < agreement["gap"] < 0.3
+    assert agreement["limit"] == 1.0
+    assert 1e-4 < agreement["gap"] < 1.0
 
 
 def interrupted(trainer):

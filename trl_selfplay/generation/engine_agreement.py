@@ -11,7 +11,7 @@ from typing import Any
 
 # Largest mean difference of log-probs, in nats per token, that rounding explains: between two float32
 # computations, between others, and where one side is quantized, which is another policy.
-LIMIT_FLOAT32, LIMIT_REDUCED, LIMIT_QUANTIZED = 1e-3, 0.05, 0.3
+LIMIT_FLOAT32, LIMIT_REDUCED, LIMIT_QUANTIZED = 1e-3, 0.05, 1.0
 # With fewer completions, a larger standard error of the place, or a place within so many standard errors
 # of the middle, nothing is told. A current engine is then taken for a stale one once in 5,000 times.
 _LEAST_COMPLETIONS, _LARGEST_ERROR, _STANDARD_ERRORS = 4, 0.2, 2.0
