@@ -110,7 +110,7 @@ def run_part(part: str, args: argparse.Namespace, deadline: float) -> None:
             was_stopped = time.time() >= deadline
             why = f"The process ended with status {failed[0]}:\n{last_errors(part)}"
             records.end_begun(None if was_stopped else why)
-            if BROKEN not in failed and not has_open(part, args, records):
+            if was_stopped or (BROKEN not in failed and not has_open(part, args, records)):
                 break
 
 

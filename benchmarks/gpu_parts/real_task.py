@@ -83,7 +83,7 @@ SETTINGS: dict[str, Any] = {
 def build_items(device: str, results: Path) -> list[Item]:
     """Return the items of this part, in the order of their value."""
     seeds = SEEDS if device == "cuda" else SEEDS[:1]
-    first = [(seeds[0], "rest_em", t) for t in range(NUM_ROUNDS)]
+    first = [(seeds[0], "start", 0), *((seeds[0], "rest_em", t) for t in range(NUM_ROUNDS))]
     rest = [(seeds[0], "gold", 0), (seeds[0], "random", 0)]
     for seed in seeds[1:]:
         rest += [(seed, "rest_em", t) for t in range(NUM_ROUNDS)]
@@ -104,7 +104,7 @@ def build_items(device: str, results: Path) -> list[Item]:
 
 def name_of(seed: int, arm: str, round_index: int) -> str:
     """Return an item's name."""
-    return f"seed {seed} {arm}" + ("" if arm == "gold" else f" {round_index}")
+    return f"seed {seed} {arm}" + ("" if arm in ("start", "gold") else f" {round_index}")
 
 
 def has_what_it_needs(seed: int, arm: str, round_index: int, records: Mapping[str, Any]) -> bool:
@@ -155,6 +155,8 @@ def measure(seed: int, arm: str, round_index: int, device: str, results: Path) -
     root = folder_of(results, sizes)
     sets = load_problems(sizes, seed)
     start = load_start(root, sets["other"], sizes, seed, device)
+    if arm == "start":  # alone, so that what comes next isn't lost with it; others make theirs
+        return {"steps": sizes.start_steps}
     restart_peak(device)
     if arm == "gold":
         trainer = fine_tune(start, sets["train"], sizes.steps, sizes, seed, device)
