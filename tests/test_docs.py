@@ -20,7 +20,14 @@ from trl_selfplay.rewards.worker import close_workers
 
 ROOT = Path(__file__).parent.parent
 CHAT_TEMPLATE = "{% for m in messages %} {{ m.content }} <eos> {% endfor %}"
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/verifiers.md", "docs/vllm.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/quantization.md",
+    "docs/verifiers.md",
+    "docs/vllm.md",
+]
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_rewards import digit_share
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
 from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer, VSTaRConfig, VSTaRTrainer
 from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
@@ -289,3 +289,23 @@ def test_what_else_people_set_on_a_quantized_base(
     build, method, variant, base_folder, tmp_path
 ) -> None:
     check(build, method, base_folder, tmp_path, **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("given", ["to the trainer", "in model_init_kwargs"])
+def test_a_verifier_starts_from_an_adapter_merged_at_full_precision(
+    build, base_folder, tmp_path, given
+) -> None:
+    """The folder of a generator's adapter; the merged weights are then quantized."""
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    adapted = get_peft_model(base, lora(init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "generator")
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(tmp_path / "generator")
+    how = {"quantization_config": nf4()}
+    if given == "in model_init_kwargs":
+        how = {"quantization_config": None, "model_init_kwargs": how}
+    trainer = build("VSTaR", model=str(tmp_path / "generator"), **how)
+    assert trainer.model.get_base_model().is_loaded_in_4bit
+    merged = load_file(tmp_path / "run" / "merged" / "model.safetensors")
+    for name, weight in adapted.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], weight)
+    trainer.train()

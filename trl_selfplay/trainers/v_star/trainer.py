@@ -189,6 +189,7 @@ def _with_merged_adapter(model: Any, args: VSTaRConfig) -> Any:
         is_resumed = merged.exists() and merged.with_name("_rounds").exists()
         if config.process_index == 0 and not is_resumed:
             how: dict[str, Any] = {"dtype": torch.float32, **(config.model_init_kwargs or {})}
+            how.pop("quantization_config", None)  # merging into rounded weights would round again
             adapted: Any = AutoPeftModelForCausalLM.from_pretrained(str(source), **how)
             temporary = merged.with_name(".merged")
             adapted.merge_and_unload().save_pretrained(temporary)
