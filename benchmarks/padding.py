@@ -1,6 +1,6 @@
 """Padding in the training batches of short rollouts: as they come, grouped by length, without padding.
 
-A random decoder of 1.1 M parameters samples completions that end by chance, so that their lengths are
+A random decoder of 0.1 M parameters samples completions that end by chance, so that their lengths are
 spread geometrically up to 128 tokens after prompts of 8. STaR and SPIN train one round on them. Counted
 are the slots of each batch, and those that hold padding; seconds are those of the training alone. The
 arms take turns, and train on the same rows.
@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl_selfplay import SPINConfig, SPINTrainer, STaRConfig, STaRTrainer
 
 DATE = "2026-11-26"
-NUM_PROMPTS = 96
+NUM_PROMPTS = 48
 GROUPED = {"train_sampling_strategy": "group_by_length"}
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "STaR": {
@@ -54,7 +54,7 @@ def build_model(tokenizer: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=32, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+            vocab_size=32, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         )

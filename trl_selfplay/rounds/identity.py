@@ -281,6 +281,7 @@ def digest_weights(model: Any, restored: bool) -> str | None:
     digest, count = hashlib.blake2b(digest_size=8), 0
     for _, weight in sorted(model.named_parameters()):
         is_plain = weight.is_floating_point() and not hasattr(weight, "quant_state")
+        is_plain &= type(weight.data) is torch.Tensor  # torchao's weights are of their own class
         if (weight.requires_grad and restored) or not is_plain or weight.numel() == 0:
             continue
         # In integers: float32 rounds the last place of a large weight to one behind it.
