@@ -27,6 +27,7 @@ PAGES = [
     "docs/quantization.md",
     "docs/verifiers.md",
     "docs/vllm.md",
+    "docs/memory.md",
 ]
 
 

@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from processes import run_script
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 from trl.rewards import think_format_reward
 from trl.scripts.grpo import GRPOScriptArguments
 
-from trl_selfplay import QuietSTaRConfig, QuietSTaRModel, STaRConfig
-from trl_selfplay.demos.script_arguments import GradedScriptArguments, load_reward_func, prepare
+from trl_selfplay import QuietSTaRConfig, QuietSTaRModel, STaRConfig, estimate
+from trl_selfplay.demos.script_arguments import (
+    GradedScriptArguments,
+    load_reward_func,
+    model_arguments,
+    prepare,
+)
+from trl_selfplay.estimation.record import usable_bytes
 from trl_selfplay.rewards import VerifierReward, exact_reward
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -275,22 +281,47 @@ def test_flags_win_over_the_demo_and_a_dataset_switches_it_off(star, tmp_path) -
     assert (config.num_generations, model.use_peft) == (1, False)
 
 
-def test_the_12gb_file_is_a_quantized_lora_run(star) -> None:
-    path = RECIPES / "star_12gb.yaml"
+# hidden and inner size, layers, heads, key heads, vocabulary
+QWEN_3B = (2048, 11_008, 36, 16, 2, 151_936)
+QWEN_7B = (3584, 18_944, 28, 28, 4, 152_064)
+
+
+def qwen(hidden_size, intermediate_size, layers, heads, key_heads, vocab_size):
+    """Return a configuration of Qwen2.5."""
+    return Qwen2Config(
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
+        tie_word_embeddings=vocab_size < 152_000,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "sizes"),
+    [
+        ("qlora_8gb", 8, QWEN_3B),
+        pytest.param("qlora_16gb", 16, QWEN_7B, marks=pytest.mark.slow),
+        pytest.param("qlora_24gb", 24, QWEN_7B, marks=pytest.mark.slow),
+        pytest.param("full_80gb", 80, QWEN_7B, marks=pytest.mark.slow),
+    ],
+)
+def test_the_file_of_a_card_fits_it(star, name, card, sizes) -> None:
+    path = RECIPES / f"{name}.yaml"
     command = path.read_text().splitlines()[0]
-    assert command == "# python recipes/star.py --config recipes/star_12gb.yaml"
+    assert command == f"# python recipes/star.py --config recipes/{name}.yaml"
     script, config, model, _ = star.parse_arguments(["--config", str(path)])
-    assert (model.load_in_4bit, model.use_peft, model.lora_target_modules) == (
-        True,
-        True,
-        "all-linear",
-    )
-    assert (config.num_generations, config.temperature, config.learning_rate) == (4, 0.7, 1e-4)
     assert (script.prompt_column, script.solution_column, script.chat) == (
         "question",
         "answer",
         True,
     )
+    assert (model.use_peft, model.load_in_4bit) == ("qlora" in name, "qlora" in name)
+    arguments = model_arguments(config, model)
+    free = usable_bytes(card)
+    found = estimate(qwen(*sizes), config, **arguments, memory=free, device="cuda")
+    assert found.fits(free)
+    assert found.advice == ()
+    billions = float(model.model_name_or_path.split("-")[1].removesuffix("B"))
+    assert found.num_parameters / 1e9 == pytest.approx(billions, rel=0.15)
 
 
 def test_every_flag_of_the_grpo_script_is_known() -> None:

@@ -836,3 +836,21 @@ def test_modules_and_models_say_what_is_saved_of_them(tiny_model, word_tokenizer
     assert "inv_freq" in rotary._non_persistent_buffers_set
     assert not [name for name in model.state_dict() if "inv_freq" in name]
     assert "lm_head.weight" in model._tied_weights_keys
+
+
+def test_logits_are_computed_in_tiles_of_a_known_size() -> None:
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    assert chunked_logprob.TOKEN_CHUNK_SIZE == 4096
+    assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == 32_768
+
+
+def test_the_engine_of_autograd_runs_without_the_public_function() -> None:
+    from torch.autograd.graph import _engine_run_backward
+
+    weight = torch.ones(2, requires_grad=True)
+    loss = (3 * weight).sum()
+    ones = (torch.ones_like(loss),)
+    _engine_run_backward((loss,), ones, False, False, (), accumulate_grad=True)
+    assert weight.grad.tolist() == [3.0, 3.0]

@@ -23,8 +23,8 @@ from trl_selfplay.estimation.twin import Twin, build_twin
 from trl_selfplay.generation.batch_size import bytes_per_sequence, largest_batch
 from trl_selfplay.generation.model_traits import describe_model
 
-# Workspaces of cuBLAS in forward and backward, which PyTorch's allocator holds.
-_WORKSPACES = 64 * 2**20
+# Workspaces of cuBLAS in forward and backward, which PyTorch's allocator holds; as measured on an H200.
+_WORKSPACES = 128 * 2**20
 _PAGED = "The state of a paged optimizer isn't counted: it leaves the device when memory is short."
 
 
@@ -117,9 +117,9 @@ def _sampling(plan: RunPlan, twin: Twin, graders: int, memory: int | None) -> Ph
     if memory is not None:
         free, on_cpu = max(0, memory - parts.total()), not plan.on_gpu
         count = largest_batch(traits, length, twin.weight_bytes, each, free, on_cpu)
-    cache = traits.bytes_per_token * length * count
-    parts["cache"] = cache
-    parts["logits"] = each * count - cache
+    parts["cache"] = traits.bytes_per_token * length * count
+    parts["activations"] = traits.bytes_per_prompt_token * plan.prompt_length * count
+    parts["logits"] = each * count - parts["cache"] - parts["activations"]
     detail = f"{count} sequences of {length} tokens at once"
     if memory is None:
         detail += "; as many more as fit"

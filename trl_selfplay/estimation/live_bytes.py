@@ -20,12 +20,17 @@ class LiveBytes(TorchDispatchMode):
 
     What existed before isn't counted. A gradient counts as one once it is a weight's `.grad`.
 
+    Args:
+        model: What computes; its weights aren't counted.
+        keeps_gradients: False: a gradient is added to one that is held already, and freed.
+
     Attributes:
         peak: Bytes by kind at the moment of the largest total.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, keeps_gradients: bool) -> None:
         super().__init__()
+        self._keeps_gradients = keeps_gradients
         self.peak: Counter[str] = Counter()
         self._now: Counter[str] = Counter()
         self._total = self._largest = 0
@@ -84,6 +89,8 @@ class LiveBytes(TorchDispatchMode):
         self._total -= size
 
     def _is_gradient(self, weight: torch.Tensor) -> None:
+        if not self._keeps_gradients:
+            weight.grad = None
         if weight.grad is None or (key := _key(weight.grad)) not in self._live:
             return
         kind, size = self._live[key]

@@ -65,10 +65,10 @@ def step_peak(
     if batch.checkpointing is not None:
         _switch_checkpointing_on(twin, dict(batch.checkpointing))
     held = Counter[str]()
-    for parameter in twin.trainable if with_gradients else []:
-        parameter.grad = torch.empty_like(parameter) if batch.accumulates else None
-        held["gradients"] += parameter.nbytes if batch.accumulates else 0
-    rules, live = DeviceRules(batch.autocast, batch.length), LiveBytes(twin.model)
+    if batch.accumulates and with_gradients:
+        held["gradients"] = sum(p.nbytes for p in twin.trainable)
+    rules = DeviceRules(batch.autocast, batch.length)
+    live = LiveBytes(twin.model, keeps_gradients=not batch.accumulates)
     contexts = (
         fused_attention(twin.causal_lm),
         nullcontext() if own_step is None else own_step.running(twin.causal_lm, batch.on_gpu),
