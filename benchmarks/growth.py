@@ -8,8 +8,9 @@ Two parts, each measurement in a process of its own:
   then the stages after sampling run as in a round: read and grade, select, diversity, rows and report.
   Seconds and peak memory are told by stage.
 
-Exponents are slopes in log-log scale of what grows: a measurement minus the smallest one's, over the
-completions minus the smallest number. Finished measurements are kept and not repeated:
+"All" is the sum of the stages; for a round, it is building the trainer and `train()`. Exponents are slopes
+in log-log scale of what grows: a measurement minus the smallest one's, over the completions minus the
+smallest number. Finished measurements are kept and not repeated:
 
     OMP_NUM_THREADS=1 nice -n 10 python benchmarks/growth.py
 """
@@ -40,6 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "growth"
 SIZES = {"round": (800, 8_000, 80_000), "store": (10_000, 100_000, 1_000_000)}
 NUM_GENERATIONS = 8
 NUM_WORDS = 4000
+NUM_TEXTS = 8192  # different completions in a store
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 WORDS = np.array(
     [*SPECIAL.values(), *(f"w{i}{'xyzab'[i % 5] * (i % 5)}" for i in range(NUM_WORDS))]
@@ -95,7 +97,8 @@ def build_trainer(num_prompts: int, folder: Path, **changes: Any) -> Any:
 def fill_store(trainer: Any, batch_size: int = 128) -> None:
     """Write a round's samples, ungraded, as if they had been sampled.
 
-    100 to 300 tokens each; about one in twenty is truncated, and one in eight repeats its prompt's first.
+    100 to 300 tokens each, of 8,192 texts; one in twenty is truncated, and one in eight repeats its
+    prompt's first.
     """
     from trl_selfplay.disk import save_table
     from trl_selfplay.rollouts.record import SCHEMA
@@ -116,24 +119,31 @@ def fill_store(trainer: Any, batch_size: int = 128) -> None:
     folder.mkdir(parents=True)
     save_plan(folder / "plan.json", shards)
     generator = np.random.default_rng(0)
+    words = [
+        generator.integers(3, len(WORDS), size) for size in generator.integers(100, 300, NUM_TEXTS)
+    ]
+    texts = pa.table(
+        {
+            "completion_ids": pa.array([[*own.tolist(), 1] for own in words], pa.list_(pa.int32())),
+            "completion": [" ".join(WORDS[own]) for own in words],
+        }
+    )
     for number, shard in enumerate(shards):
         of_shard = [assignments[prompt_id] for prompt_id in shard.prompt_ids for _ in indices]
         count = len(of_shard)
-        ids = [
-            [*generator.integers(3, len(WORDS), size).tolist(), 1]
-            for size in generator.integers(100, 300, count)
-        ]
-        for place in np.flatnonzero(generator.random(count) < 0.125):
-            ids[place] = ids[place - place % NUM_GENERATIONS]
+        drawn = generator.integers(0, NUM_TEXTS, count)
+        firsts = np.arange(count) - np.arange(count) % NUM_GENERATIONS
+        drawn = np.where(generator.random(count) < 0.125, drawn[firsts], drawn)
+        completions = texts.take(pa.array(drawn))
         columns: dict[str, Any] = {
             "round_index": [0] * count,
             "phase": ["train"] * count,
             "prompt_id": [a.row.prompt_id for a in of_shard],
             "sample_index": list(indices) * len(shard.prompt_ids),
-            "prompt_ids": [list(a.prompt_ids) for a in of_shard],
-            "completion_ids": ids,
+            "prompt_ids": [a.prompt_ids for a in of_shard],
+            "completion_ids": completions.column("completion_ids").combine_chunks(),
             "prompt": [a.row.prompt for a in of_shard],
-            "completion": [" ".join(WORDS[own[:-1]]) for own in ids],
+            "completion": completions.column("completion").combine_chunks(),
             "finish": np.where(generator.random(count) < 0.05, "length", "eos").tolist(),
             "hinted": [False] * count,
             "logprob": (-generator.random(count)).tolist(),
@@ -142,7 +152,8 @@ def fill_store(trainer: Any, batch_size: int = 128) -> None:
             "completion_mask": [None] * count,
             "causes": [[]] * count,
         }
-        save_table(folder / f"{number:05d}.parquet", pa.table(columns, schema=SCHEMA))
+        arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
+        save_table(folder / f"{number:05d}.parquet", pa.table(arrays, schema=SCHEMA))
 
 
 def memory_mb(key: str) -> float:
@@ -233,7 +244,7 @@ def exponent(counts: Sequence[int], values: Sequence[float]) -> float:
         for count, value in zip(counts[1:], values[1:], strict=True)
     ]
     if len(points) < 2:
-        return math.nan
+        return math.nan  # a line through one point
     return float(np.polyfit(*zip(*points, strict=True), deg=1)[0])
 
 
@@ -242,7 +253,7 @@ def report(parts: Sequence[str]) -> str:
     lines = [
         "# How a round grows",
         "",
-        __doc__.split("\n\n", 1)[1].rsplit("\n\n", 2)[0].strip(),
+        __doc__.split("\n\n", 1)[1].split(" Finished measurements")[0],
         "",
         "Command: `OMP_NUM_THREADS=1 nice -n 10 python benchmarks/growth.py`. Two shared x86-64 cores "
         f"with other work on them; Python {platform.python_version()}, torch {version('torch')}, "
@@ -278,7 +289,9 @@ def report(parts: Sequence[str]) -> str:
             for name, key in (("seconds", "seconds"), ("memory", "peak_mb"), ("disk", "disk_mb"))
         }
         told = ", ".join(f"{name} {value:.2f}" for name, value in fits.items())
-        lines += ["", f"Exponents: {told}."]
+        missing = [f"{count:,}" for count in SIZES[part] if count not in found]
+        lines += ["", f"Exponents: {told}." if len(found) > 2 else "Exponents: not measured."]
+        lines += ["", f"Not measured: {', '.join(missing)} completions."] if missing else []
     return "\n".join(lines) + "\n"
 
 
