@@ -192,7 +192,11 @@ def run_arm(task_name: str, arm: str, seed: int, results: Path) -> dict[str, Any
 
 def score(trainer: Any, rows: Sequence[Any], few_shot: bool = False) -> dict[str, float]:
     """Score held-out prompts: greedily, and the first of them sampled for pass@k and diversity."""
-    from trl_selfplay.evaluation.diversity import distinct_correct, distinct_ratios
+    from trl_selfplay.evaluation.diversity import (
+        distinct_correct,
+        distinct_ratios,
+        summarize_samples,
+    )
     from trl_selfplay.evaluation.estimates import summarize_heldout
     from trl_selfplay.evaluation.report import SamplingProgress
     from trl_selfplay.rollouts.selection import default_normal_form
@@ -208,9 +212,11 @@ def score(trainer: Any, rows: Sequence[Any], few_shot: bool = False) -> dict[str
         with SamplingProgress(len(part), "report", disable=True) as progress:
             rollouts += play.sample_heldout(part, progress, few_shot=few_shot)
     metrics = summarize_heldout(rollouts, reward_threshold=1.0, prefix="report")
-    sampled = [r for r in rollouts if r.sample_index > 0]
-    metrics["report_distinct"] = fmean(distinct_ratios(sampled, default_normal_form).values())
-    correct, _ = distinct_correct(sampled, sampled, default_normal_form, 1.0)
+    sampled = summarize_samples(
+        [r for r in rollouts if r.sample_index > 0], default_normal_form, threshold=1.0
+    )
+    metrics["report_distinct"] = fmean(distinct_ratios(sampled).values())
+    correct, _ = distinct_correct(sampled, sampled)
     if correct:
         metrics["report_distinct_correct"] = fmean(correct.values())
     return {name.removeprefix("report_"): value for name, value in metrics.items()}
