@@ -259,7 +259,9 @@ def report(parts: Sequence[str]) -> str:
         f"with other work on them; Python {platform.python_version()}, torch {version('torch')}, "
         f"datasets {version('datasets')}, pyarrow {version('pyarrow')}; seed 0; "
         f"{datetime.date(2026, 11, 26)}. Memory is the peak resident size of the process, about "
-        "0.5 GB of it torch and the other packages.",
+        "0.5 GB of it torch and the other packages. All were measured with 9 to 18 "
+        "processes waiting for the two cores, and not equally many each time: seconds are upper bounds, and "
+        "their exponents rough. Each number was measured once.",
     ]
     for part in parts:
         found = {
