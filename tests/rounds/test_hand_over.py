@@ -1,6 +1,5 @@
 """What an engine gets to load: the current weights, under a version that changes with them."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.rounds import hand_over as module
-from trl_selfplay.rounds.hand_over import HandOver, digest_trainable, find_source, why_copied
+from trl_selfplay.rounds.base_source import find_source
+from trl_selfplay.rounds.hand_over import HandOver, digest_trainable, why_copied
 
 QV = ["q_proj", "v_proj"]
 IDS = torch.tensor([[3, 5, 7, 9, 11, 4, 6]])
@@ -198,20 +198,6 @@ def test_why_an_adapter_is_copied(config, reason, tiny_model, word_tokenizer) ->
 def test_the_largest_rank_of_any_layer_is_told(tiny_model, word_tokenizer, tmp_path) -> None:
     model = lora(tiny_model(word_tokenizer), rank_pattern={"v_proj": 16})
     assert HandOver(lambda: model, tmp_path / "w", None, torch.float32)().adapter_rank == 16
-
-
-def test_the_source_of_the_base_weights(saved_tiny_model, tiny_model, word_tokenizer) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(saved_tiny_model)
-    folder = str(saved_tiny_model)
-    assert find_source(loaded, folder, None) == folder
-    assert find_source(lora(loaded), loaded, None) == folder
-    built = tiny_model(word_tokenizer)
-    assert find_source(built, built, None) is None
-    grown = AutoModelForCausalLM.from_pretrained(saved_tiny_model)
-    grown.resize_token_embeddings(40)
-    assert find_source(grown, grown, None) is None
-    shutil.rmtree(saved_tiny_model)
-    assert find_source(loaded, loaded, None) is None
 
 
 def test_a_base_in_four_bits_on_disk_is_dequantized_for_an_engine_without_them(

@@ -17,12 +17,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig
-from transformers.utils import cached_file
 
 from trl_selfplay.disk import replace_folder, saying_what_is_kept
 from trl_selfplay.generation.engine import EngineWeights
-from trl_selfplay.generation.model_traits import without_adapters
 from trl_selfplay.rounds.weights import (
     load_saved_model,
     other_weights_in_place,
@@ -175,38 +172,6 @@ def why_copied(model: Any) -> str | None:
     if any(id(module) in outside and hasattr(module, "base_layer") for module in model.modules()):
         return "embeddings or the head have an adapter"
     return None
-
-
-def find_source(
-    model: Any, given: Any, revision: str | None, quantization: str | None = None
-) -> str | None:
-    """Return the folder with the base weights as the trainer has them; None if there is none.
-
-    Weights that bitsandbytes has quantized on disk are none that every engine reads.
-
-    Args:
-        model: The trainer's model.
-        given: The model as the trainer's constructor got it, a name or a loaded model.
-        revision: Commit, branch or tag on the hub.
-        quantization: The engine's.
-    """
-    base = without_adapters(model)
-    name = given if isinstance(given, str) else base.config.name_or_path
-    if not name:
-        return None
-    try:
-        # In the cache, where loading the model has put it: other files may be on the hub by now.
-        path = cached_file(name, "config.json", revision=revision, local_files_only=True)
-        folder = str(Path(str(path)).parent)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method == "bitsandbytes" and quantization != method:
-        return None
-    # Tokens were added, or it is another model under this name.
-    same = getattr(config, "vocab_size", None) == base.get_input_embeddings().weight.shape[0]
-    return folder if same and config.model_type == base.config.model_type else None
 
 
 def digest_trainable(model: nn.Module) -> str:

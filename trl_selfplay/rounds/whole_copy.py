@@ -164,16 +164,21 @@ def _as_in_checkpoints(
     base: Any, weights: Iterator[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights by the names, and in the form, that the family's checkpoints have."""
-    dense = base
-    if hasattr(base.config, "quantization_config"):  # what it was loaded with can't be reverted
-        with torch.device("meta"):
-            dense = type(base)(_dense_config(base))
+    dense = without_quantization(base)
     conversions = get_model_conversion_mapping(dense, add_legacy=False)
     if any(isinstance(conversion, WeightConverter) for conversion in conversions):
         yield from revert_weight_conversion(dense, dict(weights)).items()  # experts are stacked
         return
     for name, tensor in weights:
         yield from revert_weight_conversion(dense, {name: tensor}).items()
+
+
+def without_quantization(base: Any) -> Any:
+    """Return the model, or one like it whose layers aren't quantized, without weights."""
+    if not hasattr(base.config, "quantization_config"):
+        return base
+    with torch.device("meta"):  # what a quantized model was loaded with can't be reverted
+        return type(base)(_dense_config(base))
 
 
 def _dense_config(base: Any) -> Any:

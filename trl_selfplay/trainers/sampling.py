@@ -22,7 +22,8 @@ from trl_selfplay.generation.engine_agreement import (
 from trl_selfplay.generation.model_traits import ModelTraits
 from trl_selfplay.generation.sampler import Sampler
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
-from trl_selfplay.rounds.hand_over import HandOver, find_source, why_copied
+from trl_selfplay.rounds.base_source import find_source
+from trl_selfplay.rounds.hand_over import HandOver, why_copied
 from trl_selfplay.trainers.engine_config import engine_settings, forward_dtype
 
 
@@ -57,7 +58,13 @@ def build_sampler(
     hand_over = HandOver(
         lambda: accelerator.unwrap_model(model()),
         folder / "weights",
-        find_source(unwrapped, given, revision, config.vllm_quantization),
+        find_source(
+            unwrapped,
+            given,
+            revision,
+            config.vllm_quantization,
+            trust_remote_code=config.trust_remote_code,
+        ),
         getattr(torch, settings.dtype),
     )
     engine: EngineSampler
