@@ -9,7 +9,9 @@ import pytest
 import torch
 from engines import STAND_IN, StandIn
 
+from trl_selfplay.generation.checked_sampler import CheckedSampler
 from trl_selfplay.generation.engine import EngineSettings, EngineWeights
+from trl_selfplay.generation.engine_agreement import EngineMismatchError
 from trl_selfplay.generation.model_traits import describe_model
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.vllm_sampler import EngineFailure, VLLMSampler
@@ -314,6 +316,52 @@ def test_a_failed_engine_is_replaced_once_and_nothing_is_lost(
     assert second["gpu_memory_utilization"] < first["gpu_memory_utilization"]
     # What was finished before the failure isn't sampled again.
     assert len(stand_in.notes("request")) < 2 * 24
+
+
+class Weights:
+    """Weights that stay as they are."""
+
+    def __call__(self) -> EngineWeights:
+        return EngineWeights("a-model", None, 0, "first")
+
+    def forget(self) -> None:
+        pass
+
+    def previous(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("replacement_agrees", [True, False])
+def test_a_replacement_is_checked_before_its_completions_pass(
+    build, stand_in, tokens_of, tmp_path, replacement_agrees
+) -> None:
+    stand_in.plan(at=40, then="die")  # behind what a check samples
+    checks, got, wanted = [], {}, requests(24)
+
+    def score(completions, options):
+        checks.append(len(got))
+        is_wrong = len(checks) > 1 and not replacement_agrees
+        return [(-9.0 if is_wrong else -math.log(259)) * len(ids) for _, ids in completions]
+
+    weights = Weights()
+    engine = build(weights)
+    sampler = CheckedSampler(engine, weights, score, 1e-3, tmp_path / "engine.json")
+
+    def sample() -> None:
+        for index, completion in sampler.sample(wanted, OPTIONS, 8):
+            got[index] = completion
+
+    if replacement_agrees:
+        sample()
+        assert sorted(got) == list(range(24))
+    else:
+        with pytest.raises(EngineMismatchError):
+            sample()
+        assert len(got) == checks[1] < 24
+    assert len(checks) == 2
+    assert len(stand_in.notes("engine")) == 2
+    for index, completion in got.items():
+        assert completion.completion_ids == expected(wanted[index], tokens_of)
 
 
 def test_a_second_failure_in_a_phase_is_an_error_with_the_last_lines(build, stand_in) -> None:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,7 +39,14 @@ class EngineChangedError(RuntimeError):
 
 
 class EngineSampler(Sampler, RecordsEngine, Protocol):
-    """A sampler whose completions come from an engine."""
+    """A sampler whose completions come from an engine.
+
+    Attributes:
+        on_restart: Called amid a `sample` once the sampler has replaced an engine that failed, before
+            any completion of the new one. It may call `sample`.
+    """
+
+    on_restart: Callable[[], None] | None
 
 
 class HandsOver(Protocol):
@@ -60,7 +68,8 @@ class HandsOver(Protocol):
 class CheckedSampler:
     """Passes on an engine's completions once they agree with the trainer's model.
 
-    After each hand-over of weights, and each start of the engine, up to 16 of the requests are sampled
+    After each hand-over of weights, and each start of the engine (that of a replacement amid a `sample`
+    too), up to 16 of the requests are sampled
     with at most 32 tokens and scored by the trainer's model. The engine's log-probs must agree within
     a limit, and lie nearer to the current weights than to those handed over before, if the two can be
     told apart.
@@ -130,12 +139,10 @@ class CheckedSampler:
         options: SamplingOptions,
         batch_size: int,
     ) -> Iterator[tuple[int, SampledCompletion]]:
+        check = partial(self._check_or_end, _spread(known), options, batch_size)
+        self._engine.on_restart = check
         if known and self._hand_over().version != self._checked:
-            try:
-                self._check(_spread(known), options, batch_size)
-            except BaseException:
-                self.release()
-                raise
+            check()
         yield from self._engine.sample(requests, options, batch_size)
 
     def release(self) -> None:
@@ -143,6 +150,15 @@ class CheckedSampler:
         self._checked = None
         self._engine.release()
         self._hand_over.forget()
+
+    def _check_or_end(
+        self, requests: Sequence[SampleRequest], options: SamplingOptions, batch_size: int
+    ) -> None:
+        try:
+            self._check(requests, options, batch_size)
+        except BaseException:
+            self.release()
+            raise
 
     def _check(
         self, requests: Sequence[SampleRequest], options: SamplingOptions, batch_size: int

@@ -71,7 +71,7 @@ class VLLMSampler:
 
     If the engine ends, runs out of memory or hangs, it is started once more in the same phase, with
     less memory; what was unfinished is sampled again with the same seeds. The engine is then
-    another one for the rest of the run.
+    another one for the rest of the run; `on_restart` may check it.
 
     Args:
         settings: How the engine is started.
@@ -85,6 +85,9 @@ class VLLMSampler:
     Attributes:
         engine_record: `engine`, `version`, `dtype` and `quantization` of the last engine; None
             before the first.
+        on_restart: Called amid a `sample` once another engine has replaced one that failed, before
+            the new engine gets any of the requests. It may call `sample`; what it raises ends the
+            `sample` that it interrupts.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class VLLMSampler:
         self._is_sampling = False
         self._memory_before = 0
         self.engine_record: dict[str, Any] | None = None
+        self.on_restart: Callable[[], None] | None = None
 
     def suggest_batch_size(self, longest_prompt: int, max_completion_length: int) -> int:
         """Return how many requests the engine is given at once: twice what it decodes together.
@@ -176,6 +180,10 @@ class VLLMSampler:
                     queue.put_back(row.number for row in rows.values())
                     rows.clear()
                     self._prepare_engine(weights)
+                    if self.on_restart is not None:
+                        self._is_sampling = False  # the new engine has nothing of this one yet
+                        self.on_restart()
+                        self._is_sampling = True
                     continue
                 yield from self._read(news, rows, options)
         finally:

@@ -66,6 +66,7 @@ class VLLMServerSampler:
     Attributes:
         engine_record: What the server says of itself: its version and the base model's name. It tells
             neither precision nor quantization.
+        on_restart: Never called, as this sampler starts no server.
 
     Raises:
         ConnectionError: It isn't up in time.
@@ -88,6 +89,7 @@ class VLLMServerSampler:
         self._tokenizer = tokenizer
         self._traits = traits
         self._token_ids = frozenset(tokenizer.get_vocab().values())
+        self.on_restart: Callable[[], None] | None = None
         self._loaded: str | None = None
         self._open: set[http.client.HTTPConnection] = set()
         self._wait_until_up(timeout_s)
