@@ -9,6 +9,7 @@ after each hand-over, once with the engine on the current adapter and once with 
     OMP_NUM_THREADS=1 python benchmarks/engine_gap.py
 """
 
+import argparse
 import copy
 import platform
 from importlib.metadata import version
@@ -75,6 +76,7 @@ def train(model: Any, texts: list[torch.Tensor], steps: int) -> Any:
 
 def main() -> None:
     """Measure, and write the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.manual_seed(SEED)
     path = load_demo_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path)

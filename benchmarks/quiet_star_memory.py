@@ -12,6 +12,7 @@ attention is counted as its flash kernel for CPUs, whose saved tensors are those
     python benchmarks/quiet_star_memory.py
 """
 
+import argparse
 import datetime
 import sys
 import weakref
@@ -176,6 +177,7 @@ def describe(tensor: torch.Tensor) -> str:
 
 def main() -> None:
     """Count all cases and write the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     attention.CPU_CHUNK_SCORES = attention.DEVICE_CHUNK_SCORES
     backbone.CPU_CHUNK_LOGITS = backbone.DEVICE_CHUNK_LOGITS
     random_streams.CPU_CHUNK_ELEMENTS = random_streams.DEVICE_CHUNK_ELEMENTS

@@ -41,7 +41,6 @@ SFT = [
 ]
 DPO = [
     ({"f_divergence_type": "distance"}, "distance"),
-    ({"train_sampling_strategy": "group_by_length"}, "length"),
 ]
 
 

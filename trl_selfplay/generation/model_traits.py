@@ -18,6 +18,8 @@ from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trl.models import unwrap_model_for_generation
 
+from trl_selfplay.generation.cpu_linear import fast_linear_layers
+
 # Layers that share another layer's keys; transformers before 5.23 leaves them out of the cache.
 _SHARING: Any = getattr(cache_utils, "DummyLayer", ())
 
@@ -215,7 +217,7 @@ def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterato
     configs = {id(c): c for m in modules if (c := m.__dict__.get("config")) is not None}.values()
     balancing = [c for c in configs if getattr(c, "output_router_logits", False)]
     unwrapping = None
-    with without_checkpointing(model):
+    with without_checkpointing(model), fast_linear_layers(model):
         try:
             for config in balancing:
                 config.output_router_logits = False
