@@ -316,6 +316,12 @@ def test_a_failed_engine_is_replaced_once_and_nothing_is_lost(
     assert second["gpu_memory_utilization"] < first["gpu_memory_utilization"]
     # What was finished before the failure isn't sampled again.
     assert len(stand_in.notes("request")) < 2 * 24
+    sampler.release()
+    list(sampler.sample(wanted[:1], options, 8))
+    third = stand_in.notes("engine")[2]["engine"]
+    next_phase = second if fault == "memory" else first
+    assert third["max_num_seqs"] == next_phase["max_num_seqs"]
+    assert third["gpu_memory_utilization"] == next_phase["gpu_memory_utilization"]
 
 
 class Weights:

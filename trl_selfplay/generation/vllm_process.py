@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from trl_selfplay.generation.engine import LEAST_VLLM
-from trl_selfplay.generation.vllm_worker import AT_ONCE
+from trl_selfplay.generation.vllm_worker import AT_ONCE, tells_of_memory
 
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 _LENGTH = struct.Struct("!I")
@@ -52,11 +52,13 @@ class EngineFailure(RuntimeError):
 
     Attributes:
         may_pass: Whether another try with less memory may succeed.
+        out_of_memory: Whether the engine said that memory did not suffice.
     """
 
     def __init__(self, message: str, may_pass: bool) -> None:
         super().__init__(message)
         self.may_pass = may_pass
+        self.out_of_memory = may_pass and tells_of_memory(message)
 
 
 class EngineProcess:

@@ -9,7 +9,7 @@ and keeps the keys and values of prompts for their other samples.
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -51,6 +51,19 @@ _MEMORY_PATIENCE_S = 60.0
 _MEMORY_SLACK_BYTES = 256 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What an engine may use.
+
+    Attributes:
+        memory_share: Of the memory that the settings give it.
+        num_sequences: Most sequences decoded together.
+    """
+
+    memory_share: float
+    num_sequences: int
+
+
 @dataclass(slots=True)
 class _Row:
     """A request in the engine."""
@@ -70,8 +83,8 @@ class VLLMSampler:
     `top_p`, and transformers after, so with `min_p` and one of these the distribution may differ.
 
     If the engine ends, runs out of memory or hangs, it is started once more in the same phase, with
-    less memory; what was unfinished is sampled again with the same seeds. The engine is then
-    another one for the rest of the run; `on_restart` may check it.
+    less memory; what was unfinished is sampled again with the same seeds. The next phase has all
+    of the memory again, unless the engine had run out of it. The replacement is another engine; `on_restart` may check it.
 
     Args:
         settings: How the engine is started.
@@ -109,7 +122,8 @@ class VLLMSampler:
         self._adapter_number = 0  # of the last adapter; never one twice
         self._next_id = 0
         self._has_failed = False  # since the last release
-        self._memory_share = 1.0  # of what an engine would get; less after each failure
+        # Of the next phase, and of the next engine: less after a failure.
+        self._usual_room = self._room = _Room(1.0, self._most_sequences())
         self._is_sampling = False
         self._memory_before = 0
         self.engine_record: dict[str, Any] | None = None
@@ -120,7 +134,7 @@ class VLLMSampler:
 
         Whatever their length: an engine that has no memory left lets some of them wait.
         """
-        return _WAITING_IN_ENGINE * self._num_sequences()
+        return _WAITING_IN_ENGINE * self._room.num_sequences
 
     def sample(
         self, requests: Requests, options: SamplingOptions, batch_size: int
@@ -279,6 +293,7 @@ class VLLMSampler:
             RuntimeError: A process can't be ended, or the memory isn't free within a minute.
         """
         self._has_failed = False
+        self._room = self._usual_room
         if self._process is not None:
             self._end_engine()
 
@@ -296,8 +311,8 @@ class VLLMSampler:
     def _forget_engine(self) -> None:
         self._process = self._weights = None
 
-    def _num_sequences(self) -> int:
-        """Return how many sequences the engine decodes together."""
+    def _most_sequences(self) -> int:
+        """Return how many sequences an engine without failures decodes together."""
         if self._settings.max_num_seqs is not None:
             return self._settings.max_num_seqs
         on_cpu = self._device.type == "cpu"
@@ -351,15 +366,18 @@ class VLLMSampler:
             raise failure
         self._has_failed = True
         self._check_memory()
-        self._memory_share *= _MEMORY_AFTER_FAILURE
-        sequences = max(1, int(self._num_sequences() * _SEQUENCES_AFTER_FAILURE))
-        self._settings = replace(self._settings, max_num_seqs=sequences)
+        self._room = _Room(
+            self._room.memory_share * _MEMORY_AFTER_FAILURE,
+            max(1, int(self._room.num_sequences * _SEQUENCES_AFTER_FAILURE)),
+        )
+        if failure.out_of_memory:  # so would the next phase's first engine
+            self._usual_room = self._room
         logger.warning(
             "%s\nStarting another engine with %.0f %% of the memory and max_num_seqs=%d; what was "
             "unfinished is sampled again.",
             failure,
-            100 * self._memory_share,
-            sequences,
+            100 * self._room.memory_share,
+            self._room.num_sequences,
         )
 
     def _start(self, weights: EngineWeights) -> None:
@@ -396,10 +414,10 @@ class VLLMSampler:
             "trust_remote_code": settings.trust_remote_code,
             "dtype": settings.dtype,
             "quantization": settings.quantization,
-            "gpu_memory_utilization": self._memory_share * self._utilization(),
+            "gpu_memory_utilization": self._room.memory_share * self._utilization(),
             "max_model_len": length or -1,  # -1: as much of the model's context as fits
             "tensor_parallel_size": settings.tensor_parallel_size,
-            "max_num_seqs": self._num_sequences(),
+            "max_num_seqs": self._room.num_sequences,
             "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",
@@ -438,10 +456,10 @@ class VLLMSampler:
         """
         longest = self._settings.max_model_length or self._traits.context_length or _USUAL_LENGTH
         # The engine's numbers may be twice as wide as the trainer's: one sequence fits in any case.
-        tokens = max(2 * longest, self._num_sequences() * min(longest, _USUAL_LENGTH))
+        tokens = max(2 * longest, self._room.num_sequences * min(longest, _USUAL_LENGTH))
         available = psutil.virtual_memory().available
         most = self._settings.gpu_memory_utilization * available
-        return int(self._memory_share * min(self._traits.bytes_per_token * tokens, most))
+        return int(self._room.memory_share * min(self._traits.bytes_per_token * tokens, most))
 
     def _free_memory(self) -> int:
         """Return the device's free bytes, as if this process had reserved nothing; 0 on a CPU."""

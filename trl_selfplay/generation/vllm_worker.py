@@ -43,6 +43,7 @@ AT_ONCE = b"!"  # on the standard input: without that grace
 _BEAT_S = 1.0  # a busy engine says at least as often that it is alive
 _SIGNS_OF_MEMORY = (
     "out of memory",
+    "memoryerror",
     "can't allocate memory",
     "cannot allocate memory",
     "bad_alloc",
@@ -196,8 +197,12 @@ def read(output: Any) -> list[Any]:
 def describe(error: Exception) -> dict[str, Any]:
     """Return what an error says, and what follows from it."""
     text = f"{type(error).__name__}: {error}"
-    ran_out = isinstance(error, MemoryError) or any(s in text.lower() for s in _SIGNS_OF_MEMORY)
-    return {"what": text, "out_of_memory": ran_out}
+    return {"what": text, "out_of_memory": tells_of_memory(text)}
+
+
+def tells_of_memory(text: str) -> bool:
+    """Return whether a text says that memory did not suffice."""
+    return any(sign in text.lower() for sign in _SIGNS_OF_MEMORY)
 
 
 def watch(worker: int, parent: int) -> int:
