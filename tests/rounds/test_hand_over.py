@@ -122,12 +122,47 @@ def test_a_new_process_finds_the_version_before(
         torch.testing.assert_close(logits(model), first)
 
 
+def test_a_process_that_goes_on_with_a_version_finds_the_one_before(
+    model, hand_over, saved_tiny_model, tmp_path
+) -> None:
+    """As after a kill between the hand-over and the end of its phase."""
+    hand_over()
+    first = logits(model)
+    step(model)
+    version = hand_over().version
+    again = HandOver(lambda: model, tmp_path / "weights", str(saved_tiny_model), torch.float32)
+    assert again().version == version
+    with again.previous():
+        torch.testing.assert_close(logits(model), first)
+
+
+def test_a_version_that_returns_is_the_last_one(
+    model, hand_over, saved_tiny_model, tmp_path
+) -> None:
+    weight = next(p for p in model.parameters() if p.requires_grad)
+    start = weight.detach().clone()
+    first = hand_over()
+    step(model)
+    hand_over()
+    with torch.no_grad():
+        weight.copy_(start)
+    assert hand_over() == first
+    expected = logits(model)
+    step(model)
+    step(model)
+    again = HandOver(lambda: model, tmp_path / "weights", str(saved_tiny_model), torch.float32)
+    again()
+    with again.previous():
+        torch.testing.assert_close(logits(model), expected)
+
+
 def test_two_versions_stay_on_disk(model, hand_over, tmp_path) -> None:
     versions = []
     for _ in range(4):
         versions.append(hand_over().version)
         step(model)
-    assert {path.name for path in (tmp_path / "weights").iterdir()} == set(versions[-2:])
+    folders = {path.name for path in (tmp_path / "weights").iterdir() if path.is_dir()}
+    assert folders == set(versions[-2:])
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
@@ -169,9 +204,27 @@ def test_a_base_without_a_source_is_written_once(tiny_model, word_tokenizer, tmp
     hand_over = HandOver(lambda: model, tmp_path / "w", None, torch.float32)
     first = hand_over()
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(first.model)), expected)
+    written = (Path(first.model) / "config.json").stat().st_mtime_ns
     step(model)
     hand_over.forget()
     assert hand_over().model == first.model
+    again = HandOver(lambda: model, tmp_path / "w", None, torch.float32)
+    assert again().model == first.model
+    assert (Path(first.model) / "config.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(("seed", "dtype"), [(1, torch.float32), (0, torch.bfloat16)])
+def test_the_copy_of_another_base_is_written_anew_and_the_older_deleted(
+    seed, dtype, tiny_model, word_tokenizer, tmp_path
+) -> None:
+    models = [lora(tiny_model(word_tokenizer, number)) for number in (0, seed)]
+    HandOver(lambda: models[0], tmp_path / "w", None, torch.float32)()
+    weights = HandOver(lambda: models[1], tmp_path / "w", None, dtype)()
+    found = AutoModelForCausalLM.from_pretrained(weights.model, dtype="auto")
+    assert found.dtype == dtype
+    expected = tiny_model(word_tokenizer, seed).to(dtype)
+    assert torch.equal(found.lm_head.weight, expected.lm_head.weight)
+    assert [path.name for path in (tmp_path / "w").glob("base*")] == [Path(weights.model).name]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ their own, with the adapter of the version before for comparison.
 """
 
 import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,15 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from trl_selfplay.disk import replace_folder, saying_what_is_kept
+from trl_selfplay.disk import naming_damage, replace_folder, save_text, saying_what_is_kept
 from trl_selfplay.generation.engine import EngineWeights
+from trl_selfplay.generation.model_traits import without_adapters
 from trl_selfplay.rounds.weights import (
     load_saved_model,
     other_weights_in_place,
     trainable_parameters,
 )
-from trl_selfplay.rounds.whole_copy import save_whole_copy
+from trl_selfplay.rounds.whole_copy import save_whole_copy, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class HandOver:
         self._dtype = dtype
         self._current: _Version | None = None
         self._previous: str | None = None
+        self._base: str | None = None
 
     def __call__(self) -> EngineWeights:
         """Return the current weights, written to disk.
@@ -89,12 +92,10 @@ class HandOver:
         if self._current is not None and self._current.counters == counters:
             return self._current.weights
         version = digest_trainable(model)
-        last = self._last_version()
-        if last is not None and last != version:
-            self._previous = last
         weights = self._write(model, version)
+        self._previous = self._append(version)
         self._current = _Version(weights, counters)
-        self._delete_all_but({version, self._previous})
+        self._delete_all_but({version, self._previous, self._base})
         return weights
 
     def forget(self) -> None:
@@ -114,12 +115,15 @@ class HandOver:
             return None
         return other_weights_in_place(model, lambda: load_saved_model(model, folder))
 
-    def _last_version(self) -> str | None:
-        """Return the version that was handed over last, in this process or the one before."""
-        if self._current is not None:
-            return str(self._current.weights.version)
-        found = sorted(self._folder.glob("*/adapter"), key=lambda path: path.stat().st_mtime)
-        return found[-1].parent.name if found else None
+    def _append(self, version: str) -> str | None:
+        """Write the order of versions, in which this one is the last; return the one before."""
+        path, before = self._folder / "versions.json", []
+        if path.exists():
+            with naming_damage(path, "Delete it; the next check is without the weights before."):
+                before = [other for other in json.loads(path.read_text()) if other != version]
+        order = [*before, version][-2:]
+        save_text(path, json.dumps(order))
+        return order[0] if len(order) == 2 else None
 
     def _write(self, model: Any, version: str) -> EngineWeights:
         folder = self._folder / version
@@ -141,14 +145,21 @@ class HandOver:
         return EngineWeights(str(folder / "model"), None, 0, version)
 
     def _copy_of_base(self, model: Any) -> str:
-        folder = self._folder / "base"
+        """Return the folder of a copy of the base, whose name tells its weights and precision."""
+        if self._base is None:
+            base = without_adapters(model)
+            state = f"{self._dtype} {base.config.to_json_string()}"
+            self._base = f"base-{_digest(whole_weights(base, merged=False), state)}"
+        folder = self._folder / self._base
         if not folder.exists():
+            for other in self._folder.glob("base*"):  # of another model or precision
+                shutil.rmtree(other, ignore_errors=True)
             save_whole_copy(model, folder, self._dtype, merged=False)
         return str(folder)
 
-    def _delete_all_but(self, versions: set[str | None]) -> None:
+    def _delete_all_but(self, names: set[str | None]) -> None:
         for folder in self._folder.iterdir():
-            if folder.is_dir() and folder.name not in {*versions, "base"}:
+            if folder.is_dir() and folder.name not in names:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -176,10 +187,15 @@ def why_copied(model: Any) -> str | None:
 
 def digest_trainable(model: nn.Module) -> str:
     """Return a digest of all bytes of the trainable weights, and of their names."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in sorted(trainable_parameters(model).items()):
+    return _digest(sorted(trainable_parameters(model).items()))
+
+
+@torch.no_grad()
+def _digest(weights: Iterable[tuple[str, torch.Tensor]], state: str = "") -> str:
+    digest = hashlib.blake2b(state.encode(), digest_size=8)
+    for name, weight in weights:
         digest.update(name.encode())
-        values = parameter.detach().contiguous().view(-1).view(torch.uint8).cpu()
+        values = weight.detach().contiguous().view(-1).view(torch.uint8).cpu()
         digest.update(values.numpy().data)
     return digest.hexdigest()
 
