@@ -123,3 +123,11 @@ def test_the_engine_s_context_bounds_prompts_and_completions(build_star) -> None
             use_vllm=True, vllm_python=sys.executable, vllm_max_model_length=10,
             max_completion_length=8,
         )  # fmt: skip
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch, tmp_path) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check_engine_is_there(config(tmp_path, use_vllm=True, vllm_python="~/python"), 1)

@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import shutil
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -183,7 +184,7 @@ def check_engine_is_there(config: Any, num_processes: int) -> None:
     if config.vllm_mode != "phase":
         return
     if config.vllm_python is not None:
-        if shutil.which(config.vllm_python) is None:
+        if shutil.which(Path(config.vllm_python).expanduser()) is None:
             raise FileNotFoundError(
                 f"vllm_python={config.vllm_python!r} is no program. Give the path of the "
                 'interpreter in the environment that has vLLM, such as "/envs/vllm/bin/python".'
@@ -200,8 +201,9 @@ def engine_settings(config: Any, model: Any, accelerator: Accelerator) -> Engine
         model: The trainer's model.
         accelerator: The trainer's; its mixed precision is that of the forward.
     """
+    python = config.vllm_python
     return EngineSettings(
-        python=config.vllm_python,
+        python=None if python is None else str(Path(python).expanduser()),
         dtype=config.vllm_dtype or name_dtype(forward_dtype(model, accelerator)),  # type: ignore[arg-type]
         quantization=config.vllm_quantization,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,

@@ -44,6 +44,7 @@ def test_the_defaults_are_those_of_the_method() -> None:
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
         ({"bf16_full_eval": True}, "bf16_full_eval=True permanently rounds"),
         ({"router_aux_loss_coef": 0.01}, "router_aux_loss_coef=0.01"),
+        ({"torch_compile": True}, "torch_compile=True compiles"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
         (
             {"num_thoughts": 1, "reinforce_weight": 0.0, "reinforce_baseline": "leave_one_out"},

@@ -165,6 +165,11 @@ class QuietSTaRConfig(SFTConfig):
             )
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel=True replaces the model's forward: leave it out.")
+        if self.torch_compile:
+            raise ValueError(
+                "torch_compile=True compiles the model's forward, whose attention is replaced while "
+                "thoughts are computed: leave it out."
+            )
         if self.neftune_noise_alpha is not None:
             raise ValueError(
                 f"neftune_noise_alpha={self.neftune_noise_alpha}: thoughts are sampled without this "
