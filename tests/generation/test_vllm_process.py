@@ -133,6 +133,18 @@ def test_a_busy_engine_without_news_says_that_it_is_alive(start) -> None:
     assert process.receive() == []
 
 
+def test_a_script_may_stand_between_the_trainer_and_the_interpreter(start, tmp_path, stand_in):
+    script = tmp_path / "wrapper"
+    script.write_text(f'#!/bin/sh\n{stand_in.python} "$@"\nexit $?\n')  # without `exec`
+    script.chmod(0o755)
+    process = start(str(script))
+    members = family(process)
+    assert len(members) == 3
+    assert psutil.wait_procs(members, timeout=2.5)[0] == []  # more than the watcher's grace
+    process.end()
+    assert are_gone(members)
+
+
 TRAINER = """
 import os, sys, time, torch
 from trl_selfplay.generation.vllm_process import EngineProcess, engine_environment

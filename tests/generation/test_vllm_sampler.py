@@ -199,6 +199,19 @@ def test_ids_outside_the_vocabulary_are_excluded(
     assert drawn == {*range(10), 20}
 
 
+def test_more_ids_than_a_gpu_can_exclude_are_an_error(build_model, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: {str(i): i for i in range(10)})
+
+    def build_with(count: int, device: str) -> None:
+        traits = describe_model(build_model(vocab_size=count))
+        VLLMSampler(EngineSettings(), lambda: None, tokenizer, traits, device)
+
+    build_with(1034, "cuda")
+    build_with(1035, "cpu")
+    with pytest.raises(ValueError, match=r"1025 of the model's 1035 ids.*resize_token_embeddings"):
+        build_with(1035, "cuda")
+
+
 def test_a_new_version_of_the_adapter_is_another_adapter(build, stand_in, tokens_of, tmp_path):
     current = {}
 

@@ -156,6 +156,39 @@ def test_closing_early_leaves_no_thread(build, adapter) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("vllm-server")]
 
 
+def test_what_waits_for_another_try_is_not_sent_after_closing(
+    build, adapter, server, monkeypatch
+) -> None:
+    weights, was_refused = adapter("first", 1), threading.Event()
+    sampler = build(lambda: weights)
+    monkeypatch.setattr(vllm_server, "_WAIT_S", 0.1)
+
+    def fail(path, body):
+        if path == "/v1/completions" and body["seed"] == REQUESTS[1].stream_key:
+            was_refused.set()
+            return 503
+        return None
+
+    server.fail = fail
+    sampling = sampler.sample(REQUESTS[:2], OPTIONS, 2)
+    next(sampling)
+    assert was_refused.wait(60)
+    sampling.close()
+    assert [path for path, _ in server.asked].count("/v1/completions") == 2
+
+
+def test_an_error_is_told_though_its_text_is_cut_within_a_character(build, adapter, server):
+    weights = adapter("first", 1)
+    sampler = build(lambda: weights)
+
+    def answer(path, body):
+        raise ValueError("x" + "é" * 400)
+
+    server.answer = answer
+    with pytest.raises(ServerError, match="answers 400: xéé"):
+        list(sampler.sample(REQUESTS, OPTIONS, 2))
+
+
 def test_a_server_that_is_not_up_is_named_with_the_command(word_tokenizer) -> None:
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9 within.*vllm serve MODEL"):
         VLLMServerSampler("http://127.0.0.1:9", lambda: None, word_tokenizer, None, timeout_s=0)

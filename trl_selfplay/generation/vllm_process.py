@@ -102,7 +102,7 @@ class EngineProcess:
                 [
                     python or sys.executable,
                     str(_WORKER),
-                    *map(str, (requests, answers, os.getpid())),
+                    *map(str, (requests, answers)),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=self._printed,

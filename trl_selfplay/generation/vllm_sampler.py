@@ -42,6 +42,8 @@ _WAITING_IN_ENGINE = 2
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Below this, vLLM warms a temperature up to it.
 _LEAST_TEMPERATURE = 0.01
+# Ids with a bias that vLLM takes on a GPU.
+_MOST_EXCLUDED = 1024
 # After a failure, the next engine gets these shares of memory and sequences.
 _MEMORY_AFTER_FAILURE, _SEQUENCES_AFTER_FAILURE = 0.8, 0.5
 _USUAL_LENGTH = 1024  # tokens a sequence, for the size of the cache on a CPU
@@ -101,6 +103,9 @@ class VLLMSampler:
         on_restart: Called amid a `sample` once another engine has replaced one that failed, before
             the new engine gets any of the requests. It may call `sample`; what it raises ends the
             `sample` that it interrupts.
+
+    Raises:
+        ValueError: On a GPU, the model has over 1,024 more ids than the tokenizer.
     """
 
     def __init__(
@@ -117,6 +122,13 @@ class VLLMSampler:
         self._traits = traits
         self._device = torch.device(device)
         self._excluded = {*range(traits.vocab_size)} - {*tokenizer.get_vocab().values()}
+        if self._device.type == "cuda" and len(self._excluded) > _MOST_EXCLUDED:
+            raise ValueError(
+                f"{len(self._excluded)} of the model's {traits.vocab_size} ids aren't in the "
+                f"tokenizer's vocabulary; on a GPU, vLLM can exclude {_MOST_EXCLUDED} from sampling. "
+                "Resize the embeddings (model.resize_token_embeddings(len(tokenizer))), or use "
+                "use_vllm=False."
+            )
         self._process: EngineProcess | None = None
         self._weights: EngineWeights | None = None
         self._adapter_number = 0  # of the last adapter; never one twice

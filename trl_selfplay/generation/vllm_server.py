@@ -246,7 +246,7 @@ class VLLMServerSampler:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                self._send("GET", "/health", None)
+                self._send("GET", "/health", None, threading.Event())
                 return
             except (OSError, http.client.HTTPException, ServerError) as error:
                 if time.monotonic() >= deadline:
@@ -264,21 +264,27 @@ class VLLMServerSampler:
         body: Mapping[str, Any] | None = None,
         stop: threading.Event | None = None,
     ) -> Any:
-        """Return the server's answer, after some tries where it can't be reached."""
+        """Return the server's answer, after some tries where it can't be reached.
+
+        Once `stop` is set, the answer isn't wanted: nothing more is sent.
+        """
+        stop = stop or threading.Event()
         for tries in range(1, _MOST_TRIES + 1):
             try:
-                return self._send(method, path, body)
+                return self._send(method, path, body, stop)
             except (OSError, http.client.HTTPException) as error:
-                if tries == _MOST_TRIES or (stop is not None and stop.is_set()):
+                if tries == _MOST_TRIES or stop.is_set():
                     raise ConnectionError(
                         f"the vLLM server at {self._url} can't be reached ({error!r}). Finished shards "
                         "are kept: start it again, and resume with "
                         "train(resume_from_checkpoint=True)."
                     ) from error
-            time.sleep(_WAIT_S * 2**tries)
+            stop.wait(_WAIT_S * 2**tries)
         raise AssertionError("unreachable")
 
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None, stop: threading.Event
+    ) -> Any:
         if self._tls is None:
             connection = http.client.HTTPConnection(
                 self._host, self._port, timeout=_REPLY_PATIENCE_S
@@ -291,6 +297,10 @@ class VLLMServerSampler:
         headers = {} if body is None else {"Content-Type": "application/json"}
         self._open.add(connection)
         try:
+            connection.connect()
+            # One that is set later finds this connection, and `_hang_up` closes it.
+            if stop.is_set():
+                raise ConnectionAbortedError("the answer isn't wanted any more")
             connection.request(method, self._path + path, content, headers)
             response = connection.getresponse()
             answer = response.read()
@@ -300,7 +310,9 @@ class VLLMServerSampler:
         if response.status in _RETRIED:
             raise ConnectionError(f"status {response.status}")
         if response.status != 200:
-            raise ServerError(f"{path} answers {response.status}: {answer[:500].decode()}")
+            raise ServerError(
+                f"{path} answers {response.status}: {answer[:500].decode(errors='replace')}"
+            )
         with suppress(ValueError):
             return json.loads(answer)
         return answer.decode()  # of /health, and of adapters that were loaded

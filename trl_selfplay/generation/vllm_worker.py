@@ -206,7 +206,12 @@ def tells_of_memory(text: str) -> bool:
 
 
 def watch(worker: int, parent: int) -> int:
-    """Wait until the worker has ended or isn't wanted, end all descendants, return its exit code."""
+    """Wait until the worker has ended or isn't wanted, end all descendants, return its exit code.
+
+    Args:
+        worker: The process that runs the engine.
+        parent: Our parent as we started: the trainer, or a script of the user between it and us.
+    """
     ends = code = None
     while code is None and (ends is None or time.monotonic() < ends):
         if ends is not None:
@@ -241,8 +246,9 @@ def set_for_process(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def main(reading: int, writing: int, parent: int) -> int:
+def main(reading: int, writing: int) -> int:
     """Divide into watcher and worker; return the exit code."""
+    parent = os.getppid()
     set_for_process(_PR_SET_CHILD_SUBREAPER, 1)
     worker = os.fork()
     if worker != 0:
