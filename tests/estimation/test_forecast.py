@@ -53,3 +53,21 @@ def test_what_does_not_fit_is_told_what_would(tmp_path) -> None:
     assert estimate(LLAMA, config, device="cuda", memory=found.peak).advice == ()
     short = estimate(LLAMA, config, device="cuda", memory=found.peak * 2 // 3)
     assert "gradient_checkpointing=True" in short.advice[0]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_an_engine_takes_at_most_what_the_weights_leave(tmp_path, share) -> None:
+    config = STaRConfig(
+        str(tmp_path),
+        max_length=128,
+        use_vllm=True,
+        vllm_mode="phase",
+        vllm_gpu_memory_utilization=share,
+    )
+    weights = estimate(LLAMA, config, peft_config=LORA, device="cuda").phase("sampling").total
+    memory = 4 * weights
+    sampling = estimate(LLAMA, config, peft_config=LORA, device="cuda", memory=memory).phase(
+        "sampling"
+    )
+    assert sampling.parts["engine"] == int(min(share * memory, 0.95 * (memory - weights)))
+    assert sampling.total <= memory

@@ -21,6 +21,7 @@ from trl_selfplay.estimation.record import GB, Estimate, Phase
 from trl_selfplay.estimation.training_step import Batch, step_peak
 from trl_selfplay.estimation.twin import Twin, build_twin
 from trl_selfplay.generation.batch_size import bytes_per_sequence, largest_batch
+from trl_selfplay.generation.engine import SHARE_OF_FREE_MEMORY
 from trl_selfplay.generation.model_traits import describe_model
 
 # Workspaces of cuBLAS in forward and backward, which PyTorch's allocator holds; as measured on an H200.
@@ -107,8 +108,9 @@ def _sampling(plan: RunPlan, twin: Twin, graders: int, memory: int | None) -> Ph
         parts["grading models"] = graders
     if plan.engine_share is not None:
         if memory is not None:
-            parts["engine"] = int(plan.engine_share * memory)
-        detail = f"an engine with {plan.engine_share:.0%} of the device's memory"
+            left = max(0, memory - parts.total())
+            parts["engine"] = int(min(plan.engine_share * memory, SHARE_OF_FREE_MEMORY * left))
+        detail = f"an engine with up to {plan.engine_share:.0%} of the device's memory"
         return Phase("sampling", dict(parts), detail)
     traits = describe_model(twin.model)
     each = bytes_per_sequence(traits, plan.prompt_length, plan.completion_length, plan.on_gpu)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 LEAST_VLLM = (0, 32)
+# The trainer's model is on the same device. What an engine may use must be free when it starts.
+SHARE_OF_FREE_MEMORY = 0.95
 
 
 @dataclass(frozen=True, slots=True)

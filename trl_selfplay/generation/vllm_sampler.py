@@ -16,7 +16,11 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trl_selfplay.generation.engine import EngineSettings, EngineWeights
+from trl_selfplay.generation.engine import (
+    SHARE_OF_FREE_MEMORY,
+    EngineSettings,
+    EngineWeights,
+)
 from trl_selfplay.generation.generation_options import check_sampling_options
 from trl_selfplay.generation.model_traits import ModelTraits
 from trl_selfplay.generation.request_queue import RequestQueue
@@ -47,8 +51,6 @@ _MOST_EXCLUDED = 1024
 # After a failure, the next engine gets these shares of memory and sequences.
 _MEMORY_AFTER_FAILURE, _SEQUENCES_AFTER_FAILURE = 0.8, 0.5
 _USUAL_LENGTH = 1024  # tokens a sequence, for the size of the cache on a CPU
-# The trainer's model is on the same device. What an engine may use must be free when it starts.
-_SHARE_OF_FREE_MEMORY = 0.95
 _MEMORY_PATIENCE_S = 60.0
 _MEMORY_SLACK_BYTES = 256 * 2**20
 
@@ -458,7 +460,7 @@ class VLLMSampler:
         most = 1.0
         if self._device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self._device)
-            most = _SHARE_OF_FREE_MEMORY * free / total
+            most = SHARE_OF_FREE_MEMORY * free / total
         return min(self._settings.gpu_memory_utilization, most)
 
     def _cache_bytes(self) -> int:

@@ -37,6 +37,17 @@ class GradingModel:
         """Where the model is now."""
         return next(self._model.parameters()).device
 
+    def grades_on(self, device: torch.device) -> bool:
+        """Return whether it grades on this device; "cuda" is its first one."""
+        own = self._device or self.device
+        return (own.type, own.index or 0) == (device.type, device.index or 0)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, wherever it is."""
+        model: nn.Module = self._model
+        return model
+
     def place(self, device: Any) -> None:
         """Grade on this device, unless another was chosen at construction."""
         if self._device is None:

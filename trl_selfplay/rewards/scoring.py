@@ -335,6 +335,10 @@ class Scorer:
         """Whether a function holds a model of its own."""
         return bool(self._models)
 
+    def models_on(self, device: Any) -> list[nn.Module]:
+        """Return the models that grade on this device."""
+        return [each.model for each in self._models if each.grades_on(device)]
+
     def park_models(self) -> None:
         """Move the models that grade off the device on which another is to be trained.
 

@@ -80,6 +80,12 @@ class Collector:
         """What grades held-out completions; None if nothing does."""
         return self.eval_scorer or self.scorer
 
+    def models_on(self, device: Any) -> list[Any]:
+        """Return the models that grade on this device, each once."""
+        scorers = [s for s in (self.scorer, self.eval_scorer) if s is not None]
+        found = [model for scorer in scorers for model in scorer.models_on(device)]
+        return list({id(model): model for model in found}.values())
+
     def park_models(self) -> None:
         """Move the models that grade off the device, before the policy trains on it."""
         for scorer in (self.scorer, self.eval_scorer):

@@ -46,6 +46,7 @@ def tell_memory(trainer: Any, row_length: int | None = None) -> None:
             row_length=row_length,
             memory=free,
             device="cpu" if device.type == "cpu" else "cuda",
+            reward_models=_graders(trainer, device),
         )
     except CannotEstimateError as error:
         logger.info("The memory of this run isn't estimated: %s", error)
@@ -62,6 +63,15 @@ def tell_memory(trainer: Any, row_length: int | None = None) -> None:
         found.summary(),
         "; ".join(found.advice),
     )
+
+
+def _graders(trainer: Any, device: torch.device) -> list[Any]:
+    """Return the models that grade on the trainer's GPU.
+
+    None on a CPU: what is free there doesn't include the graders, which stay.
+    """
+    play = getattr(trainer, "self_play", None)
+    return [] if play is None or device.type == "cpu" else play.collector.models_on(device)
 
 
 def _free_for_all(model: nn.Module, device: torch.device) -> int:
