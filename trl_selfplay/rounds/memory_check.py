@@ -71,7 +71,10 @@ def _graders(trainer: Any, device: torch.device) -> list[Any]:
     None on a CPU: what is free there doesn't include the graders, which stay.
     """
     play = getattr(trainer, "self_play", None)
-    return [] if play is None or device.type == "cpu" else play.collector.models_on(device)
+    if play is None or device.type == "cpu":
+        return []
+    graders: list[Any] = play.collector.models_on(device)
+    return graders
 
 
 def _free_for_all(model: nn.Module, device: torch.device) -> int:
