@@ -102,7 +102,7 @@ def sample_graded(
             reward_funcs=position_reward,
         )
         play = trainer.self_play
-        rollouts = play.sample(play.rows, 0, "train", Path(folder))
+        rollouts = list(play.sample(play.rows, 0, "train", Path(folder)))
     texts = {row.prompt_id: str(row.prompt) for row in play.rows}
     # The prompts without few-shot examples, as the classifier will see them.
     return [replace(r, prompt=texts[r.prompt_id]) for r in rollouts if not r.is_truncated]
