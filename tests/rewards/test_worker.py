@@ -161,7 +161,8 @@ def test_threads_share_the_bound_on_processes() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(workers()) - before <= 3  # a thread has one in any case
+    # One thread may have both; each of the others has one in any case.
+    assert len(workers()) - before <= 4
     pool.close()
 
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
@@ -207,7 +208,8 @@ def test_improve_steps_share_samples_and_scores_and_are_nested(build_rest) -> No
 
     sampler.sample = sample_and_record
     trainer.train()
-    assert events == ["sample", "grade"] * 2
+    # How many prompts are graded together depends on time.
+    assert [event for event, _ in groupby(events)] == ["sample", "grade"] * 2
     for grow in (0, 2):
         rows = [
             Counter(tuple(ids) for ids in read_rows(trainer, t)["input_ids"])
