@@ -69,10 +69,9 @@ class CheckedSampler:
     """Passes on an engine's completions once they agree with the trainer's model.
 
     After each hand-over of weights, and each start of the engine (that of a replacement amid a `sample`
-    too), up to 16 of the requests are sampled
-    with at most 32 tokens and scored by the trainer's model. The engine's log-probs must agree within
-    a limit, and lie nearer to the current weights than to those handed over before, if the two can be
-    told apart.
+    too), up to 16 of the requests are sampled with at most 32 tokens and scored by the trainer's model.
+    The engine's log-probs must agree within a limit, and lie nearer to the current weights than to
+    those handed over before, if the two can be told apart.
 
     Args:
         engine: Samples.

@@ -15,6 +15,7 @@ from torch import nn
 from trl_selfplay.generation.model_traits import ModelTraits, input_device, sampling_state
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.generation.token_filters import (
+    excluded_ids,
     filter_logits,
     keep_min_p,
     keep_top_k,
@@ -43,10 +44,9 @@ def score_completions(
         options: What they were sampled with.
         token_ids: Ids that could be sampled, besides those that end a completion.
     """
-    allowed = {*token_ids, *options.eos_token_ids}
     with sampling_state(model, accelerator) as ready, torch.no_grad():
         return [
-            _score(ready, accelerator, traits, prompt, completion, options, allowed)
+            _score(ready, accelerator, traits, prompt, completion, options, token_ids)
             for prompt, completion in completions
         ]
 
@@ -58,7 +58,7 @@ def _score(
     prompt: tuple[int, ...],
     completion: tuple[int, ...],
     options: SamplingOptions,
-    allowed: Collection[int],
+    token_ids: Collection[int],
 ) -> float:
     device, count = input_device(model), len(completion)
     input_ids = torch.tensor([[*prompt, *completion]], device=device)
@@ -68,8 +68,7 @@ def _score(
         outputs = model(input_ids=input_ids, use_cache=False, **kwargs)
     logits = outputs.logits[0, -count - 1 : -1].float()  # (tokens, V)
     tokens = torch.tensor(completion, device=logits.device)
-    excluded = sorted(set(range(logits.shape[1])) - set(allowed))
-    logits[:, excluded] = -torch.inf
+    logits[:, excluded_ids(logits.shape[1], token_ids, options)] = -torch.inf
     unfiltered = replace(options, top_k=0, top_p=1.0, min_p=None)
     scaled = filter_logits(logits, unfiltered, _seen(prompt, tokens, logits))
     kept = scaled.clone()

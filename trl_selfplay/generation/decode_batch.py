@@ -18,13 +18,12 @@ from trl_selfplay.generation.buffered_cache import drop_leading, join_caches, ke
 from trl_selfplay.generation.causal_forward import CausalForward
 from trl_selfplay.generation.random_streams import gumbel_noise, token_words
 from trl_selfplay.generation.sampler import (
-    Finish,
     SampledCompletion,
     SampleRequest,
     SamplingOptions,
 )
-from trl_selfplay.generation.stop_strings import StopStringScanner
-from trl_selfplay.generation.token_filters import filter_logits
+from trl_selfplay.generation.stop_strings import CompletionEnd
+from trl_selfplay.generation.token_filters import excluded_ids, filter_logits
 
 # Dropping rows copies the cache once, which costs about as much as growing it twice. At this share
 # of finished rows, the following steps soon make up for it.
@@ -44,9 +43,8 @@ class _Row:
     request_index: int
     stream_key: int
     prompt_ids: tuple[int, ...]
-    limit: int
+    end: CompletionEnd
     completion_ids: list[int] = field(default_factory=list)
-    scanner: StopStringScanner | None = None
     is_finished: bool = False
 
 
@@ -61,7 +59,7 @@ class TokenChooser:
 
     def __init__(self, options: SamplingOptions, token_ids: Collection[int]) -> None:
         self._options = options
-        self._allowed = {*token_ids, *options.eos_token_ids}
+        self._token_ids = token_ids
         self._excluded: torch.Tensor | None = None
         self._words: torch.Tensor | None = None
 
@@ -84,7 +82,7 @@ class TokenChooser:
         if self._words is None or self._excluded is None:
             vocab_size = logits.shape[1]
             self._words = token_words(vocab_size, logits.device)
-            excluded = sorted(set(range(vocab_size)) - self._allowed)
+            excluded = excluded_ids(vocab_size, self._token_ids, options)
             self._excluded = torch.tensor(excluded, dtype=torch.long).to(logits.device)
         if self._excluded.numel() > 0:
             logits.index_fill_(1, self._excluded, -torch.inf)
@@ -128,7 +126,6 @@ class DecodeBatch:
         self._forward = forward
         self._chooser = chooser
         self._options = options
-        self._eos_token_ids = frozenset(options.eos_token_ids)
         self._rows = [self._build_row(index, request, tokenizer) for index, request in requests]
         self._last_position = self._find_last_position([len(r.prompt_ids) for _, r in requests])
         self._seen: torch.Tensor | None = None
@@ -140,13 +137,9 @@ class DecodeBatch:
     def _build_row(
         self, index: int, request: SampleRequest, tokenizer: PreTrainedTokenizerBase
     ) -> _Row:
-        limit = self._options.max_completion_length
         context_length = self._forward.traits.context_length
-        if context_length is not None:
-            limit = min(limit, context_length - len(request.prompt_ids))
-        stops = self._options.stop_strings
-        scanner = StopStringScanner(tokenizer, stops) if stops else None
-        return _Row(index, request.stream_key, request.prompt_ids, limit, scanner=scanner)
+        end = CompletionEnd(tokenizer, self._options, len(request.prompt_ids), context_length)
+        return _Row(index, request.stream_key, request.prompt_ids, end)
 
     def _find_last_position(self, lengths: Sequence[int]) -> int | None:
         """Return the last valid position of any row, including finished ones, or None."""
@@ -304,7 +297,7 @@ class DecodeBatch:
                     "overflows: lower the learning rate or use bfloat16."
                 )
             row.completion_ids.append(token)
-            finish = self._finish_of(row, token)
+            finish = row.end.find(row.completion_ids)
             if finish is not None:
                 row.is_finished = True
                 logprob = None if self._logprobs is None else float(self._logprobs[place])
@@ -321,15 +314,6 @@ class DecodeBatch:
         if finished and num_finished >= _DROP_SHARE * len(self._rows):
             self._drop_finished()
         return finished
-
-    def _finish_of(self, row: _Row, token: int) -> Finish | None:
-        if token in self._eos_token_ids:
-            return "eos"
-        if row.scanner is not None and row.scanner.is_complete(row.completion_ids):
-            return "stop"
-        if len(row.completion_ids) >= row.limit:
-            return "length"
-        return None
 
     def _feed(self, tokens: torch.Tensor) -> None:
         """Run the model on the chosen tokens, (B,)."""

@@ -6,6 +6,7 @@ penalty, temperature, top_k, top_p, min_p.
 """
 
 import math
+from collections.abc import Collection
 
 import torch
 
@@ -17,6 +18,19 @@ from trl_selfplay.generation.sampler import SamplingOptions
 _TOP_P_FIRST_GUESS = 64
 _TOP_P_FIRST_GUESS_ON_DEVICE = 1024
 _TOP_P_GROWTH = 32
+
+
+def excluded_ids(
+    vocab_size: int, token_ids: Collection[int], options: SamplingOptions
+) -> list[int]:
+    """Return, ascending, the ids that are never sampled.
+
+    Args:
+        vocab_size: Width of the logits.
+        token_ids: Ids in the tokenizer's vocabulary.
+        options: Say which other ids end a completion, and may be sampled.
+    """
+    return sorted(set(range(vocab_size)) - {*token_ids, *options.eos_token_ids})
 
 
 def filter_logits(

@@ -88,7 +88,8 @@ class VLLMSampler:
 
     If the engine ends, runs out of memory or hangs, it is started once more in the same phase, with
     less memory; what was unfinished is sampled again with the same seeds. The next phase has all
-    of the memory again, unless the engine had run out of it. The replacement is another engine; `on_restart` may check it.
+    of the memory again, unless the engine had run out of it. The replacement is another engine, which
+    `on_restart` may check.
 
     Args:
         settings: How the engine is started.

@@ -32,6 +32,7 @@ from trl_selfplay.generation.sampler import (
     SamplingOptions,
 )
 from trl_selfplay.generation.stop_strings import CompletionEnd
+from trl_selfplay.generation.token_filters import excluded_ids
 
 logger = logging.getLogger(__name__)
 
@@ -180,9 +181,8 @@ class VLLMServerSampler:
         try:
             self._ask("POST", "/v1/load_lora_adapter", body)
         except ServerError as error:
-            if "already" not in str(
-                error
-            ):  # a run that was killed has left it; its content is the same
+            # A run that was killed may have left it; its content is the same.
+            if "already" not in str(error):
                 raise ServerError(
                     f"the server can't load the adapter (rank {weights.adapter_rank}) from "
                     f"{body['lora_path']}: {error} Start it with {_START}, on a machine that sees "
@@ -191,8 +191,7 @@ class VLLMServerSampler:
         self._loaded = name
 
     def _body(self, options: SamplingOptions) -> dict[str, Any]:
-        excluded = set(range(self._traits.vocab_size)) - self._token_ids
-        excluded -= set(options.eos_token_ids)
+        excluded = excluded_ids(self._traits.vocab_size, self._token_ids, options)
         return {
             "model": self._loaded,
             "temperature": options.temperature,
@@ -204,7 +203,7 @@ class VLLMServerSampler:
             "stop": list(options.stop_strings),
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,
-            "logit_bias": {str(token): _FORBIDDEN_BIAS for token in sorted(excluded)},
+            "logit_bias": {str(token): _FORBIDDEN_BIAS for token in excluded},
             "logprobs": 0,
             "return_token_ids": True,
         }

@@ -53,9 +53,9 @@ def load_all_samples(root: Path) -> Rollouts:
     phases, prompt_ids, indices, rounds = found.columns(
         "phase", "prompt_id", "sample_index", "round_index"
     )
-    places = np.flatnonzero(np.array([phase == "train" for phase in phases], dtype=bool))
+    are_chosen = np.array([phase == "train" for phase in phases], dtype=bool)
     order = _sorted_places(prompt_ids, rounds, indices)
-    chosen = order[np.isin(order, places)]
+    chosen = order[are_chosen[order]]
     numbers = [
         number
         for _, same in groupby(chosen.tolist(), key=prompt_ids.__getitem__)
