@@ -60,11 +60,6 @@ class Estimate:
         """Bytes of the largest phase."""
         return max(phase.total for phase in self.phases)
 
-    @property
-    def largest_phase(self) -> Phase:
-        """The phase that takes most."""
-        return max(self.phases, key=lambda phase: phase.total)
-
     def phase(self, name: str) -> Phase:
         """Return a phase by its name.
 
