@@ -14,7 +14,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 600
 
 # The order in which data passes the folders and the methods; each may import those before it. What
-# a trainer's constructor or `train` calls comes before `trainers`; the demos use the trainers.
+# a trainer's constructor or `train` calls comes before `trainers`; the demos use the trainers,
+# and the commands use all.
 FLOW = (
     "memory",
     "disk",
@@ -32,6 +33,8 @@ FLOW = (
     "trainers.v_star",
     "trainers.quiet_star",
     "demos",
+    "commands",
+    "__main__",
 )
 METHODS = {stage for stage in FLOW if stage.startswith("trainers.")}
 # Parts of TRL that we may import; tests/test_trl_contract.py pins what we use of them.

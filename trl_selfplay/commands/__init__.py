@@ -1,0 +1,1 @@
+"""The command line `trl-selfplay`: one module per command, and the recipes as commands."""

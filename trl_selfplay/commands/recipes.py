@@ -1,0 +1,41 @@
+"""Run a recipe as a command: the file itself, as `python recipes/NAME.py` does.
+
+In: a recipe's name and flags. Out: an exit code. The recipes are beside the package in a source tree,
+and inside it in a wheel.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def find_recipe(name: str) -> Path:
+    """Return the path of a recipe, or of another file in its folder, such as "qlora_8gb.yaml".
+
+    Args:
+        name: A file name; without a suffix, that of a script.
+
+    Raises:
+        FileNotFoundError: There is no such recipe.
+    """
+    file_name = name if Path(name).suffix else f"{name}.py"
+    for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes"):
+        if (folder / file_name).is_file():
+            return folder / file_name
+    raise FileNotFoundError(
+        f"there is no recipe {file_name!r} in {_PACKAGE / 'recipes'} or "
+        f"{_PACKAGE.parent / 'recipes'}; install the package again."
+    )
+
+
+def run_recipe(name: str, flags: list[str]) -> int:
+    """Run a recipe in this process, with these flags in place of the process's own."""
+    path = str(find_recipe(name))
+    before, sys.argv = sys.argv, [path, *flags]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        sys.argv = before
+    return 0
