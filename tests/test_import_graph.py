@@ -25,6 +25,7 @@ FLOW = (
     "rollouts",
     "evaluation",
     "rounds",
+    "inspection",
     "trainers",
     "trainers.star",
     "trainers.rest_em",

@@ -57,6 +57,14 @@ class StoredShard:
                 )
         return table
 
+    def rollouts(self) -> list[Rollout]:
+        """Read all of its rollouts.
+
+        Raises:
+            DamagedFileError: As `load`.
+        """
+        return to_rollouts(self.load())
+
 
 class Rollouts(Sequence[Rollout]):
     """Rollouts in a fixed order, on disk or in memory; those on disk are read on demand.

@@ -96,6 +96,17 @@ def save_selection(path: Path, selection: Selection) -> None:
     )
 
 
+def read_selection(path: Path) -> Iterator[tuple[str, int, str]]:
+    """Yield prompt_id, sample_index and outcome of each rollout, as `save_selection` wrote them.
+
+    Raises:
+        DamagedFileError: The file can't be read.
+    """
+    with naming_damage(path, BRING_BACK), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["prompt_id", "sample_index", "outcome"]):
+            yield from zip(*map(pa.Array.to_pylist, batch), strict=True)
+
+
 def load_outcomes(folder: Path, outcomes: Collection[str]) -> Rollouts:
     """Return the rollouts of a round with one of these outcomes, by (prompt_id, sample_index).
 
@@ -103,13 +114,10 @@ def load_outcomes(folder: Path, outcomes: Collection[str]) -> Rollouts:
         DamagedFileError, FileNotFoundError: As `load_samples`.
     """
     rollouts = load_samples(folder)
-    path = folder / "selection.parquet"
-    with naming_damage(path, BRING_BACK), pq.ParquetFile(path) as file:
-        chosen: dict[str, set[int]] = {}
-        for batch in file.iter_batches(columns=["prompt_id", "sample_index", "outcome"]):
-            for prompt_id, index, outcome in zip(*map(pa.Array.to_pylist, batch), strict=True):
-                if outcome in outcomes:
-                    chosen.setdefault(prompt_id, set()).add(index)
+    chosen: dict[str, set[int]] = {}
+    for prompt_id, index, outcome in read_selection(folder / "selection.parquet"):
+        if outcome in outcomes:
+            chosen.setdefault(prompt_id, set()).add(index)
     prompt_ids, indices = rollouts.columns("prompt_id", "sample_index")
     order = _sorted_places(prompt_ids, indices)
     return rollouts.pick([i for i in order.tolist() if indices[i] in chosen.get(prompt_ids[i], ())])

@@ -1,0 +1,1 @@
+"""Read a finished or running run from its folder: reports, samples, exports."""

@@ -1,0 +1,180 @@
+"""The folder of a run as a reader sees it: its rounds, settings and samples, finished or not.
+
+In: an `output_dir`, also while a run writes into it, and of runs of earlier versions. Out: `RunFolder`, with
+the lines of rounds.jsonl, the settings, and each round's rollouts with their outcomes, read shard by shard.
+Nothing is written.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from trl_selfplay.disk import BRING_BACK, naming_damage
+from trl_selfplay.rollouts.record import Rollout, load_rollouts
+from trl_selfplay.rollouts.sequence import StoredShard
+from trl_selfplay.rollouts.shards import read_plan
+from trl_selfplay.rollouts.stored import read_selection
+from trl_selfplay.rounds.run import UNTRAINED, load_lines
+
+# The outcome of a rollout that nothing has been decided about.
+UNFINISHED = "unfinished"
+# What a run's end leaves in its output directory: the final model.
+_FINAL_MODEL = ("config.json", "adapter_config.json")
+
+
+class RunFolder:
+    """A run on disk. Lines and settings are read when it is opened, samples when they are asked for.
+
+    Attributes:
+        output_dir: The run's output directory.
+        root: `output_dir/_rounds`.
+        lines: Records of the finished rounds, as in rounds.jsonl.
+        config: The settings that the run recorded, by name; those in a dict have the dict's name before
+            theirs, with a dot. Empty if it has recorded none yet.
+    """
+
+    def __init__(
+        self, output_dir: Path, lines: Sequence[dict[str, Any]], config: dict[str, Any]
+    ) -> None:
+        self.output_dir = output_dir
+        self.root = output_dir / "_rounds"
+        self.lines = list(lines)
+        self.config = config
+
+    @classmethod
+    def open(cls, output_dir: str | Path) -> Self:
+        """Open a run by its `output_dir`, or by the folder `_rounds` in it.
+
+        Raises:
+            FileNotFoundError: There is no run.
+            DamagedFileError: Its records can't be read.
+        """
+        given = Path(output_dir)
+        whole = given.resolve()
+        found = whole.parent if whole.name == "_rounds" else given
+        root = found / "_rounds"
+        if not root.is_dir():
+            there = (
+                "there is no such folder" if not given.exists() else "it has no folder `_rounds`"
+            )
+            raise FileNotFoundError(
+                f"{str(given)!r} isn't the output_dir of a run over rounds: {there}. Pass the output_dir "
+                "that the trainer was given."
+            )
+        path = root / "config.json"
+        config: dict[str, Any] = {}
+        if path.exists():
+            with naming_damage(path, BRING_BACK):
+                config = dict(json.loads(path.read_text()))
+        return cls(found, load_lines(root / "rounds.jsonl"), config)
+
+    @property
+    def method(self) -> str:
+        """The name of the method, such as "STaR", or "" if the run hasn't recorded it."""
+        return str(self.config.get("method") or "")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end and saved the final model."""
+        lines = self.root / "rounds.jsonl"
+        if not lines.exists():
+            return False
+        ended = lines.stat().st_mtime
+        models = (self.output_dir / name for name in _FINAL_MODEL)
+        return any(path.exists() and path.stat().st_mtime >= ended for path in models)
+
+    @property
+    def rounds(self) -> list[int]:
+        """The indices of the rounds with samples of their own, in order."""
+        return sorted(
+            int(plan.parent.parent.name.removeprefix("round-"))
+            for plan in self.root.glob("round-[0-9]*/samples/plan.json")
+        )
+
+    def folder(self, round_index: int) -> Path:
+        """Return the folder of a round, -1 for that of the untrained model."""
+        return self.root / ("before" if round_index == UNTRAINED else f"round-{round_index:03d}")
+
+    def sampling_round(self, round_index: int) -> int:
+        """Return the round whose samples a round trains on: itself, or an earlier one (ReST).
+
+        Raises:
+            FileNotFoundError: There are no samples on disk.
+        """
+        earlier = [index for index in self.rounds if index <= round_index]
+        if not earlier:
+            raise FileNotFoundError(f"{self.root} has no samples that round {round_index} uses.")
+        return earlier[-1]
+
+    def rollouts(self, round_index: int) -> Iterator[tuple[Rollout, str]]:
+        """Yield each rollout that a round trains on or drops, with its outcome, shard by shard.
+
+        Outcomes are those of `rollouts/funnel.py: OutcomeCounts`, such as "kept", and "unfinished"
+        where the round hasn't selected yet. Samples with hints come after those without. Of a round that is
+        being sampled, the shards that are on disk; these may be without rewards still.
+
+        Raises:
+            FileNotFoundError: The round has no samples on disk.
+            DamagedFileError: A file can't be read, or one of a finished round is gone.
+        """
+        outcomes = self._outcomes(round_index)
+        sampled = self.sampling_round(round_index)
+        for rollout in self._read(self.folder(sampled) / "samples", sampled < len(self.lines)):
+            of_prompt = outcomes.get(rollout.prompt_id, {})
+            yield rollout, of_prompt.get(rollout.sample_index, UNFINISHED)
+
+    def evaluation(self, round_index: int) -> Iterator[tuple[Rollout, str]]:
+        """Yield each held-out rollout after a round, -1 the untrained model, with the name of its set.
+
+        The set is "" if there is one only. " few-shot" follows the name where the prompt has the
+        few-shot examples though training hasn't; " opponent" where SPIN's opponent wrote it, which
+        isn't graded. `sample_index` 0 is the greedy completion.
+
+        Raises:
+            DamagedFileError: As `rollouts`.
+        """
+        folder, is_finished = self.folder(round_index) / "evaluation", round_index < len(self.lines)
+        for plan in sorted(folder.glob("*-plan.json")):
+            prefix = plan.name.removesuffix("plan.json")
+            name = prefix.removesuffix("greedy-").removesuffix("sampled-")
+            form = " few-shot" if name.endswith("few_shot_") else ""
+            set_name = name.removesuffix("few_shot_").removesuffix("-") + form
+            for rollout in self._read(folder, is_finished, [prefix]):
+                yield rollout, set_name.strip()
+        for plan in sorted(folder.glob("**/samples/plan.json")):  # one folder deep, or in the set's
+            of_set = plan.parent.parent.relative_to(folder).as_posix()
+            set_name = f"{'' if of_set == '.' else of_set} opponent".strip()
+            for rollout in self._read(plan.parent, is_finished):
+                yield rollout, set_name
+
+    @property
+    def gold(self) -> list[Rollout]:
+        """The human completions that rounds train on as well, with their rewards.
+
+        Raises:
+            DamagedFileError: They can't be read.
+        """
+        path = self.root / "gold.parquet"
+        return load_rollouts(path) if path.exists() else []
+
+    def _read(
+        self, folder: Path, is_finished: bool, prefixes: Sequence[str] = ("", "hint-")
+    ) -> Iterator[Rollout]:
+        """Yield the rollouts of planned shards; of a phase in progress, of those on disk."""
+        for prefix in prefixes:
+            for number, shard in enumerate(read_plan(folder / f"{prefix}plan.json") or ()):
+                path = folder / f"{prefix}{number:05d}.parquet"
+                if shard.prompt_ids and is_finished:
+                    yield from StoredShard(path, shard.prompt_ids).rollouts()
+                elif shard.prompt_ids and path.exists():
+                    yield from load_rollouts(path)  # a kill may have left it with some prompts only
+
+    def _outcomes(self, round_index: int) -> dict[str, dict[int, str]]:
+        """Return the outcome of each rollout by prompt and sample index; none before the selection."""
+        path = self.folder(round_index) / "selection.parquet"
+        outcomes: dict[str, dict[int, str]] = {}
+        for prompt_id, index, outcome in read_selection(path) if path.exists() else ():
+            outcomes.setdefault(prompt_id, {})[index] = sys.intern(outcome)
+        return outcomes
