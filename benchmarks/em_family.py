@@ -198,7 +198,6 @@ def score(trainer: Any, rows: Sequence[Any], few_shot: bool = False) -> dict[str
         summarize_samples,
     )
     from trl_selfplay.evaluation.estimates import summarize_heldout
-    from trl_selfplay.evaluation.report import SamplingProgress
     from trl_selfplay.rollouts.selection import default_normal_form
 
     play, args = trainer.self_play, trainer.args
@@ -209,7 +208,7 @@ def score(trainer: Any, rows: Sequence[Any], few_shot: bool = False) -> dict[str
         (rows[:NUM_SAMPLED], NUM_SAMPLES),
         (rows[NUM_SAMPLED:], 0),
     ):
-        with SamplingProgress(len(part), "report", disable=True) as progress:
+        with play.progress("report", len(part), args.max_completion_length) as progress:
             rollouts += play.sample_heldout(part, progress, few_shot=few_shot)
     metrics = summarize_heldout(rollouts, reward_threshold=1.0, prefix="report")
     sampled = summarize_samples(

@@ -27,7 +27,7 @@ from addition import build_tokenizer
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trl_selfplay.evaluation.report import SamplingProgress
+from trl_selfplay.evaluation.progress import SamplingProgress
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.rewards.scoring import Scorer
@@ -94,7 +94,9 @@ def run(arm: str, milliseconds: float) -> tuple[float, int, list[Rollout]]:
     how: dict[str, Any] = {
         "round_index": 0,
         "phase": "train",
-        "progress": SamplingProgress(NUM_PROMPTS * NUM_SAMPLES, arm, disable=True),
+        "progress": SamplingProgress(
+            NUM_PROMPTS * NUM_SAMPLES, arm, options.max_completion_length, disable=True
+        ),
     }
     started = time.monotonic()
     if arm == "at the end":

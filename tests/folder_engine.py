@@ -38,13 +38,13 @@ class FolderEngine:
     def suggest_batch_size(self, longest_prompt, max_completion_length) -> int:
         return 8
 
-    def sample(self, requests, options, batch_size):
+    def sample(self, requests, options, batch_size, on_tokens=None):
         weights = self.export()
         if self._sampler is None:
             self.starts += 1
         if self._loaded is None or (weights != self._loaded and not self.is_stale):
             self._load(weights)
-        yield from self._sampler.sample(requests, options, batch_size)
+        yield from self._sampler.sample(requests, options, batch_size, on_tokens)
 
     def _load(self, weights) -> None:
         model = AutoModelForCausalLM.from_pretrained(

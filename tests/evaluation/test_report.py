@@ -1,7 +1,6 @@
 """What people are shown holds the numbers of rounds.jsonl and nothing else."""
 
 import json
-import logging
 import re
 import sys
 from pathlib import Path
@@ -10,9 +9,6 @@ from typing import Any
 import pytest
 
 from trl_selfplay.evaluation.report import (
-    SamplingProgress,
-    forecast,
-    format_duration,
     plot_rounds,
     print_round_table,
     round_table,
@@ -198,105 +194,3 @@ def test_the_plot_is_a_png(lines: list[dict[str, Any]], tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG\r\n")
     assert path.stat().st_size > 5_000
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
-
-
-class Clock:
-    """Seconds that a test sets."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def forecasts(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "trl_selfplay.evaluation.report"]
-
-
-def test_the_forecast_comes_once_after_a_minute(
-    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = Clock()
-    with (
-        caplog.at_level(logging.WARNING),
-        SamplingProgress(240_000, "round 0", clock=clock) as progress,
-    ):
-        for second in (10.0, 59.9, 60.0, 120.0):
-            clock.now = second
-            progress.update(43, 1000)
-            assert len(forecasts(caplog)) == (second >= 60.0)
-    # 129 samples in 60 s
-    assert forecasts(caplog) == [
-        "round 0: 240,000 completions, about 31 h; see `num_prompts_per_round`, `num_generations`"
-    ]
-
-
-def test_samples_read_back_from_disk_do_not_shorten_the_forecast(
-    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = Clock()
-    with SamplingProgress(1000, "held-out", settings=["num_generations_eval"], clock=clock) as p:
-        p.update(900, 90_000, restored=True)
-        clock.now = 60.0
-        p.update(10, 600)
-        assert p._bar.n == 910
-        assert p._bar.postfix == "10 tokens/s"
-    assert forecasts(caplog) == [
-        "held-out: 100 completions, about 10 min; see `num_generations_eval`"
-    ]
-
-
-def test_a_phase_that_ends_within_a_minute_gets_no_forecast(
-    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = Clock()
-    with SamplingProgress(10, "round 0", clock=clock) as progress:
-        clock.now = 61.0
-        progress.update(10, 100)
-    assert forecasts(caplog) == []
-
-
-def test_the_bar_shows_speed_and_share_solved(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")  # a bar is cut at the width that tqdm finds
-    monkeypatch.setenv("LINES", "50")
-    clock = Clock()
-    with SamplingProgress(8, "round 3", clock=clock) as progress:
-        clock.now = 2.0
-        progress.update(4, 5000)
-        progress.set_solved(0.25)
-        progress.set_abstained(1_200, "no answer within the deadline")
-        progress.update(4, 3000)
-    shown = capsys.readouterr().err
-    assert "round 3" in shown
-    assert "8/8" in shown
-    assert "4,000 tokens/s, 25% solved, 1,200 abstained (no answer within the deadline)" in shown
-
-
-def test_a_disabled_progress_says_nothing(
-    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = Clock()
-    with SamplingProgress(100, "round 0", disable=True, clock=clock) as progress:
-        clock.now = 100.0
-        progress.update(1, 10)
-        progress.set_solved(0.5)
-    assert forecasts(caplog) == []
-    assert capsys.readouterr().err == ""
-
-
-def test_a_forecast_is_the_rule_of_three() -> None:
-    assert forecast(done=50, total=200, seconds=60.0) == 240.0
-    with pytest.raises(ValueError, match="at least one"):
-        forecast(0, 200, 60.0)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (99, "99 s"), (600, "10 min"), (5_990, "100 min"), (7_200, "2 h"),
-     (111_600, "31 h"), (864_000, "10 days")],
-)  # fmt: skip
-def test_durations_are_in_the_unit_that_people_use(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text

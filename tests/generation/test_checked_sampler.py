@@ -29,9 +29,9 @@ class Engine:
     def suggest_batch_size(self, longest_prompt, max_completion_length) -> int:
         return 8
 
-    def sample(self, requests, options, batch_size):
+    def sample(self, requests, options, batch_size, on_tokens=None):
         self.asked.append((requests, options, batch_size))
-        return self._sampler.sample(requests, options, batch_size)
+        return self._sampler.sample(requests, options, batch_size, on_tokens)
 
     def release(self) -> None:
         self.released += 1
@@ -92,7 +92,7 @@ def test_each_version_and_each_start_is_checked_once_on_short_completions(parts)
 
 def test_an_iterator_is_checked_on_what_it_gives_at_first(parts) -> None:
     build, engine, _ = parts
-    done = []
+    done, lengths = [], []
 
     def follow():
         yield from REQUESTS[:3]
@@ -101,9 +101,12 @@ def test_an_iterator_is_checked_on_what_it_gives_at_first(parts) -> None:
             yield None
         yield REQUESTS[3]
 
-    for index, _ in build().sample(follow(), OPTIONS, 8):
+    told = []
+    for index, completion in build().sample(follow(), OPTIONS, 8, told.append):
         done.append(index)
+        lengths.append(len(completion.completion_ids))
     assert sorted(done) == [0, 1, 2, 3]
+    assert sum(told) == sum(lengths)  # without what is sampled to compare the weights
     assert list(engine.asked[0][0]) == REQUESTS[:3]
 
 

@@ -342,6 +342,22 @@ def test_the_logprob_equals_a_scoring_forward(build_model, tokenizer, filters) -
     } == {None}
 
 
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_tokens_are_told_as_they_are_decoded(build_model, tokenizer, batch_size) -> None:
+    model = build_model(initializer_range=0.05)
+    requests = build_requests(random_prompts([4, 7, 5]), num_samples=4)
+    options = SamplingOptions(50, eos_token_ids=tuple(range(1, VOCAB_SIZE, 10)))
+    told: list[int] = []
+    before_first, completions = None, []
+    sampler = TransformersSampler(model, tokenizer)
+    for _, completion in sampler.sample(requests, options, batch_size, told.append):
+        before_first = before_first or list(told)
+        completions.append(completion)
+    assert sum(told) == sum(len(c.completion_ids) for c in completions)
+    # one per unfinished row and step
+    assert before_first == [min(batch_size, 12)] * len(completions[0].completion_ids)
+
+
 def test_padding_rows_of_the_embedding_are_never_sampled(build_model, tokenizer) -> None:
     model = build_model(vocab_size=VOCAB_SIZE + 200, initializer_range=0.02)
     requests = build_requests(random_prompts([4]), num_samples=64)

@@ -118,6 +118,16 @@ def test_samples_of_a_prompt_enter_the_engine_together(build, stand_in) -> None:
     assert len(list(itertools.groupby(prompts))) == 3
 
 
+@pytest.mark.parametrize("stop_strings", [(), ("k", "x", "z")])
+def test_tokens_are_told_as_the_engine_gives_them(build, stop_strings) -> None:
+    told = []
+    options = SamplingOptions(60, eos_token_ids=(EOS,), stop_strings=stop_strings)
+    sampled = list(build().sample(requests(12), options, 12, told.append))
+    num_tokens = sum(len(completion.completion_ids) for _, completion in sampled)
+    assert sum(told) == num_tokens
+    assert (len(told) > 12) == bool(stop_strings)
+
+
 def test_a_stop_string_ends_a_completion_with_its_token(build, stand_in, tokenizer, tokens_of):
     sampler, wanted = build(), requests(12)
     options = SamplingOptions(200, eos_token_ids=(EOS,), stop_strings=("k", "x", "z"))

@@ -66,7 +66,9 @@ def test_the_server_gets_the_options_and_its_tokens_come_back(
 ) -> None:
     options = SamplingOptions(9, eos_token_ids=(1,), return_logprobs=True, **changes)
     weights = adapter("first", 1)
-    found = dict(build(lambda: weights).sample(REQUESTS, options, 3))
+    told = []
+    found = dict(build(lambda: weights).sample(REQUESTS, options, 3, told.append))
+    assert sorted(told) == sorted(len(c.completion_ids) for c in found.values())
     expected = in_process(weights, word_tokenizer, options)
     assert {i: (c.completion_ids, c.finish) for i, c in found.items()} == {
         i: (c.completion_ids, c.finish) for i, c in expected.items()

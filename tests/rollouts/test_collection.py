@@ -28,6 +28,10 @@ class CountingProgress:
         self.sampled = self.restored = 0
         self.solved = None
         self.abstained = None
+        self.num_tokens = 0
+
+    def decode(self, num_tokens):
+        self.num_tokens += num_tokens
 
     def update(self, num_samples, num_tokens, restored=False):
         if restored:

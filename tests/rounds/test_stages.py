@@ -5,7 +5,7 @@ import copy
 import pytest
 from accelerate import Accelerator
 
-from trl_selfplay.evaluation.report import SamplingProgress
+from trl_selfplay.evaluation.progress import SamplingProgress
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.collection import Collector
@@ -56,7 +56,7 @@ def build_play(config, tiny_model, word_tokenizer, sums, tmp_path):
 
 
 def sample(play):
-    with SamplingProgress(0, "held-out", disable=True) as progress:
+    with SamplingProgress(0, "held-out", 8, disable=True) as progress:
         return play.sample_heldout(play.heldout[""], progress)
 
 

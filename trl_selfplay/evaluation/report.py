@@ -1,162 +1,23 @@
-"""Report on a run: progress while sampling, and a table and a plot of the rounds.
+"""Report on a run: a table and a plot of the rounds.
 
-In: the lines of rounds.jsonl as dicts, counts of finished samples. Out: text, Markdown for the model
-card, a PNG, a progress bar, and one forecast of the sampling time.
+In: the lines of rounds.jsonl as dicts. Out: text, Markdown for the model card, a PNG.
 """
 
-import logging
 import re
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
-
-from tqdm.auto import tqdm
+from typing import Any
 
 from trl_selfplay.evaluation.monitor import best_round
+from trl_selfplay.evaluation.progress import say
 from trl_selfplay.rollouts.funnel import Funnel, describe_causes
 from trl_selfplay.rollouts.record import Rollout
 
-logger = logging.getLogger(__name__)
-
-FORECAST_AFTER_S = 60.0
 UNTRAINED = -1
 
 _NONE = "–"
-
-
-# --- while sampling ------------------------------------------------------------------------------
-
-
-class SamplingProgress:
-    """A progress bar over samples with tokens/s, the share of prompts solved so far, and abstentions.
-
-    A minute after the start, it logs once how long the whole phase will take.
-
-    Args:
-        total: Number of samples in the phase.
-        description: Label of the bar and the forecast, such as "round 0".
-        disable: Show and log nothing.
-        settings: Names of config fields that affect the time, for the forecast.
-        clock: Returns the time in seconds; tests pass their own.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        description: str,
-        disable: bool = False,
-        settings: Sequence[str] = ("num_prompts_per_round", "num_generations"),
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.total = total
-        self.description = description
-        self.settings = tuple(settings)
-        self._clock = clock
-        self._started = clock()
-        self._num_restored = 0
-        self._num_sampled = 0
-        self._num_tokens = 0
-        self._solved: float | None = None
-        self._abstained = ""
-        self._tells_forecast = not disable
-        # A log file gets a line for every refresh; on a terminal they overwrite each other.
-        refresh_s = 0.2 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm(
-            total=total, desc=description, unit="sample", disable=disable, mininterval=refresh_s
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._bar.close()
-
-    def update(self, num_samples: int, num_tokens: int, restored: bool = False) -> None:
-        """Count finished samples and their completion tokens.
-
-        Args:
-            num_samples: Samples finished since the last call.
-            num_tokens: Tokens of their completions.
-            restored: They were read from disk: they advance the bar but don't count for the speed.
-        """
-        if restored:
-            self._num_restored += num_samples
-        else:
-            self._num_sampled += num_samples
-            self._num_tokens += num_tokens
-            self._tell_forecast()
-        self._bar.set_postfix_str(self._postfix(), refresh=False)
-        self._bar.update(num_samples)
-
-    def set_solved(self, share: float) -> None:
-        """Show the share of prompts, among those graded so far, with a passing sample."""
-        self._solved = share
-        self._bar.set_postfix_str(self._postfix())
-
-    def set_abstained(self, count: int, cause: str | None) -> None:
-        """Show how many of the samples graded so far have no reward, and the most frequent cause."""
-        self._abstained = f"{count:,} abstained" + (f" ({cause})" if cause else "")
-        self._bar.set_postfix_str(self._postfix())
-
-    def _postfix(self) -> str:
-        seconds = self._clock() - self._started
-        speed = f"{self._num_tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
-        solved = "" if self._solved is None else f"{self._solved:.0%} solved"
-        return ", ".join(part for part in (speed, solved, self._abstained) if part)
-
-    def _tell_forecast(self) -> None:
-        seconds = self._clock() - self._started
-        to_sample = self.total - self._num_restored
-        if not self._tells_forecast or seconds < FORECAST_AFTER_S or self._num_sampled >= to_sample:
-            return
-        self._tells_forecast = False
-        logger.warning(
-            "%s: %s completions, about %s; see %s",
-            self.description,
-            f"{to_sample:,}",
-            format_duration(forecast(self._num_sampled, to_sample, seconds)),
-            ", ".join(f"`{name}`" for name in self.settings),
-        )
-
-
-def forecast(done: int, total: int, seconds: float) -> float:
-    """Return the time in seconds for `total` samples if `done` took `seconds`.
-
-    Raises:
-        ValueError: Nothing is done yet.
-    """
-    if done < 1:
-        raise ValueError("a forecast needs at least one finished sample.")
-    return seconds * total / done
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration in a readable unit.
-
-    >>> format_duration(111_600)
-    '31 h'
-    """
-    for unit, size, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 72)):
-        if seconds < most * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 86_400:.0f} days"
-
-
-# --- after each round ----------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    """Print a status line above any progress bar."""
-    tqdm.write(text)
 
 
 def print_completions(rollouts: Sequence[Rollout], limit: int | None = None) -> None:

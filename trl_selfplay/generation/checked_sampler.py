@@ -113,7 +113,11 @@ class CheckedSampler:
         return self._engine.suggest_batch_size(longest_prompt, max_completion_length)
 
     def sample(
-        self, requests: Requests, options: SamplingOptions, batch_size: int
+        self,
+        requests: Requests,
+        options: SamplingOptions,
+        batch_size: int,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         """Yield `(request index, completion)` as completions finish: see `Sampler.sample`.
 
@@ -122,14 +126,14 @@ class CheckedSampler:
             EngineChangedError: It is another engine than the run's.
         """
         if isinstance(requests, Sequence):
-            yield from self._sample(requests, requests, options, batch_size)
+            yield from self._sample(requests, requests, options, batch_size, on_tokens)
             return
         first: list[SampleRequest] = []
         for request in islice(requests, min(_NUM_PROBES, batch_size)):
             if request is None:
                 break
             first.append(request)
-        yield from self._sample(first, chain(first, requests), options, batch_size)
+        yield from self._sample(first, chain(first, requests), options, batch_size, on_tokens)
 
     def _sample(
         self,
@@ -137,12 +141,13 @@ class CheckedSampler:
         requests: Requests,
         options: SamplingOptions,
         batch_size: int,
+        on_tokens: Callable[[int], None] | None,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         check = partial(self._check_or_end, _spread(known), options, batch_size)
         self._engine.on_restart = check
         if known and self._hand_over().version != self._checked:
             check()
-        yield from self._engine.sample(requests, options, batch_size)
+        yield from self._engine.sample(requests, options, batch_size, on_tokens)
 
     def release(self) -> None:
         """End the engine, and delete copies of weights that it alone needed."""

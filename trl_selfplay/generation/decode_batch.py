@@ -111,6 +111,7 @@ class DecodeBatch:
         tokenizer: Decodes the text that is searched for stop strings.
         pad_token_id: Pads shorter prompts on the left, masked.
         prefix: The common prefix of all prompts, or None.
+        on_tokens: Called after every step with the number of tokens that it added to completions.
     """
 
     def __init__(
@@ -122,7 +123,9 @@ class DecodeBatch:
         tokenizer: PreTrainedTokenizerBase,
         pad_token_id: int,
         prefix: SharedPrefix | None,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> None:
+        self._on_tokens = on_tokens
         self._forward = forward
         self._chooser = chooser
         self._options = options
@@ -286,6 +289,8 @@ class DecodeBatch:
             self._tokens = tokens
         # The only synchronization with the device per step.
         token_list = read()
+        if self._on_tokens is not None:
+            self._on_tokens(self.num_unfinished)
         finished: list[tuple[int, SampledCompletion]] = []
         for place, (row, token) in enumerate(zip(self._rows, token_list, strict=True)):
             if row.is_finished:

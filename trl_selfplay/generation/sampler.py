@@ -5,7 +5,7 @@ them. Out: `(request index, SampledCompletion)` pairs in the order in which they
 Implementations: transformers_sampler.py, vllm_sampler.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -130,7 +130,11 @@ class Sampler(Protocol):
         ...
 
     def sample(
-        self, requests: Requests, options: SamplingOptions, batch_size: int
+        self,
+        requests: Requests,
+        options: SamplingOptions,
+        batch_size: int,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         """Yield `(request index, completion)` as completions finish, each request once.
 
@@ -148,6 +152,9 @@ class Sampler(Protocol):
             requests: A sequence, or an iterator of requests and None.
             options: The same for all of them.
             batch_size: Maximum sequences decoded together.
+            on_tokens: Called with the number of tokens decoded since its last call, also of
+                completions that aren't finished, in the thread that iterates. A sampler that gets
+                completions as a whole calls it when they are finished.
         """
         ...
 

@@ -128,7 +128,11 @@ class TransformersSampler:
         )
 
     def sample(
-        self, requests: Requests, options: SamplingOptions, batch_size: int
+        self,
+        requests: Requests,
+        options: SamplingOptions,
+        batch_size: int,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         """Yield `(request index, completion)` as completions finish, each request once.
 
@@ -152,7 +156,7 @@ class TransformersSampler:
             raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
         traits = self._traits()
         queue = RequestQueue(requests, traits.context_length)
-        return self._sample_checked(queue, options, batch_size, traits)
+        return self._sample_checked(queue, options, batch_size, traits, on_tokens)
 
     def _sample_checked(
         self,
@@ -160,6 +164,7 @@ class TransformersSampler:
         options: SamplingOptions,
         batch_size: int,
         traits: ModelTraits,
+        on_tokens: Callable[[int], None] | None,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         if not queue.has_more(batch_size, is_decoding=False):
             return
@@ -187,7 +192,7 @@ class TransformersSampler:
                     batch_size = min(batch_size, self._fitting[0])
                 started: dict[int, SampleRequest] = {}
                 decoding = self._decode(
-                    queue, started, forward, chooser, options, prefix, batch_size
+                    queue, started, forward, chooser, options, prefix, batch_size, on_tokens
                 )
                 try:
                     for index, sampled in decoding:
@@ -219,6 +224,7 @@ class TransformersSampler:
         options: SamplingOptions,
         prefix: SharedPrefix | None,
         batch_size: int,
+        on_tokens: Callable[[int], None] | None,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         """Decode from the queue until no row is left, moving requests to `started` as they begin.
 
@@ -247,8 +253,9 @@ class TransformersSampler:
             chosen = [(index, queue.requests[index]) for index in taken]
             started.update(chosen)
             return DecodeBatch(
-                chosen, forward, chooser, options, self._tokenizer, self._pad_token_id, prefix
-            )
+                chosen, forward, chooser, options, self._tokenizer, self._pad_token_id, prefix,
+                on_tokens,
+            )  # fmt: skip
 
         # Gradients are off only while the model runs: the caller's code between two completions,
         # and that which makes requests, keeps its own mode.

@@ -152,7 +152,11 @@ class VLLMSampler:
         return _WAITING_IN_ENGINE * self._room.num_sequences
 
     def sample(
-        self, requests: Requests, options: SamplingOptions, batch_size: int
+        self,
+        requests: Requests,
+        options: SamplingOptions,
+        batch_size: int,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         """Yield `(request index, completion)` as completions finish, each request once.
 
@@ -160,6 +164,7 @@ class VLLMSampler:
             requests: See `Sampler.sample`.
             options: See `Sampler.sample`.
             batch_size: Most requests in the engine at once, decoded or waiting there.
+            on_tokens: See `Sampler.sample`. Without stop strings, an engine gives completions as a whole.
 
         Raises:
             ValueError: An option is out of range, a prompt is empty or fills the model's context,
@@ -178,10 +183,14 @@ class VLLMSampler:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
         queue = RequestQueue(requests, self._traits.context_length)
-        return self._sample_checked(queue, options, batch_size)
+        return self._sample_checked(queue, options, batch_size, on_tokens)
 
     def _sample_checked(
-        self, queue: RequestQueue, options: SamplingOptions, batch_size: int
+        self,
+        queue: RequestQueue,
+        options: SamplingOptions,
+        batch_size: int,
+        on_tokens: Callable[[int], None] | None,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         if not queue.has_more(batch_size, is_decoding=False):
             return
@@ -214,6 +223,8 @@ class VLLMSampler:
                         self.on_restart()
                         self._is_sampling = True
                     continue
+                if on_tokens is not None:
+                    on_tokens(sum(len(tokens) for name, tokens, *_ in news if name in rows))
                 yield from self._read(news, rows, options)
         finally:
             self._is_sampling = False

@@ -109,7 +109,11 @@ class VLLMServerSampler:
         return _AT_ONCE
 
     def sample(
-        self, requests: Requests, options: SamplingOptions, batch_size: int
+        self,
+        requests: Requests,
+        options: SamplingOptions,
+        batch_size: int,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         """Yield `(request index, completion)` as completions finish: see `Sampler.sample`.
 
@@ -120,10 +124,14 @@ class VLLMServerSampler:
         """
         check_sampling_options(options)
         pending = RequestQueue(requests, self._traits.context_length)
-        return self._sample_checked(pending, options, batch_size)
+        return self._sample_checked(pending, options, batch_size, on_tokens)
 
     def _sample_checked(
-        self, pending: RequestQueue, options: SamplingOptions, batch_size: int
+        self,
+        pending: RequestQueue,
+        options: SamplingOptions,
+        batch_size: int,
+        on_tokens: Callable[[int], None] | None,
     ) -> Iterator[tuple[int, SampledCompletion]]:
         if not pending.has_more(batch_size, is_decoding=False):
             return
@@ -154,6 +162,8 @@ class VLLMServerSampler:
                     num_running -= 1
                     if isinstance(result, Exception):
                         raise result
+                    if on_tokens is not None:
+                        on_tokens(len(result.completion_ids))
                     yield number, result
             finally:
                 stop.set()

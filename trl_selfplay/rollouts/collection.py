@@ -50,6 +50,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Progress(Protocol):
     """Receives progress while samples come in."""
 
+    def decode(self, num_tokens: int) -> None:
+        """Count tokens as they are decoded, those of unfinished samples too."""
+
     def update(self, num_samples: int, num_tokens: int, restored: bool = False) -> None:
         """Count finished samples and their completion tokens, or those read back from disk."""
 
@@ -292,7 +295,9 @@ class Collector:
         prompt_texts = {a.row.prompt_id: _decode(self.tokenizer, a.prompt_ids) for a in assignments}
         tag_ids = _find_tag_ids(self.tokenizer)
         left = set(range(len(wanted)))
-        for request_index, sampled in self.sampler.sample(requests, work.options, batch_size):
+        for request_index, sampled in self.sampler.sample(
+            requests, work.options, batch_size, progress.decode
+        ):
             if stop.is_set():
                 return
             assignment, sample_index = wanted[request_index]

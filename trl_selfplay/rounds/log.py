@@ -14,7 +14,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_selfplay.evaluation.monitor import warn_warmup
-from trl_selfplay.evaluation.report import rounds_markdown, say
+from trl_selfplay.evaluation.progress import say
+from trl_selfplay.evaluation.report import rounds_markdown
 from trl_selfplay.rounds.run import RoundProgress, Run
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,8 @@ from trl_selfplay.evaluation.monitor import (
     warn_long,
     warn_truncation,
 )
-from trl_selfplay.evaluation.report import format_duration, print_round_table, say
+from trl_selfplay.evaluation.progress import format_duration, say
+from trl_selfplay.evaluation.report import print_round_table
 from trl_selfplay.memory import fast_collections
 from trl_selfplay.rollouts.funnel import describe_funnel
 from trl_selfplay.rollouts.played import PlayedRound

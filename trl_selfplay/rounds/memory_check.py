@@ -14,7 +14,7 @@ from torch import nn
 from trl_selfplay.estimation.forecast import estimate
 from trl_selfplay.estimation.plan import CannotEstimateError
 from trl_selfplay.estimation.record import GB
-from trl_selfplay.evaluation.report import say
+from trl_selfplay.evaluation.progress import say
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,8 @@ from trl_selfplay.evaluation.heldout import (
     heldout_options,
     metric_prefixes,
 )
-from trl_selfplay.evaluation.report import SamplingProgress, print_completions
+from trl_selfplay.evaluation.progress import SamplingProgress
+from trl_selfplay.evaluation.report import print_completions
 from trl_selfplay.generation.random_streams import Phase
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rewards.answer import is_answer
@@ -246,7 +247,7 @@ class SelfPlay:
         prompt_ids = self._prompt_ids(rows, few_shot, phase == "hint", rows[0].source, most)
         what = f"round {round_index}{' with hints' if phase == 'hint' else ''}"
         label = "judging" if phase == "judge" else what  # of held-out samples as well
-        with self.progress(label, len(rows) * len(indices)) as progress:
+        with self.progress(label, len(rows) * len(indices), most) as progress:
             return self._collect(
                 self.collector,
                 [Assignment(r, i, tuple(indices)) for r, i in zip(rows, prompt_ids, strict=True)],
@@ -291,7 +292,8 @@ class SelfPlay:
         metrics: dict[str, float] = {}
         of_sets: list[dict[str, float]] = []
         samples = sum(map(len, sets.values())) * (1 + self.config.num_generations_eval) * len(forms)
-        with self.progress("held-out", samples, ("num_generations_eval",)) as progress:
+        longest = build_sampling_options(self.config, ()).max_completion_length
+        with self.progress("held-out", samples, longest, ("num_generations_eval",)) as progress:
             for name, set_prefix in metric_prefixes(list(sets), prefix).items():
                 for form, few_shot in forms.items():
                     rollouts = self.sample_heldout(
@@ -360,13 +362,14 @@ class SelfPlay:
         self,
         description: str,
         total: int,
+        max_completion_length: int,
         settings: Sequence[str] = ("num_prompts_per_round", "num_generations"),
     ) -> SamplingProgress:
         """Return a progress bar over samples, of which each process has its share."""
         is_main = self.collector.accelerator.is_main_process
         disable = self.config.disable_tqdm or not is_main
         share = math.ceil(total / self.collector.accelerator.num_processes)
-        return SamplingProgress(share, description, disable=disable, settings=settings)
+        return SamplingProgress(share, description, max_completion_length, disable, settings)
 
     def watch_diversity(
         self,

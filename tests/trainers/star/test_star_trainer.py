@@ -350,7 +350,7 @@ class GoldSampler:
     def suggest_batch_size(self, longest_prompt, max_completion_length):
         return 4
 
-    def sample(self, requests, options, batch_size):
+    def sample(self, requests, options, batch_size, on_tokens=None):
         for index, request in enumerate(requests):
             yield index, SampledCompletion(self.completions[request.prompt_ids], "eos")
 

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from trl_selfplay.disk import held_by_this_process
-from trl_selfplay.evaluation.report import say
+from trl_selfplay.evaluation.progress import say
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, refuse_broken

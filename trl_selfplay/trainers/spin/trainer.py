@@ -17,7 +17,7 @@ from datasets import Dataset
 from trl import DPOTrainer
 
 from trl_selfplay.evaluation.heldout import HeldOutScores, metric_prefixes
-from trl_selfplay.evaluation.report import say
+from trl_selfplay.evaluation.progress import say
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rollouts.completions import (
     ChosenTokens,
