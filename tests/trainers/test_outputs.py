@@ -81,7 +81,7 @@ def test_a_finished_round_leaves_what_is_documented(build_star, sums) -> None:
     for line in lines:
         assert {
             "round", "sampled_from", "trained_from", "funnel", "rewards", "eval", "gain",
-            "gain_standard_error", "seconds", "examples", "steps", "learning_rate",
+            "gain_standard_error", "seconds", "tokens", "examples", "steps", "learning_rate",
         } <= line.keys()  # fmt: skip
     assert "eval_before" in lines[0]
     assert "eval_before" not in lines[1]

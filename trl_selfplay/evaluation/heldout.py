@@ -24,11 +24,13 @@ class HeldOutScores:
             passed, its reward if rewards are graded, or the log-prob per token of the data's
             completion if the method learns from data.
         seconds: Wall-clock time.
+        num_tokens: Tokens of the completions that were sampled for them.
     """
 
     metrics: Mapping[str, float]
     by_prompt: Mapping[str, float]
     seconds: float
+    num_tokens: int = 0
 
 
 def metric_prefixes(names: Sequence[str], prefix: str) -> dict[str, str]:

@@ -205,6 +205,14 @@ class Rollouts(Sequence[Rollout]):
                     values[place] = known.setdefault(value, value) if type(value) is str else value
         return found
 
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of all completions; reading it reads nothing else from disk."""
+        return sum(
+            count_values(table.column("completion_ids"))
+            for _, table in self._tables(["completion_ids"])
+        )
+
     def _by_part(self) -> Iterator[tuple[StoredShard | Sequence[Rollout], np.ndarray]]:
         """Yield each part that is used, and the places of its rollouts."""
         order = np.argsort(self._part, kind="stable")
@@ -266,6 +274,11 @@ class Rollouts(Sequence[Rollout]):
                 folder = part.path.parent
                 return str(folder) if access(folder, W_OK) else None
         return None
+
+
+def count_values(column: pa.ChunkedArray) -> int:
+    """Return the number of values in all lists of a column."""
+    return pc.sum(pc.list_value_length(column)).as_py() or 0
 
 
 class _Band:

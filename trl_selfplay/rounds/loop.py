@@ -60,6 +60,7 @@ from trl_selfplay.rounds.run import (
     find_best_round,
     has_stalled,
 )
+from trl_selfplay.rounds.tokens import tokens_by_phase
 from trl_selfplay.rounds.training import (
     changed_settings,
     free_optimizer,
@@ -375,6 +376,7 @@ def _finish_round(
             **{phase: round(seconds, 1) for phase, seconds in progress.seconds.items()},
             "evaluate": 0.0 if scores is None else round(scores.seconds, 1),
         },
+        "tokens": tokens_by_phase(plan, played, state.epoch, scores),
         "examples": played.num_examples,
         "steps": state.global_step,
         "learning_rate": args.learning_rate,

@@ -291,6 +291,7 @@ class SelfPlay:
         threshold = self.collector.eval_threshold
         metrics: dict[str, float] = {}
         of_sets: list[dict[str, float]] = []
+        num_tokens = 0
         samples = sum(map(len, sets.values())) * (1 + self.config.num_generations_eval) * len(forms)
         longest = build_sampling_options(self.config, ()).max_completion_length
         with self.progress("held-out", samples, longest, ("num_generations_eval",)) as progress:
@@ -309,9 +310,11 @@ class SelfPlay:
                         prefix=f"{set_prefix}_{form}".rstrip("_"),
                     )
                     of_sets.append(greedy_scores(rollouts, threshold))
+                    num_tokens += rollouts.num_tokens
         logged = _take_logged(self.collector.heldout_scorer)
         metrics |= {f"{prefix}_{name}": value for name, value in logged.items()}
-        return HeldOutScores(metrics, of_sets[0] if of_sets else {}, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return HeldOutScores(metrics, of_sets[0] if of_sets else {}, seconds, num_tokens)
 
     def sample_heldout(
         self,

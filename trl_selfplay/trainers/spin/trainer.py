@@ -257,6 +257,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         started = time.monotonic()
         metrics: dict[str, float] = {}
         first: dict[str, float] | None = None
+        num_tokens = 0
         for name, set_prefix in metric_prefixes(list(sets), prefix).items():
             pairs = self._pairs_of(sets[name])
             with self._whole_completions():
@@ -267,7 +268,8 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         if self.self_play.collector.heldout_scorer is not None:
             graded = super().score_sets(sets, prefix, folder)
             metrics, first = {**metrics, **graded.metrics}, dict(graded.by_prompt)
-        return HeldOutScores(metrics, first or {}, time.monotonic() - started)
+            num_tokens = graded.num_tokens
+        return HeldOutScores(metrics, first or {}, time.monotonic() - started, num_tokens)
 
     def _pairs_of(self, rows: list[PromptRow]) -> Dataset:
         """Return held-out rows, with the opponent's completions if it was sampled for them."""
