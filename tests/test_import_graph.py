@@ -1,6 +1,7 @@
 """The shape of the package: which module may import which, and what none of them may do."""
 
 import ast
+import subprocess
 import sys
 import tomllib
 from graphlib import TopologicalSorter
@@ -136,3 +137,14 @@ def test_what_is_imported_at_the_top_is_a_dependency() -> None:
                 used.add((node.module or "").split(".")[0])
     third_party = used - sys.stdlib_module_names - {"trl_selfplay"}
     assert third_party <= declared
+
+
+def test_readers_of_a_run_import_no_torch() -> None:
+    """Importing torch takes longer than a report."""
+    modules = sorted(name_of(path) for path in (PACKAGE / "inspection").glob("*.py"))
+    heavy = "{'torch', 'transformers', 'trl', 'datasets'}"
+    code = f"import sys, {', '.join(modules)}; print(*sorted({heavy} & sys.modules.keys()))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert found.stdout.split() == []

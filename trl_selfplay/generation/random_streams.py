@@ -8,12 +8,11 @@ of (key, step, token id), so a sample is the same alone, in any batch and after 
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 
-Phase = Literal["train", "hint", "eval", "gold", "judge"]
+from trl_selfplay.generation.sampler import Phase
 
 # Number of elements hashed at once on a CPU: bits and scratch of one chunk (8 bytes per element) fit
 # into the second-level cache of two cores.

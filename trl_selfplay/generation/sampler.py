@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Finish = Literal["eos", "stop", "length"]
+# What a completion is sampled for; part of the key of its random stream.
+Phase = Literal["train", "hint", "eval", "gold", "judge"]
 
 
 @dataclass(frozen=True, slots=True)

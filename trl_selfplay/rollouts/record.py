@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_selfplay.disk import BRING_BACK, NewerFormatError, naming_damage, save_table
-from trl_selfplay.generation.random_streams import Phase
-from trl_selfplay.generation.sampler import Finish
+from trl_selfplay.generation.sampler import Finish, Phase
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl_selfplay.disk import DamagedFileError, naming_damage, save_text
 from trl_selfplay.generation.sampler import Sampler
-from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout, load_rollouts
+
+if TYPE_CHECKING:  # it brings datasets, which readers of a run do without
+    from trl_selfplay.rollouts.prompts import PromptRow
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ BATCHES_PER_SHARD = 4
 class Assignment:
     """The samples to draw for one prompt: its row, its tokens, and the sample indices."""
 
-    row: PromptRow
+    row: "PromptRow"
     prompt_ids: tuple[int, ...]
     sample_indices: tuple[int, ...]
 

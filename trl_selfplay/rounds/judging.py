@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trl_selfplay.generation.random_streams import Phase
-from trl_selfplay.generation.sampler import SamplingOptions
+from trl_selfplay.generation.sampler import Phase, SamplingOptions
 from trl_selfplay.rewards.endpoint import Reply
 from trl_selfplay.rewards.judge import JudgeReward
 from trl_selfplay.rewards.local_model import (

@@ -38,7 +38,7 @@ from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rendering import keep_rendering
 from trl_selfplay.rollouts.selection import default_normal_form
 from trl_selfplay.rollouts.shards import load_engines
-from trl_selfplay.rounds.checkpoints import list_checkpoints
+from trl_selfplay.rounds.checkpoints import list_checkpoints, pass_over_checkpoints
 from trl_selfplay.rounds.dry_run import try_step
 from trl_selfplay.rounds.early_stopping import ends_run
 from trl_selfplay.rounds.empty_round import handle_empty_round
@@ -56,7 +56,6 @@ from trl_selfplay.rounds.run import (
     RoundProgress,
     Run,
     append_line,
-    drop_what_samples_became,
     find_best_round,
     has_stalled,
 )
@@ -242,7 +241,7 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
         )
         if changed:
             say(f"the samples on disk are kept; {', '.join(changed)} changed since")
-            drop_what_samples_became(run)
+            _drop_what_samples_became(run)
         play = trainer.self_play
         keep_rendering(play.formatter.rendering(play.rows[0].is_conversational), run.rendering_path)
     trainer.accelerator.wait_for_everyone()
@@ -262,6 +261,21 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
     if trainer.accelerator.num_processes > 1 and is_new:
         # Each process drew a new adapter of its own; DDP would make them equal only in training.
         load_trainable(trainer.model, run.initial_weights)
+
+
+def _drop_what_samples_became(run: Run) -> None:
+    """Delete what round 0 made from its samples, so that it selects and trains anew."""
+    for folder in (run.folder(UNTRAINED), run.folder(0)):
+        for made in (folder / "dataset", *folder.glob("evaluation/*/pairs")):
+            shutil.rmtree(made, ignore_errors=True)
+        (folder / "evaluation" / "scores.json").unlink(missing_ok=True)
+        # Which prompts are unsolved may differ: planned anew around what is sampled.
+        for plan in (
+            *folder.glob("samples/hint-plan.json"),
+            *folder.glob("judgements/hint-*plan.json"),
+        ):
+            plan.unlink()
+        pass_over_checkpoints(folder)
 
 
 def _load_newest_weights(trainer: Any, progress: RoundProgress) -> None:

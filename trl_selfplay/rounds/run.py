@@ -6,18 +6,17 @@ functions that read and write files other than rollouts. All writes are atomic.
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from trl_selfplay.disk import DamagedFileError, save_text
 from trl_selfplay.evaluation.monitor import best_round, rounds_without_gain
-from trl_selfplay.rounds.checkpoints import pass_over_checkpoints
 from trl_selfplay.rounds.plan import RoundPlan
+
+if TYPE_CHECKING:  # readers of a run do without it
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +99,7 @@ class RoundProgress:
     """
 
     plans: Sequence[RoundPlan]
-    warm_up_rows: Dataset | None = None
+    warm_up_rows: "Dataset | None" = None
     lines: list[dict[str, Any]] = field(default_factory=list)
     round_index: int | None = None
     steps_before: int = 0
@@ -157,21 +156,6 @@ def load_lines(path: Path) -> list[dict[str, Any]]:
 def append_line(path: Path, line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> None:
     """Append a line by rewriting all of them, since an interrupted append could leave half a line."""
     save_text(path, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
-
-
-def drop_what_samples_became(run: Run) -> None:
-    """Delete what round 0 made from its samples, so that it selects and trains anew."""
-    for folder in (run.folder(UNTRAINED), run.folder(0)):
-        for made in (folder / "dataset", *folder.glob("evaluation/*/pairs")):
-            shutil.rmtree(made, ignore_errors=True)
-        (folder / "evaluation" / "scores.json").unlink(missing_ok=True)
-        # Which prompts are unsolved may differ: planned anew around what is sampled.
-        for plan in (
-            *folder.glob("samples/hint-plan.json"),
-            *folder.glob("judgements/hint-*plan.json"),
-        ):
-            plan.unlink()
-        pass_over_checkpoints(folder)
 
 
 def name_of_weights(round_index: int) -> str:

@@ -37,8 +37,7 @@ from trl_selfplay.evaluation.heldout import (
 )
 from trl_selfplay.evaluation.progress import SamplingProgress
 from trl_selfplay.evaluation.report import print_completions
-from trl_selfplay.generation.random_streams import Phase
-from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.generation.sampler import Phase, build_sampling_options
 from trl_selfplay.rewards.answer import is_answer
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.collection import Collector, Progress

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from trl_selfplay.generation.random_streams import Phase, gumbel_noise, stream_key, token_words
+from trl_selfplay.generation.random_streams import gumbel_noise, stream_key, token_words
+from trl_selfplay.generation.sampler import Phase
 from trl_selfplay.trainers.quiet_star.backbone import (
     bar,
     chunk_rows,
