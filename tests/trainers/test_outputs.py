@@ -16,6 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from trl_selfplay.rollouts.kept_prompts import load_prompts
 from trl_selfplay.rollouts.record import SCHEMA
 from trl_selfplay.rounds.log import say_where_interrupted
 from trl_selfplay.rounds.run import RoundProgress
@@ -222,3 +223,15 @@ def test_logged_steps_go_on_over_rounds_while_the_parent_counts_anew(build_star)
     assert history == [1, 2, 3, 4]
     assert trainer.state.trial_name == "noted at step 4"  # what a callback notes isn't lost
     assert trainer.progress is None
+
+
+def test_a_run_keeps_its_prompts_and_a_finished_one_of_an_earlier_version_gets_them(
+    build_star, tmp_path, sums
+) -> None:
+    build_star(num_rounds=1).train()
+    path = tmp_path / "run" / "_rounds" / "prompts.parquet"
+    kept = load_prompts(path)
+    assert sorted(kept[i].prompt for i in kept) == sorted(sums(12)["prompt"])
+    path.unlink()
+    build_star(num_rounds=1).train(resume_from_checkpoint=True)
+    assert [*load_prompts(path)] == [*kept]

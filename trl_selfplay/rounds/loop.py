@@ -33,6 +33,7 @@ from trl_selfplay.evaluation.progress import format_duration, say
 from trl_selfplay.evaluation.report import print_round_table
 from trl_selfplay.memory import fast_collections
 from trl_selfplay.rollouts.funnel import describe_funnel
+from trl_selfplay.rollouts.kept_prompts import keep_prompts
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rendering import keep_rendering
@@ -244,6 +245,7 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
             _drop_what_samples_became(run)
         play = trainer.self_play
         keep_rendering(play.formatter.rendering(play.rows[0].is_conversational), run.rendering_path)
+        keep_prompts(run.prompts_path, play.rows)
     trainer.accelerator.wait_for_everyone()
     if not is_found(run.root / "config.json"):
         raise FileNotFoundError(

@@ -64,6 +64,11 @@ class Run:
         return self.root / "rendering.json"
 
     @property
+    def prompts_path(self) -> Path:
+        """The training prompts as the dataset has them."""
+        return self.root / "prompts.parquet"
+
+    @property
     def calibration_path(self) -> Path:
         """The scores of round 0 that calibrated reward functions are compared with."""
         return self.root / "calibration.json"

@@ -1,0 +1,242 @@
+"""Rows of a run for other trainers, compared with what was written into the run's folder."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from trl_selfplay.commands.export import run as export_command
+from trl_selfplay.inspection.export import export_run
+from trl_selfplay.inspection.row_forms import Example, to_row
+from trl_selfplay.rollouts.kept_prompts import KeptPrompt
+
+TEXT = [{"prompt": "Q 1 + 2 = ?", "solution": "3"}, {"prompt": "Q 2 + 2 = ?", "solution": "4"}]
+SYSTEM, USER = {"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 2"}
+CHAT = [{"prompt": [SYSTEM, USER], "solution": "3", "tools": [{"type": "function"}]}]
+
+ROUNDS = [
+    [
+        {"row": 0, "outcome": "kept", "sample_index": 0, "completion": "so 3"},
+        {"row": 0, "outcome": "duplicate", "sample_index": 1, "completion": "so  3"},
+        {"row": 0, "outcome": "failed", "sample_index": 2, "completion": "so 4", "reward": 0.0},
+        {"row": 0, "outcome": "truncated", "sample_index": 3, "completion": "so so so"},
+        {"row": 1, "outcome": "failed", "sample_index": 0, "completion": "so 5", "reward": 0.0},
+        {"row": 1, "outcome": "abstained", "sample_index": 1, "completion": "no", "reward": None},
+        {"row": 1, "outcome": "kept", "sample_index": 4, "completion": "so 4", "hinted": True},
+        {"row": 1, "outcome": "leaked", "sample_index": 5, "completion": "4", "hinted": True},
+        {"row": 1, "outcome": "failed", "sample_index": 6, "completion": "6", "hinted": True},
+    ],
+    [
+        {"row": 0, "outcome": "kept", "sample_index": 0, "completion": "so 3"},
+        {"row": 0, "outcome": "failed", "sample_index": 1, "completion": "so 4", "reward": 0.0},
+        {"row": 1, "outcome": "kept", "sample_index": 0, "completion": "2 + 2 = 4"},
+    ],
+]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def export(tmp_path):
+    """Export a run to a new file and return its rows."""
+
+    def export(run, kind, **options):
+        path = tmp_path / f"{kind}.jsonl"
+        count = export_run(run, kind, path, overwrite=True, **options)
+        rows = read(path)
+        assert len(rows) == count
+        return rows
+
+    return export
+
+
+def test_sft_rows_are_what_was_trained_on_without_repeats_and_with_their_origin(
+    write_run, export
+) -> None:
+    rows = export(write_run(TEXT, ROUNDS), "sft")
+    assert [(r["prompt"], r["completion"], r["round"], r["hinted"]) for r in rows] == [
+        ("Q 1 + 2 = ?", "so 3", 0, False),
+        ("Q 2 + 2 = ?", "so 4", 0, True),
+        ("Q 2 + 2 = ?", "2 + 2 = 4", 1, False),
+    ]
+    assert {key: rows[2][key] for key in ("sample_index", "reward", "outcome", "sampled_from")} == {
+        "sample_index": 0,
+        "reward": 1.0,
+        "outcome": "kept",
+        "sampled_from": "round 0",
+    }
+    assert len(export(write_run(TEXT, ROUNDS, "again"), "sft", rounds=[1])) == 2
+
+
+def test_dpo_rows_pair_each_completion_once_with_a_wrong_one_of_its_round(
+    write_run, export
+) -> None:
+    rows = export(write_run(TEXT, ROUNDS), "dpo")
+    keys = ("prompt", "chosen", "rejected", "round", "chosen_reward", "rejected_reward")
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        ("Q 1 + 2 = ?", "so 3", "so 4", 0, 1.0, 0.0)  # round 1 has the same pair
+    ]
+
+
+def test_kto_rows_are_right_or_wrong_and_nothing_else(write_run, export) -> None:
+    rows = export(write_run(TEXT, ROUNDS), "kto")
+    assert [(row["completion"], row["label"]) for row in rows] == [
+        ("so 3", True),
+        ("so  3", True),
+        ("so 4", False),
+        ("so 5", False),
+        ("so 4", True),
+        ("2 + 2 = 4", True),
+    ]
+
+
+def test_parquet_holds_every_sample_as_it_is_on_disk(write_run, tmp_path) -> None:
+    run = write_run(TEXT, ROUNDS)
+    assert export_run(run, "parquet", tmp_path / "all.parquet") == 12
+    table = pq.read_table(tmp_path / "all.parquet").to_pylist()
+    stored = [item for index in (0, 1) for item in run.rollouts(index)]
+    for row, (rollout, outcome) in zip(table, stored, strict=True):
+        assert row["outcome"] == outcome
+        assert row["prompt"] in ("Q 1 + 2 = ?", "Q 2 + 2 = ?")
+        assert row["rendered_prompt"] == rollout.prompt
+        for name in ("prompt_id", "sample_index", "completion", "reward", "round_index"):
+            assert row[name] == getattr(rollout, name)
+        assert tuple(row["completion_ids"]) == rollout.completion_ids
+
+
+def test_an_opponents_completions_are_rejected_sides_and_nothing_else(write_run, export) -> None:
+    samples = [
+        {"row": 0, "outcome": "kept", "completion": "no", "reward": None, "rewards": ()},
+        {"row": 1, "outcome": "identical", "completion": "4", "reward": None, "rewards": ()},
+    ]
+    run = write_run(TEXT, [samples], method="SPIN")
+    rows = export(run, "dpo")
+    assert [(r["prompt"], r["chosen"], r["rejected"]) for r in rows] == [("Q 1 + 2 = ?", "3", "no")]
+    for kind in ("sft", "kto"):
+        with pytest.raises(ValueError, match="nothing graded the completions"):
+            export(run, kind)
+
+
+def test_parquet_and_lines_hold_the_same_rows_also_of_messages(write_run, export, tmp_path) -> None:
+    samples = [{"row": 0, "outcome": "kept", "reward": None}, {"row": 0, "outcome": "kept"}]
+    samples[1] |= {"sample_index": 1, "completion": "3"}
+    run = write_run(CHAT, [samples])
+    export_run(run, "sft", tmp_path / "rows.parquet")
+    rows = export(run, "sft")
+    assert pq.read_table(tmp_path / "rows.parquet").to_pylist() == rows
+    assert rows[0]["prompt"] == [SYSTEM, USER]
+    assert rows[0]["completion"] == [{"role": "assistant", "content": "so 3"}]
+    assert rows[0]["tools"] == [{"type": "function"}]
+
+
+def _example(prompt, **completions):
+    return Example(KeptPrompt(prompt, "3", {}), completions)
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("trl", {"prompt": [SYSTEM, USER], "completion": [{"role": "assistant", "content": "3"}]}),
+        ("messages", {"messages": [SYSTEM, USER, {"role": "assistant", "content": "3"}]}),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": "system", "value": "Add."},
+                    {"from": "human", "value": "1 + 2"},
+                    {"from": "gpt", "value": "3"},
+                ]
+            },
+        ),
+        ("alpaca", {"instruction": "1 + 2", "input": "", "output": "3", "system": "Add."}),
+    ],
+)
+def test_a_completion_in_each_form(form, expected) -> None:
+    assert to_row(_example([SYSTEM, USER], completion="3"), form) == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("trl", {"prompt": "1 + 2", "chosen": "3", "rejected": "4"}),
+        (
+            "messages",
+            {
+                "messages": [USER],
+                "chosen": {"role": "assistant", "content": "3"},
+                "rejected": {"role": "assistant", "content": "4"},
+            },
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [{"from": "human", "value": "1 + 2"}],
+                "chosen": {"from": "gpt", "value": "3"},
+                "rejected": {"from": "gpt", "value": "4"},
+            },
+        ),
+        ("alpaca", {"instruction": "1 + 2", "input": "", "chosen": "3", "rejected": "4"}),
+    ],
+)
+def test_a_pair_of_a_text_prompt_in_each_form(form, expected) -> None:
+    assert to_row(_example("1 + 2", chosen="3", rejected="4"), form) == expected
+
+
+def test_a_completion_that_continues_an_assistant_turn_is_one_message_with_it() -> None:
+    row = to_row(_example([USER, {"role": "assistant", "content": "So"}], completion=" 3"), "trl")
+    assert row == {"prompt": [USER], "completion": [{"role": "assistant", "content": "So 3"}]}
+
+
+@pytest.mark.parametrize("form", ["sharegpt", "alpaca"])
+def test_a_prompt_that_a_form_cannot_hold_is_refused_with_another_form(form) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "1 + 2"}]}]
+    with pytest.raises(ValueError, match=r"no place in --form \w+.*Use --form messages"):
+        to_row(_example(parts, completion="3"), form)
+
+
+def test_the_command_writes_a_file_once_and_replaces_it_on_request(
+    write_run, tmp_path, monkeypatch, capsys
+) -> None:
+    run = write_run(TEXT, ROUNDS)
+    monkeypatch.chdir(tmp_path)
+    flags = [str(run.output_dir), "--as", "sft"]
+    assert export_command(flags) == 0
+    assert "3 rows in run-sft.jsonl" in capsys.readouterr().out
+    before = (tmp_path / "run-sft.jsonl").read_bytes()
+    assert export_command(flags) == 2
+    assert "--force" in capsys.readouterr().err
+    assert export_command([*flags, "--force"]) == 0
+    assert (tmp_path / "run-sft.jsonl").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--as", "sft", "--out", "rows.csv"], "must end in .jsonl or .parquet"),
+        (["--as", "sft", "--rounds", "0", "7"], "no samples of round 7; it has those of 0, 1"),
+        (["--as", "dpo", "--rounds", "1", "--form", "alpaca"], None),
+    ],
+)
+def test_the_command_says_what_is_wrong(write_run, tmp_path, monkeypatch, capsys, flags, message):
+    run = write_run(TEXT, ROUNDS)
+    monkeypatch.chdir(tmp_path)
+    assert export_command([str(run.output_dir), *flags]) == (0 if message is None else 2)
+    assert message is None or message in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_is_told_how_to_get_its_prompts(write_run, export) -> None:
+    run = write_run(TEXT, ROUNDS)
+    (run.root / "prompts.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="Resume it once"):
+        export(run, "sft")
+
+
+def test_nothing_is_left_behind_where_a_row_cannot_be_written(write_run, tmp_path) -> None:
+    turns = [USER, {"role": "assistant", "content": "?"}, USER]
+    run = write_run([{"prompt": turns, "solution": "3"}], [[{"row": 0, "outcome": "kept"}]])
+    with pytest.raises(ValueError, match="alpaca"):
+        export_run(run, "sft", tmp_path / "rows.jsonl", form="alpaca")
+    assert not list(tmp_path.glob("*rows*"))

@@ -1,0 +1,99 @@
+"""What TRL's own trainers make of exported rows."""
+
+from collections import Counter
+
+import pytest
+from datasets import Dataset, load_dataset, load_from_disk
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+from trl_selfplay import STaRConfig, STaRTrainer
+from trl_selfplay.inspection.export import export_run
+from trl_selfplay.inspection.run_folder import RunFolder
+
+pytestmark = pytest.mark.slow
+
+PRINTABLE = [chr(code) for code in range(33, 127)]
+SETTINGS = {
+    "report_to": [], "disable_tqdm": True, "gradient_checkpointing": False, "use_cpu": True,
+    "bf16": False, "max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no",
+    "logging_steps": 1, "learning_rate": 1e-2,
+}  # fmt: skip
+
+
+def has_even_length(completions, **kwargs):
+    """A reward that half of a random model's completions get."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(len(text) % 2 == 0) for text in texts]
+
+
+@pytest.fixture(params=["text", "chat"])
+def run(request, tmp_path, tiny_model, chat_tokenizer):
+    """A STaR run of one round, whose prompts are text or messages; its completions end by chance."""
+    prompts = [f"Q{i}" for i in range(12)]
+    if request.param == "chat":
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    trainer = STaRTrainer(
+        tiny_model(chat_tokenizer),
+        STaRConfig(
+            str(tmp_path / "run"), num_rounds=1, num_generations=32, max_completion_length=16,
+            rationalize=False, temperature=1.0, stop_strings=PRINTABLE, **SETTINGS,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": prompts, "solution": ["x"] * 12}),
+        processing_class=chat_tokenizer,
+        reward_funcs=has_even_length,
+    )  # fmt: skip
+    trainer.train()
+    return RunFolder.open(tmp_path / "run")
+
+
+def load(run, kind, tmp_path):
+    path = tmp_path / f"{kind}.jsonl"
+    assert export_run(run, kind, path) > 1
+    return load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "c"))
+
+
+def test_trl_tokenizes_an_exported_row_as_it_was_trained_on(
+    run, tmp_path, tiny_model, chat_tokenizer
+) -> None:
+    rows = load(run, "sft", tmp_path)
+    trainer = SFTTrainer(
+        tiny_model(chat_tokenizer),
+        SFTConfig(str(tmp_path / "sft"), **SETTINGS),
+        train_dataset=rows,
+        processing_class=chat_tokenizer,
+    )
+
+    def as_tokens(dataset):
+        return Counter((tuple(row["input_ids"]), tuple(row["labels"])) for row in dataset)
+
+    # A random model also writes what text can't tell: bytes that aren't UTF-8, and special tokens.
+    trained = Counter(
+        {
+            (ids, labels): count
+            for (ids, labels), count in as_tokens(
+                load_from_disk(str(run.folder(0) / "dataset"))
+            ).items()
+            if "\ufffd" not in chat_tokenizer.decode(ids)
+            and not {chat_tokenizer.pad_token_id, chat_tokenizer.unk_token_id} & {*ids}
+        }
+    )
+    assert trained.total() > 10
+    assert not trained - as_tokens(trainer.train_dataset)
+
+
+def test_trl_trains_on_every_kind(run, tmp_path, tiny_model, chat_tokenizer) -> None:
+    tiny_model(chat_tokenizer).save_pretrained(tmp_path / "model")
+    trainers = {
+        "sft": (SFTTrainer, SFTConfig),
+        "dpo": (DPOTrainer, DPOConfig),
+        "kto": (KTOTrainer, KTOConfig),
+    }
+    for kind, (trainer_class, config_class) in trainers.items():
+        trainer = trainer_class(
+            model=str(tmp_path / "model"),
+            args=config_class(str(tmp_path / f"run-{kind}"), **SETTINGS),
+            train_dataset=load(run, kind, tmp_path),
+            processing_class=chat_tokenizer,
+        )
+        trainer.train()
+        assert trainer.state.log_history[0]["grad_norm"] > 0.0

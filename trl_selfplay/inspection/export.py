@@ -1,0 +1,310 @@
+"""Export what a run sampled, as rows that other trainers read.
+
+In: the folder of a run. Out: JSON lines or Parquet. A row holds the prompt as the dataset has it, without
+few-shot examples, hint and chat template, and says where the completion comes from: round, prompt, sample,
+reward. The same folder always gives the same file.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trl_selfplay.disk import save_file_with
+from trl_selfplay.inspection.row_forms import Example, to_row
+from trl_selfplay.inspection.run_folder import RunFolder
+from trl_selfplay.rollouts.kept_prompts import KeptPrompt, KeptPrompts, load_prompts
+from trl_selfplay.rollouts.record import SCHEMA, Rollout
+from trl_selfplay.rounds.run import name_of_weights
+
+SUFFIXES = (".jsonl", ".parquet")
+
+# Outcomes of completions that are right, whether or not the round had a place for them.
+_RIGHT = ("kept", "duplicate", "capped", "unpaired", "too_long")
+_BATCH = 1000  # rows that are written together
+# Types of columns that the first rows alone may not tell, because they hold None.
+_TYPES = {
+    **{f.name: f.type for f in SCHEMA if f.name not in ("prompt", "completion")},  # may be messages
+    "round": pa.int32(),
+    "chosen_reward": pa.float64(),
+    "rejected_reward": pa.float64(),
+    "chosen_sample_index": pa.int32(),
+    "rejected_sample_index": pa.int32(),
+}
+
+Rows = Callable[[], Iterator[dict[str, Any]]]
+
+
+def export_run(
+    run: RunFolder,
+    kind: str,
+    path: Path,
+    *,
+    form: str = "trl",
+    rounds: Sequence[int] | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write rows of a kind to a file and return their number.
+
+    Args:
+        run: The run.
+        kind: "sft": what was trained on; "dpo": right against wrong; "kto": right or wrong; "parquet":
+            every sample, with all that is known of it.
+        path: A file that ends in .jsonl or .parquet. It is there whole or not at all.
+        form: One of `row_forms.FORMS`; "parquet" has one form of its own.
+        rounds: The rounds whose samples are exported; None takes all.
+        overwrite: Replace the file if it is there.
+
+    Raises:
+        FileExistsError: The file is there.
+        FileNotFoundError: The run kept no prompts.
+        ValueError: There is nothing to export, or the run, a prompt or the suffix has no place in that
+            kind or form.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{str(path)!r} must end in {' or '.join(SUFFIXES)}, which says the format."
+        )
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{str(path)!r} is there already. Pass --force to replace it.")
+    chosen = _check_rounds(run, rounds)
+    prompts = load_prompts(run.root / "prompts.parquet")
+    if kind == "parquet":
+
+        def rows() -> Iterator[dict[str, Any]]:
+            return _every_sample(run, prompts, chosen)
+
+    else:
+        examples = {"sft": _sft, "dpo": _dpo, "kto": _kto}[kind]
+
+        def rows() -> Iterator[dict[str, Any]]:
+            return (to_row(e, form) for e in _without_repeats(examples(run, prompts, chosen)))
+
+    if next(rows(), None) is None:
+        where = ", ".join(map(str, chosen))
+        raise ValueError(
+            f"{run.output_dir} has nothing to export as {kind} in round {where}: "
+            + (
+                "no prompt has a right and a wrong completion."
+                if kind == "dpo"
+                else "no completion was selected."
+            )
+        )
+    count = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal count
+        try:
+            count = (_write_parquet if path.suffix == ".parquet" else _write_lines)(temporary, rows)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    save_file_with(path, write)
+    return count
+
+
+def _check_rounds(run: RunFolder, rounds: Sequence[int] | None) -> list[int]:
+    found = run.rounds
+    if not found:
+        raise ValueError(
+            f"{run.output_dir} has no samples of its own to export. A verifier's run (V-STaR) trains on "
+            "those of another run: export that one."
+        )
+    if rounds is None:
+        return found
+    if missing := sorted(set(rounds) - set(found)):
+        raise ValueError(
+            f"{run.output_dir} has no samples of round {', '.join(map(str, missing))}; it has those of "
+            f"{', '.join(map(str, found))}."
+        )
+    return sorted(set(rounds))
+
+
+def _sft(run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int]) -> Iterator[Example]:
+    """Yield the completions that the rounds trained on."""
+    for rollout, outcome in _graded(run, rounds, "sft"):
+        if outcome == "kept":
+            columns = {**_origin(run, rollout), **_facts(rollout), "outcome": outcome}
+            yield Example(_prompt_of(prompts, rollout), {"completion": rollout.completion}, columns)
+
+
+def _kto(run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int]) -> Iterator[Example]:
+    """Yield right completions, and wrong ones without a hint, with a label."""
+    for rollout, outcome in _graded(run, rounds, "kto"):
+        if outcome in _RIGHT or (outcome == "failed" and not rollout.hinted):
+            columns = {
+                "label": outcome in _RIGHT,
+                **_origin(run, rollout),
+                **_facts(rollout),
+                "outcome": outcome,
+            }
+            yield Example(_prompt_of(prompts, rollout), {"completion": rollout.completion}, columns)
+
+
+def _dpo(run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int]) -> Iterator[Example]:
+    """Yield pairs of a prompt's completions in one round, each completion in at most one pair.
+
+    The first right one is paired with the first wrong one, and so on. An opponent's completion, which
+    nothing has graded, is paired with the data's.
+    """
+    for round_index in rounds:
+        unhinted = ((r, outcome) for r, outcome in run.rollouts(round_index) if not r.hinted)
+        for _, group in groupby(unhinted, key=lambda item: item[0].prompt_id):
+            same_prompt = list(group)
+            prompt = _prompt_of(prompts, same_prompt[0][0])
+            right = _distinct(r for r, outcome in same_prompt if outcome in _RIGHT and r.is_graded)
+            wrong = _distinct(
+                r for r, outcome in same_prompt if outcome == ("failed" if r.is_graded else "kept")
+            )
+            pairs: list[tuple[Rollout | None, Rollout]]
+            pairs = list(zip(right, wrong, strict=False))
+            if not same_prompt[0][0].is_graded:
+                pairs = [(None, rollout) for rollout in wrong]
+            for chosen, rejected in pairs:
+                best = _data_completion(prompt) if chosen is None else chosen.completion
+                columns = {
+                    **_origin(run, rejected),
+                    "chosen_sample_index": None if chosen is None else chosen.sample_index,
+                    "rejected_sample_index": rejected.sample_index,
+                    "chosen_reward": None if chosen is None else chosen.reward,
+                    "rejected_reward": rejected.reward,
+                }
+                yield Example(prompt, {"chosen": best, "rejected": rejected.completion}, columns)
+
+
+def _every_sample(
+    run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Yield every sample with its outcome, tokens, prompt and solution."""
+    for round_index in rounds:
+        for rollout, outcome in run.rollouts(round_index):
+            row = to_row(Example(_prompt_of(prompts, rollout), {}), "trl")
+            solution = _prompt_of(prompts, rollout).solution
+            fields = {name: getattr(rollout, name) for name in SCHEMA.names if name != "prompt"}
+            yield {
+                **row,
+                "solution": solution if isinstance(solution, str | None) else json.dumps(solution),
+                "outcome": outcome,
+                **_origin(run, rollout),
+                "rendered_prompt": rollout.prompt,
+                **fields,
+            }
+
+
+def _graded(run: RunFolder, rounds: Sequence[int], kind: str) -> Iterator[tuple[Rollout, str]]:
+    """Yield the samples of rounds.
+
+    Raises:
+        ValueError: Nothing graded them.
+    """
+    for round_index in rounds:
+        for rollout, outcome in run.rollouts(round_index):
+            if not rollout.is_graded and outcome != "unfinished":
+                raise ValueError(
+                    f"nothing graded the completions in {run.output_dir}: they are an opponent's, so "
+                    f"there is no right one to export as {kind}. Export them as dpo, against the data's "
+                    "completions, or as parquet."
+                )
+            yield rollout, outcome
+
+
+def _prompt_of(prompts: KeptPrompts, rollout: Rollout) -> KeptPrompt:
+    return prompts[rollout.prompt_id]
+
+
+def _origin(run: RunFolder, rollout: Rollout) -> dict[str, Any]:
+    """Return where a sample comes from: round, prompt, and the model that wrote it."""
+    index = rollout.round_index
+    if index < len(run.lines):
+        sampled_from = run.lines[index]["sampled_from"]
+    else:
+        is_warm = index == 0 and (run.root / "warm-up").exists()
+        sampled_from = "warm-up" if is_warm else name_of_weights(index - 1)
+    model = str(run.config.get("model") or "")
+    return {
+        "round": index,
+        "prompt_id": rollout.prompt_id,
+        "base_model": Path(model).name if Path(model).is_dir() else model,
+        "sampled_from": sampled_from,
+    }
+
+
+def _facts(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "sample_index": rollout.sample_index,
+        "reward": rollout.reward,
+        "hinted": rollout.hinted,
+    }
+
+
+def _data_completion(prompt: KeptPrompt) -> str:
+    """Return the data's completion of a prompt: text, or a list with one message."""
+    if isinstance(prompt.solution, str):
+        return prompt.solution
+    content = prompt.solution[0].get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _distinct(rollouts: Iterator[Rollout]) -> list[Rollout]:
+    """Return the first of the rollouts with each text."""
+    return list({r.completion: r for r in reversed(list(rollouts))}.values())[::-1]
+
+
+def _without_repeats(examples: Iterator[Example]) -> Iterator[Example]:
+    """Yield examples, but the same completions of the same prompt once, from their first round."""
+    seen: set[bytes] = set()
+    for example in examples:
+        key = "\0".join((example.columns["prompt_id"], *example.completions.values()))
+        digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield example
+
+
+def _write_lines(path: Path, rows: Rows) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows():
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _write_parquet(path: Path, rows: Rows) -> int:
+    """Write rows whose types are those of all of them: they are made twice.
+
+    Raises:
+        ValueError: Rows differ so that one column can't hold them.
+    """
+    schema = pa.schema([])
+    count = 0
+    try:
+        for table in _tables(rows):
+            schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
+        with pq.ParquetWriter(path, schema) as writer:
+            for table in _tables(rows, schema):
+                writer.write_table(table)
+                count += len(table)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(
+            f"the rows don't fit into one Parquet table ({error}): write them to a .jsonl file."
+        ) from error
+    return count
+
+
+def _tables(rows: Rows, schema: pa.Schema | None = None) -> Iterator[pa.Table]:
+    """Yield rows as tables; without a schema each with what its own rows show."""
+    remaining = rows()
+    while batch := list(islice(remaining, _BATCH)):
+        if schema is not None:
+            yield pa.Table.from_pylist(batch, schema)
+            continue
+        names = list(dict.fromkeys(name for row in batch for name in row))
+        arrays = [pa.array([row.get(n) for row in batch], _TYPES.get(n)) for n in names]
+        yield pa.table(arrays, names)

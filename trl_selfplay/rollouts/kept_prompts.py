@@ -1,0 +1,92 @@
+"""The training prompts as the dataset has them, kept beside a run for what reads it later.
+
+In: `PromptRow`s. Out: one Parquet file, and the prompts by id. Rollouts have only the rendered prompt, with
+special tokens, few-shot examples and hints; rows for other trainers need the dataset's own.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trl_selfplay.disk import BRING_BACK, naming_damage, save_table
+
+if TYPE_CHECKING:
+    from trl_selfplay.rollouts.prompts import Prompt, PromptRow
+
+_COLUMNS = ("prompt", "solution", "template_arguments")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPrompt:
+    """A prompt of the dataset.
+
+    Attributes:
+        prompt: Text or chat messages.
+        solution: The ground truth, or for SPIN the data's completion; None without one. What JSON
+            doesn't know is text.
+        template_arguments: The row's own `tools` and `chat_template_kwargs`, if any.
+    """
+
+    prompt: "Prompt"
+    solution: Any
+    template_arguments: Mapping[str, Any]
+
+
+class KeptPrompts:
+    """The prompts of a run, decoded when they are asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._columns = [table.column(name).combine_chunks() for name in _COLUMNS]
+        self._places = {p: i for i, p in enumerate(table.column("prompt_id").to_pylist())}
+
+    def __contains__(self, prompt_id: str) -> bool:
+        return prompt_id in self._places
+
+    def __getitem__(self, prompt_id: str) -> KeptPrompt:
+        """Return a prompt.
+
+        Raises:
+            KeyError: There is none with this id.
+        """
+        place = self._places[prompt_id]
+        return KeptPrompt(*(json.loads(column[place].as_py()) for column in self._columns))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+
+def keep_prompts(path: Path, rows: "Sequence[PromptRow]") -> None:
+    """Write the prompts once; a file that is there stays."""
+    if path.exists():
+        return
+    columns = {name: [_as_json(getattr(row, name)) for row in rows] for name in _COLUMNS}
+    ids = pa.array([row.prompt_id for row in rows], pa.string())
+    texts = {name: pa.array(values, pa.string()) for name, values in columns.items()}
+    save_table(path, pa.table({"prompt_id": ids, **texts}))
+
+
+def load_prompts(path: Path) -> KeptPrompts:
+    """Read the prompts.
+
+    Raises:
+        FileNotFoundError: An earlier version of the package made the run and kept none.
+        DamagedFileError: The file can't be read.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} isn't there: the run was made by a version that didn't keep the dataset's "
+            "prompts. Resume it once with train(resume_from_checkpoint=True), also if all its rounds are "
+            "finished: that writes the file."
+        )
+    with naming_damage(path, BRING_BACK):
+        return KeptPrompts(pq.read_table(path, columns=["prompt_id", *_COLUMNS]))
+
+
+def _as_json(value: Any) -> str:
+    """Return JSON in ASCII, which also holds lone surrogates."""
+    return json.dumps(value, default=str)
