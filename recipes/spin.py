@@ -103,12 +103,9 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         **script_arguments.model_arguments(training_args, model_args),
     )
     before = style.share_right(trainer, heldout)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
+    script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
     if heldout:
         style.report_style_demo(trainer, heldout, before)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
 
 

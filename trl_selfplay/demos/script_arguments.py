@@ -198,8 +198,14 @@ def model_arguments(training_args: Any, model_args: Any) -> dict[str, Any]:
 
 
 def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -> None:
-    """Run or resume all rounds, save the model, and push it if requested."""
+    """Run or resume all rounds, save the model, and push it if requested.
+
+    Raises:
+        SystemExit: With `dry_run=True`, after the checks: there is no trained model to go on with.
+    """
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if getattr(training_args, "dry_run", False):  # Quiet-STaR has none
+        raise SystemExit(0)
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)

@@ -77,8 +77,8 @@ class Estimate:
 
     def summary(self) -> str:
         """Return one line: the peak and each phase."""
-        phases = ", ".join(f"{phase.name} {_gb(phase.total)}" for phase in self.phases)
-        return f"{_gb(self.peak)} at most ({phases})"
+        phases = ", ".join(f"{phase.name} {size_text(phase.total)}" for phase in self.phases)
+        return f"{size_text(self.peak)} at most ({phases})"
 
     def __str__(self) -> str:
         trained = f"{self.num_trainable / 1e6:,.1f} M of {self.num_parameters / 1e6:,.1f} M weights"
@@ -88,7 +88,7 @@ class Estimate:
         rows = [header]
         for name in [*names, "total"]:
             values = [p.total if name == "total" else p.parts.get(name, 0) for p in self.phases]
-            rows.append(f"{name:<{width}}" + "".join(f"{_gb(value):>12}" for value in values))
+            rows.append(f"{name:<{width}}" + "".join(f"{size_text(value):>12}" for value in values))
         details = [f"{phase.name}: {phase.detail}" for phase in self.phases if phase.detail]
         advice = [f"to fit: {change}" for change in self.advice]
         title = f"{self.model} on {self.device}, {trained} trained"
@@ -104,7 +104,8 @@ def usable_bytes(gigabytes: float) -> int:
     return int((gigabytes * 2**30 - _CONTEXT_BYTES) * (1 - _LOST_SHARE))
 
 
-def _gb(count: int) -> str:
+def size_text(count: int) -> str:
+    """Return a number of bytes as text, in GB or MB; a dash for none."""
     if count == 0:
         return "–"
     return f"{count / GB:.2f} GB" if count >= GB / 100 else f"{count / 1e6:.1f} MB"

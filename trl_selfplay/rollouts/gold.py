@@ -6,7 +6,7 @@ had been sampled.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from datasets import Dataset
 
@@ -30,6 +30,14 @@ class Gold:
     def pairs(self) -> list[tuple[str, str]]:
         """Prompt id and completion of each, sorted: what a run knows them by."""
         return sorted((r.prompt_id, r.completion) for r in self.rollouts)
+
+    def of_prompts(self, prompt_ids: Collection[str]) -> Self:
+        """Return the completions of these prompts."""
+        return replace(
+            self,
+            rollouts=tuple(r for r in self.rollouts if r.prompt_id in prompt_ids),
+            rows={name: row for name, row in self.rows.items() if name in prompt_ids},
+        )
 
 
 def load_gold(

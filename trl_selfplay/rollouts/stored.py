@@ -4,6 +4,7 @@ In: a round's folder. Out: its rollouts, or those with certain outcomes; of a ru
 of all rounds.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -138,6 +139,19 @@ def load_history(folders: Iterable[Path]) -> Rollouts:
 def load_kept(folder: Path) -> Rollouts:
     """Return the rollouts that an earlier round kept, from its folder."""
     return load_outcomes(folder, ("kept",))
+
+
+def count_kept(folder: Path) -> Counter[str]:
+    """Return how many rollouts of each prompt a round selected, from its folder.
+
+    Raises:
+        DamagedFileError: The outcomes can't be read.
+    """
+    path = folder / "selection.parquet"
+    with naming_damage(path, BRING_BACK), pq.ParquetFile(path) as file:
+        table = file.read(["prompt_id", "outcome"])
+    pairs = zip(*map(pa.ChunkedArray.to_pylist, table.columns), strict=True)
+    return Counter(prompt_id for prompt_id, outcome in pairs if outcome == "kept")
 
 
 def _shards(folder: Path) -> Iterator[StoredShard]:

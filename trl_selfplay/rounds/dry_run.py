@@ -10,6 +10,7 @@ aren't covered.
 
 import copy
 import random
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,30 +26,38 @@ from trl_selfplay.rounds.training import free_optimizer
 _USUAL_STEPS = 1000
 
 
-def try_step(trainer: Any, row: Dataset) -> None:
+def try_step(trainer: Any, rows: Dataset) -> float | None:
     """Collate a batch, compute loss and gradients, create optimizer and scheduler, and undo it all.
 
     This costs a forward and a backward over a few tokens, and temporarily the memory of gradients.
 
     Args:
         trainer: A `transformers.Trainer` that has not begun to train.
-        row: One row, as the trainer's own dataset holds it.
+        rows: As the trainer's own dataset holds them; one is enough, since a batch repeats them.
+
+    Returns:
+        The seconds of forward and backward; None if the model has to be wrapped for them.
 
     Raises:
         Exception: Whatever the parent raises, with a note that says when.
     """
     with _undone(trainer):
         copies = trainer.args.train_batch_size * trainer.accelerator.num_processes
-        trainer.train_dataset = Dataset.from_list(row.to_list() * copies)
+        trainer.train_dataset = Dataset.from_list(rows.to_list() * copies)
         batches = iter(trainer.get_train_dataloader())
         [inputs], num_items = trainer.get_batch_samples(batches, 1, trainer.args.device)
         deque(batches, maxlen=0)  # else accelerate goes on counting the loader as the current one
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            return  # they need the model wrapped
+            return None  # they need the model wrapped
         trainer.current_gradient_accumulation_steps = 1
         _switch_checkpointing_on(trainer)
+        started = time.monotonic()
         trainer.training_step(trainer.model, inputs, num_items)
+        if trainer.args.device.type == "cuda":
+            torch.cuda.synchronize(trainer.args.device)
+        seconds = time.monotonic() - started
         trainer.create_optimizer_and_scheduler(_num_steps(trainer.args))
+    return seconds
 
 
 def _switch_checkpointing_on(trainer: Any) -> None:

@@ -52,6 +52,7 @@ from trl_selfplay.rounds.log import (
 )
 from trl_selfplay.rounds.memory_check import tell_memory
 from trl_selfplay.rounds.plan import RoundPlan
+from trl_selfplay.rounds.preflight import run_preflight, warn_before_run
 from trl_selfplay.rounds.run import (
     UNTRAINED,
     RoundProgress,
@@ -97,6 +98,7 @@ def run_rounds(
 
     Raises:
         EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
+        PreflightError: With `dry_run=True`, which trains nothing: a run can't work.
         FileExistsError: The output directory holds rounds, and `resume_from_checkpoint` is not set.
         ValueError: It holds rounds of another configuration (the error names each field), or
             `trial` was given.
@@ -115,8 +117,12 @@ def _run_rounds(
     args, run = trainer.args, trainer.run
     progress = RoundProgress(args.plan_rounds(), trainer.warm_up_rows())
     _refuse_callbacks(trainer, progress)
-    tell_memory(trainer)
+    if not args.dry_run:
+        warn_before_run(trainer)
+        tell_memory(trainer)
     try_step(trainer, trainer.placeholder)
+    if args.dry_run:
+        return run_preflight(trainer)
     _open_run(trainer, progress, resume)
     callback = RoundCallback(trainer, progress)
     trainer.add_callback(callback)

@@ -13,7 +13,7 @@ from torch import nn
 
 from trl_selfplay.estimation.forecast import estimate
 from trl_selfplay.estimation.plan import CannotEstimateError
-from trl_selfplay.estimation.record import GB
+from trl_selfplay.estimation.record import GB, Estimate
 from trl_selfplay.evaluation.progress import say
 
 logger = logging.getLogger(__name__)
@@ -34,35 +34,53 @@ def tell_memory(trainer: Any, row_length: int | None = None) -> None:
     model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
     if sum(p.numel() for p in model.parameters()) < _LEAST_WEIGHTS:
         return
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        logger.info("The memory of this run isn't estimated: its weights may be sharded.")
-        return
-    device = trainer.accelerator.device
-    free = _free_for_all(model, device)
     try:
-        found = estimate(
-            model,
-            trainer.args,
-            row_length=row_length,
-            memory=free,
-            device="cpu" if device.type == "cpu" else "cuda",
-            reward_models=_graders(trainer, device),
-        )
+        found, free = estimate_run(trainer, row_length)
     except CannotEstimateError as error:
         logger.info("The memory of this run isn't estimated: %s", error)
         return
     if not trainer.is_world_process_zero():
         return
     if found.fits(free):
-        say(f"memory: {found.summary()}, of {free / GB:.1f} GB")
+        say(f"memory: {describe_memory(found, free)}")
         return
     logger.warning(
-        "This run may need more memory than the %.1f GB that it can have on %s: %s. To fit: %s.",
-        free / GB,
-        device,
-        found.summary(),
+        "This run may need more memory than it can have on %s: %s. To fit: %s.",
+        trainer.accelerator.device,
+        describe_memory(found, free),
         "; ".join(found.advice),
     )
+
+
+def estimate_run(trainer: Any, row_length: int | None = None) -> tuple[Estimate, int]:
+    """Return the memory of a run, and the bytes that it can have on its device.
+
+    Args:
+        trainer: Of this package.
+        row_length: Tokens of the longest row of training, if it is known.
+
+    Raises:
+        CannotEstimateError: The weights are or may be sharded, or can't be estimated.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise CannotEstimateError("its weights may be sharded.")
+    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    device = trainer.accelerator.device
+    free = _free_for_all(model, device)
+    found = estimate(
+        model,
+        trainer.args,
+        row_length=row_length,
+        memory=free,
+        device="cpu" if device.type == "cpu" else "cuda",
+        reward_models=_graders(trainer, device),
+    )
+    return found, free
+
+
+def describe_memory(found: Estimate, free: int) -> str:
+    """Return an estimate and what is free as text."""
+    return f"{found.summary()}, of {free / GB:.1f} GB"
 
 
 def _graders(trainer: Any, device: torch.device) -> list[Any]:

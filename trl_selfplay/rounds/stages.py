@@ -201,14 +201,19 @@ class SelfPlay:
         """
         hinted, count = phase == "hint", self.config.num_generations
         indices = tuple(range(count, 2 * count) if hinted else range(count))
-        few_shot = bool(self.formatter.few_shot_examples)
-        if few_shot and (limit := self.config.few_shot_rounds) is not None:
-            few_shot = round_index < limit
+        few_shot = self.shows_examples(round_index)
         prefix = "hint-" if hinted else ""
         rollouts = self.ask(
             rows, round_index, phase, folder / "samples", indices, few_shot=few_shot, prefix=prefix
         )
         return weigh_calibrated(self, rollouts, folder)
+
+    def shows_examples(self, round_index: int) -> bool:
+        """Return whether a round samples with the few-shot examples before each prompt."""
+        if not self.formatter.few_shot_examples:
+            return False
+        limit = self.config.few_shot_rounds
+        return limit is None or round_index < limit
 
     def ask(
         self,

@@ -216,6 +216,13 @@ class SelfPlayConfig(EngineConfig):
             },
         )
     )
+    dry_run: Annotated[bool, OnResume.FREE] = field(
+        default=False,
+        metadata={
+            "help": "Check the run instead of training: `train()` plays a round on 32 training prompts "
+            "from random streams of their own, prints what it finds, and writes preflight.json.",
+        },
+    )
     on_empty_round: Annotated[str, OnResume.FREE] = field(
         default="raise",
         metadata={

@@ -5,7 +5,7 @@ bases. What a round is, from sampling to selection, is in each trainer's `play_r
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -59,7 +59,7 @@ class RoundsMixin(Trainer):
     """Adds rounds of sampling and training to a TRL trainer: `class MyTrainer(RoundsMixin, SFTTrainer)`.
 
     A trainer defines `play_round`. It may override `load_rows`, `placeholder_rows`, `prepare_stages`,
-    `identity`, `warm_up_rows`, `load_sets`, `score_sets` and `score_heldout`.
+    `identity`, `data_of`, `warm_up_rows`, `load_sets`, `score_sets` and `score_heldout`.
 
     Attributes:
         run: The rounds on disk.
@@ -71,6 +71,7 @@ class RoundsMixin(Trainer):
         load_rows: Checks a dataset and returns its rows. Called with the dataset, its name for
             errors, and `reward_funcs`.
         collated_columns: Columns of a round's rows that the collator gets besides the parent's.
+        samples_prompts: Whether rounds sample completions of the prompts.
     """
 
     args: Any
@@ -82,6 +83,7 @@ class RoundsMixin(Trainer):
     has_begun: bool = False
     load_rows: Callable[..., list[PromptRow]] = staticmethod(load_prompt_rows)
     collated_columns: tuple[str, ...] = ()
+    samples_prompts: bool = True
 
     def __init__(
         self,
@@ -230,6 +232,10 @@ class RoundsMixin(Trainer):
         """Return, by name, values of the method that must not change when a run is resumed."""
         return {}
 
+    def data_of(self, prompt_ids: Collection[str]) -> dict[str, Any]:
+        """Return, by attribute, what a round on only these prompts reads besides the prompts."""
+        return {}
+
     def warm_up_rows(self) -> Dataset | None:
         """Return what to train on before anything is sampled for training; None for nothing."""
         return None
@@ -239,7 +245,10 @@ class RoundsMixin(Trainer):
     ) -> TrainOutput:
         """Run all rounds; `resume_from_checkpoint=True` continues a run in `output_dir`.
 
+        With `dry_run=True` in the config nothing is trained: the run is checked on a few prompts.
+
         Raises:
+            PreflightError: With `dry_run=True`: a run with these settings can't work.
             EmptyRoundError: A round kept nothing and `on_empty_round` is "raise".
             FileExistsError: `output_dir` holds rounds, and `resume_from_checkpoint` is not set.
             ValueError: It holds rounds of another configuration, or `trial` was given.

@@ -1,5 +1,6 @@
 """V-STaR's invariants, on real runs of a tiny model."""
 
+import json
 import math
 from collections import Counter
 
@@ -229,3 +230,18 @@ def test_fields_of_rounds_and_sampling_are_refused(star_run, build_verifier) -> 
     for name, value in {"num_rounds": 2, "temperature": 0.5, "num_generations": 4, "stop_strings": ["a"]}.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}=.* has no effect here"):
             build_verifier(star_run, **{name: value})
+
+
+@pytest.mark.slow
+def test_a_verifier_s_pairs_are_counted_and_nothing_is_sampled(
+    star_run, build_verifier, tmp_path
+) -> None:
+    build_verifier(star_run, dry_run=True).train()
+    report = json.loads((tmp_path / "verifier" / "preflight.json").read_text())
+    found = {finding["name"]: finding for finding in report["findings"]}
+    assert not {"rewards", "lengths", "gold"} & set(found)
+    trainer = build_verifier(star_run, folder="other")
+    trainer.train()
+    [line] = trainer.run.lines
+    assert found["examples"]["values"]["examples"]["value"] == pytest.approx(line["examples"])
+    assert found["disk"]["values"]["samples"] == 0

@@ -6,7 +6,7 @@ In: prompts with solutions, reward functions, optionally human completions. Out:
 Source: IRPO, arXiv 2404.19733, section 2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -103,6 +103,10 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     def identity(self) -> dict[str, Any]:
         """Return a digest of the gold completions."""
         return {"gold_dataset": summarize(self.gold.pairs)}
+
+    def data_of(self, prompt_ids: Collection[str]) -> dict[str, Any]:
+        """Return the gold completions of these prompts."""
+        return {"gold": self.gold.of_prompts(prompt_ids)}
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Sample and grade under M_t, pair right with wrong, and score the pairs under M_t."""

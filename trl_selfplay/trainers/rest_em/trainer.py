@@ -8,7 +8,7 @@ Sources: ReST^EM, arXiv 2312.06585, Algorithm 1; ReST, arXiv 2308.08998, Algorit
 """
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -134,6 +134,10 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
             "normal_form": name_function(self.normal_form),
             "gold_dataset": summarize(self.gold.pairs),
         }
+
+    def data_of(self, prompt_ids: Collection[str]) -> dict[str, Any]:
+        """Return the gold completions of these prompts."""
+        return {"gold": self.gold.of_prompts(prompt_ids)}
 
     def warm_up_rows(self) -> Dataset | None:
         """Return the gold completions if `warm_up_on_gold` is set."""

@@ -8,7 +8,7 @@ Source: V-STaR, arXiv 2402.06457, Algorithm 1 and equation 2.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class VSTaRTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
     """
 
     args: VSTaRConfig
+    samples_prompts = False
     _tag_names = ["trl", "dpo", "trl-selfplay", "v-star"]  # noqa: RUF012  # as in TRL
     _name = "V-STaR"
     _paper = {  # noqa: RUF012  # as in TRL
@@ -108,6 +109,13 @@ class VSTaRTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         """Return a digest of the samples."""
         samples = ((r.prompt_id, r.completion_ids) for r in self.samples)
         return {"samples": summarize_each(samples)}
+
+    def data_of(self, prompt_ids: Collection[str]) -> dict[str, Any]:
+        """Return the samples of these prompts."""
+        of_prompts = self.samples.columns("prompt_id")[0]
+        return {
+            "samples": self.samples.pick([i for i, p in enumerate(of_prompts) if p in prompt_ids])
+        }
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Pair right with wrong completions of all rounds, and score both under G_SFT."""
