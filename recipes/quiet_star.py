@@ -65,10 +65,9 @@ SMOKE: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4}
 
 
 @dataclass
-class QuietSTaRScriptArguments(trl.ScriptArguments):
+class QuietSTaRScriptArguments(script_arguments.RunScriptArguments):
     """Arguments of this script besides QuietSTaRConfig."""
 
-    smoke: bool = field(default=False, metadata={"help": "Run the demo at its smallest size."})
     smollm2: bool = field(default=False, metadata={"help": "Run the demo with SmolLM2 and LoRA."})
 
 

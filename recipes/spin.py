@@ -19,7 +19,6 @@ on one GPU:
         --load_in_4bit --dtype bfloat16 --learning_rate 5e-6 --output_dir spin
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import trl
@@ -65,20 +64,13 @@ SMOKE: dict[str, Any] = {
 }
 
 
-@dataclass
-class SPINScriptArguments(trl.ScriptArguments):
-    """Arguments of this script besides SPINConfig."""
-
-    smoke: bool = field(default=False, metadata={"help": "Run the demo at its smallest size."})
-
-
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML. Without a dataset, the demo's settings are the defaults."""
     return script_arguments.parse_script_arguments(
         SPINConfig,
         flags,
         lambda script: DEMO | (SMOKE if script.smoke else {}),
-        SPINScriptArguments,
+        script_arguments.RunScriptArguments,
     )
 
 

@@ -39,6 +39,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left", "Disk quota exceeded", "inline_container", "file write failed")
 # What to do about a file that nothing else on disk tells again.
 BRING_BACK = "Bring it back from a copy, or start anew in another output_dir."
+# How a run goes on that stopped, in words that follow "then" or "and".
+RESUME = "resume with train(resume_from_checkpoint=True) (on the command line: --resume)"
 
 
 class DamagedFileError(RuntimeError):
@@ -89,7 +91,7 @@ def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise OSError(
             error.errno,
             f"could not write {path} ({error.strerror or error}). What was written before is "
-            "intact: free some space, then resume with train(resume_from_checkpoint=True)",
+            f"intact: free some space, then {RESUME}",
         ) from error
     _sync(path.parent)
 
@@ -154,8 +156,7 @@ def saying_what_is_kept(folder: Path) -> Iterator[None]:
         raise OSError(
             number or errno.ENOSPC,
             f"the disk is full in {folder} ({str(error)[:200]}). Samples, scores, finished rounds "
-            "and complete checkpoints are kept: free some space, then resume with "
-            "train(resume_from_checkpoint=True)",
+            "and complete checkpoints are kept: free some space, then {RESUME}",
         ) from error
 
 

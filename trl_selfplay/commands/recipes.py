@@ -32,10 +32,11 @@ def find_recipe(name: str) -> Path:
 
 def run_recipe(name: str, flags: list[str]) -> int:
     """Run a recipe in this process, with these flags in place of the process's own."""
-    path = str(find_recipe(name))
-    before, sys.argv = sys.argv, [path, *flags]
+    script = find_recipe(name)
+    before, sys.argv = sys.argv, [str(script), *flags]
     try:
-        runpy.run_path(path, run_name="__main__")
+        # The help calls it COMMAND.
+        runpy.run_path(str(script), {"COMMAND": f"trl-selfplay {script.stem}"}, "__main__")
     finally:
         sys.argv = before
     return 0

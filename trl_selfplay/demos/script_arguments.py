@@ -17,13 +17,31 @@ import trl.rewards
 from datasets import load_dataset
 
 import trl_selfplay.rewards as rewards
+from trl_selfplay.demos.flags_help import describe_script, program_name
 from trl_selfplay.rewards.sent_function import import_function
 from trl_selfplay.trainers.ported_scripts import explain_unknown_flags
 
 
+class WrongFlagsError(ValueError):
+    """A flag that a recipe doesn't have, or a value that it can't have."""
+
+    exit_code = 2  # of the command line; that of a run that ended with an error is 1
+
+
 @dataclass
-class GradedScriptArguments(trl.ScriptArguments):
+class RunScriptArguments(trl.ScriptArguments):
     """Arguments of a recipe besides the configuration of the run."""
+
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Go on with the run in output_dir; without one there, begin it."},
+    )
+    smoke: bool = field(default=False, metadata={"help": "Run the demo at its smallest size."})
+
+
+@dataclass
+class GradedScriptArguments(RunScriptArguments):
+    """Arguments of a recipe that grades completions."""
 
     reward_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reward model: a Hub id or a folder."}
@@ -52,7 +70,6 @@ class GradedScriptArguments(trl.ScriptArguments):
     chat: bool = field(
         default=False, metadata={"help": "Turn plain-text prompts into chat messages."}
     )
-    smoke: bool = field(default=False, metadata={"help": "Run the demo at its smallest size."})
 
 
 def parse_script_arguments(
@@ -70,22 +87,35 @@ def parse_script_arguments(
         script_class: Dataclass of the recipe's own arguments.
 
     Raises:
-        ValueError: A flag or YAML key is unknown. The message says what to use instead.
+        WrongFlagsError: A flag or YAML key is unknown, or has a value that can't be. The message says
+            what to use instead.
+        SystemExit: The help was asked for, and printed; or a value has another type.
     """
     types: Any = (script_class, config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
-    parser = trl.TrlParser(types)
-    # The full parser below prints the help.
-    given = [f for f in (sys.argv[1:] if flags is None else flags) if f not in ("-h", "--help")]
-    known = trl.TrlParser(types[::3]).parse_args_and_config(given, return_remaining_strings=True)
+    given = sys.argv[1:] if flags is None else flags
+    if asked := {"-h", "--help", "--help_all"}.intersection(given):
+        print(describe_script(types, whole="--help_all" in asked))  # noqa: T201  # a script's help
+        raise SystemExit(0)
+    usage = f"{program_name()} [FLAGS]; --help lists them"  # argparse would name all of them
+    known = trl.TrlParser(types[::3], usage=usage).parse_args_and_config(
+        given, return_remaining_strings=True
+    )
+    parser = trl.TrlParser(types, usage=usage)
     if not (known[0].dataset_name or known[1].datasets):
         parser.set_defaults_with_config(**demo_defaults(known[0]))
-    *parsed, unknown = parser.parse_args_and_config(flags, return_remaining_strings=True)
+    try:
+        *parsed, unknown = parser.parse_args_and_config(given, return_remaining_strings=True)
+    except ValueError as error:
+        raise WrongFlagsError(str(error)) from error
     if unknown:
         names = [each.name for fields in map(dataclasses.fields, types) for each in fields]
-        raise ValueError(
+        raise WrongFlagsError(
             f"this script doesn't take {' '.join(unknown)}:\n"
             f"{explain_unknown_flags(unknown, names)}"
         )
+    script, config, *_ = parsed
+    if script.resume and not config.resume_from_checkpoint:
+        config.resume_from_checkpoint = True
     return tuple(parsed)
 
 

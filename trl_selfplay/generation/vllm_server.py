@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_selfplay.disk import RESUME
 from trl_selfplay.generation.engine import EngineWeights
 from trl_selfplay.generation.generation_options import check_sampling_options
 from trl_selfplay.generation.model_traits import ModelTraits
@@ -285,8 +286,7 @@ class VLLMServerSampler:
                 if tries == _MOST_TRIES or stop.is_set():
                     raise ConnectionError(
                         f"the vLLM server at {self._url} can't be reached ({error!r}). Finished shards "
-                        "are kept: start it again, and resume with "
-                        "train(resume_from_checkpoint=True)."
+                        f"are kept: start it again, and {RESUME}."
                     ) from error
             stop.wait(_WAIT_S * 2**tries)
         raise AssertionError("unreachable")

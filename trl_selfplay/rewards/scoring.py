@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from trl_selfplay.disk import RESUME
 from trl_selfplay.rewards.calibration import Calibration
 from trl_selfplay.rewards.functions import (
     NOT_FORWARDED,
@@ -479,7 +480,7 @@ def _call(name: str, call: Callable[[], Any]) -> Any:
     except (Exception, SystemExit) as error:
         raise RuntimeError(
             f"reward function {name!r} raised {type(error).__name__}: {error}. The samples are on "
-            "disk; fix the function and resume with train(resume_from_checkpoint=True)."
+            f"disk; fix the function and {RESUME}."
         ) from error
 
 

@@ -7,6 +7,7 @@ import heapq
 import logging
 from typing import Any
 
+from trl_selfplay.disk import RESUME
 from trl_selfplay.rollouts.funnel import describe_causes, describe_funnel
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import Rollout
@@ -34,8 +35,7 @@ def handle_empty_round(args: Any, round_index: int, played: PlayedRound) -> None
     funnel = played.funnel
     kept = (
         " The samples are kept: num_generations, reward_threshold and max_length may change before "
-        "you resume with train(resume_from_checkpoint=True); what changes the sampling needs another "
-        "output_dir."
+        f"you {RESUME}; what changes the sampling needs another output_dir."
         if round_index == 0
         else ""
     )

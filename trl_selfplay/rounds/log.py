@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from trl_selfplay.disk import RESUME
 from trl_selfplay.evaluation.monitor import warn_warmup
 from trl_selfplay.evaluation.progress import say
 from trl_selfplay.evaluation.report import rounds_markdown
@@ -104,8 +105,10 @@ def say_where_interrupted(progress: RoundProgress) -> Iterator[None]:
         index = progress.round_index
         where = "before round 0" if index is None else f"in round {index}"
         logger.warning(
-            "interrupted %s; resume with train(resume_from_checkpoint=True) on the same output_dir.",
+            "interrupted %s; %s, on the same output_dir. Finished rounds, complete shards of samples "
+            "and complete checkpoints are kept.",
             where,
+            RESUME,
         )
         raise
 

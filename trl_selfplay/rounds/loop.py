@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
 from trl import BEMACallback
 
-from trl_selfplay.disk import BRING_BACK, DamagedFileError, held_by_this_process, is_found
+from trl_selfplay.disk import BRING_BACK, RESUME, DamagedFileError, held_by_this_process, is_found
 from trl_selfplay.evaluation.diversity import summarize_samples, warn_sharpening
 from trl_selfplay.evaluation.estimates import paired_difference
 from trl_selfplay.evaluation.heldout import HeldOutScores
@@ -224,10 +224,12 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
         resume = True
     if run.root.is_dir() and any(run.root.iterdir()) and not resume:
         raise FileExistsError(
-            f"{args.output_dir!r} already holds rounds. Go on with "
-            "train(resume_from_checkpoint=True), or choose another output_dir (or delete this one)."
+            f"{args.output_dir!r} already holds rounds. To go on with them, {RESUME}; or choose another "
+            "output_dir (or delete this one)."
         )
     progress.lines = run.lines
+    if resume and not run.root.is_dir() and trainer.is_world_process_zero():
+        say(f"there is nothing to resume in {args.output_dir}: the run begins")
     has_initial_weights = run.initial_weights.exists()
     if run.keeps_initial_weights and not has_initial_weights and run.folder(0).exists():
         raise DamagedFileError(

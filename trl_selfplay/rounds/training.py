@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.disk import (
     BRING_BACK,
+    RESUME,
     DamagedFileError,
     naming_damage,
     replace_folder,
@@ -126,8 +127,7 @@ def _check_finite(trainer: Any, folder: Path) -> None:
         f"training in {folder} diverged: {len(broken)} trained weights hold NaN "
         f"or infinity, {broken[0]} among them. No model was saved; samples and scores are kept. "
         "Lower the learning rate (learning_rate in round 0, later this round's value in "
-        "round_learning_rates), or set bf16=True instead of fp16, and resume with "
-        "train(resume_from_checkpoint=True)."
+        f"round_learning_rates), or set bf16=True instead of fp16, and {RESUME}."
     )
 
 
@@ -139,8 +139,7 @@ def _refuse_less_than_a_batch(trainer: Any, rows: Dataset) -> None:
         raise ValueError(
             f"this round has {len(rows)} rows to train on, fewer than one batch of {batch}, which "
             "dataloader_drop_last=True drops. What was sampled is kept: set "
-            "dataloader_drop_last=False or a smaller per_device_train_batch_size, and resume with "
-            "train(resume_from_checkpoint=True)."
+            f"dataloader_drop_last=False or a smaller per_device_train_batch_size, and {RESUME}."
         )
 
 

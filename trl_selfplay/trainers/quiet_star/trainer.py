@@ -258,6 +258,8 @@ class QuietSTaRTrainer(SFTTrainer):
                     "or pass the checkpoint as `model` to start a run from its weights."
                 )
             resume = last_whole_checkpoint(Path(str(self.args.output_dir)), self.accelerator)
+            if resume is None and self.is_world_process_zero():
+                say(f"{self.args.output_dir} holds no checkpoint to resume from: training begins")
         elif resume:
             refuse_broken(Path(resume), self.accelerator)
         if self.args.num_thoughts:
