@@ -12,12 +12,17 @@ For your own model and data, use the flags of TRL's GRPO script, or `--config fi
     python recipes/irpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft \
         --dataset_name trl-lib/DeepMath-103K --reward_funcs math_reward \
         --learning_rate 1e-5 --output_dir irpo
+
+The paper's experiments, which flags override: `--preset arc`, `--preset math`, or
+
+    python recipes/irpo.py --preset gsm8k --model_name_or_path Qwen/Qwen2.5-7B-Instruct \
+        --output_dir irpo-gsm8k
 """
 
 from typing import Any
 
 from trl_selfplay import IRPOConfig, IRPOTrainer
-from trl_selfplay.demos import script_arguments, words
+from trl_selfplay.demos import papers, script_arguments, words
 
 # The demo's flags. The paper trains all weights of a 70B model at 7e-7; LoRA on a model of this size
 # needs a far higher rate.
@@ -55,20 +60,23 @@ SMOKE: dict[str, Any] = {
     "on_empty_round": "stop",
 }
 
+PRESETS = papers.IRPO  # what `--preset` sets
+
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML. Without a dataset, the demo's settings are the defaults."""
     return script_arguments.parse_script_arguments(
-        IRPOConfig, flags, lambda script: DEMO | (SMOKE if script.smoke else {})
+        IRPOConfig, flags, lambda script: DEMO | (SMOKE if script.smoke else {}), presets=PRESETS
     )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, construct, train, save."""
-    sets, split = script_arguments.load_sets(script_args, dataset_args), None
+    sets, split = script_arguments.load_sets(script_args, dataset_args, PRESETS), None
     if sets is None:
         split = words.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}
+        sets["few_shot_examples"] = split.few_shot
     trainer = IRPOTrainer(
         model_args.model_name_or_path or words.load_demo_model_path(),
         args=training_args,
@@ -76,7 +84,6 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         **script_arguments.model_arguments(training_args, model_args),
         reward_funcs=script_arguments.load_reward_funcs(script_args),
         eval_reward_funcs=script_arguments.load_eval_reward_funcs(script_args),
-        few_shot_examples=split and split.few_shot,
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
     if split:

@@ -17,17 +17,18 @@ their steps, and then learns to think on lines that don't. `--smoke` runs it at 
         --dataset_test_split 'train[1000:1100]' --max_length 256 --learning_rate 1e-4 \
         --eval_strategy steps --use_peft --lora_target_modules all-linear --load_in_4bit \
         --dtype bfloat16 --output_dir quiet-star
+
+The paper's experiment, which flags override:
+
+    python recipes/quiet_star.py --preset openwebmath --output_dir quiet-star-openwebmath
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import trl
-from datasets import load_dataset
-
 from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer
-from trl_selfplay.demos import pointer_scores, pointers, script_arguments, words
+from trl_selfplay.demos import papers, pointer_scores, pointers, script_arguments, words
 
 # The demo's flags.
 DEMO: dict[str, Any] = {
@@ -62,6 +63,7 @@ SMOLLM2: dict[str, Any] = {
 }
 # What `--smoke` changes: a run of a minute that only shows that everything works.
 SMOKE: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4}
+PRESETS = papers.QUIET_STAR  # what `--preset` sets
 
 
 @dataclass
@@ -78,6 +80,7 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
         flags,
         lambda script: DEMO | (SMOLLM2 if script.smollm2 else {}) | (SMOKE if script.smoke else {}),
         QuietSTaRScriptArguments,
+        PRESETS,
     )
 
 
@@ -85,17 +88,10 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     """Load, construct, train, save, and report where thoughts help."""
     lines: list[dict[str, Any]] = []
     model, folder = model_args.model_name_or_path, Path(training_args.output_dir)
-    if dataset_args.datasets:
-        sets = trl.get_dataset(dataset_args)
-        train, test = (sets.get(name) for name in ("train", "test"))
-    elif script_args.dataset_name:
-        heldout = script_args.dataset_test_split if training_args.eval_strategy != "no" else None
-        train, test = (
-            split
-            and load_dataset(script_args.dataset_name, name=script_args.dataset_config, split=split)
-            for split in (script_args.dataset_train_split, heldout)
-        )
-    else:
+    if training_args.eval_strategy == "no":
+        script_args.dataset_test_split = None
+    train, test = script_arguments.load_splits(script_args, dataset_args, PRESETS)
+    if train is None:
         train, test, lines = pointers.pointer_split(training_args.seed, script_args.smoke)
         if script_args.smollm2:
             model = model or words.load_demo_model_path()

@@ -19,12 +19,17 @@ For your own model and data, use the flags of TRL's GRPO script, or `--config fi
         --eval_reward_funcs math_reward --start_from previous \
         --threshold_kind percentile --improve_thresholds 50 75 90 --max_per_prompt 32 \
         --few_shot_in_training false --output_dir rest
+
+The paper's translations, which flags override; its model and reward aren't public:
+
+    python recipes/rest.py --preset iwslt --model_name_or_path Qwen/Qwen2.5-0.5B \
+        --reward_funcs my_rewards.metric --output_dir rest-iwslt
 """
 
 from typing import Any
 
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
-from trl_selfplay.demos import script_arguments, words
+from trl_selfplay.demos import papers, script_arguments, words
 from trl_selfplay.demos.reward_model import load_demo_reward_model
 
 # The demo's flags.
@@ -68,6 +73,8 @@ SMOKE: dict[str, Any] = {
     "on_empty_round": "stop",
 }
 
+PRESETS = papers.REST  # what `--preset` sets
+
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML. Without a dataset, the demo's settings are the defaults."""
@@ -75,15 +82,17 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
         ReSTEMConfig,
         flags,
         lambda script: DEMO | (SMOKE if script.smoke else {}),
+        presets=PRESETS,
     )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, construct, train, save."""
-    sets, split = script_arguments.load_sets(script_args, dataset_args), None
+    sets, split = script_arguments.load_sets(script_args, dataset_args, PRESETS), None
     if sets is None:
         split = words.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}
+        sets["few_shot_examples"] = split.few_shot
     if split:
         rewards: Any = load_demo_reward_model(
             training_args.output_dir, split, DEMO, training_args.seed, script_args.smoke
@@ -97,7 +106,6 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         **script_arguments.model_arguments(training_args, model_args),
         reward_funcs=rewards,
         eval_reward_funcs=script_arguments.load_eval_reward_funcs(script_args),
-        few_shot_examples=split and split.few_shot,
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
     if split:

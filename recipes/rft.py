@@ -15,12 +15,16 @@ For your own model and data, use the flags of TRL's GRPO script, or `--config fi
         --dataset_name my_data --reward_funcs exact_reward equations_reward \
         --reward_weights 0.5 0.5 --num_rounds 1 --num_generations 100 --top_k 0 \
         --max_per_prompt 100 --warm_up_on_gold --few_shot_in_training false --output_dir rft
+
+The paper's experiment, which flags override:
+
+    python recipes/rft.py --preset gsm8k --output_dir rft-gsm8k
 """
 
 from typing import Any
 
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, reasoning_path
-from trl_selfplay.demos import script_arguments, words
+from trl_selfplay.demos import papers, script_arguments, words
 
 # The demo's flags.
 DEMO: dict[str, Any] = {
@@ -60,32 +64,33 @@ SMOKE: dict[str, Any] = {
     "on_empty_round": "stop",
 }
 
+PRESETS = papers.RFT  # what `--preset` sets
+
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML. Without a dataset, the demo's settings are the defaults."""
     return script_arguments.parse_script_arguments(
-        ReSTEMConfig, flags, lambda script: DEMO | (SMOKE if script.smoke else {})
+        ReSTEMConfig, flags, lambda script: DEMO | (SMOKE if script.smoke else {}), presets=PRESETS
     )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, construct, train, save."""
-    sets, split = script_arguments.load_sets(script_args, dataset_args), None
+    sets, split = script_arguments.load_sets(script_args, dataset_args, PRESETS), None
     if sets is None:
         split = words.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}
-    rewards = script_arguments.load_reward_funcs(script_args)
-    gold = words.gold_completions(split.train) if split else sets["train_dataset"]
+        sets["few_shot_examples"] = split.few_shot
+        sets["gold_dataset"] = words.gold_completions(split.train)
+    sets.setdefault("gold_dataset", sets["train_dataset"])
     trainer = ReSTEMTrainer(
         model_args.model_name_or_path or words.load_demo_model_path(),
         training_args,
         **sets,
         **script_arguments.model_arguments(training_args, model_args),
-        reward_funcs=rewards,
+        reward_funcs=script_arguments.load_reward_funcs(script_args),
         eval_reward_funcs=script_arguments.load_eval_reward_funcs(script_args),
-        few_shot_examples=split and split.few_shot,
         normal_form=reasoning_path,
-        gold_dataset=gold,
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
     if split:

@@ -17,15 +17,16 @@ on one GPU:
         --dataset_name HuggingFaceH4/ultrachat_200k --dataset_train_split 'train_sft[:5000]' \
         --dataset_test_split 'test_sft[:200]' --use_peft --lora_target_modules all-linear \
         --load_in_4bit --dtype bfloat16 --learning_rate 5e-6 --output_dir spin
+
+The paper's experiment, which flags override:
+
+    python recipes/spin.py --preset ultrachat --output_dir spin-ultrachat
 """
 
 from typing import Any
 
-import trl
-from datasets import load_dataset
-
 from trl_selfplay import SPINConfig, SPINTrainer
-from trl_selfplay.demos import script_arguments, style, words
+from trl_selfplay.demos import papers, script_arguments, style, words
 
 # The demo's flags, small enough for minutes on one core. The paper trains all weights of a 7B model at
 # 5e-7; LoRA on a model of this size needs a far higher rate. As in the paper, the rate falls and beta
@@ -62,6 +63,7 @@ SMOKE: dict[str, Any] = {
     "max_steps": 2,
     "on_empty_round": "stop",
 }
+PRESETS = papers.SPIN  # what `--preset` sets
 
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
@@ -71,21 +73,15 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
         flags,
         lambda script: DEMO | (SMOKE if script.smoke else {}),
         script_arguments.RunScriptArguments,
+        PRESETS,
     )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, construct, train, save."""
     heldout: list[dict[str, Any]] = []
-    if dataset_args.datasets:
-        sets = trl.get_dataset(dataset_args)
-        train, test = (sets.get(name) for name in ("train", "test"))
-    elif script_args.dataset_name:
-        train, test = (
-            load_dataset(script_args.dataset_name, name=script_args.dataset_config, split=split)
-            for split in (script_args.dataset_train_split, script_args.dataset_test_split)
-        )
-    else:
+    train, test = script_arguments.load_splits(script_args, dataset_args, PRESETS)
+    if train is None:
         train, test, heldout = style.style_split(training_args.seed, script_args.smoke)
     trainer = SPINTrainer(
         model_args.model_name_or_path or words.load_demo_model_path(),

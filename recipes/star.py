@@ -13,12 +13,16 @@ For your own model and data, use the flags of TRL's GRPO script, or `--config fi
     python recipes/star.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft \
         --dataset_name trl-lib/DeepMath-103K --reward_funcs math_reward \
         --num_generations 4 --temperature 0.7 --output_dir star
+
+The paper's experiments, which flags override: `--preset addition`, `--preset commonsense_qa`, or
+
+    python recipes/star.py --preset gsm8k --output_dir star-gsm8k
 """
 
 from typing import Any
 
 from trl_selfplay import STaRConfig, STaRTrainer
-from trl_selfplay.demos import script_arguments, words
+from trl_selfplay.demos import papers, script_arguments, words
 
 # The demo's flags. The paper samples one greedy completion per prompt and trains all weights; a model
 # of this size solves too few prompts that way.
@@ -61,21 +65,24 @@ DIFFERENCES_FROM_PAPER = (
     "{learning_rate} (paper: 1e-6), few-shot examples in the first round only (paper: in all)."
 ).format(**DEMO)
 
+PRESETS = papers.STAR  # what `--preset` sets
+
 
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML. Without a dataset, the demo's settings are the defaults."""
     return script_arguments.parse_script_arguments(
-        STaRConfig, flags, lambda script: DEMO | (SMOKE if script.smoke else {})
+        STaRConfig, flags, lambda script: DEMO | (SMOKE if script.smoke else {}), presets=PRESETS
     )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, construct, train, save."""
-    sets, split = script_arguments.load_sets(script_args, dataset_args), None
+    sets, split = script_arguments.load_sets(script_args, dataset_args, PRESETS), None
     if sets is None:
         print(DIFFERENCES_FROM_PAPER)
         split = words.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}
+        sets["few_shot_examples"] = split.few_shot
     trainer = STaRTrainer(
         model_args.model_name_or_path or words.load_demo_model_path(),
         training_args,
@@ -83,7 +90,6 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         **script_arguments.model_arguments(training_args, model_args),
         reward_funcs=script_arguments.load_reward_funcs(script_args),
         eval_reward_funcs=script_arguments.load_eval_reward_funcs(script_args),
-        few_shot_examples=split and split.few_shot,
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
     if split:

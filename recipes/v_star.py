@@ -14,6 +14,13 @@ For a run of your own, with STaR or ReST^EM, give its folder and its dataset:
     python recipes/v_star.py --samples star --model_name_or_path star --use_peft \
         --dataset_name trl-lib/DeepMath-103K --learning_rate 1e-5 --max_steps 2000 \
         --output_dir verifier
+
+The paper's experiment, which flags override, after its generator:
+
+    python recipes/rest_em.py --preset v_star --warm_up_on_gold --use_peft --learning_rate 1e-4 \
+        --output_dir generator
+    python recipes/v_star.py --preset gsm8k --samples generator --use_peft --learning_rate 1e-5 \
+        --model_name_or_path generator --output_dir verifier
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, VSTaRConfig, VSTaRTrainer
-from trl_selfplay.demos import best_of_k, script_arguments, words
+from trl_selfplay.demos import best_of_k, papers, script_arguments, words
 from trl_selfplay.rewards import exact_reward
 
 # The demo's flags. The paper names neither learning rate nor beta, and trains for about 2,000 steps.
@@ -70,6 +77,7 @@ GENERATOR: dict[str, Any] = {
 GENERATOR_SMOKE = {"num_rounds": 1, "history_rounds": 0, "num_prompts_per_round": 8, "max_steps": 2,
                    "num_generations": 8, "temperature": 1.5, "num_generations_eval": 4,
                    "on_empty_round": "stop"}  # fmt: skip
+PRESETS = papers.V_STAR  # what `--preset` sets
 
 
 @dataclass
@@ -88,12 +96,13 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
         flags,
         lambda script: DEMO | (SMOKE if script.smoke else {}),
         VerifierScriptArguments,
+        PRESETS,
     )
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, construct, train, save; in the demo, train a generator before and compare afterwards."""
-    sets, generator = script_arguments.load_sets(script_args, dataset_args), None
+    sets, generator = script_arguments.load_sets(script_args, dataset_args, PRESETS), None
     loading = script_arguments.model_arguments(training_args, model_args)
     if sets is None:
         split = words.demo_split(training_args.seed, script_args.smoke)

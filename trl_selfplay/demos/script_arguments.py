@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import inspect
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from datasets import load_dataset
 
 import trl_selfplay.rewards as rewards
 from trl_selfplay.demos.flags_help import describe_script, program_name
+from trl_selfplay.demos.papers import Preset, describe
+from trl_selfplay.evaluation.report import say
 from trl_selfplay.rewards.sent_function import import_function
 from trl_selfplay.trainers.ported_scripts import explain_unknown_flags
 
@@ -35,6 +38,13 @@ class RunScriptArguments(trl.ScriptArguments):
     resume: bool = field(
         default=False,
         metadata={"help": "Go on with the run in output_dir; without one there, begin it."},
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings, model, dataset and rewards of one of the paper's experiments, which "
+            "flags and YAML override. A wrong name lists them."
+        },
     )
     smoke: bool = field(default=False, metadata={"help": "Run the demo at its smallest size."})
 
@@ -77,6 +87,7 @@ def parse_script_arguments(
     flags: list[str] | None,
     demo_defaults: Any,
     script_class: type = GradedScriptArguments,
+    presets: Mapping[str, Preset] | None = None,
 ) -> tuple[Any, ...]:
     """Parse flags and YAML into script, training, model and dataset arguments.
 
@@ -85,10 +96,11 @@ def parse_script_arguments(
         flags: Command-line flags; None takes those of the process.
         demo_defaults: `f(script_args)` returns the defaults to use when no dataset is named.
         script_class: Dataclass of the recipe's own arguments.
+        presets: The paper's experiments, by the names that `--preset` takes.
 
     Raises:
-        WrongFlagsError: A flag or YAML key is unknown, or has a value that can't be. The message says
-            what to use instead.
+        WrongFlagsError: A flag, YAML key or preset is unknown, or has a value that can't be. The message
+            says what to use instead.
         SystemExit: The help was asked for, and printed; or a value has another type.
     """
     types: Any = (script_class, config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
@@ -101,7 +113,11 @@ def parse_script_arguments(
         given, return_remaining_strings=True
     )
     parser = trl.TrlParser(types, usage=usage)
-    if not (known[0].dataset_name or known[1].datasets):
+    preset = find_preset(known[0], presets)
+    if preset is not None:
+        overrides = _given_values(config_class, given)
+        parser.set_defaults_with_config(**preset.defaults(overrides, known[0].dataset_name))
+    elif not (known[0].dataset_name or known[1].datasets):
         parser.set_defaults_with_config(**demo_defaults(known[0]))
     try:
         *parsed, unknown = parser.parse_args_and_config(given, return_remaining_strings=True)
@@ -116,7 +132,49 @@ def parse_script_arguments(
     script, config, *_ = parsed
     if script.resume and not config.resume_from_checkpoint:
         config.resume_from_checkpoint = True
+    if preset is not None:
+        if parsed[2].model_name_or_path is None:
+            raise WrongFlagsError(
+                f"--preset {script.preset}: the paper's model isn't public, or is your own. Name "
+                "one with --model_name_or_path."
+            )
+        say(describe(script.preset, preset, config))
     return tuple(parsed)
+
+
+def find_preset(
+    script_args: RunScriptArguments, presets: Mapping[str, Preset] | None
+) -> Preset | None:
+    """Return the preset that the flags name, or None if they name none.
+
+    Raises:
+        WrongFlagsError: There is no such preset, or `--smoke` is given as well.
+    """
+    if script_args.preset is None:
+        return None
+    if script_args.preset not in (presets or {}):
+        raise WrongFlagsError(
+            f"no preset {script_args.preset!r}; there are {tuple(presets or ())}."
+        )
+    if script_args.smoke:
+        raise WrongFlagsError(
+            "--smoke is the demo's smallest size. Make a preset smaller with flags such as "
+            "--num_rounds 1 --max_steps 10."
+        )
+    return (presets or {})[script_args.preset]
+
+
+def _given_values(config_class: Any, flags: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a configuration that flags and YAML set."""
+    unset = [
+        (each.name, each.type, field(default=None, metadata=each.metadata))
+        for each in dataclasses.fields(config_class)
+        if each.init
+    ]
+    given: Any = dataclasses.make_dataclass("Given", unset)
+    parser = trl.TrlParser(given)
+    parsed, *_ = parser.parse_args_and_config(flags, return_remaining_strings=True)
+    return {name: value for name, value in vars(parsed).items() if value is not None}
 
 
 def load_reward_func(name: str) -> Any:
@@ -188,8 +246,14 @@ def prepare(dataset: Any, script_args: GradedScriptArguments) -> Any:
     )
 
 
-def load_sets(script_args: GradedScriptArguments, dataset_args: Any) -> dict[str, Any] | None:
+def load_sets(
+    script_args: GradedScriptArguments,
+    dataset_args: Any,
+    presets: Mapping[str, Preset] | None = None,
+) -> dict[str, Any] | None:
     """Return the named dataset as `train_dataset` and `eval_dataset`, or None if none is named.
+
+    A preset's also has `few_shot_examples`, and `gold_dataset` where the paper trains on the data.
 
     Raises:
         ValueError: `dataset_streaming` is set.
@@ -200,17 +264,57 @@ def load_sets(script_args: GradedScriptArguments, dataset_args: Any) -> dict[str
             "dataset must be finite. Leave it out; to use part of a large dataset, give `datasets` "
             "in a YAML file with `split: train[:1000]`."
         )
+    preset = find_preset(script_args, presets)
     if dataset_args.datasets:
         sets = trl.get_dataset(dataset_args)
     elif script_args.dataset_name:
-        sets = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+        sets = load_dataset(
+            script_args.dataset_name,
+            name=script_args.dataset_config,
+            revision=preset and preset.revision_of(script_args.dataset_name),
+        )
+    elif preset is not None and preset.rows is not None:
+        sets = preset.rows()
     else:
         return None
     test = sets.get(script_args.dataset_test_split)
+    if preset is not None:
+        return preset.as_arguments(sets[script_args.dataset_train_split], test, script_args.chat)
     return {
         "train_dataset": prepare(sets[script_args.dataset_train_split], script_args),
         "eval_dataset": None if test is None else prepare(test, script_args),
     }
+
+
+def load_splits(
+    script_args: RunScriptArguments,
+    dataset_args: Any,
+    presets: Mapping[str, Preset] | None = None,
+) -> tuple[Any, Any]:
+    """Return the named training and held-out splits, which may be slices such as `train[:1000]`.
+
+    Both are None if no dataset is named; the held-out one is also None without a name.
+    """
+    preset = find_preset(script_args, presets)
+    if dataset_args.datasets:
+        sets = trl.get_dataset(dataset_args)
+        splits = [sets.get(name) for name in ("train", "test")]
+    elif script_args.dataset_name:
+        revision = preset and preset.revision_of(script_args.dataset_name)
+        splits = [
+            split
+            and load_dataset(
+                script_args.dataset_name,
+                name=script_args.dataset_config,
+                split=split,
+                revision=revision,
+            )
+            for split in (script_args.dataset_train_split, script_args.dataset_test_split)
+        ]
+    else:
+        return None, None
+    train, test = (preset.convert(s) if preset and s is not None else s for s in splits)
+    return train, test
 
 
 def model_arguments(training_args: Any, model_args: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset
 
 from trl_selfplay.evaluation.report import plot_rounds, print_round_table
-from trl_selfplay.rewards.answer import extract_answer
+from trl_selfplay.rewards.answer import exact_reward, extract_answer
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +194,31 @@ def position_reward(
         right = sum(a == b for a, b in zip(words, found, strict=False))
         scores.append(right / max(len(words), len(found)))
     return scores
+
+
+def greedy_accuracy(model: Any, tokenizer: Any, prompts: Dataset) -> float:
+    """Return the share of prompts that a model answers right, decoded greedily.
+
+    For models that no trainer of this package holds; `report_demo` uses the trainer.
+    """
+    import torch
+
+    right, batch = 0.0, 20
+    for start in range(0, len(prompts), batch):
+        rows = prompts[start : start + batch]
+        inputs = tokenizer(rows["prompt"], return_tensors="pt", padding=True, padding_side="left")
+        with torch.inference_mode():
+            ids = model.generate(
+                **inputs.to(model.device),
+                max_new_tokens=36,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts = tokenizer.batch_decode(
+            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        right += sum(score or 0.0 for score in exact_reward(texts, rows["solution"]))
+    return right / max(len(prompts), 1)
 
 
 def report_demo(trainer: Any, report_set: Dataset) -> float:

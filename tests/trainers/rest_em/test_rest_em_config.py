@@ -37,7 +37,7 @@ def test_rft_is_one_round(tmp_path) -> None:
 
 def test_an_unknown_preset_names_those_there_are(tmp_path) -> None:
     with pytest.raises(ValueError, match="math"):
-        ReSTEMConfig.from_paper("apps", output_dir=str(tmp_path))
+        ReSTEMConfig.from_paper("code", output_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,11 @@ class IRPOConfig(ReferenceConfig, GradedConfig, DPOConfig):
 
         Source: IRPO, arXiv 2404.19733, section 3.
         """
+        return cls(**cls.paper_settings(experiment, **overrides))
+
+    @staticmethod
+    def paper_settings(experiment: str, **overrides: Any) -> dict[str, Any]:
+        """Return the fields that `from_paper` sets, by name, and the overrides."""
         if experiment not in _PRESETS:
             raise ValueError(f"no preset {experiment!r}; there are {tuple(_PRESETS)}.")
         settings = {**_PAPER, **_PRESETS[experiment]}
@@ -130,4 +135,4 @@ class IRPOConfig(ReferenceConfig, GradedConfig, DPOConfig):
             settings["round_temperatures"] = [
                 schedule[min(t, len(schedule) - 1)] for t in range(num_rounds)
             ]
-        return cls(**{**settings, **overrides})
+        return {**settings, **overrides}

@@ -226,7 +226,12 @@ class QuietSTaRConfig(SFTConfig):
 
         Source: Quiet-STaR, arXiv 2403.09629, appendix A, and ezelikman/quiet-star.
         """
+        return cls(**cls.paper_settings(**overrides))
+
+    @staticmethod
+    def paper_settings(**overrides: Any) -> dict[str, Any]:
+        """Return the fields that `from_paper` sets, by name, and the overrides."""
         settings = {**_PAPER, **overrides}
         length = max(1, settings["thought_length"])
         weight = _PAPER_WEIGHT / (_PAPER_SCORING_TEMPERATURE * length)
-        return cls(**{"reinforce_weight": weight, **settings})
+        return {"reinforce_weight": weight, **settings}

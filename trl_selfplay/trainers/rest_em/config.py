@@ -23,6 +23,26 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "top_k": 40,
         "start_from": "base",
     },
+    # The same on APPS (introductory): 64 samples per problem, and one iteration, its best of two.
+    "apps": {
+        "num_rounds": 1,
+        "num_generations": 64,
+        "max_per_prompt": 10,
+        "temperature": 0.7,
+        "top_k": 40,
+        "start_from": "base",
+    },
+    # The generator of V-STaR, arXiv 2402.06457, section 4.1: 3 iterations of 16 samples, each from
+    # the base weights on the right samples of all iterations and the human ones.
+    "v_star": {
+        "num_rounds": 3,
+        "history_rounds": 2,
+        "num_generations": 16,
+        "max_per_prompt": None,
+        "top_k": 0,
+        "start_from": "base",
+        "few_shot_in_training": False,
+    },
     # ReST, arXiv 2308.08998, section 4 and appendix A: IWSLT 2014, 100 candidates at temperature
     # 0.8 with at most 128 tokens, rewards in 0..1, first the supervised model, 2 Grow steps with
     # 3 Improve steps (figure 3's best), the data stays in the mix.
@@ -272,7 +292,8 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
     def from_paper(cls, experiment: str, **overrides: Any) -> Self:
         """Return a paper's settings.
 
-        "math": ReST^EM on MATH. "rest": ReST on IWSLT 2014, for a reward normalised to 0..1 and
+        "math" and "apps": ReST^EM on MATH and on APPS. "v_star": the generator of V-STaR, with a
+        `gold_dataset`. "rest": ReST on IWSLT 2014, for a reward normalised to 0..1 and
         with a `gold_dataset`. "rft": RFT on GSM8K, with a `gold_dataset`, two reward functions
         (`[exact_reward, equations_reward]`: half of the threshold each) and
         `normal_form=reasoning_path`. As in the authors' code each distinct reasoning path of the
@@ -288,6 +309,11 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
 
         Source: arXiv 2312.06585, 2308.08998 and 2308.01825.
         """
+        return cls(**cls.paper_settings(experiment, **overrides))
+
+    @staticmethod
+    def paper_settings(experiment: str, **overrides: Any) -> dict[str, Any]:
+        """Return the fields that `from_paper` sets, by name, and the overrides."""
         if experiment not in _PRESETS:
             raise ValueError(f"no preset {experiment!r}; there are {tuple(_PRESETS)}.")
         settings = {**_PRESETS[experiment], **overrides}
@@ -296,4 +322,4 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
                 f"num_rounds={settings['num_rounds']}: RFT is one round (arXiv 2308.01825, section "
                 "3.3). For more rounds take the preset 'math', or ReSTEMConfig itself."
             )
-        return cls(**settings)
+        return settings

@@ -241,10 +241,15 @@ class SPINConfig(ReferenceConfig, DPOConfig):
 
         Source: SPIN, arXiv 2401.01335, section 6.1, and the configs of uclaml/SPIN.
         """
+        return cls(**cls.paper_settings(**overrides))
+
+    @staticmethod
+    def paper_settings(**overrides: Any) -> dict[str, Any]:
+        """Return the fields that `from_paper` sets, by name, and the overrides."""
         num_rounds = overrides.get("num_rounds", len(_PAPER_BETAS))
         per_round = {}
         for name, schedule in (("learning_rate", _PAPER_LEARNING_RATES), ("beta", _PAPER_BETAS)):
             scale = overrides.get(name, schedule[0]) / schedule[0]
             values = [schedule[min(t, len(schedule) - 1)] * scale for t in range(num_rounds)]
             per_round[f"round_{name}s"] = values
-        return cls(**{**_PAPER, **per_round, "num_rounds": num_rounds, **overrides})
+        return {**_PAPER, **per_round, "num_rounds": num_rounds, **overrides}

@@ -64,6 +64,11 @@ class STaRConfig(GradedConfig, SFTConfig):
 
         Source: STaR, arXiv 2203.14465, sections 4.1 to 4.5 and appendix H.
         """
+        return cls(**cls.paper_settings(experiment, **overrides))
+
+    @staticmethod
+    def paper_settings(experiment: str, **overrides: Any) -> dict[str, Any]:
+        """Return the fields that `from_paper` sets, by name, and the overrides."""
         if experiment not in PAPER_PRESETS:
             raise ValueError(f"no preset {experiment!r}; there are {PAPER_PRESETS}.")
         preset = dict(_PAPER)
@@ -79,4 +84,4 @@ class STaRConfig(GradedConfig, SFTConfig):
             preset["round_max_steps"] = [
                 min(int(40 * 1.2**t), _GROWTH_CAP) for t in range(num_rounds)
             ]
-        return cls(**{**preset, "num_rounds": num_rounds, **overrides})
+        return {**preset, "num_rounds": num_rounds, **overrides}
