@@ -3,10 +3,12 @@
 import json
 from itertools import groupby
 
+import graded_process
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from processes import call, call_twice
 from tiny_rewards import digit_share
 
 from trl_selfplay.evaluation.estimates import pass_at_k
@@ -253,3 +255,20 @@ def test_an_existing_run_in_the_folder_stays(build_star) -> None:
     before = {p: p.read_bytes() for p in trainer.run.root.rglob("*") if p.is_file()}
     build_star(num_rounds=1, dry_run=True, max_completion_length=32).train()
     assert before == {p: p.read_bytes() for p in trainer.run.root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["STaR", "judged ReST"])
+def test_two_processes_find_what_one_does(tmp_path, saved_tiny_model, method) -> None:
+    settings = {"max_completion_length": 16, "dry_run": True}
+    if method == "judged ReST":
+        settings |= {"improve_thresholds": [0.1, 0.9], "start_from": "previous"}
+    for folder, start in (("one", call), ("two", call_twice)):
+        codes = start(graded_process.main, method, str(saved_tiny_model), str(tmp_path / folder),
+                      json.dumps(settings))  # fmt: skip
+        assert codes in (0, [0, 0])
+        assert [path.name for path in (tmp_path / folder).iterdir()] == ["preflight.json"]
+    one, two = (findings_of(tmp_path, folder) for folder in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one.keys() - {"memory", "time", "disk"}:
+        assert one[name] == two[name]

@@ -66,7 +66,7 @@ def collect_judged(
     with judged(play, collector, sampled, rows, round_index, replies, prefix):
         if folder is None:
             return Rollouts.of(collector.grade(sampled, rows))
-        with play.progress("grading", len(sampled)) as grading:
+        with play.progress("grading", len(sampled), options.max_completion_length) as grading:
             return collector.collect(assignments, options, progress=grading, **where)
 
 

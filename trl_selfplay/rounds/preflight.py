@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any, Literal
 
 from transformers.trainer_utils import TrainOutput
@@ -80,7 +81,7 @@ def run_preflight(trainer: Any) -> TrainOutput:
     errors = [finding for finding in findings if finding.level == "error"]
     if trainer.is_world_process_zero():
         save_text(folder / "preflight.json", to_json(findings))
-        say(describe(findings))
+        say(describe(findings, min(100, shutil.get_terminal_size().columns)))
         say(f"dry_run=True: nothing was trained. All of this is in {folder / 'preflight.json'}")
     if errors:
         listed = " ".join(f"{finding.name}: {finding.text}" for finding in errors)
@@ -125,14 +126,26 @@ def warn_before_run(trainer: Any) -> None:
         logger.warning("%s", warning)
 
 
-def describe(findings: Sequence[Finding]) -> str:
-    """Return findings as text, one paragraph each."""
-    width = max(len(finding.name) for finding in findings)
+def describe(findings: Sequence[Finding], columns: int = 100) -> str:
+    """Return findings as text, one paragraph each; details aren't wrapped.
+
+    Args:
+        findings: At least one.
+        columns: Width of the text.
+    """
+    margin = max(len(finding.name) for finding in findings) + 2
     lines = []
     for finding in findings:
         level = "" if finding.level == "ok" else f"{finding.level.upper()}: "
-        lines.append(f"{finding.name:<{width}}  {level}{finding.text}")
-        lines += [f"{'':<{width}}    {detail}" for detail in finding.details]
+        text = fill(
+            level + finding.text,
+            max(columns, margin + 40),
+            initial_indent=finding.name.ljust(margin),
+            subsequent_indent=" " * margin,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += [text, *(" " * (margin + 2) + detail for detail in finding.details)]
     return "\n".join(lines)
 
 

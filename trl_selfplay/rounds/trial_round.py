@@ -109,7 +109,8 @@ def play_trial_round(trainer: Any, folder: Path) -> TrialRound:
 
 def _start_sampler(play: Any) -> None:
     """Sample a token, so that the start of an engine and first calls aren't timed with the rest."""
-    play.ask(play.rows[:1], 0, "judge", None, (0,), max_completion_length=1)
+    with changed_settings(play.config, {"disable_tqdm": True}):
+        play.ask(play.rows[:1], 0, "judge", None, (0,), max_completion_length=1)
 
 
 def _more_samples(trainer: Any) -> Sequence[Rollout]:
