@@ -1,11 +1,13 @@
 """A tiny model, two tokenizers, a task and a rollout factory, all built in code: no downloads."""
 
 import os
+from tempfile import TemporaryDirectory
 
 # Before any import that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRACKIO_DIR"] = (trackio_folder := TemporaryDirectory(prefix="trackio-")).name
 # Test processes that share the cores compute on one thread each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

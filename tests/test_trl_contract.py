@@ -854,3 +854,20 @@ def test_the_engine_of_autograd_runs_without_the_public_function() -> None:
     ones = (torch.ones_like(loss),)
     _engine_run_backward((loss,), ones, False, False, (), accumulate_grad=True)
     assert weight.grad.tolist() == [3.0, 3.0]
+
+
+def test_trackers_are_callbacks_of_one_table_that_read_their_run_from_where_we_write_it() -> None:
+    """rounds/trackers.py keeps them open; `logging_dir` is where TensorBoard's next writer writes."""
+    from transformers import integrations
+
+    table = integrations.INTEGRATION_TO_CALLBACK
+    assert {"mlflow", "tensorboard", "trackio", "wandb"} <= table.keys()
+    assert table["tensorboard"] is integrations.TensorBoardCallback
+    assert table["mlflow"] is integrations.MLflowCallback
+    assert table["wandb"] is integrations.WandbCallback
+    begin = inspect.getsource(integrations.TensorBoardCallback.on_train_begin)
+    assert "if self.logging_dir is None:" in begin
+    assert 'os.getenv("MLFLOW_RUN_ID"' in inspect.getsource(integrations.MLflowCallback.setup)
+    setup = inspect.getsource(integrations.WandbCallback.setup)
+    assert "self._wandb.init(" in setup
+    assert "id=" not in setup  # so that W&B reads WANDB_RUN_ID

@@ -116,9 +116,10 @@ def test_what_decides_which_samples_there_are_may_never_change() -> None:
         if resume_rules(config)[name] not in (OnResume.FIXED, OnResume.MAY_GROW, OnResume.ENGINE)
     }
     assert rest == {
-        "deduplicate", "deduplicate_against_gold", "gold_ratio", "history_rounds",
+        "deduplicate", "deduplicate_against_gold", "dry_run", "gold_ratio", "history_rounds",
         "improve_learning_rate_factor",
-        "improve_thresholds", "load_best_round_at_end", "log_completions", "loss_weighting",
+        "improve_thresholds", "load_best_round_at_end", "log_completions", "log_unique_prompts",
+        "loss_weighting",
         "max_per_prompt", "nll_coef", "num_completions_to_print", "num_generations",
         "on_empty_round",
         "reward_threshold", "round_betas", "round_learning_rates", "round_max_steps",

@@ -62,6 +62,7 @@ from trl_selfplay.rounds.run import (
     has_stalled,
 )
 from trl_selfplay.rounds.tokens import tokens_by_phase
+from trl_selfplay.rounds.trackers import TrackerRun, log_table
 from trl_selfplay.rounds.training import (
     changed_settings,
     free_optimizer,
@@ -126,12 +127,15 @@ def _run_rounds(
     _open_run(trainer, progress, resume)
     callback = RoundCallback(trainer, progress)
     trainer.add_callback(callback)
+    trackers = TrackerRun(trainer)
     output: TrainOutput | None = None
     history = load_log_history(run, len(progress.lines))
     ended = False  # by a callback
     trainer.progress = progress
     try:
         with say_where_interrupted(progress):
+            if len(progress.lines) < len(progress.plans):
+                trackers.begin()
             before = trainer.score_heldout(UNTRAINED, run.folder(UNTRAINED) / "evaluation")
             _report_baseline(progress, before, args.rewards_have_degrees)
             _load_newest_weights(trainer, progress)
@@ -167,9 +171,11 @@ def _run_rounds(
     finally:
         trainer.progress = None
         trainer.remove_callback(callback)
+        trackers.release()
         trainer.self_play.collector.sampler.release()
         free_optimizer(trainer)
     _load_chosen_weights(trainer, progress.lines)
+    trackers.end()
     if history:
         trainer.state.log_history = history
     with changed_settings(args, {"push_to_hub": False}):  # as after the parent's training
@@ -352,6 +358,8 @@ def _train_round(
     progress.pending_logs.append(played.metrics)
     if list_checkpoints(folder):
         progress.pending_logs.clear()  # logged before the kill
+    else:
+        log_table(trainer, folder, played, progress.steps_before)
     progress.num_examples = played.num_examples
     rows = played.training_rows
     if played.num_examples == 0:

@@ -155,13 +155,20 @@ class SelfPlayConfig(EngineConfig):
     log_completions: Annotated[bool, OnResume.FREE] = field(
         default=False,
         metadata={
-            "help": "Print sampled completions with their rewards in each round.",
+            "help": "Print sampled completions with their rewards in each round, and log a table of "
+            "them to W&B and Trackio if `report_to` names these.",
         },
     )
     num_completions_to_print: Annotated[int | None, OnResume.FREE] = field(
         default=None,
         metadata={
             "help": "Number of completions that `log_completions` prints; None prints all.",
+        },
+    )
+    log_unique_prompts: Annotated[bool, OnResume.FREE] = field(
+        default=False,
+        metadata={
+            "help": "Log one completion per prompt in the table of `log_completions`, not all.",
         },
     )
     num_generations_eval: Annotated[int, OnResume.FIXED] = field(

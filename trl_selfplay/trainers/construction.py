@@ -313,9 +313,7 @@ def load_processing_class(model: Any, processing_class: Any, args: Any) -> PreTr
 def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[str]) -> Run:
     """Return the state of a run that has not begun, and fix names that rounds must share."""
     output_dir = Path(args.output_dir)
-    # The parent derives these from output_dir, which is another folder in each round.
-    if args.run_name is None:
-        args.run_name = output_dir.name
+    # The parent derives it from output_dir, which is another folder in each round.
     if args.push_to_hub and args.hub_model_id is None:
         args.hub_model_id = output_dir.name
     metric = _choosing_metric(args, heldout_names)
