@@ -1,28 +1,15 @@
 """A run's folder as a reader sees it."""
 
 import json
-import tarfile
 from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
-from digests.old_runs import ARCHIVES, NAMES
+from digests.old_runs import NAMES
 
 from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.inspection.run_folder import RunFolder
 from trl_selfplay.rollouts.record import load_rollouts
-
-
-@pytest.fixture
-def unpack(tmp_path):
-    """Unpack what a run of earlier code left when it was killed; return its output directory."""
-
-    def unpack(name):
-        with tarfile.open(ARCHIVES / f"{name}.tar.xz") as archive:
-            archive.extractall(tmp_path, filter="data")
-        return tmp_path / "run"
-
-    return unpack
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,17 +6,21 @@ Nothing is written.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from trl_selfplay.disk import BRING_BACK, naming_damage
+from trl_selfplay.rollouts.kept_prompts import KeptPrompts, load_prompts
 from trl_selfplay.rollouts.record import Rollout, load_rollouts
 from trl_selfplay.rollouts.sequence import StoredShard
 from trl_selfplay.rollouts.shards import read_plan
 from trl_selfplay.rollouts.stored import read_selection
 from trl_selfplay.rounds.run import UNTRAINED, load_lines
+
+logger = logging.getLogger(__name__)
 
 # The outcome of a rollout that nothing has been decided about.
 UNFINISHED = "unfinished"
@@ -150,6 +154,24 @@ class RunFolder:
                 yield rollout, set_name
 
     @property
+    def prompts(self) -> KeptPrompts | None:
+        """The training prompts as the dataset has them; None where an earlier version kept none.
+
+        Raises:
+            DamagedFileError: They can't be read.
+        """
+        path = self.root / "prompts.parquet"
+        return load_prompts(path) if path.exists() else None
+
+    @property
+    def log_history(self) -> list[dict[str, Any]]:
+        """What the trainings of the warm-up and of each round logged, in order, as far as it can be read."""
+        history: list[dict[str, Any]] = []
+        for path in (self.root / "warm-up", *sorted(self.root.glob("round-[0-9]*"))):
+            history += load_log(path)
+        return history
+
+    @property
     def gold(self) -> list[Rollout]:
         """The human completions that rounds train on as well, with their rewards.
 
@@ -178,3 +200,19 @@ class RunFolder:
         for prompt_id, index, outcome in read_selection(path) if path.exists() else ():
             outcomes.setdefault(prompt_id, {})[index] = sys.intern(outcome)
         return outcomes
+
+
+def load_log(folder: Path) -> list[dict[str, Any]]:
+    """Return what a training into `folder` has logged: its state, or that of its newest checkpoint."""
+    checkpoints = sorted(
+        folder.glob("checkpoint-*/trainer_state.json"),
+        key=lambda path: int(path.parent.name.rpartition("-")[2]),
+    )
+    for path in (folder / "trainer_state.json", *reversed(checkpoints)):
+        try:
+            return list(json.loads(path.read_text())["log_history"])
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            logger.warning("%s can't be read (%s); the report lacks its log.", path, error)
+    return []

@@ -7,9 +7,9 @@ import pytest
 import torch
 from datasets import Dataset
 
+from trl_selfplay.evaluation.monitor import find_convergence
 from trl_selfplay.trainers.spin.discriminator import (
     LN_2,
-    find_convergence,
     load_scores,
     logistic_loss,
     measure_heldout,

@@ -26,9 +26,6 @@ from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout
 
 LN_2 = math.log(2.0)
-# Of convergence: nats that are no longer worth a round, and pairs that can say so.
-LEAST_DISTANCE = 0.01
-FEWEST_PAIRS = 20
 # The name that files written before had.
 _EARLIER_NAMES = {"greedy": "by_prompt"}
 
@@ -126,32 +123,6 @@ def measure_heldout(
 def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
     low, high = bootstrap_interval(values)
     return {f"{name}_low": low, f"{name}_high": high}
-
-
-def find_convergence(metrics: Mapping[str, float], prefix: str = "eval") -> str | None:
-    """Return a message if held-out completions of data and opponent can't be told apart, or None.
-
-    The criterion is that the 95 % interval of the win rate includes 1/2 and that ln 2 minus the
-    held-out loss is below .01. Both are needed: with a tiny learning rate the loss stays at ln 2
-    although every pair is told apart, and few pairs give a wide interval.
-
-    Args:
-        metrics: Metrics of `measure_heldout`.
-        prefix: Prefix of the held-out set's metrics.
-
-    Source: SPIN, arXiv 2401.01335, theorem 5.2: no gain is left when the opponent is the data.
-    """
-    needed = ("win_rate", "win_rate_low", "win_rate_high", "distance", "pairs")
-    if any(f"{prefix}_{name}" not in metrics for name in needed):
-        return None
-    win_rate, low, high, distance, pairs = (metrics[f"{prefix}_{name}"] for name in needed)
-    if pairs < FEWEST_PAIRS or not low <= 0.5 <= high or distance >= LEAST_DISTANCE:
-        return None
-    return (
-        f"converged: {pairs:.0f} held-out pairs of the data and the opponent can't be told apart "
-        f"(win rate {win_rate:.2f}, 95 % interval {low:.2f} to {high:.2f}; ln 2 - loss = "
-        f"{distance:.4f}). More rounds have little to learn from these prompts."
-    )
 
 
 def warn_falling_likelihood(

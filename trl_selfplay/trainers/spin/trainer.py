@@ -17,6 +17,7 @@ from datasets import Dataset
 from trl import DPOTrainer
 
 from trl_selfplay.evaluation.heldout import HeldOutScores, metric_prefixes
+from trl_selfplay.evaluation.monitor import find_convergence
 from trl_selfplay.evaluation.progress import say
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rollouts.completions import (
@@ -38,7 +39,6 @@ from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.spin.config import SPINConfig
 from trl_selfplay.trainers.spin.discriminator import (
     build_heldout_rows,
-    find_convergence,
     load_scores,
     measure_heldout,
     save_scores,

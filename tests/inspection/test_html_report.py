@@ -1,0 +1,298 @@
+"""The report of a run: what is in it, and that nothing that a model wrote is more than text there."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from digests.old_runs import NAMES
+from hostile_texts import HOSTILE
+
+import trl_selfplay
+from trl_selfplay.inspection.html_report import script_json, write_report
+from trl_selfplay.inspection.plain_text import visible
+
+ASSETS = Path(trl_selfplay.__file__).parent / "inspection" / "assets"
+
+
+class Parsed(HTMLParser):
+    """The elements of a page with their attributes, the text of its tables, and its scripts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.scripts: list[str] = []
+        self.styles: list[str] = []
+        self._open: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._open.append(tag)
+        if tag in ("script", "style"):
+            (self.scripts if tag == "script" else self.styles).append("")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data) -> None:
+        if "script" in self._open:
+            self.scripts[-1] += data
+        elif "style" in self._open:
+            self.styles[-1] += data
+        else:
+            self.text += data
+            if self._open and {"td", "th"} & set(self._open[-1:]):
+                self.rows[-1][-1] += data
+
+    @property
+    def data(self):
+        return json.loads(self.scripts[0])
+
+    def tags(self, name):
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+
+def test_a_hostile_text_is_text_in_the_page(hostile_run) -> None:
+    page = Parsed(write_report(hostile_run))
+    assert [attributes.get("id") for attributes in page.tags("script")] == ["data", None, None]
+    assert page.tags("img") == []
+    assert page.tags("b") == []
+    assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+    completions = {sample["completion"] for sample in page.data["samples"]}
+    assert completions == {visible(f"so {text}") for text in HOSTILE}
+    assert set(page.data["texts"]) == {visible(text) for text in HOSTILE}
+    cells = {cell for row in page.rows for cell in row}
+    assert {visible(HOSTILE[0]), HOSTILE[1], r"\ud83d"} <= cells  # settings and alarms
+    assert r"<b>run & \u202e" in page.text
+
+
+def test_no_character_of_the_page_acts_on_a_reader(hostile_run) -> None:
+    text = write_report(hostile_run).read_text(encoding="utf-8")
+    library = (ASSETS / "chart.umd.min.js").read_text(encoding="utf-8")
+    own = text.replace(library.partition("\n//# sourceMappingURL=")[0].strip(), "")
+    assert own != text
+    assert visible(own) == own
+
+
+def test_the_page_needs_no_network_and_runs_its_own_scripts_alone(hostile_run) -> None:
+    page = Parsed(write_report(hostile_run))
+    for _, attributes in page.elements:
+        assert attributes.keys().isdisjoint({"src", "srcset", "action", "background", "style"})
+        assert attributes.get("href", "#").startswith("#")
+    [policy] = [m["content"] for m in page.tags("meta") if "http-equiv" in m]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+
+    def hashes(texts):
+        digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+        return " ".join(f"'sha256-{base64.b64encode(d).decode()}'" for d in digests)
+
+    assert rules["script-src"] == hashes(page.scripts[1:])
+    assert rules["style-src"] == hashes(page.styles)
+    assert "url(" not in page.styles[0]
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", page.scripts[2]
+    )
+
+
+def test_json_in_a_script_comes_back_and_cant_end_it() -> None:
+    value = {"texts": [*HOSTILE, "\ud83d alone", "]]>", "é 数"], "none": None}
+    text = script_json(value)
+    assert re.search("[<>&\u2028\u2029]", text) is None
+    assert json.loads(text.encode().decode()) == value
+
+
+def test_the_library_is_the_published_one_with_its_licence() -> None:
+    """Of https://registry.npmjs.org/chart.js/-/chart.js-4.6.1.tgz, package/dist/."""
+    found = hashlib.sha256((ASSETS / "chart.umd.min.js").read_bytes()).hexdigest()
+    assert found == "87364cc2b2a76a6684929e7d6b80b18a897794db38400caff1fcf1791c6925d2"
+    assert "The MIT License" in (ASSETS / "chart.LICENSE.md").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_killed_run_of_earlier_code_has_a_report(name, unpack) -> None:
+    path = write_report(unpack(name))
+    page = Parsed(path)
+    assert "So far: " in page.text
+    assert "recorded no detectors" in page.text
+    assert page.data["samples"]
+    assert path.stat().st_size - len(json.dumps(page.data["samples"])) < 400_000
+
+
+def test_the_page_is_small_without_samples(write_folder, make_rollout) -> None:
+    run = write_folder([[(make_rollout(), "kept")]] * 12)
+    assert write_report(run, samples=0).stat().st_size < 400_000
+
+
+def test_numbers_of_charts_stand_in_tables(write_folder, make_rollout) -> None:
+    run = write_folder(
+        [[(make_rollout(), "kept"), (make_rollout(sample_index=1, reward=0.0), "failed")]] * 2
+    )
+    rows = Parsed(write_report(run)).rows
+    assert ["before", "0.4 [0.3, 0.5]", "0.4", "0.9"] in rows
+    assert ["1", "0.6 [0.5, 0.7]", "0.6", "0.9"] in rows
+    assert ["0", "1", "1"] in rows  # kept, wrong
+    assert ["0", "100", "300", "50"] in rows  # tokens
+    assert ["round 1 (best)", "round 0", "base", "1", "3", "0.001", "no"] in rows
+
+
+def test_a_run_without_a_finished_round_has_a_report_of_its_samples(
+    write_folder, make_rollout
+) -> None:
+    run = write_folder([[(make_rollout(), "kept")]], finished=0)
+    (run / "_rounds" / "round-000" / "selection.parquet").unlink()
+    page = Parsed(write_report(run))
+    assert "So far: 0 of 1 rounds finished. Round 0: sampling." in page.text
+    assert [sample["outcome"] for sample in page.data["samples"]] == ["not selected yet"]
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path) -> None:
+    (tmp_path / "_rounds").mkdir()
+    page = Parsed(write_report(tmp_path))
+    assert "So far: 0 rounds finished." in page.text
+    assert page.data["samples"] == []
+
+
+def test_samples_that_cant_be_read_are_named_and_the_others_shown(
+    write_folder, make_rollout
+) -> None:
+    run = write_folder([[(make_rollout(), "kept")]] * 2)
+    (run / "_rounds" / "round-000" / "samples" / "00000.parquet").write_bytes(b"PAR1")
+    page = Parsed(write_report(run))
+    assert {sample["round"] for sample in page.data["samples"]} == {1}
+    assert "Samples of round 0 can't be read" in page.text
+
+
+def test_the_number_of_samples_is_bounded_and_told(write_folder, make_rollout) -> None:
+    def rollouts(index):
+        return [
+            (
+                make_rollout(prompt_id=f"{i:032x}", round_index=index, reward=float(i % 4 == 0)),
+                "kept" if i % 4 == 0 else "failed",
+            )
+            for i in range(100)
+        ]
+
+    greedy = [make_rollout(prompt_id=f"{i + 500:032x}", phase="eval") for i in range(50)]
+    run = write_folder([rollouts(0), rollouts(1)], evaluations={-1: greedy, 0: greedy, 1: greedy})
+    page = Parsed(write_report(run, samples=10))
+    by_round = {}
+    for sample in page.data["samples"]:
+        of_outcome = by_round.setdefault(sample["round"], {}).setdefault(sample["outcome"], set())
+        of_outcome.add(sample["prompt"])
+    assert {k: len(v) for k, v in by_round[0].items()} == {"kept": 5, "wrong": 5, "held-out": 10}
+    assert by_round[0] == by_round[1]  # the same prompts
+    assert by_round[-1]["held-out"] == by_round[0]["held-out"]
+    assert "Round 0: 5 of 75 wrong, 5 of 25 kept." in page.text
+
+
+def test_a_trajectory_is_shown_in_steps(write_folder, make_rollout) -> None:
+    rollout = make_rollout(
+        completion_ids=(5, 6, 7, 8, 9), completion_mask=(True, True, False, False, True)
+    )
+    run = write_folder([[(rollout, "kept")]])
+    [sample] = Parsed(write_report(run)).data["samples"]
+    assert sample["steps"] == [
+        ["policy", "(2 tokens)"], ["environment", "(2 tokens)"], ["policy", "(1 tokens)"],
+    ]  # fmt: skip
+
+
+def test_a_trajectory_is_decoded_with_the_runs_tokenizer(
+    write_folder, make_rollout, word_tokenizer
+) -> None:
+    ids = word_tokenizer("so 3 = 4 ?")["input_ids"]
+    rollout = make_rollout(
+        completion_ids=tuple(ids), completion_mask=(True, True, False, False, True)
+    )
+    run = write_folder([[(rollout, "kept")]])
+    word_tokenizer.save_pretrained(run)
+    [sample] = Parsed(write_report(run)).data["samples"]
+    assert sample["steps"] == [["policy", "so 3"], ["environment", "= 4"], ["policy", "?"]]
+
+
+def test_long_texts_are_cut_in_the_middle(write_folder, make_rollout) -> None:
+    run = write_folder([[(make_rollout(completion="a" * 9000 + "end"), "kept")]])
+    [sample] = Parsed(write_report(run)).data["samples"]
+    assert "[… 1,003 characters …]" in sample["completion"]
+    assert sample["completion"].endswith("aend")
+
+
+def test_secrets_of_addresses_are_not_shown(write_folder, make_rollout) -> None:
+    config = {"vllm_server_base_url": "https://me:word@host/v1", "hub_token": "<HUB_TOKEN>"}
+    text = write_report(write_folder([[(make_rollout(), "kept")]], config=config)).read_text()
+    assert "me:word" not in text
+    assert "https://(not shown)@host/v1" in text
+
+
+def test_spin_is_said_to_have_converged_where_it_has(write_folder, make_rollout) -> None:
+    scores = [
+        {"eval_win_rate": 0.9, "eval_win_rate_low": 0.8, "eval_win_rate_high": 0.95,
+         "eval_distance": 0.3, "eval_pairs": 60.0},
+        {"eval_win_rate": 0.52, "eval_win_rate_low": 0.4, "eval_win_rate_high": 0.6,
+         "eval_distance": 0.001, "eval_pairs": 60.0},
+    ]  # fmt: skip
+    run = write_folder([[(make_rollout(), "kept")]] * 2)
+    path = run / "_rounds" / "rounds.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line, metrics in zip(lines, scores, strict=True):
+        line["eval"] = metrics
+    del lines[0]["eval_before"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    charts = {chart["title"]: chart for chart in Parsed(write_report(run)).data["charts"]}
+    assert charts["Win rate against the opponent"]["marks"] == [[1, "converged"]]
+    assert charts["Win rate against the opponent"]["series"][1]["values"] == [0.5, 0.5]
+
+
+def test_alarms_are_listed_and_marked_in_the_charts(hostile_run) -> None:
+    page = Parsed(write_report(hostile_run))
+    expected = ["0", HOSTILE[1], "0.3 [0.2, 0.4]", "0.5", "warn", visible(HOSTILE[0])]
+    assert expected in page.rows
+    of_scores = next(c for c in page.data["charts"] if c["title"] == "Accuracy and pass@k")
+    assert of_scores["marks"] == [[1, HOSTILE[1]]]  # "before" is the first label
+
+
+def test_runs_are_compared_in_curves_and_settings(write_folder, make_rollout) -> None:
+    rollouts = [(make_rollout(), "kept")]
+    one = write_folder([rollouts] * 2, "a/run", config={"temperature": 1.0, "seed": 1})
+    other = write_folder([rollouts] * 3, "b/run", config={"temperature": 0.5, "seed": 1})
+    page = Parsed(write_report(one, compare=[other]))
+    chart = next(c for c in page.data["charts"] if c["title"] == "Held-out accuracy")
+    assert chart["labels"] == ["before", "0", "1", "2"]
+    assert {s["name"]: s["values"] for s in chart["series"]} == {
+        "a/run": [0.4, 0.5, 0.6, None],
+        "b/run": pytest.approx([0.4, 0.5, 0.6, 0.7]),
+    }
+    assert ["temperature", "1.0", "0.5"] in page.rows
+    assert not any(row[0] == "seed" and len(row) == 3 for row in page.rows)
+
+
+def test_the_file_may_lie_anywhere(write_folder, make_rollout, tmp_path) -> None:
+    run = write_folder([[(make_rollout(), "kept")]])
+    target = tmp_path / "new folder" / "page.html"
+    assert write_report(run / "_rounds", target) == target
+    assert target.exists()
+    assert not (run / "report.html").exists()
+
+
+def test_samples_stand_with_their_solutions_if_the_run_kept_them(
+    write_run, write_folder, make_rollout
+) -> None:
+    folder = write_folder([[(make_rollout(), "kept")]])
+    assert Parsed(write_report(folder)).data["solutions"] == []
+    records = [{"prompt": "1 + 1", "solution": "2"}, {"prompt": "1 + 2", "solution": HOSTILE[3]}]
+    run = write_run(records, [[{"row": 1, "outcome": "kept"}]], name="kept")
+    lines = (folder / "_rounds" / "rounds.jsonl").read_text()
+    (run.root / "rounds.jsonl").write_text(lines)
+    assert Parsed(write_report(run.output_dir)).data["solutions"] == [visible(HOSTILE[3])]
