@@ -158,6 +158,11 @@ def check_dataset(dataset: Any, name: str, columns: str) -> None:
             f"`{name}` must be a `datasets.Dataset` with {columns}; got {type(dataset).__name__}."
             f"{advice}"
         )
+    if pictures := sorted({"image", "images"} & set(dataset.column_names)):
+        raise ValueError(
+            f"`{name}` has a column {pictures[0]!r}, and rounds work on text: no image would reach the "
+            "model. Remove the column, or keep to GRPOTrainer for models that read images."
+        )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty: there is no prompt to sample from.")
 

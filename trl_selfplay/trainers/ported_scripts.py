@@ -120,6 +120,11 @@ _ARGUMENTS: dict[str, str] = {
     "rollout_func": "completions are sampled by the trainer itself; a method of your own overrides "
     "`play_round`",
     "tokenizer": "pass it as `processing_class`",
+    "formatting_func": "format the columns of the dataset beforehand, with `dataset.map`",
+    "compute_loss_func": "the loss is DPO's, chosen by `loss_type`; another one overrides "
+    "`compute_loss` in a subclass",
+    "optimizer_cls_and_kwargs": "choose the optimizer with `args.optim` and `args.optim_args`",
+    "preprocess_logits_for_metrics": "pairs are scored by log-probs of whole completions",
     "reward_funcs": "nothing is graded: the data's own text or completions are learnt from",
     **dict.fromkeys(
         ("reward_model", "reward_fn", "reward_func", "reward_function", "reward_functions"),
