@@ -5,7 +5,7 @@ Two parts, each measurement in a process of its own:
 - `round`: one round of STaRTrainer with a tiny model, 100 to 10,000 prompts with 8 samples each: sampling,
   grading, selection, rows, and training for a fixed number of steps.
 - `store`: the round folder is filled with completions of 100 to 300 tokens without a model, up to a million;
-  then the stages after sampling run as in a round: read and grade, select, diversity, rows and report.
+  then the stages after sampling run as in a round: read and grade, select, rows and report, detectors.
   Seconds and peak memory are told by stage.
 
 "All" is the sum of the stages; for a round, it is building the trainer and `train()`. Exponents are slopes
@@ -165,6 +165,8 @@ def memory_mb(key: str) -> float:
 def play_store(trainer: Any) -> dict[str, Any]:
     """Run the stages after sampling on a filled store; return seconds and peak memory of each."""
     from trl_selfplay.rollouts.selection import SelectionRules, select
+    from trl_selfplay.rounds.run import RoundProgress
+    from trl_selfplay.rounds.watch import Watch
 
     stages: dict[str, dict[str, float]] = {}
 
@@ -193,10 +195,13 @@ def play_store(trainer: Any) -> dict[str, Any]:
     )
     with stage("select"):
         selection = select(rollouts, rules)
-    with stage("diversity"):
-        metrics = play.watch_diversity(0, rollouts, trainer.normal_form)
     with stage("rows and report"):
-        played = play.build_sft_round(0, selection, prompt_ids, metrics=metrics)
+        played = play.build_sft_round(0, selection, prompt_ids)
+    plans = args.plan_rounds()
+    watch = Watch(trainer, RoundProgress(plans))
+    watch.begin(plans[0])
+    with stage("detectors"):
+        played = watch.see_samples(played)
     return {
         "stages": stages,
         "before_mb": before,

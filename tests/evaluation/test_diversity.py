@@ -1,26 +1,31 @@
-"""Detectors of poorer samples: what they count, when they speak. Invariants CD-1 to CD-4."""
+"""What is counted of a round's samples. Invariants CD-3 to CD-6."""
 
 from itertools import combinations
+from math import log
 from statistics import fmean
 
 import numpy as np
 import pytest
+import torch
 
 from trl_selfplay.evaluation.diversity import (
+    answer_entropy,
     distinct_correct,
     distinct_ratios,
     diversity_metrics,
+    effective_share,
     rarefied,
     solved_by_difficulty,
     summarize_samples,
-    warn_poorer_samples,
-    warn_sharpening,
+    token_entropy,
 )
+from trl_selfplay.generation.decode_batch import TokenChooser
+from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.rollouts.selection import default_normal_form as form
 
 
 def summary(rollouts, threshold=1.0):
-    return summarize_samples(rollouts, form, threshold)
+    return summarize_samples(rollouts, form, threshold).prompts
 
 
 def sample_set(make_rollout, texts, rewards=None, length=4):
@@ -67,53 +72,75 @@ def test_solved_share_by_base_success() -> None:
     }  # fmt: skip
 
 
-def random_round(make_rollout, rng, prompts=40, samples=8, kinds=6):
-    texts = rng.integers(kinds, size=(prompts, samples))
-    rewards = (rng.random((prompts, samples)) < rng.random((prompts, 1))).astype(float).tolist()
-    return sample_set(make_rollout, [[f"t{t}" for t in row] for row in texts], rewards)
+@pytest.mark.parametrize(("top_k", "expected"), [(0, log(21)), (5, log(5))])
+def test_token_entropy_is_that_of_the_distribution_sampled_from(
+    make_rollout, top_k, expected
+) -> None:
+    """CD-5: ln V for a uniform sampler over V tokens, ln V' for the V' that top-k leaves."""
+    logits = torch.zeros(40, 21)
+    if top_k:
+        logits[:, top_k:] = -1.0
+    options = SamplingOptions(1, top_k=top_k, temperature=0.7, return_logprobs=True)
+    tokens, logprobs = TokenChooser(options, range(21)).choose(logits, range(40), [0] * 40, None)
+    pairs = zip(tokens.tolist(), logprobs.tolist(), strict=True)
+    rollouts = [
+        make_rollout(sample_index=i, completion_ids=(token,), logprob=logprob)
+        for i, (token, logprob) in enumerate(pairs)
+    ]
+    samples = summary(rollouts)
+    assert token_entropy(samples) == pytest.approx(expected, abs=1e-6)
 
 
-def test_copies_of_one_round_are_silent(make_rollout) -> None:
-    """CD-1: at most 5 % of 200 simulated pairs of rounds."""
+def test_token_entropy_counts_only_what_the_policy_wrote_and_has_a_log_prob(make_rollout) -> None:
+    written = make_rollout(
+        completion_ids=(5, 6, 7), completion_mask=(True, False, True), logprob=-3.0
+    )
+    without = make_rollout(sample_index=1, completion_ids=(5,) * 9)
+    assert token_entropy(summary([written, without])) == pytest.approx(1.5)
+    assert token_entropy(summary([without])) is None
+
+
+def test_answer_entropy_is_corrected_for_the_number_of_samples() -> None:
+    """D7: of many uniform draws over four answers, the mean is ln 4 with far less bias than without."""
+    assert answer_entropy([3, 1]) == pytest.approx(-0.75 * log(0.75) - 0.25 * log(0.25) + 1 / 8)
     rng = np.random.default_rng(0)
-    alarms = 0
-    for _ in range(200):
-        first, now = (random_round(make_rollout, rng, prompts=20) for _ in range(2))
-        alarms += bool(warn_poorer_samples(first, now, 1))
-        alarms += warn_sharpening(first, now, 1) is not None
-    assert alarms <= 10
+    draws = [c[c > 0].tolist() for c in rng.multinomial(16, [0.25] * 4, 2000)]
+    corrected = fmean(map(answer_entropy, draws))
+    plain = fmean(-sum(n / 16 * log(n / 16) for n in counts) for counts in draws)
+    assert abs(corrected - log(4)) < 0.02 < abs(plain - log(4))
 
 
-def test_a_collapse_onto_one_text_is_told(make_rollout) -> None:
-    rng = np.random.default_rng(0)
-    first = random_round(make_rollout, rng)
-    now = sample_set(make_rollout, [["same"] * 8] * 40)
-    warnings = warn_poorer_samples(first, now, 2)
-    assert len(warnings) == 2
-    assert all("round 2" in warning for warning in warnings)
+def test_concentration_is_1_for_equal_weights_and_1_over_p_for_one_prompt_with_all() -> None:
+    """CD-6."""
+    assert effective_share([3, 3, 3, 3]) == 1.0
+    assert effective_share([7, 0, 0, 0]) == 0.25
 
 
-@pytest.mark.parametrize(("length", "speaks"), [(4, False), (9, True), (1, True), (7, False)])
-def test_lengths_are_told_beyond_half_and_double(make_rollout, length, speaks) -> None:
-    texts = [[f"{p} {s}" for s in range(4)] for p in range(10)]
-    first = sample_set(make_rollout, texts)
-    warnings = warn_poorer_samples(first, sample_set(make_rollout, texts, length=length), 1)
-    assert bool([w for w in warnings if "tokens on average" in w]) is speaks
+def test_kept_completions_count_with_hint_and_samples_without(make_rollout) -> None:
+    rollouts = [
+        make_rollout(sample_index=0, completion="a"),
+        make_rollout(sample_index=1, completion="b", reward=0.0),
+        make_rollout(sample_index=2, completion="c", hinted=True),
+        make_rollout(sample_index=3, completion="loop " * 40, completion_ids=(5, 6) * 20),
+    ]
+    found = summarize_samples(rollouts, form, 1.0, None, ["kept", "failed", "kept", "kept"])
+    (own,) = found.prompts.values()
+    assert (own.num_samples, own.num_correct, own.num_graded) == (3, 2, 3)
+    assert list(found.kept.values()) == [3]
+    assert found.num_repetitive == 1
+    assert len(found.kept_forms) == 3
 
 
-def test_sharpening_is_pass_at_1_up_and_pass_at_k_down(make_rollout) -> None:
-    """CD-2: half of the prompts solved always, the others lost; silent where both rise."""
-    rng = np.random.default_rng(0)
-    texts = [[str(s) for s in range(8)] for _ in range(60)]
-    before = sample_set(make_rollout, texts, (rng.random((60, 8)) < 0.3).astype(float).tolist())
-    lost = [[0.9 if p % 2 else 0.0] * 8 for p in range(60)]
-    sharp = (rng.random((60, 8)) < np.array(lost)).astype(float).tolist()
-    warning = warn_sharpening(before, sample_set(make_rollout, texts, sharp), 2)
-    assert warning is not None
-    assert "round 2" in warning
-    assert "pass@8" in warning
-    better = (rng.random((60, 8)) < 0.8).astype(float).tolist()
-    assert warn_sharpening(before, sample_set(make_rollout, texts, better), 2) is None
+def test_the_most_frequent_answer_is_that_of_all_prompts(make_rollout) -> None:
+    answers = {"p": "7 7 1 2", "q": "7 3 3 3", "r": "7 7 4 ?"}
+    rollouts = [
+        make_rollout(prompt_id=i, sample_index=k, completion=text)
+        for i, texts in answers.items()
+        for k, text in enumerate(texts.split())
+    ]
+    found = summarize_samples(rollouts, form, 1.0, lambda text: None if text == "?" else text)
+    assert {i: own.num_top for i, own in found.prompts.items()} == {"p": 2, "q": 1, "r": 2}
+    assert sorted(found.prompts["r"].answers) == [1, 2]
 
 
 def test_the_rounds_numbers_for_the_log(make_rollout) -> None:

@@ -1,18 +1,13 @@
 """Warnings fire where they should and nowhere else; the best round is the earliest best one."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from trl_selfplay.evaluation.monitor import (
     best_round,
     is_better,
     rounds_without_gain,
     warn_baseline,
-    warn_hint_share,
     warn_long,
-    warn_truncation,
-    warn_warmup,
 )
 from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts
 
@@ -61,35 +56,6 @@ def test_rewards_with_degrees_leave_something_to_learn_without_a_success() -> No
 def test_no_metrics_give_no_baseline_warning() -> None:
     assert warn_baseline({}) is None
     assert warn_baseline({"eval_mean_length": 0.0, "eval_accuracy_low": 0.0}) is None
-
-
-@given(st.integers(0, 50), st.integers(0, 50))
-def test_the_warm_up_warning_fires_exactly_with_fewer_steps_than_warm_up(
-    steps: int, warmup_steps: int
-) -> None:
-    """ST-17 and CD-8."""
-    warning = warn_warmup(steps, warmup_steps, round_index=3)
-    assert (warning is not None) == (steps < warmup_steps)
-
-
-def test_the_warm_up_warning_tells_how_far_the_rate_gets() -> None:
-    """ST-17: the paper's first round ends at 0.4 of the rate."""
-    assert "40%" in (warn_warmup(40, 100, 0) or "")
-
-
-@pytest.mark.parametrize(
-    ("hinted", "unhinted", "warns"), [(5, 5, False), (6, 5, True), (0, 0, False)]
-)
-def test_more_than_half_hinted_is_warned_about(hinted: int, unhinted: int, warns: bool) -> None:
-    funnel = Funnel(20, 5, OutcomeCounts(kept=unhinted), OutcomeCounts(kept=hinted))
-    assert (warn_hint_share(funnel, 0) is not None) == warns
-
-
-@pytest.mark.parametrize(("truncated", "warns"), [(10, False), (11, True)])
-def test_more_than_a_tenth_cut_by_length_is_warned_about(truncated: int, warns: bool) -> None:
-    funnel = Funnel(20, 5, OutcomeCounts(truncated=truncated, kept=100 - truncated))
-    assert (warn_truncation(funnel, 2) is not None) == warns
-    assert warn_truncation(Funnel(0, 0, OutcomeCounts()), 0) is None
 
 
 def test_the_best_round_is_the_earliest_of_the_best() -> None:

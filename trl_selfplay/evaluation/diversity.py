@@ -1,24 +1,24 @@
-"""Measure how diverse a round's samples are, and whether rounds reduce diversity.
+"""Summarize a round's samples by prompt, and measure how diverse they are.
 
-In: graded rollouts of two rounds, or of held-out prompts before and after. Out: one number per
-prompt, their means for the log, and warnings as text. A warning needs a change beyond its threshold
-and beyond two standard errors, paired by prompt, so that noise causes none. The thresholds are ours.
+In: graded rollouts, read once. Out: a few numbers per prompt, and their means for the log. The detectors of
+detectors.py compare those of two rounds.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import comb
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from math import comb, log
 from statistics import fmean
 
-from trl_selfplay.evaluation.estimates import paired_difference, pass_at_k
+import numpy as np
+
+from trl_selfplay.evaluation.estimates import pass_at_k
+from trl_selfplay.evaluation.repetition import is_repetitive
 from trl_selfplay.rollouts.facts import digest_form
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.sequence import Rollouts
 
-LEAST_DISTINCT = 0.5
-LEAST_DISTINCT_CORRECT = 0.7
-LEAST_LENGTH, MOST_LENGTH = 0.5, 2.0
-_STANDARD_ERRORS = 2.0
 # Base success at temperature 1, from the easiest down (ReST^EM, arXiv 2312.06585, section 5.4).
 DIFFICULTIES = (("easy", 0.75), ("medium", 0.5), ("hard", 0.25), ("very_hard", 0.0))
 
@@ -30,51 +30,144 @@ class PromptSamples:
     """What matters of a prompt's samples without hints.
 
     Attributes:
-        forms: A stand-in for the normal form of each.
+        forms: Number of samples of each normal form.
         correct_forms: The same of those that are correct.
-        num_tokens: Of all completions together.
+        answers: Number of samples of each final answer.
+        num_top: Number of samples whose answer is the round's most frequent one.
+        num_tokens: Of all completions together, like `num_own_tokens`, those of the policy.
         num_graded: How many have a reward.
+        total_reward: The sum of their rewards.
         best_reward: The highest reward of a finished one; None without any.
+        logprob: Sum of the log-probs of the samples that have one.
+        num_logprob_tokens: Number of the policy's tokens in these samples.
     """
 
-    forms: list[Hashable]
-    correct_forms: list[Hashable]
+    forms: tuple[int, ...] = ()
+    correct_forms: tuple[int, ...] = ()
+    answers: tuple[int, ...] = ()
+    num_top: int = 0
     num_tokens: int = 0
     num_graded: int = 0
+    total_reward: float = 0.0
     best_reward: float | None = None
+    logprob: float = 0.0
+    num_logprob_tokens: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples."""
+        return sum(self.forms)
+
+    @property
+    def num_correct(self) -> int:
+        """The number of correct ones."""
+        return sum(self.correct_forms)
 
 
 Samples = Mapping[str, PromptSamples]
 
 
+@dataclass(slots=True)
+class RoundSamples:
+    """What matters of a round's samples.
+
+    Attributes:
+        prompts: Of each prompt, those without hints.
+        kept: Number of kept completions by prompt, with and without hint.
+        num_repetitive: How many of the kept ones repeat themselves.
+        kept_forms: A digest of prompt and normal form of each kept one, sorted, uint64.
+    """
+
+    prompts: dict[str, PromptSamples]
+    kept: dict[str, int] = field(default_factory=dict)
+    num_repetitive: int = 0
+    kept_forms: np.ndarray = field(default_factory=lambda: np.array([], np.uint64))
+
+
+class _Kinds:
+    """The kinds of a prompt's samples, while they are counted."""
+
+    __slots__ = ("answers", "correct", "forms")
+
+    def __init__(self) -> None:
+        self.forms: dict[Hashable, int] = {}
+        self.correct: dict[Hashable, int] = {}
+        self.answers: dict[Hashable, int] = {}
+
+
 def summarize_samples(
-    rollouts: Iterable[Rollout], normal_form: NormalForm, threshold: float
-) -> dict[str, PromptSamples]:
-    """Read a round's samples once; return what matters of them by prompt.
+    rollouts: Sequence[Rollout],
+    normal_form: NormalForm,
+    threshold: float,
+    answer_form: NormalForm | None = None,
+    outcomes: Sequence[str] = (),
+) -> RoundSamples:
+    """Read a round's samples once; return what matters of them.
 
     Args:
-        rollouts: Graded, in any order; those with hints don't count.
+        rollouts: Graded or not, in any order.
         normal_form: Maps equal completions to the same form.
         threshold: Minimum reward of a correct completion.
+        answer_form: Returns the normal form of a completion's final answer, or None; None reads no
+            answers.
+        outcomes: Of each rollout; those that are "kept" are trained on.
     """
-    samples: dict[str, PromptSamples] = {}
-    for rollout in rollouts:
-        if rollout.hinted:
+    kinds: dict[str, _Kinds] = {}
+    found = RoundSamples({})
+    kept_forms: list[int] = []
+    top: Counter[Hashable] = Counter()
+    for place, rollout in Rollouts.of(rollouts).scan():
+        is_kept = bool(outcomes) and outcomes[place] == "kept"
+        if rollout.hinted and not is_kept:
             continue
-        own = samples.get(rollout.prompt_id)
-        if own is None:
-            own = samples[rollout.prompt_id] = PromptSamples([], [])
         form = digest_form(normal_form(rollout.completion))
-        own.forms.append(form)
-        own.num_tokens += len(rollout.completion_ids)
-        if rollout.reward is not None:
-            own.num_graded += 1
-            if rollout.passes(threshold):
-                own.correct_forms.append(form)
-            if not rollout.is_truncated:
-                best = own.best_reward
-                own.best_reward = rollout.reward if best is None else max(rollout.reward, best)
-    return samples
+        if is_kept:
+            prompt_id = rollout.prompt_id
+            found.kept[prompt_id] = found.kept.get(prompt_id, 0) + 1
+            found.num_repetitive += is_repetitive(rollout.completion_ids, rollout.completion)
+            kept_forms.append(digest_kept(prompt_id, form))
+        if not rollout.hinted:
+            own = found.prompts.setdefault(rollout.prompt_id, PromptSamples())
+            own_kinds = kinds.setdefault(rollout.prompt_id, _Kinds())
+            _count(own, own_kinds, rollout, form, threshold)
+            if answer_form is not None and (answer := answer_form(rollout.completion)) is not None:
+                answer = digest_form(answer)
+                own_kinds.answers[answer] = own_kinds.answers.get(answer, 0) + 1
+                top[answer] += 1
+    most_frequent = top.most_common(1)[0][0] if top else None
+    for prompt_id, own in found.prompts.items():
+        own_kinds = kinds.pop(prompt_id)
+        own.forms = tuple(own_kinds.forms.values())
+        own.correct_forms = tuple(own_kinds.correct.values())
+        own.answers = tuple(own_kinds.answers.values())
+        own.num_top = own_kinds.answers.get(most_frequent, 0)
+    found.kept_forms = np.sort(np.array(kept_forms, np.uint64))
+    return found
+
+
+def _count(
+    own: PromptSamples, kinds: _Kinds, rollout: Rollout, form: Hashable, threshold: float
+) -> None:
+    kinds.forms[form] = kinds.forms.get(form, 0) + 1
+    own.num_tokens += len(rollout.completion_ids)
+    if rollout.logprob is not None:
+        mask = rollout.completion_mask
+        own.logprob += rollout.logprob
+        own.num_logprob_tokens += len(rollout.completion_ids) if mask is None else sum(mask)
+    if rollout.reward is None:
+        return
+    own.num_graded += 1
+    own.total_reward += rollout.reward
+    if rollout.passes(threshold):
+        kinds.correct[form] = kinds.correct.get(form, 0) + 1
+    if not rollout.is_truncated:
+        best = own.best_reward
+        own.best_reward = rollout.reward if best is None else max(rollout.reward, best)
+
+
+def digest_kept(prompt_id: str, form: Hashable) -> int:
+    """Return 64 bits that stand for a prompt and the normal form of one of its completions."""
+    return int.from_bytes(blake2b(repr((prompt_id, form)).encode(), digest_size=8).digest())
 
 
 def distinct_ratios(samples: Samples) -> dict[str, float]:
@@ -85,7 +178,7 @@ def distinct_ratios(samples: Samples) -> dict[str, float]:
 
     Source: the exploration of B-STaR, arXiv 2412.17256, counted on all samples.
     """
-    return {i: len(set(own.forms)) / len(own.forms) for i, own in samples.items()}
+    return {i: len(own.forms) / own.num_samples for i, own in samples.items()}
 
 
 def rarefied(counts: Sequence[int], size: int) -> float:
@@ -113,22 +206,53 @@ def distinct_correct(before: Samples, now: Samples) -> tuple[dict[str, float], d
     values: tuple[dict[str, float], dict[str, float]] = {}, {}
     for prompt_id in before.keys() & now.keys():
         correct = [side[prompt_id].correct_forms for side in (before, now)]
-        size = min(map(len, correct))
+        size = min(map(sum, correct))
         if size > 0:
             for side, forms in zip(values, correct, strict=True):
-                side[prompt_id] = rarefied(list(Counter(forms).values()), size)
+                side[prompt_id] = rarefied(forms, size)
     return values
 
 
-def mean_lengths(samples: Samples) -> dict[str, float]:
-    """Return the mean number of tokens of each prompt's completions."""
-    return {i: own.num_tokens / len(own.forms) for i, own in samples.items()}
+def answer_entropy(counts: Sequence[int]) -> float:
+    """Return the entropy in nats of a prompt's final answers, corrected for the number of samples.
+
+    Args:
+        counts: Number of samples of each answer, at least one.
+
+    Source: Miller, "Note on the bias of information estimates" (1955), with Madow's correction:
+    −Σ_a p_a ln p_a + (A − 1) / (2n) for A different answers of n samples.
+    """
+    n = sum(counts)
+    return (len(counts) - 1) / (2 * n) - sum(c / n * log(c / n) for c in counts)
+
+
+def answer_entropies(samples: Samples) -> dict[str, float]:
+    """Return the entropy of the final answers of each prompt with at least two."""
+    return {i: answer_entropy(own.answers) for i, own in samples.items() if sum(own.answers) > 1}
+
+
+def token_entropy(samples: Samples) -> float | None:
+    """Return the entropy per token, in nats, of the distribution that was sampled from.
+
+    It is −(1/T) Σ log p over all T sampled tokens, after temperature, penalty, top-k, top-p and min-p.
+    None if the sampler gave no log-probs.
+    """
+    num_tokens = sum(own.num_logprob_tokens for own in samples.values())
+    return -sum(own.logprob for own in samples.values()) / num_tokens if num_tokens else None
+
+
+def effective_share(weights: Sequence[float]) -> float:
+    """Return the effective number of prompts, (Σ w)² / Σ w², as a share of their number.
+
+    It is 1 for equal weights, and 1/P if one of P prompts has all.
+    """
+    return sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
 
 
 def pass_rates(samples: Samples, k: int = 1) -> dict[str, float]:
     """Return the unbiased pass@k of each prompt with at least k graded samples."""
     return {
-        prompt_id: pass_at_k(own.num_graded, len(own.correct_forms), k)
+        prompt_id: pass_at_k(own.num_graded, own.num_correct, k)
         for prompt_id, own in samples.items()
         if own.num_graded >= k
     }
@@ -168,6 +292,10 @@ def diversity_metrics(first: Samples, now: Samples, has_degrees: bool = False) -
             is logged, and metrics of correct completions only if there are any.
     """
     metrics = {"play/distinct": fmean(distinct_ratios(now).values())}
+    if (entropy := token_entropy(now)) is not None:
+        metrics["play/token_entropy"] = entropy
+    if entropies := answer_entropies(now):
+        metrics["play/answer_entropy"] = fmean(entropies.values())
     if has_degrees:
         if best := best_rewards(now):
             metrics["play/best_reward"] = fmean(best.values())
@@ -179,76 +307,3 @@ def diversity_metrics(first: Samples, now: Samples, has_degrees: bool = False) -
         metrics["play/distinct_correct"] = fmean(correct.values())
     shares = solved_by_difficulty(pass_rates(first), pass_rates(now))
     return metrics | {f"play/solved_{name}": share for name, share in shares.items()}
-
-
-def _falls_below(
-    before: Mapping[str, float], now: Mapping[str, float], share: float
-) -> tuple[float, float] | None:
-    """Return both means over the common prompts if the second is below `share` of the first."""
-    common = before.keys() & now.keys()
-    change, error = paired_difference(before, now)
-    if change is None or error is None or change >= -_STANDARD_ERRORS * error:
-        return None
-    means = fmean(before[i] for i in common), fmean(now[i] for i in common)
-    return means if means[1] < share * means[0] else None
-
-
-def warn_poorer_samples(first: Samples, now: Samples, round_index: int) -> list[str]:
-    """Return warnings if a round's samples are less diverse, shorter or longer than those of round 0."""
-    warnings = []
-    remedy = (
-        "Raise temperature, deduplicate, lower max_per_prompt, or train each round from the base "
-        "(start_from='base')."
-    )
-    if found := _falls_below(distinct_ratios(first), distinct_ratios(now), LEAST_DISTINCT):
-        warnings.append(
-            f"round {round_index}: {found[1]:.2f} of a prompt's completions are distinct, "
-            f"{found[0]:.2f} in round 0. {remedy}"
-        )
-    before, after = distinct_correct(first, now)
-    if found := _falls_below(before, after, LEAST_DISTINCT_CORRECT):
-        warnings.append(
-            f"round {round_index}: prompts solved in both rounds have {found[1]:.2f} distinct "
-            f"correct completions at equal numbers of samples, {found[0]:.2f} in round 0. {remedy}"
-        )
-    lengths = mean_lengths(first), mean_lengths(now)
-    shorter = _falls_below(*lengths, LEAST_LENGTH)
-    longer = _falls_below(lengths[1], lengths[0], 1.0 / MOST_LENGTH)
-    if drifted := shorter or (longer and longer[::-1]):
-        warnings.append(
-            f"round {round_index}: completions have {drifted[1]:.0f} tokens on average, "
-            f"{drifted[0]:.0f} in round 0. Read some: is the reward met by length alone? "
-            "max_completion_length bounds them."
-        )
-    return warnings
-
-
-def warn_sharpening(before: Samples, now: Samples, round_index: int) -> str | None:
-    """Return a warning if held-out pass@1 rose and pass@k fell, each by two standard errors.
-
-    Args:
-        before: Held-out samples of the untrained model.
-        now: Held-out samples after the round on the same prompts; k is the smallest number of samples
-            per prompt.
-        round_index: The round, for the warning.
-
-    Source: "Progress or Regress? Self-Improvement Reversal in Post-training", arXiv 2407.05013.
-    """
-    k = min((own.num_graded for own in (*before.values(), *now.values())), default=0)
-    if k < 2:
-        return None
-    changes = {}
-    for size in (1, k):
-        scores = [pass_rates(samples, size) for samples in (before, now)]
-        change, error = paired_difference(*scores)
-        if change is None or error is None or abs(change) <= _STANDARD_ERRORS * error:
-            return None
-        changes[size] = change
-    if not changes[1] > 0.0 > changes[k]:
-        return None
-    return (
-        f"round {round_index}: sharpening. Held-out pass@1 has risen by {changes[1]:.3f} and "
-        f"pass@{k} has fallen by {-changes[k]:.3f} since before training: the model repeats what it "
-        "could do rather than learn what it couldn't. Raise temperature, deduplicate, lower "
-        "max_per_prompt, or train each round from the base (start_from='base')."
-    )

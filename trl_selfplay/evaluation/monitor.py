@@ -1,19 +1,15 @@
 """Decide what to do next from a run's metrics: warn, choose the best round, stop.
 
 In: held-out metrics, scores by round, the funnel. Out: a warning as text or None; a round index.
-Nothing here logs or stops anything. Thresholds without a source are ours, chosen for few false
-alarms with 100 to 300 held-out prompts.
+Nothing here logs or stops anything. Alarms of collapse are in detectors.py.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 
-from trl_selfplay.evaluation.estimates import binomial_interval
 from trl_selfplay.rollouts.funnel import Funnel
 
 LITTLE_TO_GAIN = 0.95
-MOST_HINTED = 0.5
-MOST_TRUNCATED = 0.1
 # Of SPIN's convergence: nats that are no longer worth a round, and pairs that can say so.
 LEAST_DISTANCE = 0.01
 FEWEST_PAIRS = 20
@@ -54,47 +50,6 @@ def warn_baseline(metrics: Mapping[str, float], has_degrees: bool = False) -> st
             "left to gain. Choose harder prompts."
         )
     return None
-
-
-def warn_warmup(steps: int, warmup_steps: int, round_index: int) -> str | None:
-    """Return a warning if a round has fewer optimizer steps than warm-up steps, or None.
-
-    Source: STaR, arXiv 2203.14465, section 4.1: 100 warm-up steps in each round and 40, 48, 57, …
-    steps, so that the paper's own first rounds never reach the learning rate.
-    """
-    if steps >= warmup_steps:
-        return None
-    return (
-        f"round {round_index}: {steps} optimizer steps, fewer than {warmup_steps} warm-up steps; "
-        f"the learning rate gets no further than {steps / warmup_steps:.0%} of its value. Lower "
-        "warmup_steps, or sample more (num_generations, num_prompts_per_round). STaR's first "
-        "rounds are so by design (STaRConfig.from_paper)."
-    )
-
-
-def warn_hint_share(funnel: Funnel, round_index: int) -> str | None:
-    """Return a warning if more than half of the kept completions were sampled with a hint, or None."""
-    if funnel.kept == 0 or funnel.hinted.kept <= MOST_HINTED * funnel.kept:
-        return None
-    return (
-        f"round {round_index}: {funnel.hinted.kept} of {funnel.kept} kept completions "
-        f"({funnel.hinted.kept / funnel.kept:.0%}) were sampled with the answer as hint. Reaching "
-        "an answer that is shown proves little: read some of them, and consider rationalize=False "
-        "or more samples without hint (num_generations)."
-    )
-
-
-def warn_truncation(funnel: Funnel, round_index: int) -> str | None:
-    """Return a warning if more than a tenth of the unhinted completions were truncated, or None."""
-    truncated, sampled = funnel.unhinted.truncated, funnel.sampled
-    if sampled == 0 or truncated <= MOST_TRUNCATED * sampled:
-        return None
-    low, high = binomial_interval(truncated, sampled)
-    return (
-        f"round {round_index}: {truncated} of {sampled} completions were cut by length "
-        f"({truncated / sampled:.0%}, 95 % interval {low:.0%} to {high:.0%}) and are lost. Raise "
-        "max_completion_length, set stop_strings, or check that the model knows its EOS token."
-    )
 
 
 def warn_long(funnel: Funnel, round_index: int, max_length: int | None) -> str | None:

@@ -148,6 +148,11 @@ class VoteReward:
         return {"threshold": self.threshold, "normal_form": form, "weigh_by": weigh_by}
 
     @property
+    def answer_form(self) -> Callable[[str], Hashable | None]:
+        """Reads the answer of a completion, for the detectors of collapse."""
+        return self._normal_form
+
+    @property
     def grading_model(self) -> Any:
         """The model that weighs votes, if there is one."""
         return getattr(self._weigh_by, "grading_model", None)

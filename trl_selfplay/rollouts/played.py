@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from trl_selfplay.rollouts.facts import Facts
-from trl_selfplay.rollouts.funnel import Funnel
+from trl_selfplay.rollouts.funnel import Funnel, Outcome
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.selection import Selection
 
@@ -28,6 +28,7 @@ class PlayedRound:
         metrics: Metrics for the log, with the prefixes play/ and select/.
         rewards: Mean weighted reward, and the mean of each function by name.
         remedy: Why a round of this method may be empty and what to do; "" if rewards decide.
+        outcomes: The outcome of each of `rollouts`.
     """
 
     training_rows: Dataset
@@ -37,6 +38,7 @@ class PlayedRound:
     metrics: dict[str, float]
     rewards: dict[str, float | None]
     remedy: str = ""
+    outcomes: Sequence[Outcome] = ()
 
 
 def mean_rewards(facts: Facts, names: Sequence[str]) -> dict[str, float | None]:

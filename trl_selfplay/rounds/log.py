@@ -14,10 +14,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_selfplay.disk import RESUME
-from trl_selfplay.evaluation.monitor import warn_warmup
 from trl_selfplay.evaluation.progress import say
 from trl_selfplay.evaluation.report import rounds_markdown
 from trl_selfplay.rounds.run import RoundProgress, Run
+from trl_selfplay.rounds.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,10 @@ def say_where_interrupted(progress: RoundProgress) -> Iterator[None]:
 class RoundCallback(TrainerCallback):
     """Reports a round's plan, and logs what has waited, once the parent's training has begun."""
 
-    def __init__(self, trainer: Any, progress: RoundProgress) -> None:
+    def __init__(self, trainer: Any, progress: RoundProgress, watch: Watch) -> None:
         self.trainer = trainer
         self.progress = progress
+        self.watch = watch
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,10 +138,7 @@ class RoundCallback(TrainerCallback):
                 f"round {round_index}: sample from {source}, train from {start}, "
                 f"{progress.num_examples} examples, {state.max_steps} steps"
             )
-            if warning := warn_warmup(
-                state.max_steps, args.get_warmup_steps(state.max_steps), round_index
-            ):
-                logger.warning("%s", warning)
+        self.watch.see_steps(state.max_steps, args.get_warmup_steps(state.max_steps))
         for logs in progress.pending_logs:
             self.trainer.log(logs)
         progress.pending_logs.clear()

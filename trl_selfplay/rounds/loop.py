@@ -20,24 +20,17 @@ from transformers.trainer_utils import TrainOutput
 from trl import BEMACallback
 
 from trl_selfplay.disk import BRING_BACK, RESUME, DamagedFileError, held_by_this_process, is_found
-from trl_selfplay.evaluation.diversity import summarize_samples, warn_sharpening
+from trl_selfplay.evaluation.detectors import Action
 from trl_selfplay.evaluation.estimates import paired_difference
 from trl_selfplay.evaluation.heldout import HeldOutScores
-from trl_selfplay.evaluation.monitor import (
-    warn_baseline,
-    warn_hint_share,
-    warn_long,
-    warn_truncation,
-)
+from trl_selfplay.evaluation.monitor import warn_baseline, warn_long
 from trl_selfplay.evaluation.progress import format_duration, say
 from trl_selfplay.evaluation.report import print_round_table
 from trl_selfplay.memory import fast_collections
 from trl_selfplay.rollouts.funnel import describe_funnel
 from trl_selfplay.rollouts.kept_prompts import keep_prompts
 from trl_selfplay.rollouts.played import PlayedRound
-from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rendering import keep_rendering
-from trl_selfplay.rollouts.selection import default_normal_form
 from trl_selfplay.rollouts.shards import load_engines
 from trl_selfplay.rounds.checkpoints import list_checkpoints, pass_over_checkpoints
 from trl_selfplay.rounds.dry_run import try_step
@@ -70,6 +63,7 @@ from trl_selfplay.rounds.training import (
     save_state,
     train_on,
 )
+from trl_selfplay.rounds.watch import Watch, alarms_with, ends_by_alarm
 from trl_selfplay.rounds.weights import (
     load_saved_model,
     load_trainable,
@@ -125,7 +119,8 @@ def _run_rounds(
     if args.dry_run:
         return run_preflight(trainer)
     _open_run(trainer, progress, resume)
-    callback = RoundCallback(trainer, progress)
+    watch = Watch(trainer, progress)
+    callback = RoundCallback(trainer, progress, watch)
     trainer.add_callback(callback)
     trackers = TrackerRun(trainer)
     output: TrainOutput | None = None
@@ -148,21 +143,25 @@ def _run_rounds(
                 patience = args.stop_after_rounds_without_gain
                 if ended or has_stalled(run, progress.lines, patience):
                     break
+                if ends_by_alarm(progress.lines, args.alarm_actions):
+                    break
                 progress.begin(plan.round_index)
+                watch.begin(plan)
                 with changed_settings(args, plan.settings):
                     if call_round_event(trainer, "on_round_begin", progress):
                         break
                     started, is_fresh = time.monotonic(), not run.folder(plan.round_index).exists()
-                    played = trainer.play_round(plan.round_index)
+                    played = watch.see_samples(trainer.play_round(plan.round_index))
                     progress.seconds = {"sample": time.monotonic() - started, "train": 0.0}
                     if played.num_examples == 0 and not plan.may_be_skipped:
                         handle_empty_round(args, plan.round_index, played)
                         break
-                    _warn_of_samples(played, plan.round_index, args.max_length)
+                    if warning := warn_long(played.funnel, plan.round_index, args.max_length):
+                        logger.warning("%s", warning)
                     output = _train_round(trainer, train_parent, plan, played) or output
                     folder = run.folder(plan.round_index)
                     scores = trainer.score_heldout(plan.round_index, folder / "evaluation")
-                    ended = _finish_round(trainer, plan, played, before, scores)
+                    ended = _finish_round(trainer, plan, played, before, scores, watch)
                     history += trainer.state.log_history
                     if is_fresh and not ended:
                         _tell_time_left(progress, time.monotonic() - started)
@@ -333,16 +332,6 @@ def _warm_up(trainer: Any, train_parent: Callable[..., TrainOutput], rows: Datas
     return output is not None and ends_run(trainer.state)
 
 
-def _warn_of_samples(played: PlayedRound, round_index: int, max_length: int | None) -> None:
-    for warning in (
-        warn_hint_share(played.funnel, round_index),
-        warn_truncation(played.funnel, round_index),
-        warn_long(played.funnel, round_index, max_length),
-    ):
-        if warning:
-            logger.warning("%s", warning)
-
-
 def _train_round(
     trainer: Any, train_parent: Callable[..., TrainOutput], plan: RoundPlan, played: PlayedRound
 ) -> TrainOutput | None:
@@ -381,6 +370,7 @@ def _finish_round(
     played: PlayedRound,
     before: HeldOutScores | None,
     scores: HeldOutScores | None,
+    watch: Watch,
 ) -> bool:
     """Log and record a finished round, delete what isn't needed; return whether the run ends."""
     args, run, progress, state = trainer.args, trainer.run, trainer.progress, trainer.state
@@ -390,7 +380,6 @@ def _finish_round(
         gain, standard_error = paired_difference(before.by_prompt, scores.by_prompt)
     if scores is not None:
         trainer.log(dict(scores.metrics))
-        _warn_sharpening(run, round_index, trainer.self_play.collector.eval_threshold)
     line: dict[str, Any] = {
         "round": round_index,
         **plan.details,
@@ -412,6 +401,7 @@ def _finish_round(
         "examples": played.num_examples,
         "steps": state.global_step,
         "learning_rate": args.learning_rate,
+        **watch.see_scores(),
     }
     engines = load_engines(run.folder(plan.sampling_round) / "samples" / "engines.json")
     if engines:
@@ -430,28 +420,6 @@ def _finish_round(
     return ends_run(state)  # also where a kill came after it was trained
 
 
-def _warn_sharpening(run: Run, round_index: int, threshold: float | None) -> None:
-    """Warn if held-out samples are less diverse than before training, if both are on disk."""
-    if threshold is None:  # with rewards of degrees no sample is simply right
-        return
-    before, now = (
-        summarize_samples(
-            (
-                rollout
-                for path in sorted(folder.glob("*sampled-*.parquet"))
-                if "few_shot_" not in path.name  # the untrained model's other form of the prompt
-                for rollout in load_rollouts(path)
-            ),
-            default_normal_form,
-            threshold,
-        )
-        for folder in (run.folder(i) / "evaluation" for i in (UNTRAINED, round_index))
-    )
-    before = {prompt_id: own for prompt_id, own in before.items() if prompt_id in now}
-    if before and (warning := warn_sharpening(before, now, round_index)):
-        logger.warning("%s", warning)
-
-
 def _delete_what_is_done(run: Run, lines: Sequence[Mapping[str, Any]]) -> None:
     """Delete finished rounds' checkpoints and, with full fine-tuning, models no longer needed."""
     round_index = len(lines) - 1
@@ -466,9 +434,10 @@ def _delete_what_is_done(run: Run, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _load_chosen_weights(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Load the best round's weights if configured."""
+    """Load the best round's weights if configured, or if an alarm of the last round asks for it."""
     args, run = trainer.args, trainer.run
-    if not lines or not run.loads_best_round:
+    asked = run.loads_best_round or alarms_with(lines, args.alarm_actions, Action.BEST_ROUND)
+    if not lines or not asked:
         return
     chosen, last = find_best_round(run, lines), len(lines) - 1
     if chosen == last:

@@ -22,12 +22,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import pack_dataset
 
-from trl_selfplay.disk import DamagedFileError
-from trl_selfplay.evaluation.diversity import (
-    diversity_metrics,
-    summarize_samples,
-    warn_poorer_samples,
-)
 from trl_selfplay.evaluation.estimates import summarize_heldout
 from trl_selfplay.evaluation.heldout import (
     HeldOutScores,
@@ -56,10 +50,7 @@ from trl_selfplay.rollouts.rows import (
 from trl_selfplay.rollouts.selection import Selection
 from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.shards import Assignment
-from trl_selfplay.rollouts.stored import (
-    load_samples,
-    save_selection,
-)
+from trl_selfplay.rollouts.stored import save_selection
 from trl_selfplay.rounds.calibrating import weigh_calibrated
 from trl_selfplay.rounds.judging import collect_judged, judged
 from trl_selfplay.rounds.run import Run
@@ -204,8 +195,10 @@ class SelfPlay:
         few_shot = self.shows_examples(round_index)
         prefix = "hint-" if hinted else ""
         rollouts = self.ask(
-            rows, round_index, phase, folder / "samples", indices, few_shot=few_shot, prefix=prefix
-        )
+            rows, round_index, phase, folder / "samples", indices, few_shot=few_shot, prefix=prefix,
+            # For the entropy of what is sampled. An engine would compute them anew for every token.
+            return_logprobs=not self.config.use_vllm,
+        )  # fmt: skip
         return weigh_calibrated(self, rollouts, folder)
 
     def shows_examples(self, round_index: int) -> bool:
@@ -378,25 +371,6 @@ class SelfPlay:
         share = math.ceil(total / self.collector.accelerator.num_processes)
         return SamplingProgress(share, description, max_completion_length, disable, settings)
 
-    def watch_diversity(
-        self,
-        round_index: int,
-        rollouts: Sequence[Rollout],
-        normal_form: Callable[[str], Hashable],
-    ) -> dict[str, float]:
-        """Return a round's diversity metrics; warn if its samples are less diverse than round 0's."""
-        threshold = self.collector.reward_threshold
-        now = first = summarize_samples(rollouts, normal_form, threshold)
-        if round_index > 0:
-            try:
-                samples = load_samples(self.run.folder(0))
-                first = summarize_samples(samples, normal_form, threshold)
-            except (DamagedFileError, FileNotFoundError) as error:
-                logger.warning("diversity isn't compared with round 0's: %s", error)
-        for warning in warn_poorer_samples(first, now, round_index):
-            logger.warning("%s", warning)
-        return diversity_metrics(first, now, self.config.rewards_have_degrees)
-
     def training_prompt_ids(self, rows: Sequence[PromptRow]) -> dict[str, tuple[int, ...]]:
         """Return the prompts as trained on: never hinted, few-shot only if configured."""
         few_shot = bool(self.formatter.few_shot_examples) and self.config.few_shot_in_training
@@ -543,6 +517,7 @@ class SelfPlay:
             | dict(metrics)
             | {f"play/{n}": v for n, v in _take_logged(scorer).items()},
             rewards,
+            outcomes=selection.outcomes,
         )
 
     def keep_selection(self, folder: Path, selection: Selection) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
+from trl_selfplay.evaluation.detectors import DETECTOR_OF, Action
 from trl_selfplay.evaluation.estimates import summarize_heldout
 from trl_selfplay.generation.generation_options import is_neutral
 from trl_selfplay.generation.sampler import build_sampling_options
@@ -38,7 +39,7 @@ from trl_selfplay.trainers.field_checks import (
 logger = logging.getLogger(__name__)
 
 # Fields of SelfPlayConfig that may be JSON on a command line.
-_DICT_FIELDS = ("generation_kwargs", "chat_template_kwargs")
+_DICT_FIELDS = ("generation_kwargs", "chat_template_kwargs", "alarm_actions")
 
 
 @dataclass
@@ -252,6 +253,15 @@ class SelfPlayConfig(EngineConfig):
             "None never stops.",
         },
     )
+    alarm_actions: Annotated[dict[str, str] | str | None, OnResume.FREE] = field(
+        default=None,
+        metadata={
+            "help": 'What alarms do, by name, such as {"held-out-fall": "stop"}: ignore, warn, stop '
+            "(end the run after the round; it can be resumed), or best_round (the same, and load the "
+            "weights with the best held-out score). The alarms are in docs/collapse.md; those not named "
+            "warn.",
+        },
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -423,6 +433,7 @@ def check_self_play_config(config: Any) -> None:
         )
     if config.chat_template_kwargs:
         check_template_kwargs(config.chat_template_kwargs, "chat_template_kwargs")
+    _check_alarm_actions(config.alarm_actions or {})
     for name in per_round_lists(type(config)):
         values = getattr(config, name)
         if values is not None and len(values) < config.num_rounds:
@@ -450,6 +461,18 @@ def check_self_play_config(config: Any) -> None:
             f"seed={config.seed} with {num_rounds} rounds: each round adds its index to the seed, "
             f"which may be at most {LARGEST_SEED}. Set a lower seed."
         )
+
+
+def _check_alarm_actions(actions: dict[str, str]) -> None:
+    for name, action in actions.items():
+        if name not in DETECTOR_OF:
+            raise ValueError(
+                f"alarm_actions has {name!r}, which is no alarm. There are {', '.join(DETECTOR_OF)}."
+            )
+        if action not in list(Action):
+            raise ValueError(
+                f"alarm_actions[{name!r}]={action!r}; it must be one of {[str(a) for a in Action]}."
+            )
 
 
 def sampling_temperatures(config: Any) -> tuple[float, ...]:

@@ -329,6 +329,14 @@ def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[s
         raise ValueError(
             "stop_after_rounds_without_gain needs an `eval_dataset` of held-out prompts."
         )
+    keepers = [
+        name for name, action in (args.alarm_actions or {}).items() if action == "best_round"
+    ]
+    if keepers and not heldout_names:
+        raise ValueError(
+            f"alarm_actions[{keepers[0]!r}]='best_round' needs an `eval_dataset` of held-out prompts to "
+            "choose by."
+        )
     return Run(
         root=output_dir / "_rounds",
         chosen_metric=metric if heldout_names else None,

@@ -5,7 +5,7 @@ bases. What a round is, from sampling to selection, is in each trainer's `play_r
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from trl_selfplay.rollouts.prompts import (
     load_prompt_rows,
 )
 from trl_selfplay.rollouts.rendering import FewShotExample, PromptFormatter
+from trl_selfplay.rollouts.selection import default_normal_form
 from trl_selfplay.rounds.judging import check_judges
 from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
 from trl_selfplay.rounds.loop import run_rounds
@@ -68,6 +69,7 @@ class RoundsMixin(Trainer):
         progress: How far `train` has got; None outside it.
         weights_digest: Digest of the weights at the start of the first `train` in this process.
         has_begun: Whether `train` was called in this process and may have changed the weights.
+        normal_form: Maps equal completions of a prompt to the same form.
         load_rows: Checks a dataset and returns its rows. Called with the dataset, its name for
             errors, and `reward_funcs`.
         collated_columns: Columns of a round's rows that the collator gets besides the parent's.
@@ -81,6 +83,7 @@ class RoundsMixin(Trainer):
     progress: RoundProgress | None = None
     weights_digest: str | None = None
     has_begun: bool = False
+    normal_form: Callable[[str], Hashable] = staticmethod(default_normal_form)
     load_rows: Callable[..., list[PromptRow]] = staticmethod(load_prompt_rows)
     collated_columns: tuple[str, ...] = ()
     samples_prompts: bool = True

@@ -16,7 +16,6 @@ from trl_selfplay.rollouts.gold import Gold
 from trl_selfplay.rollouts.pairs import pair_rollouts
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
-from trl_selfplay.rollouts.selection import default_normal_form
 from trl_selfplay.rounds.identity import summarize
 from trl_selfplay.trainers import construction
 from trl_selfplay.trainers.irpo.config import IRPOConfig
@@ -125,14 +124,13 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
             max_pairs=args.max_per_prompt,
             seed=seed,
         )
-        diversity = play.watch_diversity(round_index, rollouts, default_normal_form)
         played = self.build_pair_round(  # with the log-probs of both under M_t
             round_index,
             pairing.selection,
             pairing.chosen,
             pairing.rejected,
             prompt_ids,
-            diversity | pairing.metrics,
+            pairing.metrics,
         )
         return replace(played, remedy=_REMEDY) if played.funnel.correct else played
 

@@ -185,7 +185,6 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
             replace(selection, gold=tuple(gold)),
             prompt_ids,
             weigh=relative_weights if args.loss_weighting == "reward" else None,
-            metrics=play.watch_diversity(round_index, rollouts, self.normal_form),
         )
         self._warn_repeated(played, improve, round_index)
         return played

@@ -170,6 +170,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
             pair_metrics(selection, self.chosen, len(training_rows)),
             {},
             _REMEDY,
+            selection.outcomes,
         )
 
     def _play_heldout(self, round_index: int, folder: Path) -> None:

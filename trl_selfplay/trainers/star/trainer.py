@@ -146,5 +146,4 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
             max_per_prompt=args.max_per_prompt,
         )
         selection = select(rollouts, rules, history=load_history(map(self.run.folder, earlier)))
-        metrics = play.watch_diversity(round_index, rollouts, self.normal_form)
-        return play.build_sft_round(round_index, selection, prompt_ids, metrics=metrics)  # line 7
+        return play.build_sft_round(round_index, selection, prompt_ids)  # line 7

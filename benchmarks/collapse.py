@@ -1,0 +1,173 @@
+"""Collapse on purpose: which alarms go off, and in which round, when nothing is filtered.
+
+Two-digit addition with a scratchpad, a decoder of 0.8 M parameters with a token per character (see
+addition.py). The base gives right answers to about six in ten held-out sums. From it, eight rounds of
+8 samples per prompt at temperature 0.7, in three arms:
+
+- unfiltered: every completion that ended is trained on; each round goes on from the last one. No
+  deduplication, no cap.
+- accumulated: the same, but the samples of all earlier rounds and right scratchpads of other sums, as
+  many as there are prompts, are trained on as well.
+- filtered: right answers alone, without duplicates, at most 2 per prompt, each round from the base.
+
+The detectors get no help: in the first two arms the reward function accepts everything, and only the
+held-out prompts are graded by answer (`eval_reward_funcs`). A run is a file under results/collapse; what
+is there isn't run again, and a run that was interrupted goes on where `--runs` keeps it.
+
+    OMP_NUM_THREADS=1 python benchmarks/collapse.py --seeds 0 1 2
+
+Sources: "The Curse of Recursion", arXiv 2305.17493; "Is Model Collapse Inevitable?", arXiv 2404.01413.
+"""
+
+import argparse
+import json
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from addition import build_tokenizer, right_answer, row_of, rows_of, scratchpad, training_settings
+
+DATE = "2026-11-26"
+ARMS = ("unfiltered", "accumulated", "filtered")
+NUM_BASE, NUM_TRAIN, NUM_HELD_OUT = 400, 120, 200
+NUM_BASE_STEPS, NUM_ROUNDS, ROUND_STEPS, NUM_SAMPLES = 320, 8, 30, 8
+
+Sum = tuple[int, int]
+
+
+def final_number(text: str) -> str | None:
+    """Return what stands after the last step, if it is a number."""
+    answer = text.rsplit(";", 1)[-1]
+    return answer if answer.isdigit() else None
+
+
+right_answer.answer_form = final_number  # what the detectors of answers read
+
+
+def any_answer(completions: list[str], **kwargs: Any) -> list[float]:
+    """Accept everything."""
+    return [1.0] * len(completions)
+
+
+any_answer.answer_form = final_number  # type: ignore[attr-defined]
+
+
+def draw_sums(seed: int) -> dict[str, list[Sum]]:
+    """Return different sums of two digits by part; `gold` is for the arm that accumulates."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    random.Random(seed).shuffle(pairs)
+    sizes = {"base": NUM_BASE, "train": NUM_TRAIN, "held_out": NUM_HELD_OUT, "gold": NUM_TRAIN}
+    return {part: [pairs.pop() for _ in range(size)] for part, size in sizes.items()}
+
+
+def build_base(folder: Path, seed: int, sums: list[Sum], steps: int = NUM_BASE_STEPS) -> None:
+    """Train a model on worked sums, and save it with its tokenizer."""
+    import torch
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=344, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
+        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    rows = [row_of(tokenizer, f"{a}+{b}=", scratchpad(a, b)) for a, b in sums]
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer = SFTTrainer(
+            LlamaForCausalLM(config),
+            SFTConfig(temporary, **training_settings(seed), max_steps=steps),
+            train_dataset=Dataset.from_list(rows).shuffle(seed=seed),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        trainer.save_model(f"{temporary}/base")
+        Path(f"{temporary}/base").replace(folder)
+
+
+def run_arm(arm: str, seed: int, runs: Path) -> dict[str, Any]:
+    """Train one arm, or go on with it; return the lines of its rounds."""
+    from datasets import Dataset
+
+    from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
+
+    started = time.monotonic()
+    sums = draw_sums(seed)
+    base = runs / f"base-{seed}"
+    if not base.exists():
+        build_base(base, seed, sums["base"])
+    is_filtered, accumulates = arm == "filtered", arm == "accumulated"
+    gold = [{"prompt": f"{a}+{b}=", "completion": scratchpad(a, b)} for a, b in sums["gold"]]
+    folder = runs / f"{arm}-{seed}"
+    trainer = ReSTEMTrainer(
+        str(base),
+        ReSTEMConfig(
+            str(folder),
+            **{**training_settings(seed), "learning_rate": 5e-4, "warmup_steps": 5},
+            num_rounds=NUM_ROUNDS,
+            max_steps=ROUND_STEPS,
+            start_from="base" if is_filtered else "previous",
+            history_rounds=NUM_ROUNDS if accumulates else 0,
+            deduplicate=is_filtered,
+            max_per_prompt=2 if is_filtered else None,
+            num_generations=NUM_SAMPLES,
+            num_generations_eval=4,
+            temperature=0.7,
+            top_k=0,
+            temperature_eval=1.0,
+            max_completion_length=28,
+            load_best_round_at_end=False,
+            on_empty_round="stop",
+        ),
+        train_dataset=rows_of(sums["train"]),
+        eval_dataset=rows_of(sums["held_out"]),
+        reward_funcs=right_answer if is_filtered else any_answer,
+        eval_reward_funcs=None if is_filtered else right_answer,
+        gold_dataset=Dataset.from_list(gold) if accumulates else None,
+    )
+    trainer.train(resume_from_checkpoint=folder.exists())
+    return {
+        "arm": arm,
+        "seed": seed,
+        "lines": trainer.run.lines,
+        "minutes": (time.monotonic() - started) / 60,
+        "machine": f"two shared {platform.machine()} cores, one thread",
+        "versions": {name: version(name) for name in ("trl", "transformers", "torch")},
+    }
+
+
+def main() -> None:
+    """Run what is missing, an arm and seed in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "collapse-runs")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/collapse")
+    parser.add_argument("--here", action="store_true", help="run one arm and seed in this process")
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    if args.here:
+        record = run_arm(args.arms[0], args.seeds[0], args.runs)
+        path = args.results / f"{args.arms[0]}-{args.seeds[0]}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        return
+    for seed in args.seeds:
+        for arm in args.arms:
+            if not (args.results / f"{arm}-{seed}.json").exists():
+                command = [sys.executable, __file__, "--here", "--arms", arm, "--seeds", str(seed)]
+                command += ["--results", str(args.results), "--runs", str(args.runs)]
+                subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
