@@ -338,3 +338,9 @@ def test_repetition_concentration_and_duplicates_are_counted_among_the_kept() ->
 def test_kept_completions_that_another_verifier_rejects_are_told(rejected, fires) -> None:
     """D16."""
     assert ("false-positives" in fired(Evidence(0, rejected=(rejected, 100)))) is fires
+
+
+def test_the_page_on_collapse_has_each_detector_as_it_is() -> None:
+    page = (ROOT / "docs/collapse.md").read_text()
+    rows = re.findall(r"^\| (D\d+b?) \| `(.+?)` \| (.+?) \| (.+?) \| (.+) \|$", page, re.M)
+    assert rows == [(d.id, d.name, d.value, f"{d.threshold:g}", d.remedy) for d in DETECTORS]

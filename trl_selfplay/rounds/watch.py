@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from trl_selfplay.disk import DamagedFileError
+from trl_selfplay.disk import RESUME, DamagedFileError
 from trl_selfplay.evaluation.detectors import (
     DETECTOR_OF,
     Action,
@@ -70,11 +70,12 @@ def ends_by_alarm(lines: Sequence[Mapping[str, Any]], actions: Mapping[str, str]
     for name in names:
         logger.warning(
             "stopping: alarm %r of round %d, by alarm_actions[%r]=%r. To go on, set it to 'warn' and "
-            "resume with train(resume_from_checkpoint=True).",
+            "%s.",
             name,
             lines[-1]["round"],
             name,
             str(action_of(name, actions)),
+            RESUME,
         )
     return bool(names)
 
