@@ -51,6 +51,24 @@ class NewerFormatError(RuntimeError):
     """A file of a run was written by a later version of the package than this one."""
 
 
+def refuse_missing_path(name: str, what: str) -> None:
+    """Raise FileNotFoundError for text that can only be a path, and nothing is there.
+
+    A Hub id is a name, or two with a slash between them; for other text, libraries would ask the Hub,
+    for as long as half a minute, and then say that it has no such model.
+
+    Args:
+        name: A Hub id or a path.
+        what: What it was given as, such as "model_name_or_path".
+    """
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if is_path and "://" not in name and "*" not in name and not Path(name).exists():
+        raise FileNotFoundError(
+            f"{what}={name!r}: there is nothing at {str(Path(name).absolute())!r}. Give the path of a "
+            "folder from here or from the root, or a Hub id."
+        )
+
+
 @contextmanager
 def naming_damage(path: Path, remedy: str) -> Iterator[None]:
     """Name a file or folder, and what to do, where reading it fails inside.

@@ -5,10 +5,13 @@ use, 130 after Ctrl-C. A command's module is imported only when the command is c
 """
 
 import difflib
+import logging
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 
+from trl_selfplay.commands.endings import tell_error, tell_pause
 from trl_selfplay.commands.recipes import run_recipe
 
 
@@ -27,11 +30,16 @@ class Command:
     summary: str
     target: str
 
+    @property
+    def is_recipe(self) -> bool:
+        """Whether it runs a recipe."""
+        return ":" not in self.target
+
     def run(self, flags: list[str]) -> int:
         """Run it with these flags and return the exit code."""
-        module, colon, function = self.target.partition(":")
-        if not colon:
-            return run_recipe(module, flags)
+        if self.is_recipe:
+            return run_recipe(self.target, flags)
+        module, _, function = self.target.partition(":")
         return getattr(import_module(module), function)(flags)
 
 
@@ -95,7 +103,27 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return COMMANDS[name].run(flags)
+    command = COMMANDS[name]
+    _quieten()
+    try:
+        return command.run(flags)
+    except KeyboardInterrupt:
+        return tell_pause(name, flags, goes_on=command.is_recipe)
+    except Exception as error:
+        return tell_error(name, error)
+
+
+def _quieten() -> None:
+    """Leave out what other packages say at every start and a user can do nothing about.
+
+    bitsandbytes misses a kernel for 4-bit weights on a CPU, also where no weight has 4 bits. TRL 1.16
+    sets and reads a field that transformers 5.23 has renamed; remove when TRL uses the new name.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
+    )
+    for name in ("gradient_checkpointing", "is_gradient_checkpointing"):
+        warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
 
 
 def overview() -> str:

@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from trl_selfplay.trainers.engine_config import EngineConfig
 
-_RUN = ("output_dir", "resume", "smoke")
+_RUN = ("output_dir", "resume", "dry_run", "preset", "smoke")
 _ENGINE = tuple(EngineConfig.__dataclass_fields__)
 _SAMPLING = {
     "chat_template_kwargs", "generation_kwargs", "log_completions", "max_completion_length", "min_p",
@@ -101,7 +101,7 @@ def _in_order(owner: type) -> Iterator[Field[Any]]:
 def _group(name: str, owner: type, script_class: type, config_class: type) -> tuple[str, bool]:
     """Return the group of a field, and whether it is one of this package's."""
     if name in _RUN:
-        return "run", owner is script_class
+        return "run", name != "output_dir"
     parents = [
         c for c in owner.__mro__ if not c.__module__.startswith(("trl_selfplay", "__main__"))
     ]

@@ -20,6 +20,7 @@ from datasets import load_dataset
 import trl_selfplay.rewards as rewards
 from trl_selfplay.demos.flags_help import describe_script, program_name
 from trl_selfplay.demos.papers import Preset, describe
+from trl_selfplay.disk import refuse_missing_path
 from trl_selfplay.evaluation.report import say
 from trl_selfplay.rewards.sent_function import import_function
 from trl_selfplay.trainers.ported_scripts import explain_unknown_flags
@@ -108,11 +109,12 @@ def parse_script_arguments(
     if asked := {"-h", "--help", "--help_all"}.intersection(given):
         print(describe_script(types, whole="--help_all" in asked))  # noqa: T201  # a script's help
         raise SystemExit(0)
-    usage = f"{program_name()} [FLAGS]; --help lists them"  # argparse would name all of them
-    known = trl.TrlParser(types[::3], usage=usage).parse_args_and_config(
+    program = program_name()
+    said = {"prog": program, "usage": f"{program} [FLAGS]; --help lists them"}  # else of all flags
+    known = trl.TrlParser(types[::3], **said).parse_args_and_config(
         given, return_remaining_strings=True
     )
-    parser = trl.TrlParser(types, usage=usage)
+    parser = trl.TrlParser(types, **said)
     preset = find_preset(known[0], presets)
     if preset is not None:
         overrides = _given_values(config_class, given)
@@ -129,7 +131,12 @@ def parse_script_arguments(
             f"this script doesn't take {' '.join(unknown)}:\n"
             f"{explain_unknown_flags(unknown, names)}"
         )
-    script, config, *_ = parsed
+    script, config, model, _ = parsed
+    try:
+        refuse_missing_path(model.model_name_or_path or "", "model_name_or_path")
+        refuse_missing_path(script.dataset_name or "", "dataset_name")
+    except FileNotFoundError as error:
+        raise WrongFlagsError(str(error)) from error
     if script.resume and not config.resume_from_checkpoint:
         config.resume_from_checkpoint = True
     if preset is not None:

@@ -12,6 +12,7 @@ import math
 import queue
 import re
 import threading
+import traceback
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -478,9 +479,10 @@ def _call(name: str, call: Callable[[], Any]) -> Any:
         return call()
     # SystemExit as well: a run that ends silently with code 0 looks like a finished one.
     except (Exception, SystemExit) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
         raise RuntimeError(
-            f"reward function {name!r} raised {type(error).__name__}: {error}. The samples are on "
-            f"disk; fix the function and {RESUME}."
+            f"reward function {name!r} raised {type(error).__name__}: {error} (line {place.lineno} of "
+            f"{place.filename}). The samples are on disk; fix the function and {RESUME}."
         ) from error
 
 

@@ -26,7 +26,15 @@ def import_function(path: str) -> Any:
     module_name, _, name = path.rpartition(".")
     if not module_name:
         raise ImportError(f"{path!r} is no import path; give module.function.")
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # one that the module itself imports
+        raise ImportError(
+            f"there is no module {error.name!r} for {path!r}, neither in the current folder nor "
+            "installed."
+        ) from error
     if not hasattr(module, name):
         raise ImportError(f"{module_name} has no function {name!r}.")
     return getattr(module, name)

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoProcessor, PreTrainedTokenizerBase, TrainingArguments
 
+from trl_selfplay.disk import refuse_missing_path
 from trl_selfplay.evaluation.heldout import metric_prefixes
 from trl_selfplay.generation.model_traits import (
     TEXT_MODEL_ADVICE,
@@ -100,12 +101,15 @@ def read_config(args: Any, config_class: Any, model: Any, method: str) -> Any:
     and the method's.
 
     Raises:
+        FileNotFoundError: `model` is the path of a folder that isn't there.
         TypeError: `args` is not the trainer's own config, or `model` is no model.
     """
     if not isinstance(model, (str, nn.Module)):
         raise TypeError(
             f"model is {model!r:.100}; it must be a model's id or folder as text, or a loaded model."
         )
+    if isinstance(model, str):
+        refuse_missing_path(model, "model")
     if args is None:
         source: Any = model
         name = model if isinstance(model, str) else source.config.name_or_path

@@ -1,0 +1,65 @@
+"""Which errors end as a message: those raised for the user to read, and no fault of the package's."""
+
+import pytest
+
+from trl_selfplay.commands.endings import tell_error, tell_pause
+from trl_selfplay.commands.recipes import find_recipe
+from trl_selfplay.demos.script_arguments import load_reward_func
+from trl_selfplay.disk import DamagedFileError, naming_damage
+
+
+def raised(call) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        call()
+    return caught.value
+
+
+def damaged() -> None:
+    with naming_damage("samples.parquet", "Bring it back."):
+        raise OSError("cut off")
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda: find_recipe("nowhere"), FileNotFoundError),
+        (lambda: open("/nowhere/at/all"), FileNotFoundError),  # noqa: PTH123, SIM115
+        (damaged, DamagedFileError),
+        (lambda: load_reward_func("no_such"), ValueError),
+    ],
+)
+def test_an_error_for_the_user_is_a_message(call, kind, capsys) -> None:
+    error = raised(call)
+    assert isinstance(error, kind)
+    assert tell_error("star", error) == 1
+    said = capsys.readouterr().err
+    assert f"trl-selfplay star: {error}\n({kind.__name__}; TRL_SELFPLAY_TRACEBACK=1" in said
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: find_recipe(None),  # Python's own TypeError inside the package
+        lambda: {}["missing"],
+        lambda: int("no number"),
+    ],
+)
+def test_a_fault_keeps_its_traceback(call) -> None:
+    error = raised(call)
+    with pytest.raises(type(error)) as again:
+        tell_error("star", error)
+    assert again.value is error
+
+
+def test_a_pause_tells_the_command_that_goes_on(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    flags = ["--stop_strings", "a b", "--resume", "--output_dir", "out"]
+    assert tell_pause("star", flags, goes_on=True) == 130
+    said = capsys.readouterr().err
+    assert "\n    trl-selfplay star --stop_strings 'a b' --output_dir out --resume\n" in said
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert tell_pause("star", flags, goes_on=True) == 130
+    assert "the same command and --resume" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert tell_pause("star", flags, goes_on=True) == 130
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,88 @@
+"""How a command ends that doesn't reach its end: with a message where the user can do something.
+
+In: what was raised. Out: a message on stderr and an exit code, or the error itself with its traceback.
+"""
+
+import dis
+import os
+import shlex
+import sys
+from pathlib import Path
+from types import TracebackType
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+_CLOSED_PIPE = 141  # 128 + SIGPIPE
+_TRACEBACK = "TRL_SELFPLAY_TRACEBACK"
+_PACKAGE = Path(__file__).parent.parent
+_RECIPES = _PACKAGE.parent / "recipes"
+
+
+def tell_pause(name: str, flags: list[str], goes_on: bool) -> int:
+    """Say, after Ctrl-C, how a run goes on; return the exit code.
+
+    Args:
+        name: The command's.
+        flags: Its flags.
+        goes_on: Whether it takes `--resume`.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return INTERRUPTED  # the main process says it
+    if not goes_on:
+        print(f"\ntrl-selfplay {name}: interrupted.", file=sys.stderr)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun and accelerate, whose flags aren't known
+        print("\nPaused. Go on with the same command and --resume.", file=sys.stderr)
+    else:
+        again = [flag for flag in flags if flag != "--resume"]
+        command = shlex.join(["trl-selfplay", name, *again, "--resume"])
+        print(f"\nPaused. Go on with:\n    {command}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def tell_error(name: str, error: Exception) -> int:
+    """Print an error's message if it was raised for the user to read; return the exit code.
+
+    Raises:
+        Exception: The error itself, if it wasn't, or if TRL_SELFPLAY_TRACEBACK is set.
+    """
+    if isinstance(error, BrokenPipeError) and _is_stdout_closed():
+        return _CLOSED_PIPE
+    if os.environ.get(_TRACEBACK) or not _is_meant_for_the_user(error):
+        raise error
+    code = getattr(error, "exit_code", 1)
+    print(f"\ntrl-selfplay {name}: {error}", file=sys.stderr)
+    if code == 1:
+        print(f"({type(error).__name__}; {_TRACEBACK}=1 shows where.)", file=sys.stderr)
+    return code
+
+
+def _is_meant_for_the_user(error: Exception) -> bool:
+    """Return whether an error comes from a `raise` of the package's or a recipe's own.
+
+    Of other packages' errors, those about files, connections and missing packages are meant so too.
+    What Python raises itself in the package's code, such as for a missing key, is a fault in it.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    if isinstance(error, OSError | ImportError):
+        return True
+    path = Path(last.tb_frame.f_code.co_filename)
+    return _is_raised(last) and any(path.is_relative_to(folder) for folder in (_PACKAGE, _RECIPES))
+
+
+def _is_raised(last: TracebackType) -> bool:
+    """Return whether a frame stopped at a `raise` statement."""
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _is_stdout_closed() -> bool:
+    """Return whether what reads our output has ended, as in `… | head`."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
