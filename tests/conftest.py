@@ -36,6 +36,8 @@ from transformers import (
 from trl_selfplay.demos.words import demo_model_folder
 from trl_selfplay.rollouts.record import Rollout, hash_prompt
 
+pytest_plugins = ["run_folders"]
+
 # How long a draw takes says how busy the machine is.
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]

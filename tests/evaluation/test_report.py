@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import HOSTILE
 
 from trl_selfplay.evaluation.report import (
     plot_rounds,
+    print_completions,
     print_round_table,
     round_table,
     rounds_markdown,
 )
+from trl_selfplay.inspection.plain_text import visible
 from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts, describe_funnel
 
 
@@ -194,3 +197,16 @@ def test_the_plot_is_a_png(lines: list[dict[str, Any]], tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG\r\n")
     assert path.stat().st_size > 5_000
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
+
+
+def test_hostile_texts_cant_act_on_a_terminal(capsys, monkeypatch, make_rollout) -> None:
+    """Neither of completions, nor in causes of abstentions, which a reward function may take from them."""
+    for text in HOSTILE:
+        print_completions([make_rollout(prompt=text, completion=text)])
+    shown = capsys.readouterr().out
+    assert visible(shown) == shown
+    assert all(repr(text) in shown for text in HOSTILE)
+    funnel = {**make_line(0, None)["funnel"], "abstained: [/red] [b]x": 2}
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_round_table([make_line(0, None, funnel=funnel)])
+    assert "2 [/red] [b]x" in " ".join(capsys.readouterr().out.split())

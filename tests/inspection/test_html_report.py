@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from digests.old_runs import NAMES
-from hostile_texts import HOSTILE
+from run_folders import HOSTILE
 
 import trl_selfplay
 from trl_selfplay.inspection.html_report import script_json, write_report

@@ -2,7 +2,7 @@
 
 import pytest
 from browser import needs_chromium, open_browser
-from hostile_texts import HOSTILE
+from run_folders import HOSTILE
 
 from trl_selfplay.inspection.html_report import write_report
 from trl_selfplay.inspection.plain_text import visible

@@ -524,6 +524,14 @@ def test_each_function_s_causes_of_abstentions_are_kept() -> None:
     assert [row.causes for row in rows] == [{2: "the process died"}, {0: "tie", 2: "no answer"}, {}]
 
 
+def test_a_cause_that_would_act_on_a_terminal_is_shown_as_an_escape() -> None:
+    def quotes(completions, **kwargs):
+        return Scores([None], {0: "said \x1b[2J\u202e"})
+
+    [row] = Scorer([quotes]).score(["p"], ["a"], [[1]], {})
+    assert row.causes == {0: r"said \x1b[2J\u202e"}
+
+
 @pytest.mark.parametrize("causes", [{0: "tie"}, {2: "tie"}, {1: 3}])
 def test_the_cause_of_no_abstention_is_an_error(causes) -> None:
     def wrong(completions, **kwargs):

@@ -37,7 +37,8 @@ def print_round_table(lines: Sequence[Mapping[str, Any]], metric: str | None = N
         except ImportError:
             pass  # rich only makes the same table look better
         else:
-            console = Console()
+            # Names and causes come from a user: square brackets in them are no markup.
+            console = Console(markup=False)
             is_narrow = console.width < len(round_table(lines, metric).split("\n", 1)[0])
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_caption(lines))
             header, *rows = _rows(lines, metric)

@@ -80,6 +80,14 @@ class RunFolder:
         return str(self.config.get("method") or "")
 
     @property
+    def reward_names(self) -> tuple[str, ...]:
+        """The names of the reward functions in the order of a rollout's scores, as far as known."""
+        rewards: dict[str, Any] = next(
+            (line["rewards"] for line in self.lines if line.get("rewards")), {}
+        )
+        return tuple(name for name in rewards if name != "mean")
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run has come to its end and saved the final model."""
         lines = self.root / "rounds.jsonl"

@@ -24,7 +24,7 @@ class ChosenSamples:
     """What was chosen of a round.
 
     Attributes:
-        samples: Rollouts and their outcomes, by outcome and prompt.
+        samples: Rollouts and their outcomes: kept ones first, then by outcome and prompt.
         totals: How many there were of each outcome.
     """
 
@@ -68,7 +68,7 @@ def choose_samples(
     shares = share_out({kind: len(heap) for kind, heap in heaps.items()}, limit)
     chosen = [
         (rollout, kind[0])
-        for kind in sorted(heaps)
+        for kind in sorted(heaps, key=lambda kind: (kind[0] != "kept", kind))
         for *_, rollout in sorted(heaps[kind], key=lambda entry: entry[:3], reverse=True)[
             : shares[kind]
         ]

@@ -55,7 +55,7 @@ class ShownSamples:
 
 def collect_samples(run: RunFolder, limit: int) -> ShownSamples:
     """Return at most `limit` samples of each round, and as many held-out completions."""
-    shown = ShownSamples(reward_names(run))
+    shown = ShownSamples(tuple(map(visible, run.reward_names)))
     decode = load_decoder(run)
     rounds = sorted({*run.rounds, *(line["round"] for line in run.lines)})
     shown.note.append(
@@ -98,10 +98,7 @@ def _add(
             for outcome, total in chosen.totals.items()
         )
         shown.note.append(f"{where.capitalize()}: {counts}.")
-    order = [*OUTCOME_NAMES]
-    for rollout, outcome in sorted(
-        chosen.samples, key=lambda pair: order.index(pair[1]) if pair[1] in order else len(order)
-    ):
+    for rollout, outcome in chosen.samples:
         label = f"{HELD_OUT} {outcome}".strip() if kind else name_outcome(outcome)
         shown.samples.append(_record(shown, rollout, index, label, decode))
 
@@ -134,14 +131,6 @@ def _shorten(text: str) -> str:
         half = _MOST_CHARACTERS // 2
         text = f"{text[:half]}\n[… {len(text) - 2 * half:,} characters …]\n{text[-half:]}"
     return visible(text)
-
-
-def reward_names(run: RunFolder) -> tuple[str, ...]:
-    """Return the names of the reward functions, in the order of a rollout's scores."""
-    for line in run.lines:
-        if names := [name for name in line.get("rewards") or {} if name != "mean"]:
-            return tuple(map(visible, names))
-    return ()
 
 
 def name_outcome(outcome: str) -> str:

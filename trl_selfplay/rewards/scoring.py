@@ -534,4 +534,5 @@ def _check_scores(
                 f"completion {index} of {count}, which it didn't abstain on, or which isn't text. "
                 "Give causes by the index of a score that is None."
             )
-    return Scores(scores, causes)
+    # Printed and counted; what acts on a terminal is shown as an escape.
+    return Scores(scores, {i: c if c.isprintable() else repr(c)[1:-1] for i, c in causes.items()})

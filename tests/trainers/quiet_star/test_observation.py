@@ -85,6 +85,14 @@ def test_a_thought_is_shown_between_its_texts(word_tokenizer) -> None:
     assert describe_thoughts([thought], word_tokenizer) == "+0.46 nats  …'Q 1 + 2' ⟨'so 3'⟩ 'yes'"
 
 
+def test_a_thought_cant_act_on_a_terminal(byte_tokenizer) -> None:
+    ids = byte_tokenizer("\x1b[2J")["input_ids"]
+    thought = HelpfulThought(tuple(ids), tuple(ids), tuple(ids), 1.0)
+    shown = describe_thoughts([thought], byte_tokenizer)
+    assert shown.count(r"\x1b[2J") == 3
+    assert "\x1b" not in shown
+
+
 def test_gains_along_a_text_are_those_of_its_thoughts(family_model, text, tmp_path) -> None:
     causal_lm = family_model()
     model = QuietSTaRModel(causal_lm, ThoughtSettings(3))
