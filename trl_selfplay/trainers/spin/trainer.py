@@ -147,7 +147,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         }
 
     def play_round(self, round_index: int) -> PlayedRound:
-        """Sample y' ~ p_θt(·|x), pair it with the data's y, and score both under p_θt."""
+        """Sample y' from `p_θt(·|x)`, pair it with the data's y, and score both under `p_θt`."""
         play, args, folder = self.self_play, self.args, self.run.folder(round_index)
         self.beta = args.beta  # the round's own, see `round_betas`
         rollouts = play.sample(play.draw_prompts(round_index), round_index, "train", folder)
