@@ -37,33 +37,26 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from trl_selfplay.demos.sums import (
+    Sum,
+    add_hint,
+    build_base,
+    right_answer,
+    row_of,
+    rows_of,
+    scratchpad,
+    training_settings,
+)
+
 ARMS = ("plain", "hints", "gold")
 DIGITS = range(1, 6)
-CHARACTERS = "0123456789+=;()"
 NUM_ROUNDS = 7
 ROUND_STEPS = [int(60 * 1.2**t) for t in range(NUM_ROUNDS)]
-NUM_BASE_STEPS = 400
 NUM_BASE, NUM_TRAIN, NUM_HELD_OUT = 50, 235, 100  # sums of each length above one digit
 NUM_TRAIN_ONE_DIGIT = 60  # of the 100 there are; the base is trained on them as well
 
-Sum = tuple[int, int]
-
 
 # --- the task ------------------------------------------------------------------------------------
-
-
-def scratchpad(a: int, b: int) -> str:
-    """Return the right completion: a step a digit from the last one, with its carry; the answer.
-
-    >>> scratchpad(45, 78)
-    '5+8+0=13;4+7+1=12;123'
-    """
-    carry, steps = 0, []
-    for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
-        total = int(x) + int(y) + carry
-        steps.append(f"{x}+{y}+{carry}={total:02d};")
-        carry = total // 10
-    return "".join(steps) + str(a + b)
 
 
 def draw_sums(seed: int) -> dict[str, dict[int, list[Sum]]]:
@@ -88,80 +81,7 @@ def draw_sums(seed: int) -> dict[str, dict[int, list[Sum]]]:
     return parts
 
 
-def rows_of(sums: list[Sum]) -> Any:
-    """Return prompts and answers, without scratchpads."""
-    from datasets import Dataset
-
-    return Dataset.from_list([{"prompt": f"{a}+{b}=", "solution": str(a + b)} for a, b in sums])
-
-
-def add_hint(prompt: str, solution: str) -> str:
-    """Return the prompt with the answer where the target begins, as in the paper's figure 4."""
-    return f"{prompt}({solution})"
-
-
-def right_answer(completions: list[str], solution: list[str], **kwargs: Any) -> list[float]:
-    """Reward what stands after the last step, whatever the steps say."""
-    return [float(c.rsplit(";", 1)[-1] == s) for c, s in zip(completions, solution, strict=True)]
-
-
 # --- the base ------------------------------------------------------------------------------------
-
-
-def build_tokenizer() -> Any:
-    """Return a tokenizer with a token a character."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    vocabulary = {t: i for i, t in enumerate([*special.values(), *CHARACTERS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-
-
-def build_base(folder: str, seed: int, sums: dict[int, list[Sum]]) -> None:
-    """Train a model on worked sums, half of them with hints, and save it with its tokenizer.
-
-    A third of the rows are sums of one digit, which it is to know; the rest are the few of each
-    greater length.
-    """
-    import torch
-    from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
-    tokenizer = build_tokenizer()
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=344,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
-    rows = []
-    for digits, examples in sums.items():
-        for a, b in examples * (2 if digits == 1 else 3):
-            for prompt in (f"{a}+{b}=", add_hint(f"{a}+{b}=", str(a + b))):
-                rows.append(row_of(tokenizer, prompt, scratchpad(a, b)))
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(folder, **training_settings(seed), max_steps=NUM_BASE_STEPS),
-        train_dataset=Dataset.from_list(rows).shuffle(seed=seed),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    trainer.save_model(folder)
 
 
 def load_base(seed: int, sums: dict[int, list[Sum]]) -> str:
@@ -173,32 +93,6 @@ def load_base(seed: int, sums: dict[int, list[Sum]]) -> str:
             build_base(f"{temporary}/base", seed, sums)
             Path(f"{temporary}/base").rename(folder)
     return str(folder)
-
-
-def row_of(tokenizer: Any, prompt: str, completion: str) -> dict[str, list[int]]:
-    """Return a training row with loss on the completion and its end."""
-    before, after = (tokenizer(text)["input_ids"] for text in (prompt, completion))
-    after = [*after, tokenizer.eos_token_id]
-    return {"input_ids": before + after, "labels": [-100] * len(before) + after}
-
-
-def training_settings(seed: int) -> dict[str, Any]:
-    """Return what base and rounds share: batch, optimizer, and silence."""
-    return {
-        "per_device_train_batch_size": 32,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 20,
-        "weight_decay": 0.0,
-        "seed": seed,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "logging_steps": 50,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
 
 
 # --- the arms ------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from addition import build_tokenizer
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trl_selfplay.demos.sums import build_tokenizer
 from trl_selfplay.evaluation.progress import SamplingProgress
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler

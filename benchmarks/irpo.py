@@ -35,8 +35,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from addition import draw_sums, load_base, right_answer, rows_of, training_settings
+from addition import draw_sums, load_base
 
+from trl_selfplay.demos.sums import right_answer, rows_of, training_settings
 from trl_selfplay.disk import save_text
 
 RESULTS = Path(__file__).parent / "results" / "irpo"

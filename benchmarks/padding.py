@@ -19,11 +19,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from addition import build_tokenizer
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_selfplay import SPINConfig, SPINTrainer, STaRConfig, STaRTrainer
+from trl_selfplay.demos.sums import build_tokenizer
 
 DATE = "2026-11-26"
 NUM_PROMPTS = 48

@@ -55,6 +55,7 @@ import datasets
 import torch
 
 from trl_selfplay import default_normal_form
+from trl_selfplay.demos import sums
 from trl_selfplay.disk import save_text
 
 RESULTS = Path(__file__).parent / "results" / "v_star"
@@ -104,12 +105,12 @@ def toy(settings: dict[str, Any], **smallest: Any) -> dict[str, Any]:
 
 def addition_task(seed: int, is_toy: bool) -> dict[str, Any]:
     """Return the prompts, the base and the settings of the task "addition"."""
-    sums = addition.draw_sums(seed)
-    known = {pair for part in ("base", "held_out") for n in (2, 3) for pair in sums[part][n]}
-    train = addition.rows_of(draw_more_sums(seed, known))
-    held_out = addition.rows_of([pair for n in (2, 3) for pair in sums["held_out"][n]])
+    parts = addition.draw_sums(seed)
+    known = {pair for part in ("base", "held_out") for n in (2, 3) for pair in parts[part][n]}
+    train = sums.rows_of(draw_more_sums(seed, known))
+    held_out = sums.rows_of([pair for n in (2, 3) for pair in parts["held_out"][n]])
     settings = {
-        **addition.training_settings(seed),
+        **sums.training_settings(seed),
         "num_rounds": 2,
         "num_generations": 4,
         "temperature": 0.7,
@@ -122,22 +123,22 @@ def addition_task(seed: int, is_toy: bool) -> dict[str, Any]:
         "learning_rate": 3e-4,
     }
     return {
-        "base": addition.load_base(seed, sums["base"]),
+        "base": addition.load_base(seed, parts["base"]),
         "train": train.select(range(16)) if is_toy else train,
         "held_out": held_out.select(range(8)) if is_toy else held_out,
         "few_shot": None,
-        "reward": addition.right_answer,
+        "reward": sums.right_answer,
         "answer": lambda completion: completion.rsplit(";", 1)[-1],
         "generator": settings,
-        "verifier": addition.training_settings(seed) | {"per_device_train_batch_size": 16},
+        "verifier": sums.training_settings(seed) | {"per_device_train_batch_size": 16},
         "peft": False,
     }
 
 
-def draw_more_sums(seed: int, known: set[addition.Sum]) -> list[addition.Sum]:
+def draw_more_sums(seed: int, known: set[sums.Sum]) -> list[sums.Sum]:
     """Return `NUM_PROMPTS` different sums, half of them of 2 digits and half of 3, none of the known."""
     rng = random.Random(f"more/{seed}")
-    drawn: dict[addition.Sum, None] = {}
+    drawn: dict[sums.Sum, None] = {}
     for digits, count in ((2, NUM_PROMPTS // 2), (3, NUM_PROMPTS)):
         while len(drawn) < count:
             first, last = 10 ** (digits - 1), 10**digits - 1

@@ -31,7 +31,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from addition import build_tokenizer, right_answer, row_of, rows_of, scratchpad, training_settings
+from trl_selfplay.demos.sums import (
+    build_tokenizer,
+    right_answer,
+    row_of,
+    rows_of,
+    scratchpad,
+    training_settings,
+)
 
 DATE = "2026-11-26"
 ARMS = ("gold", "vote")

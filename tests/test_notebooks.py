@@ -27,7 +27,24 @@ def test_a_notebook_is_short_and_has_no_outputs(path) -> None:
             assert cell.execution_count is None
 
 
-SCORES = {"spin": "right opponent", "quiet_star": "accuracy_with_thoughts"}
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_installs_only_what_is_missing(path) -> None:
+    first = next(c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    lines = first.source.splitlines()
+    for index, line in enumerate(lines):
+        if "%pip install" in line:
+            assert "find_spec" in lines[index - 1]
+    assert '%pip install -q "trl-selfplay[demo]"' in first.source
+
+
+# A part of what the last cell of a notebook shows.
+SCORES = {
+    "spin": "right opponent",
+    "quiet_star": "accuracy_with_thoughts",
+    "irpo": "with likelihood",
+    "v_star": "majority",
+    "which_method": "more fine-tuning",
+}
 
 
 def run_cells(path, folder) -> None:
