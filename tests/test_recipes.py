@@ -130,11 +130,24 @@ def test_a_demo_runs_from_one_command(tiny_demo_model, name, tmp_path) -> None:
     if name != "spin":
         assert "funnel: sampled" in printed
     if name == "star":
-        assert "The demo differs from the paper: 8 completions per prompt" in printed
+        assert "The demo differs from the paper: 2 completions per prompt" in printed
     lines = (tmp_path / folder / "_rounds/rounds.jsonl").read_text().splitlines()
     assert all(json.loads(line)["steps"] > 0 for line in lines)
     assert (tmp_path / folder / "rounds.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / folder / "adapter_model.safetensors").exists()
+
+
+def test_the_quick_demo_changes_the_demo_and_nothing_else(star, tmp_path) -> None:
+    flags = ["--output_dir", str(tmp_path)]
+    full, quick = (star.parse_arguments([*flags, *more]) for more in ([], ["--quick"]))
+    assert (quick[0].quick, quick[1].max_steps) == (True, star.QUICK["max_steps"])
+    for before, after in zip(full, quick, strict=True):
+        changed = {
+            f.name for f in fields(before) if getattr(before, f.name) != getattr(after, f.name)
+        }
+        assert changed <= {"quick", "logging_dir", *star.QUICK}
+    given = star.parse_arguments([*flags, "--quick", "--max_steps", "3"])
+    assert given[1].max_steps == 3
 
 
 @pytest.mark.slow

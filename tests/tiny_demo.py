@@ -1,6 +1,6 @@
 """A tiny model in the place of the demos' own: it has learnt the right answers to their prompts.
 
-In: the demo's prompts. Out: a folder with a model that answers most of those of `train`, in words
+In: the demo's prompts, those of its small size too. Out: a folder with a model that answers most of those of `train`, in words
 that are tokens. Its window is shorter than the few-shot examples, so it answers after them as well.
 """
 
@@ -15,7 +15,8 @@ from trl_selfplay.demos.words import demo_split
 
 def save_tiny_demo_model(folder: Path, chat_template: str) -> None:
     """Train the model on the prompts of seed 0, a few seconds long, and save it with its tokenizer."""
-    rows = [f"{row['prompt']} Answer: {row['solution']} <eos>" for row in demo_split(seed=0).train]
+    prompts = [row for quick in (False, True) for row in demo_split(seed=0, quick=quick).train]
+    rows = [f"{row['prompt']} Answer: {row['solution']} <eos>" for row in prompts]
     words = ["<pad>", "<eos>", "<unk>", *sorted({word for row in rows for word in row.split()})]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

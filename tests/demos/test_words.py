@@ -71,6 +71,18 @@ def test_a_smoke_split_is_a_part_of_the_whole_one() -> None:
 
 
 @needs_task
+def test_the_quick_split_has_lists_of_three_words_and_fewer_held_out_prompts() -> None:
+    split = demo_split(0, quick=True)
+    sizes = [len(rows) for rows in (split.train, split.select, split.report)]
+    assert sizes == [NUM_TRAIN, 48, 100]
+    prompts = [
+        canonical_prompt(p) for s in (split.train, split.select, split.report) for p in s["prompt"]
+    ]
+    assert len({*prompts}) == sum(sizes)
+    assert {len(words_of(prompt)) for prompt in prompts} == {3}
+
+
+@needs_task
 def test_every_solution_is_the_reversed_list_of_its_prompt() -> None:
     split = demo_split(0)
     for rows in (split.train, split.select, split.report):

@@ -7,6 +7,7 @@ read, reward functions, and keyword arguments for loading the model.
 import contextlib
 import dataclasses
 import inspect
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,12 @@ import trl_selfplay.rewards as rewards
 from trl_selfplay.demos.flags_help import describe_script, program_name
 from trl_selfplay.demos.papers import Preset, describe
 from trl_selfplay.disk import refuse_missing_path
-from trl_selfplay.evaluation.report import say
+from trl_selfplay.evaluation.progress import say
+from trl_selfplay.inspection.html_report import write_report
 from trl_selfplay.rewards.sent_function import import_function
 from trl_selfplay.trainers.ported_scripts import explain_unknown_flags
+
+logger = logging.getLogger(__name__)
 
 
 class WrongFlagsError(ValueError):
@@ -339,7 +343,7 @@ def model_arguments(training_args: Any, model_args: Any) -> dict[str, Any]:
 
 
 def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -> None:
-    """Run or resume all rounds, save the model, and push it if requested.
+    """Run or resume all rounds, save the model, write the report, and push the model if requested.
 
     Raises:
         SystemExit: With `dry_run=True`, after the checks: there is no trained model to go on with.
@@ -348,5 +352,10 @@ def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -
     if getattr(training_args, "dry_run", False):  # Quiet-STaR has none
         raise SystemExit(0)
     trainer.save_model(training_args.output_dir)
+    if trainer.is_world_process_zero():
+        try:
+            say(f"Report: {write_report(training_args.output_dir)}")
+        except (OSError, RuntimeError) as error:  # the run is finished, whatever its report lacks
+            logger.warning("no report was written: %s", error)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)

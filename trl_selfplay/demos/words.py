@@ -32,6 +32,7 @@ _FIRST_SEED = 1_000_000
 _SPARE_ROWS = 100
 
 _NUM_HELD_OUT_SMOKE = 8
+_NUM_SELECT_QUICK, _NUM_REPORT_QUICK = 48, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class DemoSplit:
     judged: Dataset
 
 
-def demo_split(seed: int = 0, smoke: bool = False) -> DemoSplit:
+def demo_split(seed: int = 0, smoke: bool = False, quick: bool = False) -> DemoSplit:
     """Return the demo's prompts, which ask to reverse a list of three or four words.
 
     All sets are index ranges of one dataset without duplicate prompts.
@@ -57,6 +58,7 @@ def demo_split(seed: int = 0, smoke: bool = False) -> DemoSplit:
     Args:
         seed: Different seeds give different prompts, apart from a few chance repetitions.
         smoke: Keep only a handful of prompts in the held-out sets.
+        quick: Lists of three words only, and fewer prompts in the held-out sets.
 
     Raises:
         ImportError: reasoning-gym is not installed.
@@ -73,7 +75,7 @@ def demo_split(seed: int = 0, smoke: bool = False) -> DemoSplit:
         size=total + _SPARE_ROWS,
         seed=_FIRST_SEED + seed * _SEED_STRIDE,
         min_words=3,
-        max_words=4,
+        max_words=3 if quick else 4,
     )
     distinct = {entry["question"]: entry for entry in puzzles}
     entries = list(distinct.values())[:total]
@@ -92,6 +94,9 @@ def demo_split(seed: int = 0, smoke: bool = False) -> DemoSplit:
     )
     if smoke:
         select, report = (s.select(range(_NUM_HELD_OUT_SMOKE)) for s in (select, report))
+    elif quick:
+        select = select.select(range(_NUM_SELECT_QUICK))
+        report = report.select(range(_NUM_REPORT_QUICK))
     return DemoSplit(
         train,
         select,

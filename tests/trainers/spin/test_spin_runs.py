@@ -284,7 +284,7 @@ def test_a_policy_that_generates_only_eos_is_told(build_spin, tiny_model, word_t
 def test_a_policy_that_writes_nothing_usable_is_told(build_spin, ids, finish, what) -> None:
     trainer = build_spin()
     sampler = trainer.self_play.collector.sampler
-    sampler.sample = lambda requests, options, batch_size: (
+    sampler.sample = lambda requests, options, batch_size, on_tokens: (
         (i, SampledCompletion(ids, finish)) for i in range(len(requests))
     )
     with pytest.raises(EmptyRoundError, match=what) as error:
