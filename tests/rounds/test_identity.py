@@ -118,7 +118,8 @@ def test_what_decides_which_samples_there_are_may_never_change() -> None:
     assert rest == {
         "deduplicate", "deduplicate_against_gold", "dry_run", "gold_ratio", "history_rounds",
         "improve_learning_rate_factor",
-        "improve_thresholds", "load_best_round_at_end", "log_completions", "log_unique_prompts",
+        "improve_thresholds", "load_best_round_at_end", "log_completions",
+        "log_completions_hub_repo", "log_unique_prompts",
         "loss_weighting",
         "max_per_prompt", "nll_coef", "num_completions_to_print", "num_generations",
         "on_empty_round",

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_selfplay.evaluation.markdown import escape
 from trl_selfplay.evaluation.monitor import best_round
 from trl_selfplay.evaluation.progress import say
 from trl_selfplay.rollouts.funnel import Funnel, describe_causes
@@ -82,7 +83,7 @@ def rounds_markdown(
     table = "\n".join(
         f"| {' | '.join(cells)} |" for cells in (header, ["---:"] * len(header), *rows)
     )
-    text = f"## Rounds\n\n{table}\n\nColumns: {_caption(lines)}.\n\n"
+    text = f"## Rounds\n\n{table}\n\nColumns: {escape(_caption(lines))}.\n\n"
     last = lines[-1]["round"]
     metric = metric or _default_metric(lines)
     history = [(i, m[metric]) for i, m in _evaluations(lines) if metric and metric in m]

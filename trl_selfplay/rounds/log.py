@@ -1,21 +1,19 @@
-"""What a run reports as it goes: the plan of each round, events, log lines, the model card.
+"""What a run reports as it goes: the plan of each round, events, log lines.
 
 In: a trainer over rounds. Out: log lines whose steps continue over rounds, calls of the callbacks'
-`on_round_begin` and `on_round_end`, a table in the model card.
+`on_round_begin` and `on_round_end`.
 """
 
 import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from trl_selfplay.disk import RESUME
 from trl_selfplay.evaluation.progress import say
-from trl_selfplay.evaluation.report import rounds_markdown
 from trl_selfplay.rounds.run import RoundProgress, Run
 from trl_selfplay.rounds.watch import Watch
 
@@ -59,17 +57,6 @@ def load_log_history(run: Run, num_finished: int) -> list[dict[str, Any]]:
         except (OSError, ValueError, TypeError) as error:
             logger.warning("%s can't be read (%s); log_history lacks its lines.", path, error)
     return history
-
-
-def add_rounds_to_card(trainer: Any) -> None:
-    """Append the table of rounds to the model card that TRL wrote into the output directory."""
-    path = Path(trainer.args.output_dir) / "README.md"
-    if not (trainer.is_world_process_zero() and path.exists()):
-        return
-    run: Run = trainer.run
-    if lines := run.lines:
-        table = rounds_markdown(lines, run.chosen_metric, run.greater_is_better)
-        path.write_text(f"{path.read_text().rstrip()}\n\n{table}\n")
 
 
 def call_round_event(trainer: Any, event: str, progress: RoundProgress) -> bool:

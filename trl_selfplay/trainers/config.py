@@ -172,6 +172,14 @@ class SelfPlayConfig(EngineConfig):
             "help": "Log one completion per prompt in the table of `log_completions`, not all.",
         },
     )
+    log_completions_hub_repo: Annotated[str | None, OnResume.FREE] = field(
+        default=None,
+        metadata={
+            "help": "Dataset repository to which `push_to_hub()` pushes all samples of the run beside the "
+            "model, with rewards and outcomes. A new one is public unless `hub_private_repo=True` or your "
+            "organization's default is private.",
+        },
+    )
     num_generations_eval: Annotated[int, OnResume.FIXED] = field(
         default=1,
         metadata={
@@ -376,6 +384,11 @@ def check_parent_fields(config: Any) -> None:
         raise ValueError(
             f"dataset_text_field={text_field!r}: prompts are read from the column `prompt`. Rename "
             "the column, and leave this out."
+        )
+    if config.log_completions_hub_repo and not config.push_to_hub:
+        raise ValueError(
+            f"log_completions_hub_repo={config.log_completions_hub_repo!r} without push_to_hub=True: "
+            "samples are pushed beside the model, by trainer.push_to_hub(). Set both, or neither."
         )
     if getattr(config, "packing", False) and config.max_length is None:
         raise ValueError("packing=True fills sequences of max_length tokens: set max_length.")

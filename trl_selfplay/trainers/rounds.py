@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
@@ -28,8 +28,9 @@ from trl_selfplay.rollouts.prompts import (
 )
 from trl_selfplay.rollouts.rendering import FewShotExample, PromptFormatter
 from trl_selfplay.rollouts.selection import default_normal_form
+from trl_selfplay.rounds.card import add_rounds_to_card
 from trl_selfplay.rounds.judging import check_judges
-from trl_selfplay.rounds.log import add_rounds_to_card, log_with_round
+from trl_selfplay.rounds.log import log_with_round
 from trl_selfplay.rounds.loop import run_rounds
 from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run
 from trl_selfplay.rounds.stages import SelfPlay
@@ -53,10 +54,11 @@ from trl_selfplay.trainers.construction import (
     start_of_run,
 )
 from trl_selfplay.trainers.engine_config import check_engine_is_there
+from trl_selfplay.trainers.publishing import PublishesSamples
 from trl_selfplay.trainers.sampling import build_sampler
 
 
-class RoundsMixin(Trainer):
+class RoundsMixin(PublishesSamples):
     """Adds rounds of sampling and training to a TRL trainer: `class MyTrainer(RoundsMixin, SFTTrainer)`.
 
     A trainer defines `play_round`. It may override `load_rows`, `placeholder_rows`, `prepare_stages`,
