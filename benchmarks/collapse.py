@@ -27,8 +27,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from addition import build_tokenizer, right_answer, row_of, rows_of, scratchpad, training_settings
@@ -145,8 +147,110 @@ def run_arm(arm: str, seed: int, runs: Path) -> dict[str, Any]:
     }
 
 
+# --- the summary ---------------------------------------------------------------------------------
+
+NUMBERS = {
+    "accuracy": lambda line: line["eval"]["eval_accuracy"],
+    "pass@1, sampled": lambda line: line["eval"]["eval_pass@1"],
+    "distinct": lambda line: line["metrics"]["play/distinct"],
+    "answer entropy": lambda line: line["metrics"]["play/answer_entropy"],
+    "token entropy": lambda line: line["metrics"]["play/token_entropy"],
+}
+# Alarms of held-out scores are raised with the score of their round, the others before its training.
+OF_SCORES = ("held-out-fall", "sharpening", "reward-against-check", "vote-drift", "transfer")
+FALL = 0.05
+
+
+def accuracies(record: dict[str, Any]) -> list[float]:
+    """Return held-out accuracy before training and after each round."""
+    lines = record["lines"]
+    return [m["eval_accuracy"] for m in (lines[0]["eval_before"], *(x["eval"] for x in lines))]
+
+
+def first_fall(record: dict[str, Any]) -> int | None:
+    """Return the first round after which accuracy is 5 points below that of the untrained model."""
+    before, *after = accuracies(record)
+    return next((i for i, score in enumerate(after) if score <= before - FALL), None)
+
+
+def first_alarm(
+    record: dict[str, Any], ignored: tuple[str, ...] = ()
+) -> tuple[int, bool, str] | None:
+    """Return the first alarm: its round, whether it came with the round's score, and all names then."""
+    for line in record["lines"]:
+        names = [alarm["name"] for alarm in line["alarms"] if alarm["name"] not in ignored]
+        if early := [name for name in names if name not in OF_SCORES]:
+            return line["round"], False, ", ".join(early)
+        if names:
+            return line["round"], True, ", ".join(names)
+    return None
+
+
+def describe_alarm(record: dict[str, Any], ignored: tuple[str, ...] = ()) -> list[str]:
+    """Return, as cells, the first alarm and whether it came before the fall."""
+    fall, alarm = first_fall(record), first_alarm(record, ignored)
+    when = "–" if fall is None else f"round {fall}"
+    if alarm is None:
+        return [when, "–", "no" if fall is not None else "–"]
+    index, is_late, names = alarm
+    in_time = fall is None or index < fall or (index == fall and not is_late)
+    where = "after" if is_late else "before the training of"
+    return [when, f"{where} round {index}: {names}", "yes" if in_time else "no"]
+
+
+def write_summary(results: Path) -> None:
+    """Write a Markdown page from the records present, beside their folder."""
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    versions = ", ".join(f"{name} {number}" for name, number in records[0]["versions"].items())
+    lines = [
+        "# Collapse on purpose",
+        "",
+        f"Two-digit addition, 0.8 M parameters; {NUM_TRAIN} prompts, {NUM_SAMPLES} samples at temperature "
+        f"0.7, {NUM_ROUNDS} rounds of {ROUND_STEPS} steps; {NUM_HELD_OUT} held-out prompts. "
+        f"{records[0]['machine']}; {versions}; seeds {sorted({r['seed'] for r in records})}; {DATE}. "
+        "Script: `benchmarks/collapse.py`, which explains the arms. Means over seeds, with their range "
+        "for accuracy. Distinct completions and entropies are those of the round's samples, so round 0 "
+        "is the base; accuracy is measured after the round.",
+    ]
+    for arm in ARMS:
+        found = [r for r in records if r["arm"] == arm]
+        if not found:
+            continue
+        lines += ["", f"## {arm}", "", f"| round | {' | '.join(NUMBERS)} | alarms (seeds) |"]
+        lines.append("|---" * (len(NUMBERS) + 2) + "|")
+        lines.append(f"| before | {cell([accuracies(r)[0] for r in found], True)} |" + " |" * 5)
+        for index in range(max(len(r["lines"]) for r in found)):
+            of_round = [r["lines"][index] for r in found if index < len(r["lines"])]
+            cells = [cell(list(map(f, of_round)), n == "accuracy") for n, f in NUMBERS.items()]
+            names = Counter(alarm["name"] for line in of_round for alarm in line["alarms"])
+            alarms = ", ".join(f"{name} ({count})" for name, count in names.items()) or "–"
+            lines.append(f"| {index} | {' | '.join(cells)} | {alarms} |")
+    lines += [
+        "",
+        "## Which came first",
+        "",
+        "The fall is the first round after which accuracy is 5 points below that of the base. The second "
+        "half leaves out what only the second verifier can see (`false-positives`, "
+        "`reward-against-check`).",
+        "",
+        "| run | fall | first alarm | in time | first alarm without a second verifier | in time |",
+        "|---|---|---|---|---|---|",
+    ]
+    blind = ("false-positives", "reward-against-check")
+    for record in records:
+        cells = [*describe_alarm(record), *describe_alarm(record, blind)[1:]]
+        lines.append(f"| {record['arm']}, seed {record['seed']} | {' | '.join(cells)} |")
+    results.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def cell(values: list[float], with_range: bool) -> str:
+    """Return the mean of the seeds, with their range if asked for."""
+    mean = f"{fmean(values):.3f}"
+    return f"{mean} [{min(values):.2f}, {max(values):.2f}]" if with_range else mean
+
+
 def main() -> None:
-    """Run what is missing, an arm and seed in a process of its own."""
+    """Run what is missing, an arm and seed in a process of its own, and write the summary."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -167,6 +271,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--here", "--arms", arm, "--seeds", str(seed)]
                 command += ["--results", str(args.results), "--runs", str(args.runs)]
                 subprocess.run(command, check=True)
+    write_summary(args.results)
 
 
 if __name__ == "__main__":

@@ -210,9 +210,9 @@ def sharpen_slowly(world: World, index: int) -> None:
 
 def split(world: World, index: int) -> None:
     """Right answers become likelier where they were likely, and vanish elsewhere."""
-    likely = (world.held_out * IS_RIGHT).sum(axis=1, keepdims=True) > 0.3
+    likely = (world.held_out * IS_RIGHT).sum(axis=1, keepdims=True) > 0.15
     world.held_out = normalised(
-        world.held_out * np.where(IS_RIGHT, np.where(likely, 2.0, 0.4), 1.0)
+        world.held_out * np.where(IS_RIGHT, np.where(likely, 1.5, 0.7), 1.0)
     )
 
 
@@ -274,10 +274,12 @@ def loop_in_text(world: World, index: int) -> None:
 
 
 def concentrate(world: World, index: int) -> None:
-    """Nothing is deduplicated or capped, and half of the prompts are solved less and less."""
+    """Nothing is deduplicated or capped; one prompt in ten is solved ever more often, the others seldom."""
     world.weights = "all"
-    half = (np.arange(NUM_PROMPTS) % 5 != 0)[:, None]
-    world.train = normalised(world.train * np.where(IS_RIGHT & half, 0.5, 1.0))
+    is_one = (np.arange(NUM_PROMPTS) % 10 == 0)[:, None]
+    right = (world.train * IS_RIGHT).sum(axis=1, keepdims=True)
+    goal = (right + np.where(is_one, 0.95, 0.08)) / 2
+    world.train = world.train * np.where(IS_RIGHT, goal / right, (1 - goal) / (1 - right))
 
 
 def starve(world: World, index: int) -> None:

@@ -170,3 +170,18 @@ def test_rewards_with_degrees_are_told_by_the_best_of_a_prompt(make_rollout) -> 
     counted = diversity_metrics(reached, reached, has_degrees=True)
     assert counted["play/coverage"] == 0.5
     assert counted["play/solved_medium"] == 1.0
+
+
+def test_of_many_samples_the_answers_of_some_prompts_are_read(make_rollout) -> None:
+    rollouts = [
+        make_rollout(prompt_id=f"p{p}", sample_index=s, completion=str(s))
+        for p in range(4000)
+        for s in range(2)
+    ]
+    read = []
+    for kept in (rollouts, rollouts[:-100]):  # a round with almost as many
+        found = summarize_samples(kept, form, 1.0, str).prompts
+        assert all(sum(own.answers) in (0, 2) for own in found.values())
+        read.append({prompt_id for prompt_id, own in found.items() if own.answers})
+    assert 1800 < len(read[0]) < 2200  # of 4000 answers
+    assert len(read[0] & read[1]) > 0.95 * len(read[0])

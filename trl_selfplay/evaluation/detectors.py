@@ -159,7 +159,7 @@ DETECTORS: tuple[Detector, ...] = (
         "concentration",
         sample_measures.measure_concentration,
         "one minus the effective share of the prompts that have kept completions",
-        0.6,
+        0.5,
         "Lower max_per_prompt.",
     ),
     Detector(

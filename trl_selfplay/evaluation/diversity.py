@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import comb, log
 from statistics import fmean
+from zlib import crc32
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from trl_selfplay.rollouts.sequence import Rollouts
 # Base success at temperature 1, from the easiest down (ReST^EM, arXiv 2312.06585, section 5.4).
 DIFFICULTIES = (("easy", 0.75), ("medium", 0.5), ("hard", 0.25), ("very_hard", 0.0))
 
+# Samples whose final answers are read. Reading one takes longer than all else that is done with it.
+_MOST_ANSWERS = 4000
+
 NormalForm = Callable[[str], Hashable]
 
 
@@ -32,7 +36,7 @@ class PromptSamples:
     Attributes:
         forms: Number of samples of each normal form.
         correct_forms: The same of those that are correct.
-        answers: Number of samples of each final answer.
+        answers: Number of samples of each final answer; none of a prompt whose answers aren't read.
         num_top: Number of samples whose answer is the round's most frequent one.
         num_tokens: Of all completions together, like `num_own_tokens`, those of the policy.
         num_graded: How many have a reward.
@@ -109,13 +113,14 @@ def summarize_samples(
         normal_form: Maps equal completions to the same form.
         threshold: Minimum reward of a correct completion.
         answer_form: Returns the normal form of a completion's final answer, or None; None reads no
-            answers.
+            answers. Of many samples, those of some prompts are read, of the same ones in each round.
         outcomes: Of each rollout; those that are "kept" are trained on.
     """
     kinds: dict[str, _Kinds] = {}
     found = RoundSamples({})
     kept_forms: list[int] = []
     top: Counter[Hashable] = Counter()
+    read_below = 2**32 * _MOST_ANSWERS / max(len(rollouts), 1)
     for place, rollout in Rollouts.of(rollouts).scan():
         is_kept = bool(outcomes) and outcomes[place] == "kept"
         if rollout.hinted and not is_kept:
@@ -130,7 +135,9 @@ def summarize_samples(
             own = found.prompts.setdefault(rollout.prompt_id, PromptSamples())
             own_kinds = kinds.setdefault(rollout.prompt_id, _Kinds())
             _count(own, own_kinds, rollout, form, threshold)
-            if answer_form is not None and (answer := answer_form(rollout.completion)) is not None:
+            if answer_form is None or crc32(rollout.prompt_id.encode()) >= read_below:
+                continue
+            if (answer := answer_form(rollout.completion)) is not None:
                 answer = digest_form(answer)
                 own_kinds.answers[answer] = own_kinds.answers.get(answer, 0) + 1
                 top[answer] += 1
