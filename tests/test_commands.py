@@ -82,7 +82,7 @@ def commands():
 
 def as_recipe(command):
     """Return `trl-selfplay star …` as `python recipes/star.py …`, and others as they are."""
-    words = command.split(maxsplit=2)
+    words = command.replace("trl-selfplay preflight ", "trl-selfplay ").split(maxsplit=2)
     if words[0] == "trl-selfplay" and words[1] in dispatch.COMMANDS:
         target = dispatch.COMMANDS[words[1]].target
         if target.endswith(".py"):
@@ -92,7 +92,8 @@ def as_recipe(command):
 
 COMMANDS = {as_recipe(command): where for command, where in commands().items()}
 OF_RECIPES = [c for c in COMMANDS if re.match(r"python recipes/(?!.* --help$)", c)]
-OF_PROGRAM = [c for c in COMMANDS if c.startswith("trl-selfplay ")]
+# `trl-selfplay report` alone is the command's name in a sentence.
+OF_PROGRAM = [c for c in COMMANDS if re.match(r"trl-selfplay \w+ (?!--help)", c)]
 OF_BENCHMARKS = [c for c in COMMANDS if c.startswith("python benchmarks/")]
 # What a page alone shows may need a GPU: its flags are parsed, and that is all.
 RUNNABLE = [c for c in OF_RECIPES if not COMMANDS[c].startswith("docs/")]
@@ -162,6 +163,18 @@ def test_a_benchmark_takes_the_flags_that_are_shown(load_script, command, monkey
     monkeypatch.setattr(sys, "argv", [path, *flags])
     with pytest.raises(ParsedError):
         script.main()
+
+
+@pytest.mark.parametrize("command", OF_PROGRAM)
+def test_a_command_of_the_program_takes_the_flags_that_are_shown(command, monkeypatch) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_end(*args, **kwargs):
+        raise ParsedError(parse(*args, **kwargs))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+    with pytest.raises(ParsedError):
+        dispatch.main(shlex.split(command)[1:])
 
 
 # What stands in for a hub's dataset, by its id: split → rows. The columns are those there.

@@ -15,6 +15,7 @@ import yaml
 from transformers import AutoTokenizer
 
 import trl_selfplay
+from trl_selfplay.evaluation.detectors import DETECTORS
 from trl_selfplay.rewards.worker import close_workers
 from trl_selfplay.trainers.rounds import RoundsMixin
 
@@ -227,6 +228,11 @@ def test_sections_that_a_page_links_to_exist(page) -> None:
     for name, section in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
         target = (ROOT / page).parent / name if name else ROOT / page
         assert section in slugs(target.read_text()), f"{page}: {name}#{section}"
+
+
+def test_each_alarm_is_explained_where_its_warning_leads() -> None:
+    explained = slugs((ROOT / "docs/troubleshooting.md").read_text())
+    assert {f"alarm-{detector.name}" for detector in DETECTORS} <= explained
 
 
 def test_functions_that_contributing_names_exist() -> None:
