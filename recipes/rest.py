@@ -93,12 +93,13 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         split = words.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}
         sets["few_shot_examples"] = split.few_shot
-    if split:
-        rewards: Any = load_demo_reward_model(
+    rewards: Any = script_arguments.load_reward_funcs(script_args)
+    if split and training_args.dry_run:
+        rewards = words.position_reward  # what the reward model learns, without the time for it
+    elif split:
+        rewards = load_demo_reward_model(
             training_args.output_dir, split, DEMO, training_args.seed, script_args.smoke
         )
-    else:
-        rewards = script_arguments.load_reward_funcs(script_args)
     trainer = ReSTEMTrainer(
         model_args.model_name_or_path or words.load_demo_model_path(),
         training_args,

@@ -23,6 +23,7 @@ The paper's experiment, which flags override:
     python recipes/spin.py --preset ultrachat --output_dir spin-ultrachat
 """
 
+from pathlib import Path
 from typing import Any
 
 from trl_selfplay import SPINConfig, SPINTrainer
@@ -79,12 +80,16 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, construct, train, save."""
-    heldout: list[dict[str, Any]] = []
+    model, heldout = model_args.model_name_or_path, []
     train, test = script_arguments.load_splits(script_args, dataset_args, PRESETS)
     if train is None:
         train, test, heldout = style.style_split(training_args.seed, script_args.smoke)
+        folder = Path(training_args.output_dir) / "fine_tuned"
+        model = model or style.fine_tuned_model(
+            folder, train, training_args.seed, script_args.smoke
+        )
     trainer = SPINTrainer(
-        model_args.model_name_or_path or words.load_demo_model_path(),
+        model or words.load_demo_model_path(),
         args=training_args,
         train_dataset=train,
         eval_dataset=test,

@@ -107,8 +107,10 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if sets is None:
         split = words.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train}
-        settings = GENERATOR | (GENERATOR_SMOKE if script_args.smoke else {})
-        folder = str(Path(training_args.output_dir) / "generator")
+        is_small = script_args.smoke or training_args.dry_run
+        settings = GENERATOR | (GENERATOR_SMOKE if is_small else {})
+        name = "dry_run_generator" if training_args.dry_run else "generator"
+        folder = str(Path(training_args.output_dir) / name)
         generator = ReSTEMTrainer(
             words.load_demo_model_path(),
             ReSTEMConfig(folder, seed=training_args.seed, **settings),

@@ -63,14 +63,27 @@ ROWS = {
 PROGRAM = "```python\nprint(2 * int(input()))\n```"
 
 
-def write_stand_in(folder: Path, preset: papers.Preset) -> list[str]:
-    """Write a dataset of equal rows, as many as the presets' slices need, and return the flag that names it; none for a built one."""
+def numbered(row: dict, number: int) -> dict:
+    """A row whose prompt has a number at its end, so that no two are equal."""
+    row = json.loads(json.dumps(row))
+    places = [row.get("translation", {}), *row.get("messages", []), row]
+    for place in places:
+        for key in ("de", "content", "question", "problem", "text"):
+            if key in place:
+                place[key] += f" ({number})"
+                return row
+    raise AssertionError(row)
+
+
+def write_stand_in(folder: Path, preset: papers.Preset, rows: int = 4) -> list[str]:
+    """Write a dataset, and return the flag that names it; none for a built one."""
     if preset.dataset_name is None:
         return []
     (folder / "data").mkdir(parents=True)
-    for split in {preset.train_split.split("[")[0], preset.test_split.split("[")[0]}:
-        path = folder / "data" / f"{split}-00000-of-00001.jsonl"
-        path.write_text("\n".join([json.dumps(ROWS[preset.dataset_name])] * 1_100))
+    splits = {preset.train_split.split("[")[0]: 0, preset.test_split.split("[")[0]: 10_000}
+    for split, first in splits.items():
+        lines = [json.dumps(numbered(ROWS[preset.dataset_name], first + n)) for n in range(rows)]
+        (folder / "data" / f"{split}-00000-of-00001.jsonl").write_text("\n".join(lines))
     return ["--dataset_name", str(folder)]
 
 
@@ -82,7 +95,7 @@ def load_preset(load_script, tmp_path):
         script = load_script(RECIPES / f"{recipe}.py")
         preset = script.PRESETS[name]
         flags = ["--preset", name, "--model_name_or_path", "m", "--use_cpu", *flags,
-                 "--output_dir", str(tmp_path / "out"), *write_stand_in(tmp_path / "data", preset)]  # fmt: skip
+                 "--output_dir", str(tmp_path / "out"), *write_stand_in(tmp_path / "data", preset, 1_100)]  # fmt: skip
         arguments, config, _, mixture = script.parse_arguments(flags)
         load_data = load_splits if recipe in ("spin", "quiet_star") else load_sets
         return arguments, config, load_data(arguments, mixture, script.PRESETS)
@@ -98,7 +111,7 @@ def test_a_preset_reads_its_dataset_s_columns(recipe, name, load_preset) -> None
         assert getattr(config, field) == value, field
     if recipe == "spin":
         train, test = data
-        assert train[0]["messages"] == ROWS[preset.dataset_name]["messages"][:2]
+        assert [turn["content"] for turn in train[7]["messages"]] == ["Hello? (7)", "Hi."]
         assert len(test) == 500
         return
     if recipe == "quiet_star":
@@ -215,3 +228,30 @@ def test_paper_settings_are_what_from_paper_sets(tmp_path) -> None:
     config = STaRConfig.from_paper("addition", output_dir=str(tmp_path), use_cpu=True)
     for name, value in STaRConfig.paper_settings("addition").items():
         assert getattr(config, name) == value
+
+
+# A size for each, by flags; nothing of what a tiny model writes is right, so only gold is trained on.
+SMALL = {
+    "star": ("gsm8k", ["--round_max_steps", "2", "--num_prompts_per_round", "2"]),
+    "rft": ("gsm8k", ["--max_steps", "2", "--num_generations", "2"]),
+    "irpo": ("arc", ["--max_steps", "2", "--num_generations", "2"]),
+    "spin": ("ultrachat", ["--max_steps", "2", "--max_length", "128"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SMALL)
+def test_a_preset_runs_on_a_dataset_with_the_same_columns(
+    recipe, load_script, saved_chat_model, tmp_path
+) -> None:
+    script, (name, size) = load_script(RECIPES / f"{recipe}.py"), SMALL[recipe]
+    flags = [
+        *("--preset", name, "--model_name_or_path", str(saved_chat_model), "--use_cpu", *size),
+        *("--num_rounds", "1", "--max_completion_length", "4", "--on_empty_round", "stop"),
+        *("--gradient_accumulation_steps", "1", "--report_to", "none", "--disable_tqdm", "true"),
+        *("--output_dir", str(tmp_path / "out"), "--gradient_checkpointing", "false"),
+        *write_stand_in(tmp_path / "data", script.PRESETS[name]),
+    ]
+    script.main(*script.parse_arguments(flags))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert list((tmp_path / "out" / "_rounds").glob("round*"))

@@ -6,18 +6,22 @@ style and result. The model is that of words.py.
 
 import random
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
+from trl_selfplay.demos.words import load_demo_model_path
 from trl_selfplay.evaluation.report import plot_rounds
 from trl_selfplay.generation.sampler import SampleRequest, build_sampling_options
 
 # Replaces the default system message of the chat template, which is longer and makes it ramble.
 SYSTEM = "Answer in a few words."
 NUM_TRAIN, NUM_HELD_OUT, _NUM_HELD_OUT_SMOKE = 128, 32, 8
+# With 4 conversations per step, two passes over the data.
+NUM_FINE_TUNING_STEPS = 64
 
 
 def build_questions(count: int, seed: int) -> list[dict[str, Any]]:
@@ -85,6 +89,58 @@ def style_split(seed: int, smoke: bool = False) -> tuple[Dataset, Dataset, list[
         for part in (questions[NUM_HELD_OUT:], heldout)
     )
     return train, test, heldout
+
+
+def fine_tuned_model(folder: Path, train: Dataset, seed: int, smoke: bool = False) -> str:
+    """Fine-tune the demo's model on conversations, and return the folder that holds it.
+
+    SPIN begins with such a model. A folder that has one already is returned as it is.
+
+    Args:
+        folder: Where the model is saved.
+        train: Conversations from `style_split`.
+        seed: Of the order of the conversations.
+        smoke: Train for two steps.
+    """
+    if folder.exists():
+        return str(folder)
+    import torch
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    sys.stdout.write(f"Fine-tuning on {len(train)} conversations, from which SPIN goes on.\n")
+    turns = [row["messages"] for row in train]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        trainer = SFTTrainer(
+            load_demo_model_path(),
+            SFTConfig(
+                temporary,
+                seed=seed,
+                max_steps=2 if smoke else NUM_FINE_TUNING_STEPS,
+                per_device_train_batch_size=4,
+                learning_rate=1e-3,
+                bf16=torch.cuda.is_available(),
+                gradient_checkpointing=False,
+                save_strategy="no",
+                logging_steps=10,
+                report_to=[],
+            ),
+            train_dataset=Dataset.from_dict(
+                {"prompt": [t[:-1] for t in turns], "completion": [t[-1:] for t in turns]}
+            ),
+            peft_config=LoraConfig(
+                r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"
+            ),
+        )
+        trainer.train()
+        whole = Path(temporary) / "whole"
+        model: Any = trainer.model
+        model.merge_and_unload().save_pretrained(whole)
+        tokenizer: Any = trainer.processing_class
+        tokenizer.save_pretrained(whole)
+        whole.rename(folder)
+    return str(folder)
 
 
 def share_right(trainer: Any, rows: Sequence[Mapping[str, Any]]) -> float:
