@@ -6,6 +6,7 @@ has a field, the one here has its name, type and meaning.
 
 import logging
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Annotated, Any, get_type_hints
 
 import torch
@@ -273,9 +274,10 @@ class SelfPlayConfig(EngineConfig):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # What TRL's config parses as JSON.
-        parsed = [*getattr(cls, "_VALID_DICT_FIELDS", ()), *_DICT_FIELDS]
-        cls._VALID_DICT_FIELDS = list(dict.fromkeys(parsed))  # type: ignore[attr-defined]
+        # What TRL's config parses as JSON, and ours: the list of one base hides that of another.
+        of_bases = (vars(base).get("_VALID_DICT_FIELDS", ()) for base in cls.__mro__)
+        parsed = dict.fromkeys(chain(*of_bases, _DICT_FIELDS))
+        cls._VALID_DICT_FIELDS = list(parsed)  # type: ignore[attr-defined]
 
     def __post_init__(self) -> None:
         config: Any = self  # the last base of each config is TRL's
