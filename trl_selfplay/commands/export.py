@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from trl_selfplay.disk import DamagedFileError
+from trl_selfplay.disk import DamagedFileError, NewerFormatError
 from trl_selfplay.inspection.export import export_run
 from trl_selfplay.inspection.row_forms import FORMS
 from trl_selfplay.inspection.run_folder import RunFolder
@@ -21,7 +21,7 @@ _KINDS = {
 
 
 def run(flags: list[str]) -> int:
-    """Export a run; return 0, or 2 where there is nothing to export or the flags are wrong."""
+    """Export a run and return the exit code."""
     args = _parser().parse_args(flags)
     if args.kind == "parquet" and args.form is not None:
         _parser().error("--form has no effect on --as parquet, which has one form of its own")
@@ -40,9 +40,12 @@ def run(flags: list[str]) -> int:
             rounds=args.rounds,
             overwrite=args.force,
         )
-    except (ValueError, OSError, DamagedFileError) as error:
+    except (ValueError, OSError) as error:
         print(f"trl-selfplay export: {error}", file=sys.stderr)
         return 2
+    except (DamagedFileError, NewerFormatError) as error:
+        print(f"trl-selfplay export: {error}", file=sys.stderr)
+        return 1
     print(f"{count:,} rows in {path}")
     return 0
 
