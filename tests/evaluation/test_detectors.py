@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from math import log2
+from math import inf, log2
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +252,8 @@ def test_lower_entropy_is_told_unless_the_model_has_learnt(name, sampler, fires)
     evidence = later(*sides, untrained=scores(0.5), sampler_scores=scores(sampler))
     assert (name in fired(evidence)) is fires
     assert value(evidence, "token-entropy") == pytest.approx(0.6)
+    unknown = replace(evidence, is_graded=False, untrained=None)  # as SPIN's without graders
+    assert name not in fired(unknown)
 
 
 def test_without_held_out_prompts_the_rewards_tell_whether_the_model_has_learnt() -> None:
@@ -289,6 +291,18 @@ def test_one_answer_to_all_prompts_is_told() -> None:
     ]  # fmt: skip
     assert value(later(*sides), "one-answer") == pytest.approx(0.75 / 2 - 0.125 / 2)
     assert "one-answer" in fired(later(*sides))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_drift_estimates_the_divergence_and_is_never_negative(seed) -> None:
+    """CD-7: 0 for equal weights; on average over draws, KL(p_t ‖ p_0) of two distributions."""
+    rng = np.random.default_rng(seed)
+    now, base = rng.dirichlet([1.0] * 6, 2)
+    pairs = list(zip(np.log(now), np.log(base), strict=True))
+    values = [value(Evidence(1, log_probs=[pair]), "drift-from-base") for pair in pairs]
+    assert min(values) >= 0.0
+    assert float(now @ values) == pytest.approx(float(now @ np.log(now / base)))
+    assert value(Evidence(1, log_probs=[(-3.0, -3.0)] * 4), "drift-from-base") == 0.0
 
 
 # --- what is kept --------------------------------------------------------------------------------
@@ -343,4 +357,7 @@ def test_kept_completions_that_another_verifier_rejects_are_told(rejected, fires
 def test_the_page_on_collapse_has_each_detector_as_it_is() -> None:
     page = (ROOT / "docs/collapse.md").read_text()
     rows = re.findall(r"^\| (D\d+b?) \| `(.+?)` \| (.+?) \| (.+?) \| (.+) \|$", page, re.M)
-    assert rows == [(d.id, d.name, d.value, f"{d.threshold:g}", d.remedy) for d in DETECTORS]
+    limits = ["none" if d.threshold == inf else f"{d.threshold:g}" for d in DETECTORS]
+    assert rows == [
+        (d.id, d.name, d.value, limit, d.remedy) for d, limit in zip(DETECTORS, limits, strict=True)
+    ]

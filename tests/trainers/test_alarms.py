@@ -138,10 +138,30 @@ def test_nothing_is_compared_at_another_temperature(build_watched) -> None:
     assert not {"distinct-ratio", "distinct-correct", "token-entropy", "length-drift"} & set(found)
 
 
+def test_drift_is_scored_with_the_weights_from_before_round_0_if_asked_for(
+    build_watched,
+) -> None:
+    """CD-7, on a real run: the weights stay as they are, and the number is that of both models."""
+    trainer = build_watched(num_rounds=2, alarm_actions={"drift-from-base": "warn"})
+    trainer.train()
+    first, second = trainer.run.lines
+    assert "drift-from-base" not in first["detectors"]
+    assert second["detectors"]["drift-from-base"] > 0.0
+    assert "drift-from-base" not in names_of(second)
+    plain = build_watched("plain", num_rounds=2)
+    plain.train()
+    assert "drift-from-base" not in plain.run.lines[1]["detectors"]
+    kept = [list(load_samples(t.run.folder(1))) for t in (trainer, plain)]
+    assert kept[0] == kept[1]
+    for parameter, other in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        assert bool((parameter == other).all())
+
+
 @pytest.mark.parametrize(
     ("actions", "message"),
     [
         ({"held-out-drop": "stop"}, "no alarm. There are held-out-fall, sharpening"),
+        ({"drift-from-base": "stop"}, "has no threshold"),
         ({"held-out-fall": "halt"}, r"must be one of \['ignore', 'warn', 'stop', 'best_round'\]"),
     ],
 )

@@ -8,6 +8,7 @@ that is the only bound. The thresholds come from benchmarks/collapse_calibration
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from typing import Any
 
 from trl_selfplay.evaluation import heldout_measures, sample_measures
@@ -211,6 +212,15 @@ DETECTORS: tuple[Detector, ...] = (
         "rise of the share of the most frequent answer to all prompts since round 0",
         0.1,
         "Read some completions: does the reward accept that answer everywhere? Lower max_per_prompt.",
+    ),
+    Detector(
+        "D18",
+        "drift-from-base",
+        sample_measures.measure_drift,
+        "estimate of KL(now ‖ before round 0), nats per completion; only recorded",
+        inf,
+        "Train each round from the base (start_from='base').",
+        action=Action.IGNORE,
     ),
     Detector(
         "D19",

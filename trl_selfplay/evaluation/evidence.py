@@ -4,7 +4,7 @@ In: summaries of samples and held-out scores by prompt. Out: `Evidence`, changes
 and `Reading`s.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 
@@ -33,6 +33,8 @@ class Evidence:
             not in the one before, the share that are no longer solved, and the share that are unsolved.
         earlier_kept: Digests of what earlier rounds kept, sorted.
         rejected: Number of kept completions that `eval_reward_funcs` reject, and of those graded so.
+        log_probs: Of some completions, the log-prob under the weights that sampled them, and under
+            those from before round 0.
         votes: Whether a majority vote graded the samples.
         sampler_scores: Held-out scores by prompt of the weights that sampled.
         sampler_heldout: Held-out samples of these weights.
@@ -56,6 +58,7 @@ class Evidence:
     newly_solved: list[tuple[float, float, float]] = field(default_factory=list)
     earlier_kept: np.ndarray | None = None
     rejected: tuple[int, int] | None = None
+    log_probs: Sequence[tuple[float, float]] = ()
     votes: bool = False
     sampler_scores: Scores | None = None
     sampler_heldout: Samples | None = None
@@ -189,15 +192,15 @@ def has_risen(change: tuple[float, float] | None) -> bool:
     return change is not None and change[0] > 2.0 * change[1]
 
 
-def has_learnt(e: Evidence) -> bool:
-    """Return whether the weights that sampled score higher than the untrained ones.
+def has_learnt(e: Evidence) -> bool | None:
+    """Return whether the weights that sampled score higher than the untrained ones; None: unknown.
 
     By held-out scores; without them, by the rewards of the round's own samples.
     """
     if e.untrained and e.sampler_scores:
         return has_risen(change_of(e.untrained, e.sampler_scores))
     if e.pair is None or not e.is_graded:
-        return False
+        return None
     return has_risen(change_of(*(mean_rewards_of(side.prompts) for side in e.pair)))
 
 

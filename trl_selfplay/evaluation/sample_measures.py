@@ -6,7 +6,7 @@ In: `Evidence` of a round. Out: a `Reading`, larger is worse, or None where the 
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import log, log2, sqrt
+from math import expm1, log, log2, sqrt
 from statistics import fmean
 
 import numpy as np
@@ -129,9 +129,9 @@ def measure_token_entropy(e: Evidence) -> Reading | None:
 
 
 def _unless_learnt(e: Evidence, reading: Reading | None) -> Reading | None:
-    if reading is None or not has_learnt(e):
-        return reading
-    return replace(reading, counts=False)
+    if reading is None:
+        return None
+    return replace(reading, counts=has_learnt(e) is False)
 
 
 def measure_length_drift(e: Evidence) -> Reading | None:
@@ -172,6 +172,27 @@ def measure_one_answer(e: Evidence) -> Reading | None:
         error,
         f"one answer is {now:.0%} of the answers to all prompts; in round 0 the most frequent one was "
         f"{before:.0%}",
+    )
+
+
+def measure_drift(e: Evidence) -> Reading | None:
+    """Measure the mean of r − 1 − ln r over sampled completions, r = p_0(y) / p_t(y).
+
+    It estimates KL(p_t ‖ p_0) in nats per completion, of the distributions sampled from; p_0 has the
+    weights from before round 0.
+
+    Source: Schulman, "Approximating KL Divergence" (2020), the estimator k3, which is never negative.
+    """
+    if not e.log_probs:
+        return None
+    # Rounding alone makes r larger than e^50.
+    logs = [min(base - now, 50.0) for now, base in e.log_probs]
+    values = [expm1(log_r) - log_r for log_r in logs]
+    error = standard_error(values) or 0.0
+    return reading_of(
+        fmean(values),
+        error,
+        f"the model is {fmean(values):.2f} nats per completion away from the one before round 0",
     )
 
 

@@ -78,6 +78,8 @@ class SelfPlay:
         context_length: Maximum positions of the model, or None.
         run: Knows where rounds lie on disk.
         initial_weights: Puts the weights from before round 0 in place, within a context.
+        log_probs: Returns the log-prob of each (prompt ids, completion ids) under the present weights
+            and sampling options.
     """
 
     config: Any
@@ -90,6 +92,7 @@ class SelfPlay:
     context_length: int | None
     run: Run
     initial_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+    log_probs: Callable[..., list[float]] | None = None
 
     @property
     def lacks_embeddings(self) -> bool:

@@ -35,6 +35,7 @@ from trl_selfplay.evaluation.diversity import (
 )
 from trl_selfplay.evaluation.evidence import Evidence, Reading, Scores
 from trl_selfplay.evaluation.heldout import greedy_scores
+from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rewards.vote import answer_form
 from trl_selfplay.rollouts.facts import digest_form
 from trl_selfplay.rollouts.played import PlayedRound
@@ -47,6 +48,7 @@ from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, find_best_round, n
 logger = logging.getLogger(__name__)
 
 _MOST_CHECKED = 100  # kept completions that other reward functions grade as well
+_MOST_SCORED = 32  # completions that are scored under the weights from before round 0
 
 
 def action_of(name: str, actions: Mapping[str, str] | None) -> Action:
@@ -78,6 +80,15 @@ def ends_by_alarm(lines: Sequence[Mapping[str, Any]], actions: Mapping[str, str]
             RESUME,
         )
     return bool(names)
+
+
+def check_drift(actions: Mapping[str, str] | None, is_sharded: bool) -> None:
+    """Raise ValueError if drift is asked for where the initial weights can't be put in place."""
+    if is_sharded and action_of("drift-from-base", actions) != Action.IGNORE:
+        raise ValueError(
+            "alarm_actions['drift-from-base'] scores completions with the initial weights, and weights "
+            "that are divided over processes (FSDP, DeepSpeed ZeRO-3) can't be exchanged. Leave it out."
+        )
 
 
 class Watch:
@@ -182,6 +193,7 @@ class Watch:
                 e.sampler_heldout = self._heldout_of(index - 1).get(name)
                 e.untrained_samples = self._heldout_of(UNTRAINED).get(name)
         e.rejected = self._second_opinion(played)
+        e.log_probs = self._log_probs(played)
         metrics: dict[str, float] = {}
         has_degrees = self._trainer.args.rewards_have_degrees
         if e.is_graded and e.now.prompts:
@@ -318,6 +330,28 @@ class Watch:
             return None
         scorer.take_metrics()  # they are not those of a held-out set
         return sum(not r.passes(threshold) for r in found), len(found)
+
+    def _log_probs(self, played: PlayedRound) -> list[tuple[float, float]]:
+        """Return log-probs of some completions now and before round 0, if they are asked for."""
+        play, args, index = self._trainer.self_play, self._trainer.args, self._plan.round_index
+        ignored = action_of("drift-from-base", args.alarm_actions) == Action.IGNORE
+        if ignored or index == 0 or play.log_probs is None:
+            return []
+        rollouts = Rollouts.of(played.rollouts)
+        count = min(_MOST_SCORED, len(rollouts))
+        chosen = sorted(
+            random.Random(f"{args.seed}/{index}/drift").sample(range(len(rollouts)), count)
+        )
+        completions = [
+            (r.prompt_ids, r.completion_ids)
+            for r in rollouts.pick(chosen)
+            if r.completion_ids and not r.hinted and r.completion_mask is None
+        ]
+        options = build_sampling_options(args, play.eos_token_ids)
+        now = play.log_probs(completions, options)
+        with play.initial_weights():
+            before = play.log_probs(completions, options)
+        return list(zip(now, before, strict=True))
 
     # --- held-out scores -------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ has a field, the one here has its name, type and meaning.
 """
 
 import logging
+import math
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Annotated, Any, get_type_hints
@@ -487,6 +488,11 @@ def _check_alarm_actions(actions: dict[str, str]) -> None:
         if action not in list(Action):
             raise ValueError(
                 f"alarm_actions[{name!r}]={action!r}; it must be one of {[str(a) for a in Action]}."
+            )
+        if DETECTOR_OF[name].threshold == math.inf and action in ("stop", "best_round"):
+            raise ValueError(
+                f"alarm_actions[{name!r}]={action!r}: this number has no threshold, so it never raises an "
+                "alarm. Set 'warn' to have it recorded."
             )
 
 

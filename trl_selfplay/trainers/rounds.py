@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.evaluation.heldout import HeldOutScores
+from trl_selfplay.generation.completion_scores import score_completions
 from trl_selfplay.generation.model_traits import ModelTraits
 from trl_selfplay.generation.transformers_sampler import collect_eos_token_ids
 from trl_selfplay.rollouts.collection import Collector
@@ -35,6 +36,7 @@ from trl_selfplay.rounds.loop import run_rounds
 from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run
 from trl_selfplay.rounds.stages import SelfPlay
 from trl_selfplay.rounds.training import SameOrderOnResume
+from trl_selfplay.rounds.watch import check_drift
 from trl_selfplay.rounds.weights import (
     initial_weights_in_place,
     undo_rounding,
@@ -151,6 +153,7 @@ class RoundsMixin(PublishesSamples):
         )
         is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
         check_judges(self.self_play, is_sharded)
+        check_drift(self.args.alarm_actions, is_sharded)
         self.self_play.check_prompts(hinted=hint_formatter is not None)
         self.self_play.warn_data_errors()
 
@@ -170,6 +173,7 @@ class RoundsMixin(PublishesSamples):
         traits = check_built_model(model, accelerator, tokenizer, balanced)
         if getattr(self, "padding_free", False):  # of SFTTrainer
             check_rows_apart(model, accelerator, self.data_collator)
+        token_ids = frozenset(tokenizer.get_vocab().values())
         # Read when used: training replaces the wrapped model and the state.
         sampler = build_sampler(
             args, given, lambda: self.model_wrapped, tokenizer, accelerator, traits
@@ -212,6 +216,9 @@ class RoundsMixin(PublishesSamples):
             context_length=_context_length(args, traits),
             run=self.run,
             initial_weights=self.initial_weights,
+            log_probs=lambda completions, options: score_completions(
+                self.model_wrapped, accelerator, traits, completions, options, token_ids
+            ),
         )
 
     def placeholder_rows(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
