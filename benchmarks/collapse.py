@@ -33,14 +33,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from addition import build_tokenizer, right_answer, row_of, rows_of, scratchpad, training_settings
+from trl_selfplay.demos.sums import (
+    Sum,
+    build_model,
+    build_tokenizer,
+    right_answer,
+    row_of,
+    rows_of,
+    scratchpad,
+    training_settings,
+    worked_rows,
+)
 
 DATE = "2026-11-26"
 ARMS = ("unfiltered", "accumulated", "filtered")
 NUM_BASE, NUM_TRAIN, NUM_HELD_OUT = 400, 120, 200
 NUM_BASE_STEPS, NUM_ROUNDS, ROUND_STEPS, NUM_SAMPLES = 320, 8, 30, 8
-
-Sum = tuple[int, int]
 
 
 def final_number(text: str) -> str | None:
@@ -49,7 +57,7 @@ def final_number(text: str) -> str | None:
     return answer if answer.isdigit() else None
 
 
-right_answer.answer_form = final_number  # what the detectors of answers read
+right_answer.answer_form = final_number  # type: ignore[attr-defined]  # what the detectors of answers read
 
 
 def any_answer(completions: list[str], **kwargs: Any) -> list[float]:
@@ -70,23 +78,14 @@ def draw_sums(seed: int) -> dict[str, list[Sum]]:
 
 def build_base(folder: Path, seed: int, sums: list[Sum], steps: int = NUM_BASE_STEPS) -> None:
     """Train a model on worked sums, and save it with its tokenizer."""
-    import torch
     from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = build_tokenizer()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=344, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
-        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
     rows = [row_of(tokenizer, f"{a}+{b}=", scratchpad(a, b)) for a, b in sums]
     with tempfile.TemporaryDirectory() as temporary:
         trainer = SFTTrainer(
-            LlamaForCausalLM(config),
+            build_model(tokenizer, seed),
             SFTConfig(temporary, **training_settings(seed), max_steps=steps),
             train_dataset=Dataset.from_list(rows).shuffle(seed=seed),
             processing_class=tokenizer,
@@ -98,8 +97,6 @@ def build_base(folder: Path, seed: int, sums: list[Sum], steps: int = NUM_BASE_S
 
 def run_arm(arm: str, seed: int, runs: Path) -> dict[str, Any]:
     """Train one arm, or go on with it; return the lines of its rounds."""
-    from datasets import Dataset
-
     from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
 
     started = time.monotonic()
@@ -108,7 +105,6 @@ def run_arm(arm: str, seed: int, runs: Path) -> dict[str, Any]:
     if not base.exists():
         build_base(base, seed, sums["base"])
     is_filtered, accumulates = arm == "filtered", arm == "accumulated"
-    gold = [{"prompt": f"{a}+{b}=", "completion": scratchpad(a, b)} for a, b in sums["gold"]]
     folder = runs / f"{arm}-{seed}"
     trainer = ReSTEMTrainer(
         str(base),
@@ -134,7 +130,7 @@ def run_arm(arm: str, seed: int, runs: Path) -> dict[str, Any]:
         eval_dataset=rows_of(sums["held_out"]),
         reward_funcs=right_answer if is_filtered else any_answer,
         eval_reward_funcs=None if is_filtered else right_answer,
-        gold_dataset=Dataset.from_list(gold) if accumulates else None,
+        gold_dataset=worked_rows(sums["gold"]) if accumulates else None,
     )
     trainer.train(resume_from_checkpoint=folder.exists())
     return {

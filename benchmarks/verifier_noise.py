@@ -28,8 +28,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from addition import right_answer, rows_of, training_settings
 from collapse import DATE, build_base, draw_sums
+
+from trl_selfplay.demos.sums import right_answer, rows_of, training_settings
 
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2)
 KINDS = ("accepts", "rejects")
