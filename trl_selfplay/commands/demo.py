@@ -221,6 +221,7 @@ def _show_end(folder: Path) -> None:
     ):
         if (folder / name).exists():
             print(f"{what}: {folder / name}")
+    print(f"Samples: trl-selfplay samples {folder}")
 
 
 def _example(found: RunFolder) -> list[str]:

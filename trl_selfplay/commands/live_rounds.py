@@ -73,7 +73,7 @@ class LiveRounds(TrainerCallback):
             self._add(untrained_row(lines[0]["eval_before"] if lines else _score_before(args)))
             for line in lines:
                 self._add(round_row(line))
-        self._doing = f"round {round_index}"
+        self._doing = f"round {round_index}, choosing what to train on"
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,18 +120,18 @@ class LiveRounds(TrainerCallback):
 
     def _table(self) -> Any:
         from rich import box
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
-        caption = f"{self._elapsed()} of about {self._expected}: {self.doing}"
-        table = Table(
-            box=box.SIMPLE_HEAD, pad_edge=False, caption=caption if self._doing else None,
-            caption_justify="left",
-        )  # fmt: skip
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name in HEADER:
-            table.add_column(name)
+            table.add_column(Text(name))
         for row in self._rows:
-            table.add_row(*row)
-        return table
+            table.add_row(*map(Text, row))
+        if not self._doing:
+            return table
+        return Group(table, Text(f"{self._elapsed()} of about {self._expected}: {self.doing}"))
 
 
 def untrained_row(metrics: Mapping[str, float]) -> tuple[str, ...]:

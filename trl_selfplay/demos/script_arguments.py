@@ -355,7 +355,7 @@ def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -
     if trainer.is_world_process_zero():
         try:
             say(f"Report: {write_report(training_args.output_dir)}")
-        except (OSError, RuntimeError) as error:  # the run is finished, whatever its report lacks
-            logger.warning("no report was written: %s", error)
+        except Exception:  # the run is finished, whatever its report lacks
+            logger.warning("no report was written", exc_info=True)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
