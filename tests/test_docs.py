@@ -164,7 +164,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_there_are_two_set_up_commands() -> None:
-    assert readme_command(".venv ").endswith("python recipes/star.py")
+    assert readme_command(".venv ").endswith(" && trl-selfplay demo")
     assert readme_command(".venv-test ").endswith("pytest -n auto")
     assert len(blocks("README.md", "bash")) == 2
 
