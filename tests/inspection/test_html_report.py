@@ -74,7 +74,7 @@ def test_a_hostile_text_is_text_in_the_page(hostile_run) -> None:
     assert completions == {visible(f"so {text}") for text in HOSTILE}
     assert set(page.data["texts"]) == {visible(text) for text in HOSTILE}
     cells = {cell for row in page.rows for cell in row}
-    assert {visible(HOSTILE[0]), HOSTILE[1], r"\ud83d"} <= cells  # settings and alarms
+    assert {visible(HOSTILE[0]), HOSTILE[1], r"\ud83d"} <= cells  # settings and detectors
     assert r"<b>run & \u202e" in page.text
 
 
@@ -251,16 +251,17 @@ def test_spin_is_said_to_have_converged_where_it_has(write_folder, make_rollout)
     del lines[0]["eval_before"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     charts = {chart["title"]: chart for chart in Parsed(write_report(run)).data["charts"]}
-    assert charts["Win rate against the opponent"]["marks"] == [[1, "converged"]]
+    assert charts["Win rate against the opponent"]["marks"][0][:2] == [1, "converged"]
     assert charts["Win rate against the opponent"]["series"][1]["values"] == [0.5, 0.5]
 
 
 def test_alarms_are_listed_and_marked_in_the_charts(hostile_run) -> None:
     page = Parsed(write_report(hostile_run))
-    expected = ["0", HOSTILE[1], "0.3 [0.2, 0.4]", "0.5", "warn", visible(HOSTILE[0])]
-    assert expected in page.rows
+    expected = f"{HOSTILE[1]}rounds 0 · newest value 0.3 [0.2, 0.4] · action: warn{HOSTILE[0]}"
+    assert expected in page.text
+    assert [visible(HOSTILE[0]), "0.3", "–", ""] in page.rows  # a detector of another version
     of_scores = next(c for c in page.data["charts"] if c["title"] == "Accuracy and pass@k")
-    assert of_scores["marks"] == [[1, HOSTILE[1]]]  # "before" is the first label
+    assert of_scores["marks"] == [[1, "▲ 1", HOSTILE[1]]]  # "before" is the first label
 
 
 def test_runs_are_compared_in_curves_and_settings(write_folder, make_rollout) -> None:
@@ -296,3 +297,19 @@ def test_samples_stand_with_their_solutions_if_the_run_kept_them(
     lines = (folder / "_rounds" / "rounds.jsonl").read_text()
     (run.root / "rounds.jsonl").write_text(lines)
     assert Parsed(write_report(run.output_dir)).data["solutions"] == [visible(HOSTILE[3])]
+
+
+def test_detectors_stand_on_a_time_line_with_their_thresholds(write_folder, make_rollout) -> None:
+    run = write_folder([[(make_rollout(), "kept")]] * 2, detectors={"truncation": 0.05}, alarms=[])
+    path = run / "_rounds" / "rounds.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["detectors"] = {"truncation": 0.4, "coverage": 2.0}
+    lines[1]["alarms"] = [{"name": "truncation", "value": 0.4, "text": "cut"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Parsed(write_report(run))
+    rows = [row for row in page.rows if row[0] in ("truncation", "coverage")]
+    assert [row[:4] for row in rows] == [
+        ["coverage", "–", "2", "> 1"],
+        ["truncation", "0.05", "▲ 0.4", "> 0.1"],
+    ]
+    assert "truncationrounds 1 · newest value 0.4 · action: cut" in page.text

@@ -6,7 +6,7 @@ draws and also shows as tables. Values that a line lacks, as those of earlier ve
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from trl_selfplay.rollouts.funnel import Funnel
 
 Line = Mapping[str, Any]
 Values = tuple[float | None, ...]
+Mark = tuple[int, str, str]
 
 # Points of one curve of the training's log; more can't be told apart on a screen.
 _MOST_POINTS = 240
@@ -71,7 +72,7 @@ class Chart:
         kind: "bars" are stacked.
         axis: What the labels are.
         bounds: Of the vertical axis; None where the values decide.
-        marks: Places of labels, and what happened there.
+        marks: Places of labels with what happened there, in few characters and in full.
     """
 
     title: str
@@ -81,7 +82,7 @@ class Chart:
     kind: Literal["lines", "bars"] = "lines"
     axis: str = "round"
     bounds: tuple[float | None, float | None] = (None, None)
-    marks: tuple[tuple[int, str], ...] = ()
+    marks: tuple[Mark, ...] = ()
 
 
 def split_metric(name: str) -> tuple[str, str] | None:
@@ -183,7 +184,7 @@ def _score_chart(
     caption: str,
     scores: Sequence[str],
     bounds: tuple[float | None, float | None],
-    marks: Iterable[tuple[int, str]],
+    marks: Iterable[Mark],
 ) -> Chart | None:
     scored = evaluations(lines)
     series = []
@@ -209,7 +210,7 @@ def _score_chart(
         labels,
         tuple(series),
         bounds=bounds,
-        marks=tuple((place + shift, text) for place, text in marks),
+        marks=tuple((place + shift, *texts) for place, *texts in marks),
     )
 
 
@@ -225,18 +226,18 @@ def _references(lines: Sequence[Line], prefix: str, score: str, count: int) -> l
     ]
 
 
-def _convergence_marks(lines: Sequence[Line], prefix: str) -> list[tuple[int, str]]:
+def _convergence_marks(lines: Sequence[Line], prefix: str) -> list[Mark]:
     return [
-        (place, "converged")
+        (place, "converged", text)
         for place, line in enumerate(lines)
-        if find_convergence(line.get("eval") or {}, prefix)
+        if (text := find_convergence(line.get("eval") or {}, prefix))
     ]
 
 
-def alarm_marks(lines: Sequence[Line]) -> tuple[tuple[int, str], ...]:
-    """Return the places of rounds with alarms, and their names."""
+def alarm_marks(lines: Sequence[Line]) -> tuple[Mark, ...]:
+    """Return the places of rounds with alarms, their number, and their names."""
     return tuple(
-        (place, ", ".join(str(alarm.get("name")) for alarm in alarms))
+        (place, f"▲ {len(alarms)}", ", ".join(str(alarm.get("name")) for alarm in alarms))
         for place, line in enumerate(lines)
         if (alarms := line.get("alarms"))
     )
@@ -265,7 +266,7 @@ def funnel_chart(lines: Sequence[Line]) -> Chart | None:
 
 
 def sample_charts(lines: Sequence[Line]) -> list[Chart]:
-    """Return lengths, diversity, rewards and detectors over the rounds, with the alarms marked."""
+    """Return lengths, diversity and rewards over the rounds, with the alarms marked."""
     kinds: tuple[tuple[str, str, dict[str, str], tuple[float | None, float | None]], ...] = (
         (
             "Length",
@@ -313,13 +314,6 @@ def sample_charts(lines: Sequence[Line]) -> list[Chart]:
         ]
         caption = "Mean score of each reward function, and the weighted mean."
         charts.append(_over_rounds(lines, "Rewards", caption, curves, (None, None)))
-    detectors = dict.fromkeys(name for line in lines for name in line.get("detectors") or {})
-    for name in detectors:
-        values = _values((line.get("detectors") or {}).get(name) for line in lines)
-        if _has_any(values):
-            caption = "A detector's value; its threshold stands in the list of alarms."
-            title = f"Detector: {name}"
-            charts.append(_over_rounds(lines, title, caption, [Series(name, values)], (None, None)))
     return [chart for chart in charts if chart is not None]
 
 
@@ -399,11 +393,11 @@ def log_chart(
     )
     if not series:
         return None
-    begins: list[tuple[int, str]] = []
+    begins: list[Mark] = []
     for place, entry in enumerate(found):
         index = entry.get("round")
         if index is not None and (not begins or begins[-1][1] != f"round {index:.0f}"):
-            begins.append((place, f"round {index:.0f}"))
+            begins.append((place, f"round {index:.0f}", ""))
     labels = tuple(str(entry.get("step", "")) for entry in found)
     return Chart(title, caption, labels, series, axis="step", marks=tuple(begins))
 
@@ -412,10 +406,9 @@ def comparison_charts(runs: Mapping[str, Sequence[Line]]) -> list[Chart]:
     """Return each held-out score that several runs have, with a curve per run."""
     names: dict[str, list[str]] = {}
     for run, lines in runs.items():
-        for name in dict.fromkeys(name for _, metrics in evaluations(lines) for name in metrics):
-            split = split_metric(name)
-            is_shown = split is not None and not split[0].endswith(_FEW_SHOT)
-            if is_shown and split is not None and _is_compared(split[1]):
+        known = dict.fromkeys(name for _, metrics in evaluations(lines) for name in metrics)
+        for name in known:
+            if _is_compared(name, known):
                 names.setdefault(name, []).append(run)
     labels = tuple(
         sorted(
@@ -443,8 +436,16 @@ def comparison_charts(runs: Mapping[str, Sequence[Line]]) -> list[Chart]:
     return charts
 
 
-def _is_compared(score: str) -> bool:
-    return score in ("accuracy", "logps", "win_rate", "mean_reward") or score.startswith("pass@")
+def _is_compared(name: str, known: Collection[str]) -> bool:
+    """Return whether runs are compared by a metric: those that choose rounds, and pass@k with intervals."""
+    prefix, score = split_metric(name) or ("", "")
+    if prefix.endswith(_FEW_SHOT):
+        return False
+    if score == "mean_reward":
+        return f"{prefix}_accuracy" not in known
+    return score in ("accuracy", "logps", "win_rate") or (
+        score.startswith("pass@") and f"{name}_low" in known
+    )
 
 
 def _rounds(lines: Sequence[Line]) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ from trl_selfplay.inspection.summary import (
     Table,
     alarm_table,
     describe_progress,
+    detector_table,
     differing_settings,
     format_number,
     funnel_table,
@@ -116,6 +117,7 @@ def render_report(
         numbers=key_numbers(run),
         sections=sections,
         alarms=alarm_table(run.lines),
+        detectors=detector_table(run.lines),
         records_alarms=any("alarms" in line for line in run.lines),
         samples_note=shown.note,
         has_samples=bool(shown.samples),
@@ -184,7 +186,7 @@ def table_of(chart: Chart) -> Table:
         columns.append(cells)
     if chart.marks:
         header.append("")
-        marks = dict(chart.marks)
+        marks = {place: full or short for place, short, full in chart.marks}
         columns.append([marks.get(place, "") for place in range(len(chart.labels))])
     return Table(tuple(header), tuple(zip(chart.labels, *columns, strict=True)))
 

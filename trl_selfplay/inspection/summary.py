@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trl_selfplay.evaluation.detectors import DETECTOR_OF
 from trl_selfplay.evaluation.monitor import best_round
 from trl_selfplay.evaluation.progress import format_duration
 from trl_selfplay.inspection.charts import OUTCOME_NAMES, evaluations, heldout_prefixes
@@ -18,6 +19,8 @@ from trl_selfplay.rollouts.funnel import Funnel
 from trl_selfplay.rounds.run import UNTRAINED
 
 NONE = "–"
+ALARM = "▲ "
+_OFF = ("", "None", "False", "[]", "{}")
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 # What a round's line holds beside what every round has; the method's own values, as a threshold.
 _COMMON = frozenset(
@@ -204,20 +207,42 @@ def funnel_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def alarm_table(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """Return all alarms in the order of the rounds."""
+    """Return the alarms by name: rounds, newest value, action, and what the newest says."""
+    raised: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for line in lines:
+        for alarm in line.get("alarms") or ():
+            raised.setdefault(str(alarm.get("name", "")), []).append((line["round"], alarm))
     rows = [
         (
-            str(line["round"]),
-            str(alarm.get("name", "")),
-            _with_interval(alarm),
-            format_number(alarm.get("threshold")),
-            str(alarm.get("action", "")),
-            str(alarm.get("text", "")),
+            name,
+            ", ".join(str(index) for index, _ in found),
+            _with_interval(found[-1][1]),
+            str(found[-1][1].get("action", "")),
+            str(found[-1][1].get("text", "")),
         )
-        for line in lines
-        for alarm in line.get("alarms") or ()
+        for name, found in raised.items()
     ]
-    return Table(("round", "alarm", "value", "threshold", "action", "what it says"), tuple(rows))
+    return Table(("alarm", "rounds", "newest value", "action", "what the newest says"), tuple(rows))
+
+
+def detector_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Return every detector's value in each round; `ALARM` stands before those that raised one."""
+    names = dict.fromkeys(name for line in lines for name in line.get("detectors") or {})
+    raised = {
+        (line["round"], alarm.get("name")) for line in lines for alarm in line.get("alarms") or ()
+    }
+    rows = []
+    for name in sorted(names, key=lambda name: [*DETECTOR_OF, name].index(name)):
+        cells = [
+            (ALARM if (line["round"], name) in raised else "")
+            + format_number((line.get("detectors") or {}).get(name))
+            for line in lines
+        ]
+        known = DETECTOR_OF.get(name)
+        threshold = NONE if known is None else f"> {format_number(known.threshold)}"
+        rows.append((name, *cells, threshold, "" if known is None else known.value))
+    rounds = (f"round {line['round']}" for line in lines)
+    return Table(("detector", *rounds, "alarm", "its value is the"), tuple(rows))
 
 
 def _with_interval(alarm: Mapping[str, Any]) -> str:
@@ -279,25 +304,20 @@ def _cell(metrics: Mapping[str, float], name: str) -> str:
 
 def settings_rows(run: RunFolder) -> list[tuple[str, str]]:
     """Return the settings that say something, by name: neither None, nor off, nor empty."""
-    return [
-        (name, shown)
-        for name, value in sorted(run.config.items())
-        if (shown := format_setting(value)) not in ("", "None", "False", "[]", "{}")
-    ]
+    shown = ((name, format_setting(value)) for name, value in sorted(run.config.items()))
+    return [(name, text) for name, text in shown if text not in _OFF]
 
 
 def differing_settings(runs: Mapping[str, RunFolder]) -> Table:
-    """Return the settings in which runs differ, with a column per run."""
-    names = sorted(
-        {name for run in runs.values() for name in run.config} - {"output_dir", "run_name"}
-    )
+    """Return the settings in which runs differ, with a column per run.
+
+    A setting that a run doesn't record, as an earlier version may not, is taken to be off.
+    """
+    names = sorted({n for run in runs.values() for n in run.config} - {"output_dir", "run_name"})
     rows = []
     for name in names:
-        values = [
-            format_setting(run.config[name]) if name in run.config else NONE
-            for run in runs.values()
-        ]
-        if len(set(values)) > 1:
+        values = [format_setting(run.config.get(name)) for run in runs.values()]
+        if len({"None" if value in _OFF else value for value in values}) > 1:
             rows.append((name, *values))
     return Table(("setting", *runs), tuple(rows))
 

@@ -23,11 +23,12 @@
     afterDatasetsDraw(chart, _, options) {
       const { ctx, chartArea: area, scales } = chart;
       ctx.save();
-      ctx.strokeStyle = ctx.fillStyle = options.color;
+      ctx.strokeStyle = faded(options.color, 0.55);
+      ctx.fillStyle = options.color;
       ctx.font = "12px system-ui, sans-serif";
       ctx.setLineDash([3, 3]);
       let free = area.left; // where the last name ends
-      for (const [place, text] of options.marks) {
+      for (const [place, text] of options.marks) { // and what it means in full, in the tooltip
         const x = scales.x.getPixelForValue(place);
         ctx.beginPath();
         ctx.moveTo(x, area.top);
@@ -36,7 +37,7 @@
         const width = ctx.measureText(text).width;
         const left = Math.min(x + 4, area.right - width);
         if (left >= free) {
-          ctx.fillText(text, left, area.top - 4);
+          ctx.fillText(text, left, area.top - 9);
           free = left + width + 8;
         }
       }
@@ -89,7 +90,7 @@
       options: {
         animation: false, responsive: true, maintainAspectRatio: false,
         interaction: { mode: "index", intersect: false },
-        layout: { padding: { top: spec.marks.length ? 18 : 4 } },
+        layout: { padding: { top: spec.marks.length ? 24 : 6 } },
         scales: {
           x: { stacked: isBars, grid, title: { display: true, text: spec.axis, color: soft }, ticks: { color: soft, maxRotation: 0, autoSkipPadding: 12 }, offset: isBars || spec.labels.length < 2 },
           y: { stacked: isBars, grid, min: spec.bounds[0] ?? undefined, max: spec.bounds[1] ?? undefined, ticks: { color: soft, callback: (value) => short.format(value) } },
@@ -113,6 +114,7 @@
             filter: (item) => !item.dataset.isBand,
             callbacks: {
               title: (items) => (items.length ? `${spec.axis} ${items[0].label}` : ""),
+              footer: (items) => spec.marks.filter(([place, , full]) => full && place === items[0]?.dataIndex).map(([, , full]) => full),
               label: (item) => {
                 const { lows, highs, label } = item.dataset;
                 const low = lows?.[item.dataIndex];
