@@ -313,3 +313,53 @@ def test_detectors_stand_on_a_time_line_with_their_thresholds(write_folder, make
         ["truncation", "0.05", "▲ 0.4", "> 0.1"],
     ]
     assert "truncationrounds 1 · newest value 0.4 · action: cut" in page.text
+
+
+def test_faithfulness_is_shown_where_it_was_measured(write_folder, make_rollout) -> None:
+    run = write_folder([[(make_rollout(), "kept")]])
+    assert "Faithfulness" not in Parsed(write_report(run)).text
+    group = {"completions": 40, "prompts": 30, "own": {"mean": -0.5, "low": -0.6, "high": -0.4},
+             "own - dropped": {"mean": 1.25, "low": 1.0, "high": 1.5}}  # fmt: skip
+    measured = {"model": "tiny", "kept": 50, "tried": 40, "groups": {"all": group}}
+    (run / "_rounds" / "faithfulness.json").write_text(json.dumps(measured))
+    page = Parsed(write_report(run))
+    assert ["all", "40", "-0.5 [-0.6, -0.4]", "–", "–", "1.25 [1, 1.5]", "–"] in page.rows
+    assert "50 completions were kept, 40 of them tried. Model: tiny." in page.text
+
+
+def test_a_training_without_rounds_is_shown_by_its_log(tmp_path) -> None:
+    """Quiet-STaR's: the newest checkpoint that can be read, here the second."""
+    for step in (1, 2, 10):
+        history = [
+            {"step": i, "loss": 3.0 - i, "thought/gain": 0.1 * i} for i in range(1, step + 1)
+        ]
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{")
+    (tmp_path / "quiet_star.json").write_text("{}")
+    page = Parsed(write_report(tmp_path))
+    assert "A training without rounds." in page.text
+    charts = {chart["title"]: chart for chart in page.data["charts"]}
+    assert charts.keys() == {"Loss", "Gain of thinking"}
+    assert charts["Loss"]["labels"] == ["1", "2"]
+    assert charts["Loss"]["series"][0]["values"] == [2.0, 1.0]
+    assert [m["content"] for m in page.tags("meta") if m.get("name") == "viewport"]
+
+
+def test_a_folder_without_run_and_log_is_told_what_to_do(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"Pass the output_dir .* trainer\.save_state\(\)"):
+        write_report(tmp_path)
+
+
+def test_the_log_of_the_rounds_is_one_curve_with_their_beginnings(
+    write_folder, make_rollout
+) -> None:
+    run = write_folder([[(make_rollout(), "kept")]] * 2)
+    for index in (0, 1):
+        history = [{"step": 300 * index + i, "loss": 1.0, "round": index} for i in range(300)]
+        path = run / "_rounds" / f"round-{index:03d}" / "trainer_state.json"
+        path.write_text(json.dumps({"log_history": history}))
+    chart = next(c for c in Parsed(write_report(run)).data["charts"] if c["title"] == "Loss")
+    assert len(chart["labels"]) == 200  # of 600: every third
+    assert chart["marks"] == [[0, "round 0", ""], [100, "round 1", ""]]

@@ -210,7 +210,7 @@ def _score_chart(
         labels,
         tuple(series),
         bounds=bounds,
-        marks=tuple((place + shift, *texts) for place, *texts in marks),
+        marks=tuple((place + shift, short, full) for place, short, full in marks),
     )
 
 
@@ -373,17 +373,60 @@ def cost_charts(lines: Sequence[Line]) -> list[Chart]:
     return charts
 
 
-def log_chart(
-    title: str, caption: str, history: Sequence[Line], names: Mapping[str, str]
-) -> Chart | None:
-    """Return what was logged over the steps of the training, thinned out to what a screen can show.
+def training_charts(history: Sequence[Line]) -> list[Chart]:
+    """Return what the trainer logged over the optimizer steps of all rounds.
 
     Args:
-        title: Heading.
-        caption: What it shows.
         history: Log lines with `step`, in order.
-        names: Names of metrics, and what to call them.
     """
+    kinds: tuple[tuple[str, str, dict[str, str]], ...] = (
+        (
+            "Loss",
+            "Of training rows, and of the trainer's own evaluation if there was one.",
+            {"loss": "training", "eval_loss": "evaluation"},
+        ),
+        (
+            "Loss with and without thoughts",
+            "In nats per token. Thoughts help if the loss with them is lower.",
+            {"thought/base_loss": "without, training", "thought/talk_loss": "with, training",
+             "eval_thought/base_loss": "without, held-out", "eval_thought/talk_loss": "with, held-out"},
+        ),
+        (
+            "Gain of thinking",
+            "What thoughts add to a token's log-prob, in nats. Above 0, they help.",
+            {"thought/gain": "training", "eval_thought/gain": "held-out"},
+        ),
+        (
+            "Thoughts",
+            "Share of places whose thoughts help, of thoughts that are reinforced, and of places whose "
+            "thoughts are all the same.",
+            {"thought/helped": "help", "thought/reinforced": "reinforced", "thought/all_equal": "all the same"},
+        ),
+        (
+            "Entropy of thoughts",
+            "Of the distributions that thoughts are drawn from, in nats.",
+            {"thought/entropy": "training", "eval_thought/entropy": "held-out"},
+        ),
+        (
+            "Mixing weight",
+            "How much of a prediction comes from behind the thought: mean, and 5 % and 95 % quantiles.",
+            {"thought/weight_mean": "mean", "thought/weight_p05": "5 %", "thought/weight_p95": "95 %"},
+        ),
+        (
+            "Pairs told apart",
+            "Share of training pairs whose chosen side the policy prefers more than its reference does.",
+            {"rewards/accuracies": "training"},
+        ),
+        ("Gradient norm", "Before clipping.", {"grad_norm": "training"}),
+    )  # fmt: skip
+    charts = (_log_chart(title, caption, history, names) for title, caption, names in kinds)
+    return [chart for chart in charts if chart is not None]
+
+
+def _log_chart(
+    title: str, caption: str, history: Sequence[Line], names: Mapping[str, str]
+) -> Chart | None:
+    """Return a chart of some metrics, thinned out to what a screen can show."""
     found = [entry for entry in history if any(finite(entry.get(n)) is not None for n in names)]
     found = found[:: math.ceil(len(found) / _MOST_POINTS) or 1]
     series = tuple(

@@ -28,8 +28,8 @@ from trl_selfplay.inspection.charts import (
     cost_charts,
     funnel_chart,
     heldout_charts,
-    log_chart,
     sample_charts,
+    training_charts,
 )
 from trl_selfplay.inspection.plain_text import visible
 from trl_selfplay.inspection.run_folder import RunFolder
@@ -40,6 +40,7 @@ from trl_selfplay.inspection.summary import (
     describe_progress,
     detector_table,
     differing_settings,
+    faithfulness_table,
     format_number,
     funnel_table,
     key_numbers,
@@ -71,12 +72,12 @@ def write_report(
         samples: The most samples of each round to show, and the most held-out ones.
 
     Raises:
-        FileNotFoundError: There is no run.
+        FileNotFoundError: There is no run, and no training without rounds that has left its log.
         DamagedFileError: The run's records can't be read. Samples that can't be read are left out, and
             the report says so.
         OSError: The file can't be written.
     """
-    run = RunFolder.open(output_dir)
+    run = RunFolder.open_training(output_dir)
     others = [RunFolder.open(other) for other in compare]
     target = run.output_dir / "report.html" if path is None else Path(path)
     save_text(target, render_report(run, others, samples))
@@ -119,6 +120,7 @@ def render_report(
         alarms=alarm_table(run.lines),
         detectors=detector_table(run.lines),
         records_alarms=any("alarms" in line for line in run.lines),
+        faithfulness=faithfulness_table(run),
         samples_note=shown.note,
         has_samples=bool(shown.samples),
         lineage=lineage_table(run),
@@ -144,7 +146,7 @@ def _sections(
         tables = [totals_table(compared), differing_settings(compared)]
         sections.append(("comparison", "Comparison", charts, tables))
     if not lines:
-        return sections
+        return [*sections, ("training", "Training", training_charts(run.log_history), [])]
     funnel = funnel_chart(lines)
     return [
         *sections,
@@ -152,19 +154,8 @@ def _sections(
         ("funnel", "Funnel", [] if funnel is None else [funnel], [funnel_table(lines)]),
         ("samples-over-rounds", "Length, diversity, rewards", sample_charts(lines), []),
         ("cost", "Time and tokens", cost_charts(lines), []),
-        ("training", "Training", _training_charts(run), []),
+        ("training", "Training", training_charts(run.log_history), []),
     ]
-
-
-def _training_charts(run: RunFolder) -> list[Chart]:
-    caption = "As the trainer logged it, over the optimizer steps of all rounds."
-    history = run.log_history
-    charts = [
-        log_chart("Loss", caption, history, {"loss": "loss"}),
-        log_chart("Reward accuracy", caption, history, {"rewards/accuracies": "pairs told apart"}),
-        log_chart("Gradient norm", caption, history, {"grad_norm": "gradient norm"}),
-    ]
-    return [chart for chart in charts if chart is not None]
 
 
 def table_of(chart: Chart) -> Table:

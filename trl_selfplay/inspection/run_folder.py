@@ -74,6 +74,31 @@ class RunFolder:
                 config = dict(json.loads(path.read_text()))
         return cls(found, load_lines(root / "rounds.jsonl"), config)
 
+    @classmethod
+    def open_training(cls, output_dir: str | Path) -> Self:
+        """Open a run; or a training without rounds, as Quiet-STaR's, that has left a log.
+
+        Raises:
+            FileNotFoundError: There is neither.
+            DamagedFileError: As `open`.
+        """
+        folder = Path(output_dir).resolve()
+        if not (folder / "_rounds").is_dir() and load_log(folder):
+            is_quiet_star = (folder / "quiet_star.json").exists()
+            return cls(folder, [], {"method": "Quiet-STaR"} if is_quiet_star else {})
+        try:
+            return cls.open(output_dir)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error} A training without rounds, such as Quiet-STaR's, is shown by its log: call "
+                "trainer.save_state() at its end, or keep checkpoints (save_steps)."
+            ) from error
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether it is a run over rounds."""
+        return self.root.is_dir()
+
     @property
     def method(self) -> str:
         """The name of the method, such as "STaR", or "" if the run hasn't recorded it."""
@@ -92,7 +117,7 @@ class RunFolder:
         """Whether the run has come to its end and saved the final model."""
         lines = self.root / "rounds.jsonl"
         if not lines.exists():
-            return False
+            return not self.has_rounds
         ended = lines.stat().st_mtime
         models = (self.output_dir / name for name in _FINAL_MODEL)
         return any(path.exists() and path.stat().st_mtime >= ended for path in models)
@@ -172,8 +197,23 @@ class RunFolder:
         return load_prompts(path) if path.exists() else None
 
     @property
+    def faithfulness(self) -> dict[str, Any] | None:
+        """What `trl-selfplay score` measured of the kept rationales; None before it has.
+
+        Raises:
+            DamagedFileError: The file can't be read.
+        """
+        path = self.root / "faithfulness.json"
+        if not path.exists():
+            return None
+        with naming_damage(path, "Run `trl-selfplay score` again."):
+            return dict(json.loads(path.read_text()))
+
+    @property
     def log_history(self) -> list[dict[str, Any]]:
-        """What the trainings of the warm-up and of each round logged, in order, as far as it can be read."""
+        """What all trainings logged, in order, as far as it can be read: the warm-up's, and each round's."""
+        if not self.has_rounds:
+            return load_log(self.output_dir)
         history: list[dict[str, Any]] = []
         for path in (self.root / "warm-up", *sorted(self.root.glob("round-[0-9]*"))):
             history += load_log(path)

@@ -64,6 +64,8 @@ class Table:
 
 def describe_progress(run: RunFolder) -> str:
     """Return how far a run is: finished, or the phase that its files show."""
+    if not run.has_rounds:
+        return "A training without rounds. Its log is shown; there are no samples and no funnel."
     done, planned = len(run.lines), planned_rounds(run)
     of = f" of {planned}" if planned else ""
     if run.is_finished:
@@ -246,10 +248,32 @@ def detector_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _with_interval(alarm: Mapping[str, Any]) -> str:
+    """Return a value, or mean, with its interval."""
     value, low, high = (alarm.get(name) for name in ("value", "low", "high"))
+    value = alarm.get("mean", value)
     if low is None or high is None:
         return format_number(value)
     return f"{format_number(value)} [{format_number(low)}, {format_number(high)}]"
+
+
+def faithfulness_table(run: RunFolder) -> Table:
+    """Return how much answers depend on their rationales, by group; no rows where it isn't measured."""
+    measured = run.faithfulness or {}
+    columns = ("own", "dropped", "foreign", "own - dropped", "own - foreign")
+    rows = [
+        (
+            name,
+            f"{group.get('completions', 0):,}",
+            *(_with_interval({"value": None, **(group.get(column) or {})}) for column in columns),
+        )
+        for name, group in (measured.get("groups") or {}).items()
+    ]
+    caption = (
+        f"{measured.get('kept', 0):,} completions were kept, {measured.get('tried', 0):,} of them tried. "
+        f"Model: {measured.get('model', '')}."
+    )
+    header = ("group", "completions", *columns)
+    return Table(header, tuple(rows), caption if rows else "")
 
 
 def lineage_table(run: RunFolder) -> Table:

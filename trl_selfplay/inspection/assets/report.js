@@ -3,6 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
+  const SVG = "http://www.w3.org/2000/svg";
   const COLORS = 9;
   const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
   const POINTS = ["circle", "rect", "triangle", "rectRot", "star"];
@@ -63,6 +64,7 @@
         borderWidth: spec.kind === "bars" ? 0 : 2, borderDash: spec.kind === "bars" ? [] : DASHES[place % DASHES.length],
         pointStyle: POINTS[place % POINTS.length], pointRadius: few ? 4 : 0, pointHoverRadius: 6,
         lows: series.lows, highs: series.highs, clip: false,
+        order: spec.kind === "bars" ? 0 : -place, // lines with wider dashes on top of those that they cover
       };
       found.push(shown);
       if (series.lows.some((low) => low !== null)) {
@@ -77,13 +79,12 @@
 
   function draw(canvas) {
     const spec = data.charts[Number(canvas.dataset.chart)];
-    const text = color("--text");
     const soft = color("--soft");
     const grid = { color: faded(color("--line"), 0.6) };
     const isBars = spec.kind === "bars";
     const short = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
     const exact = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
-    return new Chart(canvas, {
+    const chart = new Chart(canvas, {
       type: isBars ? "bar" : "line",
       data: { labels: spec.labels, datasets: datasetsOf(spec) },
       plugins: [marks],
@@ -97,19 +98,7 @@
         },
         plugins: {
           marks: { marks: spec.marks, color: spec.axis === "step" ? soft : color("--bad") },
-          legend: {
-            position: "bottom",
-            labels: {
-              color: text, usePointStyle: !isBars, boxWidth: isBars ? 14 : 8, boxHeight: isBars ? 12 : 8,
-              filter: (item, all) => !all.datasets[item.datasetIndex].isBand,
-            },
-            onClick: (_, item, legend) => {
-              const chart = legend.chart;
-              const show = !chart.isDatasetVisible(item.datasetIndex);
-              chart.data.datasets.forEach((each, place) => { if (each.label === item.text) chart.setDatasetVisibility(place, show); });
-              chart.update();
-            },
-          },
+          legend: { display: false },
           tooltip: {
             filter: (item) => !item.dataset.isBand,
             callbacks: {
@@ -126,6 +115,65 @@
         },
       },
     });
+    showLegend(chart, isBars);
+    return chart;
+  }
+
+  // A stroke with its dashes and its point, or the colour of bars.
+  function symbol(dataset, isBars) {
+    const svg = document.createElementNS(SVG, "svg");
+    svg.setAttribute("viewBox", "0 0 36 14");
+    svg.setAttribute("aria-hidden", "true");
+    const add = (tag, attributes) => {
+      const shape = document.createElementNS(SVG, tag);
+      Object.entries(attributes).forEach(([name, value]) => shape.setAttribute(name, value));
+      svg.append(shape);
+    };
+    const own = dataset.isReference ? dataset.borderColor : dataset.backgroundColor;
+    if (isBars) {
+      add("rect", { x: 11, y: 1, width: 14, height: 12, fill: own });
+      return svg;
+    }
+    add("line", { x1: 0, y1: 7, x2: 36, y2: 7, stroke: own, "stroke-width": 2, "stroke-dasharray": dataset.borderDash.join(" ") || "none" });
+    const shapes = {
+      circle: ["circle", { cx: 18, cy: 7, r: 4 }],
+      rect: ["rect", { x: 14, y: 3, width: 8, height: 8 }],
+      triangle: ["path", { d: "M18 2 L23 11 L13 11 Z" }],
+      rectRot: ["path", { d: "M18 2 L23 7 L18 12 L13 7 Z" }],
+      star: ["path", { d: "M18 2 V12 M13 7 H23 M14.5 3.5 L21.5 10.5 M21.5 3.5 L14.5 10.5", stroke: own, "stroke-width": 1.5 }],
+    };
+    if (dataset.pointRadius && shapes[dataset.pointStyle]) {
+      const [tag, attributes] = shapes[dataset.pointStyle];
+      add(tag, { fill: own, ...attributes });
+    }
+    return svg;
+  }
+
+  // The legend is made of buttons, each of which shows or hides what it names.
+  function showLegend(chart, isBars) {
+    const legend = document.createElement("ul");
+    legend.className = "legend";
+    chart.data.datasets.forEach((dataset) => {
+      if (dataset.isBand) return;
+      const button = document.createElement("button");
+      button.type = "button";
+      button.setAttribute("aria-pressed", "true");
+      const name = document.createElement("span");
+      name.textContent = dataset.label;
+      button.append(symbol(dataset, isBars), name);
+      button.addEventListener("click", () => {
+        const show = button.getAttribute("aria-pressed") === "false";
+        button.setAttribute("aria-pressed", String(show));
+        chart.data.datasets.forEach((each, place) => { if (each.label === dataset.label) chart.setDatasetVisibility(place, show); });
+        chart.update();
+      });
+      const item = document.createElement("li");
+      item.append(button);
+      legend.append(item);
+    });
+    const plot = chart.canvas.parentElement;
+    plot.parentElement.querySelector(".legend")?.remove();
+    plot.after(legend);
   }
 
   const canvases = [...document.querySelectorAll("canvas[data-chart]")];
