@@ -4,8 +4,10 @@ In: a recipe's name and flags. Out: an exit code. The recipes are beside the pac
 and inside it in a wheel.
 """
 
+import contextlib
 import runpy
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent.parent
@@ -33,10 +35,20 @@ def find_recipe(name: str) -> Path:
 def run_recipe(name: str, flags: list[str]) -> int:
     """Run a recipe in this process, with these flags in place of the process's own."""
     script = find_recipe(name)
-    before, sys.argv = sys.argv, [str(script), *flags]
+    before, sys.argv = sys.argv, [str(script), *find_config(flags)]
     try:
         # The help calls it COMMAND.
         runpy.run_path(str(script), {"COMMAND": f"trl-selfplay {script.stem}"}, "__main__")
     finally:
         sys.argv = before
     return 0
+
+
+def find_config(flags: list[str]) -> list[str]:
+    """Return flags in which the name of a recipes' YAML file behind `--config` is its path."""
+    found = list(flags)
+    for place, (flag, value) in enumerate(pairwise(flags), 1):
+        if flag == "--config" and Path(value).name == value and not Path(value).exists():
+            with contextlib.suppress(FileNotFoundError):  # the parser says that there is none
+                found[place] = str(find_recipe(value))
+    return found

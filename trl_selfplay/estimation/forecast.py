@@ -11,13 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig
 
+from trl_selfplay.estimation.advice import advise
 from trl_selfplay.estimation.optimizers import optimizer_bytes, step_bytes
 from trl_selfplay.estimation.plan import RunPlan, read_plan
-from trl_selfplay.estimation.record import GB, Estimate, Phase
+from trl_selfplay.estimation.record import GB, Estimate, Phase, read_bytes
 from trl_selfplay.estimation.training_step import Batch, step_peak
 from trl_selfplay.estimation.twin import Twin, build_twin
 from trl_selfplay.generation.batch_size import bytes_per_sequence, largest_batch
@@ -37,7 +36,7 @@ def estimate(
     quantization_config: Any = None,
     prompt_length: int | None = None,
     row_length: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     device: str | None = None,
     reward_models: Sequence[Any] = (),
 ) -> Estimate:
@@ -56,17 +55,21 @@ def estimate(
             `max_length`.
         row_length: Tokens of the longest row of training. None: `max_length`, or less if prompts
             and completions are shorter.
-        memory: Bytes that are free on the device. If the run doesn't fit, `advice` says what would.
+        memory: What is free on the device, in bytes or as text such as "12GB" or "11.5 GiB". If the run
+            doesn't fit, `advice` says what would.
         device: "cuda" or "cpu"; None for the one that the trainer would use on this machine. For
             "cuda" on a machine without a GPU, autocast is taken to be bfloat16, TRL's default.
         reward_models: Models that grade on the device while sampling, or their names or
             configurations; they leave it during training.
 
     Raises:
+        TypeError: An argument has another type, such as a class in place of an instance.
+        ValueError: A length is below 1, or `memory` no amount that a device can have.
         CannotEstimateError: A ValueError: weights are sharded over devices, or quantized other than
             by bitsandbytes; the model can't run without data; or neither `max_length` nor
             `row_length` is set for a trainer that doesn't sample.
     """
+    memory = None if memory is None else read_bytes(memory)
     plan = read_plan(
         model, config, peft_config, quantization_config, prompt_length, row_length, device
     )
@@ -80,11 +83,32 @@ def estimate(
         num_parameters=_num_parameters(twin),
         num_trainable=sum(p.numel() for p in twin.trainable),
         smallest=twin.weight_bytes + twin.adapter_bytes,
-        notes=(_PAGED,) if "paged" in plan.optim else (),
+        notes=tuple(_notes(plan, twin, memory)),
     )
     if memory is None or found.fits(memory):
         return found
-    return replace(found, advice=tuple(_advise(_as_planned(plan), graders, memory)))
+    free = memory
+
+    def peak_of(changed: RunPlan) -> int:
+        twin = build_twin(changed.model, changed.loading, changed.peft_config, changed.own_step)
+        return max(phase.total for phase in _phases(changed, twin, graders, free))
+
+    return replace(found, advice=(advise(plan, peak_of, free),))
+
+
+def _notes(plan: RunPlan, twin: Twin, memory: int | None) -> Iterator[str]:
+    """Yield what isn't counted, and what an engine wouldn't start with."""
+    if "paged" in plan.optim:
+        yield _PAGED
+    if plan.engine is None or not plan.engine.share or memory is None:
+        return
+    needed = _engine_needs(plan, twin)
+    if plan.engine.share * memory < needed:
+        yield (
+            f"The engine needs {needed / GB:.1f} GB for its own weights and one sequence, and "
+            f"vllm_gpu_memory_utilization={plan.engine.share:g} gives it "
+            f"{plan.engine.share * memory / GB:.1f} GB."
+        )
 
 
 def _phases(plan: RunPlan, twin: Twin, graders: int, memory: int | None) -> tuple[Phase, ...]:
@@ -106,11 +130,14 @@ def _sampling(plan: RunPlan, twin: Twin, graders: int, memory: int | None) -> Ph
     parts = _weights(twin)
     if graders:
         parts["grading models"] = graders
-    if plan.engine_share is not None:
-        if memory is not None:
-            left = max(0, memory - parts.total())
-            parts["engine"] = int(min(plan.engine_share * memory, SHARE_OF_FREE_MEMORY * left))
-        detail = f"an engine with up to {plan.engine_share:.0%} of the device's memory"
+    if plan.engine is not None:
+        if plan.engine.share:  # a server has a device of its own
+            parts["engine"] = _engine_needs(plan, twin)
+            if memory is not None:
+                left = max(0, memory - parts.total() + parts["engine"])
+                most = int(min(plan.engine.share * memory, SHARE_OF_FREE_MEMORY * left))
+                parts["engine"] = max(parts["engine"], most)
+        detail = f"an engine with up to {plan.engine.share:.0%} of the device's memory"
         return Phase("sampling", dict(parts), detail)
     traits = describe_model(twin.model)
     each = bytes_per_sequence(traits, plan.prompt_length, plan.completion_length, plan.on_gpu)
@@ -126,6 +153,20 @@ def _sampling(plan: RunPlan, twin: Twin, graders: int, memory: int | None) -> Ph
     if memory is None:
         detail += "; as many more as fit"
     return Phase("sampling", dict(parts), detail)
+
+
+def _engine_needs(plan: RunPlan, twin: Twin) -> int:
+    """Return the bytes of an engine's own weights, and of the cache of one sequence."""
+    engine: Any = plan.engine
+    causal_lm = twin.causal_lm
+    ends = {id(m): m for m in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())}
+    in_ends = sum({id(p): p.numel() for m in ends.values() for p in m.parameters()}.values())
+    in_layers = _num_parameters(twin) - in_ends
+    weights = in_ends * engine.dtype_bytes + in_layers * engine.linear_bytes
+    cache = describe_model(twin.model).bytes_per_token * (
+        plan.prompt_length + plan.completion_length
+    )
+    return int((weights + cache) / engine.num_devices)
 
 
 def _reference(plan: RunPlan, twin: Twin) -> Phase:
@@ -163,68 +204,6 @@ def _batch(plan: RunPlan, rows: int) -> Batch:
         accumulates=plan.accumulates,
         on_gpu=plan.on_gpu,
     )
-
-
-def _advise(plan: RunPlan, graders: int, memory: int) -> Iterator[str]:
-    """Yield changes, each on top of those before it, until the run fits."""
-    said: list[str] = []
-    for change, changed in _changes(plan):
-        plan = changed
-        said.append(change)
-        twin = build_twin(plan.model, plan.loading, plan.peft_config, plan.own_step)
-        peak = max(phase.total for phase in _phases(plan, twin, graders, memory))
-        if peak <= memory:
-            yield f"{', '.join(said)}: {peak / GB:.1f} GB"
-            return
-    yield f"none of {', '.join(said)} is enough; take a smaller model"
-
-
-def _as_planned(plan: RunPlan) -> RunPlan:
-    """Return the plan of a loaded model as one of a model that will be loaded in the same way."""
-    model = plan.model
-    if not isinstance(model, nn.Module):
-        return plan
-    adapters: Any = getattr(model, "peft_config", {})
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return replace(
-        plan,
-        model=base.config,
-        loading={"dtype": base.dtype},  # the configuration says how weights are quantized
-        peft_config=next(iter(adapters.values()), plan.peft_config),
-    )
-
-
-def _changes(plan: RunPlan) -> Iterator[tuple[str, RunPlan]]:
-    """Yield settings that save memory, those that cost least first; on a CPU none of few bits."""
-    quantized = plan.loading.get("quantization_config")
-    quantized = quantized or getattr(plan.model, "quantization_config", None)
-    if plan.checkpointing is None:
-        plan = replace(plan, checkpointing={})
-        yield "gradient_checkpointing=True", plan
-    if plan.rows > 1:
-        plan = replace(plan, rows=1, scored_rows=1, accumulates=True)
-        yield "per_device_train_batch_size=1 with more gradient_accumulation_steps", plan
-    if plan.peft_config is None and "8bit" not in plan.optim and plan.on_gpu:
-        plan = replace(plan, optim="adamw_8bit")
-        yield "optim='adamw_8bit'", plan
-    if plan.loading.get("dtype", "float32") in ("float32", torch.float32) and plan.on_gpu:
-        plan = replace(plan, loading={**plan.loading, "dtype": "bfloat16"})
-        yield "model_init_kwargs={'dtype': 'bfloat16'}", plan
-    if plan.peft_config is None:
-        plan = replace(plan, peft_config=LoraConfig(r=16, target_modules="all-linear"))
-        yield "peft_config=LoraConfig(r=16, target_modules='all-linear')", plan
-    if quantized is None and plan.on_gpu:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        plan = replace(plan, loading={**plan.loading, "quantization_config": quantization})
-        yield "4-bit weights (load_in_4bit=True)", plan
-    while plan.length > 256:
-        plan = replace(plan, length=max(256, plan.length // 2))
-        yield f"max_length={plan.length}", plan
 
 
 def _num_parameters(twin: Twin) -> int:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from peft import PeftConfig
+from transformers import TrainingArguments
 from trl import DPOConfig
 
 _USUAL_PROMPT = 512
@@ -40,6 +42,23 @@ class OwnStep(Protocol):
         """Return the loss of a batch on the meta device."""
 
 
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What an engine takes while it samples.
+
+    Attributes:
+        share: Its share of the device's memory; 0 if it has a device of its own.
+        dtype_bytes: Bytes per weight of embeddings and head.
+        linear_bytes: Bytes per weight of the layers, which may be quantized.
+        num_devices: Devices over which it divides the model.
+    """
+
+    share: float
+    dtype_bytes: float
+    linear_bytes: float
+    num_devices: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
     """The settings that decide how much memory a run takes.
@@ -59,8 +78,7 @@ class RunPlan:
         scored_rows: Pairs that the reference scores at once.
         prompt_length: Tokens of the longest prompt that is sampled from, 0 if nothing is sampled.
         completion_length: Tokens of a completion at most.
-        engine_share: Share of the device's memory that an engine takes while it samples; None if
-            sampling is done in the training process.
+        engine: What an engine takes; None if sampling is done in the training process.
         own_step: The step of a trainer with a loss of its own, or None for that of SFT and DPO.
     """
 
@@ -78,7 +96,7 @@ class RunPlan:
     scored_rows: int
     prompt_length: int
     completion_length: int
-    engine_share: float | None
+    engine: EnginePlan | None
     own_step: OwnStep | None
 
 
@@ -92,6 +110,12 @@ def read_plan(
     device: str | None,
 ) -> RunPlan:
     """Return what a run with this configuration does; see `estimate` for the arguments."""
+    _check_arguments(config, peft_config, quantization_config, device)
+    for name, length in (("prompt_length", prompt_length), ("row_length", row_length)):
+        if length is not None and (not isinstance(length, int) or length < 1):
+            raise ValueError(
+                f"{name}={length!r}; it must be a number of tokens, 1 or more, or None."
+            )
     loading = dict(config.model_init_kwargs or {})
     if quantization_config is not None:
         loading["quantization_config"] = quantization_config
@@ -123,7 +147,7 @@ def read_plan(
         scored_rows=scored or rows,
         prompt_length=prompt_length,
         completion_length=completion_length,
-        engine_share=_engine_share(config),
+        engine=_read_engine(config, loading, _autocast_of(config, on_gpu)),
         own_step=config.step_without_data() if hasattr(config, "step_without_data") else None,
     )
 
@@ -143,11 +167,38 @@ def _row_length(
     return min(known)
 
 
-def _engine_share(config: Any) -> float | None:
+def _check_arguments(
+    config: Any, peft_config: Any, quantization_config: Any, device: str | None
+) -> None:
+    """Raise for what isn't an instance of its class, and for an unknown device."""
+    for name, value, kind in (
+        ("config", config, TrainingArguments),
+        ("peft_config", peft_config, PeftConfig),
+    ):
+        if isinstance(value, type):
+            raise TypeError(f"{name} is the class {value.__name__}; make one: {value.__name__}(…).")
+        if not isinstance(value, kind) and (value is not None or name == "config"):
+            raise TypeError(f"{name}={value!r:.100}; it must be a {kind.__name__}.")
+    if isinstance(quantization_config, type | bool):
+        raise TypeError(
+            f"quantization_config={quantization_config!r}; it must be a BitsAndBytesConfig(…) or None."
+        )
+    if device is not None and device.split(":")[0] not in ("cuda", "cpu"):
+        raise ValueError(f"device={device!r}; choose 'cuda' or 'cpu', or None.")
+
+
+def _read_engine(
+    config: Any, loading: Mapping[str, Any], autocast: torch.dtype | None
+) -> EnginePlan | None:
+    """Return what an engine takes; it loads the model's source, and quantizes that on its own."""
     if not getattr(config, "use_vllm", False):
         return None
-    share: float = config.vllm_gpu_memory_utilization
-    return 0.0 if config.vllm_mode == "server" else share  # a server has a device of its own
+    own = loading.get("dtype") or torch.float32
+    dtype = str(config.vllm_dtype or autocast or own).removeprefix("torch.")
+    width = 4 if dtype == "float32" else 2
+    linear = {"fp8": 1.0, "bitsandbytes": 0.5 + 4 / 64}.get(config.vllm_quantization, width)
+    share = 0.0 if config.vllm_mode == "server" else config.vllm_gpu_memory_utilization
+    return EnginePlan(share, width, linear, config.vllm_tensor_parallel_size)
 
 
 def _autocast_of(config: Any, on_gpu: bool) -> torch.dtype | None:

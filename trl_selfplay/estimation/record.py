@@ -1,12 +1,18 @@
 """What a run takes, phase by phase: the record that `estimate` returns, and its table."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # What a driver and its libraries take before the first tensor, as measured on an H200, and the share
 # of the rest that an allocator loses in pieces.
 _CONTEXT_BYTES, _LOST_SHARE = 10**9, 0.05
 GB = 10**9
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12, "KIB": 2**10, "MIB": 2**20,
+          "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+# Less than any model with its tokenizer needs, and more than any device has.
+_LEAST_BYTES, _MOST_BYTES = 10**6, 10**14
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,29 @@ class Estimate:
         advice = [f"to fit: {change}" for change in self.advice]
         title = f"{self.model} on {self.device}, {trained} trained"
         return "\n".join([title, *rows, *details, *self.notes, *advice])
+
+
+def read_bytes(amount: Any) -> int:
+    """Return an amount of memory in bytes.
+
+    Args:
+        amount: A number of bytes, or a number with its unit as text.
+
+    Raises:
+        ValueError: It isn't an amount that a device can have, such as 12 for 12 GB.
+
+    >>> read_bytes("12GB"), read_bytes("1.5 GiB"), read_bytes(8_000_000_000)
+    (12000000000, 1610612736, 8000000000)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", str(amount), re.IGNORECASE)
+    is_number = isinstance(amount, int | float | str) and not isinstance(amount, bool)
+    if not is_number or found is None or (found[2] or "B").upper() not in _UNITS:
+        raise ValueError(f"memory={amount!r}; give bytes, or text such as '12GB' or '11.5GiB'.")
+    count = int(float(found[1]) * _UNITS[(found[2] or "B").upper()])
+    if not _LEAST_BYTES <= count <= _MOST_BYTES:
+        hint = f"; if you mean gigabytes, write '{amount}GB'" if count < _LEAST_BYTES else ""
+        raise ValueError(f"memory={amount!r} is {count:,} bytes, which no device has{hint}.")
+    return count
 
 
 def usable_bytes(gigabytes: float) -> int:

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from trl_selfplay.disk import refuse_missing_path
 from trl_selfplay.estimation.plan import CannotEstimateError, OwnStep
 
 # Initializations of LoRA that compute on the weights, which a twin doesn't have.
@@ -115,6 +116,7 @@ def _read_config(model: Any, loading: Mapping[str, Any]) -> Any:
     if isinstance(model, PretrainedConfig):
         config: Any = copy.deepcopy(model)
     elif isinstance(model, str):
+        refuse_missing_path(model, "model")
         known = {k: loading[k] for k in ("revision", "trust_remote_code") if loading.get(k)}
         config = AutoConfig.from_pretrained(model, **known)
     else:
