@@ -166,7 +166,9 @@ def test_a_benchmark_takes_the_flags_that_are_shown(load_script, command, monkey
 
 
 @pytest.mark.parametrize("command", OF_PROGRAM)
-def test_a_command_of_the_program_takes_the_flags_that_are_shown(command, monkeypatch) -> None:
+def test_a_command_of_the_program_takes_the_flags_that_are_shown(
+    command, load_script, tmp_path, monkeypatch
+) -> None:
     parse = argparse.ArgumentParser.parse_known_args
 
     def parse_and_end(*args, **kwargs):
@@ -175,7 +177,14 @@ def test_a_command_of_the_program_takes_the_flags_that_are_shown(command, monkey
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_end)
     with pytest.raises(ParsedError) as ended:
         dispatch.main(shlex.split(command)[1:])
-    assert ended.value.args == ([],)  # no flag is left over
+    (others,) = ended.value.args
+    _, name, *rest = shlex.split(command)
+    if name == "estimate":  # takes those of a method
+        monkeypatch.undo()
+        recipe = load_script(ROOT / "recipes" / f"{rest[0]}.py")
+        recipe.parse_arguments([*others, "--output_dir", str(tmp_path)])
+        others = []
+    assert others == []  # no flag is left over
 
 
 # What stands in for a hub's dataset, by its id: split → rows. The columns are those there.
