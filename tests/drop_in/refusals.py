@@ -70,6 +70,7 @@ REFUSALS = (
     Refusal("`reward_funcs`", ("SPIN", "V-STaR", *QUIET), {"reward_funcs": function}, "nothing is graded", "Nothing is graded. SPIN takes `eval_reward_funcs`."),
     Refusal("no `reward_funcs`", GRADED, {"reward_funcs": None}, "`reward_funcs` is missing", "Pass what says which completions are right."),
     Refusal("several `reward_funcs` without weights", GRADED, {"reward_funcs": [function, function]}, "reward_threshold=2.0", "Set `reward_threshold` or `reward_weights`."),
+    Refusal("one of `reward_processing_classes` for several functions", GRADED, lambda parts: {"reward_funcs": [function, function], "reward_weights": [1.0, 0.0], "reward_processing_classes": parts.tokenizer}, "give one each", "One each, None for callables."),
     Refusal("`eval_dataset`", ("V-STaR",), lambda parts: {"eval_dataset": parts.rows}, "VerifierReward", "Score held-out samples with `VerifierReward`."),
     Refusal("`IterableDataset`", ROUNDS, lambda parts: {"train_dataset": parts.rows.to_iterable_dataset()}, "finite set", "`Dataset.from_list(list(iterable.take(n)))`."),
     Refusal("`DatasetDict` as `train_dataset`", ALL, lambda parts: {"train_dataset": DatasetDict(train=parts.rows)}, "Dataset", "Pass a split."),

@@ -140,3 +140,10 @@ def test_star_s_prompts_are_rendered_as_grpo_renders_them(build, chat_parts, for
             **({"shout": True} if form == "chat_template_kwargs" else {}),
         )  # fmt: skip
     assert list(ours.self_play.training_prompt_ids([row])[row.prompt_id]) == expected
+
+
+def test_spin_leaves_out_kto_s_undesirable_completions(build, parts, caplog) -> None:
+    rows = parts.rows.select_columns(["prompt", "completion"])
+    ours = build("SPIN", train_dataset=rows.add_column("label", [True, False] * 4))
+    assert {row.row_index for row in ours.self_play.rows} == {0, 2, 4, 6}
+    assert "4 of 8 rows of `train_dataset` have label=False" in caplog.text

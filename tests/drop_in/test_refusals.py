@@ -19,6 +19,14 @@ def test_what_is_not_taken_is_refused_with_the_remedy(build, parts, refusal) -> 
             build(method, **changes)
 
 
+@pytest.mark.parametrize("name", ["predict", "hyperparameter_search"])
+def test_what_rounds_have_no_use_for_is_refused_when_it_is_called(build, parts, name) -> None:
+    for method in ("STaR", "SPIN"):
+        with pytest.raises(NotImplementedError, match=r"evaluate|another output_dir"):
+            getattr(build(method), name)(parts.rows)
+    assert f"`{name}`" in DOCS.read_text()
+
+
 def test_the_docs_list_what_is_refused() -> None:
     """To bring them up to date: print(as_table())."""
     assert as_table() in DOCS.read_text()

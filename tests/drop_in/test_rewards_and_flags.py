@@ -88,6 +88,13 @@ def test_sync_and_async_functions_and_reward_models_are_weighed_as_in_grpo(
     assert len({r.rewards[2] for r in rollouts}) > 8  # the model's scores
 
 
+def test_prompts_alone_are_enough_if_nothing_reads_a_solution(build, parts) -> None:
+    """As GRPOTrainer's prompt-only form."""
+    trainer = build("STaR", train_dataset=parts.rows.select_columns(["prompt"]),
+                    reward_funcs=Spy(), max_completion_length=32)  # fmt: skip
+    assert trainer.train().global_step == 2
+
+
 FLAGS = {
     "SFT": [
         "--learning_rate", "3e-4", "--packing", "--max_length", "99", "--loss_type", "dft",

@@ -76,6 +76,11 @@ def test_thoughts_are_not_sampled_by_an_engine(tmp_path) -> None:
         QuietSTaRConfig(str(tmp_path), use_vllm=True)
 
 
+def test_thoughts_have_no_rounds_to_try_out(tmp_path) -> None:
+    with pytest.raises(TypeError, match=r"dry_run=True: leave it out; .* run with max_steps=1"):
+        QuietSTaRConfig(str(tmp_path), dry_run=True)
+
+
 def test_a_loss_of_grpo_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="'dapo' is one of GRPOConfig's"):
         STaRConfig(str(tmp_path), loss_type="dapo")

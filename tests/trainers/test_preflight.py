@@ -161,9 +161,11 @@ def test_a_forecast_of_checkpoints_and_models_is_what_lies_on_disk(build_star, t
     ("changes", "name", "message"),
     [
         ({"reward_funcs": never}, "rewards", "pass@8 0.00.*nothing to learn"),
-        ({"reward_funcs": silent}, "rewards", "abstained on all"),
-        ({"max_completion_length": 1, "temperature": 0.01}, "lengths",
-         "100% are cut at max_completion_length=1"),
+        pytest.param({"reward_funcs": silent}, "rewards", "abstained on all", marks=pytest.mark.slow),
+        pytest.param(
+            {"max_completion_length": 1, "temperature": 0.01}, "lengths",
+            "100% are cut at max_completion_length=1", marks=pytest.mark.slow,
+        ),
     ],
 )  # fmt: skip
 def test_a_run_that_cannot_work_is_an_error(
@@ -221,7 +223,7 @@ OTHER_END = (
 )
 
 
-@pytest.mark.parametrize("is_told", [True, False])
+@pytest.mark.parametrize("is_told", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_template_whose_end_of_turn_does_not_end_sampling_is_told(
     build_star, word_tokenizer, sums, tmp_path, caplog, is_told
 ) -> None:

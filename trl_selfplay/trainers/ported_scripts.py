@@ -101,6 +101,7 @@ _FIELDS: dict[str, str] = {
     "is rejected",
     "undesirable_weight": "there are no labelled completions: the data's is chosen, the model's "
     "own is rejected",
+    "dry_run": "there are no rounds to try out; run with max_steps=1",
     "num_rounds": "there are no rounds: training runs once over the text",
     "reward_threshold": "nothing is graded",
     "rationalize": "nothing is graded, so nothing needs a hint",

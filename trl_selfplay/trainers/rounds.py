@@ -267,6 +267,20 @@ class RoundsMixin(PublishesSamples):
         """
         return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise NotImplementedError: there are no labelled rows whose logits could be returned."""
+        raise NotImplementedError(
+            "predict() returns logits of labelled rows, and rounds have prompts: score them with "
+            "`evaluate(dataset)`, or sample with `AutoModelForCausalLM.from_pretrained(output_dir)`."
+        )
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise NotImplementedError: a trial would have to begin with rounds of its own."""
+        raise NotImplementedError(
+            "hyperparameter search over rounds is not supported: start a run with another output_dir "
+            "for each trial, and compare their `eval_` metrics."
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the round, and with steps counted across rounds."""
         log_with_round(self, super().log, logs, start_time)
