@@ -235,3 +235,14 @@ def test_a_run_keeps_its_prompts_and_a_finished_one_of_an_earlier_version_gets_t
     path.unlink()
     build_star(num_rounds=1).train(resume_from_checkpoint=True)
     assert [*load_prompts(path)] == [*kept]
+
+
+def test_steps_go_on_from_a_warm_up_to_the_rounds_also_after_a_resume(
+    build_rest_em, gold_answers
+) -> None:
+    settings = {"warm_up_on_gold": True, "gold_dataset": gold_answers(5), "max_steps": 2}
+    build_rest_em(num_rounds=1, **settings).train()
+    trainer = build_rest_em(num_rounds=2, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    steps = [line["step"] for line in trainer.state.log_history if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]

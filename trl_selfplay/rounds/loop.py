@@ -137,6 +137,9 @@ def _run_rounds(
             if progress.warm_up_rows is not None and not progress.lines:
                 ended = _warm_up(trainer, train_parent, progress.warm_up_rows)
                 history += trainer.state.log_history
+            progress.warm_up_steps = max(
+                (h.get("step", 0) for h in history if "round" not in h), default=0
+            )
             if len(progress.lines) == len(progress.plans):
                 say(f"all {len(progress.lines)} rounds in {args.output_dir} were finished before")
             for plan in progress.plans[len(progress.lines) :]:

@@ -97,7 +97,8 @@ class RoundProgress:
         warm_up_rows: What to train on before anything is sampled for training, or None.
         lines: Records of the finished rounds, as in rounds.jsonl.
         round_index: The round in progress; None before the first.
-        steps_before: Optimizer steps of the rounds before it, the offset of the log.
+        warm_up_steps: Optimizer steps before round 0.
+        steps_before: Optimizer steps before the round in progress, the offset of the log.
         pending_logs: Metrics to log once the trackers have started with the parent's training.
         num_examples: Number of selected examples of the round in progress.
         seconds: Wall-clock time of its phases in this process, by name.
@@ -107,6 +108,7 @@ class RoundProgress:
     warm_up_rows: "Dataset | None" = None
     lines: list[dict[str, Any]] = field(default_factory=list)
     round_index: int | None = None
+    warm_up_steps: int = 0
     steps_before: int = 0
     pending_logs: list[dict[str, float]] = field(default_factory=list)
     num_examples: int = 0
@@ -115,7 +117,7 @@ class RoundProgress:
     def begin(self, round_index: int) -> None:
         """Begin a round."""
         self.round_index = round_index
-        self.steps_before = self.total_steps
+        self.steps_before = self.warm_up_steps + self.total_steps
         self.num_examples, self.seconds = 0, {}
 
     @property
