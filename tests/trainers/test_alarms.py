@@ -104,6 +104,7 @@ def test_an_alarm_can_end_the_run_with_the_best_round(build_watched, recorder, c
     assert any("loaded the weights of the untrained model" in r.message for r in caplog.records)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_the_same_readings(build_watched) -> None:
     """What is compared with is read from disk."""
     whole = build_watched("whole")
@@ -131,6 +132,7 @@ def test_a_second_verifier_that_can_not_grade_training_rows_ends_nothing(
     assert any("false positives aren't measured" in r.message for r in caplog.records)
 
 
+@pytest.mark.slow
 def test_nothing_is_compared_at_another_temperature(build_watched) -> None:
     trainer = build_watched(num_rounds=2, round_temperatures=[1.0, 0.8])
     trainer.train()
@@ -138,6 +140,7 @@ def test_nothing_is_compared_at_another_temperature(build_watched) -> None:
     assert not {"distinct-ratio", "distinct-correct", "token-entropy", "length-drift"} & set(found)
 
 
+@pytest.mark.slow
 def test_drift_is_scored_with_the_weights_from_before_round_0_if_asked_for(
     build_watched,
 ) -> None:

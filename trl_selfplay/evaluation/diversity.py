@@ -4,6 +4,7 @@ In: graded rollouts, read once. Out: a few numbers per prompt, and their means f
 detectors.py compare those of two rounds.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ def summarize_samples(
     """
     kinds: dict[str, _Kinds] = {}
     found = RoundSamples({})
-    kept_forms: list[int] = []
+    kept_forms = array("Q")
     top: Counter[Hashable] = Counter()
     read_below = 2**32 * _MOST_ANSWERS / max(len(rollouts), 1)
     for place, rollout in Rollouts.of(rollouts).scan():

@@ -26,7 +26,7 @@ class Evidence:
     Attributes:
         round_index: The round.
         now: Its samples; None if it sampled nothing.
-        first: Those of round 0, if they were sampled at the same temperature.
+        first: Those of round 0, if they were sampled in the same way.
         funnel: The outcomes of its samples.
         is_graded: Whether reward functions graded them.
         newly_solved: Of each sampling round so far, the share of prompts that are solved now and were

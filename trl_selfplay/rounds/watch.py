@@ -181,10 +181,8 @@ class Watch:
         e, index = self._evidence, self._plan.round_index
         e.now = self._summary(played.rollouts, played.outcomes)
         first = self._first_samples(e.now)
-        settings = [
-            plan.settings.get("temperature") for plan in (self._progress.plans[0], self._plan)
-        ]
-        e.first = first if settings[0] == settings[1] else None
+        ways = [self._way_of_sampling(plan) for plan in (self._progress.plans[0], self._plan)]
+        e.first = first if ways[0] == ways[1] else None
         if index > 0:
             e.earlier_kept = self._earlier_kept()
             sampler = self._scores_of(index - 1), self._scores_of(UNTRAINED)
@@ -221,6 +219,11 @@ class Watch:
     def _normal_form(self) -> NormalForm:
         form: NormalForm = self._trainer.normal_form
         return form
+
+    def _way_of_sampling(self, plan: RoundPlan) -> tuple[Any, ...]:
+        """Return what must be equal where two rounds are compared: temperature, few-shot examples."""
+        limit = getattr(self._trainer.args, "few_shot_rounds", None)
+        return plan.settings.get("temperature"), limit is None or plan.round_index < limit
 
     def _first_samples(self, now: RoundSamples) -> RoundSamples | None:
         """Return the samples of round 0, read from disk if they aren't in memory."""
