@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -132,6 +133,18 @@ def test_a_finished_demo_is_shown_without_running_anything(finished, capsys) -> 
     assert "0.12 [0.12, 0.50] before, 0.25 [0.12, 0.50] after" in printed
     assert "chose nothing, with the best round's weights: 0.38" in printed
     assert f"Plot: {finished / 'rounds.png'}" in printed
+
+
+def test_a_finished_demo_without_rounds_says_so(finished, capsys) -> None:
+    (finished / "_rounds/rounds.jsonl").unlink()
+    assert main(["demo"]) == 0
+    assert "No round kept anything to train on" in capsys.readouterr().out
+
+
+def test_the_number_of_threads_is_set_before_torch_is_there() -> None:
+    """Which reads it when it is imported; and the introduction shouldn't wait for that."""
+    code = "import sys, trl_selfplay.commands.demo; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_what_is_missing_is_named_before_anything_begins(folder, monkeypatch, capsys) -> None:

@@ -72,6 +72,9 @@ def test_the_bar_moves_while_the_first_samples_are_decoded(
         clock.now = 2.0
         progress.decode(100)
         assert SamplingProgress.current is progress
+        with SamplingProgress(8, "judging", 50, disable=True):
+            assert SamplingProgress.current is not progress
+        assert SamplingProgress.current is progress
         assert progress.share == 100 / (8 * 50)
     assert SamplingProgress.current is None
     shown = capsys.readouterr().err

@@ -203,6 +203,9 @@ def _show_end(folder: Path) -> None:
     from trl_selfplay.commands.live_rounds import format_score
 
     found = RunFolder.open(folder)
+    if not found.lines:
+        print(f"\nNo round kept anything to train on; {folder / LOG} says why.")
+        return
     first, last = found.lines[0]["eval_before"], found.lines[-1]["eval"]
     print(
         f"\nHeld-out prompts answered right: {format_score(first)} before, {format_score(last)} after."

@@ -67,6 +67,7 @@ class SamplingProgress:
         self._solved: float | None = None
         self._abstained = ""
         self._tells_forecast = not disable
+        self._outer: SamplingProgress | None = None  # a judge is asked within its phase
         # A log file gets a line for every refresh; on a terminal they overwrite each other.
         refresh_s = 0.2 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
@@ -79,7 +80,7 @@ class SamplingProgress:
         )
 
     def __enter__(self) -> Self:
-        SamplingProgress.current = self
+        self._outer, SamplingProgress.current = SamplingProgress.current, self
         return self
 
     def __exit__(
@@ -88,7 +89,7 @@ class SamplingProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        SamplingProgress.current = None
+        SamplingProgress.current = self._outer
         self._bar.close()
 
     def decode(self, num_tokens: int) -> None:
