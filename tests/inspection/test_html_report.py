@@ -257,7 +257,7 @@ def test_spin_is_said_to_have_converged_where_it_has(write_folder, make_rollout)
 
 def test_alarms_are_listed_and_marked_in_the_charts(hostile_run) -> None:
     page = Parsed(write_report(hostile_run))
-    expected = f"{HOSTILE[1]}rounds 0 · newest value 0.3 [0.2, 0.4] · action: warn{HOSTILE[0]}"
+    expected = f"{HOSTILE[1]}round 0 · newest value 0.3 [0.2, 0.4] · action: warn{HOSTILE[0]}"
     assert expected in page.text
     assert [visible(HOSTILE[0]), "0.3", "–", ""] in page.rows  # a detector of another version
     of_scores = next(c for c in page.data["charts"] if c["title"] == "Accuracy and pass@k")
@@ -312,7 +312,7 @@ def test_detectors_stand_on_a_time_line_with_their_thresholds(write_folder, make
         ["coverage", "–", "2", "> 1"],
         ["truncation", "0.05", "▲ 0.4", "> 0.1"],
     ]
-    assert "truncationrounds 1 · newest value 0.4 · action: cut" in page.text
+    assert "truncationround 1 · newest value 0.4 · action: cut" in page.text
 
 
 def test_faithfulness_is_shown_where_it_was_measured(write_folder, make_rollout) -> None:

@@ -60,4 +60,4 @@ def test_hinted_and_unhinted_samples_of_an_outcome_both_have_their_share(make_ro
     assert kinds == {
         ("kept", False): 3, ("kept", True): 1, ("failed", False): 2, ("failed", True): 2,
     }  # fmt: skip
-    assert [outcome for _, outcome in chosen][:4] == ["kept"] * 4
+    assert [outcome for _, outcome in chosen][:4] == ["kept", "kept", "failed", "failed"]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import zip_longest
 from typing import TypeVar
 
 from trl_selfplay.rollouts.record import Rollout
@@ -24,7 +25,7 @@ class ChosenSamples:
     """What was chosen of a round.
 
     Attributes:
-        samples: Rollouts and their outcomes: kept ones first, then by outcome and prompt.
+        samples: Rollouts and their outcomes, one of each outcome in turn.
         totals: How many there were of each outcome.
     """
 
@@ -66,14 +67,15 @@ def choose_samples(
         elif heap and entry > heap[0]:
             heapq.heapreplace(heap, entry)
     shares = share_out({kind: len(heap) for kind, heap in heaps.items()}, limit)
-    chosen = [
-        (rollout, kind[0])
+    of_kinds = [
+        [
+            (rollout, kind[0])
+            for *_, rollout in sorted(heaps[kind], key=lambda entry: entry[:3], reverse=True)
+        ][: shares[kind]]
         for kind in sorted(heaps, key=lambda kind: (kind[0] != "kept", kind))
-        for *_, rollout in sorted(heaps[kind], key=lambda entry: entry[:3], reverse=True)[
-            : shares[kind]
-        ]
     ]
-    return ChosenSamples(tuple(chosen), dict(sorted(totals.items())))
+    mixed = (each for row in zip_longest(*of_kinds) for each in row if each is not None)
+    return ChosenSamples(tuple(mixed), dict(sorted(totals.items())))
 
 
 def share_out(counts: Mapping[Kind, int], limit: int) -> dict[Kind, int]:

@@ -189,6 +189,8 @@
   const form = document.getElementById("filters");
   if (!form) return;
   const PAGE = 20;
+  const WRONG = new Set(["wrong", "cut by length", "not graded", "quotes the hint"]);
+  const UNFINISHED = "not selected yet";
   const list = document.getElementById("list");
   const more = document.getElementById("more");
   const same = document.getElementById("same");
@@ -246,7 +248,7 @@
   function article(sample, withButton) {
     const box = make("article");
     const head = make("h3");
-    const kind = sample.outcome.startsWith("kept") ? "kept" : isHeldOut(sample) ? "other" : "dropped";
+    const kind = sample.outcome === "kept" ? "kept" : WRONG.has(sample.outcome) ? "dropped" : "other";
     head.append(make("span", nameOf(sample.round)), make("span", sample.outcome, `tag ${kind}`));
     if (sample.hinted) head.append(make("span", "with hint", "tag other"));
     head.append(make("span", sample.reward === null ? "no reward" : `reward ${sample.reward}`));
@@ -314,6 +316,7 @@
   form.addEventListener("input", filter);
   form.addEventListener("reset", () => setTimeout(filter));
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.elements.round.value = String(rounds.at(-1)); // the newest
+  const selected = data.samples.filter((s) => s.outcome !== UNFINISHED && !isHeldOut(s)).map((s) => s.round);
+  form.elements.round.value = String(Math.max(...(selected.length ? selected : rounds))); // the newest
   filter();
 })();
