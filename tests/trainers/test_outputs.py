@@ -190,7 +190,8 @@ def exits(completions, **kwargs):
 
 def test_no_way_of_a_function_to_exit_ends_a_run_without_a_word(build_star, caplog) -> None:
     with pytest.raises(
-        RuntimeError, match=r"'exits' raised SystemExit: 0\. The samples are on disk"
+        RuntimeError,
+        match=r"'exits' raised SystemExit: 0 \(line \d+ of .*\)\. The samples are on disk",
     ):
         build_star(reward_funcs=exits).train()
     with pytest.raises(SystemExit):
