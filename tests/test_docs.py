@@ -235,6 +235,15 @@ def test_each_alarm_is_explained_where_its_warning_leads() -> None:
     assert {f"alarm-{detector.name}" for detector in DETECTORS} <= explained
 
 
+def test_each_error_of_a_run_is_explained() -> None:
+    """RuntimeErrors: the others are raised at construction, and say what to change."""
+    sources = "\n".join(path.read_text() for path in (ROOT / "trl_selfplay").rglob("*.py"))
+    errors = re.findall(r"^class (\w+)\(RuntimeError\)", sources, re.M)
+    assert len(errors) >= 9
+    explained = slugs((ROOT / "docs/troubleshooting.md").read_text())
+    assert {error.lower() for error in errors} <= explained
+
+
 def test_functions_that_contributing_names_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", text)
