@@ -1,5 +1,6 @@
 """Every form of TRL's datasets becomes the tokens that TRL's own class makes of it."""
 
+import copy
 import json
 
 import pytest
@@ -54,6 +55,7 @@ SFT = {
     "other columns": ({"text": ["a text"], "source": ["web"], "score": [0.5]}, {}),
     "token ids": ({"input_ids": [[5, 6, 7, 1], [8, 9, 1]]}, {}),
     "formatting_func": ({"q": ["1?"], "a": ["1"]}, {"formatting_func": lambda r: r["q"] + r["a"]}),
+    "eos_token": ({"text": ["a text"]}, {"eos_token": "e"}),
     "max_length": ({"text": ["a text that is long enough to be cut"]}, {"max_length": 24}),
 }  # fmt: skip
 REJECTED = {"rejected": [c[1:] for c in CHAT[::-1]]}
@@ -140,6 +142,37 @@ def test_star_s_prompts_are_rendered_as_grpo_renders_them(build, chat_parts, for
             **({"shout": True} if form == "chat_template_kwargs" else {}),
         )  # fmt: skip
     assert list(ours.self_play.training_prompt_ids([row])[row.prompt_id]) == expected
+
+
+@pytest.mark.parametrize("method", ["STaR", "Quiet-STaR"])
+@pytest.mark.parametrize(
+    "field", ["eos_token", pytest.param("chat_template_path", marks=pytest.mark.slow)]
+)
+def test_the_tokenizer_is_changed_as_by_the_parent(
+    build, chat_parts, tmp_path, method, field
+) -> None:
+    tokenizer = chat_parts.tokenizer
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = TEMPLATE.replace("<{{", "[{{")
+    other.save_pretrained(tmp_path / "other")
+    value = {"eos_token": "e", "chat_template_path": str(tmp_path / "other")}[field]
+    rows = Dataset.from_dict({"messages": CHAT})
+    parent = build("SFT", "parent", train_dataset=rows, processing_class=copy.deepcopy(tokenizer),
+                   **{field: value})  # fmt: skip
+    if method == "STaR":
+        prompts = [conversation[:1] for conversation in CHAT]
+        rows = Dataset.from_dict({"prompt": prompts, "solution": list("012")})
+    ours = build(method, train_dataset=rows, **{field: value})
+    for name in ("eos_token", "pad_token", "chat_template"):
+        assert getattr(ours.processing_class, name) == getattr(parent.processing_class, name)
+    config, theirs = ours.model.config, parent.model.config
+    assert (config.eos_token_id, config.vocab_size) == (theirs.eos_token_id, theirs.vocab_size)
+    if method == "STaR":
+        play = ours.self_play
+        assert play.eos_token_id == parent.processing_class.eos_token_id
+        assert play.eos_token_id in play.eos_token_ids
+        [text] = {tokenizer.decode(ids)[0] for ids in play.training_prompt_ids(play.rows).values()}
+        assert text == ("[" if field == "chat_template_path" else "<")
 
 
 def test_spin_leaves_out_kto_s_undesirable_completions(build, parts, caplog) -> None:

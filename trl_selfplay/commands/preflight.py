@@ -6,7 +6,7 @@ output directory. Exit code 0 if the run can work, with or without warnings, and
 
 import sys
 
-from trl_selfplay.commands.dispatch import COMMANDS, main
+from trl_selfplay.commands.dispatch import COMMANDS
 
 _USAGE = """\
 Usage: trl-selfplay preflight METHOD [FLAGS]
@@ -41,12 +41,9 @@ def run(flags: list[str]) -> int:
         problem = f"{name!r} is no method with rounds" if name else "which method?"
         print(f"trl-selfplay preflight: {problem}\n\n{usage}", file=sys.stderr)
         return 2
-    from trl_selfplay.rounds.preflight import PreflightError  # torch is needed from here on
-
     try:
-        return main([name, *others, "--dry_run", "true"])
-    except PreflightError as error:
-        print(f"trl-selfplay preflight: {error}", file=sys.stderr)
-        return 1
-    except SystemExit as end:  # where the recipe ends
-        return end.code if isinstance(end.code, int) else 0
+        return COMMANDS[name].run([*others, "--dry_run", "true"])
+    except SystemExit as end:  # a recipe ends after its dry run
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -34,7 +34,7 @@ from trl_selfplay.rounds.needs import (
     seconds_of_run,
 )
 from trl_selfplay.rounds.stopping import end_of_turn, warn_of_end
-from trl_selfplay.rounds.trial_round import NUM_SAMPLES, TrialRound, play_trial_round
+from trl_selfplay.rounds.trial_round import NUM_PROMPTS, NUM_SAMPLES, TrialRound, play_trial_round
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,9 @@ def run_preflight(trainer: Any) -> TrainOutput:
         PreflightError: A run with these settings can't work.
     """
     folder = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        count = len(trainer.self_play.rows)
+        say(f"dry_run=True: a round on {min(NUM_PROMPTS, count)} of {count:,} training prompts")
     findings = find_all(trainer, folder / ".preflight")
     errors = [finding for finding in findings if finding.level == "error"]
     if trainer.is_world_process_zero():

@@ -7,23 +7,33 @@ are the usual case: the template writes `<|im_end|>`, and the tokenizer's EOS is
 from itertools import takewhile
 from typing import Any
 
-from trl_selfplay.rollouts.prompts import PromptRow
+from trl_selfplay.rollouts.prompts import PromptRow, message_text
 
 # Two completions with nothing in common: what follows both comes from the template.
 _REPLIES = ("yes", "4")
 
 
 def end_of_turn(play: Any) -> tuple[int, ...] | None:
-    """Return the tokens that the chat template writes after a completion; None for plain text."""
+    """Return the tokens that the chat template writes after a completion.
+
+    Returns:
+        None for plain text, and if the template can't render a conversation with its answer.
+    """
     row: PromptRow = play.rows[0]
     if isinstance(row.prompt, str):
         return None
-    first, second = (
-        play.formatter.chat_ids(
-            [*row.prompt, {"role": "assistant", "content": reply}], row, complete=True
+    before, begun = row.prompt, ""
+    if before[-1]["role"] == "assistant":  # the completion goes on with this turn
+        before, begun = before[:-1], message_text(before[-1])
+    try:
+        first, second = (
+            play.formatter.chat_ids(
+                [*before, {"role": "assistant", "content": begun + reply}], row, complete=True
+            )
+            for reply in _REPLIES
         )
-        for reply in _REPLIES
-    )
+    except ValueError:  # no round needs such a rendering
+        return None
     common = takewhile(
         lambda pair: pair[0] == pair[1], zip(first[::-1], second[::-1], strict=False)
     )
