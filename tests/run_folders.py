@@ -111,12 +111,13 @@ def hostile_run(write_folder, make_rollout):
     rollouts = [
         (
             make_rollout(
-                prompt_id=f"{i:032x}", prompt=text, completion=f"so {text}", reward=float(i % 2),
-                causes=(text,), rewards=(float(i % 2),),
+                prompt_id=f"{i:032x}", sample_index=index, prompt=text, completion=f"so {text}",
+                reward=float(i % 2), causes=(text,), rewards=(float(i % 2),),
             ),
             "kept" if i % 2 else "failed",
         )
         for i, text in enumerate(HOSTILE)
+        for index in (0, 1)
     ]  # fmt: skip
     return write_folder(
         [rollouts],

@@ -23,8 +23,13 @@ from trl_selfplay.inspection.html_report import write_report
 
 FOLDER = Path(__file__).parent
 MOST_BYTES = 150_000
-# Shows the first sample's prompt in all rounds.
-_SHOW_PROMPT = "document.querySelector('#list button').click()"
+# Shows, of the first samples, the one whose prompt is in most rounds.
+_SHOW_PROMPT = """
+  const buttons = [...document.querySelectorAll("#list button")];
+  const count = (button) => Number(button.textContent.match(/\\d+/)?.[0] ?? 1);
+  buttons.reduce((best, button) => (count(button) > count(best) ? button : best)).click();
+  document.activeElement.blur();
+"""
 
 
 def main() -> None:
@@ -83,7 +88,7 @@ def take(
     context.close()
     path = FOLDER / f"{name}.png"
     image = Image.open(io.BytesIO(picture)).convert("RGB")
-    image.quantize(128, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
+    image.quantize(256, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
     size = path.stat().st_size
     if size > MOST_BYTES:
         raise RuntimeError(f"{path} has {size:,} bytes, more than {MOST_BYTES:,}.")

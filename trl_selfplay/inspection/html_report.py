@@ -101,6 +101,7 @@ def render_report(
     sections = _sections(run, compared)
     charts = [chart for _, _, charts, _ in sections for chart in charts]
     shown = collect_samples(run, samples)
+    model = str(run.config.get("model") or "")
     style, library, script = (
         _asset(name) for name in ("report.css", "chart.umd.min.js", "report.js")
     )
@@ -112,7 +113,7 @@ def render_report(
     return environment.get_template("report.html.jinja").render(
         title=run.output_dir.resolve().name,
         run=run,
-        model=str(run.config.get("model") or ""),
+        model=Path(model).name if Path(model).is_absolute() else model,
         progress=describe_progress(run),
         is_finished=run.is_finished,
         numbers=key_numbers(run),

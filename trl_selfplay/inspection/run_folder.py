@@ -113,11 +113,21 @@ class RunFolder:
         return tuple(name for name in rewards if name != "mean")
 
     @property
+    def planned_rounds(self) -> int | None:
+        """How many rounds the run is to have, ReST's Improve steps each; None if it isn't recorded."""
+        grow = self.config.get("num_rounds")
+        if not isinstance(grow, int):
+            return None
+        return grow * len(self.config.get("improve_thresholds") or [1])
+
+    @property
     def is_finished(self) -> bool:
-        """Whether the run has come to its end and saved the final model."""
+        """Whether all rounds are finished, or the run ended before and saved the final model."""
         lines = self.root / "rounds.jsonl"
         if not lines.exists():
             return not self.has_rounds
+        if self.planned_rounds is not None and len(self.lines) >= self.planned_rounds:
+            return True
         ended = lines.stat().st_mtime
         models = (self.output_dir / name for name in _FINAL_MODEL)
         return any(path.exists() and path.stat().st_mtime >= ended for path in models)

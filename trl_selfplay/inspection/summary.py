@@ -66,7 +66,7 @@ def describe_progress(run: RunFolder) -> str:
     """Return how far a run is: finished, or the phase that its files show."""
     if not run.has_rounds:
         return "A training without rounds. Its log is shown; there are no samples and no funnel."
-    done, planned = len(run.lines), planned_rounds(run)
+    done, planned = len(run.lines), run.planned_rounds
     of = f" of {planned}" if planned else ""
     if run.is_finished:
         stopped = planned is not None and done < planned
@@ -80,14 +80,6 @@ def describe_progress(run: RunFolder) -> str:
     phases = [phase for name, phase in begun if (folder / name).exists()]
     now = f" Round {done}: {phases[-1]}." if phases else ""
     return f"So far: {done}{of} rounds finished.{now}"
-
-
-def planned_rounds(run: RunFolder) -> int | None:
-    """Return how many rounds a run was to have, or None if it isn't recorded."""
-    grow = run.config.get("num_rounds")
-    if not isinstance(grow, int):
-        return None
-    return grow * len(run.config.get("improve_thresholds") or [1])
 
 
 def key_numbers(run: RunFolder) -> list[tuple[str, str, str]]:

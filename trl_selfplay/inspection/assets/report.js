@@ -258,8 +258,10 @@
     box.append(head, make("p", facts.filter(Boolean).join(" · "), "scores"), ...texts(sample));
     const solution = data.solutions[sample.prompt];
     if (solution) box.append(make("p", `Solution: ${solution}`, "scores"));
-    if (withButton) {
-      const button = make("button", "This prompt in all rounds", "small");
+    const alike = withButton ? data.samples.filter((each) => each.prompt === sample.prompt) : [];
+    if (alike.length > 1) {
+      const count = new Set(alike.map((each) => each.round)).size;
+      const button = make("button", count > 1 ? `This prompt in ${count} rounds` : "All samples of this prompt", "small");
       button.type = "button";
       button.addEventListener("click", () => showSame(sample.prompt));
       box.append(button);
@@ -282,7 +284,7 @@
     const close = make("button", "Close");
     close.type = "button";
     close.addEventListener("click", () => { same.hidden = true; list.focus(); });
-    const heading = make("h3", `Prompt ${data.prompts[prompt].slice(0, 8)} in all rounds`);
+    const heading = make("h3", `Prompt ${data.prompts[prompt].slice(0, 8)}, ${rounds.length === 1 ? "one round" : `${rounds.length} rounds`}`);
     heading.tabIndex = -1;
     same.replaceChildren(heading, make("p", `trl-selfplay samples DIR --prompt ${data.prompts[prompt].slice(0, 8)} shows all of its samples.`, "note"), columns, close);
     same.hidden = false;
