@@ -236,18 +236,18 @@ def test_newly_solved_prompts_do_not_look_like_lost_paths(make_rollout) -> None:
     assert value(later(first, now), "distinct-correct") == 0.0
 
 
-@pytest.mark.parametrize("name", ["answer-entropy", "token-entropy"])
+@pytest.mark.parametrize("name", ["distinct-ratio", "answer-entropy", "token-entropy"])
 @pytest.mark.parametrize(("sampler", "fires"), [(0.5, True), (0.8, False)])
-def test_lower_entropy_is_told_unless_the_model_has_learnt(name, sampler, fires) -> None:
-    """D7 and D8."""
+def test_less_diversity_is_told_unless_the_model_has_learnt(name, sampler, fires) -> None:
+    """D5, D7 and D8."""
     sides = [
         RoundSamples({
             str(i): PromptSamples(
-                forms=(8,), answers=answers, logprob=-80.0 * nats, num_logprob_tokens=80
+                forms=forms, answers=answers, logprob=-80.0 * nats, num_logprob_tokens=80
             )
             for i in range(40)
         })
-        for answers, nats in (((2, 2, 2, 2), 0.5), ((7, 1), 0.2))
+        for forms, answers, nats in (((1,) * 8, (2, 2, 2, 2), 0.5), ((8,), (7, 1), 0.2))
     ]  # fmt: skip
     evidence = later(*sides, untrained=scores(0.5), sampler_scores=scores(sampler))
     assert (name in fired(evidence)) is fires

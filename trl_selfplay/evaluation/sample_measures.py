@@ -71,12 +71,17 @@ def measure_coverage(e: Evidence) -> Reading | None:
 
 
 def measure_distinct(e: Evidence) -> Reading | None:
-    """Measure the relative fall of distinct normal forms / samples, mean over prompts."""
-    return _fall_of(
+    """Measure the relative fall of distinct normal forms / samples, mean over prompts.
+
+    It counts unless the model has learnt: right completions are also fewer completions.
+    """
+    reading = _fall_of(
         e,
         lambda samples: parts_of(distinct_ratios(samples)),
-        "{:.2f} of a prompt's completions are distinct, {:.2f} in round 0",
+        "{:.2f} of a prompt's completions are distinct, {:.2f} in round 0, without a higher held-out "
+        "score",
     )
+    return _unless_learnt(e, reading)
 
 
 def measure_distinct_correct(e: Evidence) -> Reading | None:
@@ -99,7 +104,7 @@ def measure_distinct_correct(e: Evidence) -> Reading | None:
 def measure_answer_entropy(e: Evidence) -> Reading | None:
     """Measure the relative fall of −Σ p_a ln p_a + (A − 1)/(2n) over final answers, mean over prompts.
 
-    It counts unless the model has learnt: right answers are also fewer answers.
+    It counts unless the model has learnt.
     """
     reading = _fall_of(
         e,
