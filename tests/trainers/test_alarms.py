@@ -102,6 +102,9 @@ def test_an_alarm_can_end_the_run_with_the_best_round(build_watched, recorder, c
     after = recorder.copy(trainer.model)
     assert all(bool((after[name] == weights).all()) for name, weights in before.items())
     assert any("loaded the weights of the untrained model" in r.message for r in caplog.records)
+    card = (trainer.run.root.parent / "README.md").read_text()
+    assert "| Weights | those before training |" in card
+    assert "- Round 0, false-positives: " in card
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from trl_selfplay.disk import save_text
 from trl_selfplay.evaluation.markdown import escape
 from trl_selfplay.evaluation.report import rounds_markdown
 from trl_selfplay.rollouts.funnel import Funnel, Outcome
-from trl_selfplay.rounds.run import UNTRAINED, Run, find_best_round
+from trl_selfplay.rounds.run import UNTRAINED, Run
+from trl_selfplay.rounds.watch import round_at_end
 
 _CITATION = """\
 Cite trl-selfplay as:
@@ -68,7 +69,7 @@ def _lineage(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> str:
         "Held-out reward functions": "" if eval_scorer is None else ", ".join(eval_scorer.names),
         "Few-shot examples": str(len(play.formatter.few_shot_examples) or ""),
         "Rounds": f"{len(lines)} of {args.num_rounds}",
-        "Weights": _weights(run, lines),
+        "Weights": _weights(round_at_end(run, lines, args.alarm_actions)) if lines else "",
         "Seed": args.seed,
         "Versions": ", ".join(f"{name} {version(name)}" for name in packages),
     }
@@ -76,10 +77,7 @@ def _lineage(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["## Lineage", "", "| | |", "|---|---|", *rows])
 
 
-def _weights(run: Run, lines: Sequence[Mapping[str, Any]]) -> str:
-    if not lines:
-        return ""
-    index = find_best_round(run, lines) if run.loads_best_round else len(lines) - 1
+def _weights(index: int) -> str:
     return "those before training" if index == UNTRAINED else f"those after round {index}"
 
 

@@ -20,7 +20,6 @@ from transformers.trainer_utils import TrainOutput
 from trl import BEMACallback
 
 from trl_selfplay.disk import BRING_BACK, RESUME, DamagedFileError, held_by_this_process, is_found
-from trl_selfplay.evaluation.detectors import Action
 from trl_selfplay.evaluation.estimates import paired_difference
 from trl_selfplay.evaluation.heldout import HeldOutScores
 from trl_selfplay.evaluation.monitor import warn_baseline, warn_long
@@ -63,7 +62,7 @@ from trl_selfplay.rounds.training import (
     save_state,
     train_on,
 )
-from trl_selfplay.rounds.watch import Watch, alarms_with, ends_by_alarm
+from trl_selfplay.rounds.watch import Watch, ends_by_alarm, round_at_end
 from trl_selfplay.rounds.weights import (
     load_saved_model,
     load_trainable,
@@ -439,11 +438,8 @@ def _delete_what_is_done(run: Run, lines: Sequence[Mapping[str, Any]]) -> None:
 def _load_chosen_weights(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     """Load the best round's weights if configured, or if an alarm of the last round asks for it."""
     args, run = trainer.args, trainer.run
-    asked = run.loads_best_round or alarms_with(lines, args.alarm_actions, Action.BEST_ROUND)
-    if not lines or not asked:
-        return
-    chosen, last = find_best_round(run, lines), len(lines) - 1
-    if chosen == last:
+    last = len(lines) - 1
+    if not lines or (chosen := round_at_end(run, lines, args.alarm_actions)) == last:
         return
     if chosen == UNTRAINED:
         reload_initial_weights(trainer.model, args, run.initial_weights)

@@ -43,7 +43,7 @@ from trl_selfplay.rollouts.record import Rollout, load_rollouts
 from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.stored import load_kept, load_samples
 from trl_selfplay.rounds.plan import RoundPlan
-from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, find_best_round, name_of_weights
+from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run, find_best_round, name_of_weights
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,20 @@ def alarms_with(
     alarms = lines[-1].get("alarms", ()) if lines else ()
     names = [alarm["name"] for alarm in alarms if alarm["name"] in DETECTOR_OF]
     return [name for name in names if action_of(name, actions) in wanted]
+
+
+def round_at_end(
+    run: Run, lines: Sequence[Mapping[str, Any]], actions: Mapping[str, str] | None
+) -> int:
+    """Return the round whose weights a run ends with: the last, or the best if that is to be loaded.
+
+    Args:
+        run: The run.
+        lines: Records of the finished rounds, at least one.
+        actions: What alarms do; one of the last round may ask for the best round.
+    """
+    asked = run.loads_best_round or alarms_with(lines, actions, Action.BEST_ROUND)
+    return find_best_round(run, lines) if asked else len(lines) - 1
 
 
 def ends_by_alarm(lines: Sequence[Mapping[str, Any]], actions: Mapping[str, str] | None) -> bool:
