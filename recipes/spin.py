@@ -3,6 +3,11 @@
 # ///
 """Train with SPIN (arXiv 2401.01335) on a model and a dataset of your choice, or run the demo.
 
+SPIN's place is after fine-tuning on the same completions: from a model that was never fine-tuned on them,
+more fine-tuning is better (benchmarks/spin.py). After it, try SPIN only where the model's own
+completions still differ from the data, with a low learning rate, and compare with more fine-tuning: on
+sums it gained nothing, and lost much at higher rates (benchmarks/spin_after_sft.py).
+
 The demo needs neither a hub nor a GPU: a model with 135 M parameters is fine-tuned to answer small
 questions in a fixed style that it doesn't use by itself, and SPIN goes on from there. `--smoke` runs
 it at its smallest size.
