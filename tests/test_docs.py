@@ -15,6 +15,7 @@ import yaml
 from transformers import AutoTokenizer
 
 import trl_selfplay
+from trl_selfplay.commands.dispatch import COMMANDS
 from trl_selfplay.evaluation.detectors import DETECTORS
 from trl_selfplay.rewards.worker import close_workers
 from trl_selfplay.trainers.rounds import RoundsMixin
@@ -233,6 +234,14 @@ def test_sections_that_a_page_links_to_exist(page) -> None:
 def test_each_alarm_is_explained_where_its_warning_leads() -> None:
     explained = slugs((ROOT / "docs/troubleshooting.md").read_text())
     assert {f"alarm-{detector.name}" for detector in DETECTORS} <= explained
+
+
+def test_the_page_on_commands_lists_each_that_is_there() -> None:
+    text = (ROOT / "docs/commands.md").read_text()
+    for name, command in COMMANDS.items():
+        module, is_function, _ = command.target.partition(":")
+        if not is_function or importlib.util.find_spec(module):
+            assert f"`trl-selfplay {name}`" in text, name
 
 
 def test_each_error_of_a_run_is_explained() -> None:
