@@ -26,7 +26,7 @@ class FolderEngine:
     is_stale = False
     version = "1"
 
-    def __init__(self, settings, export, tokenizer, traits, device) -> None:
+    def __init__(self, settings, export, tokenizer, traits, device, announce=None) -> None:
         self.settings, self.export, self.tokenizer = settings, export, tokenizer
         self.engine_record: dict[str, Any] | None = None
         self.handed: list[Any] = []

@@ -1,5 +1,6 @@
 """The table of commands: what is listed, what is imported, and the exit codes of wrong use."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,23 @@ def test_an_unknown_command_is_wrong_use_and_the_nearest_is_named(given, meant, 
     said = capsys.readouterr()
     assert said.out == ""
     assert f"there is no command '{given.replace('-', '_')}'. Did you mean '{meant}'?" in said.err
+
+
+def test_each_function_of_the_table_takes_the_flags() -> None:
+    for command in COMMANDS.values():
+        if not command.is_recipe:
+            module, _, function = command.target.partition(":")
+            path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+            found = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
+            (run,) = [each for each in found if each.name == function]
+            assert [each.arg for each in run.args.args] == ["flags"]
+
+
+def test_the_page_shows_an_example_of_each_command() -> None:
+    """tests/test_commands.py takes them as they stand."""
+    text = (ROOT / "docs/commands.md").read_text()
+    for name in COMMANDS:
+        assert f"`trl-selfplay {name} " in text, name
 
 
 def test_each_recipe_of_the_table_exists() -> None:

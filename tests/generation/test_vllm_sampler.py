@@ -30,13 +30,14 @@ def build(stand_in, tokenizer, build_model):
     """Build samplers that are released at the end: `build(export=…, **settings)`."""
     built = []
 
-    def build_one(export=None, model=None, **settings) -> VLLMSampler:
+    def build_one(export=None, model=None, announce=print, **settings) -> VLLMSampler:
         settings = {"python": stand_in.python, "max_num_seqs": 8, **settings}
         sampler = VLLMSampler(
             settings=EngineSettings(**settings),
             export=export or (lambda: EngineWeights("a-model", None, 0, "first")),
             tokenizer=tokenizer,
             traits=describe_model(model or build_model()),
+            announce=announce,
         )
         built.append(sampler)
         return sampler
@@ -79,6 +80,17 @@ def expected(request, tokens_of, options=OPTIONS, limit=None, adapter="") -> tup
         if ids[-1] in options.eos_token_ids:
             break
     return tuple(ids)
+
+
+def test_a_line_is_said_before_an_engine_starts_and_after(build) -> None:
+    said = []
+    sampler = build(announce=said.append)
+    assert said == []
+    list(sampler.sample(requests(4), OPTIONS, batch_size=8))
+    assert said[0] == "starting a vLLM engine with a-model: takes up to minutes"
+    assert said[1].startswith("vLLM 0.")
+    assert said[1].endswith(" s")
+    assert len(said) == 2
 
 
 def test_each_request_gets_its_own_completion_in_any_batch(build, tokens_of) -> None:

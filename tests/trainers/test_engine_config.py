@@ -2,11 +2,13 @@
 
 import logging
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
 import torch
 from accelerate import Accelerator
+from engines import StandIn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_selfplay import SPINConfig, STaRConfig, VSTaRConfig
@@ -79,8 +81,37 @@ def test_a_missing_vllm_is_told_before_a_model_is_loaded(tmp_path, build_star) -
         build_star(use_vllm=True, vllm_python="/no/python", model="no-such-model")
 
 
-def test_several_processes_are_refused(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("none", "has no vLLM. Install it there"),
+        ("0.31.2", "has vLLM 0.31.2; 0.32 or later"),
+        ("0.33.0", None),
+        ("unknown", None),
+    ],
+)
+def test_another_interpreter_without_vllm_is_told_before_a_model_is_loaded(
+    tmp_path, version, said
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho {version}\n")
+    program.chmod(0o755)
+    settings = config(tmp_path, use_vllm=True, vllm_python=str(program))
+    with nullcontext() if said is None else pytest.raises(ImportError, match=said):
+        check_engine_is_there(settings, 1)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="is about environments without vLLM")
+def test_the_question_for_vllm_is_answered_by_an_interpreter(tmp_path, monkeypatch) -> None:
     settings = config(tmp_path, use_vllm=True, vllm_python=sys.executable)
+    with pytest.raises(ImportError, match="has no vLLM"):
+        check_engine_is_there(settings, 1)
+    settings.vllm_python = StandIn(tmp_path, monkeypatch).python
+    check_engine_is_there(settings, 1)
+
+
+def test_several_processes_are_refused(tmp_path) -> None:
+    settings = config(tmp_path, use_vllm=True, vllm_python="/bin/true")
     check_engine_is_there(settings, 1)
     with pytest.raises(ValueError, match="2 training processes"):
         check_engine_is_there(settings, 2)
@@ -105,7 +136,12 @@ def test_the_engine_gets_the_precision_of_the_trainer_s_forward(
     assert (made.dtype, made.max_model_length) == ("float32", 64)
     assert (made.python, made.quantization) == (sys.executable, None)
     settings.vllm_dtype = "float16"
+    settings.vllm_quantization = "fp8"
     assert engine_settings(settings, model, accelerator).dtype == "float16"
+    for dtype, whose in ((None, "that of the trainer's forward"), ("float32", "vllm_dtype")):
+        settings.vllm_dtype = dtype
+        with pytest.raises(ValueError, match=rf"fp8.*is float32, {whose}\. Set vllm_dtype='bfl"):
+            engine_settings(settings, model, accelerator)
     assert forward_dtype(model.bfloat16(), accelerator) is torch.bfloat16
 
 
@@ -118,9 +154,11 @@ def test_a_four_bit_model_computes_in_its_compute_dtype(saved_chat_model) -> Non
 
 
 def test_the_engine_s_context_bounds_prompts_and_completions(build_star) -> None:
-    with pytest.raises(ValueError, match="10"):
+    with pytest.raises(
+        ValueError, match="don't fit the engine's `vllm_max_model_length` of 10 tok"
+    ):
         build_star(
-            use_vllm=True, vllm_python=sys.executable, vllm_max_model_length=10,
+            use_vllm=True, vllm_python="/bin/true", vllm_max_model_length=10,
             max_completion_length=8,
         )  # fmt: skip
 

@@ -23,7 +23,7 @@ from trl_selfplay.rewards import JudgeReward
 from trl_selfplay.rollouts.record import load_rollouts
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 8}
-ENGINE = {"use_vllm": True, "vllm_python": sys.executable}
+ENGINE = {"use_vllm": True, "vllm_python": "/bin/true"}  # its engine is replaced
 
 
 @pytest.fixture

@@ -99,6 +99,7 @@ class VLLMSampler:
         tokenizer: Decodes text for stop strings; ids outside its vocabulary are never sampled.
         traits: The model's traits.
         device: Where the trainer's model is, which the engine shares.
+        announce: Gets a line before an engine starts, which may take minutes, and one after.
 
     Attributes:
         engine_record: `engine`, `version`, `dtype` and `quantization` of the last engine; None
@@ -118,12 +119,14 @@ class VLLMSampler:
         tokenizer: PreTrainedTokenizerBase,
         traits: ModelTraits,
         device: torch.device | str = "cpu",
+        announce: Callable[[str], None] = logger.info,
     ) -> None:
         self._settings = settings
         self._export = export
         self._tokenizer = tokenizer
         self._traits = traits
         self._device = torch.device(device)
+        self._announce = announce
         self._excluded = {*range(traits.vocab_size)} - {*tokenizer.get_vocab().values()}
         if self._device.type == "cuda" and len(self._excluded) > _MOST_EXCLUDED:
             raise ValueError(
@@ -408,6 +411,7 @@ class VLLMSampler:
 
     def _start(self, weights: EngineWeights) -> None:
         settings = self._settings
+        self._announce(f"starting a vLLM engine with {weights.model}: takes up to minutes")
         return_freed_memory()
         began = time.monotonic()
         self._memory_before = self._free_memory()
@@ -425,7 +429,7 @@ class VLLMSampler:
             "dtype": ready["dtype"],
             "quantization": ready["quantization"],
         }
-        logger.info("vLLM %s started in %.0f s.", ready["version"], time.monotonic() - began)
+        self._announce(f"vLLM {ready['version']} started in {time.monotonic() - began:.0f} s")
 
     def _engine_arguments(self, weights: EngineWeights) -> dict[str, Any]:
         """Return the arguments of `EngineArgs`."""

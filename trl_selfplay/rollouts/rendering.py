@@ -525,33 +525,32 @@ def check_lengths(
     max_completion_length: int,
     context_length: int | None,
     name: str,
+    whose: str = "the model's context",
 ) -> None:
-    """Raise if a prompt and its completion can't fit the model's context.
+    """Raise if a prompt and its completion can't fit the context.
 
     Args:
         rows: The prompts.
         lengths: Their lengths in tokens, as sampled from (few-shot examples and hint included).
         max_completion_length: Maximum tokens per completion.
-        context_length: Maximum positions of the model, None without a limit.
+        context_length: Maximum tokens of a prompt with its completion, None without a limit.
         name: Name of the dataset, for the error.
+        whose: What sets that maximum, for the error.
 
     Raises:
         ValueError: With the number of such rows, the longest one and the remedy.
     """
     if context_length is None:
         return
-    too_long = [
-        (length, row)
-        for length, row in zip(lengths, rows, strict=True)
-        if length + max_completion_length > context_length
-    ]
+    pairs = zip(lengths, rows, strict=True)
+    too_long = [pair for pair in pairs if pair[0] + max_completion_length > context_length]
     if too_long:
         length, row = max(too_long, key=lambda pair: pair[0])
         raise ValueError(
-            f"{len(too_long)} of {len(rows)} prompts of `{name}` don't fit the model's context of "
-            f"{context_length} tokens: row {row.row_index} has {length} tokens (few-shot examples "
-            f"and hint included) and `max_completion_length` is {max_completion_length}. Filter "
-            "such rows out, use fewer few-shot examples, or lower `max_completion_length`."
+            f"{len(too_long)} of {len(rows)} prompts of `{name}` don't fit {whose} of "
+            f"{context_length} tokens: row {row.row_index} has {length} (few-shot examples and hint "
+            f"included), and `max_completion_length` is {max_completion_length}. Lower that, use fewer "
+            "few-shot examples, or filter such rows out."
         )
 
 

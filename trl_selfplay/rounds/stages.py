@@ -75,11 +75,12 @@ class SelfPlay:
         collector: Samples and grades.
         eos_token_ids: Tokens that end a completion.
         eos_token_id: The one that is added in training after a stop string.
-        context_length: Maximum positions of the model, or None.
+        context_length: Maximum tokens of a prompt with its completion, or None.
         run: Knows where rounds lie on disk.
         initial_weights: Puts the weights from before round 0 in place, within a context.
         log_probs: Returns the log-prob of each (prompt ids, completion ids) under the present weights
             and sampling options.
+        whose_context: What sets `context_length`, in words for errors.
     """
 
     config: Any
@@ -92,6 +93,7 @@ class SelfPlay:
     context_length: int | None
     run: Run
     initial_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+    whose_context: str = "the model's context"
     log_probs: Callable[..., list[float]] | None = None
 
     @property
@@ -172,7 +174,9 @@ class SelfPlay:
         self, rows: Sequence[PromptRow], few_shot: bool, hinted: bool, name: str, most: int
     ) -> list[tuple[int, ...]]:
         ids = [self.formatter.token_ids(r, few_shot=few_shot, hinted=hinted) for r in rows]
-        check_lengths(rows, [len(i) for i in ids], most, self.context_length, name)
+        check_lengths(
+            rows, [len(i) for i in ids], most, self.context_length, name, self.whose_context
+        )
         return ids
 
     def draw_prompts(self, round_index: int) -> list[PromptRow]:

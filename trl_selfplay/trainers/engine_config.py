@@ -6,7 +6,9 @@ In: a config's fields, named as in GRPOConfig where it has them. Out: checked fi
 
 import importlib.util
 import logging
+import re
 import shutil
+import subprocess
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +17,8 @@ from urllib.parse import urlsplit
 import torch
 from accelerate import Accelerator
 
-from trl_selfplay.generation.engine import EngineSettings
+from trl_selfplay.generation.engine import LEAST_VLLM, EngineSettings
+from trl_selfplay.generation.vllm_process import engine_environment
 from trl_selfplay.rounds.plan import OnResume
 from trl_selfplay.trainers.field_checks import AT_LEAST_1, Bounds
 
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _QUANTIZATIONS = ("fp8", "bitsandbytes")
+_PATIENCE_S = 60.0  # for another interpreter to look for vLLM
 _PRECISION_OF_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Which fields a mode reads, besides `use_vllm`, `vllm_mode` and `allow_engine_change`.
 _FIELDS_OF_MODE = {
@@ -171,7 +175,7 @@ def check_engine_is_there(config: Any, num_processes: int) -> None:
 
     Raises:
         FileNotFoundError: `vllm_python` is no interpreter.
-        ImportError: vLLM isn't installed.
+        ImportError: vLLM isn't installed, or is too old.
         ValueError: There are several training processes.
     """
     if not config.use_vllm:
@@ -189,8 +193,47 @@ def check_engine_is_there(config: Any, num_processes: int) -> None:
                 f"vllm_python={config.vllm_python!r} is no program. Give the path of the "
                 'interpreter in the environment that has vLLM, such as "/envs/vllm/bin/python".'
             )
+        _check_interpreter(str(Path(config.vllm_python).expanduser()))
     elif importlib.util.find_spec("vllm") is None:
         raise ImportError(f"use_vllm=True, and vLLM isn't installed. {INSTALL}")
+
+
+# Prints the version of vLLM, "none" without it; importing it would take half a minute.
+_FIND_VLLM = """
+import importlib.metadata, importlib.util
+try:
+    print(importlib.metadata.version("vllm"))
+except importlib.metadata.PackageNotFoundError:
+    print("unknown" if importlib.util.find_spec("vllm") else "none")
+"""
+
+
+def _check_interpreter(python: str) -> None:
+    """Raise ImportError if another interpreter has no vLLM, or one that is too old.
+
+    What can't be told here, its engine says when it starts.
+    """
+    environment = engine_environment(python, torch.device("cpu"), 1)
+    command = [python, "-c", _FIND_VLLM]
+    try:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=_PATIENCE_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    version = done.stdout.strip()
+    if version == "none":
+        raise ImportError(
+            f"use_vllm=True, and vllm_python={python!r} has no vLLM. Install it there (pip install "
+            '"vllm>=0.33"), or name the interpreter of another environment.'
+        )
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and tuple(map(int, found.groups())) < LEAST_VLLM:
+        raise ImportError(
+            f"vllm_python={python!r} has vLLM {version}; {'.'.join(map(str, LEAST_VLLM))} or later is "
+            "needed."
+        )
 
 
 def engine_settings(config: Any, model: Any, accelerator: Accelerator) -> EngineSettings:
@@ -200,11 +243,21 @@ def engine_settings(config: Any, model: Any, accelerator: Accelerator) -> Engine
         config: With the fields of `EngineConfig`.
         model: The trainer's model.
         accelerator: The trainer's; its mixed precision is that of the forward.
+
+    Raises:
+        ValueError: The quantization doesn't compute in the engine's precision.
     """
     python = config.vllm_python
+    dtype = config.vllm_dtype or name_dtype(forward_dtype(model, accelerator))
+    if config.vllm_quantization == "fp8" and dtype == "float32":
+        whose = "vllm_dtype" if config.vllm_dtype else "that of the trainer's forward"
+        raise ValueError(
+            f"vllm_quantization='fp8' computes in 16 bits, and the engine's precision is float32, {whose}. "
+            "Set vllm_dtype='bfloat16' (or train in it: bf16=True), or leave vllm_quantization out."
+        )
     return EngineSettings(
         python=None if python is None else str(Path(python).expanduser()),
-        dtype=config.vllm_dtype or name_dtype(forward_dtype(model, accelerator)),  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
         quantization=config.vllm_quantization,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         max_model_length=config.vllm_max_model_length,

@@ -213,7 +213,7 @@ class RoundsMixin(PublishesSamples):
             ),
             eos_token_ids=collect_eos_token_ids(model, tokenizer),
             eos_token_id=tokenizer.eos_token_id,
-            context_length=_context_length(args, traits),
+            **_context(args, traits),
             run=self.run,
             initial_weights=self.initial_weights,
             log_probs=lambda completions, options: score_completions(
@@ -382,7 +382,9 @@ class RoundsMixin(PublishesSamples):
         return metrics
 
 
-def _context_length(args: Any, traits: ModelTraits) -> int | None:
-    """Return the most tokens of prompt and completion, of the model and of the engine."""
-    limits = [traits.context_length, args.vllm_max_model_length if args.use_vllm else None]
-    return min((limit for limit in limits if limit is not None), default=None)
+def _context(args: Any, traits: ModelTraits) -> dict[str, Any]:
+    """Return the most tokens of a prompt with its completion, and whether model or engine says so."""
+    length, most = traits.context_length, args.vllm_max_model_length if args.use_vllm else None
+    if most is None or (length is not None and length <= most):
+        return {"context_length": length}
+    return {"context_length": most, "whose_context": "the engine's `vllm_max_model_length`"}

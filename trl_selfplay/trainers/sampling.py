@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from trl_selfplay.evaluation.progress import say
 from trl_selfplay.generation.checked_sampler import CheckedSampler, EngineSampler
 from trl_selfplay.generation.completion_scores import score_completions
 from trl_selfplay.generation.engine_agreement import (
@@ -82,7 +83,9 @@ def build_sampler(
     else:
         from trl_selfplay.generation.vllm_sampler import VLLMSampler
 
-        engine = VLLMSampler(settings, hand_over, tokenizer, traits, accelerator.device)
+        engine = VLLMSampler(
+            settings, hand_over, tokenizer, traits, accelerator.device, announce=say
+        )
     token_ids = frozenset(tokenizer.get_vocab().values())
     return CheckedSampler(
         engine,
