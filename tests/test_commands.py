@@ -171,16 +171,16 @@ def test_a_benchmark_takes_the_flags_that_are_shown(load_script, command, monkey
 def test_a_command_of_the_program_takes_the_flags_that_are_shown(
     command, load_script, tmp_path, monkeypatch
 ) -> None:
-    parse = argparse.ArgumentParser.parse_known_args
+    parse, words = argparse.ArgumentParser.parse_known_args, shlex.split(command.split(" | ")[0])
 
     def parse_and_end(*args, **kwargs):
         raise ParsedError(parse(*args, **kwargs)[1])
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_end)
     with pytest.raises(ParsedError) as ended:
-        dispatch.main(shlex.split(command.partition(" | ")[0])[1:])
+        dispatch.main(words[1:])
     (others,) = ended.value.args
-    _, name, *rest = shlex.split(command)
+    _, name, *rest = words
     if name == "estimate":  # takes those of a method
         monkeypatch.undo()
         recipe = load_script(ROOT / "recipes" / f"{rest[0]}.py")
