@@ -64,6 +64,7 @@ def test_hostile_texts_are_shown_and_nothing_in_them_runs(hostile_run, page) -> 
     assert min(page.evaluate(DRAWN)) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_charts_are_drawn_and_texts_have_contrast(write_folder, make_rollout, page, scheme) -> None:
     rollouts = [(make_rollout(), "kept"), (make_rollout(sample_index=1, reward=0.0), "failed")]
@@ -77,6 +78,7 @@ def test_charts_are_drawn_and_texts_have_contrast(write_folder, make_rollout, pa
     assert page.evaluate(CONTRAST) >= 4.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 820, 1440])
 def test_no_page_is_wider_than_its_window(hostile_run, page, width) -> None:
     page.open(write_report(hostile_run), width=width)
@@ -84,6 +86,7 @@ def test_no_page_is_wider_than_its_window(hostile_run, page, width) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 def test_samples_are_filtered_and_compared_over_rounds(write_folder, make_rollout, page) -> None:
     def rollouts(index):
         return [

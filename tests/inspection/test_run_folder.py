@@ -70,6 +70,19 @@ def test_of_a_round_that_samples_the_shards_on_disk_are_read(unpack) -> None:
     assert 0 < len(list(run.rollouts(last))) < whole
 
 
+def test_of_a_model_that_is_being_scored_the_shards_on_disk_are_read(unpack) -> None:
+    output_dir = unpack("star")
+    for round_index in (-1, 0):
+        folder = RunFolder.open(output_dir).folder(round_index) / "evaluation"
+        (folder / "sampled-00000.parquet").unlink()
+        with pytest.raises(DamagedFileError):
+            list(RunFolder.open(output_dir).evaluation(round_index))
+    (output_dir / "_rounds" / "rounds.jsonl").unlink()
+    for round_index in (-1, 0):
+        found = list(RunFolder.open(output_dir).evaluation(round_index))
+        assert [rollout.sample_index for rollout, _ in found] == [0, 0]
+
+
 def test_a_missing_shard_of_a_finished_round_is_an_error(unpack) -> None:
     run = RunFolder.open(unpack("star"))
     (run.folder(0) / "samples" / "00000.parquet").unlink()

@@ -16,7 +16,9 @@ def trained_tokens(trainer) -> list[int]:
     return [count - before for count, before in zip(counts, [0, *counts], strict=False)]
 
 
-@pytest.mark.parametrize(("method", "num_rounds"), [("star", 2), ("irpo", 1)])
+@pytest.mark.parametrize(
+    ("method", "num_rounds"), [("star", 2), pytest.param("irpo", 1, marks=pytest.mark.slow)]
+)
 def test_tokens_are_those_on_disk_and_those_that_trl_counts(
     method, num_rounds, request, sums
 ) -> None:

@@ -182,7 +182,9 @@ class RunFolder:
         Raises:
             DamagedFileError: As `rollouts`.
         """
-        folder, is_finished = self.folder(round_index) / "evaluation", round_index < len(self.lines)
+        folder = self.folder(round_index) / "evaluation"
+        # The untrained model has been scored once round 0 is finished.
+        is_finished = max(round_index, 0) < len(self.lines)
         for plan in sorted(folder.glob("*-plan.json")):
             prefix = plan.name.removesuffix("plan.json")
             name = prefix.removesuffix("greedy-").removesuffix("sampled-")
