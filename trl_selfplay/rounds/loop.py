@@ -382,6 +382,8 @@ def _finish_round(
         gain, standard_error = paired_difference(before.by_prompt, scores.by_prompt)
     if scores is not None:
         trainer.log(dict(scores.metrics))
+    if played.num_examples:  # unless it was told before: an earlier process may have trained
+        watch.see_steps(state.max_steps, args.get_warmup_steps(state.max_steps))
     line: dict[str, Any] = {
         "round": round_index,
         **plan.details,
