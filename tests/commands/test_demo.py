@@ -32,6 +32,7 @@ def make_line(round_index: int) -> dict:
         hinted=OutcomeCounts(failed=250, kept=4),
     )
     line = {"round": round_index, "funnel": funnel.to_dict(), "eval": SCORES, "examples": 14}
+    line["seconds"] = {"sample": 51.8, "train": 47.8, "evaluate": 16.9}
     return line | ({"eval_before": {**SCORES, "eval_accuracy": 0.125}} if round_index == 0 else {})
 
 
@@ -130,9 +131,29 @@ def test_a_finished_demo_is_shown_without_running_anything(finished, capsys) -> 
     (finished / "rounds.png").touch()
     assert main(["demo"]) == 0
     printed = capsys.readouterr().out
-    assert "0.12 [0.12, 0.50] before, 0.25 [0.12, 0.50] after" in printed
-    assert "chose nothing, with the best round's weights: 0.38" in printed
+    assert "untrained 0.12 [0.12, 0.50], saved model (round 0's) 0.25 [0.12, 0.50]." in printed
+    assert "Other prompts, which had no part in choosing that model: 0.38" in printed
     assert f"Plot: {finished / 'rounds.png'}" in printed
+
+
+@pytest.mark.parametrize(
+    ("scores", "settings", "expected"),
+    [
+        ((0.5, 0.25), {}, "saved model (round 0's) 0.50"),
+        ((0.5, 0.25), {"load_best_round_at_end": False}, "saved model (round 1's) 0.25"),
+        ((0.0, 0.0), {}, "saved model (the untrained one) 0.12"),
+    ],
+)
+def test_the_score_after_training_is_that_of_the_saved_model(
+    finished, capsys, scores, settings, expected
+) -> None:
+    lines = [make_line(i) for i in range(2)]
+    for line, score in zip(lines, scores, strict=True):
+        line["eval"] = {**SCORES, "eval_accuracy": score}
+    (finished / "_rounds/rounds.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    (finished / "_rounds/config.json").write_text(json.dumps(settings))
+    assert main(["demo"]) == 0
+    assert expected in capsys.readouterr().out
 
 
 def test_a_finished_demo_without_rounds_says_so(finished, capsys) -> None:
@@ -154,9 +175,8 @@ def test_what_is_missing_is_named_before_anything_begins(folder, monkeypatch, ca
 
 
 def test_rounds_appear_line_by_line_where_there_is_no_terminal(tmp_path) -> None:
-    now = iter([0.0, 83.0, 140.0])
     with (tmp_path / "shown.txt").open("w") as file:
-        rounds = LiveRounds(file, "5 minutes", clock=lambda: next(now))
+        rounds = LiveRounds(file, "5 minutes")
         with rounds.shown():
             assert (tmp_path / "shown.txt").read_text().count("\n") == 1
             events = (None, TrainerState(), TrainerControl())
@@ -164,10 +184,10 @@ def test_rounds_appear_line_by_line_where_there_is_no_terminal(tmp_path) -> None
     header, untrained, first = (
         re.split("  +", line) for line in (tmp_path / "shown.txt").read_text().splitlines()
     )
-    assert header[1:] == ["right, held out [95 %]", "samples right", "trained on", "time"]
-    assert untrained == ["untrained", "0.12 [0.12, 0.50]", "1:23"]
+    assert header[1:] == ["right, held out [95 %]", "samples right", "trained on", "took"]
+    assert untrained == ["untrained", "0.12 [0.12, 0.50]"]
     assert first == [
-        "round 0", "0.25 [0.12, 0.50]", "10 of 320", "14 (4 hinted)", "2:20",
+        "round 0", "0.25 [0.12, 0.50]", "10 of 320", "14 (4 hinted)", "1:56",
     ]  # fmt: skip
 
 
@@ -228,7 +248,8 @@ def test_the_demo_runs_from_start_to_report_and_is_shown_again(tiny_demo_model, 
     assert [line.split("  ")[0] for line in lines if re.match("untrained|round", line)] == [
         "untrained", "round 0", "round 1",
     ]  # fmt: skip
-    assert "On prompts that chose nothing, with the best round's weights: " in printed
+    assert "saved model (" in printed
+    assert "Other prompts, which had no part in choosing that model: " in printed
     assert "Report: selfplay-demo/report.html" in printed
     assert "<html" in (tmp_path / "selfplay-demo/report.html").read_text()
     assert "round 0: sample from base" in log.read_text()

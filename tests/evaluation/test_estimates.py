@@ -17,6 +17,8 @@ from trl_selfplay.evaluation.estimates import (
     best_of_k,
     binomial_interval,
     bootstrap_interval,
+    interval_of_scores,
+    interval_of_shares,
     majority_at_k,
     mean_best_of_k,
     mean_majority_at_k,
@@ -149,6 +151,33 @@ def test_bootstrap_interval_repeats_under_a_seed_and_shrinks_to_a_point_without_
     assert bootstrap_interval([0.5] * 9) == (0.5, 0.5)
     with pytest.raises(ValueError, match="at least one value"):
         bootstrap_interval([])
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.0, 8), (1.0, 8), (0.5, 30), (1.0, 1)])
+def test_equal_shares_of_all_prompts_have_the_interval_of_one_trial_each(share, n) -> None:
+    expected = binomtest(int(share * n), n).proportion_ci(method="wilson")
+    assert interval_of_shares([share] * n) == pytest.approx((expected.low, expected.high))
+
+
+def test_an_interval_of_values_with_spread_is_the_bootstrap_and_of_equal_scores_unknown() -> None:
+    values = [0.0, 1.0, 1.0, 0.5, 0.25]
+    assert interval_of_shares(values) == interval_of_scores(values) == bootstrap_interval(values)
+    assert interval_of_scores([11.38]) is None
+    for interval in (interval_of_shares, interval_of_scores):
+        with pytest.raises(ValueError, match="at least one value"):
+            interval([])
+
+
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_no_right_sample_of_a_few_prompts_doesnt_look_certain(num_samples) -> None:
+    """EV-5 at the edge: more samples of the same prompts don't narrow it."""
+    rollouts = [make_rollout(f"p{p}", i, 0.0) for p in range(8) for i in range(num_samples + 1)]
+    metrics = summarize_heldout(rollouts, reward_threshold=1.0)
+    for end in ("_low", "_high"):
+        assert metrics[f"eval_pass@1{end}"] == metrics[f"eval_accuracy{end}"]
+    graded = summarize_heldout(rollouts, reward_threshold=None)
+    assert graded["eval_mean_reward"] == 0.0
+    assert not [name for name in graded if name.endswith(("_low", "_high"))]
 
 
 def test_standard_error_of_a_sample() -> None:

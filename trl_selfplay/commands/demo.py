@@ -201,19 +201,23 @@ def _printing_to(path: Path) -> Iterator[TextIO]:
 def _show_end(folder: Path) -> None:
     """Print what the finished demo has learnt, and where everything is."""
     from trl_selfplay.commands.live_rounds import format_score
+    from trl_selfplay.inspection.summary import saved_round
 
     found = RunFolder.open(folder)
     if not found.lines:
         print(f"\nNo round kept anything to train on; {folder / LOG} says why.")
         return
-    first, last = found.lines[0]["eval_before"], found.lines[-1]["eval"]
+    before, saved = found.lines[0]["eval_before"], saved_round(found)
+    after = before if saved == UNTRAINED else found.lines[saved]["eval"]
+    whose = "the untrained one" if saved == UNTRAINED else f"round {saved}'s"
     print(
-        f"\nHeld-out prompts answered right: {format_score(first)} before, {format_score(last)} after."
+        f"\nHeld-out prompts answered right: untrained {format_score(before)}, saved model ({whose}) "
+        f"{format_score(after)}."
     )
     score = _read_mark(folder).get("score")
     if score is not None:
-        print(f"On prompts that chose nothing, with the best round's weights: {score:.2f}.")
-    if example := _example(found):
+        print(f"Other prompts, which had no part in choosing that model: {score:.2f}.")
+    if example := _example(found, saved):
         print("\n".join(["", *example]))
     print()
     for what, name in (
@@ -227,11 +231,11 @@ def _show_end(folder: Path) -> None:
     print(f"Samples: trl-selfplay samples {folder}")
 
 
-def _example(found: RunFolder) -> list[str]:
-    """Return lines that show one held-out prompt, answered wrongly before training and right after."""
+def _example(found: RunFolder, saved: int) -> list[str]:
+    """Return lines that show one held-out prompt, wrong before training and right by the saved model."""
     before, after = (
         {r.prompt_id: r for r, name in found.evaluation(index) if not name and r.sample_index == 0}
-        for index in (UNTRAINED, found.lines[-1]["round"])
+        for index in (UNTRAINED, saved)
     )
 
     def is_learnt(rollout: Rollout) -> bool:

@@ -17,7 +17,7 @@ from trl_selfplay.inspection.run_folder import RunFolder
 from trl_selfplay.rollouts.funnel import Funnel
 from trl_selfplay.rounds.run import UNTRAINED
 
-HEADER = ("", "right, held out [95 %]", "samples right", "trained on", "time")
+HEADER = ("", "right, held out [95 %]", "samples right", "trained on", "took")
 _WIDTHS = (10, 23, 15, 15, 5)
 
 
@@ -105,7 +105,6 @@ class LiveRounds(TrainerCallback):
         return f"{what}: {progress.share:.0%}" + (f", {speed:,.0f} tokens/s" if speed else "")
 
     def _add(self, row: tuple[str, ...]) -> None:
-        row = (*row, self._elapsed())
         self._rows.append(row)
         if not self._is_live:
             self._write(row)
@@ -135,12 +134,12 @@ class LiveRounds(TrainerCallback):
 
 
 def untrained_row(metrics: Mapping[str, float]) -> tuple[str, ...]:
-    """Return the cells of the untrained model, without the time."""
-    return ("untrained", format_score(metrics), "", "")
+    """Return the cells of the untrained model."""
+    return ("untrained", format_score(metrics), "", "", "")
 
 
 def round_row(line: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the cells of a finished round, without the time."""
+    """Return the cells of a finished round; the last is its own time, in whichever process."""
     funnel = Funnel.from_dict(line["funnel"])
     examples = f"{line['examples']:,}"
     if funnel.rationalized:
@@ -150,6 +149,7 @@ def round_row(line: Mapping[str, Any]) -> tuple[str, ...]:
         format_score(line["eval"]),
         f"{funnel.correct:,} of {funnel.sampled:,}",
         examples,
+        format_clock(sum(line["seconds"].values())),
     )
 
 

@@ -56,9 +56,10 @@ def format_scores(found: dict[str, Any]) -> str:
             if key in group:
                 value = group[key]
                 sign = "" if key in CONDITIONS else "+"
-                lines.append(
-                    f"  {label:33}{value['mean']:{sign}8.2f}  [{value['low']:.2f}, {value['high']:.2f}]"
-                )
+                text = f"  {label:33}{value['mean']:{sign}8.2f}"
+                if "low" in value:  # equal values of all prompts, or a single one, have no interval
+                    text += f"  [{value['low']:.2f}, {value['high']:.2f}]"
+                lines.append(text)
     return "\n".join(lines)
 
 

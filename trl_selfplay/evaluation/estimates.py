@@ -204,7 +204,7 @@ def paired_difference(
     return (fmean(changes) if changes else None), standard_error(changes)
 
 
-def binomial_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def binomial_interval(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return Wilson's score interval of a share; (0, 1) for n = 0.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference",
@@ -243,6 +243,39 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def interval_of_shares(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over prompts of shares, each from 0 to 1.
+
+    A bootstrap of equal values has no width, however few they are. For these it is Wilson's interval,
+    with one trial per prompt: of all values from 0 to 1 with a given mean, those of trials vary most.
+
+    Args:
+        values: One share per prompt, at least one.
+
+    Raises:
+        ValueError: No values.
+    """
+    if values and min(values) == max(values):
+        return binomial_interval(values[0] * len(values), len(values))
+    return bootstrap_interval(values)
+
+
+def interval_of_scores(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % bootstrap interval of a mean over prompts; None if all are equal.
+
+    Nothing is known of the spread of equal values without bounds.
+
+    Args:
+        values: One value per prompt, at least one.
+
+    Raises:
+        ValueError: No values.
+    """
+    if values and min(values) == max(values):
+        return None
+    return bootstrap_interval(values)
+
+
 def summarize_heldout(
     rollouts: Iterable[Rollout], *, reward_threshold: float | None, prefix: str = "eval"
 ) -> dict[str, float]:
@@ -261,10 +294,11 @@ def summarize_heldout(
         For greedy completions: `{prefix}_accuracy` with `_accuracy_low` and `_accuracy_high`
         (Wilson), `_mean_reward`, `_mean_length` (tokens), and the shares `_truncated` and
         `_abstained`. For samples: `{prefix}_pass@k` for k = 1, 2, 4, … and for the number of samples,
-        the first and the last with `_low` and `_high` (bootstrap over prompts); prompts with fewer
-        than k graded samples are left out. Without a threshold, `_mean_reward` with `_low` and
-        `_high` (bootstrap) replaces accuracy, and `_mean_sampled_reward`, over prompts and their
-        samples, replaces pass@k. Metrics without data are absent.
+        the first and the last with `_low` and `_high` (bootstrap over prompts; Wilson if all have the
+        same value); prompts with fewer than k graded samples are left out. Without a threshold,
+        `_mean_reward` with `_low` and `_high` (bootstrap; absent if all rewards are equal) replaces
+        accuracy, and `_mean_sampled_reward`, over prompts and their samples, replaces pass@k. Metrics
+        without data are absent.
     """
     rewards: dict[str, float | None] = {}  # of greedy completions
     lengths: list[int] = []
@@ -287,9 +321,8 @@ def summarize_heldout(
         metrics["accuracy_low"], metrics["accuracy_high"] = low, high
     if graded:
         metrics["mean_reward"] = fmean(graded)
-        if reward_threshold is None:
-            low, high = bootstrap_interval(graded)
-            metrics["mean_reward_low"], metrics["mean_reward_high"] = low, high
+        if reward_threshold is None and (interval := interval_of_scores(graded)):
+            metrics["mean_reward_low"], metrics["mean_reward_high"] = interval
     if lengths:
         metrics["mean_length"] = fmean(lengths)
         metrics["truncated"] = num_truncated / len(lengths)
@@ -313,6 +346,5 @@ def _pass_at_k_metrics(verdicts: Sequence[Sequence[bool]]) -> dict[str, float]:
         values = [pass_at_k(len(v), sum(v), k) for v in verdicts if len(v) >= k]
         metrics[f"pass@{k}"] = fmean(values)
         if k in (1, most):
-            low, high = bootstrap_interval(values)
-            metrics[f"pass@{k}_low"], metrics[f"pass@{k}_high"] = low, high
+            metrics[f"pass@{k}_low"], metrics[f"pass@{k}_high"] = interval_of_shares(values)
     return metrics

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from trl_selfplay.disk import save_text
-from trl_selfplay.evaluation.estimates import bootstrap_interval
+from trl_selfplay.evaluation.estimates import interval_of_scores
 from trl_selfplay.inspection.run_folder import RunFolder
 from trl_selfplay.rollouts.kept_prompts import load_prompts
 from trl_selfplay.rollouts.record import Rollout
@@ -245,8 +245,9 @@ def _summary(scores: Sequence[Score]) -> dict[str, Any]:
                 by_prompt.setdefault(score.prompt_id, []).append(value)
         means = [fmean(values) for _, values in sorted(by_prompt.items())]
         if means:
-            low, high = bootstrap_interval(means)
-            found[name] = {"mean": fmean(means), "low": low, "high": high}
+            interval = interval_of_scores(means)
+            low_high = {} if interval is None else {"low": interval[0], "high": interval[1]}
+            found[name] = {"mean": fmean(means), **low_high}
     return found
 
 

@@ -141,6 +141,15 @@ def _heldout_scores(run: RunFolder) -> tuple[str, dict[int, float], int] | None:
     )
 
 
+def saved_round(run: RunFolder) -> int:
+    """Return the round whose weights a finished run saved as its model; -1 is the untrained model."""
+    last, scores = run.lines[-1], _heldout_scores(run)
+    asked = run.config.get("load_best_round_at_end") is not False or any(
+        alarm.get("action") == "best_round" for alarm in last.get("alarms") or ()
+    )
+    return scores[2] if asked and scores else last["round"]
+
+
 def _by_round(run: RunFolder) -> dict[int, Mapping[str, float]]:
     return {
         UNTRAINED if label == "before" else int(label): metrics

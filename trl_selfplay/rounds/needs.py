@@ -27,6 +27,8 @@ class Expected:
     high: float
 
     def __str__(self) -> str:
+        if self.low == self.high:  # a fixed number, or as many of every prompt: no spread is known
+            return f"{self.value:,.0f}"
         return f"{self.value:,.0f} [{self.low:,.0f}, {self.high:,.0f}]"
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from trl_selfplay.disk import save_text
 from trl_selfplay.estimation.plan import CannotEstimateError
 from trl_selfplay.estimation.record import size_text
-from trl_selfplay.evaluation.estimates import bootstrap_interval, pass_at_k
+from trl_selfplay.evaluation.estimates import interval_of_shares, pass_at_k
 from trl_selfplay.evaluation.progress import format_duration, say
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rollouts.funnel import describe_causes, describe_funnel
@@ -282,7 +282,7 @@ def _passing(trainer: Any, trial: TrialRound) -> Finding | None:
     most = min(NUM_SAMPLES, *map(len, by_prompt.values()))
     for k in sorted({1, most}):
         scores = [pass_at_k(len(own), sum(own), k) for own in by_prompt.values()]
-        low, high = bootstrap_interval(scores)
+        low, high = interval_of_shares(scores)
         values[f"pass@{k}"] = fmean(scores)
         values[f"pass@{k}_low"], values[f"pass@{k}_high"] = low, high
     shown = ", ".join(

@@ -19,7 +19,7 @@ from statistics import fmean
 from datasets import Dataset
 
 from trl_selfplay.disk import DamagedFileError, naming_damage, save_text
-from trl_selfplay.evaluation.estimates import bootstrap_interval
+from trl_selfplay.evaluation.estimates import interval_of_scores, interval_of_shares
 from trl_selfplay.evaluation.heldout import HeldOutScores
 from trl_selfplay.rollouts.completions import ChosenTokens
 from trl_selfplay.rollouts.prompts import PromptRow
@@ -84,7 +84,7 @@ def measure_heldout(
         opponent also `…_win_rate`, the share of pairs in which the policy prefers the data's
         completion more strongly than the opponent did, ties as 1/2; `…_margin`, the mean of beta
         times the difference of log-ratios; `…_loss`, the logistic loss; and `…_distance`, ln 2 minus
-        that loss. 95 % bootstrap intervals end in _low and _high.
+        that loss. 95 % intervals end in _low and _high; that of `…_logps` is absent if all are equal.
     """
     lengths = [len(ids) for ids in rows["chosen_ids"]]
     per_prompt = {
@@ -92,7 +92,8 @@ def measure_heldout(
         for prompt_id, (chosen, _), length in zip(rows["prompt_id"], logps, lengths, strict=True)
     }
     metrics = {f"{prefix}_logps": fmean(per_prompt.values())}
-    metrics |= _interval(f"{prefix}_logps", list(per_prompt.values()))
+    if interval := interval_of_scores(list(per_prompt.values())):
+        metrics[f"{prefix}_logps_low"], metrics[f"{prefix}_logps_high"] = interval
     if "ref_chosen_logps" not in rows.column_names:
         return metrics, per_prompt
     margins = [
@@ -108,21 +109,18 @@ def measure_heldout(
     ]
     if margins:
         wins = [0.5 if margin == 0.0 else float(margin > 0.0) for margin in margins]
+        low, high = interval_of_shares(wins)
         loss = fmean(logistic_loss(margin) for margin in margins)
         metrics |= {
             f"{prefix}_win_rate": fmean(wins),
-            **_interval(f"{prefix}_win_rate", wins),
+            f"{prefix}_win_rate_low": low,
+            f"{prefix}_win_rate_high": high,
             f"{prefix}_margin": fmean(margins),
             f"{prefix}_loss": loss,
             f"{prefix}_distance": LN_2 - loss,
             f"{prefix}_pairs": float(len(margins)),
         }
     return metrics, per_prompt
-
-
-def _interval(name: str, values: Sequence[float]) -> dict[str, float]:
-    low, high = bootstrap_interval(values)
-    return {f"{name}_low": low, f"{name}_high": high}
 
 
 def warn_falling_likelihood(
