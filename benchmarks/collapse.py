@@ -189,9 +189,13 @@ def describe_alarm(record: dict[str, Any], ignored: tuple[str, ...] = ()) -> lis
     if alarm is None:
         return [when, "–", "no" if fall is not None else "–"]
     index, is_late, names = alarm
-    in_time = fall is None or index < fall or (index == fall and not is_late)
+    in_time = fall is not None and (index < fall or (index == fall and not is_late))
     where = "after" if is_late else "before the training of"
-    return [when, f"{where} round {index}: {names}", "yes" if in_time else "no"]
+    return [
+        when,
+        f"{where} round {index}: {names}",
+        "–" if fall is None else "yes" if in_time else "no",
+    ]
 
 
 def write_summary(results: Path) -> None:
@@ -212,7 +216,12 @@ def write_summary(results: Path) -> None:
         found = [r for r in records if r["arm"] == arm]
         if not found:
             continue
-        lines += ["", f"## {arm}", "", f"| round | {' | '.join(NUMBERS)} | alarms (seeds) |"]
+        lines += [
+            "",
+            f"## {arm} ({len(found)} of 3 seeds)",
+            "",
+            f"| round | {' | '.join(NUMBERS)} | alarms (seeds) |",
+        ]
         lines.append("|---" * (len(NUMBERS) + 2) + "|")
         lines.append(f"| before | {cell([accuracies(r)[0] for r in found], True)} |" + " |" * 5)
         for index in range(max(len(r["lines"]) for r in found)):
