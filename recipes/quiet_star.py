@@ -90,7 +90,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     model, folder = model_args.model_name_or_path, Path(training_args.output_dir)
     if training_args.eval_strategy == "no":
         script_args.dataset_test_split = None
-    train, test = script_arguments.load_splits(script_args, dataset_args, PRESETS)
+    train, test = script_arguments.load_splits(script_args, dataset_args, PRESETS, model_args)
     if train is None:
         train, test, lines = pointers.pointer_split(training_args.seed, script_args.smoke)
         if script_args.smollm2:

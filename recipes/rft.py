@@ -76,7 +76,7 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, construct, train, save."""
-    sets, split = script_arguments.load_sets(script_args, dataset_args, PRESETS), None
+    sets, split = script_arguments.load_sets(script_args, dataset_args, PRESETS, model_args), None
     if sets is None:
         split = words.demo_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}

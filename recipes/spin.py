@@ -86,7 +86,7 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, construct, train, save."""
     model, heldout = model_args.model_name_or_path, []
-    train, test = script_arguments.load_splits(script_args, dataset_args, PRESETS)
+    train, test = script_arguments.load_splits(script_args, dataset_args, PRESETS, model_args)
     if train is None:
         train, test, heldout = style.style_split(training_args.seed, script_args.smoke)
         folder = Path(training_args.output_dir) / "fine_tuned"

@@ -103,7 +103,7 @@ def main(
     script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, callbacks: Any = None
 ) -> float | None:
     """Load, construct, train, save; return the demo's score of prompts that chose nothing."""
-    sets, split = script_arguments.load_sets(script_args, dataset_args, PRESETS), None
+    sets, split = script_arguments.load_sets(script_args, dataset_args, PRESETS, model_args), None
     if sets is None:
         print(DIFFERENCES_FROM_PAPER.format(**vars(training_args)))
         split = words.demo_split(training_args.seed, script_args.smoke, script_args.quick)

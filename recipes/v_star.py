@@ -102,7 +102,10 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, construct, train, save; in the demo, train a generator before and compare afterwards."""
-    sets, generator = script_arguments.load_sets(script_args, dataset_args, PRESETS), None
+    sets, generator = (
+        script_arguments.load_sets(script_args, dataset_args, PRESETS, model_args),
+        None,
+    )
     loading = script_arguments.model_arguments(training_args, model_args)
     if sets is None:
         split = words.demo_split(training_args.seed, script_args.smoke)

@@ -16,7 +16,10 @@ from trl.scripts.grpo import GRPOScriptArguments
 from trl_selfplay import QuietSTaRConfig, QuietSTaRModel, STaRConfig, estimate
 from trl_selfplay.demos.script_arguments import (
     GradedScriptArguments,
+    load_named_dataset,
     load_reward_func,
+    load_sets,
+    load_splits,
     model_arguments,
     prepare,
 )
@@ -390,6 +393,56 @@ def test_reward_functions_of_one_argument_are_named_with_it(tmp_path, monkeypatc
         load_reward_func("puzzle_reward")
     with pytest.raises(ValueError, match="no task 'nonesuch'"):
         load_reward_func("puzzle_reward:nonesuch")
+
+
+def test_a_function_of_one_s_own_module_may_follow_a_colon(reward_module) -> None:
+    found = load_reward_func(reward_module.replace(".", ":"))
+    assert found(completions=["so 3", "4"], solution=["3", "3"]) == [1.0, 0.0]
+    with pytest.raises(ImportError, match="my_rewards has no function 'absent'"):
+        load_reward_func("my_rewards:absent")
+
+
+def test_a_model_without_a_dataset_is_refused_and_without_both_the_demo_is_told(
+    star, tmp_path, capsys
+) -> None:
+    def load(*flags):
+        script, _, model, data = star.parse_arguments([*flags, "--output_dir", str(tmp_path)])
+        return load_sets(script, data, star.PRESETS, model)
+
+    with pytest.raises(ValueError, match=r"no dataset\. Add --dataset_name"):
+        load("--model_name_or_path", "m")
+    assert load() is None
+    assert "No dataset is named (--dataset_name): this is the demo" in capsys.readouterr().out
+    assert load("--smoke", "--model_name_or_path", "m") is None
+    assert load("--quick") is None
+    assert capsys.readouterr().out == ""
+
+
+def test_a_flag_isn_t_taken_for_a_longer_one(star, tmp_path) -> None:
+    with pytest.raises(ValueError, match="--num_round: it is unknown; did you mean 'num_rounds'"):
+        star.parse_arguments(["--num_round", "3", "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
+def test_a_dataset_may_be_a_file(star, sums, kind, tmp_path) -> None:
+    path = tmp_path / f"sums.{kind}"
+    getattr(sums(3), f"to_{kind.removesuffix('l')}")(str(path))
+    script, _, model, data = star.parse_arguments(
+        ["--dataset_name", str(path), "--output_dir", str(tmp_path)]
+    )
+    sets = load_sets(script, data, None, model)
+    assert sets["train_dataset"]["prompt"] == sums(3)["prompt"]
+    assert sets["eval_dataset"] is None
+    train, test = load_splits(script, data)
+    assert (len(train), test) == (3, None)
+    script.dataset_train_split, script.dataset_test_split = "train[:2]", "train[2:]"
+    assert [len(split) for split in load_splits(script, data)] == [2, 1]
+
+
+def test_a_file_of_another_kind_is_refused_at_once(star, tmp_path) -> None:
+    (tmp_path / "sums.txt").write_text("1 + 1")
+    with pytest.raises(ValueError, match=r"sums.txt' is a file, and its name ends in none of"):
+        load_named_dataset(str(tmp_path / "sums.txt"))
 
 
 def test_plain_prompts_become_chat_turns_on_request(star, sums) -> None:

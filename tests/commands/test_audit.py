@@ -52,3 +52,13 @@ def test_rows_of_a_dataset_are_used_and_nothing_found_ends_with_0(folder, capsys
 def test_wrong_flags_end_with_2(folder, flags, said, capsys) -> None:
     assert main(["audit", *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_missing_column_is_one_message_that_names_the_flag(folder, capsys) -> None:
+    flags = ["--dataset_name", "data/train.jsonl", "--prompt_column", "question"]
+    assert main(["audit", "audited_rewards:contains", *flags]) == 2
+    said = capsys.readouterr().err
+    assert "has no column 'solution'; its columns are ['question', 'gold']" in said
+    assert "Name the column with --solution_column." in said
+    assert main(["audit", "audited_rewards:contains", *flags, "--solution_column", "glod"]) == 2
+    assert "--solution_column glod: the dataset has no such column" in capsys.readouterr().err

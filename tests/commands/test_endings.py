@@ -1,6 +1,7 @@
 """Which errors end as a message: those raised for the user to read, and no fault of the package's."""
 
 import pytest
+from huggingface_hub import HfApi, constants
 
 from trl_selfplay.commands.endings import tell_error, tell_pause
 from trl_selfplay.commands.recipes import find_recipe
@@ -49,6 +50,16 @@ def test_a_fault_keeps_its_traceback(call) -> None:
     with pytest.raises(type(error)) as again:
         tell_error("star", error)
     assert again.value is error
+
+
+def test_a_connection_that_fails_is_a_message_with_the_address(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    error = raised(lambda: HfApi(endpoint="http://127.0.0.1:9").create_repo("me/star", token="x"))
+    assert tell_error("star", error) == 1
+    said = capsys.readouterr().err
+    assert "no connection to http://127.0.0.1:9/api/repos/create (" in said
+    assert "leave out --push_to_hub" in said
+    assert "What the run has written is kept." in said
 
 
 def test_a_pause_tells_the_command_that_goes_on(monkeypatch, capsys) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -13,6 +14,7 @@ from processes import start, wait_for
 
 from trl_selfplay.commands.dispatch import main
 
+ROOT = Path(__file__).parent.parent.parent
 # A run of seconds in that folder.
 FLAGS = [
     *("--model_name_or_path", "./tiny-model", "--dataset_name", "./data", "--output_dir", "out"),
@@ -105,3 +107,19 @@ def test_a_traceback_is_shown_on_demand(work_folder) -> None:
     code, printed, _ = command(work_folder, "star", *flags, TRL_SELFPLAY_TRACEBACK="1")
     assert code == 1
     assert "Traceback" in printed
+
+
+@pytest.mark.slow
+def test_a_hub_that_can_t_be_reached_is_a_message_before_anything_is_sampled(work_folder) -> None:
+    """In an interpreter of its own, because huggingface_hub reads where the Hub is as it is imported."""
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "none"}
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_selfplay", "star", *FLAGS, "--reward_funcs", "my_rewards.contains",
+         "--push_to_hub", "--hub_model_id", "a/b"],
+        cwd=work_folder, check=False, capture_output=True, text=True, timeout=300,
+        env={**os.environ, **hub, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "no connection to http://127.0.0.1:9/" in done.stderr
+    assert "Nothing was sampled." in done.stderr
+    assert "Traceback" not in done.stderr

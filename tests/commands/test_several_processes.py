@@ -45,3 +45,19 @@ def test_a_launcher_starts_a_command(launcher, num_processes, work_folder) -> No
     record = json.loads((work_folder / "out/_rounds/config.json").read_text())
     assert record["number_of_processes"] == num_processes
     assert (done.stdout + done.stderr).count("round 0: sample from base") == 1
+
+
+@pytest.mark.slow
+def test_processes_that_would_not_work_together_are_refused(work_folder) -> None:
+    """Without a GPU, transformers joins them only on `--use_cpu`."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "trl_selfplay", *(f for f in RUN if f != "--use_cpu")],
+        cwd=work_folder, check=False, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "a launcher started 2 processes" in done.stderr
+    assert "only with --use_cpu" in done.stderr
+    assert "another process is training" not in done.stderr
+    assert not (work_folder / "out").exists()

@@ -173,7 +173,9 @@ def test_a_run_that_cannot_work_is_an_error(
 ) -> None:
     monkeypatch.setattr(preflight, "free_bytes", lambda folder: 1000)
     trainer = build_star(dry_run=True, rationalize=False, **changes)
-    with pytest.raises(PreflightError, match=f"can't work.*{name}: .*{message}.*a larger disk"):
+    with pytest.raises(
+        PreflightError, match=f"(?s)can't work:.*- {name}: .*{message}.*a larger disk"
+    ):
         trainer.train()
     for what in (name, "examples", "disk"):
         assert findings_of(tmp_path)[what]["level"] == "error"

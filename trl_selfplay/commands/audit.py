@@ -50,14 +50,23 @@ def _find_function(name: str) -> Any:
 def _load_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.dataset_name is None:
         return _ROWS
-    from datasets import load_dataset
-
+    from trl_selfplay.demos.script_arguments import (
+        GradedScriptArguments,
+        load_named_dataset,
+        prepare,
+    )
     from trl_selfplay.disk import refuse_missing_path
 
     refuse_missing_path(args.dataset_name, "dataset_name")
-    rows = load_dataset(args.dataset_name, name=args.dataset_config, split=args.split)
-    names = {args.prompt_column: "prompt", args.solution_column: "solution"}
-    chosen = rows.rename_columns({old: new for old, new in names.items() if old != new})
+    rows = load_named_dataset(args.dataset_name, args.split, name=args.dataset_config)
+    columns = {"prompt_column": args.prompt_column, "solution_column": args.solution_column}
+    chosen = prepare(rows, GradedScriptArguments(**columns))
+    for flag, column in columns.items():
+        if flag.removesuffix("_column") not in chosen.column_names:
+            raise ValueError(
+                f"{args.dataset_name} has no column {column!r}; its columns are "
+                f"{rows.column_names}. Name the column with --{flag}."
+            )
     return [dict(row) for row in chosen.select(range(min(args.max_rows, len(chosen))))]
 
 
@@ -71,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "function", metavar="FUNCTION", help="my_module:my_reward, or a name such as math_reward"
     )
     parser.add_argument(
-        "--dataset_name", help="a folder or Hub id with the rows; default: four additions"
+        "--dataset_name", help="a folder, file or Hub id with the rows; default: four additions"
     )
     parser.add_argument("--dataset_config")
     parser.add_argument("--split", default="train", help="default: train")

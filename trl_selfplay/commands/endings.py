@@ -3,11 +3,13 @@
 In: what was raised. Out: a message on stderr and an exit code, or the error itself with its traceback.
 """
 
+import contextlib
 import dis
 import os
 import shlex
 import sys
 from pathlib import Path
+from traceback import walk_tb
 from types import TracebackType
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
@@ -49,7 +51,8 @@ def tell_error(name: str, error: Exception) -> int:
     if os.environ.get(_TRACEBACK) or not _is_meant_for_the_user(error):
         raise error
     code = getattr(error, "exit_code", 1)
-    print(f"\ntrl-selfplay {name}: {error}", file=sys.stderr)
+    explained = _explain_connection(error) if _is_of_the_connection(error) else error
+    print(f"\ntrl-selfplay {name}: {explained}", file=sys.stderr)
     if code == 1:
         print(f"({type(error).__name__}; {_TRACEBACK}=1 shows where.)", file=sys.stderr)
     return code
@@ -66,10 +69,38 @@ def _is_meant_for_the_user(error: Exception) -> bool:
         last = last.tb_next
     if last is None:
         return False
-    if isinstance(error, OSError | ImportError):
+    if isinstance(error, OSError | ImportError) or _is_of_the_connection(error):
         return True
     path = Path(last.tb_frame.f_code.co_filename)
     return _is_raised(last) and any(path.is_relative_to(folder) for folder in (_PACKAGE, _RECIPES))
+
+
+def _is_of_the_connection(error: Exception) -> bool:
+    """Return whether a request failed without an answer, as the Hub's client raises it.
+
+    Such errors are those of the library under the client, httpx or another, from whose base class the
+    client's own errors derive.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return isinstance(error, HfHubHTTPError.__bases__) and not isinstance(error, OSError)
+
+
+def _explain_connection(error: Exception) -> str:
+    """Return what couldn't be reached, what to do, and whether the run had begun."""
+    address = os.environ.get("HF_ENDPOINT", "the Hub")
+    with contextlib.suppress(AttributeError, RuntimeError):  # an error may lack its request
+        address = str(error.request.url)  # type: ignore[attr-defined]
+    frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    began = not any(
+        code.co_name == "__init__" and Path(code.co_filename).is_relative_to(_PACKAGE)
+        for code in frames
+    )
+    lost = "What the run has written is kept." if began else "Nothing was sampled."
+    return (
+        f"no connection to {address} ({error}). Check the network and HF_ENDPOINT, or work without the "
+        f"Hub: leave out --push_to_hub, and name folders as model and dataset. {lost}"
+    )
 
 
 def _is_raised(last: TracebackType) -> bool:

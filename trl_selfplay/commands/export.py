@@ -46,7 +46,7 @@ def run(flags: list[str]) -> int:
     except (DamagedFileError, NewerFormatError) as error:
         print(f"trl-selfplay export: {error}", file=sys.stderr)
         return 1
-    print(f"{count:,} rows in {path}")
+    print(f"{count:,} {'row' if count == 1 else 'rows'} in {path}")
     return 0
 
 

@@ -77,10 +77,15 @@ class GradedScriptArguments(RunScriptArguments):
         },
     )
     prompt_column: str = field(
-        default="prompt", metadata={"help": "Column that holds the prompts."}
+        default="prompt",
+        metadata={"help": "Column that holds the prompts. It is renamed to `prompt`."},
     )
     solution_column: str = field(
-        default="solution", metadata={"help": "Column that holds the solutions."}
+        default="solution",
+        metadata={
+            "help": "Column that holds the solutions. It is renamed to `solution`, which is how reward "
+            "functions take it."
+        },
     )
     chat: bool = field(
         default=False, metadata={"help": "Turn plain-text prompts into chat messages."}
@@ -114,7 +119,12 @@ def parse_script_arguments(
         print(describe_script(types, whole="--help_all" in asked))  # noqa: T201  # a script's help
         raise SystemExit(0)
     program = program_name()
-    said = {"prog": program, "usage": f"{program} [FLAGS]; --help lists them"}  # else of all flags
+    # The whole usage would list all flags. An abbreviation would hide a misspelt flag.
+    said: Any = {
+        "allow_abbrev": False,
+        "prog": program,
+        "usage": f"{program} [FLAGS]; --help lists them",
+    }
     known = trl.TrlParser(types[::3], **said).parse_args_and_config(
         given, return_remaining_strings=True
     )
@@ -183,7 +193,7 @@ def _given_values(config_class: Any, flags: Sequence[str]) -> dict[str, Any]:
         if each.init
     ]
     given: Any = dataclasses.make_dataclass("Given", unset)
-    parser = trl.TrlParser(given)
+    parser = trl.TrlParser(given, allow_abbrev=False)
     parsed, *_ = parser.parse_args_and_config(flags, return_remaining_strings=True)
     return {name: value for name, value in vars(parsed).items() if value is not None}
 
@@ -192,7 +202,8 @@ def load_reward_func(name: str) -> Any:
     """Return the reward function with this name or import path, or the id or folder of a reward model.
 
     `name:argument` calls the function of that name, which makes a reward function, with the argument:
-    a number if it is one, else text.
+    a number if it is one, else text. `module:function` is a function of a module of one's own, as is
+    `module.function`.
 
     Raises:
         ValueError: There is no function with this name, or it makes reward functions and the argument
@@ -203,6 +214,8 @@ def load_reward_func(name: str) -> Any:
     if "/" in name or Path(name).is_dir():
         return name
     maker, colon, argument = name.partition(":")
+    if argument.isidentifier() and "." not in maker and _named(maker) is None:
+        return import_function(f"{maker}.{argument}")
     function = _find_function(maker)
     if colon:
         return function(_number_or_text(argument))
@@ -213,13 +226,21 @@ def load_reward_func(name: str) -> Any:
     return function
 
 
-def _find_function(name: str) -> Any:
+def _named(name: str) -> Any:
+    """Return the reward function of this package or TRL with this name, or None."""
     for module in (rewards, trl.rewards):
         if name.endswith("_reward") and hasattr(module, name):
             return getattr(module, name)
+    return None
+
+
+def _find_function(name: str) -> Any:
+    if (known := _named(name)) is not None:
+        return known
     if "." not in name:
         raise ValueError(
-            f"no reward function {name!r}; give a name such as 'exact_reward', or an import path"
+            f"no reward function {name!r}; give a name such as 'exact_reward', or an import path such "
+            "as 'my_rewards.my_reward'"
         )
     return import_function(name)
 
@@ -243,9 +264,20 @@ def load_eval_reward_funcs(script_args: GradedScriptArguments) -> list[Any] | No
 
 
 def prepare(dataset: Any, script_args: GradedScriptArguments) -> Any:
-    """Rename a dataset's columns to `prompt` and `solution`, with chat prompts on request."""
+    """Rename a dataset's columns to `prompt` and `solution`, with chat prompts on request.
+
+    Raises:
+        WrongFlagsError: There is no column of a name that was given.
+    """
     names = {script_args.prompt_column: "prompt", script_args.solution_column: "solution"}
-    dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
+    renamed = {old: new for old, new in names.items() if old != new}
+    for old, new in renamed.items():
+        if old not in dataset.column_names:
+            raise WrongFlagsError(
+                f"--{new}_column {old}: the dataset has no such column; its columns are "
+                f"{dataset.column_names}."
+            )
+    dataset = dataset.rename_columns(renamed)
     if not script_args.chat:
         return dataset
     return dataset.map(
@@ -257,17 +289,58 @@ def prepare(dataset: Any, script_args: GradedScriptArguments) -> Any:
     )
 
 
+def load_named_dataset(dataset_name: str, split: str | None = None, **options: Any) -> Any:
+    """Return a dataset of the Hub, or of a folder or file on disk, whose rows are its split "train".
+
+    Args:
+        dataset_name: A Hub id, a folder, or a file of `.json`, `.jsonl`, `.csv` or `.parquet`.
+        split: As `load_dataset` takes it; None returns all splits.
+        **options: `name`, the configuration, and `revision` of a dataset of the Hub.
+
+    Raises:
+        WrongFlagsError: A file of another kind.
+    """
+    path = Path(dataset_name)
+    if not path.is_file():
+        return load_dataset(dataset_name, split=split, **options)
+    kind = path.suffix.removeprefix(".").replace("jsonl", "json")
+    if kind not in ("json", "csv", "parquet"):
+        raise WrongFlagsError(
+            f"dataset_name={dataset_name!r} is a file, and its name ends in none of .json, .jsonl, .csv and "
+            ".parquet. Give such a file, a folder of them, or a Hub id."
+        )
+    return load_dataset(kind, data_files=str(path), split=split)
+
+
+def _tell_demo(script_args: RunScriptArguments, model_args: Any) -> None:
+    """Say that the demo's task is used because no dataset is named, unless the flags ask for it.
+
+    Raises:
+        WrongFlagsError: A model is named, which is hardly meant for the demo's task.
+    """
+    if script_args.smoke or getattr(script_args, "quick", False):
+        return
+    if model_args is not None and model_args.model_name_or_path is not None:
+        raise WrongFlagsError(
+            "a model is named, but no dataset. Add --dataset_name, a Hub id, folder or file, and what "
+            "the method needs besides, such as --reward_funcs. With --smoke, the model tries the "
+            "demo's task."
+        )
+    say("No dataset is named (--dataset_name): this is the demo, on its own task.")
+
+
 def load_sets(
     script_args: GradedScriptArguments,
     dataset_args: Any,
     presets: Mapping[str, Preset] | None = None,
+    model_args: Any = None,
 ) -> dict[str, Any] | None:
-    """Return the named dataset as `train_dataset` and `eval_dataset`, or None if none is named.
+    """Return the named dataset as `train_dataset` and `eval_dataset`, or None for the demo's.
 
     A preset's also has `few_shot_examples`, and `gold_dataset` where the paper trains on the data.
 
     Raises:
-        ValueError: `dataset_streaming` is set.
+        ValueError: `dataset_streaming` is set, or a model is named and no dataset.
     """
     if script_args.dataset_streaming:
         raise ValueError(
@@ -279,7 +352,7 @@ def load_sets(
     if dataset_args.datasets:
         sets = trl.get_dataset(dataset_args)
     elif script_args.dataset_name:
-        sets = load_dataset(
+        sets = load_named_dataset(
             script_args.dataset_name,
             name=script_args.dataset_config,
             revision=preset and preset.revision_of(script_args.dataset_name),
@@ -287,6 +360,7 @@ def load_sets(
     elif preset is not None and preset.rows is not None:
         sets = preset.rows()
     else:
+        _tell_demo(script_args, model_args)
         return None
     test = sets.get(script_args.dataset_test_split)
     if preset is not None:
@@ -301,10 +375,15 @@ def load_splits(
     script_args: RunScriptArguments,
     dataset_args: Any,
     presets: Mapping[str, Preset] | None = None,
+    model_args: Any = None,
 ) -> tuple[Any, Any]:
     """Return the named training and held-out splits, which may be slices such as `train[:1000]`.
 
-    Both are None if no dataset is named; the held-out one is also None without a name.
+    Both are None for the demo's; the held-out one is also None without a name, or if the dataset is a
+    file, which has no split of that name.
+
+    Raises:
+        ValueError: A model is named and no dataset.
     """
     preset = find_preset(script_args, presets)
     if dataset_args.datasets:
@@ -312,17 +391,24 @@ def load_splits(
         splits = [sets.get(name) for name in ("train", "test")]
     elif script_args.dataset_name:
         revision = preset and preset.revision_of(script_args.dataset_name)
+        names: list[str | None] = [
+            script_args.dataset_train_split,
+            script_args.dataset_test_split,
+        ]
+        if Path(script_args.dataset_name).is_file() and not (names[1] or "").startswith("train"):
+            names[1] = None
         splits = [
-            split
-            and load_dataset(
+            name
+            and load_named_dataset(
                 script_args.dataset_name,
+                name,
                 name=script_args.dataset_config,
-                split=split,
                 revision=revision,
             )
-            for split in (script_args.dataset_train_split, script_args.dataset_test_split)
+            for name in names
         ]
     else:
+        _tell_demo(script_args, model_args)
         return None, None
     train, test = (preset.convert(s) if preset and s is not None else s for s in splits)
     return train, test

@@ -93,7 +93,8 @@ def check_parameters(
     if missing:
         raise ValueError(
             f"reward function {name!r} needs {missing}, and {where} has the columns "
-            f"{['prompt', *columns]}. Rename or add a column."
+            f"{['prompt', *columns]}. Rename or add a column, or rename the argument (--solution_column "
+            "renames the column that it names to 'solution')."
         )
     unknown = sorted(given - {p.name for p in parameters})
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -118,7 +118,8 @@ def load_prompt_rows(
         advice = (
             'Make one of `messages`: `dataset.map(lambda row: {"prompt": row["messages"][:-1]})`.'
             if "messages" in dataset.column_names
-            else 'Rename a column with `dataset.rename_column("question", "prompt")`.'
+            else 'Rename a column with `dataset.rename_column("question", "prompt")`, or on the '
+            "command line with --prompt_column question."
         )
         raise ValueError(
             f"`{name}` has no column 'prompt'; its columns are {dataset.column_names}. Each row "
@@ -128,7 +129,8 @@ def load_prompt_rows(
         raise ValueError(
             f"`{name}` has no column 'solution'; its columns are {dataset.column_names}. "
             f"{needs_solution} needs it. Rename a column with "
-            '`dataset.rename_column("answer", "solution")`.'
+            '`dataset.rename_column("answer", "solution")`, or on the command line with '
+            "--solution_column answer."
         )
     read = columns_read(reward_funcs, dataset.column_names)
     records = enumerate(as_plain_rows(dataset))

@@ -87,8 +87,8 @@ def run_preflight(trainer: Any) -> TrainOutput:
         say(describe(findings, min(100, shutil.get_terminal_size().columns)))
         say(f"dry_run=True: nothing was trained. All of this is in {folder / 'preflight.json'}")
     if errors:
-        listed = " ".join(f"{finding.name}: {finding.text}" for finding in errors)
-        raise PreflightError(f"a run with these settings can't work. {listed}")
+        listed = "\n".join(f"- {finding.name}: {finding.text}" for finding in errors)
+        raise PreflightError(f"a run with these settings can't work:\n{listed}")
     return TrainOutput(0, 0.0, {})
 
 

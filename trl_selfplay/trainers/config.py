@@ -36,6 +36,7 @@ from trl_selfplay.trainers.field_checks import (
     bounds_of,
     check_fields,
     check_value,
+    refuse_strangers,
 )
 
 logger = logging.getLogger(__name__)
@@ -289,6 +290,7 @@ class SelfPlayConfig(EngineConfig):
         if config.greater_is_better is None:
             config.greater_is_better = not config.metric_for_best_model.endswith(_LOWER_IS_BETTER)
         super().__post_init__()  # type: ignore[misc]
+        refuse_strangers(config)
         check_self_play_config(config)
 
     @property

@@ -122,6 +122,21 @@ _CHOICES = {
 _NOT_EMPTY = ("output_dir", "run_name", "hub_model_id")
 
 
+def refuse_strangers(config: Any) -> None:
+    """Raise RuntimeError if a launcher started several processes and the config doesn't join them.
+
+    transformers joins processes without a GPU only with `use_cpu=True`. Otherwise each would train on
+    its own into the same folder.
+    """
+    started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if started > 1 and config.world_size == 1:
+        raise RuntimeError(
+            f"a launcher started {started} processes, and each would train on its own: without a GPU "
+            "for each, they work together only with --use_cpu (use_cpu=True). Add it, or start one "
+            "process."
+        )
+
+
 def check_fields(config: Any) -> None:
     """Raise ValueError for a value with the wrong type for its field, or out of range.
 

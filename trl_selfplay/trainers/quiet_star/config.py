@@ -14,6 +14,7 @@ from trl_selfplay.trainers.field_checks import (
     SHARE,
     Bounds,
     check_fields,
+    refuse_strangers,
 )
 from trl_selfplay.trainers.ported_scripts import takes_ported_fields
 from trl_selfplay.trainers.quiet_star.footprint import ThinkingStep
@@ -122,6 +123,7 @@ class QuietSTaRConfig(SFTConfig):
         check_fields(self)
         switch_off_bf16_without_gpu(self)
         super().__post_init__()
+        refuse_strangers(self)
         if self.num_thoughts:
             self._check_thoughts()
 
