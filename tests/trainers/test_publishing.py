@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hub_server import OWNER, serving_hub
 from huggingface_hub import DatasetCard, ModelCard
 
@@ -74,10 +75,17 @@ def test_a_push_takes_model_and_samples_with_their_cards_and_no_token(
 
 
 def test_saved_arguments_hold_no_token_and_the_trainer_keeps_it(build_star, tmp_path) -> None:
-    trainer = build_star(hub_token=TOKEN)
+    trainer = build_star(hub_token=TOKEN, chat_template_kwargs={"a": 1, "of": {"api_key": TOKEN}})
+    loading = {"token": TOKEN, "use_safetensors": True}  # a model's name is needed to give it
+    trainer.args.model_init_kwargs = loading
     trainer.save_model()
-    assert TOKEN.encode() not in (tmp_path / "run" / "training_args.bin").read_bytes()
+    path = tmp_path / "run" / "training_args.bin"
+    assert TOKEN.encode() not in path.read_bytes()
+    saved = torch.load(path, weights_only=False)
+    assert saved.model_init_kwargs == {"use_safetensors": True}
+    assert saved.chat_template_kwargs == {"a": 1, "of": {}}
     assert trainer.args.hub_token == TOKEN
+    assert trainer.args.model_init_kwargs is loading
 
 
 def test_samples_are_not_pushed_without_the_model(build_star) -> None:

@@ -486,6 +486,15 @@ def _top(name: str) -> str:
     return name.split(".")[0]
 
 
+def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dict of settings, and those in it, without tokens, keys and passwords."""
+    return {
+        name: without_secrets(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if not _SECRET.search(str(name))
+    }
+
+
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values as JSON gives them back, those in dicts by dotted name, without secrets."""
     flat: dict[str, Any] = {}
