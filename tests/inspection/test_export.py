@@ -9,6 +9,7 @@ from trl_selfplay.commands.export import run as export_command
 from trl_selfplay.inspection.export import export_run
 from trl_selfplay.inspection.row_forms import Example, to_row
 from trl_selfplay.rollouts.kept_prompts import KeptPrompt
+from trl_selfplay.rollouts.stored import save_history
 
 TEXT = [{"prompt": "Q 1 + 2 = ?", "solution": "3"}, {"prompt": "Q 2 + 2 = ?", "solution": "4"}]
 SYSTEM, USER = {"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 2"}
@@ -68,6 +69,19 @@ def test_sft_rows_are_what_was_trained_on_without_repeats_and_with_their_origin(
         "sampled_from": "round 0",
     }
     assert len(export(write_run(TEXT, ROUNDS, "again"), "sft", rounds=[1])) == 2
+
+
+def test_sft_rows_include_what_a_round_took_from_an_earlier_one(write_run, export) -> None:
+    samples = [dict(sample) for sample in ROUNDS[0]]
+    samples[1]["outcome"] = "capped"
+    run = write_run(TEXT, [samples, ROUNDS[1]])
+    taken = [r for r, outcome in run.rollouts(0) if outcome == "capped"]
+    save_history(run.folder(1) / "history.parquet", taken)
+    found = [(r["completion"], r["round"], r["outcome"]) for r in export(run, "sft", rounds=[1])]
+    assert found == [("so 3", 1, "kept"), ("2 + 2 = 4", 1, "kept"), ("so  3", 0, "capped")]
+    assert len(export(run, "sft")) == 4
+    save_history(run.folder(1) / "history.parquet", [])
+    assert len(export(run, "sft")) == 3
 
 
 def test_dpo_rows_pair_each_completion_once_with_a_wrong_one_of_its_round(

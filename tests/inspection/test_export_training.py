@@ -2,11 +2,12 @@
 
 from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_dataset, load_from_disk
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
-from trl_selfplay import STaRConfig, STaRTrainer
+from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, STaRConfig, STaRTrainer
 from trl_selfplay.inspection.export import export_run
 from trl_selfplay.inspection.run_folder import RunFolder
 
@@ -79,6 +80,39 @@ def test_trl_tokenizes_an_exported_row_as_it_was_trained_on(
     )
     assert trained.total() > 10
     assert not trained - as_tokens(trainer.train_dataset)
+
+
+def test_rows_are_what_rounds_with_history_trained_on(tmp_path, tiny_model, word_tokenizer) -> None:
+    trainer = ReSTEMTrainer(
+        tiny_model(word_tokenizer),
+        ReSTEMConfig(
+            str(tmp_path / "run"), num_rounds=2, history_rounds=1, max_per_prompt=1,
+            num_generations=12, max_completion_length=8, temperature=1.0, stop_strings=["Q", "so"],
+            **SETTINGS,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [f"Q {i} + 1 =" for i in range(10)]}),
+        processing_class=word_tokenizer,
+        reward_funcs=has_even_length,
+    )  # fmt: skip
+    trainer.train()
+    run, eos = RunFolder.open(tmp_path / "run"), word_tokenizer.eos_token_id
+    tokens = {
+        (r.round_index, r.prompt_id, r.sample_index): (*r.prompt_ids, *r.completion_ids)
+        for index in run.rounds
+        for r, _ in run.rollouts(index)
+    }
+    assert [r.round_index for r, outcome in run.history(1) if outcome == "capped"]
+    for index in run.rounds:
+        rows = load_from_disk(str(run.folder(index) / "dataset"))
+        trained = Counter(tuple(i for i in row["input_ids"] if i != eos) for row in rows)
+        export_run(run, "sft", tmp_path / "rows.parquet", rounds=[index], overwrite=True)
+        keys = pq.read_table(tmp_path / "rows.parquet").select(
+            ["round", "prompt_id", "sample_index"]
+        )
+        exported = Counter(
+            tuple(i for i in tokens[tuple(key.values())] if i != eos) for key in keys.to_pylist()
+        )
+        assert exported == trained
 
 
 def test_trl_trains_on_every_kind(run, tmp_path, tiny_model, chat_tokenizer) -> None:

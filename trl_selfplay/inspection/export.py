@@ -6,9 +6,9 @@ reward. The same folder always gives the same file.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_selfplay.disk import save_file_with
+from trl_selfplay.inspection.leading_space import leading_spaces
 from trl_selfplay.inspection.row_forms import Example, to_row
 from trl_selfplay.inspection.run_folder import RunFolder
 from trl_selfplay.rollouts.kept_prompts import KeptPrompt, KeptPrompts, load_prompts
@@ -38,6 +39,7 @@ _TYPES = {
 }
 
 Rows = Callable[[], Iterator[dict[str, Any]]]
+Lead = Callable[[Rollout], str]
 
 
 def export_run(
@@ -81,9 +83,11 @@ def export_run(
 
     else:
         examples = {"sft": _sft, "dpo": _dpo, "kto": _kto}[kind]
+        lead = leading_spaces(run)
 
         def rows() -> Iterator[dict[str, Any]]:
-            return (to_row(e, form) for e in _without_repeats(examples(run, prompts, chosen)))
+            found = _without_repeats(examples(run, prompts, chosen, lead))
+            return (to_row(example, form) for example in found)
 
     if next(rows(), None) is None:
         where = ", ".join(map(str, chosen))
@@ -126,15 +130,20 @@ def _check_rounds(run: RunFolder, rounds: Sequence[int] | None) -> list[int]:
     return sorted(set(rounds))
 
 
-def _sft(run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int]) -> Iterator[Example]:
-    """Yield the completions that the rounds trained on."""
-    for rollout, outcome in _graded(run, rounds, "sft"):
-        if outcome == "kept":
-            columns = {**_origin(run, rollout), **_facts(rollout), "outcome": outcome}
-            yield Example(_prompt_of(prompts, rollout), {"completion": rollout.completion}, columns)
+def _sft(
+    run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int], lead: Lead
+) -> Iterator[Example]:
+    """Yield the completions that the rounds trained on: their own, then those of earlier rounds."""
+    own = ((r, outcome) for r, outcome in _graded(run, rounds, "sft") if outcome == "kept")
+    earlier = chain.from_iterable(map(run.history, rounds))
+    for rollout, outcome in chain(own, earlier):
+        columns = {**_origin(run, rollout), **_facts(rollout), "outcome": outcome}
+        yield _example(_prompt_of(prompts, rollout), {"completion": rollout}, columns, lead)
 
 
-def _kto(run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int]) -> Iterator[Example]:
+def _kto(
+    run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int], lead: Lead
+) -> Iterator[Example]:
     """Yield right completions, and wrong ones without a hint, with a label."""
     for rollout, outcome in _graded(run, rounds, "kto"):
         if outcome in _RIGHT or (outcome == "failed" and not rollout.hinted):
@@ -144,10 +153,12 @@ def _kto(run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int]) -> Iterato
                 **_facts(rollout),
                 "outcome": outcome,
             }
-            yield Example(_prompt_of(prompts, rollout), {"completion": rollout.completion}, columns)
+            yield _example(_prompt_of(prompts, rollout), {"completion": rollout}, columns, lead)
 
 
-def _dpo(run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int]) -> Iterator[Example]:
+def _dpo(
+    run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int], lead: Lead
+) -> Iterator[Example]:
     """Yield pairs of a prompt's completions in one round, each completion in at most one pair.
 
     The first right one is paired with the first wrong one, and so on. An opponent's completion, which
@@ -167,7 +178,7 @@ def _dpo(run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int]) -> Iterato
             if not same_prompt[0][0].is_graded:
                 pairs = [(None, rollout) for rollout in wrong]
             for chosen, rejected in pairs:
-                best = _data_completion(prompt) if chosen is None else chosen.completion
+                best = _data_completion(prompt) if chosen is None else chosen
                 columns = {
                     **_origin(run, rejected),
                     "chosen_sample_index": None if chosen is None else chosen.sample_index,
@@ -175,7 +186,7 @@ def _dpo(run: RunFolder, prompts: KeptPrompts, rounds: Sequence[int]) -> Iterato
                     "chosen_reward": None if chosen is None else chosen.reward,
                     "rejected_reward": rejected.reward,
                 }
-                yield Example(prompt, {"chosen": best, "rejected": rejected.completion}, columns)
+                yield _example(prompt, {"chosen": best, "rejected": rejected}, columns, lead)
 
 
 def _every_sample(
@@ -212,6 +223,18 @@ def _graded(run: RunFolder, rounds: Sequence[int], kind: str) -> Iterator[tuple[
                     "completions, or as parquet."
                 )
             yield rollout, outcome
+
+
+def _example(
+    prompt: KeptPrompt,
+    completions: Mapping[str, Rollout | str],
+    columns: Mapping[str, Any],
+    lead: Lead,
+) -> Example:
+    """Return completions, sampled or of the data, as an example."""
+    texts = {n: c if isinstance(c, str) else c.completion for n, c in completions.items()}
+    leads = {n: lead(c) for n, c in completions.items() if not isinstance(c, str)}
+    return Example(prompt, texts, columns, leads)
 
 
 def _prompt_of(prompts: KeptPrompts, rollout: Rollout) -> KeptPrompt:

@@ -23,11 +23,14 @@ class Example:
         completions: Their texts, by the name of their column: `completion`, or `chosen` and
             `rejected`.
         columns: What else the row has: a label, where the completions come from.
+        leads: By the same names, a space that decoding dropped before a completion. It is put back
+            where the completion follows the prompt's text.
     """
 
     prompt: KeptPrompt
     completions: Mapping[str, str]
     columns: Mapping[str, Any] = field(default_factory=dict)
+    leads: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def turns(self) -> list[dict[str, Any]]:
@@ -43,17 +46,22 @@ class Example:
         begun: dict[str, Any] = {}
         if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
             begun = prompt[-1]
+        texts = self.following() if begun.get("content") else self.completions
         return {
             name: {**begun, "role": "assistant", "content": f"{begun.get('content') or ''}{text}"}
-            for name, text in self.completions.items()
+            for name, text in texts.items()
         }
+
+    def following(self) -> dict[str, str]:
+        """Return each completion as it follows other text."""
+        return {name: self.leads.get(name, "") + text for name, text in self.completions.items()}
 
 
 def _trl(example: Example) -> dict[str, Any]:
     """Return `prompt` and the completions, both text or both messages, and what renders them."""
     prompt = example.prompt.prompt
     if isinstance(prompt, str):
-        return {"prompt": prompt, **example.completions}
+        return {"prompt": prompt, **example.following()}
     answers = {name: [message] for name, message in example.answers().items()}
     return {"prompt": example.turns, **answers, **example.prompt.template_arguments}
 

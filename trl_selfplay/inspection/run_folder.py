@@ -17,7 +17,7 @@ from trl_selfplay.rollouts.kept_prompts import KeptPrompts, load_prompts
 from trl_selfplay.rollouts.record import Rollout, load_rollouts
 from trl_selfplay.rollouts.sequence import StoredShard
 from trl_selfplay.rollouts.shards import read_plan
-from trl_selfplay.rollouts.stored import read_selection
+from trl_selfplay.rollouts.stored import read_history, read_selection
 from trl_selfplay.rounds.run import UNTRAINED, load_lines
 
 logger = logging.getLogger(__name__)
@@ -171,6 +171,23 @@ class RunFolder:
         for rollout in self._read(self.folder(sampled) / "samples", sampled < len(self.lines)):
             of_prompt = outcomes.get(rollout.prompt_id, {})
             yield rollout, of_prompt.get(rollout.sample_index, UNFINISHED)
+
+    def history(self, round_index: int) -> Iterator[tuple[Rollout, str]]:
+        """Yield the rollouts of earlier rounds that a round trains on too, with their outcomes there.
+
+        Runs of earlier versions haven't recorded them.
+
+        Raises:
+            FileNotFoundError, DamagedFileError: As `rollouts`.
+        """
+        path = self.folder(round_index) / "history.parquet"
+        chosen: dict[int, set[tuple[str, int]]] = {}
+        for index, prompt_id, sample_index in read_history(path) if path.exists() else ():
+            chosen.setdefault(index, set()).add((prompt_id, sample_index))
+        for index, of_round in sorted(chosen.items()):
+            for rollout, outcome in self.rollouts(index):
+                if (rollout.prompt_id, rollout.sample_index) in of_round:
+                    yield rollout, outcome
 
     def evaluation(self, round_index: int) -> Iterator[tuple[Rollout, str]]:
         """Yield each held-out rollout after a round, -1 the untrained model, with the name of its set.

@@ -5,7 +5,7 @@ of all rounds.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -18,6 +18,10 @@ from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.selection import Selection
 from trl_selfplay.rollouts.sequence import Rollouts, StoredShard
 from trl_selfplay.rollouts.shards import read_plan
+
+_HISTORY = pa.schema(
+    [("round_index", pa.int32()), ("prompt_id", pa.string()), ("sample_index", pa.int32())]
+)
 
 
 def load_samples(folder: Path) -> Rollouts:
@@ -106,6 +110,26 @@ def read_selection(path: Path) -> Iterator[tuple[str, int, str]]:
     with naming_damage(path, BRING_BACK), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=["prompt_id", "sample_index", "outcome"]):
             yield from zip(*map(pa.Array.to_pylist, batch), strict=True)
+
+
+def save_history(path: Path, history: Sequence[Rollout]) -> None:
+    """Write which rollouts of earlier rounds a round trains on; no file if there are none."""
+    if not history:
+        path.unlink(missing_ok=True)
+        return
+    columns = Rollouts.of(history).columns(*_HISTORY.names)
+    save_table(path, pa.table(columns, _HISTORY))
+
+
+def read_history(path: Path) -> Iterator[tuple[int, str, int]]:
+    """Yield round, prompt_id and sample_index of each rollout, as `save_history` wrote them.
+
+    Raises:
+        DamagedFileError: The file can't be read.
+    """
+    with naming_damage(path, BRING_BACK):
+        table = pq.read_table(path, columns=_HISTORY.names)
+    yield from zip(*map(pa.ChunkedArray.to_pylist, table.columns), strict=True)
 
 
 def load_outcomes(folder: Path, outcomes: Collection[str]) -> Rollouts:

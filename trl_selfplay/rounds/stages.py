@@ -50,7 +50,7 @@ from trl_selfplay.rollouts.rows import (
 from trl_selfplay.rollouts.selection import Selection
 from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.shards import Assignment
-from trl_selfplay.rollouts.stored import save_selection
+from trl_selfplay.rollouts.stored import save_history, save_selection
 from trl_selfplay.rounds.calibrating import weigh_calibrated
 from trl_selfplay.rounds.judging import collect_judged, judged
 from trl_selfplay.rounds.run import Run
@@ -528,9 +528,13 @@ class SelfPlay:
         )
 
     def keep_selection(self, folder: Path, selection: Selection) -> None:
-        """Save the outcome of each rollout in the round's folder; print completions if configured."""
+        """Save what became of each rollout, and what is taken from earlier rounds, in a round's folder.
+
+        Print completions if configured.
+        """
         if self.collector.accelerator.is_main_process:
             save_selection(folder / "selection.parquet", selection)
+            save_history(folder / "history.parquet", selection.history)
             if self.config.log_completions:
                 print_completions(selection.rollouts, self.config.num_completions_to_print)
 
