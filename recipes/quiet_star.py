@@ -109,6 +109,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     pointer_scores.report_thoughts(trainer, lines, before)
+    trainer.save_state()  # the log, which the report reads
+    script_arguments.report(trainer)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -225,6 +225,7 @@ def test_quiet_star_trains_a_model_and_text_from_disk(
     saved = "model.safetensors" if kind == "all weights" else "adapter_model.safetensors"
     assert (output / saved).exists()
     assert (output / "gains.png").read_bytes()[:4] == b"\x89PNG"
+    assert "with, held-out" in (output / "report.html").read_text()
     said = capsys.readouterr().out
     assert "Held-out loss in nats per token" in said
     assert "held-out lines" not in said  # those are the demo's

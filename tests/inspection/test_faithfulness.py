@@ -136,6 +136,35 @@ def test_scores_are_log_probs_of_the_models_own_forward(
     assert score_run(run, limit=1)["tried"] == 1
 
 
+def test_a_hinted_completion_is_scored_after_the_examples_of_training(
+    write_run, chat_tokenizer, tiny_model
+) -> None:
+    def ids(text):
+        return tuple(chat_tokenizer(text, add_special_tokens=False).input_ids)
+
+    shown, text = ids("9 + 9 so 18\n\n3 + 4"), "3 and 4. The answer is 7"
+    samples = [
+        {"row": 0, "outcome": "failed", "prompt_ids": shown},
+        {
+            "row": 0,
+            "outcome": "kept",
+            "sample_index": 1,
+            "hinted": True,
+            "prompt_ids": ids("9 + 9 (18) so 18\n\n3 + 4 (7)"),
+            "completion": text,
+            "completion_ids": (*ids(text), 1),
+        },
+    ]
+    run = write_run([{"prompt": "3 + 4", "solution": "7"}], [samples], few_shot_in_training=True)
+    model = tiny_model(chat_tokenizer)
+    model.save_pretrained(run.output_dir)
+    chat_tokenizer.save_pretrained(run.output_dir)
+    (score,) = score_run(run)["completions"]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*shown, *ids(text)]])).logits[0, -2].double()
+    assert score["own"] == pytest.approx(float(logits.log_softmax(-1)[ids("7")[0]]), abs=1e-4)
+
+
 def test_the_command_says_what_is_missing(write_run, capsys) -> None:
     sample = {"row": 0, "outcome": "failed"}
     run = write_run([{"prompt": "1 + 2", "solution": "3"}], [[sample]])

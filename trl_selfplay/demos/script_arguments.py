@@ -435,13 +435,18 @@ def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -
         SystemExit: With `dry_run=True`, after the checks: there is no trained model to go on with.
     """
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if getattr(training_args, "dry_run", False):  # Quiet-STaR has none
+    if training_args.dry_run:
         raise SystemExit(0)
     trainer.save_model(training_args.output_dir)
-    if trainer.is_world_process_zero():
-        try:
-            say(f"Report: {write_report(training_args.output_dir)}")
-        except Exception:  # the run is finished, whatever its report lacks
-            logger.warning("no report was written", exc_info=True)
+    report(trainer)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
+
+
+def report(trainer: Any) -> None:
+    """Write the report of a finished training into its output directory and say where it is."""
+    if trainer.is_world_process_zero():
+        try:
+            say(f"Report: {write_report(trainer.args.output_dir)}")
+        except Exception:  # the run is finished, whatever its report lacks
+            logger.warning("no report was written", exc_info=True)

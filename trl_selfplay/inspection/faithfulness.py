@@ -10,7 +10,7 @@ The idea is that of early answering and of corrupted reasoning in Lanham et al.,
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from operator import attrgetter
@@ -257,7 +257,7 @@ def _draw(round_index: int, rollout: Rollout) -> bytes:
 
 
 def _score(
-    run: RunFolder, source: str, kept: Iterable[tuple[int, Rollout]]
+    run: RunFolder, source: str, kept: Sequence[tuple[int, Rollout]]
 ) -> tuple[list[Score], Counter[str]]:
     """Return the scores of completions that can be split, and how many can't, by cause."""
     import torch
@@ -291,9 +291,15 @@ def _score(
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(text)
 
+    # Training shows the examples before a hinted completion too, as before the prompt's other samples.
+    trained: dict[str, tuple[int, ...]] = {}
+    if run.config.get("few_shot_in_training"):
+        for index in {index for index, _ in kept}:
+            trained |= {r.prompt_id: r.prompt_ids for r, _ in run.rollouts(index) if not r.hinted}
+
     def prompt_ids(rollout: Rollout) -> tuple[int, ...]:
-        if run.config.get("few_shot_in_training") and not rollout.hinted:
-            return rollout.prompt_ids
+        if rollout.prompt_id in trained:
+            return trained[rollout.prompt_id]
         row = prompts[rollout.prompt_id]
         return formatter.token_ids(
             PromptRow(

@@ -68,7 +68,7 @@ def _lineage(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> str:
         "Reward functions": "" if scorer is None else ", ".join(scorer.names),
         "Held-out reward functions": "" if eval_scorer is None else ", ".join(eval_scorer.names),
         "Few-shot examples": str(len(play.formatter.few_shot_examples) or ""),
-        "Rounds": f"{len(lines)} of {args.num_rounds}",
+        "Rounds": f"{len(lines)} of {len(args.plan_rounds())}",
         "Weights": _weights(round_at_end(run, lines, args.alarm_actions)) if lines else "",
         "Seed": args.seed,
         "Versions": ", ".join(f"{name} {version(name)}" for name in packages),

@@ -370,6 +370,12 @@ def test_improve_steps_that_differ_do_not_warn(build_rest, caplog) -> None:
     assert "selects the same" not in caplog.text
 
 
+def test_the_card_counts_improve_steps_as_rounds(build_rest) -> None:
+    trainer = build_rest(num_rounds=1, improve_thresholds=[0.3, 0.5])
+    trainer.train()
+    assert "| Rounds | 2 of 2 |" in (Path(trainer.args.output_dir) / "README.md").read_text()
+
+
 def best_of_each_form(rollouts):
     """The finished completions, of equal ones of a prompt the best, of equally good the first."""
     best = {}

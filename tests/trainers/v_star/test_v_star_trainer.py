@@ -230,6 +230,8 @@ def test_fields_of_rounds_and_sampling_are_refused(star_run, build_verifier) -> 
     for name, value in {"num_rounds": 2, "temperature": 0.5, "num_generations": 4, "stop_strings": ["a"]}.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}=.* has no effect here"):
             build_verifier(star_run, **{name: value})
+    with pytest.raises(ValueError, match="log_completions_hub_repo='s' has no effect here"):
+        build_verifier(star_run, push_to_hub=True, log_completions_hub_repo="s")
 
 
 @pytest.mark.slow
