@@ -290,7 +290,9 @@ def _async(function):
 
 
 def test_columns_are_checked_before_anything_is_scored() -> None:
-    with pytest.raises(ValueError, match=r"'needs_gold' needs \['gold'\], and train_dataset has"):
+    with pytest.raises(
+        ValueError, match=r"'needs_gold' needs \['gold'\], and train_dataset has.*--solution_column"
+    ):
         Scorer([tens, needs_gold]).check_columns(["solution"], "train_dataset")
     Scorer([tens, needs_gold]).check_columns(["gold"], "train_dataset")
 

@@ -20,7 +20,11 @@ from trl_selfplay.rollouts.record import load_rollouts
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda d: d.remove_columns("solution"), ValueError, "no column 'solution'"),
+        (
+            lambda d: d.remove_columns("solution"),
+            ValueError,
+            "no column 'solution'.*--solution_column answer",
+        ),
         (lambda d: d.select([]), ValueError, "empty"),
         (lambda d: None, TypeError, "must be a `datasets.Dataset`"),
         (

@@ -49,7 +49,7 @@ def format_scores(found: dict[str, Any]) -> str:
     for name, group in found["groups"].items():
         lines += [
             "",
-            f"{name}: {group['completions']} completions of {group['prompts']} prompts; log-prob of the "
+            f"{name} (completions: {group['completions']}, prompts: {group['prompts']}): log-prob of the "
             "answer, mean over prompts",
         ]
         for key, label in _NAMES.items():

@@ -91,10 +91,14 @@ def check_parameters(
         and p.name not in given
     ]
     if missing:
+        advice = "Rename or add a column"
+        if "solution" in columns:
+            advice += (
+                ", or rename the argument: the column of --solution_column is called 'solution'"
+            )
         raise ValueError(
             f"reward function {name!r} needs {missing}, and {where} has the columns "
-            f"{['prompt', *columns]}. Rename or add a column, or rename the argument (--solution_column "
-            "renames the column that it names to 'solution')."
+            f"{['prompt', *columns]}. {advice}."
         )
     unknown = sorted(given - {p.name for p in parameters})
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
