@@ -68,6 +68,11 @@ def test_a_pause_tells_the_command_that_goes_on(monkeypatch, capsys) -> None:
     assert tell_pause("star", flags, goes_on=True) == 130
     said = capsys.readouterr().err
     assert "\n    trl-selfplay star --stop_strings 'a b' --output_dir out --resume\n" in said
+    python = ["/envs/a b/python", "-X", "utf8", "-m", "trl_selfplay"]
+    monkeypatch.setattr("sys.orig_argv", [*python, "star", *flags])
+    assert tell_pause("star", ["--output_dir", "out"], goes_on=True) == 130
+    expected = "'/envs/a b/python' -X utf8 -m trl_selfplay star --output_dir out --resume\n"
+    assert expected in capsys.readouterr().err
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert tell_pause("star", flags, goes_on=True) == 130
     assert "the same command and --resume" in capsys.readouterr().err

@@ -45,6 +45,7 @@ def folder(write_folder, make_rollout):
         ([], "1.0 1.1 1.2 1.3"),  # the newest round
         (["--round", "0"], "0.0 0.1 0.2 0.3"),
         (["--round", "0", "1", "--outcome", "failed"], "0.0 1.0"),
+        (["--outcome", "wrong"], "1.0"),  # as it is printed
         (["--hinted", "yes"], "1.3"),
         (["--hinted", "no", "--outcome", "kept"], "1.1 1.2"),
         (["--reward-above", "2"], "1.2 1.3"),

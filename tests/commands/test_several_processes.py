@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,9 @@ def test_a_launcher_starts_a_command(launcher, num_processes, work_folder) -> No
     record = json.loads((work_folder / "out/_rounds/config.json").read_text())
     assert record["number_of_processes"] == num_processes
     assert (done.stdout + done.stderr).count("round 0: sample from base") == 1
+    counts = re.findall(r"(\d+)/(\d+) samples", done.stderr)
+    assert counts[-1][0] == counts[-1][1]
+    assert all(int(finished) <= int(total) for finished, total in counts), counts
 
 
 @pytest.mark.slow

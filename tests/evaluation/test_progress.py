@@ -38,6 +38,13 @@ def decode(
     return shown
 
 
+def test_a_process_that_gets_more_than_its_share_counts_all_that_it_samples() -> None:
+    with SamplingProgress(25 / 2, "round 0", 50, disable=True) as progress:
+        progress.expect(16 - 25 / 2)
+        progress.update(8, 400)
+        assert (progress.total, progress.share) == (16, 0.5)
+
+
 def test_the_forecast_is_near_the_truth_though_few_samples_are_finished_after_a_minute(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

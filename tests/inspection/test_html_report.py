@@ -12,6 +12,8 @@ from digests.old_runs import NAMES
 from run_folders import HOSTILE
 
 import trl_selfplay
+from trl_selfplay.evaluation.detectors import DETECTOR_OF, warning_text
+from trl_selfplay.evaluation.evidence import Reading
 from trl_selfplay.inspection.html_report import script_json, write_report
 from trl_selfplay.inspection.plain_text import visible
 
@@ -303,16 +305,24 @@ def test_detectors_stand_on_a_time_line_with_their_thresholds(write_folder, make
     run = write_folder([[(make_rollout(), "kept")]] * 2, detectors={"truncation": 0.05}, alarms=[])
     path = run / "_rounds" / "rounds.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[1]["detectors"] = {"truncation": 0.4, "coverage": 2.0}
-    lines[1]["alarms"] = [{"name": "truncation", "value": 0.4, "text": "cut"}]
+    lines[1]["detectors"] = {"truncation": 0.4, "coverage": 2.0, "drift-from-base": 0.5}
+    text = warning_text(DETECTOR_OF["truncation"], Reading(0.4, 0.1, "40% are cut", 0.2, 0.6), 1)
+    lines[1]["alarms"] = [{"name": "truncation", "value": 0.4, "text": text}]
+    lines[0]["alarms"] = [{"name": "truncation", "value": 0.3, "text": "older"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = Parsed(write_report(run))
-    rows = [row for row in page.rows if row[0] in ("truncation", "coverage")]
+    rows = [row for row in page.rows if row[0] in ("truncation", "coverage", "drift-from-base")]
     assert [row[:4] for row in rows] == [
         ["coverage", "–", "2", "> 1"],
-        ["truncation", "0.05", "▲ 0.4", "> 0.1"],
+        ["truncation", "▲ 0.05", "▲ 0.4", "> 0.1"],
+        ["drift-from-base", "–", "0.5", "–"],  # without a threshold
     ]
-    assert "truncationround 1 · newest value 0.4 · action: cut" in page.text
+    assert (
+        f"0, 1 · newest value 0.4 · action: round 1: 40% are cut. {DETECTOR_OF['truncation'].remedy}"
+        in page.text
+    )
+    assert "docs/" not in page.text
+    assert "alarms1 raised 2 times" in page.text  # as many as in the list
 
 
 def test_faithfulness_is_shown_where_it_was_measured(write_folder, make_rollout) -> None:

@@ -4,6 +4,7 @@ import pytest
 from browser import needs_chromium, open_browser
 from run_folders import HOSTILE
 
+from trl_selfplay.evaluation.detectors import DETECTOR_OF
 from trl_selfplay.inspection.html_report import write_report
 from trl_selfplay.inspection.plain_text import visible
 
@@ -84,6 +85,18 @@ def test_no_page_is_wider_than_its_window(hostile_run, page, width) -> None:
     page.open(write_report(hostile_run), width=width)
     page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 700])
+def test_what_detectors_say_is_read_without_scrolling_sideways(
+    write_folder, make_rollout, page, width
+) -> None:
+    values = dict.fromkeys(DETECTOR_OF, 0.1234)
+    run = write_folder([[(make_rollout(), "kept")]] * 6, alarms=[], detectors=values)
+    page.open(write_report(run), width=width)
+    region = "document.getElementById('detector-table').parentElement"
+    assert page.evaluate(f"{region}.scrollWidth - {region}.clientWidth") <= 0
 
 
 @pytest.mark.slow

@@ -113,6 +113,11 @@ def test_what_is_found_follows_from_the_samples(build_star, tmp_path, trials, ca
     assert rewards["pass@1_low"] <= rewards["pass@1"] <= rewards["pass@1_high"]
     lengths = found["lengths"]["values"]
     assert lengths["truncated"] == sum(r.finish == "length" for r in samples) / 96
+    longest = max(len(r.prompt_ids) + len(r.completion_ids) for r in samples)
+    assert (
+        f"max_length={trainer.args.max_length} tokens; the trial's have up to {longest}"
+        in (found["memory"]["text"])
+    )
     kept = found["examples"]["values"]["kept"]
     assert 0 < kept <= 96  # of the run's four samples per prompt, and four with a hint
     expected = found["examples"]["values"]["examples"]

@@ -8,6 +8,7 @@ import dis
 import os
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 from traceback import walk_tb
 from types import TracebackType
@@ -35,9 +36,18 @@ def tell_pause(name: str, flags: list[str], goes_on: bool) -> int:
         print("\nPaused. Go on with the same command and --resume.", file=sys.stderr)
     else:
         again = [flag for flag in flags if flag != "--resume"]
-        command = shlex.join(["trl-selfplay", name, *again, "--resume"])
+        command = shlex.join([*_called_as(), name, *again, "--resume"])
         print(f"\nPaused. Go on with:\n    {command}", file=sys.stderr)
     return INTERRUPTED
+
+
+def _called_as() -> list[str]:
+    """Return what was typed before the command's name."""
+    typed = sys.orig_argv
+    for place, words in enumerate(pairwise(typed)):
+        if words == ("-m", "trl_selfplay"):
+            return typed[: place + 2]
+    return ["trl-selfplay"]
 
 
 def tell_error(name: str, error: Exception) -> int:

@@ -30,6 +30,8 @@ _Print = Callable[[str, str], None]
 _LIMIT = 10
 # Characters of a prompt that are shown unless `--full` is given: its end, which holds the question.
 _END_OF_PROMPT = 300
+# Machine names by what is printed.
+_OUTCOMES = {name_outcome(name): name for name in (*OUTCOME_NAMES, UNFINISHED)}
 _FINISHES = {"eos": "ended by itself", "stop": "ended by a stop string", "length": "cut by length"}
 
 
@@ -71,7 +73,15 @@ def _build_parser() -> argparse.ArgumentParser:
             "metavar": "N",
             "help": "these rounds; with --evaluation, -1 is the untrained model",
         },
-        "--outcome": {"choices": [*OUTCOME_NAMES, UNFINISHED], "help": "those that came to this"},
+        "--outcome": {
+            "type": lambda text: _OUTCOMES.get(text, text),
+            "choices": [*OUTCOME_NAMES, UNFINISHED],
+            "metavar": "NAME",
+            "help": "those that came to this, by either name: "
+            + ", ".join(
+                f"{name} ({shown!r})" for shown, name in _OUTCOMES.items() if shown != name
+            ),
+        },
         "--hinted": {"choices": ["yes", "no"], "help": "those sampled with a hint, or without"},
         "--prompt": {
             "metavar": "ID",

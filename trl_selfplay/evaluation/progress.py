@@ -32,7 +32,7 @@ class SamplingProgress:
     say little about the others. After five minutes it logs an upper bound.
 
     Args:
-        total: Number of samples in the phase.
+        total: Number of samples in the phase that this process is expected to finish.
         description: Label of the bar and the forecast, such as "round 0".
         max_completion_length: Maximum tokens per sample.
         disable: Show and log nothing.
@@ -47,7 +47,7 @@ class SamplingProgress:
 
     def __init__(
         self,
-        total: int,
+        total: float,
         description: str,
         max_completion_length: int,
         disable: bool = False,
@@ -71,7 +71,7 @@ class SamplingProgress:
         # A log file gets a line for every refresh; on a terminal they overwrite each other.
         refresh_s = 0.2 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
-            total=total,
+            total=round(total),
             desc=description,
             bar_format=_BAR,
             disable=disable,
@@ -91,6 +91,12 @@ class SamplingProgress:
     ) -> None:
         SamplingProgress.current = self._outer
         self._bar.close()
+
+    def expect(self, num_more: float) -> None:
+        """Raise, or lower, the number of samples that this process will finish."""
+        self.total += num_more
+        self._bar.total = round(self.total)
+        self._show()
 
     def decode(self, num_tokens: int) -> None:
         """Count tokens as they are decoded, those of unfinished samples too."""
@@ -144,7 +150,7 @@ class SamplingProgress:
 
     def _show(self) -> None:
         self._tell_forecast()
-        parts = [f"{self._num_restored + self._num_finished:,}/{self.total:,} samples"]
+        parts = [f"{self._num_restored + self._num_finished:,}/{round(self.total):,} samples"]
         if self._num_decoded:
             parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
         if self._solved is not None:
@@ -172,7 +178,7 @@ class SamplingProgress:
         logger.warning(
             "%s: %s completions, %s %s; see %s",
             self.description,
-            f"{to_sample:,}",
+            f"{round(to_sample):,}",
             "about" if is_reliable else "at most",
             format_duration(forecast(self._done, to_sample, seconds)),
             ", ".join(f"`{name}`" for name in self.settings),

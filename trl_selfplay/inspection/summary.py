@@ -8,9 +8,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
-from trl_selfplay.evaluation.detectors import DETECTOR_OF
+from trl_selfplay.evaluation.detectors import DETECTOR_OF, WHERE
 from trl_selfplay.evaluation.monitor import best_round
 from trl_selfplay.evaluation.progress import format_duration
 from trl_selfplay.inspection.charts import OUTCOME_NAMES, evaluations, heldout_prefixes
@@ -108,9 +109,10 @@ def key_numbers(run: RunFolder) -> list[tuple[str, str, str]]:
     numbers.append(
         ("time", format_duration(seconds), f"{sum(line['steps'] for line in lines):,} steps")
     )
-    num_alarms = sum(len(line.get("alarms") or ()) for line in lines)
     if any("alarms" in line for line in lines):
-        numbers.append(("alarms", str(num_alarms), "see the time line" if num_alarms else ""))
+        names = [alarm.get("name") for line in lines for alarm in line.get("alarms") or ()]
+        remark = f"raised {len(names)} times" if len(names) > len(set(names)) else ""
+        numbers.append(("alarms", str(len(set(names))), remark))
     return numbers
 
 
@@ -210,7 +212,10 @@ def funnel_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def alarm_table(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the alarms by name: rounds, newest value, action, and what the newest says."""
+    """Return the alarms by name: rounds, newest value, action, and what the newest says.
+
+    Without the place in the documentation, which need not be where the report is read.
+    """
     raised: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for line in lines:
         for alarm in line.get("alarms") or ():
@@ -221,7 +226,7 @@ def alarm_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             ", ".join(str(index) for index, _ in found),
             _with_interval(found[-1][1]),
             str(found[-1][1].get("action", "")),
-            str(found[-1][1].get("text", "")),
+            str(found[-1][1].get("text", "")).partition(f" See {WHERE}")[0],
         )
         for name, found in raised.items()
     ]
@@ -242,7 +247,9 @@ def detector_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             for line in lines
         ]
         known = DETECTOR_OF.get(name)
-        threshold = NONE if known is None else f"> {format_number(known.threshold)}"
+        threshold = NONE
+        if known is not None and isfinite(known.threshold):  # others only measure
+            threshold = f"> {format_number(known.threshold)}"
         rows.append((name, *cells, threshold, "" if known is None else known.value))
     rounds = (f"round {line['round']}" for line in lines)
     return Table(("detector", *rounds, "alarm", "its value is the"), tuple(rows))
@@ -415,6 +422,8 @@ def format_number(value: Any) -> str:
     if value is None:
         return NONE
     if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if not isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"

@@ -10,7 +10,7 @@ first incomplete shard.
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -49,6 +49,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 class Progress(Protocol):
     """Receives progress while samples come in."""
+
+    def expect(self, num_more: float) -> None:
+        """Raise, or lower, the number of samples that this process will finish."""
 
     def decode(self, num_tokens: int) -> None:
         """Count tokens as they are decoded, those of unfinished samples too."""
@@ -147,6 +150,9 @@ class Collector:
             folder=folder,
             prefix=prefix,
         )
+        if world > 1:  # which share whole shards, and so the samples seldom equally
+            num_own = work.count_samples(p for s in work.shards.values() for p in s.prompt_ids)
+            progress.expect(num_own - work.count_samples(work.assignments) / world)
         collected = self._grade_as_sampled(work, progress)
         if folder is not None:
             self.accelerator.wait_for_everyone()
@@ -388,6 +394,9 @@ class _Work:
     def path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.parquet"
+
+    def count_samples(self, prompt_ids: Iterable[str]) -> int:
+        return sum(len(self.assignments[prompt_id].sample_indices) for prompt_id in prompt_ids)
 
     def in_order(self, name: str, rollouts: Sequence[Rollout]) -> list[Rollout]:
         place = {prompt_id: i for i, prompt_id in enumerate(self.shards[name].prompt_ids)}

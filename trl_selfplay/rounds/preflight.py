@@ -112,7 +112,7 @@ def find_all(trainer: Any, folder: Path) -> list[Finding]:
             _passing(trainer, trial),
             _lengths(trainer, trial),
             _examples(trainer, trial),
-            _memory(trainer),
+            _memory(trainer, trial),
             _time(trainer, trial),
             _disk(trainer, trial),
         ]
@@ -370,13 +370,17 @@ def _examples(trainer: Any, trial: TrialRound) -> Finding:
     return Finding("examples", "ok", text, values, details)
 
 
-def _memory(trainer: Any) -> Finding:
+def _memory(trainer: Any, trial: TrialRound) -> Finding:
     try:
         found, free = estimate_run(trainer)
     except CannotEstimateError as error:
         return Finding("memory", "ok", f"isn't estimated: {error}")
     values = {phase.name: phase.total for phase in found.phases} | {"free": free}
     text = describe_memory(found, free)
+    longest = max((len(r.prompt_ids) + len(r.completion_ids) for r in trial.samples), default=0)
+    if longest and (most := trainer.args.max_length) is not None and longest < most:
+        values |= {"longest_row": longest, "max_length": most}
+        text += f", for rows of max_length={most} tokens; the trial's have up to {longest}"
     if found.fits(free):
         return Finding("memory", "ok", text, values)
     details = tuple(f"to fit: {change}" for change in found.advice)

@@ -6,7 +6,6 @@ call these in the order of their papers.
 """
 
 import logging
-import math
 import random
 import shutil
 import time
@@ -375,7 +374,7 @@ class SelfPlay:
         """Return a progress bar over samples, of which each process has its share."""
         is_main = self.collector.accelerator.is_main_process
         disable = self.config.disable_tqdm or not is_main
-        share = math.ceil(total / self.collector.accelerator.num_processes)
+        share = total / self.collector.accelerator.num_processes  # until the shards are known
         return SamplingProgress(share, description, max_completion_length, disable, settings)
 
     def training_prompt_ids(self, rows: Sequence[PromptRow]) -> dict[str, tuple[int, ...]]:
