@@ -41,4 +41,6 @@ def test_a_recipe_s_dry_run_trains_nothing_and_ends_with_its_verdict(
     assert "nothing was trained" in capsys.readouterr().out
     assert [path.name for path in out.iterdir()] == ["preflight.json"]
     assert main(["preflight", *flags, *room, "--reward_funcs", "two_rewards.never"]) == 1
-    assert "can't work" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "can't work. The lines with ERROR say why." in said.err
+    assert (said.out + said.err).count("nothing to learn from") == 1

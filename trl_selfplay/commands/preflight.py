@@ -41,8 +41,16 @@ def run(flags: list[str]) -> int:
         problem = f"{name!r} is no method with rounds" if name else "which method?"
         print(f"trl-selfplay preflight: {problem}\n\n{usage}", file=sys.stderr)
         return 2
+    from trl_selfplay.rounds.preflight import PreflightError
+
     try:
         return COMMANDS[name].run([*others, "--dry_run", "true"])
+    except PreflightError:  # its text is in the table
+        print(
+            "\ntrl-selfplay preflight: a run with these settings can't work. The lines with ERROR say why.",
+            file=sys.stderr,
+        )
+        return 1
     except SystemExit as end:  # a recipe ends after its dry run
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
