@@ -16,6 +16,11 @@ def folder(tmp_path, monkeypatch):
         "def last_word(completions, solution, **kwargs):\n"
         "    return [float(c == f'Answer: {s}') for c, s in zip(completions, solution)]\n"
     )
+    (tmp_path / "own_package").mkdir()
+    for module in ("my_reward.py", "own_package/my_reward.py"):
+        (tmp_path / module).write_text(
+            "def score(completions, **kwargs):\n    return [0.0] * len(completions)\n"
+        )
     data = tmp_path / "data"
     data.mkdir()
     rows = [{"question": f"{a} + 1 = ?", "gold": str(a + 1)} for a in range(5)]
@@ -23,7 +28,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
-    sys.modules.pop("audited_rewards", None)
+    for name in ("audited_rewards", "my_reward", "own_package", "own_package.my_reward"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("name", ["audited_rewards:contains", "audited_rewards.contains"])
@@ -40,11 +46,22 @@ def test_rows_of_a_dataset_are_used_and_nothing_found_ends_with_0(folder, capsys
     assert capsys.readouterr().out.startswith("last_word: passed")
 
 
+@pytest.mark.parametrize("name", ["my_reward:score", "own_package.my_reward:score"])
+def test_a_module_may_be_named_like_a_reward(folder, name, capsys) -> None:
+    assert main(["audit", name, "--in_process"]) == 1
+    assert capsys.readouterr().out.startswith("score: ")
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["no_such"], "no reward function 'no_such'"),
         (["audited_rewards:absent"], "has no function 'absent'"),
+        (["my_reward:absent"], "has no function 'absent'"),
+        (
+            ["checker_reward:absent"],
+            "'absent' is no import path",
+        ),  # what makes a reward function, and its argument
         (["a/reward-model"], "is a reward model"),
         (["exact_reward", "--dataset_name", "./nowhere"], "there is nothing at"),
     ],

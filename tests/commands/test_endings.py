@@ -62,6 +62,40 @@ def test_a_connection_that_fails_is_a_message_with_the_address(monkeypatch, caps
     assert "What the run has written is kept." in said
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--resume", "true", "--output_dir", "x"], "star --output_dir x --resume"),
+        (["--resume=True", "--output_dir", "x"], "star --output_dir x --resume"),
+        (["--output_dir", "x", "--resume", "false"], "star --output_dir x --resume"),
+        (["--resume", "--resume_from_checkpoint", "x"], "star --resume_from_checkpoint x --resume"),
+        (["--dry_run", "false", "--seed", "1"], "star --dry_run false --seed 1 --resume"),
+        (["--dry_run", "true", "--seed", "1"], "preflight star --seed 1"),
+        (["--seed", "1", "--dry-run"], "preflight star --seed 1"),
+    ],
+)
+def test_the_command_told_has_no_value_of_a_flag_left_behind(
+    flags, told, monkeypatch, capsys
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert tell_pause("star", flags, goes_on=True) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"    trl-selfplay {told}"
+
+
+def test_after_ctrl_c_in_a_preflight_it_is_offered_again(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert tell_pause("preflight", ["star", "--seed", "1"], goes_on=False) == 130
+    said = capsys.readouterr().err
+    assert "nothing was trained" in said
+    assert said.endswith("\n    trl-selfplay preflight star --seed 1\n")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    tell_pause("preflight", ["star"], goes_on=False)
+    assert capsys.readouterr().err.endswith("Check again with the same command.\n")
+    tell_pause("report", ["out"], goes_on=False)
+    assert capsys.readouterr().err == "\ntrl-selfplay report: interrupted.\n"
+
+
 def test_a_pause_tells_the_command_that_goes_on(monkeypatch, capsys) -> None:
     monkeypatch.delenv("RANK", raising=False)
     flags = ["--stop_strings", "a b", "--resume", "--output_dir", "out"]

@@ -46,8 +46,24 @@ def test_wrong_flags_end_with_2(flags, said, capsys) -> None:
     assert said in capsys.readouterr().err
 
 
-def test_a_file_of_the_recipes_is_found_by_its_name(saved_tiny_model, capsys) -> None:
-    flags = ["--config", "qlora_8gb.yaml", "--model_name_or_path", str(saved_tiny_model)]
+def test_reward_models_are_counted_by_whichever_flag_they_are_given(
+    saved_tiny_model, capsys
+) -> None:
+    model = str(saved_tiny_model)
+    said = {}
+    for flag in ("none", "reward_funcs", "eval_reward_funcs", "reward_model_name_or_path"):
+        given = [] if flag == "none" else [f"--{flag}", model]
+        given += ["--reward_funcs", "exact_reward"] if flag in ("none", "eval_reward_funcs") else []
+        flags = ["--model_name_or_path", model, "--device", "cuda", *given]
+        assert main(["estimate", "star", *flags]) == 0
+        said[flag] = capsys.readouterr().out
+    assert len(set(said.values())) == 2
+    assert said["none"] != said["reward_funcs"] == said["reward_model_name_or_path"]
+
+
+@pytest.mark.parametrize("config", [["--config", "qlora_8gb.yaml"], ["--config=qlora_8gb.yaml"]])
+def test_a_file_of_the_recipes_is_found_by_its_name(saved_tiny_model, capsys, config) -> None:
+    flags = [*config, "--model_name_or_path", str(saved_tiny_model)]
     flags += ["--load_in_4bit", "false"]  # of a model too narrow for it
     assert main(["estimate", "star", *flags, "--device", "cuda"]) == 0
     assert "paged_adamw_8bit" in capsys.readouterr().out

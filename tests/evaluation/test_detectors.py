@@ -203,6 +203,22 @@ def test_the_worst_of_the_further_sets_is_told() -> None:
     assert "'b'" in take_readings(evidence)["transfer"].finding
 
 
+def test_a_sure_fall_is_told_beside_a_larger_unsure_one() -> None:
+    """D19."""
+    few = {str(i): float(i % 2) for i in range(10)}
+    unsure = (few, {**few, "0": 1.0, "1": 0.0, "3": 0.0, "5": 0.0, "7": 0.0})
+    for names in (("few", "sure"), ("sure", "few")):
+        falls = {"few": unsure, "sure": (scores(0.5), scores(0.35))}
+        evidence = Evidence(1, other_sets={name: falls[name] for name in names})
+        assert fired(evidence) == {"transfer"}
+        assert value(evidence, "transfer") == pytest.approx(0.15)
+    risen = {"a": (scores(0.3), scores(0.4)), "b": (scores(0.3), scores(0.3))}
+    assert value(Evidence(1, other_sets=risen), "transfer") == 0.0
+    sudden = (scores(1.0), scores(0.0))  # of all alike, so without a standard error
+    evidence = Evidence(1, other_sets={"a": falls["sure"], "b": sudden})
+    assert value(evidence, "transfer") == 1.0
+
+
 # --- samples -------------------------------------------------------------------------------------
 
 
@@ -323,6 +339,22 @@ def test_more_than_half_hinted_is_told(hinted, unhinted, warns) -> None:
     """D14."""
     funnel = Funnel(20, 5, OutcomeCounts(kept=unhinted), OutcomeCounts(kept=hinted))
     assert ("hint-share" in fired(Evidence(0, funnel=funnel))) is warns
+
+
+@pytest.mark.parametrize("part", [1.0, 0.9])
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 100])
+def test_a_share_of_few_completions_is_silent(part, count) -> None:
+    """D10, D14, D16: a share of 1 has a standard error as well."""
+    hit = max(1, round(part * count))
+    funnel = Funnel(20, 5, OutcomeCounts(truncated=hit, kept=count - hit), OutcomeCounts(kept=hit))
+    evidence = Evidence(0, funnel=replace(funnel, hinted=OutcomeCounts()), rejected=(hit, count))
+    hinted = Evidence(0, funnel=Funnel(20, 5, OutcomeCounts(kept=count - hit), funnel.hinted))
+    expected = {"truncation", "false-positives"} if count >= 10 else set()
+    assert fired(evidence) == expected
+    assert fired(hinted) == ({"hint-share"} if count >= 10 else set())
+    reading = take_readings(hinted)["hint-share"]
+    assert reading.error == pytest.approx((reading.high - reading.low) / 3.92)
+    assert reading.error > 0.0
 
 
 @given(st.integers(0, 50), st.integers(0, 50))

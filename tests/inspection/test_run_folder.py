@@ -1,6 +1,7 @@
 """A run's folder as a reader sees it."""
 
 import json
+import os
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ from digests.old_runs import NAMES
 
 from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.inspection.run_folder import RunFolder
+from trl_selfplay.inspection.summary import describe_progress
 from trl_selfplay.rollouts.record import load_rollouts
 
 
@@ -31,6 +33,23 @@ def test_a_killed_run_of_earlier_code_is_read_as_far_as_it_came(name, unpack) ->
         if round_index < len(run.lines):
             funnel = run.lines[round_index]["funnel"]
             assert counted["kept"] == funnel["kept"] + funnel["hinted_kept"]
+
+
+def test_a_resumed_run_is_unfinished_until_it_saves_its_model(write_folder, make_rollout) -> None:
+    output_dir = write_folder([[(make_rollout(), "kept")]] * 3, finished=2)
+    model, settings = output_dir / "config.json", output_dir / "_rounds/config.json"
+    lines = output_dir / "_rounds/rounds.jsonl"
+    model.write_text("{}")
+    for path, time in ((settings, 1), (lines, 2), (model, 3)):
+        os.utime(path, (time, time))
+    run = RunFolder.open(output_dir)
+    assert run.is_finished
+    assert describe_progress(run) == "Finished after 2 of 3 rounds, before all were played."
+    os.utime(settings, (4, 4))  # written when the run is resumed
+    assert not run.is_finished
+    assert describe_progress(run).startswith("So far: 2 of 3 rounds finished. Round 2: ")
+    os.utime(model, (5, 5))
+    assert run.is_finished
 
 
 def test_a_round_without_samples_has_its_own_outcomes_of_an_earlier_round(unpack) -> None:

@@ -96,9 +96,13 @@ def test_a_run_is_bit_equal_with_and_without_a_dry_run_before(request, trials, m
 def test_what_is_found_follows_from_the_samples(build_star, tmp_path, trials, capsys) -> None:
     shown = [{"prompt": "Q 1 + 1 = ?", "completion": " so 2", "solution": "2"}]
     trainer = build_star(dry_run=True, num_rounds=3, max_completion_length=32, few_shot_examples=shown,
-                         num_prompts_per_round=6, max_steps=-1, num_train_epochs=2)  # fmt: skip
+                         num_prompts_per_round=6, max_steps=-1, num_train_epochs=2,
+                         disable_tqdm=False)  # fmt: skip
     trainer.train()
-    found, said = findings_of(tmp_path), capsys.readouterr().out
+    found, (said, bars) = findings_of(tmp_path), capsys.readouterr()
+    assert "preflight: 100%" in bars
+    assert "preflight with hints: " in bars
+    assert "round 0" not in bars
     samples = trials[0].samples
     by_prompt = [
         [r.finish != "length" and r.reward == 1.0 for r in own]

@@ -34,12 +34,9 @@ def run(flags: list[str]) -> int:
 
 
 def _find_function(name: str) -> Any:
-    """Return a reward function: `module:function`, or as the flag `--reward_funcs` takes it."""
+    """Return a reward function as the flag `--reward_funcs` takes it."""
     from trl_selfplay.demos.script_arguments import load_reward_func
 
-    module, _, function = name.partition(":")
-    if function.isidentifier() and not module.endswith("_reward"):
-        name = f"{module}.{function}"
     found = load_reward_func(name)
     is_model = isinstance(found, str)
     if is_model:

@@ -15,6 +15,7 @@ from types import TracebackType
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 _CLOSED_PIPE = 141  # 128 + SIGPIPE
+_YES = ("true", "t", "yes", "y", "1")  # what the parser takes for it
 _TRACEBACK = "TRL_SELFPLAY_TRACEBACK"
 _PACKAGE = Path(__file__).parent.parent
 _RECIPES = _PACKAGE.parent / "recipes"
@@ -30,15 +31,38 @@ def tell_pause(name: str, flags: list[str], goes_on: bool) -> int:
     """
     if os.environ.get("RANK", "0") != "0":
         return INTERRUPTED  # the main process says it
-    if not goes_on:
-        print(f"\ntrl-selfplay {name}: interrupted.", file=sys.stderr)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun and accelerate, whose flags aren't known
-        print("\nPaused. Go on with the same command and --resume.", file=sys.stderr)
+    others, dry_run = _take(flags, "dry_run")
+    if goes_on and dry_run.lower() in _YES:
+        name, flags, goes_on = "preflight", [name, *others], False
+    if name == "preflight":
+        said, added = "Interrupted; nothing was trained. Check again with", ""
+    elif goes_on:
+        said, added = "Paused. Go on with", "--resume"
+        flags, _ = _take(flags, "resume")
     else:
-        again = [flag for flag in flags if flag != "--resume"]
-        command = shlex.join([*_called_as(), name, *again, "--resume"])
-        print(f"\nPaused. Go on with:\n    {command}", file=sys.stderr)
+        print(f"\ntrl-selfplay {name}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun and accelerate, whose flags aren't known
+        print(f"\n{said} the same command{added and ' and ' + added}.", file=sys.stderr)
+    else:
+        command = shlex.join([*_called_as(), name, *flags, *([added] if added else [])])
+        print(f"\n{said}:\n    {command}", file=sys.stderr)
     return INTERRUPTED
+
+
+def _take(flags: list[str], name: str) -> tuple[list[str], str]:
+    """Return flags without the yes-or-no flag of a name, and its value; "" if it isn't given."""
+    others, value, left = [], "", list(flags)
+    while left:
+        word = left.pop(0)
+        flag, equals, given = word.partition("=")
+        if not flag.startswith("--") or flag[2:].replace("-", "_") != name:
+            others.append(word)
+        elif equals:
+            value = given
+        else:
+            value = left.pop(0) if left and not left[0].startswith("-") else "true"
+    return others, value
 
 
 def _called_as() -> list[str]:

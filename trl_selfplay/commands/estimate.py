@@ -16,7 +16,7 @@ def run(flags: list[str]) -> int:
     """Estimate a run; return 0, 1 if it doesn't fit, or 2 where the flags are wrong."""
     parser = _parser()
     args, others = parser.parse_known_args(flags)
-    from trl_selfplay.demos.script_arguments import WrongFlagsError, model_arguments
+    from trl_selfplay.demos.script_arguments import WrongFlagsError, model_arguments, reward_models
     from trl_selfplay.estimation.forecast import estimate
     from trl_selfplay.estimation.record import read_bytes, size_text
 
@@ -29,7 +29,6 @@ def run(flags: list[str]) -> int:
         if model.model_name_or_path is None:
             parser.error("which model? Give --model_name_or_path, a Hub id or a folder.")
         memory = None if args.memory is None else read_bytes(args.memory)
-        grader = getattr(script, "reward_model_name_or_path", None)
         found = estimate(
             model.model_name_or_path,
             config,
@@ -38,7 +37,7 @@ def run(flags: list[str]) -> int:
             row_length=args.row_length,
             memory=memory,
             device=args.device,
-            reward_models=[] if grader is None else [grader],
+            reward_models=reward_models(script),
         )
     except (WrongFlagsError, ValueError) as error:
         print(f"trl-selfplay estimate: {error}", file=sys.stderr)

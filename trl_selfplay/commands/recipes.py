@@ -7,7 +7,7 @@ and inside it in a wheel.
 import contextlib
 import runpy
 import sys
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent.parent
@@ -45,9 +45,13 @@ def run_recipe(name: str, flags: list[str]) -> int:
 
 
 def find_config(flags: list[str]) -> list[str]:
-    """Return flags in which the name of a recipes' YAML file behind `--config` is its path."""
-    found = list(flags)
-    for place, (flag, value) in enumerate(pairwise(flags), 1):
+    """Return flags in which the name of a recipes' YAML file behind `--config` is its path.
+
+    `--config=NAME`, which TRL's parser doesn't know, becomes `--config NAME`.
+    """
+    words = (f.split("=", 1) if f.startswith("--config=") else [f] for f in flags)
+    found = list(chain.from_iterable(words))
+    for place, (flag, value) in enumerate(list(pairwise(found)), 1):
         if flag == "--config" and Path(value).name == value and not Path(value).exists():
             with contextlib.suppress(FileNotFoundError):  # the parser says that there is none
                 found[place] = str(find_recipe(value))

@@ -211,10 +211,10 @@ def load_reward_func(name: str) -> Any:
     """
     if name == "get_soft_overlong_punishment":  # TRL's script uses these values
         return trl.rewards.get_soft_overlong_punishment(1280, 256)
-    if "/" in name or Path(name).is_dir():
+    if is_reward_model(name):
         return name
     maker, colon, argument = name.partition(":")
-    if argument.isidentifier() and "." not in maker and _named(maker) is None:
+    if argument.isidentifier() and not _is_function(maker):
         return import_function(f"{maker}.{argument}")
     function = _find_function(maker)
     if colon:
@@ -226,17 +226,23 @@ def load_reward_func(name: str) -> Any:
     return function
 
 
-def _named(name: str) -> Any:
-    """Return the reward function of this package or TRL with this name, or None."""
-    for module in (rewards, trl.rewards):
-        if name.endswith("_reward") and hasattr(module, name):
-            return getattr(module, name)
-    return None
+def is_reward_model(name: str) -> bool:
+    """Return whether a name of a reward is the id or folder of a model."""
+    return "/" in name or Path(name).is_dir()
+
+
+def _is_function(name: str) -> bool:
+    """Return whether a name is that of a function, and not of a module or of nothing."""
+    try:
+        return callable(_find_function(name))
+    except (ValueError, ImportError):
+        return False
 
 
 def _find_function(name: str) -> Any:
-    if (known := _named(name)) is not None:
-        return known
+    for module in (rewards, trl.rewards):
+        if name.endswith("_reward") and hasattr(module, name):
+            return getattr(module, name)
     if "." not in name:
         raise ValueError(
             f"no reward function {name!r}; give a name such as 'exact_reward', or an import path such "
@@ -256,6 +262,15 @@ def load_reward_funcs(script_args: GradedScriptArguments) -> list[Any]:
     """Return the reward functions and reward models named by the flags."""
     names = [*(script_args.reward_funcs or []), script_args.reward_model_name_or_path]
     return [load_reward_func(name) for name in names if name]
+
+
+def reward_models(script_args: Any) -> list[str]:
+    """Return the reward models named by the flags of a recipe, each once, without loading anything."""
+    if not isinstance(script_args, GradedScriptArguments):
+        return []
+    funcs = [*(script_args.reward_funcs or ()), *(script_args.eval_reward_funcs or ())]
+    model = script_args.reward_model_name_or_path
+    return list(dict.fromkeys([*filter(is_reward_model, funcs), *([model] if model else [])]))
 
 
 def load_eval_reward_funcs(script_args: GradedScriptArguments) -> list[Any] | None:

@@ -2,7 +2,8 @@
 
 In: `Evidence` of a round, filled as the round goes on. Out: a `Reading` per detector, warnings as text, and
 records for rounds.jsonl. An alarm needs a value above its threshold and above two of its standard errors, or three where
-that is the only bound. The thresholds come from benchmarks/collapse_calibration.py.
+that is the only bound. A share has to be that of at least 10. The thresholds come from
+benchmarks/collapse_calibration.py.
 """
 
 from collections.abc import Callable, Iterable
@@ -226,7 +227,7 @@ DETECTORS: tuple[Detector, ...] = (
         "D19",
         "transfer",
         heldout_measures.measure_transfer,
-        "largest fall of the score of a further held-out set since before training",
+        "surest fall of the score of a further held-out set since before training",
         0.0,
         "Train each round from the base (start_from='base'), mix in other data, or use adapters.",
         num_errors=3.0,

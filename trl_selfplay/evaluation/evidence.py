@@ -15,6 +15,8 @@ from trl_selfplay.evaluation.estimates import binomial_interval, paired_differen
 from trl_selfplay.rollouts.funnel import Funnel
 
 _Z = 1.96  # of a 95 % interval
+# A share of fewer is too uncertain for an alarm, whatever it is.
+_MIN_COUNTED = 10
 
 Scores = Mapping[str, float]
 
@@ -108,12 +110,16 @@ def reading_of(value: float, error: float, finding: str, counts: bool = True) ->
 
 
 def share_of(part: int, whole: int, finding: str) -> Reading | None:
-    """Return the reading of a share; None of nothing."""
+    """Return the reading of a share; None of nothing.
+
+    Its error is that of Wilson's interval, which isn't 0 where the share is 0 or 1. A share of fewer
+    than 10 raises no alarm.
+    """
     if whole == 0:
         return None
-    share = part / whole
-    error = sqrt(share * (1.0 - share) / whole)
-    return Reading(share, error, finding, *binomial_interval(part, whole))
+    low, high = binomial_interval(part, whole)
+    error = (high - low) / (2.0 * _Z)
+    return Reading(part / whole, error, finding, low, high, counts=whole >= _MIN_COUNTED)
 
 
 def span(value: float, error: float, digits: int = 3) -> str:

@@ -4,7 +4,7 @@ In: `Evidence` of a round. Out: a `Reading`, larger is worse, or None where the 
 compared by prompt.
 """
 
-from math import sqrt
+from math import copysign, inf, sqrt
 
 from trl_selfplay.evaluation.diversity import Samples, pass_rates
 from trl_selfplay.evaluation.evidence import (
@@ -127,9 +127,10 @@ def _agreement(samples: Samples) -> dict[str, float]:
 
 
 def measure_transfer(e: Evidence) -> Reading | None:
-    """Measure the largest fall of the score of a further held-out set since before training, paired.
+    """Measure the surest fall of the score of a further held-out set since before training, paired.
 
-    The sets after the first of an `eval_dataset` that is a dict.
+    The sets after the first of an `eval_dataset` that is a dict. The surest fall is the one of most
+    standard errors; of falls without error, which count as the surest, the largest.
     """
     found: list[tuple[float, float, str]] = []
     for name, (before, now) in e.other_sets.items():
@@ -137,10 +138,15 @@ def measure_transfer(e: Evidence) -> Reading | None:
             found.append((-change[0], change[1], name))
     if not found:
         return None
-    fall, error, name = max(found)
+    fall, error, name = max(found, key=_significance)
     return reading_of(
         fall,
         error,
         f"the score of the held-out set {name!r} has fallen by {fall:.3f} since before training "
         f"({span(fall, error)})",
     )
+
+
+def _significance(found: tuple[float, float, str]) -> tuple[float, float]:
+    fall, error, _ = found
+    return fall / error if error else copysign(inf, fall) if fall else 0.0, fall

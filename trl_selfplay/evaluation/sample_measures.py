@@ -279,7 +279,7 @@ def measure_hint_share(e: Evidence) -> Reading | None:
 
 
 def measure_false_positives(e: Evidence) -> Reading | None:
-    """Measure the share of up to 200 random kept completions that `eval_reward_funcs` reject."""
+    """Measure the share of up to 100 random kept completions that `eval_reward_funcs` reject."""
     if e.rejected is None:
         return None
     rejected, graded = e.rejected

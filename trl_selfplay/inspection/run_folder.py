@@ -122,13 +122,17 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all rounds are finished, or the run ended before and saved the final model."""
+        """Whether all rounds are finished, or the run ended before and saved the final model.
+
+        A run that is resumed records its settings anew: an older model isn't its final one.
+        """
         lines = self.root / "rounds.jsonl"
         if not lines.exists():
             return not self.has_rounds
         if self.planned_rounds is not None and len(self.lines) >= self.planned_rounds:
             return True
-        ended = lines.stat().st_mtime
+        records = (lines, self.root / "config.json")
+        ended = max(path.stat().st_mtime for path in records if path.exists())
         models = (self.output_dir / name for name in _FINAL_MODEL)
         return any(path.exists() and path.stat().st_mtime >= ended for path in models)
 

@@ -248,7 +248,8 @@ class SelfPlay:
         how = build_sampling_options(self.config, self.eos_token_ids, **options)
         most = how.max_completion_length
         prompt_ids = self._prompt_ids(rows, few_shot, phase == "hint", rows[0].source, most)
-        what = f"round {round_index}{' with hints' if phase == 'hint' else ''}"
+        where = "preflight" if self.config.dry_run else f"round {round_index}"
+        what = f"{where}{' with hints' if phase == 'hint' else ''}"
         label = "judging" if phase == "judge" else what  # of held-out samples as well
         with self.progress(label, len(rows) * len(indices), most) as progress:
             return self._collect(
