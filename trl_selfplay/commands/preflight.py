@@ -51,7 +51,5 @@ def run(flags: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    except SystemExit as end:  # a recipe ends after its dry run
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except SystemExit as ended:  # after the dry run, the help or an error
+        return int(ended.code or 0)
