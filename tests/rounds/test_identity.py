@@ -116,7 +116,7 @@ def test_what_decides_which_samples_there_are_may_never_change() -> None:
         if resume_rules(config)[name] not in (OnResume.FIXED, OnResume.MAY_GROW, OnResume.ENGINE)
     }
     assert rest == {
-        "deduplicate", "deduplicate_against_gold", "dry_run", "gold_ratio", "history_rounds",
+        "alarm_actions", "deduplicate", "deduplicate_against_gold", "dry_run", "gold_ratio", "history_rounds",
         "improve_learning_rate_factor",
         "improve_thresholds", "load_best_round_at_end", "log_completions",
         "log_completions_hub_repo", "log_unique_prompts",
