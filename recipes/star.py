@@ -59,7 +59,7 @@ QUICK: dict[str, Any] = {
     "num_prompts_per_round": 40,
     "temperature": 0.7,  # three times as many right samples in the first round as at 1.0
     "max_completion_length": 32,
-    "max_steps": 10,
+    "max_steps": 20,
     "num_generations_eval": 0,
 }
 # What `--smoke` changes: a run of a minute or two that only shows that everything works.
