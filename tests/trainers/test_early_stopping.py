@@ -9,6 +9,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 SETTINGS = {
     "num_rounds": 2, "max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1,
     "load_best_model_at_end": True, "num_generations_eval": 0, "save_total_limit": None,
+    "alarm_actions": {"false-positives": "ignore"},  # it would ask the scripted reward as well
 }  # fmt: skip
 
 

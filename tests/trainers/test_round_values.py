@@ -2,7 +2,7 @@
 
 import torch
 
-from trl_selfplay.rounds.stages import load_samples
+from trl_selfplay.rollouts.stored import load_samples
 
 
 def test_each_round_samples_at_its_own_temperature(build_star) -> None:

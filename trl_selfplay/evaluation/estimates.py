@@ -296,7 +296,7 @@ def summarize_heldout(
         `_abstained`. For samples: `{prefix}_pass@k` for k = 1, 2, 4, … and for the number of samples,
         the first and the last with `_low` and `_high` (bootstrap over prompts; Wilson if all have the
         same value); prompts with fewer than k graded samples are left out. Without a threshold,
-        `_mean_reward` with `_low` and `_high` (bootstrap; absent if all rewards are equal) replaces
+        `_mean_reward` with `_low` and `_high` (bootstrap) replaces
         accuracy, and `_mean_sampled_reward`, over prompts and their samples, replaces pass@k. Metrics
         without data are absent.
     """
@@ -321,8 +321,9 @@ def summarize_heldout(
         metrics["accuracy_low"], metrics["accuracy_high"] = low, high
     if graded:
         metrics["mean_reward"] = fmean(graded)
-        if reward_threshold is None and (interval := interval_of_scores(graded)):
-            metrics["mean_reward_low"], metrics["mean_reward_high"] = interval
+        if reward_threshold is None:
+            low, high = bootstrap_interval(graded)
+            metrics["mean_reward_low"], metrics["mean_reward_high"] = low, high
     if lengths:
         metrics["mean_length"] = fmean(lengths)
         metrics["truncated"] = num_truncated / len(lengths)

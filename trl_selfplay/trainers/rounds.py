@@ -267,12 +267,19 @@ class RoundsMixin(PublishesSamples):
         """
         return run_rounds(self, super().train, resume_from_checkpoint, *args, **kwargs)
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise NotImplementedError: there are no labelled rows whose logits could be returned."""
-        raise NotImplementedError(
-            "predict() returns logits of labelled rows, and rounds have prompts: score them with "
-            "`evaluate(dataset)`, or sample with `AutoModelForCausalLM.from_pretrained(output_dir)`."
-        )
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predict the parent's tokenized rows, such as those that a round trained on.
+
+        Raises:
+            NotImplementedError: `test_dataset` has prompts, which have no labels to predict.
+        """
+        if "prompt" in (test_dataset.column_names or ()):
+            raise NotImplementedError(
+                "predict() returns logits of labelled rows, and test_dataset has prompts: score them "
+                "with `evaluate(dataset)`, or sample with "
+                "`AutoModelForCausalLM.from_pretrained(output_dir)`."
+            )
+        return super().predict(test_dataset, *args, **kwargs)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """Raise NotImplementedError: a trial would have to begin with rounds of its own."""

@@ -19,7 +19,7 @@ from statistics import fmean
 from datasets import Dataset
 
 from trl_selfplay.disk import DamagedFileError, naming_damage, save_text
-from trl_selfplay.evaluation.estimates import interval_of_scores, interval_of_shares
+from trl_selfplay.evaluation.estimates import bootstrap_interval, interval_of_shares
 from trl_selfplay.evaluation.heldout import HeldOutScores
 from trl_selfplay.rollouts.completions import ChosenTokens
 from trl_selfplay.rollouts.prompts import PromptRow
@@ -84,7 +84,7 @@ def measure_heldout(
         opponent also `…_win_rate`, the share of pairs in which the policy prefers the data's
         completion more strongly than the opponent did, ties as 1/2; `…_margin`, the mean of beta
         times the difference of log-ratios; `…_loss`, the logistic loss; and `…_distance`, ln 2 minus
-        that loss. 95 % intervals end in _low and _high; that of `…_logps` is absent if all are equal.
+        that loss. 95 % intervals end in _low and _high.
     """
     lengths = [len(ids) for ids in rows["chosen_ids"]]
     per_prompt = {
@@ -92,8 +92,8 @@ def measure_heldout(
         for prompt_id, (chosen, _), length in zip(rows["prompt_id"], logps, lengths, strict=True)
     }
     metrics = {f"{prefix}_logps": fmean(per_prompt.values())}
-    if interval := interval_of_scores(list(per_prompt.values())):
-        metrics[f"{prefix}_logps_low"], metrics[f"{prefix}_logps_high"] = interval
+    low, high = bootstrap_interval(list(per_prompt.values()))
+    metrics |= {f"{prefix}_logps_low": low, f"{prefix}_logps_high": high}
     if "ref_chosen_logps" not in rows.column_names:
         return metrics, per_prompt
     margins = [
