@@ -84,7 +84,7 @@ class STaRScriptArguments(script_arguments.GradedScriptArguments):
     """Arguments of this script besides those of all recipes that grade."""
 
     quick: bool = field(
-        default=False, metadata={"help": "Run a smaller demo, of 5 minutes on two CPU cores."}
+        default=False, metadata={"help": "Run a smaller demo, of 4 minutes on two CPU cores."}
     )
 
 

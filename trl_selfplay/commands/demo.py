@@ -1,4 +1,4 @@
-"""`trl-selfplay demo`: a small model learns on this machine, in five minutes on two CPU cores.
+"""`trl-selfplay demo`: a small model learns on this machine, in four minutes on two CPU cores.
 
 In: flags. Out: an exit code, and a folder with the run. It runs `recipes/star.py` with `--quick`. What the
 libraries print goes to a file in that folder; the terminal shows a table of the rounds.
@@ -57,7 +57,7 @@ def run(flags: list[str]) -> int:
     lacking = {name: how for name, how in _NEEDED.items() if not importlib.util.find_spec(name)}
     if lacking:
         return _fail(f"{', '.join(lacking)} missing: {' && '.join(sorted({*lacking.values()}))}")
-    expected = "9 minutes" if own.full else "5 minutes"
+    expected = "9 minutes" if own.full else "4 minutes"
     print(_introduction(folder, expected), flush=True)
     # Two threads by default: more hardly help so small a model. Read when torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 2)))
