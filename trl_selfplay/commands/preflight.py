@@ -22,7 +22,7 @@ _WITHOUT_ROUNDS = "quiet_star"
 
 def run(flags: list[str]) -> int:
     """Run the command of a method with `--dry_run`."""
-    trained = [name for name, command in COMMANDS.items() if command.target.endswith(".py")]
+    trained = [name for name, command in COMMANDS.items() if command.is_recipe]
     methods = [name for name in trained if name != _WITHOUT_ROUNDS]
     usage = _USAGE.format(methods=", ".join(methods))
     name, *others = flags or [""]
