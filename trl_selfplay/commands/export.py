@@ -27,11 +27,9 @@ def run(flags: list[str]) -> int:
         _parser().error("--form has no effect on --as parquet, which has one form of its own")
     try:
         folder = RunFolder.open(args.run)
-        suffix = "parquet" if args.kind == "parquet" else "jsonl"
         name = folder.output_dir.resolve().name
-        path = args.out or Path(f"{name}-{args.kind}.{suffix}")
-        if args.kind == "parquet":
-            path = args.out or Path(f"{name}.parquet")
+        default = f"{name}.parquet" if args.kind == "parquet" else f"{name}-{args.kind}.jsonl"
+        path = args.out or Path(default)
         count = export_run(
             folder,
             args.kind,
