@@ -130,7 +130,9 @@ def test_a_full_disk_leaves_earlier_shards_and_says_what_to_do(small_disk, make_
 )
 def test_a_disk_that_a_checkpoint_fills_says_what_is_kept(small_disk, save) -> None:
     with (
-        pytest.raises(OSError, match=r"the disk is full in .*kept: free some space") as raised,
+        pytest.raises(
+            OSError, match=r"the disk is full in .*kept: free some space, then resume with train"
+        ) as raised,
         saying_what_is_kept(small_disk),
     ):
         save(torch.rand(100_000), small_disk / "weights")

@@ -174,7 +174,7 @@ def saying_what_is_kept(folder: Path) -> Iterator[None]:
         raise OSError(
             number or errno.ENOSPC,
             f"the disk is full in {folder} ({str(error)[:200]}). Samples, scores, finished rounds "
-            "and complete checkpoints are kept: free some space, then {RESUME}",
+            f"and complete checkpoints are kept: free some space, then {RESUME}",
         ) from error
 
 

@@ -1,10 +1,14 @@
 """Sampling with a server: real HTTP, a real model with real adapters behind it."""
 
+import gc
 import threading
+import warnings
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 import torch
+from chat_server import start
 from lora_server import serving_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -202,3 +206,43 @@ def test_the_record_says_what_the_server_says_of_itself(build, adapter) -> None:
         "engine": "vllm server", "version": "0.32.0", "model": "base", "dtype": None,
         "quantization": None,
     }  # fmt: skip
+
+
+def test_an_answer_that_stops_in_the_middle_leaves_no_socket_open(
+    word_tokenizer, monkeypatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "_WAIT_S", 0.0)
+    monkeypatch.setattr(vllm_server, "_REPLY_PATIENCE_S", 0.1)
+    stopped = threading.Event()
+
+    class Stops(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            if self.path != "/health":
+                self.send_header("Content-Length", "100")
+            self.end_headers()
+            if self.path != "/health":
+                stopped.wait(60)
+
+        def log_message(self, *args) -> None:
+            pass
+
+    url, stop = start(Stops)
+
+    def ask() -> str:
+        try:
+            VLLMServerSampler(url, lambda: None, word_tokenizer, None, timeout_s=10)
+        except ConnectionError as error:
+            kept = error  # in a cycle with this call, as in a thread that hands it on
+            return str(kept)
+        return ""
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        try:
+            assert "timed out" in ask()
+        finally:
+            stopped.set()
+            stop()
+        gc.collect()
+    assert not [w for w in caught if "socket" in str(w.message)]

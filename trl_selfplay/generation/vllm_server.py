@@ -311,8 +311,9 @@ class VLLMServerSampler:
             if stop.is_set():
                 raise ConnectionAbortedError("the answer isn't wanted any more")
             connection.request(method, self._path + path, content, headers)
-            response = connection.getresponse()
-            answer = response.read()
+            # Closed by itself: a response whose server ends the connection is no longer part of it.
+            with connection.getresponse() as response:
+                answer = response.read()
         finally:
             self._open.discard(connection)
             connection.close()
