@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from trl_selfplay.commands.export import run as export_command
+from trl_selfplay.commands.dispatch import main
 from trl_selfplay.inspection.export import export_run
 from trl_selfplay.inspection.row_forms import Example, to_row
 from trl_selfplay.rollouts.kept_prompts import KeptPrompt
@@ -216,12 +216,12 @@ def test_the_command_writes_a_file_once_and_replaces_it_on_request(
     run = write_run(TEXT, ROUNDS)
     monkeypatch.chdir(tmp_path)
     flags = [str(run.output_dir), "--as", "sft"]
-    assert export_command(flags) == 0
+    assert main(["export", *flags]) == 0
     assert "3 rows in run-sft.jsonl" in capsys.readouterr().out
     before = (tmp_path / "run-sft.jsonl").read_bytes()
-    assert export_command(flags) == 2
+    assert main(["export", *flags]) == 2
     assert "--force" in capsys.readouterr().err
-    assert export_command([*flags, "--force"]) == 0
+    assert main(["export", *flags, "--force"]) == 0
     assert (tmp_path / "run-sft.jsonl").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -237,7 +237,7 @@ def test_the_command_writes_a_file_once_and_replaces_it_on_request(
 def test_the_command_says_what_is_wrong(write_run, tmp_path, monkeypatch, capsys, flags, message):
     run = write_run(TEXT, ROUNDS)
     monkeypatch.chdir(tmp_path)
-    assert export_command([str(run.output_dir), *flags]) == (0 if message is None else 2)
+    assert main(["export", str(run.output_dir), *flags]) == (0 if message is None else 2)
     assert message is None or message in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from trl_selfplay.commands.score import run as score_command
+from trl_selfplay.commands.dispatch import main
 from trl_selfplay.inspection.faithfulness import (
     Parts,
     Score,
@@ -110,7 +110,7 @@ def run(write_run, chat_tokenizer, tiny_model):
 def test_scores_are_log_probs_of_the_models_own_forward(
     run, chat_tokenizer, tiny_model, capsys
 ) -> None:
-    assert score_command([str(run.output_dir)]) == 0
+    assert main(["score", str(run.output_dir)]) == 0
     shown = capsys.readouterr().out
     assert "not scored: 33% (1 nothing before the answer)" in shown
     found = json.loads((run.root / "faithfulness.json").read_text())
@@ -168,10 +168,10 @@ def test_a_hinted_completion_is_scored_after_the_examples_of_training(
 def test_the_command_says_what_is_missing(write_run, capsys) -> None:
     sample = {"row": 0, "outcome": "failed"}
     run = write_run([{"prompt": "1 + 2", "solution": "3"}], [[sample]])
-    assert score_command([str(run.output_dir)]) == 2
+    assert main(["score", str(run.output_dir)]) == 2
     assert "has no final model" in capsys.readouterr().err
     (run.output_dir / "config.json").touch()
-    assert score_command([str(run.output_dir)]) == 2
+    assert main(["score", str(run.output_dir)]) == 2
     assert "no completions of these rounds" in capsys.readouterr().err
-    assert score_command([str(run.output_dir), "--rounds", "4"]) == 2
+    assert main(["score", str(run.output_dir), "--rounds", "4"]) == 2
     assert "has samples of round 0; asked for [4]" in capsys.readouterr().err

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return tell_pause(name, flags, goes_on=command.is_recipe)
     except Exception as error:
-        return tell_error(name, error)
+        return tell_error(name, error, trains=command.group == _TRAIN or name == "preflight")
 
 
 def _quieten() -> None:

@@ -15,6 +15,9 @@ from types import TracebackType
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 _CLOSED_PIPE = 141  # 128 + SIGPIPE
+_OF_FLAGS = (
+    ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, ImportError
+)  # fmt: skip
 _YES = ("true", "t", "yes", "y", "1")  # what the parser takes for it
 _TRACEBACK = "TRL_SELFPLAY_TRACEBACK"
 _PACKAGE = Path(__file__).parent.parent
@@ -74,8 +77,14 @@ def _called_as() -> list[str]:
     return ["trl-selfplay"]
 
 
-def tell_error(name: str, error: Exception) -> int:
+def tell_error(name: str, error: Exception, trains: bool = True) -> int:
     """Print an error's message if it was raised for the user to read; return the exit code.
+
+    Args:
+        name: The command's.
+        error: What ended it.
+        trains: Whether it trains. In other commands a wrong value, or a file that isn't there, can
+            only come from the flags.
 
     Raises:
         Exception: The error itself, if it wasn't, or if TRL_SELFPLAY_TRACEBACK is set.
@@ -84,7 +93,8 @@ def tell_error(name: str, error: Exception) -> int:
         return _CLOSED_PIPE
     if os.environ.get(_TRACEBACK) or not _is_meant_for_the_user(error):
         raise error
-    code = getattr(error, "exit_code", 1)
+    is_wrong_use = not trains and isinstance(error, _OF_FLAGS)
+    code = 2 if is_wrong_use else getattr(error, "exit_code", 1)
     explained = _explain_connection(error) if _is_of_the_connection(error) else error
     print(f"\ntrl-selfplay {name}: {explained}", file=sys.stderr)
     if code == 1:
@@ -145,7 +155,7 @@ def _is_raised(last: TracebackType) -> bool:
 def _is_stdout_closed() -> bool:
     """Return whether what reads our output has ended, as in `… | head`."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # flushing alone finds nothing where the failed write was the last
     except BrokenPipeError:
         # The interpreter flushes once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,10 +4,8 @@ In: the flags of the command. Out: a file, one line about it, and the exit code.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from trl_selfplay.disk import DamagedFileError, NewerFormatError
 from trl_selfplay.inspection.export import export_run
 from trl_selfplay.inspection.row_forms import FORMS
 from trl_selfplay.inspection.run_folder import RunFolder
@@ -25,25 +23,12 @@ def run(flags: list[str]) -> int:
     args = _parser().parse_args(flags)
     if args.kind == "parquet" and args.form is not None:
         _parser().error("--form has no effect on --as parquet, which has one form of its own")
-    try:
-        folder = RunFolder.open(args.run)
-        name = folder.output_dir.resolve().name
-        default = f"{name}.parquet" if args.kind == "parquet" else f"{name}-{args.kind}.jsonl"
-        path = args.out or Path(default)
-        count = export_run(
-            folder,
-            args.kind,
-            path,
-            form=args.form or "trl",
-            rounds=args.rounds,
-            overwrite=args.force,
-        )
-    except (ValueError, OSError) as error:
-        print(f"trl-selfplay export: {error}", file=sys.stderr)
-        return 2
-    except (DamagedFileError, NewerFormatError) as error:
-        print(f"trl-selfplay export: {error}", file=sys.stderr)
-        return 1
+    folder = RunFolder.open(args.run)
+    name = folder.output_dir.resolve().name
+    default = f"{name}.parquet" if args.kind == "parquet" else f"{name}-{args.kind}.jsonl"
+    path = args.out or Path(default)
+    form = args.form or "trl"
+    count = export_run(folder, args.kind, path, form=form, rounds=args.rounds, overwrite=args.force)
     print(f"{count:,} {'row' if count == 1 else 'rows'} in {path}")
     return 0
 

@@ -4,9 +4,7 @@ In: flags. Out: the file, and its path on standard output.
 """
 
 import argparse
-import sys
 
-from trl_selfplay.disk import DamagedFileError, NewerFormatError
 from trl_selfplay.inspection.html_report import DEFAULT_SAMPLES, write_report
 
 
@@ -35,10 +33,5 @@ def run(flags: list[str]) -> int:
     args = parser.parse_args(flags)
     if args.samples < 0:
         parser.error(f"--samples {args.samples}: give 0 or more.")
-    try:
-        path = write_report(args.output_dir, args.output, args.compare, args.samples)
-    except (OSError, DamagedFileError, NewerFormatError) as error:
-        print(f"trl-selfplay report: {error}", file=sys.stderr)
-        return 2 if isinstance(error, FileNotFoundError) else 1
-    print(path)
+    print(write_report(args.output_dir, args.output, args.compare, args.samples))
     return 0

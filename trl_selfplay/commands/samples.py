@@ -6,12 +6,10 @@ terminal: control and invisible characters are shown as escapes.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from trl_selfplay.disk import DamagedFileError, NewerFormatError
 from trl_selfplay.inspection.charts import OUTCOME_NAMES
 from trl_selfplay.inspection.plain_text import visible
 from trl_selfplay.inspection.run_folder import UNFINISHED, RunFolder
@@ -44,19 +42,13 @@ def run(flags: list[str]) -> int:
     if args.outcome and args.evaluation:
         parser.error("--outcome: held-out samples have none. Leave out one of the two flags.")
     getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="backslashreplace")
-    try:
-        opened = RunFolder.open(args.output_dir)
-        found = _find(parser, args, opened)
-        if args.json:
-            _print_json(opened, found, args.evaluation)
-        else:
-            _print_text(opened, found, args.evaluation, is_full=args.full)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, DamagedFileError, NewerFormatError) as error:
-        print(f"trl-selfplay samples: {error}", file=sys.stderr)
-        return 2 if isinstance(error, FileNotFoundError) else 1
+    opened = RunFolder.open(args.output_dir)
+    found = _find(parser, args, opened)
+    if args.json:
+        _print_json(opened, found, args.evaluation)
+    else:
+        _print_text(opened, found, args.evaluation, is_full=args.full)
+    sys.stdout.flush()
     return 0
 
 

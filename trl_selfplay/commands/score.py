@@ -4,10 +4,8 @@ In: flags. Out: a table on standard output and `_rounds/faithfulness.json`, whic
 """
 
 import argparse
-import sys
 from typing import Any
 
-from trl_selfplay.disk import DamagedFileError, NewerFormatError
 from trl_selfplay.inspection.faithfulness import CONDITIONS, FILE_NAME, score_run
 from trl_selfplay.inspection.run_folder import RunFolder
 
@@ -23,15 +21,8 @@ _NAMES = {
 def run(flags: list[str]) -> int:
     """Score a run and return the exit code."""
     args = _parser().parse_args(flags)
-    try:
-        folder = RunFolder.open(args.output_dir)
-        found = score_run(folder, args.model, rounds=args.rounds, limit=args.limit)
-    except (ValueError, OSError) as error:
-        print(f"trl-selfplay score: {error}", file=sys.stderr)
-        return 2
-    except (DamagedFileError, NewerFormatError) as error:
-        print(f"trl-selfplay score: {error}", file=sys.stderr)
-        return 1
+    folder = RunFolder.open(args.output_dir)
+    found = score_run(folder, args.model, rounds=args.rounds, limit=args.limit)
     print(format_scores(found))
     print(folder.root / FILE_NAME)
     return 0
