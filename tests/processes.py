@@ -76,15 +76,39 @@ def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> int:
     return wait_for(start(function, *arguments, **options))
 
 
-def call_twice(function: Callable[..., Any], *arguments: Any) -> list[int]:
-    """Call a function in two processes that know of each other as `torchrun` would tell them."""
+def start_group(
+    count: int, function: Callable[..., Any], *arguments: Any, logs: Path | None = None
+) -> list[BaseProcess]:
+    """Call a function in processes that know of each other as `torchrun` would tell them.
+
+    Args:
+        count: Number of processes.
+        function: As for `start`.
+        arguments: As for `start`.
+        logs: Folder for what each prints, in a file named after its rank.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-    started = [start(function, *arguments, environment=rank) for rank in ranks]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [
+        start(function, *arguments, environment=rank, log=logs and logs / rank["RANK"])
+        for rank in ranks
+    ]
+
+
+def call_group(
+    count: int, function: Callable[..., Any], *arguments: Any, **options: Any
+) -> list[int]:
+    """Call a function in processes that know of each other, and return their exit codes."""
+    started = start_group(count, function, *arguments, **options)
     return [wait_for(process) for process in started]
+
+
+def call_twice(function: Callable[..., Any], *arguments: Any) -> list[int]:
+    """Call a function in two processes that know of each other, and return their exit codes."""
+    return call_group(2, function, *arguments)
 
 
 def run_script(path: Path, arguments: list[str], folder: Path) -> tuple[int, str]:

@@ -29,6 +29,10 @@ class CountingProgress:
         self.solved = None
         self.abstained = None
         self.num_tokens = 0
+        self.num_more = 0.0
+
+    def expect(self, num_more):
+        self.num_more += num_more
 
     def decode(self, num_tokens):
         self.num_tokens += num_tokens

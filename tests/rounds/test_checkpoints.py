@@ -23,7 +23,7 @@ def processes(count=1, scaler=None):
 def alone(monkeypatch):
     """Several processes without a process group: nothing to tell the others."""
     monkeypatch.setattr(
-        "trl_selfplay.rounds.checkpoints.broadcast_object_list", lambda values: values
+        "trl_selfplay.rounds.checkpoints.from_main", lambda accelerator, value: value
     )
 
 

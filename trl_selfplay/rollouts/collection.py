@@ -9,11 +9,11 @@ first incomplete shard.
 
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple, Protocol
@@ -25,8 +25,10 @@ from transformers import PreTrainedTokenizerBase
 from trl_selfplay.disk import is_found
 from trl_selfplay.generation.random_streams import Phase, stream_key
 from trl_selfplay.generation.sampler import Sampler, SampleRequest, SamplingOptions
+from trl_selfplay.peers import check_peers, from_main, shared_counter, together, wait_for_all
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.ahead import run_ahead
+from trl_selfplay.rollouts.hand_out import take_shards
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout, save_rollouts
 from trl_selfplay.rollouts.sequence import Rollouts, StoredShard
@@ -119,7 +121,7 @@ class Collector:
         their indices. Where a function holds a model, a call gets a whole shard. The thread waits
         when as many prompts are waiting as the largest shard has.
 
-        Each of n processes samples every n-th shard, and all return all rollouts.
+        With several processes, each takes the next shard when it is free, and all return all rollouts.
 
         Args:
             assignments: What to sample; the order has no influence.
@@ -134,43 +136,42 @@ class Collector:
             RuntimeError, ValueError, TypeError: From a reward function, named; the samples stay
                 on disk and are only graded when the run is resumed.
             OSError: The disk is full; what is finished stays.
+            PeerError: Another process has ended.
         """
-        shards = self._load_or_plan(assignments, options, folder, prefix)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        work = _Work(
-            shards={
-                f"{prefix}{index:05d}": shard
-                for index, shard in enumerate(shards)
-                if index % world == rank and shard.prompt_ids
-            },
-            assignments={a.row.prompt_id: a for a in assignments},
-            options=options,
-            round_index=round_index,
-            phase=phase,
-            folder=folder,
-            prefix=prefix,
-        )
-        if world > 1:  # which share whole shards, and so the samples seldom equally
-            num_own = work.count_samples(p for s in work.shards.values() for p in s.prompt_ids)
-            progress.expect(num_own - work.count_samples(work.assignments) / world)
-        collected = self._grade_as_sampled(work, progress)
-        if folder is not None:
-            self.accelerator.wait_for_everyone()
-            stored = [
-                StoredShard(folder / f"{prefix}{index:05d}.parquet", shard.prompt_ids)
-                for index, shard in enumerate(shards)
-                if shard.prompt_ids
-            ]
-            if world > 1:  # other processes wrote some of them
+        with together(self.accelerator):
+            shards = self._load_or_plan(assignments, options, folder, prefix)
+            work = _Work(
+                shards={f"{prefix}{i:05d}": s for i, s in enumerate(shards) if s.prompt_ids},
+                assignments={a.row.prompt_id: a for a in assignments},
+                options=options,
+                round_index=round_index,
+                phase=phase,
+                folder=folder,
+                prefix=prefix,
+            )
+            numbers = take_shards(len(work.shards), shared_counter())
+            collected = self._grade_as_sampled(work, numbers, progress)
+            wait_for_all(self.accelerator)
+            return self._join(work, collected)
+
+    def _join(self, work: "_Work", collected: Mapping[str, list[Rollout]]) -> Rollouts:
+        """Return the rollouts of all processes, in the order of the shards."""
+        is_shared = self.accelerator.num_processes > 1
+        if work.folder is not None:
+            stored = [StoredShard(work.path(name), s.prompt_ids) for name, s in work.shards.items()]
+            if is_shared:  # other processes wrote some of them
                 all(is_found(shard.path) for shard in stored)
             return Rollouts.stored(stored)
-        return Rollouts.of(gather_object(collected) if world > 1 else collected)
+        found = dict(gather_object([*collected.items()])) if is_shared else collected
+        return Rollouts.of([r for name in work.shards for r in found[name]])
 
-    def _grade_as_sampled(self, work: "_Work", progress: Progress) -> list[Rollout]:
+    def _grade_as_sampled(
+        self, work: "_Work", numbers: Iterator[int], progress: Progress
+    ) -> dict[str, list[Rollout]]:
         """Grade this process's shards as they are sampled, if there is anything to grade with.
 
         Returns:
-            Their rollouts, unless they are on disk.
+            Their rollouts by the shard's name, unless they are on disk.
         """
         grades = self.scorer is not None and work.phase != "judge"
         threshold = None if self.has_degrees else self.reward_threshold
@@ -183,19 +184,21 @@ class Collector:
         # A model that grades shares the device with the sampler, and the last bit of its scores depends
         # on what is in its batch: it gets whole shards, not what happens to be waiting.
         grades_shards = grades and self.scorer is not None and self.scorer.has_models
-        waiting: dict[str, list[list[Rollout]]] = {name: [] for name in work.shards}
-        unfinished: dict[str, list[Rollout]] = {name: [] for name in work.shards}
+        waiting: dict[str, list[list[Rollout]]] = defaultdict(list)
+        unfinished: dict[str, list[Rollout]] = defaultdict(list)
         changed: set[str] = set()
-        collected: list[Rollout] = []
+        collected: dict[str, list[Rollout]] = {}
+        sampled = self._sample_shards(work, numbers, progress, stop)
         # Reward functions stay in the main thread: those with timeouts by signal need it.
-        with closing(run_ahead(self._sample_shards(work, progress, stop), stop, most)) as batches:
+        with closing(run_ahead(sampled, stop, most)) as batches:
             for batch in batches:
+                check_peers()
                 for name, items in groupby(batch, key=lambda item: item.shard):
                     waiting[name] += [item.rollouts for item in items]
                     is_sampled = not waiting[name][-1]  # all of the shard, and it is on disk
                     if grades_shards and not is_sampled:
                         continue
-                    prompts, waiting[name] = waiting[name], []
+                    prompts = waiting.pop(name)
                     rollouts = [r for same in prompts for r in same]
                     if grades:
                         done = [r for same in prompts if _are_graded(same) for r in same]
@@ -210,19 +213,21 @@ class Collector:
                     if is_sampled:
                         finished = work.in_order(name, unfinished.pop(name))
                         if work.folder is None:
-                            collected += finished
+                            collected[name] = finished
                         elif name in changed:
                             save_rollouts(work.path(name), finished)
         return collected
 
     def _sample_shards(
-        self, work: "_Work", progress: Progress, stop: Event
+        self, work: "_Work", numbers: Iterator[int], progress: Progress, stop: Event
     ) -> Generator["_SampledPrompt"]:
         """Yield each prompt as it is finished, then its shard's end, once that is on disk.
 
         What has been sampled is saved as well if the shard can't be finished.
         """
-        for name, shard in work.shards.items():
+        names = list(work.shards)
+        for number in self._tell_share(work, numbers, progress):
+            name, shard = names[number], work.shards[names[number]]
             found = [] if work.folder is None else load_shard(work.path(name))
             kept, missing = split_found(found, [work.assignments[i] for i in shard.prompt_ids])
             progress.update(len(kept), sum(len(r.completion_ids) for r in kept), restored=True)
@@ -257,6 +262,25 @@ class Collector:
                 return
             yield _SampledPrompt(name, [])
 
+    def _tell_share(
+        self, work: "_Work", numbers: Iterator[int], progress: Progress
+    ) -> Iterator[int]:
+        """Yield the numbers of this process's shards, and tell what it will have sampled in the end.
+
+        That is what it has taken, and an equal share of what is left.
+        """
+        world = self.accelerator.num_processes
+        sizes = [work.count_samples(shard.prompt_ids) for shard in work.shards.values()]
+        ends = list(accumulate(sizes))
+        own, told = 0, sum(sizes) / world
+        for number in numbers:
+            own += sizes[number]
+            expected = own + (ends[-1] - ends[number]) / world
+            progress.expect(expected - told)
+            told = expected
+            yield number
+        progress.expect(own - told)
+
     def _load_or_plan(
         self,
         assignments: Sequence[Assignment],
@@ -265,7 +289,6 @@ class Collector:
         prefix: str,
     ) -> list[Shard]:
         path = None if folder is None else folder / f"{prefix}plan.json"
-        # Every process must plan the same, and free memory differs between them: one decides.
         shards: list[Shard] | None = None
         if self.accelerator.is_main_process:
             shards = None if path is None else load_plan(path, assignments)
@@ -274,8 +297,8 @@ class Collector:
                 shards = plan_shards(assignments, options.max_completion_length, self.sampler, held)
                 if path is not None:
                     save_plan(path, shards)
-        if self.accelerator.num_processes > 1:
-            shards = gather_object([shards])[0]
+        # All must have the same plan, and free memory differs between processes.
+        shards = from_main(self.accelerator, shards)
         assert shards is not None
         return shards
 
@@ -301,8 +324,13 @@ class Collector:
         prompt_texts = {a.row.prompt_id: _decode(self.tokenizer, a.prompt_ids) for a in assignments}
         tag_ids = _find_tag_ids(self.tokenizer)
         left = set(range(len(wanted)))
+
+        def on_tokens(num_tokens: int) -> None:
+            check_peers()
+            progress.decode(num_tokens)
+
         for request_index, sampled in self.sampler.sample(
-            requests, work.options, batch_size, progress.decode
+            requests, work.options, batch_size, on_tokens
         ):
             if stop.is_set():
                 return
@@ -381,7 +409,7 @@ class Collector:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What a process samples in a phase: its shards by the names of their files, and how."""
+    """What is sampled in a phase: all shards by the names of their files, and how."""
 
     shards: Mapping[str, Shard]
     assignments: Mapping[str, Assignment]

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from datasets import Dataset, load_from_disk
 
 from trl_selfplay.disk import is_found, replace_folder
+from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.sequence import Rollouts
 
@@ -198,7 +199,7 @@ def build_on_main(
         build: Writes the dataset into the folder and returns it.
     """
     rows = build(folder) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
+    wait_for_all(accelerator)
     if rows is None:
         is_found(folder / "state.json")
         rows = cast("Dataset", load_from_disk(str(folder)))

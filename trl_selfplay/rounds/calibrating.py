@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_selfplay.disk import BRING_BACK, naming_damage, save_text
+from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.stored import rewrite_samples
@@ -32,7 +33,7 @@ def weigh_calibrated(play: Any, rollouts: Rollouts, folder: Path) -> Rollouts:
     path = play.run.calibration_path
     if accelerator.is_main_process and not path.exists():
         save_text(path, json.dumps(scorer.calibration.scores_of(rollouts.columns("rewards")[0])))
-    accelerator.wait_for_everyone()
+    wait_for_all(accelerator)
     with naming_damage(path, BRING_BACK):
         scores = json.loads(path.read_text())
     scorer.calibration.compare_with(scores)
@@ -42,5 +43,5 @@ def weigh_calibrated(play: Any, rollouts: Rollouts, folder: Path) -> Rollouts:
 
     if accelerator.is_main_process:
         rewrite_samples(folder, weigh)
-    accelerator.wait_for_everyone()
+    wait_for_all(accelerator)
     return rollouts  # as they are on disk now

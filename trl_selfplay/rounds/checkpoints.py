@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.utils import (
@@ -23,6 +22,8 @@ from transformers.utils import (
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
 )
+
+from trl_selfplay.peers import from_main
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +48,8 @@ def last_whole_checkpoint(folder: Path, accelerator: Accelerator) -> str | None:
     Raises:
         ValueError: A checkpoint is whole, for another number of processes.
     """
-    found: list[str | None] = [None]
-    if accelerator.is_main_process:
-        found = [_find(folder, accelerator)]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    return found[0]
+    found = _find(folder, accelerator) if accelerator.is_main_process else None
+    return from_main(accelerator, found)
 
 
 def refuse_broken(checkpoint: Path, accelerator: Accelerator) -> None:

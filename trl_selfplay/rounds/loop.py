@@ -26,6 +26,7 @@ from trl_selfplay.evaluation.monitor import warn_baseline, warn_long
 from trl_selfplay.evaluation.progress import format_duration, say
 from trl_selfplay.evaluation.report import print_round_table
 from trl_selfplay.memory import fast_collections
+from trl_selfplay.peers import together, wait_for_all
 from trl_selfplay.rollouts.funnel import describe_funnel
 from trl_selfplay.rollouts.kept_prompts import keep_prompts
 from trl_selfplay.rollouts.played import PlayedRound
@@ -96,12 +97,17 @@ def run_rounds(
         FileExistsError: The output directory holds rounds, and `resume_from_checkpoint` is not set.
         ValueError: It holds rounds of another configuration (the error names each field), or
             `trial` was given.
-        RuntimeError: Another process trains into the output directory.
+        RuntimeError: Another run trains into the output directory.
+        PeerError: Another process of this run has ended.
     """
     if trial is not None:
         raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
     folder, is_main = Path(trainer.args.output_dir), trainer.is_world_process_zero()
-    with held_by_this_process(folder, is_main), fast_collections():
+    with (
+        together(trainer.accelerator),
+        held_by_this_process(folder, is_main),
+        fast_collections(),
+    ):
         return _run_rounds(trainer, train_parent, resume_from_checkpoint)
 
 
@@ -244,7 +250,7 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
         )
     if not trainer.has_begun:  # before this process changes them
         trainer.weights_digest = digest_weights(trainer.model, run.keeps_initial_weights)
-    trainer.accelerator.wait_for_everyone()  # all have looked before one writes
+    wait_for_all(trainer.accelerator)  # all have looked before one writes
     if trainer.is_world_process_zero():
         # Rounds that share their samples also share one value of each list.
         sampling = {plan.sampling_round for plan in progress.plans}
@@ -261,7 +267,7 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
         play = trainer.self_play
         keep_rendering(play.formatter.rendering(play.rows[0].is_conversational), run.rendering_path)
         keep_prompts(run.prompts_path, play.rows)
-    trainer.accelerator.wait_for_everyone()
+    wait_for_all(trainer.accelerator)
     if not is_found(run.root / "config.json"):
         raise FileNotFoundError(
             f"process {trainer.accelerator.process_index} doesn't find {run.root / 'config.json'}, "
@@ -273,7 +279,7 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
     elif run.keeps_initial_weights and trainer.is_world_process_zero():
         save_trainable(trainer.model, run.initial_weights)
     trainer.has_begun = True
-    trainer.accelerator.wait_for_everyone()
+    wait_for_all(trainer.accelerator)
     is_new = not has_initial_weights and run.initial_weights.exists()
     if trainer.accelerator.num_processes > 1 and is_new:
         # Each process drew a new adapter of its own; DDP would make them equal only in training.
@@ -417,7 +423,7 @@ def _finish_round(
         # With the held-out scores, for the log_history of a run that goes on.
         save_state(state, run.folder(round_index))
     progress.lines.append(line)
-    trainer.accelerator.wait_for_everyone()
+    wait_for_all(trainer.accelerator)
     if trainer.is_world_process_zero():
         _delete_what_is_done(run, progress.lines)
         print_round_table(progress.lines, run.chosen_metric)

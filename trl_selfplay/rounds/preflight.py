@@ -23,6 +23,7 @@ from trl_selfplay.estimation.record import size_text
 from trl_selfplay.evaluation.estimates import interval_of_shares, pass_at_k
 from trl_selfplay.evaluation.progress import format_duration, say
 from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rollouts.funnel import describe_causes, describe_funnel
 from trl_selfplay.rounds.gold_check import check_gold
 from trl_selfplay.rounds.memory_check import describe_memory, estimate_run
@@ -102,7 +103,7 @@ def find_all(trainer: Any, folder: Path) -> list[Finding]:
     is_main, accelerator = trainer.is_world_process_zero(), trainer.accelerator
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    wait_for_all(accelerator)
     try:
         trial = play_trial_round(trainer, folder)
         found = [
@@ -117,7 +118,7 @@ def find_all(trainer: Any, folder: Path) -> list[Finding]:
             _disk(trainer, trial),
         ]
     finally:
-        accelerator.wait_for_everyone()
+        wait_for_all(accelerator)
         if is_main:
             shutil.rmtree(folder, ignore_errors=True)
     return [finding for finding in found if finding is not None]

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import pack_dataset
 
@@ -31,6 +30,7 @@ from trl_selfplay.evaluation.heldout import (
 from trl_selfplay.evaluation.progress import SamplingProgress
 from trl_selfplay.evaluation.report import print_completions
 from trl_selfplay.generation.sampler import Phase, build_sampling_options
+from trl_selfplay.peers import from_main, wait_for_all
 from trl_selfplay.rewards.answer import is_answer
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.collection import Collector, Progress
@@ -417,13 +417,12 @@ class SelfPlay:
         if not gold.rollouts:
             return []
         accelerator = self.collector.accelerator
-        [is_graded, *_] = gather_object([path.exists()])  # all do as the main process does
-        if not is_graded:
+        if not from_main(accelerator, path.exists()):
             judgements = self.run.root / "judgements"
             with judged(self, self.collector, gold.rollouts, gold.rows, 0, judgements, "gold-"):
                 if accelerator.is_main_process:
                     save_rollouts(path, self.collector.grade(gold.rollouts, gold.rows))
-        accelerator.wait_for_everyone()
+        wait_for_all(accelerator)
         return load_rollouts(path)
 
     def drop_long_gold(

@@ -25,6 +25,7 @@ from trl_selfplay.disk import (
     saying_what_is_kept,
 )
 from trl_selfplay.memory import return_freed_memory
+from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, pass_over_checkpoints
 from trl_selfplay.rounds.early_stopping import note_patience, restore_patience, stopped_early
 from trl_selfplay.rounds.weights import (
@@ -51,7 +52,7 @@ def train_on(
         FloatingPointError: The weights are no longer finite. No model is kept.
         OSError: The disk is full; what is whole is kept.
     """
-    trainer.accelerator.wait_for_everyone()  # all have looked before one writes
+    wait_for_all(trainer.accelerator)  # all have looked before one writes
     folder.mkdir(parents=True, exist_ok=True)
     free_optimizer(trainer)
     trainer.self_play.collector.sampler.release()
@@ -80,7 +81,7 @@ def train_on(
         if trainer.is_world_process_zero():
             save_state(trainer.state, folder)
             replace_folder(temporary, folder / "model")
-    trainer.accelerator.wait_for_everyone()
+    wait_for_all(trainer.accelerator)
     return output
 
 

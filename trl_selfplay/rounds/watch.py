@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import gather_object
 
 from trl_selfplay.disk import RESUME, DamagedFileError
 from trl_selfplay.evaluation.detectors import (
@@ -36,6 +35,7 @@ from trl_selfplay.evaluation.diversity import (
 from trl_selfplay.evaluation.evidence import Evidence, Reading, Scores
 from trl_selfplay.evaluation.heldout import greedy_scores
 from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.peers import from_main
 from trl_selfplay.rewards.vote import answer_form
 from trl_selfplay.rollouts.facts import digest_form
 from trl_selfplay.rollouts.played import PlayedRound
@@ -323,8 +323,7 @@ class Watch:
             generator = random.Random(f"{args.seed}/{self._plan.round_index}")
             chosen = sorted(generator.sample(kept, min(_MOST_CHECKED, len(kept))))
             graded = self._reject(Rollouts.of(played.rollouts).pick(chosen), threshold)
-        [graded, *_] = gather_object([graded])
-        return graded
+        return from_main(collector.accelerator, graded)
 
     def _reject(self, rollouts: Rollouts, threshold: float) -> tuple[int, int] | None:
         play = self._trainer.self_play

@@ -26,6 +26,7 @@ from trl import DPOTrainer
 
 from trl_selfplay.disk import DamagedFileError, naming_damage
 from trl_selfplay.generation.model_traits import sampling_state, without_checkpointing
+from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.rows import (
@@ -179,6 +180,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
                 chosen, rejected = log_probs(policy, batch)
                 scored += zip(indices, chosen.tolist(), rejected.tolist(), strict=True)
         if accelerator.num_processes > 1:
+            wait_for_all(accelerator)
             scored = gather_object(scored)
         return [(chosen, rejected) for _, chosen, rejected in sorted(scored)]
 
@@ -219,7 +221,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
             self.accelerator, unscored, lambda where: build_pair_rows(pairs, where)
         )
         rows = self.store_reference(rows, folder)
-        self.accelerator.wait_for_everyone()
+        wait_for_all(self.accelerator)
         if self.is_world_process_zero():
             shutil.rmtree(unscored, ignore_errors=True)
         return rows
@@ -241,7 +243,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
                     return stored
             except DamagedFileError as error:  # the weights are still the reference's
                 logger.warning("%s", error)
-            self.accelerator.wait_for_everyone()  # all have looked before one deletes
+            wait_for_all(self.accelerator)  # all have looked before one deletes
             if self.is_world_process_zero():
                 shutil.rmtree(folder)
         if len(rows) == 0:  # a dataset without rows can't be read back

@@ -20,6 +20,7 @@ from trl_selfplay.evaluation.heldout import HeldOutScores, metric_prefixes
 from trl_selfplay.evaluation.monitor import find_convergence
 from trl_selfplay.evaluation.progress import say
 from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rollouts.completions import (
     ChosenTokens,
     drop_long_rows,
@@ -222,7 +223,7 @@ class SPINTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         if path is not None and (scored := load_scores(path)) is not None:
             return scored
         scores = self.score_sets(self.self_play.heldout, folder=folder)
-        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        wait_for_all(self.accelerator)  # all have looked before one writes
         if path is not None and self.is_world_process_zero():
             save_scores(path, scores)
         for prefix in metric_prefixes(list(self.self_play.heldout), "eval").values():
