@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from trl.models import unwrap_model_for_generation
 
 from trl_selfplay.generation.cpu_linear import fast_linear_layers
 
@@ -216,23 +216,13 @@ def sampling_state(model: nn.Module, accelerator: Accelerator | None) -> Iterato
     were_training = [module.training for module in modules]
     configs = {id(c): c for m in modules if (c := m.__dict__.get("config")) is not None}.values()
     balancing = [c for c in configs if getattr(c, "output_router_logits", False)]
-    unwrapping = None
     with without_checkpointing(model), fast_linear_layers(model):
         try:
             for config in balancing:
                 config.output_router_logits = False
-            unwrapped: Any = model
-            if accelerator is not None:
-                unwrapping = unwrap_model_for_generation(model, accelerator)
-                unwrapped = unwrapping.__enter__()
             model.eval()
-            yield unwrapped
+            yield model if accelerator is None else accelerator.unwrap_model(model)
         finally:
-            if unwrapping is not None:
-                # Exit as if nothing was raised: TRL's context cleans up without a `finally`. Remove
-                # when https://github.com/huggingface/trl/issues/6659 is fixed in the oldest
-                # supported TRL.
-                unwrapping.__exit__(None, None, None)
             for module, was_training in zip(modules, were_training, strict=True):
                 module.training = was_training
             for config in balancing:
@@ -269,4 +259,7 @@ def without_adapters(model: Any) -> Any:
 
 def has_whole_weights(model: nn.Module) -> bool:
     """Return whether all weights are in this process, and neither sharded nor on the meta device."""
-    return all(p.numel() > 0 and p.device.type != "meta" for p in model.parameters())
+    return all(
+        p.numel() > 0 and p.device.type != "meta" and not isinstance(p, DTensor)
+        for p in model.parameters()
+    )

@@ -36,6 +36,7 @@ from trl_selfplay.rounds.checkpoints import list_checkpoints, pass_over_checkpoi
 from trl_selfplay.rounds.dry_run import try_step
 from trl_selfplay.rounds.early_stopping import ends_run
 from trl_selfplay.rounds.empty_round import handle_empty_round
+from trl_selfplay.rounds.gathered import whole_parameters, whole_weights_in_place
 from trl_selfplay.rounds.identity import check_identity, describe_trainer, digest_weights
 from trl_selfplay.rounds.log import (
     RoundCallback,
@@ -136,7 +137,8 @@ def _run_rounds(
         with say_where_interrupted(progress):
             if len(progress.lines) < len(progress.plans):
                 trackers.begin()
-            before = trainer.score_heldout(UNTRAINED, run.folder(UNTRAINED) / "evaluation")
+            with whole_weights_in_place(trainer):
+                before = trainer.score_heldout(UNTRAINED, run.folder(UNTRAINED) / "evaluation")
             _report_baseline(progress, before, args.rewards_have_degrees)
             _load_newest_weights(trainer, progress)
             if progress.warm_up_rows is not None and not progress.lines:
@@ -159,7 +161,8 @@ def _run_rounds(
                     if call_round_event(trainer, "on_round_begin", progress):
                         break
                     started, is_fresh = time.monotonic(), not run.folder(plan.round_index).exists()
-                    played = watch.see_samples(trainer.play_round(plan.round_index))
+                    with whole_weights_in_place(trainer):
+                        played = watch.see_samples(trainer.play_round(plan.round_index))
                     progress.seconds = {"sample": time.monotonic() - started, "train": 0.0}
                     if played.num_examples == 0 and not plan.may_be_skipped:
                         handle_empty_round(args, plan.round_index, played)
@@ -168,7 +171,8 @@ def _run_rounds(
                         logger.warning("%s", warning)
                     output = _train_round(trainer, train_parent, plan, played) or output
                     folder = run.folder(plan.round_index)
-                    scores = trainer.score_heldout(plan.round_index, folder / "evaluation")
+                    with whole_weights_in_place(trainer):
+                        scores = trainer.score_heldout(plan.round_index, folder / "evaluation")
                     ended = _finish_round(trainer, plan, played, before, scores, watch)
                     history += trainer.state.log_history
                     if is_fresh and not ended:
@@ -249,7 +253,8 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
             f"{run.initial_weights} is gone, and rounds begin with the weights in it. {BRING_BACK}"
         )
     if not trainer.has_begun:  # before this process changes them
-        trainer.weights_digest = digest_weights(trainer.model, run.keeps_initial_weights)
+        with whole_parameters(trainer.model, trainable=False):
+            trainer.weights_digest = digest_weights(trainer.model, run.keeps_initial_weights)
     wait_for_all(trainer.accelerator)  # all have looked before one writes
     if trainer.is_world_process_zero():
         # Rounds that share their samples also share one value of each list.
@@ -276,8 +281,8 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
         )
     if has_initial_weights or trainer.has_begun:  # training, here or elsewhere, has changed them
         reload_initial_weights(trainer.model, args, run.initial_weights)
-    elif run.keeps_initial_weights and trainer.is_world_process_zero():
-        save_trainable(trainer.model, run.initial_weights)
+    elif run.keeps_initial_weights:
+        save_trainable(trainer.model, run.initial_weights, trainer.is_world_process_zero())
     trainer.has_begun = True
     wait_for_all(trainer.accelerator)
     is_new = not has_initial_weights and run.initial_weights.exists()

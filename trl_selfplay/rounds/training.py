@@ -198,5 +198,7 @@ def free_optimizer(trainer: Any) -> None:
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
     trainer.accelerator.free_memory()
+    if trainer.is_deepspeed_enabled:
+        trainer.deepspeed, trainer.model_wrapped = None, trainer.model  # the engine is gone
     trainer.model.zero_grad(set_to_none=True)
     return_freed_memory()

@@ -16,8 +16,10 @@ from peft import PeftConfig, PeftModel
 from peft.utils import TrainableTokensWrapper, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl_selfplay.disk import BRING_BACK, naming_damage, save_file_with
+from trl_selfplay.rounds.gathered import whole_parameters
 
 # Initialisations that write into the base weights. A restart from the initial adapter, a resume
 # in a new process and an engine that loads base and adapter apart would each see another base.
@@ -144,14 +146,24 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def nonfinite_weights(model: nn.Module) -> list[str]:
     """Return the names of trainable parameters that hold NaN or infinity."""
-    weights = trainable_parameters(model).items()
-    return [name for name, weight in weights if not bool(weight.detach().isfinite().all())]
+    with whole_parameters(model):
+        weights = trainable_parameters(model).items()
+        return [name for name, weight in weights if not bool(weight.detach().isfinite().all())]
 
 
-def save_trainable(model: nn.Module, path: Path) -> None:
-    """Write the trainable parameters to one safetensors file atomically."""
-    weights = {n: p.detach().cpu().contiguous() for n, p in trainable_parameters(model).items()}
-    save_file_with(path, lambda temporary: save_file(weights, temporary))
+def save_trainable(model: nn.Module, path: Path, is_main: bool = True) -> None:
+    """Write the trainable parameters to one safetensors file atomically.
+
+    Args:
+        model: In all processes, each of which may hold a part of the weights.
+        path: The file.
+        is_main: Whether this process writes.
+    """
+    with whole_parameters(model):
+        if is_main:
+            parameters = trainable_parameters(model).items()
+            weights = {n: p.detach().cpu().contiguous() for n, p in parameters}
+            save_file_with(path, lambda temporary: save_file(weights, temporary))
 
 
 def load_trainable(model: nn.Module, path: Path) -> None:
@@ -178,10 +190,8 @@ def reload_initial_weights(model: Any, args: Any, saved: Path) -> None:
         load_trainable(model, saved)
         return
     source = model.config.name_or_path
-    kwargs = {**(args.model_init_kwargs or {}), "dtype": "auto", "device_map": "cpu"}
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    loaded = type(model).from_pretrained(source, **kwargs)
-    copy_into(model, dict(loaded.named_parameters()), source)
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    _copy_from_pretrained(model, source, **kwargs)
 
 
 @contextmanager
@@ -218,14 +228,15 @@ def copy_into(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str
     Raises:
         ValueError: A trainable parameter is missing from `tensors` or has another shape.
     """
-    for name, parameter in trainable_parameters(model).items():
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            found = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise ValueError(
-                f"{source} has {found} for the parameter {name}, the model has "
-                f"{tuple(parameter.shape)}: it belongs to another model or PEFT configuration."
-            )
-        parameter.copy_(tensors[name].to(parameter.device, parameter.dtype))
+    with whole_parameters(model):
+        for name, parameter in trainable_parameters(model).items():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                found = tuple(tensors[name].shape) if name in tensors else "nothing"
+                raise ValueError(
+                    f"{source} has {found} for the parameter {name}, the model has "
+                    f"{tuple(parameter.shape)}: it belongs to another model or PEFT configuration."
+                )
+            parameter.copy_(tensors[name].to(parameter.device, parameter.dtype))
 
 
 def load_saved_model(model: nn.Module, folder: Path) -> None:
@@ -241,19 +252,29 @@ def load_saved_model(model: nn.Module, folder: Path) -> None:
             place = folder if adapter == "default" else folder / adapter
             with naming_damage(place, BRING_BACK):
                 weights = load_peft_weights(str(place), device="cpu")
-            outcome: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter)
+            with whole_parameters(model):
+                outcome: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter)
             if outcome.unexpected_keys:
                 raise ValueError(
                     f"{place} holds adapter weights that the model lacks, such as "
                     f"{outcome.unexpected_keys[0]}: it belongs to another PEFT configuration."
                 )
         return
-    # From disk as it was saved, without a second model on the accelerator. The model's own class
-    # needs no registry and no leave to run code from the folder.
-    model_class: Any = type(model)
     with naming_damage(folder, BRING_BACK):
-        loaded = model_class.from_pretrained(folder, dtype="auto", device_map="cpu")
-    copy_into(model, dict(loaded.named_parameters()), str(folder))
+        _copy_from_pretrained(model, folder)
+
+
+def _copy_from_pretrained(model: nn.Module, source: str | Path, **kwargs: Any) -> None:
+    """Copy weights as they were saved, without a second model on the accelerator.
+
+    The model's own class needs no registry and no leave to run code from the folder.
+    """
+    model_class: Any = type(model)
+    if not is_deepspeed_zero3_enabled():  # which divides what is loaded
+        kwargs["device_map"] = "cpu"
+    loaded = model_class.from_pretrained(source, **{**kwargs, "dtype": "auto"})
+    with whole_parameters(loaded, trainable=False):
+        copy_into(model, dict(loaded.named_parameters()), str(source))
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from trl_selfplay.evaluation.heldout import HeldOutScores
@@ -30,6 +29,11 @@ from trl_selfplay.rollouts.prompts import (
 from trl_selfplay.rollouts.rendering import FewShotExample, PromptFormatter
 from trl_selfplay.rollouts.selection import default_normal_form
 from trl_selfplay.rounds.card import add_rounds_to_card
+from trl_selfplay.rounds.gathered import (
+    check_sharding,
+    shards_weights,
+    whole_weights_in_place,
+)
 from trl_selfplay.rounds.judging import check_judges
 from trl_selfplay.rounds.log import log_with_round
 from trl_selfplay.rounds.loop import run_rounds
@@ -144,14 +148,16 @@ class RoundsMixin(PublishesSamples):
             # `compute_loss_func`, is missed by those alone who pass it.
             **{name: value for name, value in parent.items() if value is not None},
         )
+        check_sharding(self)
         undo_rounding(self.model, unrounded)
         self.add_callback(SameOrderOnResume)
         self.placeholder = cast("Dataset", self.train_dataset)
         self.eval_dataset = eval_dataset
-        self.self_play = self.prepare_stages(
-            self._build_self_play(model, rows, heldout, grading, examples, hint_formatter)
-        )
-        is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        with whole_weights_in_place(self):
+            self.self_play = self.prepare_stages(
+                self._build_self_play(model, rows, heldout, grading, examples, hint_formatter)
+            )
+        is_sharded = shards_weights(self)
         check_judges(self.self_play, is_sharded)
         check_drift(self.args.alarm_actions, is_sharded)
         self.self_play.check_prompts(hinted=hint_formatter is not None)
@@ -288,6 +294,16 @@ class RoundsMixin(PublishesSamples):
             "for each trial, and compare their `eval_` metrics."
         )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save like the parent, also where DeepSpeed's engine is gone since a training ended."""
+        is_engine_gone = self.is_deepspeed_enabled and self.model_wrapped is self.model
+        with whole_weights_in_place(self) if is_engine_gone else nullcontext():
+            self.is_deepspeed_enabled &= not is_engine_gone
+            try:
+                super().save_model(output_dir, _internal_call)
+            finally:
+                self.is_deepspeed_enabled |= is_engine_gone
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the round, and with steps counted across rounds."""
         log_with_round(self, super().log, logs, start_time)
@@ -375,7 +391,8 @@ class RoundsMixin(PublishesSamples):
             raise ValueError(
                 "evaluate() needs an `eval_dataset` of held-out rows in the form of `train_dataset`."
             )
-        scores = self.score_sets(sets, prefix=metric_key_prefix)
+        with whole_weights_in_place(self):
+            scores = self.score_sets(sets, prefix=metric_key_prefix)
         if self.progress is None:  # within a run, the next round samples with the same weights
             self.self_play.collector.sampler.release()
         metrics = {**scores.metrics, f"{metric_key_prefix}_runtime": round(scores.seconds, 4)}
