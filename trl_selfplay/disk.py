@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO
+from typing import IO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,6 +112,7 @@ def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             f"intact: free some space, then {RESUME}",
         ) from error
     _sync(path.parent)
+    _tell_written(path)
 
 
 def is_found(path: Path, seconds: float = 90.0) -> bool:
@@ -135,6 +136,7 @@ def save_file_with(path: Path, write: Callable[[Path], object]) -> None:
     _sync(temporary)
     temporary.replace(path)
     _sync(path.parent)
+    _tell_written(path)
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
@@ -145,6 +147,63 @@ def replace_folder(temporary: Path, final: Path) -> None:
         shutil.rmtree(final)
     temporary.rename(final)
     _sync(final.parent)
+    _tell_written(final)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or folder, if it is there; whoever follows the folder is told before."""
+    tell_gone(path)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class Follower(Protocol):
+    """Is told what becomes of the files below a folder."""
+
+    def written(self, path: Path) -> None:
+        """Take note of a file or folder that is now there whole."""
+
+    def gone(self, path: Path) -> None:
+        """Take note of a file or folder that will be deleted, or counts no more."""
+
+
+_FOLLOWERS: dict[Path, Follower] = {}
+
+
+@contextmanager
+def followed(folder: Path, follower: Follower) -> Iterator[None]:
+    """Tell `follower` of each file and folder below `folder` that is written or deleted in here.
+
+    It is told in the thread that wrote, before this goes on; temporary names are left out.
+    """
+    _FOLLOWERS[folder.absolute()] = follower
+    try:
+        yield
+    finally:
+        del _FOLLOWERS[folder.absolute()]
+
+
+def tell_gone(path: Path) -> None:
+    """Tell those that follow a folder that a file or folder in it counts no more."""
+    for follower in _followers_of(path):
+        follower.gone(path)
+
+
+def _tell_written(path: Path) -> None:
+    for follower in _followers_of(path):
+        follower.written(path)
+
+
+def _followers_of(path: Path) -> list[Follower]:
+    whole = path.absolute()
+    return [
+        follower
+        for folder, follower in _FOLLOWERS.items()
+        if whole.is_relative_to(folder)
+        and not any(part.startswith(".") for part in whole.relative_to(folder).parts)
+    ]
 
 
 def _sync(path: Path) -> None:

@@ -115,15 +115,15 @@ class Rendering:
     chat_template: Any
 
 
-def read_start(path: Path) -> datetime:
-    """Return when the run of this file began, or the current time if there is no file.
+def read_start(path: Path, text: str | None = None) -> datetime:
+    """Return when the run of this file, or with this text of it, began; now if there is neither.
 
     Raises:
         ValueError: The file can't be read.
     """
-    if not path.exists():
+    if text is None and not path.exists():
         return datetime.now().replace(microsecond=0)
-    return datetime.fromisoformat(_read(path).time)
+    return datetime.fromisoformat(_read(path, text).time)
 
 
 def keep_rendering(rendering: Rendering, path: Path) -> None:
@@ -144,9 +144,9 @@ def keep_rendering(rendering: Rendering, path: Path) -> None:
     save_text(path, json.dumps(asdict(rendering), indent=1))
 
 
-def _read(path: Path) -> Rendering:
+def _read(path: Path, text: str | None = None) -> Rendering:
     try:
-        return Rendering(**json.loads(path.read_text()))
+        return Rendering(**json.loads(path.read_text() if text is None else text))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} can't be read ({error}). It holds the time that the run's prompts were rendered "

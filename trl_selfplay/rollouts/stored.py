@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_selfplay.disk import BRING_BACK, naming_damage, save_table
+from trl_selfplay.disk import BRING_BACK, delete, naming_damage, save_table
 from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.selection import Selection
 from trl_selfplay.rollouts.sequence import Rollouts, StoredShard
@@ -115,7 +115,7 @@ def read_selection(path: Path) -> Iterator[tuple[str, int, str]]:
 def save_history(path: Path, history: Sequence[Rollout]) -> None:
     """Write which rollouts of earlier rounds a round trains on; no file if there are none."""
     if not history:
-        path.unlink(missing_ok=True)
+        delete(path)
         return
     columns = Rollouts.of(history).columns(*_HISTORY.names)
     save_table(path, pa.table(columns, _HISTORY))

@@ -23,7 +23,11 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+<<<<<<< HEAD
 from trl_selfplay.peers import from_main
+=======
+from trl_selfplay.disk import tell_gone
+>>>>>>> c3386f8 (Keep rounds on an object store as well)
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +88,7 @@ def pass_over_checkpoints(folder: Path) -> None:
 
 
 def _pass_over(checkpoint: Path) -> None:
+    tell_gone(checkpoint)
     if (checkpoint / _STATE).exists():
         (checkpoint / _STATE).rename(checkpoint / _PASSED_OVER)
 

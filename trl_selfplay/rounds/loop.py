@@ -8,7 +8,6 @@ before the next begins, and isn't repeated if its result is there:
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,14 @@ from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
 from trl import BEMACallback
 
-from trl_selfplay.disk import BRING_BACK, RESUME, DamagedFileError, held_by_this_process, is_found
+from trl_selfplay.disk import (
+    BRING_BACK,
+    RESUME,
+    DamagedFileError,
+    delete,
+    held_by_this_process,
+    is_found,
+)
 from trl_selfplay.evaluation.estimates import paired_difference
 from trl_selfplay.evaluation.heldout import HeldOutScores
 from trl_selfplay.evaluation.monitor import warn_baseline, warn_long
@@ -45,6 +51,7 @@ from trl_selfplay.rounds.log import (
     say_where_interrupted,
 )
 from trl_selfplay.rounds.memory_check import tell_memory
+from trl_selfplay.rounds.mirror import kept_in_store
 from trl_selfplay.rounds.plan import RoundPlan
 from trl_selfplay.rounds.preflight import run_preflight, warn_before_run
 from trl_selfplay.rounds.run import (
@@ -98,22 +105,53 @@ def run_rounds(
         FileExistsError: The output directory holds rounds, and `resume_from_checkpoint` is not set.
         ValueError: It holds rounds of another configuration (the error names each field), or
             `trial` was given.
+<<<<<<< HEAD
         RuntimeError: Another run trains into the output directory.
         PeerError: Another process of this run has ended.
+=======
+        RuntimeError: Another process trains into the output directory, or `rounds_dir` fails.
+>>>>>>> c3386f8 (Keep rounds on an object store as well)
     """
     if trial is not None:
         raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
     folder, is_main = Path(trainer.args.output_dir), trainer.is_world_process_zero()
+<<<<<<< HEAD
     with (
         together(trainer.accelerator),
         held_by_this_process(folder, is_main),
         fast_collections(),
     ):
         return _run_rounds(trainer, train_parent, resume_from_checkpoint)
+=======
+    resume = _read_resume(resume_from_checkpoint, folder)
+    with (
+        held_by_this_process(folder, is_main),
+        fast_collections(),
+        kept_in_store(trainer, resume),
+    ):
+        return _run_rounds(trainer, train_parent, resume)
+
+
+def _read_resume(resume: bool | str | None, output_dir: Path) -> bool:
+    """Return whether the run in `output_dir` is to go on.
+
+    Raises:
+        ValueError: Another folder was given.
+    """
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):  # as a flag's value
+        return resume.lower() == "true"
+    if isinstance(resume, str) and Path(resume).resolve() != output_dir.resolve():
+        raise ValueError(
+            f"resume_from_checkpoint={resume!r}: a run over rounds is resumed as a whole, from "
+            f"its output_dir ({str(output_dir)!r}). Pass True; the first unfinished round goes "
+            "on from its own newest checkpoint."
+        )
+    return bool(resume)
+>>>>>>> c3386f8 (Keep rounds on an object store as well)
 
 
 def _run_rounds(
-    trainer: Any, train_parent: Callable[..., TrainOutput], resume: bool | str | None
+    trainer: Any, train_parent: Callable[..., TrainOutput], resume: bool
 ) -> TrainOutput:
     args, run = trainer.args, trainer.run
     progress = RoundProgress(args.plan_rounds(), trainer.warm_up_rows())
@@ -220,7 +258,7 @@ def _refuse_callbacks(trainer: Any, progress: RoundProgress) -> None:
         )
 
 
-def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) -> None:
+def _open_run(trainer: Any, progress: RoundProgress, resume: bool) -> None:
     """Read what is on disk, refuse what doesn't fit, and put the initial weights in place."""
     args, run = trainer.args, trainer.run
     source = Path(trainer.model.config.name_or_path)
@@ -229,16 +267,6 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool | str | None) 
             f"the model was loaded from output_dir ({args.output_dir!r}), where the trained one would "
             "replace it, but rounds go back to its weights. Choose another output_dir."
         )
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):  # as a flag's value
-        resume = resume.lower() == "true"
-    if isinstance(resume, str):
-        if Path(resume).resolve() != Path(args.output_dir).resolve():
-            raise ValueError(
-                f"resume_from_checkpoint={resume!r}: a run over rounds is resumed as a whole, from "
-                f"its output_dir ({args.output_dir!r}). Pass True; the first unfinished round goes "
-                "on from its own newest checkpoint."
-            )
-        resume = True
     if run.root.is_dir() and any(run.root.iterdir()) and not resume:
         raise FileExistsError(
             f"{args.output_dir!r} already holds rounds. To go on with them, {RESUME}; or choose another "
@@ -295,14 +323,14 @@ def _drop_what_samples_became(run: Run) -> None:
     """Delete what round 0 made from its samples, so that it selects and trains anew."""
     for folder in (run.folder(UNTRAINED), run.folder(0)):
         for made in (folder / "dataset", *folder.glob("evaluation/*/pairs")):
-            shutil.rmtree(made, ignore_errors=True)
-        (folder / "evaluation" / "scores.json").unlink(missing_ok=True)
+            delete(made)
+        delete(folder / "evaluation" / "scores.json")
         # Which prompts are unsolved may differ: planned anew around what is sampled.
         for plan in (
             *folder.glob("samples/hint-plan.json"),
             *folder.glob("judgements/hint-*plan.json"),
         ):
-            plan.unlink()
+            delete(plan)
         pass_over_checkpoints(folder)
 
 
@@ -440,12 +468,12 @@ def _delete_what_is_done(run: Run, lines: Sequence[Mapping[str, Any]]) -> None:
     round_index = len(lines) - 1
     for index in range(round_index + 1):  # earlier ones too: a kill may have come in between
         for checkpoint in list_checkpoints(run.folder(index)):
-            shutil.rmtree(checkpoint)
+            delete(checkpoint)
     if not run.keeps_every_model:
         needed = {round_index, find_best_round(run, lines)}
         for index in range(round_index):
             if index not in needed:
-                shutil.rmtree(run.folder(index) / "model", ignore_errors=True)
+                delete(run.folder(index) / "model")
 
 
 def _load_chosen_weights(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -26,6 +26,7 @@ from trl_selfplay.rounds.plan import (
     per_round_lists,
     plan_equal_rounds,
 )
+from trl_selfplay.rounds.store import check_rounds_dir
 from trl_selfplay.trainers.engine_config import EngineConfig, check_engine_fields
 from trl_selfplay.trainers.field_checks import (
     AT_LEAST_0,
@@ -264,6 +265,14 @@ class SelfPlayConfig(EngineConfig):
             "None never stops.",
         },
     )
+    rounds_dir: Annotated[str | None, OnResume.FREE] = field(
+        default=None,
+        metadata={
+            "help": "URL of a folder on an object store, such as s3://bucket/run, that keeps all rounds as "
+            "well: samples, selections, checkpoints and models. A run goes on from it on any machine. "
+            "None keeps them in `output_dir` alone.",
+        },
+    )
     alarm_actions: Annotated[dict[str, str] | str | None, OnResume.FREE] = field(
         default=None,
         metadata={
@@ -443,6 +452,8 @@ def check_self_play_config(config: Any) -> None:
     """
     check_parent_fields(config)
     check_engine_fields(config)
+    if config.rounds_dir is not None:
+        check_rounds_dir(config.rounds_dir)
     _check_generation_kwargs(config)
     if "" in (config.stop_strings or ()):
         raise ValueError(

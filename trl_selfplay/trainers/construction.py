@@ -39,7 +39,9 @@ from trl_selfplay.rewards.functions import compares_samples
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.rendering import FewShotExample, load_few_shot_examples, read_start
+from trl_selfplay.rounds.mirror import read_from_store
 from trl_selfplay.rounds.run import Run
+from trl_selfplay.rounds.store import RoundsStore
 from trl_selfplay.rounds.weights import check_head, check_peft_config
 from trl_selfplay.trainers.ported_scripts import check_config_class
 
@@ -483,9 +485,12 @@ def _failure_of_forward(
     return None
 
 
-def start_of_run(run: Run, accelerator: Accelerator) -> datetime:
-    """Return when the run in the output directory began, or now; the same in all processes."""
-    start = [read_start(run.rendering_path)]
+def start_of_run(run: Run, store: RoundsStore | None, accelerator: Accelerator) -> datetime:
+    """Return when the run in the output directory or the store began, or now; the same in all processes."""
+    start: list[Any] = [None]
+    if accelerator.is_main_process:
+        path = run.rendering_path
+        start = [read_start(path, read_from_store(store, path, run.root))]
     if accelerator.num_processes > 1:
         start = broadcast_object_list(start)
     return start[0]

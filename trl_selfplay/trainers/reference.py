@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from trl_selfplay.disk import DamagedFileError, naming_damage
+from trl_selfplay.disk import DamagedFileError, delete, naming_damage
 from trl_selfplay.generation.model_traits import sampling_state, without_checkpointing
 from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rollouts.played import PlayedRound
@@ -245,7 +245,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
                 logger.warning("%s", error)
             wait_for_all(self.accelerator)  # all have looked before one deletes
             if self.is_world_process_zero():
-                shutil.rmtree(folder)
+                delete(folder)
         if len(rows) == 0:  # a dataset without rows can't be read back
             return rows
         logps = self.score_pairs(rows, self.compute_ref_log_probs)

@@ -37,8 +37,10 @@ from trl_selfplay.rounds.gathered import (
 from trl_selfplay.rounds.judging import check_judges
 from trl_selfplay.rounds.log import log_with_round
 from trl_selfplay.rounds.loop import run_rounds
+from trl_selfplay.rounds.mirror import open_store
 from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run
 from trl_selfplay.rounds.stages import SelfPlay
+from trl_selfplay.rounds.store import RoundsStore
 from trl_selfplay.rounds.training import SameOrderOnResume
 from trl_selfplay.rounds.watch import check_drift
 from trl_selfplay.rounds.weights import (
@@ -72,6 +74,7 @@ class RoundsMixin(PublishesSamples):
 
     Attributes:
         run: The rounds on disk.
+        store: Where they are kept as well, with `rounds_dir`.
         self_play: The stages of a round: sampling, grading, scoring.
         placeholder: The row that the parent was built on, as the parent prepared it.
         progress: How far `train` has got; None outside it.
@@ -86,6 +89,7 @@ class RoundsMixin(PublishesSamples):
 
     args: Any
     run: Run
+    store: RoundsStore | None = None
     self_play: SelfPlay
     placeholder: Dataset
     progress: RoundProgress | None = None
@@ -150,6 +154,7 @@ class RoundsMixin(PublishesSamples):
         )
         check_sharding(self)
         undo_rounding(self.model, unrounded)
+        self.store = open_store(self.args, self.accelerator)
         self.add_callback(SameOrderOnResume)
         self.placeholder = cast("Dataset", self.train_dataset)
         self.eval_dataset = eval_dataset
@@ -202,7 +207,7 @@ class RoundsMixin(PublishesSamples):
                 hint_formatter,
                 args.chat_template_kwargs,
                 sanitize_control_tokens=args.sanitize_control_tokens,
-                start=start_of_run(self.run, accelerator),
+                start=start_of_run(self.run, self.store, accelerator),
                 num_embeddings=model.get_input_embeddings().weight.shape[0],
             ),
             collector=Collector(

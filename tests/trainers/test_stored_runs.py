@@ -1,0 +1,66 @@
+"""Runs whose rounds are kept on an S3 server: killed, their disk lost, gone on with elsewhere."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from processes import call
+from resumable_run import Kill
+from stored_run import run
+from test_resume import read_run
+
+
+@pytest.fixture
+def stored(tmp_path, saved_tiny_model, sums, s3):
+    """Return a function that runs, or goes on with, a run in a process of its own: its exit code."""
+    rows = tmp_path / "rows.json"
+    table = sums(16).to_list()
+    rows.write_text(json.dumps({"train": table[:12], "heldout": table[12:]}))
+
+    def go(
+        method: str, folder: str, rounds_dir: str | None = None, kill: Kill | None = None
+    ) -> int:
+        arguments = (method, str(tmp_path / folder), str(saved_tiny_model), str(rows), rounds_dir)
+        return call(run, *arguments, kill, environment=s3.environment)
+
+    return go
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    *found, weights = read_run(one)
+    *expected, expected_weights = read_run(other)
+    assert found == expected
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(tensor, expected_weights[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "kills"),
+    [
+        # In a checkpoint of round 0, which is put file by file; between its steps; in round 1.
+        ("STaR", [("sampling", 17), ("putting", 25), ("training", 1), ("putting", 20)]),
+        ("SPIN", [("putting", 8), ("training", 1), ("putting", 30)]),
+    ],
+)
+def test_a_run_killed_again_and_again_goes_on_from_the_store_alone(
+    stored, s3, tmp_path, method, kills
+) -> None:
+    assert stored(method, "whole") == 0
+    bucket = s3.make_bucket()
+    url = f"s3://{bucket}/a/run"
+    for number, (phase, after) in enumerate(kills):
+        folder = f"machine-{number}"
+        assert stored(method, folder, url, Kill(phase, after)) == -signal.SIGKILL
+        assert (tmp_path / folder).exists()
+        shutil.rmtree(tmp_path / folder)
+    assert stored(method, "last", url) == 0
+    assert_equal_runs(tmp_path / "last", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "last")
+    assert stored(method, "read", url) == 0  # all rounds are finished
+    assert_equal_runs(tmp_path / "read", tmp_path / "whole")
+    names = sorted(s3.objects(bucket))
+    assert not [name for name in names if "checkpoint" in name or "_lease" in name]
