@@ -124,6 +124,7 @@ def test_what_decides_which_samples_there_are_may_never_change() -> None:
         "max_per_prompt", "nll_coef", "num_completions_to_print", "num_generations",
         "on_empty_round",
         "reward_threshold", "round_betas", "round_learning_rates", "round_max_steps",
+        "rounds_dir",
         "start_from", "stop_after_rounds_without_gain", "threshold_kind",
         # Where and how fast an engine runs, not what it computes.
         "allow_engine_change", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_mode",

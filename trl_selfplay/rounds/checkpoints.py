@@ -23,11 +23,8 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-<<<<<<< HEAD
-from trl_selfplay.peers import from_main
-=======
 from trl_selfplay.disk import tell_gone
->>>>>>> c3386f8 (Keep rounds on an object store as well)
+from trl_selfplay.peers import from_main
 
 logger = logging.getLogger(__name__)
 

@@ -105,26 +105,15 @@ def run_rounds(
         FileExistsError: The output directory holds rounds, and `resume_from_checkpoint` is not set.
         ValueError: It holds rounds of another configuration (the error names each field), or
             `trial` was given.
-<<<<<<< HEAD
-        RuntimeError: Another run trains into the output directory.
+        RuntimeError: Another run trains into the output directory, or `rounds_dir` fails.
         PeerError: Another process of this run has ended.
-=======
-        RuntimeError: Another process trains into the output directory, or `rounds_dir` fails.
->>>>>>> c3386f8 (Keep rounds on an object store as well)
     """
     if trial is not None:
         raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
     folder, is_main = Path(trainer.args.output_dir), trainer.is_world_process_zero()
-<<<<<<< HEAD
-    with (
-        together(trainer.accelerator),
-        held_by_this_process(folder, is_main),
-        fast_collections(),
-    ):
-        return _run_rounds(trainer, train_parent, resume_from_checkpoint)
-=======
     resume = _read_resume(resume_from_checkpoint, folder)
     with (
+        together(trainer.accelerator),
         held_by_this_process(folder, is_main),
         fast_collections(),
         kept_in_store(trainer, resume),
@@ -147,7 +136,6 @@ def _read_resume(resume: bool | str | None, output_dir: Path) -> bool:
             "on from its own newest checkpoint."
         )
     return bool(resume)
->>>>>>> c3386f8 (Keep rounds on an object store as well)
 
 
 def _run_rounds(

@@ -16,11 +16,11 @@ from typing import Any
 from uuid import uuid4
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from trl_selfplay.disk import RESUME, followed, save_text
 from trl_selfplay.evaluation.progress import say
+from trl_selfplay.peers import together, wait_for_all
 from trl_selfplay.rounds.checkpoints import list_checkpoints
 from trl_selfplay.rounds.lease import Lease, LeaseError
 from trl_selfplay.rounds.store import (
@@ -48,12 +48,14 @@ def open_store(args: Any, accelerator: Accelerator) -> RoundsStore | None:
     """Return the store that a config names, None without; the main process sees that it answers.
 
     Raises:
-        StoreError: In all processes: it doesn't.
+        StoreError: It doesn't; in the other processes PeerError.
     """
     if args.rounds_dir is None:
         return None
     store = RoundsStore(args.rounds_dir)
-    _on_main(accelerator, store.check_answers)
+    with together(accelerator):
+        if accelerator.is_main_process:
+            store.check_answers()
     return store
 
 
@@ -83,11 +85,10 @@ def kept_in_store(trainer: Any, resume: bool) -> Iterator[None]:
     with ExitStack() as stack:
         mirror = Mirror(store, root)
 
-        def begin() -> None:
+        if accelerator.is_main_process:
             mirror.lease = stack.enter_context(Lease(store))
             mirror.bring_together(resume)
-
-        _on_main(accelerator, begin)
+        wait_for_all(accelerator)
         store.pauses_s = ()  # from here on others files come, and with them other tries
         stack.enter_context(followed(root, mirror))
         callback = _KeepsCheckpoints(mirror, accelerator)
@@ -317,7 +318,7 @@ class _KeepsCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the newest checkpoint; delete those that the parent has deleted on disk."""
-        self._accelerator.wait_for_everyone()
+        wait_for_all(self._accelerator)
         if not self._accelerator.is_main_process:
             return
         folder = Path(args.output_dir)
@@ -328,22 +329,6 @@ class _KeepsCheckpoints(TrainerCallback):
         if newest.is_dir():
             self._mirror.written(newest)
             self._there.add(newest)
-
-
-def _on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Let the main process act, and raise its error in all processes."""
-    failed: list[Exception | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            action()
-        except (OSError, RuntimeError, ValueError) as error:
-            if accelerator.num_processes == 1:
-                raise
-            failed = [error]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(failed)
-    if failed[0] is not None:
-        raise failed[0]
 
 
 def _parse(content: bytes | None) -> dict[str, Any]:
