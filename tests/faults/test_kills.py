@@ -1,0 +1,53 @@
+"""Whenever a run is killed, it goes on to what an uninterrupted run gives (IR-5 for IRPO).
+
+`benchmarks/faults.py` does the same at many random moments.
+"""
+
+import signal
+
+import pytest
+from fault_events import Fault
+from survival import run_whole, survive
+
+# For each run, where one process after the other is killed, in the order of a round. The file that
+# was written last is cut in half where a moment is torn.
+KILLS: dict[str, list[Fault]] = {
+    "STaR": [
+        Fault("rename rendering.json"),
+        Fault("sample train", 19, group=True),
+        Fault("rename samples/hint-0.parquet", 2),
+        Fault("grade", 3),
+        Fault("open .dataset/state.json", torn=True),
+        Fault("save checkpoint-0/scheduler.pt", 1, torn=True),
+        Fault("rename rounds.jsonl"),
+    ],
+    "judged STaR": [Fault("sample judge", 150)],
+    "ReST^EM": [
+        Fault("rename selection.parquet"),
+        Fault("save .model/training_args.bin", torn=True),
+        Fault("rmtree checkpoint-0", 2),
+    ],
+    "ReST": [Fault("grade", 3), Fault("open checkpoint-0/trainer_state.json", 2, torn=True)],
+    "IRPO": [Fault("rename .dataset-unscored"), Fault("sample eval in training", 5)],
+    "SPIN": [Fault("step", 2), Fault("rename evaluation/pairs")],
+    "V-STaR": [Fault("rename merged"), Fault("saved", 1)],
+    "Quiet-STaR": [
+        Fault("open checkpoint-0/quiet_star.json", 2, torn=True),
+        Fault("save checkpoint-0/optimizer.pt", 0, torn=True),
+    ],
+}
+
+
+def test_the_suite_has_twenty_kills_over_all_trainers() -> None:
+    assert sum(map(len, KILLS.values())) >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KILLS)
+def test_a_killed_run_ends_like_one_that_never_stopped(name, request) -> None:
+    base = request.getfixturevalue("star_base" if name == "V-STaR" else "fault_base")
+    whole = run_whole(base, name)
+    survivor = survive(base, name, whole, KILLS[name])
+    assert survivor.exit_codes == [-signal.SIGKILL] * len(KILLS[name]) + [0]
+    assert survivor.difference is None
+    assert [repeated.lost_samples for repeated in survivor.repeated] == [0] * len(KILLS[name])
