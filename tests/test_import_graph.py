@@ -19,6 +19,7 @@ MAX_LINES = 600
 # and the commands use all.
 FLOW = (
     "memory",
+    "confidential",
     "disk",
     "peers",
     "generation",

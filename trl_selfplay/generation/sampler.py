@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from trl_selfplay.confidential import shown
+
 Finish = Literal["eos", "stop", "length"]
 # What a completion is sampled for; part of the key of its random stream.
 Phase = Literal["train", "hint", "eval", "gold", "judge"]
@@ -111,7 +113,7 @@ def build_sampling_options(
     for key, value in (config.generation_kwargs or {}).items():
         if key not in _OPTION_OF_KEYWORD:
             raise ValueError(
-                f"generation_kwargs has {key!r}={value!r}, which the sampler doesn't support. It "
+                f"generation_kwargs has {key!r}={shown(value, key)}, which the sampler doesn't support. It "
                 f"takes {sorted(_OPTION_OF_KEYWORD)}."
             )
         if key == "eos_token_id":

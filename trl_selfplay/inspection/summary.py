@@ -5,12 +5,12 @@ models, is not made safe for a terminal or a page here.
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from trl_selfplay.confidential import masked
 from trl_selfplay.evaluation.detectors import DETECTOR_OF, WHERE
 from trl_selfplay.evaluation.monitor import best_round
 from trl_selfplay.evaluation.progress import format_duration
@@ -22,7 +22,6 @@ from trl_selfplay.rounds.run import UNTRAINED
 NONE = "–"
 ALARM = "▲ "
 _OFF = ("", "None", "False", "[]", "{}")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 # What a round's line holds beside what every round has; the method's own values, as a threshold.
 _COMMON = frozenset(
     [
@@ -407,10 +406,10 @@ def name_runs(runs: Iterable[RunFolder]) -> dict[str, RunFolder]:
 
 
 def format_setting(value: Any) -> str:
-    """Return a setting as text, without the user and password of an address."""
+    """Return a setting as text, without secrets."""
+    value = masked(value)
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    text = {"null": "None", "true": "True", "false": "False"}.get(text, text)
-    return _CREDENTIALS.sub("(not shown)", text)
+    return {"null": "None", "true": "True", "false": "False"}.get(text, text)
 
 
 def format_number(value: Any) -> str:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from trl_selfplay.confidential import shown
 from trl_selfplay.disk import DamagedFileError, naming_damage, save_text
 
 logger = logging.getLogger(__name__)
@@ -457,7 +458,7 @@ def _check_arguments(model: Any, base_url: str, deadline: float, concurrency: in
         is_address = False
     if not is_address or parts.query or parts.fragment or parts.path.rstrip("/").endswith(_PATH):
         raise ValueError(
-            f"base_url={base_url!r:.200}; give an address such as 'http://localhost:8000/v1', "
+            f"base_url={shown(base_url)}; give an address such as 'http://localhost:8000/v1', "
             f"without {_PATH}."
         )
     if parts.username is not None or parts.password is not None:

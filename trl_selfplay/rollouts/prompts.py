@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from trl_selfplay.confidential import shown
 from trl_selfplay.rewards.functions import columns_read
 from trl_selfplay.rollouts.record import hash_prompt
 
@@ -267,7 +268,7 @@ def check_template_kwargs(kwargs: Any, where: str) -> None:
     for key in kwargs:
         if key in _OWN_ARGUMENTS:
             raise ValueError(
-                f"{where} has {key!r}={kwargs[key]!r:.100}, which rendering decides itself: "
+                f"{where} has {key!r}={shown(kwargs[key], key)}, which rendering decides itself: "
                 f"{_OWN_ARGUMENTS[key]}."
             )
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_selfplay.confidential import shown
 from trl_selfplay.disk import save_text
 from trl_selfplay.generation.generation_options import without_added_eos
 from trl_selfplay.rollouts.prompts import (
@@ -365,8 +366,8 @@ class PromptFormatter:
                 )
         if self.chat_template_kwargs:
             logger.warning(
-                "chat_template_kwargs=%r has no effect: the prompts are plain text.",
-                self.chat_template_kwargs,
+                "chat_template_kwargs=%s has no effect: the prompts are plain text.",
+                shown(self.chat_template_kwargs),
             )
 
     def _dropped(self, row: PromptRow, few_shot: bool) -> list[str]:

@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from trl_selfplay.confidential import MASK, masked
 from trl_selfplay.disk import naming_damage, save_text
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.prompts import canonical_prompt
@@ -106,11 +106,10 @@ _EARLIER_NAMES = {
     "trl_selfplay.normal_forms.reasoning_path": "trl_selfplay.reasoning_path",
     "trl_selfplay.rationalization.add_hint": "trl_selfplay.add_hint",
     "trl_selfplay.rationalization.find_leak": "trl_selfplay.find_leak",
+    "(not recorded)": MASK,
 }
 # What grades, but for the names of the functions.
 _GRADERS = _names("eval_graders eval_reward_funcs_source graders reward_funcs_source")
-_SECRET = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
-_MASK = "(not recorded)"
 _ADAPTERS = "peft_config"
 _HELDOUT = "eval_dataset"
 _VALUES_PER_WEIGHT = 16
@@ -486,19 +485,10 @@ def _top(name: str) -> str:
     return name.split(".")[0]
 
 
-def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a dict of settings, and those in it, without tokens, keys and passwords."""
-    return {
-        name: without_secrets(value) if isinstance(value, Mapping) else value
-        for name, value in values.items()
-        if not _SECRET.search(str(name))
-    }
-
-
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values as JSON gives them back, those in dicts by dotted name, without secrets."""
     flat: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(dict(values), default=str)).items():
+    for name, value in masked(json.loads(json.dumps(dict(values), default=str))).items():
         _add(flat, name, value)
     return flat
 
@@ -518,8 +508,6 @@ def _add(flat: dict[str, Any], name: str, value: Any) -> None:
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             _add(flat, f"{name}.{key}", inner)
-    elif value is not None and "." in name and _SECRET.search(name.split(".")[-1]):
-        flat[name] = _MASK
     else:
         flat[name] = value
 

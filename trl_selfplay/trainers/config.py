@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
+from trl_selfplay.confidential import shown
 from trl_selfplay.evaluation.detectors import DETECTOR_OF, Action
 from trl_selfplay.evaluation.estimates import summarize_heldout
 from trl_selfplay.generation.generation_options import is_neutral
@@ -392,7 +393,7 @@ def check_parent_fields(config: Any) -> None:
     defaults = {each.name: each.default for each in fields(config)}
     for name, reason in _REFUSED.items():
         if value := getattr(config, name, None):
-            raise ValueError(f"{name}={value!r}: {reason}. Leave it out.")
+            raise ValueError(f"{name}={shown(value, name)}: {reason}. Leave it out.")
     text_field = getattr(config, "dataset_text_field", "text")
     if text_field != "text":
         raise ValueError(
@@ -401,7 +402,7 @@ def check_parent_fields(config: Any) -> None:
         )
     if config.log_completions_hub_repo and not config.push_to_hub:
         raise ValueError(
-            f"log_completions_hub_repo={config.log_completions_hub_repo!r} without push_to_hub=True: "
+            f"log_completions_hub_repo={shown(config.log_completions_hub_repo)} without push_to_hub=True: "
             "samples are pushed beside the model, by trainer.push_to_hub(). Set both, or neither."
         )
     if getattr(config, "packing", False) and config.max_length is None:
@@ -433,7 +434,7 @@ def check_parent_fields(config: Any) -> None:
             "Use 'every_save' or 'end', and call trainer.push_to_hub() after train()."
         )
     without_use = [
-        f"{name}={value!r}"
+        f"{name}={shown(value, name)}"
         for name in _WITHOUT_USE
         if (value := getattr(config, name)) not in (defaults[name], None, [])
     ]
@@ -548,7 +549,7 @@ def _check_generation_kwargs(config: Any) -> None:
             del given[keyword]  # no influence on what is sampled
         elif keyword in _FIELD_INSTEAD:
             raise ValueError(
-                f"generation_kwargs has {keyword!r}={value!r}: set the field "
+                f"generation_kwargs has {keyword!r}={shown(value, keyword)}: set the field "
                 f"`{_FIELD_INSTEAD[keyword]}` instead."
             )
     config.generation_kwargs = given or None

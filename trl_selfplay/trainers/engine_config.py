@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import torch
 from accelerate import Accelerator
 
+from trl_selfplay.confidential import HidesSecrets, shown
 from trl_selfplay.generation.engine import LEAST_VLLM, EngineSettings
 from trl_selfplay.generation.vllm_process import engine_environment
 from trl_selfplay.rounds.plan import OnResume
@@ -46,7 +47,7 @@ INSTALL = (
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(HidesSecrets):
     """Fields of the engine that samples."""
 
     _BOUNDS = {  # noqa: RUF012  # not a field
@@ -154,12 +155,12 @@ def check_engine_fields(config: Any) -> None:
         parts = urlsplit(config.vllm_server_base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
-                f"vllm_server_base_url={config.vllm_server_base_url!r} is no address. Give one such "
+                f"vllm_server_base_url={shown(config.vllm_server_base_url)} is no address. Give one such "
                 "as 'http://localhost:8000'."
             )
     used = _FIELDS_OF_MODE[mode] if config.use_vllm else ()
     unused = [
-        f"{each.name}={getattr(config, each.name)!r}"
+        f"{each.name}={shown(getattr(config, each.name))}"
         for each in fields(EngineConfig)
         if each.name.startswith("vllm_")
         and each.name not in (*used, "vllm_mode")

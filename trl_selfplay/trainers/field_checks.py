@@ -17,6 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from trl_selfplay.confidential import shown
+
 # Counts go into 32-bit integers, other numbers into float32 tensors, where larger ones are infinite.
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST_NUMBER = 3.4e38
@@ -158,7 +160,7 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name}=''; name it, or leave it out.")
         if name == "optim_args" and value and not all("=" in v for v in value.split(",")):
             raise ValueError(
-                f"optim_args={value!r}; it must be pairs such as 'eps=1e-6,foreach=no'."
+                f"optim_args={shown(value)}; it must be pairs such as 'eps=1e-6,foreach=no'."
             )
     _check_savings(config)
 
@@ -172,7 +174,7 @@ def _check_savings(config: Any) -> None:
     for name, offloads in (
         ("activation_offloading=True", config.activation_offloading),
         (
-            f"gradient_checkpointing_kwargs={checkpointing}",
+            f"gradient_checkpointing_kwargs={shown(checkpointing)}",
             isinstance(checkpointing, dict) and checkpointing.get("offload"),
         ),
     ):
@@ -183,7 +185,7 @@ def _check_savings(config: Any) -> None:
             )
     if config.liger_kernel_config and not config.use_liger_kernel:
         raise ValueError(
-            f"liger_kernel_config={config.liger_kernel_config} has no effect without "
+            f"liger_kernel_config={shown(config.liger_kernel_config)} has no effect without "
             "use_liger_kernel=True. Set that, or leave it out."
         )
 
@@ -201,7 +203,7 @@ def check_value(name: str, value: Any, hint: Any, limits: Bounds) -> None:
     if value is None and limits.or_none:
         return
     if not any(_fits(value, option, limits, name) for option in _options(hint)):
-        raise ValueError(f"{name}={_shorten(value)}; it must be {_describe(hint, limits)}.")
+        raise ValueError(f"{name}={shown(value, name)}; it must be {_describe(hint, limits)}.")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -310,11 +312,6 @@ def _fits_dict(value: Any, name: str) -> bool:
         except json.JSONDecodeError:
             return False
     return name in _READ_FROM_FILES and Path(value).is_file()
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"
 
 
 def _describe(hint: Any, limits: Bounds) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 
+from trl_selfplay.confidential import shown
+
 logger = logging.getLogger(__name__)
 
 _CONFIGS = (GRPOConfig, RLOOConfig, SFTConfig, DPOConfig, KTOConfig)
@@ -161,7 +163,7 @@ def _leave_out_defaults(config_class: type, given: dict[str, Any]) -> dict[str, 
             f"{config_class.__name__} doesn't have these fields:\n{_explain(refused, _FIELDS, own)}"
         )
     if dropped:
-        listed = ", ".join(f"{name}={value!r}" for name, value in dropped.items())
+        listed = ", ".join(f"{name}={shown(value, name)}" for name, value in dropped.items())
         logger.warning(
             "%s has no use for %s (the defaults of TRL's own config): leave them out.",
             config_class.__name__,
@@ -182,9 +184,11 @@ def _is_a_default(name: str, value: Any) -> bool:
 def _explain(
     settings: Mapping[str, Any], reasons: Mapping[str, str], known: Iterable[str] = ()
 ) -> str:
-    return "\n".join(
-        f"  {name}={value!r}: {_advice(name, reasons, known)}" for name, value in settings.items()
-    )
+    lines = []
+    for name, value in settings.items():
+        meant = next(iter(_similar(name, known)), name)  # hub_tokn holds a token as well
+        lines.append(f"  {name}={shown(value, meant)}: {_advice(name, reasons, known)}")
+    return "\n".join(lines)
 
 
 def explain_unknown_flags(flags: Sequence[str], known: Iterable[str]) -> str:
@@ -207,9 +211,13 @@ def _advice(name: str, reasons: Mapping[str, str], known: Iterable[str]) -> str:
     for config in _CONFIGS:
         if name in config.__dataclass_fields__:
             return f"leave it out; it belongs to {config.__name__} and has no counterpart here."
-    for other in difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+    for other in _similar(name, known):
         return f"it is unknown; did you mean {other!r}?"
     return "leave it out; it is unknown."
+
+
+def _similar(name: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.8)
 
 
 def refuse_grpo_loss(loss_type: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl_selfplay.confidential import shown
 from trl_selfplay.trainers.config import SelfPlayConfig
 
 _NO_SYNC = "sync_ref_model=True, which rounds have no use for"
@@ -91,7 +92,7 @@ class ReferenceConfig(SelfPlayConfig):
                 raise ValueError(f"{field_name}={value!r}: {reason}. Leave it {right}.")
         if (config.gradient_checkpointing_kwargs or {}).get("selective"):
             raise ValueError(
-                f"gradient_checkpointing_kwargs={config.gradient_checkpointing_kwargs}: TRL checkpoints "
+                f"gradient_checkpointing_kwargs={shown(config.gradient_checkpointing_kwargs)}: TRL checkpoints "
                 "selectively in SFTTrainer alone. Leave `selective` out."
             )
         for field_name, condition in {**_WITHOUT_EFFECT, **self.unused_fields()}.items():

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from trl import SFTConfig
 
+from trl_selfplay.confidential import HidesSecrets
 from trl_selfplay.trainers.config import switch_off_bf16_without_gpu
 from trl_selfplay.trainers.field_checks import (
     ABOVE_0,
@@ -45,7 +46,7 @@ _PAPER_WEIGHT, _PAPER_SCORING_TEMPERATURE = 1e6, 3.0
 
 @takes_ported_fields
 @dataclass
-class QuietSTaRConfig(SFTConfig):
+class QuietSTaRConfig(HidesSecrets, SFTConfig):
     """Configuration of `QuietSTaRTrainer`: SFTConfig's fields, and those of the thoughts.
 
     `num_thoughts=0` is plain SFT. The defaults are the method of Quiet-STaR (arXiv 2403.09629) with

@@ -36,7 +36,6 @@ from trl_selfplay.trainers.construction import (
     read_config,
 )
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
-from trl_selfplay.trainers.publishing import KeepsToken
 from trl_selfplay.trainers.quiet_star.config import QuietSTaRConfig
 from trl_selfplay.trainers.quiet_star.construction import (
     add_thoughts_to_forward,
@@ -98,7 +97,7 @@ from trl_selfplay.trainers.quiet_star.unrolled import ThoughtBatch
 logger = logging.getLogger(__name__)
 
 
-class QuietSTaRTrainer(KeepsToken, SFTTrainer):
+class QuietSTaRTrainer(SFTTrainer):
     """Trains a causal language model to think before each token.
 
     Takes the arguments of `trl.SFTTrainer` in the same order, with text or tokenized rows.
