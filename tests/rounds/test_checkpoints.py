@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import pickle
 import shutil
 from types import SimpleNamespace
 
@@ -181,3 +183,40 @@ def test_a_state_of_another_shape_is_not_read_as_whole(written) -> None:
     (newest / "trainer_state.json").write_text(json.dumps(["no state"]))
     assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-1")
     assert last_whole_checkpoint(written.with_name("nowhere"), processes()) is None
+
+
+class CallsSystem:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin", "scaler.pt"]
+)
+@pytest.mark.parametrize("form", ["zip", "pickle"])
+def test_a_checkpoint_that_would_call_a_function_is_passed_over(
+    written, caplog, name, form
+) -> None:
+    mark, file = written / "mark", written / "checkpoint-2" / name
+    if form == "zip":
+        torch.save([torch.zeros(1), CallsSystem(mark)], file)
+    else:
+        file.write_bytes(pickle.dumps(CallsSystem(mark)))
+    with caplog.at_level(logging.WARNING):
+        found = last_whole_checkpoint(written, processes())
+    assert found == str(written / "checkpoint-1")
+    assert name in caplog.text
+    assert "posix.system" in caplog.text or form == "pickle"
+    assert not mark.exists()
+
+
+def test_a_gradient_scaler_of_another_precision_is_noticed(written, caplog) -> None:
+    torch.save({}, written / "checkpoint-2" / "scaler.pt")
+    with caplog.at_level(logging.WARNING):
+        assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-1")
+    assert "scaler.pt is that of a training with fp16=True" in caplog.text

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
+from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import TrainerState
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -36,6 +37,9 @@ _TORCH_FILES = re.compile(
     r"(optimizer|pytorch_model|adapter_model|rng_state|rank\d+-of-).*\.(pt|pth|bin)"
     r"|(scheduler|scaler)\.pt|.*_(model|optim)_states\.pt"
 )
+# Whose names such a file holds besides tensors: NumPy's in random states. The parent refuses all others
+# but in DeepSpeed's files, which DeepSpeed unpickles as they are.
+_KNOWN_PACKAGES = ("numpy.", "torch.", "deepspeed.", "collections.", "argparse.")
 
 
 def last_whole_checkpoint(folder: Path, accelerator: Accelerator) -> str | None:
@@ -124,6 +128,8 @@ def _faults(checkpoint: Path, accelerator: Accelerator) -> Iterator[str]:
             yield "scheduler.pt is missing"
         if accelerator.scaler is not None and not (checkpoint / "scaler.pt").exists():
             yield "scaler.pt is missing"
+        if accelerator.scaler is None and (checkpoint / "scaler.pt").exists():
+            yield "scaler.pt is that of a training with fp16=True"
     yield from _missing_random_states(checkpoint, accelerator.num_processes)
 
 
@@ -146,6 +152,9 @@ def _read_error(path: Path) -> Exception | None:
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     return ValueError(f"{damaged} in it is damaged")
+            names = get_unsafe_globals_in_checkpoint(path)
+            if foreign := [name for name in names if not name.startswith(_KNOWN_PACKAGES)]:
+                return ValueError(f"loading it would call {', '.join(foreign)}: don't trust it")
         if path.suffix == ".distcp" and path.stat().st_size == 0:
             return EOFError("it is empty")
     except (OSError, ValueError, LookupError, zipfile.BadZipFile, SafetensorError) as error:
