@@ -36,7 +36,7 @@ from transformers import (
 from trl_selfplay.demos.words import demo_model_folder
 from trl_selfplay.rollouts.record import Rollout, hash_prompt
 
-pytest_plugins = ["run_folders", "s3_server"]
+pytest_plugins = ["local_ray", "run_folders", "s3_server"]
 
 # How long a draw takes says how busy the machine is.
 settings.register_profile(

@@ -46,10 +46,30 @@ def test_values_that_can_not_work_are_refused(tmp_path, changes, message) -> Non
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ray_address": "ray://head:10001"}, "Ray Client"),
+        ({"ray_address": "head"}, "give 'host:port'"),
+        ({"ray_num_workers": 0}, "at least 1"),
+        ({"ray_cpus_per_worker": 0.0}, "above 0"),
+        ({"ray_gpus_per_worker": -1.0}, "at least 0"),
+        ({"ray_gpus_per_worker": 1.5}, "whole ones"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "use_ray=True with vllm_mode='server'"),
+        ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, "ray_gpus_per_worker=2"),
+    ],
+)
+def test_values_that_can_not_work_on_ray_are_refused(tmp_path, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, use_ray=True, **changes)
+
+
+@pytest.mark.parametrize(
     ("changes", "warned"),
     [
         ({"vllm_dtype": "float32"}, "vllm_dtype='float32': without effect with use_vllm=False"),
         ({"vllm_mode": "colocate"}, None),  # GRPOConfig's default
+        ({"ray_num_workers": 2}, "ray_num_workers=2: without effect with use_ray=False"),
+        ({"use_ray": True, "ray_num_workers": 2, "ray_address": "head:6379"}, None),
         ({"use_vllm": True, "vllm_dtype": "float32"}, None),
         (
             {"use_vllm": True, "vllm_server_port": 1},
@@ -64,13 +84,25 @@ def test_values_that_can_not_work_are_refused(tmp_path, changes, message) -> Non
 def test_what_has_no_effect_is_told(tmp_path, caplog, changes, warned) -> None:
     with caplog.at_level(logging.WARNING):
         config(tmp_path, **changes)
-    lines = [r.message for r in caplog.records if "vllm" in r.message]
+    lines = [r.message for r in caplog.records if "vllm" in r.message or "ray_" in r.message]
     assert lines == [] if warned is None else lines == [f"{warned}."]
 
 
-def test_a_verifier_samples_nothing(tmp_path) -> None:
-    with pytest.raises(ValueError, match="use_vllm"):
-        VSTaRConfig(str(tmp_path), use_vllm=True, **CPU)
+@pytest.mark.parametrize("field", ["use_vllm", "use_ray"])
+def test_a_verifier_samples_nothing(tmp_path, field) -> None:
+    with pytest.raises(ValueError, match=field):
+        VSTaRConfig(str(tmp_path), **{field: True}, **CPU)
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="is about environments without Ray")
+def test_a_missing_ray_is_told_before_a_model_is_loaded(build_star) -> None:
+    with pytest.raises(ImportError, match=r"trl-selfplay\[ray\]"):
+        build_star(use_ray=True, model="no-such-model")
+
+
+def test_several_training_processes_do_not_share_workers(tmp_path) -> None:
+    with pytest.raises(ValueError, match="use_ray=True with 2 training processes"):
+        check_engine_is_there(config(tmp_path, use_ray=True), 2)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="is about environments without vLLM")

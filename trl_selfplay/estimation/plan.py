@@ -191,13 +191,15 @@ def _read_engine(
     config: Any, loading: Mapping[str, Any], autocast: torch.dtype | None
 ) -> EnginePlan | None:
     """Return what an engine takes; it loads the model's source, and quantizes that on its own."""
-    if not getattr(config, "use_vllm", False):
+    uses_ray = getattr(config, "use_ray", False)
+    if not getattr(config, "use_vllm", False) and not uses_ray:
         return None
     own = loading.get("dtype") or torch.float32
     dtype = str(config.vllm_dtype or autocast or own).removeprefix("torch.")
     width = 4 if dtype == "float32" else 2
     linear = {"fp8": 1.0, "bitsandbytes": 0.5 + 4 / 64}.get(config.vllm_quantization, width)
-    share = 0.0 if config.vllm_mode == "server" else config.vllm_gpu_memory_utilization
+    is_elsewhere = config.vllm_mode == "server" or uses_ray
+    share = 0.0 if is_elsewhere else config.vllm_gpu_memory_utilization
     return EnginePlan(share, width, linear, config.vllm_tensor_parallel_size)
 
 

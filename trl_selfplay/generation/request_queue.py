@@ -39,9 +39,9 @@ class RequestQueue:
             self._pull(len(source))
             self._source = None
 
-    def __bool__(self) -> bool:
-        """Whether a request waits."""
-        return bool(self._waiting)
+    def __len__(self) -> int:
+        """The number of requests that wait."""
+        return len(self._waiting)
 
     @property
     def first(self) -> SampleRequest:

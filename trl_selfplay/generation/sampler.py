@@ -2,7 +2,7 @@
 
 In: `SampleRequest`s (the tokens and the key of the sample's own random stream) and options for all of
 them. Out: `(request index, SampledCompletion)` pairs in the order in which they finish.
-Implementations: transformers_sampler.py, vllm_sampler.py.
+Implementations: transformers_sampler.py, vllm_sampler.py, ray_sampler.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence

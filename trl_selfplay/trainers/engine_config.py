@@ -1,7 +1,7 @@
 """Fields that choose the engine which samples, and the settings that vLLM is started with.
 
 In: a config's fields, named as in GRPOConfig where it has them. Out: checked fields, and
-`EngineSettings`. Without `use_vllm` the trainer samples in its own process.
+`EngineSettings`. Without `use_vllm` and `use_ray` the trainer samples in its own process.
 """
 
 import importlib.util
@@ -19,9 +19,10 @@ from accelerate import Accelerator
 
 from trl_selfplay.confidential import HidesSecrets, shown
 from trl_selfplay.generation.engine import LEAST_VLLM, EngineSettings
+from trl_selfplay.generation.ray_cluster import INSTALL as INSTALL_RAY
 from trl_selfplay.generation.vllm_process import engine_environment
 from trl_selfplay.rounds.plan import OnResume
-from trl_selfplay.trainers.field_checks import AT_LEAST_1, Bounds
+from trl_selfplay.trainers.field_checks import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Bounds
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ class EngineConfig(HidesSecrets):
         "vllm_tensor_parallel_size": AT_LEAST_1,
         "vllm_server_port": Bounds(1, 65535),
         "vllm_server_timeout": Bounds(0),
+        "ray_num_workers": AT_LEAST_1,
+        "ray_cpus_per_worker": ABOVE_0,
+        "ray_gpus_per_worker": AT_LEAST_0,
     }
 
     use_vllm: Annotated[bool, OnResume.ENGINE] = field(
@@ -126,11 +130,35 @@ class EngineConfig(HidesSecrets):
     vllm_server_timeout: Annotated[float, OnResume.FREE] = field(
         default=240.0, metadata={"help": "Seconds to wait for the server to be up."}
     )
+    use_ray: Annotated[bool, OnResume.ENGINE] = field(
+        default=False,
+        metadata={
+            "help": "Sample with workers on a Ray cluster, each with the in-process sampler, or with "
+            "`use_vllm` an engine of its own."
+        },
+    )
+    ray_address: Annotated[str | None, OnResume.FREE] = field(
+        default=None,
+        metadata={
+            "help": "Address 'host:port' of the cluster's head, or 'auto' for the cluster that this "
+            "machine is a node of. None: the variable RAY_ADDRESS, or a Ray on this machine alone."
+        },
+    )
+    ray_num_workers: Annotated[int, OnResume.FREE] = field(
+        default=1, metadata={"help": "Workers that sample on the Ray cluster."}
+    )
+    ray_cpus_per_worker: Annotated[float, OnResume.FREE] = field(
+        default=1.0, metadata={"help": "CPUs that Ray reserves for a worker; may be a fraction."}
+    )
+    ray_gpus_per_worker: Annotated[float, OnResume.FREE] = field(
+        default=0.0,
+        metadata={"help": "GPUs that Ray reserves for a worker. 0: workers sample on CPUs."},
+    )
     allow_engine_change: Annotated[bool, OnResume.FREE] = field(
         default=False,
         metadata={
-            "help": "Let a resumed run sample with another engine than before: with or without vLLM, "
-            "another version of it, another precision or quantization."
+            "help": "Let a resumed run sample with another engine than before: with or without vLLM "
+            "or Ray, another version of it, another precision or quantization."
         },
     )
 
@@ -159,33 +187,75 @@ def check_engine_fields(config: Any) -> None:
                 "as 'http://localhost:8000'."
             )
     used = _FIELDS_OF_MODE[mode] if config.use_vllm else ()
+    _warn_unused(
+        config, "vllm_", (*used, "vllm_mode"),
+        f"vllm_mode={mode!r}" if config.use_vllm else "use_vllm=False",
+    )  # fmt: skip
+    if not config.use_ray:
+        _warn_unused(config, "ray_", (), "use_ray=False")
+        return
+    _check_ray_fields(config)
+
+
+def _warn_unused(config: Any, prefix: str, used: tuple[str, ...], where: str) -> None:
+    """Warn of fields that aren't at their default and that nothing reads."""
     unused = [
         f"{each.name}={shown(getattr(config, each.name))}"
         for each in fields(EngineConfig)
-        if each.name.startswith("vllm_")
-        and each.name not in (*used, "vllm_mode")
+        if each.name.startswith(prefix)
+        and each.name not in used
         and getattr(config, each.name) != each.default
     ]
     if unused:
-        where = f"vllm_mode={mode!r}" if config.use_vllm else "use_vllm=False"
         logger.warning("%s: without effect with %s.", ", ".join(unused), where)
 
 
+def _check_ray_fields(config: Any) -> None:
+    address, gpus = config.ray_address, config.ray_gpus_per_worker
+    if address not in (None, "auto") and not re.fullmatch(r"[^/\s]+:\d+", address):
+        raise ValueError(
+            f"ray_address={address!r}; give 'host:port' of the cluster's head, 'auto' on one of its "
+            "nodes, or None for a Ray on this machine. Ray Client's addresses (ray://…) aren't "
+            "supported: run the script on a node, such as with `ray job submit`."
+        )
+    if config.use_vllm and config.vllm_mode == "server":
+        raise ValueError(
+            "use_ray=True with vllm_mode='server': a server samples by itself, and Ray's workers start "
+            "engines of their own. Set vllm_mode='phase', or leave use_ray out."
+        )
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(
+            f"ray_gpus_per_worker={gpus:g}; Ray shares one GPU between workers (0.5), or gives a worker "
+            "whole ones (1, 2, …)."
+        )
+    devices = config.vllm_tensor_parallel_size
+    if config.use_vllm and devices > 1 and gpus < devices:
+        raise ValueError(
+            f"vllm_tensor_parallel_size={devices} and ray_gpus_per_worker={gpus:g}: an engine sees only "
+            f"the GPUs of its worker. Set ray_gpus_per_worker={devices}."
+        )
+
+
 def check_engine_is_there(config: Any, num_processes: int) -> None:
-    """Raise, before a model is loaded, if vLLM can't sample for a config on this machine.
+    """Raise, before a model is loaded, if an engine or Ray can't sample for a config on this machine.
 
     Raises:
         FileNotFoundError: `vllm_python` is no interpreter.
-        ImportError: vLLM isn't installed, or is too old.
+        ImportError: vLLM or Ray isn't installed, or vLLM is too old.
         ValueError: There are several training processes.
     """
-    if not config.use_vllm:
+    if not config.use_vllm and not config.use_ray:
         return
     if num_processes > 1:
+        field = "use_ray" if config.use_ray else "use_vllm"
         raise ValueError(
-            f"use_vllm=True with {num_processes} training processes, each of which would start an "
-            "engine or load adapters into one server. Train in one process, or set use_vllm=False."
+            f"{field}=True with {num_processes} training processes, each of which would start its own "
+            f"engines or load adapters into one server. Train in one process, or set {field}=False."
         )
+    if config.use_ray:
+        if importlib.util.find_spec("ray") is None:
+            raise ImportError(f"use_ray=True, and Ray isn't installed. {INSTALL_RAY}")
+        return  # vLLM has to be on the nodes of the workers
     if config.vllm_mode != "phase":
         return
     if config.vllm_python is not None:

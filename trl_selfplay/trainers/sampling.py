@@ -1,4 +1,4 @@
-"""Build the sampler of a trainer over rounds: in its own process, or over a vLLM engine.
+"""Build the sampler of a trainer over rounds: in its own process, over a vLLM engine or a Ray cluster.
 
 In: the trainer's config and its built model. Out: a `Sampler`. The heavy parts of an engine are imported
 only where it is used.
@@ -36,7 +36,7 @@ def build_sampler(
     accelerator: Accelerator,
     traits: ModelTraits,
 ) -> Sampler:
-    """Return what samples, by `use_vllm` and `vllm_mode`.
+    """Return what samples, by `use_vllm`, `vllm_mode` and `use_ray`.
 
     Args:
         config: The trainer's arguments.
@@ -50,12 +50,12 @@ def build_sampler(
         ConnectionError: No vLLM server answers.
         ValueError: The server can't load what is trained.
     """
-    if not config.use_vllm:
+    if not config.use_vllm and not config.use_ray:
         return TransformersSampler(model, tokenizer, accelerator=accelerator, traits=traits)
     unwrapped = accelerator.unwrap_model(model())
     settings = engine_settings(config, unwrapped, accelerator)
     revision = (config.model_init_kwargs or {}).get("revision")
-    folder = Path(config.output_dir) / "_vllm"
+    folder = Path(config.output_dir) / ("_ray" if config.use_ray else "_vllm")
     hand_over = HandOver(
         lambda: accelerator.unwrap_model(model()),
         folder / "weights",
@@ -69,7 +69,24 @@ def build_sampler(
         getattr(torch, settings.dtype),
     )
     engine: EngineSampler
-    if config.vllm_mode == "server":
+    if config.use_ray:
+        from trl_selfplay.generation.ray_cluster import RayCluster
+        from trl_selfplay.generation.ray_sampler import PoolSettings, RaySampler
+        from trl_selfplay.generation.ray_worker import WorkerPlan
+
+        plan = WorkerPlan(
+            tokenizer,
+            traits,
+            "cuda" if config.ray_gpus_per_worker else "cpu",
+            settings,
+            uses_vllm=config.use_vllm,
+            attention=getattr(unwrapped.config, "_attn_implementation", None),
+        )
+        pool = PoolSettings(
+            config.ray_num_workers, config.ray_cpus_per_worker, config.ray_gpus_per_worker
+        )
+        engine = RaySampler(RayCluster(config.ray_address), plan, pool, hand_over, announce=say)
+    elif config.vllm_mode == "server":
         from trl_selfplay.generation.vllm_server import VLLMServerSampler
 
         if (reason := why_copied(unwrapped)) is not None:

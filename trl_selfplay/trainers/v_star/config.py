@@ -33,6 +33,7 @@ _UNUSED = {
     "num_generations_eval": _SAMPLING,
     "temperature_eval": _SAMPLING,
     "use_vllm": _SAMPLING,
+    "use_ray": _SAMPLING,
     "log_completions_hub_repo": _SAMPLING,
 }
 
