@@ -11,7 +11,13 @@ import pytest
 import torch
 from trl.rewards import think_format_reward
 
-from trl_selfplay.rewards import choice_reward, exact_reward, math_reward, puzzle_reward, scoring
+from trl_selfplay.rewards import (
+    choice_reward,
+    exact_reward,
+    guarded_call,
+    math_reward,
+    puzzle_reward,
+)
 from trl_selfplay.rewards.functions import columns_read
 from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.scoring import Scorer
@@ -355,14 +361,14 @@ def test_a_function_that_does_not_answer_is_mentioned(is_async, monkeypatch, cap
     async def waits_later(completions, **kwargs):
         return waits(completions)
 
-    monkeypatch.setattr(scoring, "SLOW_AFTER_S", 0.01)
+    monkeypatch.setattr(guarded_call, "SLOW_AFTER_S", 0.01)
     handler = Seen()
-    scoring.logger.addHandler(handler)
+    guarded_call.logger.addHandler(handler)
     function = waits_later if is_async else waits
     try:
         Scorer([function]).score(["p"], ["c"], [[1]], {}, where="shard 00003, round 1")
     finally:
-        scoring.logger.removeHandler(handler)
+        guarded_call.logger.removeHandler(handler)
     (record,) = caplog.records
     assert record.getMessage().startswith(
         f"reward function {function.__name__} has not returned after 0 s on 1 completions of shard "

@@ -12,17 +12,14 @@ import math
 import queue
 import re
 import threading
-import traceback
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from trl_selfplay.disk import RESUME
 from trl_selfplay.rewards.calibration import Calibration
 from trl_selfplay.rewards.functions import (
     NOT_FORWARDED,
@@ -31,6 +28,13 @@ from trl_selfplay.rewards.functions import (
     is_async,
     unique_names,
     without_partial,
+)
+from trl_selfplay.rewards.guarded_call import (
+    MENDED,
+    call_guarded,
+    mentioned_if_slow,
+    own_copy,
+    settings_kept,
 )
 from trl_selfplay.rewards.judge import JudgeReward
 from trl_selfplay.rewards.reward_model import RewardModel
@@ -48,7 +52,6 @@ _GIVEN = {
 }
 # GRPOTrainer keeps scores in float32, where means and squares of larger scores overflow.
 _LARGEST_SCORE = 3.4e38
-SLOW_AFTER_S = 60.0
 
 
 class Scorer:
@@ -133,6 +136,7 @@ class Scorer:
         # By metric, of each call: its number of completions, and what was logged.
         self._logged: dict[str, list[tuple[int, list[float]]]] = defaultdict(list)
         self._weights = (1.0,) * len(entries) if reward_weights is None else tuple(reward_weights)
+        self._told: set[tuple[str, str]] = set()  # warnings about what functions changed
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end_loop: Callable[[], Any] = _ignore
 
@@ -187,17 +191,19 @@ class Scorer:
         answers: dict[int, Any] = {}
         for index, call in enumerate(calls):
             if not are_async[index]:
-                with _mentioned_if_slow(self.names[index], about):
-                    answers[index] = _call(self.names[index], call)
+                name = self.names[index]
+                with mentioned_if_slow(name, about), settings_kept(name, self._told):
+                    answers[index] = call_guarded(name, call)
         waiting = [index for index, waits in enumerate(are_async) if waits]
-        with _mentioned_if_slow(", ".join(self.names[index] for index in waiting), about):
+        names = ", ".join(self.names[index] for index in waiting)
+        with mentioned_if_slow(names, about), settings_kept(names, self._told):
             outcomes = self._run_together([calls[index] for index in waiting])
         for index, outcome in zip(waiting, outcomes, strict=True):
-            answers[index] = _call(self.names[index], functools.partial(_unwrap, outcome))
+            answers[index] = call_guarded(self.names[index], functools.partial(_unwrap, outcome))
         for name, values in logged.items():
             self._logged[name].append((len(completions), values))
         scores = [
-            _check_scores(name, answers[index], prompts, completions)
+            _read_scores(name, answers[index], prompts, completions)
             for index, name in enumerate(self.names)
         ]
         return [
@@ -437,53 +443,24 @@ def _in_form_for(
     groups: Sequence[Hashable] | None,
 ) -> dict[str, Any]:
     """Wrap plain-text completions for TRL's own rewards, which only take chat messages."""
-    given = dict(arguments)
+    given = {name: own_copy(value) for name, value in arguments.items()}
     if groups is not None and compares_samples(function):
         given["groups"] = list(groups)
     module = getattr(without_partial(function), "__module__", None) or ""
     if module.startswith("trl.rewards"):
         given["completions"] = [
             [{"role": "assistant", "content": c}] if isinstance(c, str) else c
-            for c in arguments["completions"]
+            for c in given["completions"]
         ]
     return given
 
 
-@contextmanager
-def _mentioned_if_slow(names: str, about: str) -> Iterator[None]:
-    """Warn once if functions take long, since a hung function looks like a busy one."""
-    timer = threading.Timer(
-        SLOW_AFTER_S,
-        logger.warning,
-        (
-            "reward function %s has not returned after %.0f s on %s; still waiting. A function that "
-            "may hang needs a timeout of its own.",
-            names,
-            SLOW_AFTER_S,
-            about,
-        ),
-    )
-    timer.daemon = True
-    if names:
-        timer.start()
+def _read_scores(name: str, answer: Any, *given: Sequence[Any]) -> Scores:
     try:
-        yield
-    finally:
-        timer.cancel()
-        if names:
-            timer.join()
-
-
-def _call(name: str, call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    # SystemExit as well: a run that ends silently with code 0 looks like a finished one.
-    except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise RuntimeError(
-            f"reward function {name!r} raised {type(error).__name__}: {error} (line {place.lineno} of "
-            f"{place.filename}). The samples are on disk; fix the function and {RESUME}."
-        ) from error
+        return _check_scores(name, answer, *given)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{error} {MENDED}") from error
 
 
 def _check_scores(
