@@ -21,6 +21,7 @@ FLOW = (
     "memory",
     "confidential",
     "disk",
+    "termination",
     "peers",
     "generation",
     "estimation",

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainerCallback
@@ -41,15 +41,16 @@ class Fault:
         after: How many such events pass before it, or how many seconds.
         torn: Whether the file that was written last, if it is one that isn't yet complete, loses its
             second half, as where the signal comes in the middle of writing it.
-        number: The signal; a signal to the group also ends the processes that the run has started.
-        group: Whether it goes to the process group.
+        number: The signal.
+        to: What gets it: the process ("self"), also those that it has started ("group"), or all
+            processes of the run ("ranks").
     """
 
     event: str
     after: float = 0
     torn: bool = False
     number: int = signal.SIGKILL
-    group: bool = False
+    to: Literal["self", "group", "ranks"] = "self"
 
 
 class Events:
@@ -57,9 +58,9 @@ class Events:
 
     def __init__(self, folder: Path, log: Path, fault: Fault | None) -> None:
         self._folder, self._fault, self._count = str(folder.absolute()) + os.sep, fault, 0
+        self._path = log
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._open = threading.local()
-        self.happen("begin")
+        self.happen("begin", os.getpid())
         if fault is not None and fault.event == "seconds":
             threading.Thread(target=self._end_by_time, args=(fault.after,), daemon=True).start()
         sys.addaudithook(self._audit)
@@ -79,14 +80,17 @@ class Events:
         assert fault is not None
         if fault.torn:
             self._tear()
-        os.write(
-            self._log,
-            (json.dumps({"event": "end", "seconds": time.process_time()}) + "\n").encode(),
-        )
-        if fault.group:
+        self.happen("end", time.time())
+        if fault.to == "group":
             os.killpg(0, fault.number)
         else:
-            os.kill(os.getpid(), fault.number)
+            for pid in self._pids() if fault.to == "ranks" else [os.getpid()]:
+                os.kill(pid, fault.number)
+
+    def _pids(self) -> list[int]:
+        """Return the processes of the run that have begun last."""
+        begun = [process[0]["what"] for process in read_events(self._path)]
+        return begun[-int(os.environ["WORLD_SIZE"]) :]
 
     def _end_by_time(self, seconds: float) -> None:
         started = time.process_time()

@@ -5,6 +5,7 @@ there is none; and the work that was done twice.
 """
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +46,14 @@ class Survivor:
         difference: What differs from the uninterrupted run; None if nothing does.
         repeated: For each process that was ended, what later ones repeated.
         seconds: Of the processor, for each process.
+        leaving: Seconds from each signal to the end of the process.
     """
 
     exit_codes: list[int]
     difference: str | None
     repeated: list[Repeated]
     seconds: list[float]
+    leaving: list[float]
 
 
 def run_whole(base: Path, name: str) -> Path:
@@ -72,9 +75,11 @@ def survive(
     folder = base / f"{_plain(name)}-{label}"
     log = folder.with_name(f"{folder.name}.log")
     codes: list[int] = []
+    ended_at: list[float] = []
     complete: list[set[tuple[Any, ...]]] = []
     for fault in (*faults, None):
         codes.append(call(run, str(folder), name, str(base / "inputs"), fault, log=log))
+        ended_at.append(time.time())
         complete.append(set(_samples_on_disk(folder)))
         if codes[-1] == 0:
             break
@@ -85,7 +90,9 @@ def survive(
         for place, ended in enumerate(events[:-1])
     ]
     seconds = [process[-1]["seconds"] for process in events]
-    return Survivor(codes, find_difference(whole, folder), repeated, seconds)
+    signals = [e["what"] for process in events for e in process if e["event"] == "end"]
+    leaving = [end - sent for end, sent in zip(ended_at, signals, strict=False)]
+    return Survivor(codes, find_difference(whole, folder), repeated, seconds, leaving)
 
 
 def find_difference(whole: Path, folder: Path) -> str | None:

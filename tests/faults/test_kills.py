@@ -14,7 +14,7 @@ from survival import run_whole, survive
 KILLS: dict[str, list[Fault]] = {
     "STaR": [
         Fault("rename rendering.json"),
-        Fault("sample train", 19, group=True),
+        Fault("sample train", 19, to="group"),
         Fault("rename samples/hint-0.parquet", 2),
         Fault("grade", 3),
         Fault("open .dataset/state.json", torn=True),

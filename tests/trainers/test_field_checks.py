@@ -160,6 +160,7 @@ def test_every_value_is_refused_or_a_run_with_it_ends(
         ({"eval_packing": True}, "nothing is packed"),
         ({"optim": "galore_adamw_layerwise"}, "outlive a round's optimizer"),
         ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "aren't pushed"),
+        ({"enable_jit_checkpoint": True}, "ends at SIGTERM by itself"),
     ],
 )  # fmt: skip
 def test_a_field_is_refused_with_what_it_must_be(tmp_path, changes, message) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from trl_selfplay.commands.endings import exit_code_of
 from trl_selfplay.commands.recipes import find_recipe
 from trl_selfplay.disk import held_by_this_process, save_text
 from trl_selfplay.inspection.plain_text import visible
@@ -47,8 +48,8 @@ def run(flags: list[str]) -> int:
     folder = Path(own.output_dir or (_FULL if own.full else _QUICK))
     try:
         begins = _prepare(folder, flags, own.restart)
-    except KeyboardInterrupt:
-        return _stopped(folder)
+    except KeyboardInterrupt as interrupt:
+        return _stopped(folder, exit_code_of(interrupt))
     except (OSError, RuntimeError, ValueError) as error:
         return _fail(str(error))
     if not begins:
@@ -63,8 +64,8 @@ def run(flags: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 2)))
     try:
         score = _train([*of_recipe, "--output_dir", str(folder)], folder, not own.full, expected)
-    except KeyboardInterrupt:
-        return _stopped(folder)
+    except KeyboardInterrupt as interrupt:
+        return _stopped(folder, exit_code_of(interrupt))
     except SystemExit as ended:  # of the parser or a dry run, which have said why, in the log
         said = (folder / LOG).read_text().strip().splitlines()
         return _fail(said[-1] if ended.code else "done", folder, 2 if ended.code else 0)
@@ -264,12 +265,12 @@ def _read_mark(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _stopped(folder: Path) -> int:
+def _stopped(folder: Path, code: int) -> int:
     print(
         f"\nStopped. What is done is in {folder}: the same command goes on, --restart starts again.",
         file=sys.stderr,
     )
-    return 130
+    return code
 
 
 def _fail(why: str, folder: Path | None = None, code: int = 2) -> int:

@@ -1,7 +1,7 @@
 """The command line `trl-selfplay`: find the command, run it, return its exit code.
 
 In: the arguments behind `trl-selfplay`. Out: 0, or 1 after a run that ended with an error, 2 after wrong
-use, 130 after Ctrl-C. A command's module is imported only when the command is called.
+use, 130 after Ctrl-C, 143 after SIGTERM. A command's module is imported only when the command is called.
 """
 
 import difflib
@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from importlib import import_module
 
-from trl_selfplay.commands.endings import tell_error, tell_pause
+from trl_selfplay.commands.endings import exit_code_of, tell_error, tell_pause
 from trl_selfplay.commands.recipes import run_recipe
 
 
@@ -107,8 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     _quieten()
     try:
         return command.run(flags)
-    except KeyboardInterrupt:
-        return tell_pause(name, flags, goes_on=command.is_recipe)
+    except KeyboardInterrupt as interrupt:  # or SIGTERM, which is told from it
+        code = exit_code_of(interrupt)
+        return tell_pause(name, flags, goes_on=command.is_recipe, code=code)
     except Exception as error:
         return tell_error(name, error, trains=command.group == _TRAIN or name == "preflight")
 

@@ -24,16 +24,22 @@ _PACKAGE = Path(__file__).parent.parent
 _RECIPES = _PACKAGE.parent / "recipes"
 
 
-def tell_pause(name: str, flags: list[str], goes_on: bool) -> int:
-    """Say, after Ctrl-C, how a run goes on; return the exit code.
+def exit_code_of(interrupt: KeyboardInterrupt) -> int:
+    """Return the exit code after Ctrl-C, or after SIGTERM, which has its own."""
+    return int(getattr(interrupt, "code", INTERRUPTED))
+
+
+def tell_pause(name: str, flags: list[str], goes_on: bool, code: int = INTERRUPTED) -> int:
+    """Say, after Ctrl-C or SIGTERM, how a run goes on; return the exit code.
 
     Args:
         name: The command's.
         flags: Its flags.
         goes_on: Whether it takes `--resume`.
+        code: The exit code.
     """
     if os.environ.get("RANK", "0") != "0":
-        return INTERRUPTED  # the main process says it
+        return code  # the main process says it
     others, dry_run = _take(flags, "dry_run")
     if goes_on and dry_run.lower() in _YES:
         name, flags, goes_on = "preflight", [name, *others], False
@@ -44,13 +50,13 @@ def tell_pause(name: str, flags: list[str], goes_on: bool) -> int:
         flags, _ = _take(flags, "resume")
     else:
         print(f"\ntrl-selfplay {name}: interrupted.", file=sys.stderr)
-        return INTERRUPTED
+        return code
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun and accelerate, whose flags aren't known
         print(f"\n{said} the same command{added and ' and ' + added}.", file=sys.stderr)
     else:
         command = shlex.join([*_called_as(), name, *flags, *([added] if added else [])])
         print(f"\n{said}:\n    {command}", file=sys.stderr)
-    return INTERRUPTED
+    return code
 
 
 def _take(flags: list[str], name: str) -> tuple[list[str], str]:

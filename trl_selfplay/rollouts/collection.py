@@ -251,6 +251,8 @@ class Collector:
                     if len(same) == len(work.assignments[rollout.prompt_id].sample_indices):
                         same.sort(key=lambda r: r.sample_index)
                         yield _SampledPrompt(name, same)
+            except _Stopped:  # nobody waits for what was being decoded
+                pass
             finally:
                 rollouts = work.in_order(name, [r for same in samples.values() for r in same])
                 if work.folder is not None and found != rollouts:
@@ -326,6 +328,8 @@ class Collector:
         left = set(range(len(wanted)))
 
         def on_tokens(num_tokens: int) -> None:
+            if stop.is_set():
+                raise _Stopped
             check_peers()
             progress.decode(num_tokens)
 
@@ -405,6 +409,10 @@ class Collector:
             "columns": {key: [row.columns[key] for row in rows] for key in rows[0].columns},
             "groups": [r.prompt_id for r in rollouts],
         }
+
+
+class _Stopped(Exception):
+    """Sampling was told to stop while completions were being decoded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from trl_selfplay.disk import RESUME
 from trl_selfplay.evaluation.progress import say
 from trl_selfplay.rounds.run import RoundProgress, Run
 from trl_selfplay.rounds.watch import Watch
+from trl_selfplay.termination import Terminated
 
 logger = logging.getLogger(__name__)
 
@@ -85,15 +86,14 @@ def say_where_interrupted(progress: RoundProgress) -> Iterator[None]:
     """Log, when interrupted, in which round and how to continue."""
     try:
         yield
-    except (
-        KeyboardInterrupt,
-        SystemExit,
-    ):  # an exit with code 0 would look like the end of the run
+    # Terminated as well; an exit with code 0 would look like the end of the run.
+    except (KeyboardInterrupt, SystemExit) as stop:
         index = progress.round_index
         where = "before round 0" if index is None else f"in round {index}"
         logger.warning(
-            "interrupted %s; %s, on the same output_dir. Finished rounds, complete shards of samples "
+            "interrupted%s %s; %s, on the same output_dir. Finished rounds, complete shards of samples "
             "and complete checkpoints are kept.",
+            " by SIGTERM" if isinstance(stop, Terminated) else "",
             where,
             RESUME,
         )

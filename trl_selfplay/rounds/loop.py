@@ -78,6 +78,7 @@ from trl_selfplay.rounds.weights import (
     reload_initial_weights,
     save_trainable,
 )
+from trl_selfplay.termination import ends_at_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +108,14 @@ def run_rounds(
             `trial` was given.
         RuntimeError: Another run trains into the output directory, or `rounds_dir` fails.
         PeerError: Another process of this run has ended.
+        Terminated: SIGTERM arrived.
     """
     if trial is not None:
         raise ValueError("hyperparameter search over rounds is not supported: pass no `trial`.")
     folder, is_main = Path(trainer.args.output_dir), trainer.is_world_process_zero()
     resume = _read_resume(resume_from_checkpoint, folder)
     with (
+        ends_at_sigterm(),
         together(trainer.accelerator),
         held_by_this_process(folder, is_main),
         fast_collections(),

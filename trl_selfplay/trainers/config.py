@@ -423,6 +423,12 @@ def check_parent_fields(config: Any) -> None:
             f"packing_strategy={strategy!r} has no effect without packing=True. Set that, or leave it "
             "out."
         )
+    if getattr(config, "enable_jit_checkpoint", False):
+        raise ValueError(
+            "enable_jit_checkpoint=True would take a round that SIGTERM stopped for one that was "
+            "trained to its end. Leave it out: train() ends at SIGTERM by itself, and goes on from the "
+            "last complete checkpoint (see save_steps)."
+        )
     if _LAYERWISE in config.optim or config.optim in ("lomo", "adalomo"):
         raise ValueError(
             f"optim={str(config.optim.value)!r} updates weights in hooks that outlive a round's "

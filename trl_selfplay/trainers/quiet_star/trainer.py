@@ -16,7 +16,7 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from trl_selfplay.disk import held_by_this_process
+from trl_selfplay.disk import RESUME, held_by_this_process
 from trl_selfplay.evaluation.progress import say
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
@@ -30,6 +30,7 @@ from trl_selfplay.rounds.weights import (
     undo_rounding,
     unrounded_weights,
 )
+from trl_selfplay.termination import ends_at_sigterm
 from trl_selfplay.trainers.construction import (
     check_saveable,
     load_processing_class,
@@ -246,6 +247,7 @@ class QuietSTaRTrainer(SFTTrainer):
         Raises:
             RuntimeError: Another process is training into `output_dir`.
             ValueError: The checkpoint is incomplete, such as without the optimizer's state.
+            Terminated: SIGTERM arrived.
         """
         resume: Any = resume_from_checkpoint
         if isinstance(resume, str) and resume.lower() in ("true", "false"):
@@ -266,8 +268,21 @@ class QuietSTaRTrainer(SFTTrainer):
             tell_memory(self, longest_row(self.train_dataset, self.args.max_length))
         folder = Path(str(self.args.output_dir))
         is_main = self.is_world_process_zero()
-        with held_by_this_process(folder, is_main), adapters_keep_dtypes(self.model):
-            return super().train(resume or None, trial, ignore_keys_for_eval)
+        with (
+            ends_at_sigterm(),
+            held_by_this_process(folder, is_main),
+            adapters_keep_dtypes(self.model),
+        ):
+            try:
+                return super().train(resume or None, trial, ignore_keys_for_eval)
+            except KeyboardInterrupt:  # Terminated as well
+                logger.warning(
+                    "interrupted after step %d; %s, on the same output_dir. Complete checkpoints are "
+                    "kept.",
+                    self.state.global_step,
+                    RESUME,
+                )
+                raise
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
