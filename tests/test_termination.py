@@ -12,12 +12,17 @@ from trl_selfplay import termination
 from trl_selfplay.termination import EXIT_CODE, Terminated, ends_at_sigterm
 
 
-def test_sigterm_is_raised_once_and_has_its_own_action_again_afterwards() -> None:
-    with pytest.raises(Terminated) as raised, ends_at_sigterm():
+def interrupt_twice() -> None:
+    with ends_at_sigterm():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # what cleans up isn't interrupted
+
+
+def test_sigterm_is_raised_once_and_has_its_own_action_again_afterwards() -> None:
+    with pytest.raises(Terminated) as raised:
+        interrupt_twice()
     assert raised.value.code == EXIT_CODE == 143
     assert isinstance(raised.value, SystemExit)
     assert isinstance(raised.value, KeyboardInterrupt)

@@ -1,12 +1,17 @@
 """Which errors end as a message: those raised for the user to read, and no fault of the package's."""
 
+import os
+import signal
+
 import pytest
 from huggingface_hub import HfApi, constants
 
+from trl_selfplay.commands import dispatch
 from trl_selfplay.commands.endings import tell_error, tell_pause
 from trl_selfplay.commands.recipes import find_recipe
 from trl_selfplay.demos.script_arguments import load_reward_func
 from trl_selfplay.disk import DamagedFileError, naming_damage
+from trl_selfplay.termination import ends_at_sigterm
 
 
 def raised(call) -> Exception:
@@ -113,3 +118,16 @@ def test_a_pause_tells_the_command_that_goes_on(monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", "1")
     assert tell_pause("star", flags, goes_on=True) == 130
     assert capsys.readouterr().err == ""
+
+
+def terminate() -> None:
+    with ends_at_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_command_that_sigterm_ends_has_its_exit_code(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(dispatch, "run_recipe", lambda recipe, flags: terminate())
+    assert dispatch.main(["star", "--output_dir", "x"]) == 143
+    assert capsys.readouterr().err.endswith("\n    trl-selfplay star --output_dir x --resume\n")

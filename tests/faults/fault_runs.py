@@ -14,7 +14,13 @@ import torch
 from datasets import Dataset
 from fault_events import Events, Fault
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from trl_selfplay import (
     IRPOConfig,
@@ -48,6 +54,29 @@ def write_inputs(folder: Path, model: Any, tokenizer: Any, rows: list[dict[str, 
         saved.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def write_tiny_inputs(folder: Path) -> None:
+    """Save inputs where there are no fixtures: a random model of 21 words, and 16 sums."""
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    words = [*special.values(), *map(str, range(10)), "+", "=", "?", "Q", "A", "yes", "no", "so"]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, padding_side="left", **special
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    sums = [
+        {"prompt": f"Q {i % 10} + {i // 10} = ?", "solution": str(i % 10 + i // 10)}
+        for i in range(16)
+    ]
+    folder.mkdir()
+    write_inputs(folder, LlamaForCausalLM(config).float(), tokenizer, sums)
 
 
 def _reward_model(tokenizer: Any) -> Any:

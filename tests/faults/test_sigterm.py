@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fault_events import Fault
 from fault_runs import run
-from processes import call, call_twice
+from processes import call_twice
 from survival import find_difference, run_whole, survive
 
 from trl_selfplay.termination import EXIT_CODE
