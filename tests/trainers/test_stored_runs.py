@@ -7,26 +7,41 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import call
+from processes import call, call_twice
 from resumable_run import Kill
 from stored_run import run
 from test_resume import read_run
 
+from trl_selfplay.rounds.store import RoundsStore, scan
+
 
 @pytest.fixture
-def stored(tmp_path, saved_tiny_model, sums, s3):
-    """Return a function that runs, or goes on with, a run in a process of its own: its exit code."""
+def arguments(tmp_path, saved_tiny_model, sums):
+    """Return a function that gives the arguments of `stored_run.run`."""
     rows = tmp_path / "rows.json"
     table = sums(16).to_list()
     rows.write_text(json.dumps({"train": table[:12], "heldout": table[12:]}))
 
-    def go(
-        method: str, folder: str, rounds_dir: str | None = None, kill: Kill | None = None
-    ) -> int:
-        arguments = (method, str(tmp_path / folder), str(saved_tiny_model), str(rows), rounds_dir)
-        return call(run, *arguments, kill, environment=s3.environment)
+    def build(method: str, folder: str, rounds_dir: str | None, kill: Kill | None) -> tuple:
+        return (method, str(tmp_path / folder), str(saved_tiny_model), str(rows), rounds_dir, kill)
 
-    return go
+    return build
+
+
+@pytest.fixture
+def stored(arguments, s3):
+    """Return a function that runs, or goes on with, a run in a process of its own: its exit code."""
+    return lambda method, folder, rounds_dir=None, kill=None: call(
+        run, *arguments(method, folder, rounds_dir, kill)
+    )
+
+
+@pytest.fixture
+def stored_by_two(arguments, s3):
+    """Return a function that does the same with STaR in two processes: their exit codes."""
+    return lambda folder, rounds_dir=None, kill=None: call_twice(
+        run, *arguments("STaR", folder, rounds_dir, kill)
+    )
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -64,3 +79,20 @@ def test_a_run_killed_again_and_again_goes_on_from_the_store_alone(
     assert_equal_runs(tmp_path / "read", tmp_path / "whole")
     names = sorted(s3.objects(bucket))
     assert not [name for name in names if "checkpoint" in name or "_lease" in name]
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_puts_its_shards_and_both_go_on_from_the_store_alone(
+    stored_by_two, s3, tmp_path
+) -> None:
+    assert stored_by_two("whole") == [0, 0]
+    store = RoundsStore(f"s3://{s3.make_bucket()}/run")
+    assert -signal.SIGKILL in stored_by_two("lost", store.url, Kill("training", 1))
+    lost = scan(tmp_path / "lost" / "_rounds").keys()
+    assert len([name for name in lost if "round-000/samples/0" in name]) > 1
+    assert store.entries().keys() >= {name for name in lost if "checkpoint" not in name}
+    assert "round-000/checkpoint-1" in store.entries()
+    shutil.rmtree(tmp_path / "lost")
+    assert stored_by_two("last", store.url) == [0, 0]
+    assert_equal_runs(tmp_path / "last", tmp_path / "whole")
+    assert store.entries().keys() == scan(tmp_path / "last" / "_rounds").keys()
