@@ -124,6 +124,12 @@ def test_where_there_is_no_run_the_error_says_what_to_pass(tmp_path) -> None:
         RunFolder.open(tmp_path / "none")
 
 
+@pytest.mark.parametrize("opened", [RunFolder.open, RunFolder.open_training])
+def test_a_url_is_refused_with_the_command_that_copies_its_rounds(opened) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is a URL.*aws s3 cp --recursive"):
+        opened("s3://bucket/run")
+
+
 def test_a_run_that_has_just_begun_is_open_to_readers(tmp_path) -> None:
     (tmp_path / "_rounds").mkdir()
     run = RunFolder.open(tmp_path)

@@ -45,7 +45,10 @@ def test_a_push_takes_model_and_samples_with_their_cards_and_no_token(
     assert f"Bearer {TOKEN}" in hub.tokens
     model, samples = hub.files[f"models/{OWNER}/run"], hub.files[f"datasets/{OWNER}/samples"]
     assert "model.safetensors" in model
-    assert samples.keys() == {"README.md", "data/train.parquet"}
+    assert samples.keys() == {"README.md", "data/train.parquet", "rounds.jsonl"}
+    assert samples["rounds.jsonl"] == (tmp_path / "run/_rounds/rounds.jsonl").read_bytes()
+    viewed = DatasetCard(samples["README.md"].decode()).data.configs
+    assert viewed == [{"config_name": "default", "data_files": "data/train.parquet"}]
     assert not [path for path in model if path.startswith("_rounds") or "checkpoint" in path]
     written = [*model.values(), *samples.values(), done.stdout.encode(), done.stderr.encode()]
     written += [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]

@@ -55,6 +55,12 @@ class RunFolder:
             FileNotFoundError: There is no run.
             DamagedFileError: Its records can't be read.
         """
+        if "://" in str(output_dir):
+            raise FileNotFoundError(
+                f"{str(output_dir)!r} is a URL, and a run is read from a folder on disk. Pass the output_dir "
+                "of the run, or copy its rounds into a folder first, such as with `aws s3 cp --recursive "
+                "s3://bucket/run DIR/_rounds`, and pass DIR."
+            )
         given = Path(output_dir)
         whole = given.resolve()
         found = whole.parent if whole.name == "_rounds" else given
@@ -83,6 +89,8 @@ class RunFolder:
             DamagedFileError: As `open`.
         """
         folder = Path(output_dir).resolve()
+        if "://" in str(output_dir):
+            return cls.open(output_dir)
         if not (folder / "_rounds").is_dir() and load_log(folder):
             is_quiet_star = (folder / "quiet_star.json").exists()
             return cls(folder, [], {"method": "Quiet-STaR"} if is_quiet_star else {})

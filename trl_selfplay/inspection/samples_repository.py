@@ -1,9 +1,10 @@
 """Push all samples of a run to a dataset repository on the Hub, with a card.
 
 In: the folder of a run, and the repository's name. Out: one Parquet file as `trl-selfplay export --as parquet`
-writes it, and a card that says where the samples come from.
+writes it, the lines of the rounds, and a card that says where the samples come from.
 """
 
+import json
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,7 +35,7 @@ def push_samples(
     token: str | None = None,
     model: str = "",
 ) -> None:
-    """Push the samples of all rounds, replacing those of an earlier push.
+    """Push the samples of all rounds and the rounds' lines, replacing those of an earlier push.
 
     Args:
         run: The run.
@@ -52,6 +53,8 @@ def push_samples(
         export_run(run, "parquet", Path(folder) / "data" / "train.parquet")
         metadata = huggingface_hub.DatasetCardData(
             pretty_name=f"Samples of a {run.method} run",
+            # Without this, the viewer would take the lines of the rounds for samples as well.
+            configs=[{"config_name": "default", "data_files": "data/train.parquet"}],
             tags=[
                 "trl",
                 "trl-selfplay",
@@ -59,6 +62,9 @@ def push_samples(
                 *([run.method.lower()] if run.method else []),
             ],
         )
+        if run.lines:
+            lines = "".join(json.dumps(line) + "\n" for line in run.lines)
+            (Path(folder) / "rounds.jsonl").write_text(lines, encoding="utf-8")
         text = f"---\n{metadata.to_yaml()}\n---\n\n{_card(run, model)}\n"
         (Path(folder) / "README.md").write_text(text, encoding="utf-8")
         api = huggingface_hub.HfApi(token=token)
@@ -113,5 +119,8 @@ def _card(run: RunFolder, model: str) -> str:
             *(f"- `{name}`: {what}" for name, what in _COLUMNS.items()),
             "",
             "The others are the fields of `trl_selfplay.rollouts.record.Rollout`.",
+            "",
+            "`rounds.jsonl` has a line per finished round: what was kept, rewards, held-out scores, alarms, "
+            "tokens and seconds.",
         ]
     )
