@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from trl_selfplay.confidential import MASK, masked
 from trl_selfplay.disk import replace_folder
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def check_rounds_dir(url: str) -> None:
     parts = urlsplit(url)
     if _PASSWORD.search(url) or parts.query or parts.fragment:
         raise ValueError(
-            f"rounds_dir={without_secrets(url)!r} has more than the place of a folder in it. Give "
+            f"rounds_dir={without_url_secrets(url)!r} has more than the place of a folder in it. Give "
             "s3://bucket/folder alone, and credentials where the store's client looks for them "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials)."
         )
@@ -70,10 +71,10 @@ def check_rounds_dir(url: str) -> None:
         raise ValueError(f"rounds_dir={url!r}: name a folder in the bucket, as in {url}/run.")
 
 
-def without_secrets(text: str) -> str:
-    """Return a text without what follows a user's name in URLs, and without their queries."""
-    text = _PASSWORD.sub("://***@", text)
-    return re.sub(r"(://[^?#\s'\"]*)[?#][^\s'\"]*", r"\1?***", text)
+def without_url_secrets(text: str) -> str:
+    """Return a text without user names, passwords and queries of URLs, and without other secrets."""
+    text = re.sub(r"(://[^?#\s'\"]*)[?#][^\s'\"]*", rf"\1?{MASK}", text)
+    return str(masked(_PASSWORD.sub(f"://{MASK}@", text)))
 
 
 def is_whole_folder(name: str) -> bool:
@@ -328,7 +329,7 @@ class RoundsStore:
 
     def _error(self, verb: str, name: str, error: Exception) -> StoreError:
         is_permanent = isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES
-        reason = without_secrets(f"{type(error).__name__}: {error}")[:300]
+        reason = without_url_secrets(f"{type(error).__name__}: {error}")[:300]
         if isinstance(error, ImportError):
             extra = urlsplit(self.url).scheme == "s3"
             remedy = (
