@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from trl_selfplay.disk import RESUME
 
@@ -102,6 +102,18 @@ def from_main(accelerator: Accelerator, value: Value) -> Value:
     shared = [value]
     broadcast_object_list(shared)
     return shared[0]
+
+
+def gather(accelerator: Accelerator, items: list[Value]) -> list[Value]:
+    """Return the items of all processes, by rank, however long they took to make.
+
+    Raises:
+        PeerError: Another process has ended.
+    """
+    if accelerator.num_processes == 1:
+        return items
+    wait_for_all(accelerator)
+    return cast("list[Value]", gather_object(items))
 
 
 def check_peers() -> None:

@@ -52,6 +52,8 @@ _GIVEN = {
 }
 # GRPOTrainer keeps scores in float32, where means and squares of larger scores overflow.
 _LARGEST_SCORE = 3.4e38
+# A metric's name, the completions of the call that logged it, and its values.
+_Logged = tuple[str, int, list[float]]
 
 
 class Scorer:
@@ -133,8 +135,7 @@ class Scorer:
         self.names = unique_names(self._functions)
         self.calibration = Calibration(self.named)
         self._get_trainer_state = get_trainer_state or _ignore
-        # By metric, of each call: its number of completions, and what was logged.
-        self._logged: dict[str, list[tuple[int, list[float]]]] = defaultdict(list)
+        self._logged: list[_Logged] = []
         self._weights = (1.0,) * len(entries) if reward_weights is None else tuple(reward_weights)
         self._told: set[tuple[str, str]] = set()  # warnings about what functions changed
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -201,7 +202,7 @@ class Scorer:
         for index, outcome in zip(waiting, outcomes, strict=True):
             answers[index] = call_guarded(self.names[index], functools.partial(_unwrap, outcome))
         for name, values in logged.items():
-            self._logged[name].append((len(completions), values))
+            self._logged.append((name, len(completions), values))
         scores = [
             _read_scores(name, answers[index], prompts, completions)
             for index, name in enumerate(self.names)
@@ -257,14 +258,22 @@ class Scorer:
         """The names of the functions whose scores depend on a prompt's other samples."""
         return [name for name, function in self.named.items() if compares_samples(function)]
 
-    def take_metrics(self) -> dict[str, float]:
+    def take_metrics(
+        self, gather: Callable[[list[_Logged]], list[_Logged]] = list
+    ) -> dict[str, float]:
         """Return the mean of each metric given to `log_metric` since the last call.
 
         What is logged once per call of a function weighs as much as the call's completions, since
         calls differ in size. Values that aren't finite are left out, since JSON can't represent them.
+
+        Args:
+            gather: Returns what all processes have logged; by default only this one's.
         """
         means = {}
-        for name, calls in self._logged.items():
+        logged: dict[str, list[tuple[int, list[float]]]] = defaultdict(list)
+        for name, size, values in gather(self._logged):
+            logged[name].append((size, values))
+        for name, calls in sorted(logged.items()):
             is_per_call = all(len(values) == 1 for _, values in calls)
             weighted = [
                 (size if is_per_call else 1, value)

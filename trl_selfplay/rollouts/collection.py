@@ -19,13 +19,19 @@ from threading import Event
 from typing import Any, NamedTuple, Protocol
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from trl_selfplay.disk import is_found
 from trl_selfplay.generation.random_streams import Phase, stream_key
 from trl_selfplay.generation.sampler import Sampler, SampleRequest, SamplingOptions
-from trl_selfplay.peers import check_peers, from_main, shared_counter, together, wait_for_all
+from trl_selfplay.peers import (
+    check_peers,
+    from_main,
+    gather,
+    shared_counter,
+    together,
+    wait_for_all,
+)
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.ahead import run_ahead
 from trl_selfplay.rollouts.hand_out import take_shards
@@ -156,13 +162,12 @@ class Collector:
 
     def _join(self, work: "_Work", collected: Mapping[str, list[Rollout]]) -> Rollouts:
         """Return the rollouts of all processes, in the order of the shards."""
-        is_shared = self.accelerator.num_processes > 1
         if work.folder is not None:
             stored = [StoredShard(work.path(name), s.prompt_ids) for name, s in work.shards.items()]
-            if is_shared:  # other processes wrote some of them
+            if self.accelerator.num_processes > 1:  # which wrote some of them
                 all(is_found(shard.path) for shard in stored)
             return Rollouts.stored(stored)
-        found = dict(gather_object([*collected.items()])) if is_shared else collected
+        found = dict(gather(self.accelerator, [*collected.items()]))
         return Rollouts.of([r for name in work.shards for r in found[name]])
 
     def _grade_as_sampled(
@@ -183,7 +188,7 @@ class Collector:
         most = max((len(shard.prompt_ids) for shard in work.shards.values()), default=1)
         # A model that grades shares the device with the sampler, and the last bit of its scores depends
         # on what is in its batch: it gets whole shards, not what happens to be waiting.
-        grades_shards = grades and self.scorer is not None and self.scorer.has_models
+        grades_shards = grades and self._grades_shards
         waiting: dict[str, list[list[Rollout]]] = defaultdict(list)
         unfinished: dict[str, list[Rollout]] = defaultdict(list)
         changed: set[str] = set()
@@ -264,6 +269,10 @@ class Collector:
                 return
             yield _SampledPrompt(name, [])
 
+    @property
+    def _grades_shards(self) -> bool:
+        return self.scorer is not None and self.scorer.has_models
+
     def _tell_share(
         self, work: "_Work", numbers: Iterator[int], progress: Progress
     ) -> Iterator[int]:
@@ -296,7 +305,14 @@ class Collector:
             shards = None if path is None else load_plan(path, assignments)
             if shards is None:
                 held = {} if folder is None else held_prompts(folder, prefix, assignments)
-                shards = plan_shards(assignments, options.max_completion_length, self.sampler, held)
+                shards = plan_shards(
+                    assignments,
+                    options.max_completion_length,
+                    self.sampler,
+                    held,
+                    # The last bit of a model's score depends on what else is in the shard.
+                    1 if self._grades_shards else self.accelerator.num_processes,
+                )
                 if path is not None:
                     save_plan(path, shards)
         # All must have the same plan, and free memory differs between processes.

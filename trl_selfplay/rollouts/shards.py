@@ -48,11 +48,15 @@ def plan_shards(
     max_completion_length: int,
     sampler: Sampler,
     held: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
+    num_processes: int = 1,
 ) -> list[Shard]:
     """Divide the work into shards of about `BATCHES_PER_SHARD` batches.
 
     The longest prompts come first, so that running out of memory shows in the first minute. All
     samples of a prompt are in one shard, so that a reward function can compare them.
+
+    Several processes end at about the same time if the last shards are small: each is half of an
+    equal share of what is left, but not less than a batch, or than an equal share of the whole.
 
     Args:
         assignments: The work.
@@ -60,6 +64,7 @@ def plan_shards(
         sampler: Suggests batch sizes.
         held: Prompts of the shards on disk, by number, if their plan is lost. These shards keep
             their numbers and the others fill the gaps.
+        num_processes: How many share the work. The order of the prompts doesn't depend on it.
     """
     done = {prompt_id for prompt_ids in held.values() for prompt_id in prompt_ids}
     lengths = {a.row.prompt_id: len(a.prompt_ids) for a in assignments}
@@ -67,14 +72,20 @@ def plan_shards(
     ordered = [a for a in ordered if a.row.prompt_id not in done]
     shards: list[Shard] = []
     start = 0
+    left = total = sum(len(a.sample_indices) for a in ordered)
     while start < len(ordered):
         batch_size = sampler.suggest_batch_size(
             len(ordered[start].prompt_ids), max_completion_length
         )
+        most = float(BATCHES_PER_SHARD * batch_size)
+        if num_processes > 1:
+            least = min(batch_size, total / num_processes)
+            most = min(most, max(least, left / (2 * num_processes)))
         end, num_samples = start, 0
-        while end < len(ordered) and num_samples < BATCHES_PER_SHARD * batch_size:
+        while end < len(ordered) and num_samples < most:
             num_samples += len(ordered[end].sample_indices)
             end += 1
+        left -= num_samples
         shards.append(Shard(tuple(a.row.prompt_id for a in ordered[start:end]), batch_size))
         start = end
     for number in sorted(held):

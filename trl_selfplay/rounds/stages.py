@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from accelerate import Accelerator
 from datasets import Dataset
 from trl import pack_dataset
 
@@ -30,7 +32,7 @@ from trl_selfplay.evaluation.heldout import (
 from trl_selfplay.evaluation.progress import SamplingProgress
 from trl_selfplay.evaluation.report import print_completions
 from trl_selfplay.generation.sampler import Phase, build_sampling_options
-from trl_selfplay.peers import from_main, wait_for_all
+from trl_selfplay.peers import from_main, gather, wait_for_all
 from trl_selfplay.rewards.answer import is_answer
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.collection import Collector, Progress
@@ -315,7 +317,7 @@ class SelfPlay:
                     )
                     of_sets.append(greedy_scores(rollouts, threshold))
                     num_tokens += rollouts.num_tokens
-        logged = _take_logged(self.collector.heldout_scorer)
+        logged = _take_logged(self.collector.heldout_scorer, self.collector.accelerator)
         metrics |= {f"{prefix}_{name}": value for name, value in logged.items()}
         seconds = time.monotonic() - started
         return HeldOutScores(metrics, of_sets[0] if of_sets else {}, seconds, num_tokens)
@@ -512,7 +514,7 @@ class SelfPlay:
             num_examples: Selected examples; packed rows hold several.
             metrics: Further metrics to log; they override the common ones of the same name.
         """
-        scorer = self.collector.scorer
+        scorer, accelerator = self.collector.scorer, self.collector.accelerator
         rewards = mean_rewards(selection.facts, () if scorer is None else scorer.names)
         return PlayedRound(
             rows,
@@ -521,7 +523,7 @@ class SelfPlay:
             selection.rollouts,
             round_metrics(selection, rewards)
             | dict(metrics)
-            | {f"play/{n}": v for n, v in _take_logged(scorer).items()},
+            | {f"play/{n}": v for n, v in _take_logged(scorer, accelerator).items()},
             rewards,
             outcomes=selection.outcomes,
         )
@@ -580,6 +582,6 @@ def _first_of_each_kind(rows: Sequence[PromptRow]) -> list[PromptRow]:
     return list(first.values())
 
 
-def _take_logged(scorer: Scorer | None) -> dict[str, float]:
-    """Return the numbers that reward functions logged; none if nothing is graded."""
-    return {} if scorer is None else scorer.take_metrics()
+def _take_logged(scorer: Scorer | None, accelerator: Accelerator) -> dict[str, float]:
+    """Return the numbers that reward functions logged in all processes; none if nothing is graded."""
+    return {} if scorer is None else scorer.take_metrics(partial(gather, accelerator))

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from datasets import Dataset, load_from_disk
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ from trl import DPOTrainer
 
 from trl_selfplay.disk import DamagedFileError, delete, naming_damage
 from trl_selfplay.generation.model_traits import sampling_state, without_checkpointing
-from trl_selfplay.peers import wait_for_all
+from trl_selfplay.peers import gather, wait_for_all
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.rows import (
@@ -179,9 +179,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
                 batch = send_to_device(dict(batch), accelerator.device)
                 chosen, rejected = log_probs(policy, batch)
                 scored += zip(indices, chosen.tolist(), rejected.tolist(), strict=True)
-        if accelerator.num_processes > 1:
-            wait_for_all(accelerator)
-            scored = gather_object(scored)
+        scored = gather(accelerator, scored)
         return [(chosen, rejected) for _, chosen, rejected in sorted(scored)]
 
     def build_pair_round(
