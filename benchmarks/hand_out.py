@@ -118,7 +118,6 @@ class Phase:
     ) -> None:
         draw = random.Random(0)
         self._completions = measured["completions"]
-        self._step = measured["step"]
         self._draw, self._num_samples = draw, num_samples
         self._questions = [draw.randrange(len(QUESTIONS)) for _ in range(num_prompts)]
         rows = [SimpleNamespace(prompt_id=f"{i:07d}") for i in range(num_prompts)]
@@ -130,10 +129,14 @@ class Phase:
         ]
         sampler: Any = SimpleNamespace(suggest_batch_size=lambda *lengths: ROWS)
         self.shards = plan_shards(work, MOST_TOKENS, sampler, num_processes=num_processes)
-        self.seconds = [self._seconds_of(shard) for shard in self.shards]
+        self._steps = [self._steps_of(shard) for shard in self.shards]
 
-    def _seconds_of(self, shard: Shard) -> float:
-        """Return the seconds of a shard's steps: rows take the next completion when theirs has ended."""
+    def seconds(self, step: tuple[float, float]) -> list[float]:
+        """Return the seconds of each shard, if a step takes `a + b * rows`."""
+        return [step[0] * num_steps + step[1] * tokens for num_steps, tokens in self._steps]
+
+    def _steps_of(self, shard: Shard) -> tuple[int, int]:
+        """Return a shard's steps and tokens: a row takes the next completion when its own has ended."""
         lengths = [
             length
             for prompt_id in shard.prompt_ids
@@ -144,8 +147,7 @@ class Phase:
         ends = sorted(lengths[: shard.batch_size])
         for length in lengths[shard.batch_size :]:
             heapq.heapreplace(ends, ends[0] + length)
-        fixed, per_row = self._step
-        return fixed * max(ends) + per_row * sum(lengths)
+        return max(ends), sum(lengths)
 
 
 def idle_if_split(seconds: list[float], speeds: list[float]) -> tuple[float, float]:
@@ -188,19 +190,18 @@ def simulate() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for num_prompts, num_samples, workers in PHASES:
+        alike = Phase(measured, num_prompts, num_samples, 1)
+        small = Phase(measured, num_prompts, num_samples, workers)
         for name, step in {"as measured": on_cpu, "the same for any rows": (1.0, 0.0)}.items():
-            measured["step"] = step
-            alike = Phase(measured, num_prompts, num_samples, 1)
-            small = Phase(measured, num_prompts, num_samples, workers)
             spread = random.Random(1)
             for speeds_name, speeds in {
                 "equal": [1.0] * workers,
                 "within 10%": [spread.uniform(0.9, 1.0) for _ in range(workers)],
                 "one at half": [0.5, *[1.0] * (workers - 1)],
             }.items():
-                fixed, fixed_s = idle_if_split(alike.seconds, speeds)
-                handed, _ = idle_if_handed_out(alike.seconds, speeds)
-                best, best_s = idle_if_handed_out(small.seconds, speeds)
+                fixed, fixed_s = idle_if_split(alike.seconds(step), speeds)
+                handed, _ = idle_if_handed_out(alike.seconds(step), speeds)
+                best, best_s = idle_if_handed_out(small.seconds(step), speeds)
                 print(
                     f"| {num_prompts:,} × {num_samples} | {workers} | {name} | {speeds_name} | "
                     f"{len(alike.shards):,} | {fixed:.1%} | {handed:.1%} | {len(small.shards):,} | "

@@ -7,6 +7,8 @@ by majority votes. CHANGES are fields of the config in JSON.
 import json
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -33,8 +35,10 @@ def reward(completions: list[str], solution: list[str], **kwargs: Any) -> list[f
     return [len(c) % 4 / 8 + float(s in c.split()) for c, s in pairs]
 
 
-def main(method: str, model: str, folder: str, changes: str) -> None:
-    """Train on the same rows however many processes there are."""
+def main(
+    method: str, model: str, folder: str, changes: str, prepare: Callable[[Any], None] | None = None
+) -> None:
+    """Train on the same rows however many processes there are; `prepare` gets the trainer before."""
     trainer_class, config_class = _CLASSES.get(method, (ReSTEMTrainer, ReSTEMConfig))
     pairs = [divmod(i, 10) for i in range(18)]
     rows = [{"prompt": f"Q {a} + {b} = ?", "solution": str((a + b) % 10)} for a, b in pairs]
@@ -53,13 +57,13 @@ def main(method: str, model: str, folder: str, changes: str) -> None:
     trainer: Any = trainer_class(
         model,
         args=config_class(
-            folder, num_rounds=2, num_generations=6, temperature=1.0, top_k=0, max_steps=2,
+            folder, num_generations=6, temperature=1.0, top_k=0, max_steps=2,
             # Two processes take two rows each where one takes them in two passes.
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2 // int(os.environ.get("WORLD_SIZE", "1")),
             learning_rate=0.5, optim="sgd", report_to=[], disable_tqdm=True,
             gradient_checkpointing=False, use_cpu=True, seed=1, load_best_round_at_end=False,
-            **json.loads(changes),
+            **{"num_rounds": 2, **json.loads(changes)},
         ),
         train_dataset=Dataset.from_list(rows[:14]),
         eval_dataset=Dataset.from_list(rows[14:]),
@@ -68,7 +72,9 @@ def main(method: str, model: str, folder: str, changes: str) -> None:
         **gold,
     )  # fmt: skip
     trainer.self_play.collector.sampler.suggest_batch_size = lambda *lengths: 3
-    trainer.train()
+    if prepare is not None:
+        prepare(trainer)
+    trainer.train(resume_from_checkpoint=(Path(folder) / "_rounds").exists() or None)
     trainer.end()
 
 
