@@ -28,6 +28,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "SECURITY.md",
     *(str(path.relative_to(ROOT)) for path in GUIDES),
 ]
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from chat_server import serving
+from tokenizers import AddedToken
 
 from trl_selfplay.rewards import JudgeReward
 from trl_selfplay.rewards.local_model import LocalModel, split_control_tokens
@@ -133,3 +134,13 @@ def test_judges_grade_for_grpo_trainer_and_the_policy_is_refused(
     assert steps[0]["judge/orders_disagree"] == 0.0
     with pytest.raises(RuntimeError, match=r"model='policy' judges .* GRPOTrainer"):
         build(JudgeReward("policy")).train()
+
+
+def test_an_added_special_token_is_read_as_text_too(byte_tokenizer) -> None:
+    """Chat models have tokens such as <|im_end|> that stand in no slot of their own."""
+    byte_tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)])
+    split = split_control_tokens("a<|im_end|>b<eos>", byte_tokenizer)
+    ids = byte_tokenizer(split, add_special_tokens=False).input_ids
+    control = byte_tokenizer.convert_tokens_to_ids(["<|im_end|>", "<eos>"])
+    assert not set(control) & set(ids)
+    assert split == "a< |im_end|>b< eos>"

@@ -444,3 +444,15 @@ def test_prompts_that_leave_no_room_for_a_completion_are_refused_by_row(caplog) 
     check_training_lengths(rows, render, 16, 5, rows)
     assert "Set max_length=17 to keep all" in caplog.text
     assert "completions of more than 4 tokens" in caplog.text
+
+
+def test_a_control_token_in_a_few_shot_example_is_said(byte_tokenizer, caplog) -> None:
+    examples = load_few_shot_examples(
+        [{"prompt": "a", "completion": "b<eos>"}, {"prompt": "c <eos> d", "completion": "e"}], False
+    )
+    PromptFormatter(byte_tokenizer, examples).warn_control_tokens_of_examples()
+    assert "few_shot_examples[1] has the special token '<eos>'" in caplog.text
+    caplog.clear()
+    split = PromptFormatter(byte_tokenizer, examples, sanitize_control_tokens=True)
+    split.warn_control_tokens_of_examples()
+    assert not caplog.records

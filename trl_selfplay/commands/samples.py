@@ -153,7 +153,10 @@ def _print_text(
             kind = f"held-out {outcome}".strip() if held_out else name_outcome(outcome)
             head = [where, visible(kind), *(["with hint"] if rollout.hinted else [])]
             reward = "no reward" if rollout.reward is None else f"reward {rollout.reward:g}"
-            scores = [f"{n} {'–' if s is None else s}" for n, s in _by_name(rollout, names).items()]
+            scores = [
+                f"{visible(n)} {'–' if s is None else s}"
+                for n, s in _by_name(rollout, names).items()
+            ]
             facts = [
                 reward,
                 *(scores if len(scores) > 1 else []),

@@ -126,7 +126,7 @@ def _all_tasks() -> Iterator[_Task]:
 def _row(task: _Task, rng: random.Random) -> dict[str, Any]:
     # Without a line break at the end: the model's tokens join it with the next line's indentation.
     prompt = f"# Return {task.words}.\ndef f(xs):"
-    function = eval(f"lambda xs: {task.expression}")
+    function = eval(f"lambda xs: {task.expression}")  # noqa: S307  # from the list above
     lists = [_numbers(rng) for _ in range(_NUM_TESTS + _NUM_HIDDEN_TESTS - 2)]
     shown, hidden = lists[:_NUM_TESTS], [[], [rng.randint(-9, 9)], *lists[_NUM_TESTS:]]
     return {

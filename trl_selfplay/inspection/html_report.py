@@ -53,8 +53,9 @@ from trl_selfplay.inspection.summary import (
 
 DEFAULT_SAMPLES = 60
 _ASSETS = Path(__file__).parent / "assets"
-# Characters that could end the script element that JSON stands in, and those that UTF-8 can't hold.
-_UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+# Characters that could end the script element that JSON stands in, those that UTF-8 can't hold, and
+# those that act on whoever reads the page's source.
+_UNSAFE = re.compile("[<>&\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def write_report(

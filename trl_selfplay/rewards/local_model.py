@@ -119,7 +119,13 @@ def check_room(
 
 def split_control_tokens(text: str, tokenizer: Any) -> str:
     """Put a space into each control token that a text spells out, so that it is read as text."""
-    for token in sorted(set(tokenizer.all_special_tokens), key=len, reverse=True):
+    for token in sorted(special_tokens(tokenizer), key=len, reverse=True):
         if len(token) > 1:
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """Return the texts that a tokenizer reads as special tokens."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_selfplay.confidential import shown
 from trl_selfplay.disk import save_text
 from trl_selfplay.generation.generation_options import without_added_eos
+from trl_selfplay.rollouts.control_tokens import control_token_finder, warn_of_examples
 from trl_selfplay.rollouts.prompts import (
     HintFormatter,
     Messages,
@@ -30,7 +31,6 @@ from trl_selfplay.rollouts.prompts import (
     check_message,
     check_prompt,
     message_text,
-    texts_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -432,20 +432,12 @@ class PromptFormatter:
             rows: Rows of one dataset.
             with_solutions: Whether the model reads the solutions too, as hints or data.
         """
-        if self.sanitize_control_tokens or not rows or _renders_in_code(self.tokenizer):
-            return
-        tokens = special_tokens(self.tokenizer)
-        if not tokens:
-            return
-        pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+        find = self._finder()
         found: list[tuple[PromptRow, str]] = []
         for row in rows:
             own = [row.prompt, row.template_arguments, row.solution if with_solutions else None]
-            # An EOS at the end of a text is legitimate; one inside is not.
-            eos = str(self.tokenizer.eos_token)
-            texts = (text.rstrip().removesuffix(eos) for text in texts_of(own))
-            if match := next((m for text in texts if (m := pattern.search(text))), None):
-                found.append((row, match[0]))
+            if token := find(own):
+                found.append((row, token))
         if found:
             row, token = found[0]
             logger.warning(
@@ -460,11 +452,15 @@ class PromptFormatter:
                 token,
             )
 
+    def warn_control_tokens_of_examples(self) -> None:
+        """Warn of few-shot examples with special tokens in their text."""
+        texts = [(e.prompt, e.completion, e.solution) for e in self.few_shot_examples]
+        warn_of_examples(texts, self._finder())
 
-def special_tokens(tokenizer: Any) -> set[str]:
-    """Return the texts that a tokenizer reads as special tokens."""
-    added = tokenizer.added_tokens_decoder.values()
-    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    def _finder(self) -> Callable[[Any], str | None]:
+        if self.sanitize_control_tokens or _renders_in_code(self.tokenizer):
+            return lambda _: None
+        return control_token_finder(self.tokenizer)
 
 
 def _renders_in_code(tokenizer: PreTrainedTokenizerBase) -> bool:

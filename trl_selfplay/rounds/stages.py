@@ -112,6 +112,7 @@ class SelfPlay:
     def check_prompts(self, hinted: bool) -> None:
         """Raise ValueError for prompts that can't be rendered, sampled from or trained on."""
         most = build_sampling_options(self.config, ()).max_completion_length
+        self.formatter.warn_control_tokens_of_examples()
         for name, rows in {"train_dataset": self.rows, **self.heldout}.items():
             # A token without an embedding may be in any row.
             longest = list(rows) if self.lacks_embeddings else _longest(rows)

@@ -122,7 +122,8 @@ class EngineConfig(HidesSecrets):
         },
     )
     vllm_server_host: Annotated[str, OnResume.FREE] = field(
-        default="0.0.0.0", metadata={"help": "Host of the vLLM server in server mode."}
+        default="0.0.0.0",  # noqa: S104  # a client's address, TRL's default
+        metadata={"help": "Host of the vLLM server in server mode."},
     )
     vllm_server_port: Annotated[int, OnResume.FREE] = field(
         default=8000, metadata={"help": "Port of the vLLM server in server mode."}
