@@ -64,7 +64,7 @@ def kinds_of_files(run):
     return {path.name: path for path in sorted(run.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("form", ["zip", "pickle"])
+@pytest.mark.parametrize("form", ["zip", pytest.param("pickle", marks=pytest.mark.slow)])
 def test_files_that_torch_saves_run_no_code(build_star, stopped, write_evil, form) -> None:
     pickled = [path for path in stopped.rglob("*") if path.suffix in (".bin", ".pt", ".pth")]
     names = {path.name for path in pickled}

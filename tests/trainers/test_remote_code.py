@@ -32,7 +32,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 """
 
 
-@pytest.fixture(params=["unknown-kind", "llama"])
+@pytest.fixture(params=["unknown-kind", pytest.param("llama", marks=pytest.mark.slow)])
 def coded_model(request, saved_tiny_model, tmp_path):
     """A folder whose configuration names classes of its own module, which leaves a mark."""
     folder, mark = tmp_path / "coded", tmp_path / "mark"
