@@ -82,6 +82,8 @@ def test_a_folder_without_its_list_or_with_a_file_of_another_size_is_not_there(
     assert set(store.entries()) == {"config.json", "round-000/samples/train-00000.parquet"}
     store.write("round-000/model/_files.json", listed)
     assert "round-000/model" in store.entries()
+    store.write("round-000/model/_files.json", listed[:-9])
+    assert "round-000/model" not in store.entries()
 
 
 def test_a_folder_that_replaces_another_keeps_none_of_its_files(store, rounds) -> None:

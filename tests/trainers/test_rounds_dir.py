@@ -9,6 +9,7 @@ import pytest
 from s3_server import KEYS, serving_s3
 from transformers import TrainerCallback
 
+from trl_selfplay import STaRConfig
 from trl_selfplay.rounds.lease import Lease, LeaseError
 from trl_selfplay.rounds.store import RoundsStore, StoreError, describe, scan
 
@@ -81,6 +82,11 @@ def test_a_rounds_dir_that_is_none_is_refused_with_the_config(build_star, rounds
     with pytest.raises(ValueError, match="rounds_dir") as caught:
         build_star(rounds_dir=rounds_dir)
     assert "secret" not in str(caught.value)
+
+
+def test_an_output_dir_on_a_store_is_refused_with_the_field_to_set() -> None:
+    with pytest.raises(ValueError, match="Set output_dir to a folder, and rounds_dir to the URL"):
+        STaRConfig("s3://bucket/run", use_cpu=True)
 
 
 def test_a_store_that_cant_be_reached_is_told_when_the_trainer_is_built(build_star, s3) -> None:

@@ -223,13 +223,17 @@ class RoundsStore:
         return entries
 
     def _listed(self, folder: str) -> Entry:
-        content = json.loads(self.read(f"{folder}/{_LIST}") or b"{}")
+        try:
+            content = dict(json.loads(self.read(f"{folder}/{_LIST}") or b"{}"))
+        except ValueError:
+            content = {}
         if content.get("format", FORMAT) > FORMAT:
             raise StoreError(
                 f"{self.url}/{folder} was written by a later version of trl-selfplay. Install that one "
                 "to go on with this run.",
                 is_permanent=True,
             )
+        # Where the list can't be read, nothing is as it says.
         return Entry(content.get("files", {"": -1}), content.get("md5", {}))
 
     def fetch(self, name: str, entry: Entry, path: Path) -> int:
@@ -241,6 +245,7 @@ class RoundsStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.fetched")
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         for inner, size in entry.files.items():
             file = temporary / inner if inner else temporary / path.name
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -461,6 +461,11 @@ def check_self_play_config(config: Any) -> None:
     check_engine_fields(config)
     if config.rounds_dir is not None:
         check_rounds_dir(config.rounds_dir)
+    if "://" in str(config.output_dir):
+        raise ValueError(
+            f"output_dir={config.output_dir!r} is a URL, and a run writes to a disk. Set output_dir to a "
+            "folder, and rounds_dir to the URL."
+        )
     _check_generation_kwargs(config)
     if "" in (config.stop_strings or ()):
         raise ValueError(
