@@ -20,6 +20,7 @@ from trl_selfplay.disk import RESUME, held_by_this_process
 from trl_selfplay.evaluation.progress import say
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
+from trl_selfplay.peers import together
 from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, refuse_broken
 from trl_selfplay.rounds.memory_check import tell_memory
 from trl_selfplay.rounds.noise import switch_noise_off
@@ -248,6 +249,7 @@ class QuietSTaRTrainer(SFTTrainer):
             RuntimeError: Another process is training into `output_dir`.
             ValueError: The checkpoint is incomplete, such as without the optimizer's state.
             Terminated: SIGTERM arrived.
+            PeerError: Another process of this run has ended.
         """
         resume: Any = resume_from_checkpoint
         if isinstance(resume, str) and resume.lower() in ("true", "false"):
@@ -270,6 +272,7 @@ class QuietSTaRTrainer(SFTTrainer):
         is_main = self.is_world_process_zero()
         with (
             ends_at_sigterm(),
+            together(self.accelerator),
             held_by_this_process(folder, is_main),
             adapters_keep_dtypes(self.model),
         ):
