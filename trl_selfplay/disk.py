@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Protocol
@@ -96,7 +97,7 @@ def save_text(path: Path, text: str) -> None:
 
 
 def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -130,7 +131,7 @@ def is_found(path: Path, seconds: float = 90.0) -> bool:
 
 def save_file_with(path: Path, write: Callable[[Path], object]) -> None:
     """Let a function write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     _sync(temporary)
@@ -204,6 +205,14 @@ def _followers_of(path: Path) -> list[Follower]:
         if whole.is_relative_to(folder)
         and not any(part.startswith(".") for part in whole.relative_to(folder).parts)
     ]
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that they survive a power cut."""
+    missing = list(takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _sync(made.parent)
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainingAr
 from trl import DPOConfig, SFTConfig
 
 from trl_selfplay import IRPOConfig, ReSTEMConfig, SPINConfig, STaRConfig
-from trl_selfplay.disk import DamagedFileError
+from trl_selfplay.disk import DamagedFileError, NewerFormatError
 from trl_selfplay.rewards.code import CodeReward
 from trl_selfplay.rewards.isolation import Limits
 from trl_selfplay.rewards.reward_model import RewardModel
@@ -20,6 +20,7 @@ from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rewards.verifier import VerifierReward
 from trl_selfplay.rollouts.selection import reasoning_path
 from trl_selfplay.rounds.identity import (
+    FORMAT,
     PARENTS_FIELDS,
     _describe_graders,
     check_identity,
@@ -451,3 +452,23 @@ def test_the_places_that_are_read_lie_within_a_large_weight() -> None:
     with torch.no_grad():
         model.weight[0, -1] = 1.0
     assert digest_weights(model, restored=False) != before
+
+
+def test_a_run_of_a_later_format_is_refused_and_left_as_it_is(path) -> None:
+    check_identity(describe(), path, 0, is_trained=False)
+    record = json.loads(path.read_text())
+    assert record["format"] == FORMAT
+    path.write_text(json.dumps({**record, "format": FORMAT + 1}))
+    before = path.read_bytes()
+    with pytest.raises(NewerFormatError, match=rf"format {FORMAT + 1}, .* up to {FORMAT}.*upgrade"):
+        check_identity(describe(), path, 1, is_trained=True)
+    assert path.read_bytes() == before
+
+
+def test_a_run_of_the_first_format_has_no_number_and_goes_on(path) -> None:
+    check_identity(describe(), path, 0, is_trained=False)
+    record = json.loads(path.read_text())
+    del record["format"]
+    path.write_text(json.dumps(record))
+    assert check_identity(describe(), path, 1, is_trained=True) == []
+    assert json.loads(path.read_text())["format"] == FORMAT

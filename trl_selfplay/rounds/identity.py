@@ -19,11 +19,15 @@ from typing import Any
 import torch
 
 from trl_selfplay.confidential import MASK, masked
-from trl_selfplay.disk import naming_damage, save_text
+from trl_selfplay.disk import NewerFormatError, naming_damage, save_text
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.prompts import canonical_prompt
 from trl_selfplay.rounds.plan import OnResume, declared_rules, per_round_lists
 
+# The format of a run's folder, which its record names. Records without a number are of format 1. Raise it
+# where an earlier version would go on with a run and read something wrongly.
+FORMAT = 1
+_FORMAT_KEY = "format"
 _DIGEST_SIZE = 8
 
 logger = logging.getLogger(__name__)
@@ -349,6 +353,7 @@ def check_identity(
 
     Raises:
         DamagedFileError: The record can't be read.
+        NewerFormatError: A later version of the package began the run.
         ValueError: With each differing setting, its value on disk and its value now, and whether
             it could have changed earlier.
     """
@@ -363,6 +368,7 @@ def check_identity(
             "Delete it and go on, with the settings that the run began with, or bring it back.",
         ):
             recorded = _with_present_names(_flatten(json.loads(path.read_text())))
+        _refuse_newer(recorded.pop(_FORMAT_KEY, 1), path)
         num_used = {
             OnResume.UNTIL_TRAINED: num_finished,
             OnResume.FIXED: max(num_sampled, num_finished),
@@ -378,8 +384,19 @@ def check_identity(
                 "rewards; to grade all alike, begin anew in another output_dir.",
                 ", ".join(sources),
             )
-    save_text(path, json.dumps(described.settings, indent=1, sort_keys=True))
+    record = {**described.settings, _FORMAT_KEY: FORMAT}
+    save_text(path, json.dumps(record, indent=1, sort_keys=True))
     return changed
+
+
+def _refuse_newer(number: Any, path: Path) -> None:
+    """Raise NewerFormatError for a run that a later version of the package began."""
+    if number > FORMAT:
+        raise NewerFormatError(
+            f"{path.parent.parent} holds a run of format {number}, and this version of trl-selfplay reads "
+            f"formats up to {FORMAT}. Nothing was changed: upgrade with pip install -U trl-selfplay to go on "
+            "with that run, or choose another output_dir."
+        )
 
 
 def _differing(
