@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trl_selfplay.rewards.judge import judge_reward as judge_reward
     from trl_selfplay.rewards.maths import math_reward as math_reward
     from trl_selfplay.rewards.puzzles import puzzle_reward as puzzle_reward
+    from trl_selfplay.rewards.ray_reward import on_ray as on_ray
     from trl_selfplay.rewards.reward_model import RewardModel as RewardModel
     from trl_selfplay.rewards.verifier import VerifierReward as VerifierReward
     from trl_selfplay.rewards.vote import VoteReward as VoteReward
@@ -42,6 +43,7 @@ _MODULE_OF = {
     "final_answer": "answer",
     "judge_reward": "judge",
     "math_reward": "maths",
+    "on_ray": "ray_reward",
     "puzzle_reward": "puzzles",
     "vote_reward": "vote",
 }
@@ -63,6 +65,7 @@ __all__ = [
     "final_answer",
     "judge_reward",
     "math_reward",
+    "on_ray",
     "puzzle_reward",
     "vote_reward",
 ]
