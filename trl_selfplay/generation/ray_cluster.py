@@ -104,9 +104,16 @@ def _check_answers(address: str) -> None:
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
+        said = error.stderr or b""  # bytes, whatever was asked for
         raise ConnectionError(
-            f"no Ray cluster answers at ray_address={address!r} within {_PATIENCE_S:.0f} s. {advice}"
+            f"no Ray cluster answers at ray_address={address!r} within {_PATIENCE_S:.0f} s "
+            f"({_last_line(said if isinstance(said, str) else said.decode(errors='replace'))}). {advice}"
         ) from error
     if tried.returncode != 0:
-        last = (tried.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConnectionError(f"ray_address={address!r} can't be connected to: {last}. {advice}")
+        raise ConnectionError(
+            f"ray_address={address!r} can't be connected to ({_last_line(tried.stderr)}). {advice}"
+        )
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it said nothing"])[-1]

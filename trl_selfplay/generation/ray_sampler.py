@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Losses, per worker of the pool and without one completion between them, that end the phase.
 _LOSSES_PER_WORKER = 2
-_SECONDS_BETWEEN_LOOKS = 30.0
+_SECONDS_BETWEEN_LOOKS = 1.0
 _CLOSE_PATIENCE_S = 10.0
 
 
@@ -117,6 +117,9 @@ class RaySampler:
         self._weights: EngineWeights | None = None
         self._folders: list[Folder] = []
         self._num_losses = 0  # since the last completion
+        self._last_ready = (
+            0.0  # when a worker was seen that had its weights, or the first was asked for
+        )
         self._is_sampling = False
         self.engine_record: dict[str, Any] | None = None
         self.on_restart: Callable[[], None] | None = None
@@ -146,7 +149,7 @@ class RaySampler:
             requests: See `Sampler.sample`.
             options: See `Sampler.sample`.
             batch_size: Most sequences decoded together by all workers.
-            on_tokens: See `Sampler.sample`; called when completions arrive.
+            on_tokens: See `Sampler.sample`; called when completions arrive, and each second.
 
         Raises:
             ConnectionError: No cluster answers.
@@ -182,7 +185,9 @@ class RaySampler:
                     return
                 self._give(queue, options, ceil(batch_size / self._pool.num_workers))
                 finished = self._receive(queue)
-                if on_tokens is not None and finished:
+                if (
+                    on_tokens is not None
+                ):  # none while nothing comes, so that the caller can end this
                     on_tokens(sum(len(each.completion_ids) for _, each in finished))
                 yield from finished
         finally:
@@ -220,6 +225,7 @@ class RaySampler:
                 self._begin_loading(worker)
         if len(self._workers) < self._pool.num_workers:
             if not self._workers:
+                self._last_ready = time.monotonic()
                 self._announce(f"starting {self._pool.num_workers} Ray workers: may take minutes")
             self._fill_pool()
 
@@ -277,15 +283,13 @@ class RaySampler:
             self._awaited[draw.remote(worker.version, requests, options, batch_size)] = worker
 
     def _receive(self, queue: RequestQueue | None) -> list[tuple[int, SampledCompletion]]:
-        """Wait for news of a worker; return the completions that have come."""
-        began = time.monotonic()
-        while True:
-            ready, _ = self._ray.wait(
-                list(self._awaited), num_returns=1, timeout=_SECONDS_BETWEEN_LOOKS
-            )
-            if ready:
-                break
-            self._check_patience(time.monotonic() - began)
+        """Wait for news of a worker, a second at most; return the completions that have come."""
+        ready, _ = self._ray.wait(
+            list(self._awaited), num_returns=1, timeout=_SECONDS_BETWEEN_LOOKS
+        )
+        if not ready:
+            self._check_patience()
+            return []
         worker = self._awaited.pop(ready[0])
         with self._replacing_if_lost(worker, queue):
             return self._read(ready[0], worker)
@@ -331,13 +335,14 @@ class RaySampler:
             self._sent[folder] = {file.name: self._ray.put(file.read_bytes()) for file in files}
         return self._sent[folder]
 
-    def _check_patience(self, waited_s: float) -> None:
-        """Raise EngineFailure if all workers are only waiting for a place on a node, for too long."""
+    def _check_patience(self) -> None:
+        """Raise EngineFailure if all workers have waited for a place on a node, for too long."""
+        now = time.monotonic()
         if any(worker.version is not None for worker in self._workers):
-            return
-        free = self._ray.available_resources()
-        logger.warning("no Ray worker has started for %.0f s; free: %s.", waited_s, free)
+            self._last_ready = now
+        waited_s = now - self._last_ready
         if waited_s > self._pool.start_patience_s:
+            free = self._ray.available_resources()
             raise EngineFailure(
                 f"no Ray worker has started within {waited_s:.0f} s; each needs {self._pool.needs()}, "
                 f"and free is {free}. Is the cluster busy with other jobs?",
