@@ -1,7 +1,7 @@
 """A run of two rounds in a process of its own: `graded_process.py METHOD MODEL FOLDER CHANGES`.
 
 METHOD is "STaR", "IRPO", "ReST^EM", "ReST", "judged ReST", whose policy judges too, or "vote", ReST^EM
-by majority votes. CHANGES are fields of the config in JSON.
+by majority votes. CHANGES are fields of the config in JSON, and `adapters`: false trains all weights.
 """
 
 import json
@@ -23,6 +23,7 @@ from trl_selfplay import (
     STaRTrainer,
 )
 from trl_selfplay.rewards import JudgeReward, VoteReward
+from trl_selfplay.rollouts.record import Rollout, load_rollouts
 
 _CLASSES: dict[str, Any] = {
     "STaR": (STaRTrainer, STaRConfig),
@@ -40,6 +41,8 @@ def main(
 ) -> None:
     """Train on the same rows however many processes there are; `prepare` gets the trainer before."""
     trainer_class, config_class = _CLASSES.get(method, (ReSTEMTrainer, ReSTEMConfig))
+    settings = json.loads(changes)
+    adapters = settings.pop("adapters", True)
     pairs = [divmod(i, 10) for i in range(18)]
     rows = [{"prompt": f"Q {a} + {b} = ?", "solution": str((a + b) % 10)} for a, b in pairs]
     worked = [{**row, "completion": f"so {row['solution']}"} for row in rows[:14]]
@@ -62,12 +65,12 @@ def main(
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2 // int(os.environ.get("WORLD_SIZE", "1")),
             learning_rate=0.5, optim="sgd", report_to=[], disable_tqdm=True,
-            gradient_checkpointing=False, use_cpu=True, seed=1, load_best_round_at_end=False,
-            **{"num_rounds": 2, **json.loads(changes)},
+            gradient_checkpointing=False, seed=1, load_best_round_at_end=False,
+            **{"num_rounds": 2, "use_cpu": True, **settings},
         ),
         train_dataset=Dataset.from_list(rows[:14]),
         eval_dataset=Dataset.from_list(rows[14:]),
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if adapters else None,
         **grading,
         **gold,
     )  # fmt: skip
@@ -76,6 +79,12 @@ def main(
         prepare(trainer)
     trainer.train(resume_from_checkpoint=(Path(folder) / "_rounds").exists() or None)
     trainer.end()
+
+
+def samples_of_round_0(folder: Path) -> list[Rollout]:
+    """Return what a run in this folder sampled before its first training."""
+    paths = sorted((folder / "_rounds" / "round-000" / "samples").glob("*.parquet"))
+    return [r for path in paths for r in load_rollouts(path)]
 
 
 if __name__ == "__main__":

@@ -10,21 +10,23 @@ from pathlib import Path
 import graded_process
 import pytest
 import torch
+from graded_process import samples_of_round_0
 from processes import call, call_twice
 from safetensors.torch import load_file
-
-from trl_selfplay.rollouts.record import load_rollouts
 
 SCRIPT = Path(__file__).with_name("graded_process.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
+<<<<<<< HEAD
 def samples_of_round_0(folder: Path):
     """Without log-probs, whose last bits depend on the rows of a batch."""
     paths = sorted((folder / "_rounds" / "round-000" / "samples").glob("*.parquet"))
     return [replace(r, logprob=None) for path in paths for r in load_rollouts(path)]
 
 
+=======
+>>>>>>> 8294569 (Try a training step also where weights will be divided)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "changes"),

@@ -5,7 +5,7 @@ an unknown optimizer, wrong arguments of a scheduler, an unknown loss, an unsuit
 gradients, random states, modes and the trainer are restored.
 
 Failures that need the wrapped model (DDP, FSDP, DeepSpeed, compilation) or the memory of real rows
-aren't covered.
+aren't covered: the step is that of the whole model.
 """
 
 import copy
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from trl_selfplay.generation.model_traits import has_whole_weights
+from trl_selfplay.rounds.gathered import whole_weights_in_place
 from trl_selfplay.rounds.training import free_optimizer
 
 # Steps of the schedule where their number isn't known before there are rows.
@@ -36,7 +38,7 @@ def try_step(trainer: Any, rows: Dataset) -> float | None:
         rows: As the trainer's own dataset holds them; one is enough, since a batch repeats them.
 
     Returns:
-        The seconds of forward and backward; None if the model has to be wrapped for them.
+        The seconds of forward and backward; None if an earlier training divided the model (FSDP).
 
     Raises:
         Exception: Whatever the parent raises, with a note that says when.
@@ -47,17 +49,40 @@ def try_step(trainer: Any, rows: Dataset) -> float | None:
         batches = iter(trainer.get_train_dataloader())
         [inputs], num_items = trainer.get_batch_samples(batches, 1, trainer.args.device)
         deque(batches, maxlen=0)  # else accelerate goes on counting the loader as the current one
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            return None  # they need the model wrapped
+        if trainer.is_fsdp_enabled and not has_whole_weights(trainer.model):
+            return None
         trainer.current_gradient_accumulation_steps = 1
         _switch_checkpointing_on(trainer)
-        started = time.monotonic()
-        trainer.training_step(trainer.model, inputs, num_items)
-        if trainer.args.device.type == "cuda":
-            torch.cuda.synchronize(trainer.args.device)
-        seconds = time.monotonic() - started
-        trainer.create_optimizer_and_scheduler(_num_steps(trainer.args))
+        with whole_weights_in_place(trainer), _backward_without_engine(trainer):
+            started = time.monotonic()
+            trainer.training_step(trainer.model, inputs, num_items)
+            if trainer.args.device.type == "cuda":
+                torch.cuda.synchronize(trainer.args.device)
+            seconds = time.monotonic() - started
+            trainer.create_optimizer_and_scheduler(_num_steps(trainer.args))
     return seconds
+
+
+class _PlainBackward:
+    """Stands where accelerate expects DeepSpeed's engine."""
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Compute gradients as without DeepSpeed."""
+        loss.backward()
+
+
+@contextmanager
+def _backward_without_engine(trainer: Any) -> Iterator[None]:
+    """Let accelerate compute gradients before there is an engine."""
+    if not trainer.is_deepspeed_enabled:
+        yield
+        return
+    accelerator = trainer.accelerator
+    accelerator.deepspeed_engine_wrapped = _PlainBackward()
+    try:
+        yield
+    finally:
+        accelerator.deepspeed_engine_wrapped = None
 
 
 def _switch_checkpointing_on(trainer: Any) -> None:

@@ -32,13 +32,22 @@ def shards_weights(trainer: Any) -> bool:
     return bool(trainer.is_fsdp_enabled) or zero_stage(trainer) == 3
 
 
-def check_sharding(trainer: Any) -> None:
+def check_sharding(trainer: Any, refused: str | None = None) -> None:
     """Refuse ways of sharding that rounds can't work with, or that accelerate left out in silence.
+
+    Args:
+        trainer: As the parent has built it.
+        refused: Why its method can't train sharded weights; None: it can.
 
     Raises:
         ValueError: With what to set instead.
     """
     _refuse_left_out(trainer)
+    if refused and shards_weights(trainer):
+        raise ValueError(
+            f"{type(trainer).__name__} can't train weights that are divided over processes (FSDP, "
+            f"DeepSpeed ZeRO-3): {refused}. Use DDP or ZeRO-2."
+        )
     quantized = getattr(trainer.model.config, "quantization_config", None) is not None
     if quantized and shards_weights(trainer):
         raise ValueError(

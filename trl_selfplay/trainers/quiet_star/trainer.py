@@ -22,6 +22,7 @@ from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.peers import together
 from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, refuse_broken
+from trl_selfplay.rounds.gathered import check_sharding
 from trl_selfplay.rounds.memory_check import tell_memory
 from trl_selfplay.rounds.noise import switch_noise_off
 from trl_selfplay.rounds.training import SameOrderOnResume
@@ -188,6 +189,9 @@ class QuietSTaRTrainer(SFTTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
             formatting_func=formatting_func,
+        )
+        check_sharding(
+            self, refused="its thoughts are sampled within each step" if args.num_thoughts else None
         )
         self.add_callback(SameOrderOnResume)
         self._barred = tuple(barred_token_ids(self.processing_class))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 
 from trl_selfplay.disk import replace_folder
@@ -191,6 +192,11 @@ def _with_merged_adapter(model: Any, args: VSTaRConfig) -> Any:
     source = Path(model) if isinstance(model, str) else None
     if source is None or not (source / "adapter_config.json").exists():
         return model
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"model={model!r} is the folder of an adapter, which can't be merged while ZeRO-3 divides what "
+            "is loaded. Merge it in one process before, with PEFT's merge_and_unload, or train with ZeRO-2."
+        )
     config: Any = args
     merged = Path(config.output_dir) / "merged"
     with config.main_process_first(local=False, desc="merging the adapter"):
