@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,12 @@ def main(
 
 
 def samples_of_round_0(folder: Path) -> list[Rollout]:
-    """Return what a run in this folder sampled before its first training."""
+    """Return what a run sampled before its first training.
+
+    Without log-probs, whose last bits depend on the rows of a batch.
+    """
     paths = sorted((folder / "_rounds" / "round-000" / "samples").glob("*.parquet"))
-    return [r for path in paths for r in load_rollouts(path)]
+    return [replace(r, logprob=None) for path in paths for r in load_rollouts(path)]
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from pathlib import Path
 import lost_process
 import pytest
 import torch
+from graded_process import samples_of_round_0
 from processes import call_group
 from safetensors.torch import load_file
-from test_two_processes import samples_of_round_0
 
 # A collective may take 5 s.
 CHANGES = {"num_rounds": 1, "max_completion_length": 8, "ddp_timeout": 5, "save_steps": 1}

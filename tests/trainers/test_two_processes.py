@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import graded_process
@@ -18,15 +17,6 @@ SCRIPT = Path(__file__).with_name("graded_process.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-<<<<<<< HEAD
-def samples_of_round_0(folder: Path):
-    """Without log-probs, whose last bits depend on the rows of a batch."""
-    paths = sorted((folder / "_rounds" / "round-000" / "samples").glob("*.parquet"))
-    return [replace(r, logprob=None) for path in paths for r in load_rollouts(path)]
-
-
-=======
->>>>>>> 8294569 (Try a training step also where weights will be divided)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "changes"),
