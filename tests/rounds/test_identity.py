@@ -128,7 +128,8 @@ def test_what_decides_which_samples_there_are_may_never_change() -> None:
         "rounds_dir",
         "start_from", "stop_after_rounds_without_gain", "threshold_kind",
         # Where and how fast an engine runs, not what it computes.
-        "allow_engine_change", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_mode",
+        "allow_engine_change", "ray_address", "ray_cpus_per_worker", "ray_gpus_per_worker", "ray_num_workers",
+        "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_mode",
         "vllm_python", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
         "vllm_server_timeout", "vllm_tensor_parallel_size",
     }  # fmt: skip
