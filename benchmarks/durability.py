@@ -53,7 +53,8 @@ def _run(base: Path, name: str, syncs: bool) -> tuple[float, float, int]:
     from processes import call
 
     listing = base / f"{name}.json"
-    assert call(_timed, str(base / name), str(base / "inputs"), syncs, str(listing)) == 0
+    arguments = (str(base / name), str(base / "inputs"), syncs, str(listing))
+    assert call(_timed, *arguments, log=base / "printed.txt") == 0
     seconds, in_sync, calls = json.loads(listing.read_text())
     return seconds, in_sync, calls
 
