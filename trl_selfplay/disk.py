@@ -38,6 +38,21 @@ _DAMAGE = (
 # A full disk, or a quota that is used up; safetensors and torch.save tell it in words.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left", "Disk quota exceeded", "inline_container", "file write failed")
+# Why a folder can't be written, and what to do, by the number of the error.
+_UNWRITABLE = {
+    **dict.fromkeys(_FULL, ("the disk is full", "free some space")),
+    errno.EROFS: ("the file system is read-only", "make it writable"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM),
+        ("this user may not write", "give it the rights, or choose another output_dir"),
+    ),
+    errno.EIO: ("the disk fails", "look at it"),
+    errno.ENAMETOOLONG: ("a path is too long", "choose a shorter output_dir"),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST),
+        ("a file is in the place of a folder", "move it, or choose another output_dir"),
+    ),
+}
 # What to do about a file that nothing else on disk tells again.
 BRING_BACK = "Bring it back from a copy, or start anew in another output_dir."
 # How a run goes on that stopped, in words that follow "then" or "and".
@@ -107,10 +122,11 @@ def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
+        _, remedy = _UNWRITABLE.get(error.errno or 0, ("", "look at the disk"))
         raise OSError(
             error.errno,
             f"could not write {path} ({error.strerror or error}). What was written before is "
-            f"intact: free some space, then {RESUME}",
+            f"intact: {remedy}, then {RESUME}",
         ) from error
     _sync(path.parent)
     _tell_written(path)
@@ -228,7 +244,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def saying_what_is_kept(folder: Path) -> Iterator[None]:
-    """Say, where the disk is full, that what was written is kept, and how to go on.
+    """Say, where a folder can't be written, why, that what was written is kept, and how to go on.
 
     Raises:
         OSError: In place of the writer's own error, which may name neither file nor reason.
@@ -236,14 +252,27 @@ def saying_what_is_kept(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        if number not in _FULL and not any(text in str(error) for text in _FULL_TEXTS):
+        number = _number_of(error, folder)
+        if number is None or RESUME in str(error):
             raise
+        what, remedy = _UNWRITABLE[number]
         raise OSError(
-            number or errno.ENOSPC,
-            f"the disk is full in {folder} ({str(error)[:200]}). Samples, scores, finished rounds "
-            f"and complete checkpoints are kept: free some space, then {RESUME}",
+            number,
+            f"{what} in {folder} ({str(error)[:200]}). Samples, scores, finished rounds "
+            f"and complete checkpoints are kept: {remedy}, then {RESUME}",
         ) from error
+
+
+def _number_of(error: Exception, folder: Path) -> int | None:
+    """Return the number of an error that comes from writing into a folder."""
+    number = getattr(error, "errno", None)
+    if any(text in str(error) for text in _FULL_TEXTS):
+        return number if number in _FULL else errno.ENOSPC
+    if number not in _UNWRITABLE:
+        return None
+    path = getattr(error, "filename", None)
+    is_ours = isinstance(path, str) and Path(path).absolute().is_relative_to(folder.absolute())
+    return number if number in _FULL or is_ours else None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What a run leaves, and what of it a push to the Hub would take along."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import (
 
 from trl_selfplay.rollouts.kept_prompts import load_prompts
 from trl_selfplay.rollouts.record import SCHEMA
-from trl_selfplay.rounds.log import say_where_interrupted
+from trl_selfplay.rounds.log import place_of, say_where_interrupted
 from trl_selfplay.rounds.run import RoundProgress
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -55,7 +56,8 @@ def test_the_model_of_the_end_is_in_output_dir(build_star, tmp_path) -> None:
 
 
 def test_an_interruption_before_the_first_round_is_told_as_that(caplog) -> None:
-    with pytest.raises(KeyboardInterrupt), say_where_interrupted(RoundProgress(())):
+    place = functools.partial(place_of, RoundProgress(((),)))
+    with pytest.raises(KeyboardInterrupt), say_where_interrupted(place):
         raise KeyboardInterrupt
     assert "interrupted before round 0; resume with train(resume" in caplog.text
 

@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset
 
 from trl_selfplay.generation.model_traits import has_whole_weights
+from trl_selfplay.memory import is_out_of_memory
 from trl_selfplay.rounds.gathered import whole_weights_in_place
 from trl_selfplay.rounds.training import free_optimizer
 
@@ -38,7 +39,8 @@ def try_step(trainer: Any, rows: Dataset) -> float | None:
         rows: As the trainer's own dataset holds them; one is enough, since a batch repeats them.
 
     Returns:
-        The seconds of forward and backward; None if an earlier training divided the model (FSDP).
+        The seconds of forward and backward; None if an earlier training divided the model (FSDP), or if
+        memory doesn't suffice for the batch and `auto_find_batch_size` is set.
 
     Raises:
         Exception: Whatever the parent raises, with a note that says when.
@@ -55,7 +57,12 @@ def try_step(trainer: Any, rows: Dataset) -> float | None:
         _switch_checkpointing_on(trainer)
         with whole_weights_in_place(trainer), _backward_without_engine(trainer):
             started = time.monotonic()
-            trainer.training_step(trainer.model, inputs, num_items)
+            try:
+                trainer.training_step(trainer.model, inputs, num_items)
+            except RuntimeError as error:
+                if trainer.args.auto_find_batch_size and is_out_of_memory(error):
+                    return None  # the parent will try smaller batches
+                raise
             if trainer.args.device.type == "cuda":
                 torch.cuda.synchronize(trainer.args.device)
             seconds = time.monotonic() - started

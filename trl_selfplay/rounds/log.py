@@ -20,6 +20,8 @@ from trl_selfplay.termination import Terminated
 
 logger = logging.getLogger(__name__)
 
+_KEPT = "Finished rounds, complete shards of samples and complete checkpoints are kept."
+
 
 def log_with_round(
     trainer: Any, log_parent: Callable[..., None], logs: dict[str, float], start_time: float | None
@@ -82,22 +84,38 @@ def call_round_event(trainer: Any, event: str, progress: RoundProgress) -> bool:
 
 
 @contextmanager
-def say_where_interrupted(progress: RoundProgress) -> Iterator[None]:
-    """Log, when interrupted, in which round and how to continue."""
+def say_where_interrupted(place: Callable[[], str]) -> Iterator[None]:
+    """Say, when the run is interrupted or fails, where, what is kept and how to go on.
+
+    An interruption is logged, and an error gets a note, unless it says itself how to go on.
+
+    Args:
+        place: Returns where the run is, such as "in round 0".
+    """
     try:
         yield
     # Terminated as well; an exit with code 0 would look like the end of the run.
     except (KeyboardInterrupt, SystemExit) as stop:
-        index = progress.round_index
-        where = "before round 0" if index is None else f"in round {index}"
+        by = " by SIGTERM" if isinstance(stop, Terminated) else ""
         logger.warning(
-            "interrupted%s %s; %s, on the same output_dir. Finished rounds, complete shards of samples "
-            "and complete checkpoints are kept.",
-            " by SIGTERM" if isinstance(stop, Terminated) else "",
-            where,
-            RESUME,
+            "interrupted%s %s; %s, on the same output_dir. %s", by, place(), RESUME, _KEPT
         )
         raise
+    except Exception as error:
+        if RESUME not in str(error):
+            error.add_note(
+                f"The run stopped {place()}. {_KEPT} Once the cause is mended, {RESUME}."
+            )
+        raise
+
+
+def place_of(progress: RoundProgress) -> str:
+    """Return where a run is, in words that follow "it stopped"."""
+    if progress.round_index is None:
+        return "before round 0"
+    if len(progress.lines) == len(progress.plans):
+        return "after the last round"
+    return f"in round {progress.round_index}"
 
 
 class RoundCallback(TrainerCallback):

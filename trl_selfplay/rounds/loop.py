@@ -10,6 +10,7 @@ before the next begins, and isn't repeated if its result is there:
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trl_selfplay.disk import (
     delete,
     held_by_this_process,
     is_found,
+    saying_what_is_kept,
 )
 from trl_selfplay.evaluation.estimates import paired_difference
 from trl_selfplay.evaluation.heldout import HeldOutScores
@@ -48,6 +50,7 @@ from trl_selfplay.rounds.log import (
     RoundCallback,
     call_round_event,
     load_log_history,
+    place_of,
     say_where_interrupted,
 )
 from trl_selfplay.rounds.memory_check import tell_memory
@@ -117,6 +120,7 @@ def run_rounds(
     with (
         ends_at_sigterm(),
         together(trainer.accelerator),
+        saying_what_is_kept(folder),
         held_by_this_process(folder, is_main),
         fast_collections(),
         kept_in_store(trainer, resume),
@@ -162,8 +166,8 @@ def _run_rounds(
     history = load_log_history(run, len(progress.lines))
     ended = False  # by a callback
     trainer.progress = progress
-    try:
-        with say_where_interrupted(progress):
+    with say_where_interrupted(partial(place_of, progress)):
+        try:
             if len(progress.lines) < len(progress.plans):
                 trackers.begin()
             with whole_weights_in_place(trainer):
@@ -208,19 +212,19 @@ def _run_rounds(
                         _tell_time_left(progress, time.monotonic() - started)
                     if call_round_event(trainer, "on_round_end", progress):
                         break
-    finally:
-        trainer.progress = None
-        trainer.remove_callback(callback)
-        trackers.release()
-        trainer.self_play.collector.sampler.release()
-        free_optimizer(trainer)
-    _load_chosen_weights(trainer, progress.lines)
-    trackers.end()
-    if history:
-        trainer.state.log_history = history
-    with changed_settings(args, {"push_to_hub": False}):  # as after the parent's training
-        trainer.save_model(args.output_dir)
-    trainer.create_model_card(model_name=Path(args.output_dir).name)
+        finally:
+            trainer.progress = None
+            trainer.remove_callback(callback)
+            trackers.release()
+            trainer.self_play.collector.sampler.release()
+            free_optimizer(trainer)
+        _load_chosen_weights(trainer, progress.lines)
+        if history:
+            trainer.state.log_history = history
+        with changed_settings(args, {"push_to_hub": False}):  # as after the parent's training
+            trainer.save_model(args.output_dir)
+        trainer.create_model_card(model_name=Path(args.output_dir).name)
+        trackers.end()  # last, since services may fail
     trainer.state.global_step = progress.total_steps
     if output is None:
         return TrainOutput(progress.total_steps, 0.0, {})

@@ -22,9 +22,8 @@ from trl_selfplay.disk import (
     naming_damage,
     replace_folder,
     save_file_with,
-    saying_what_is_kept,
 )
-from trl_selfplay.memory import return_freed_memory
+from trl_selfplay.memory import is_out_of_memory, return_freed_memory
 from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, pass_over_checkpoints
 from trl_selfplay.rounds.early_stopping import note_patience, restore_patience, stopped_early
@@ -50,7 +49,6 @@ def train_on(
 
     Raises:
         FloatingPointError: The weights are no longer finite. No model is kept.
-        OSError: The disk is full; what is whole is kept.
     """
     wait_for_all(trainer.accelerator)  # all have looked before one writes
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +59,7 @@ def train_on(
     set_seed(seed)
     output = None
     settings = {"output_dir": str(folder), "push_to_hub": False}
-    with changed_settings(trainer.args, settings), saying_what_is_kept(folder):
+    with changed_settings(trainer.args, settings), saying_what_saves_memory():
         checkpoint = last_whole_checkpoint(folder, trainer.accelerator)
         if rows is None:
             trainer.state = _load_state(trainer, None)
@@ -83,6 +81,21 @@ def train_on(
             replace_folder(temporary, folder / "model")
     wait_for_all(trainer.accelerator)
     return output
+
+
+@contextmanager
+def saying_what_saves_memory() -> Iterator[None]:
+    """Say, when training runs out of memory, which settings need less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            error.add_note(
+                "Training is out of memory. Lower per_device_train_batch_size and raise "
+                "gradient_accumulation_steps as much, which trains alike; or set "
+                "gradient_checkpointing=True, or a lower max_length."
+            )
+        raise
 
 
 class SameOrderOnResume(TrainerCallback):

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoProcessor, PreTrainedTokenizerBase, TrainingArguments
 
-from trl_selfplay.disk import refuse_missing_path
+from trl_selfplay.disk import refuse_missing_path, saying_what_is_kept
 from trl_selfplay.evaluation.heldout import metric_prefixes
 from trl_selfplay.generation.model_traits import (
     TEXT_MODEL_ADVICE,
@@ -104,6 +104,7 @@ def read_config(args: Any, config_class: Any, model: Any, method: str) -> Any:
 
     Raises:
         FileNotFoundError: `model` is the path of a folder that isn't there.
+        OSError: The output directory can't be made.
         TypeError: `args` is not the trainer's own config, or `model` is no model.
     """
     if not isinstance(model, (str, nn.Module)):
@@ -115,8 +116,12 @@ def read_config(args: Any, config_class: Any, model: Any, method: str) -> Any:
     if args is None:
         source: Any = model
         name = model if isinstance(model, str) else source.config.name_or_path
-        return config_class(f"{name.rstrip('/').split('/')[-1]}-{method}")
+        args = config_class(f"{name.rstrip('/').split('/')[-1]}-{method}")
     check_config_class(args, config_class)
+    if args.should_save:  # as the parent does, but with its reason if it can't
+        folder = Path(args.output_dir)
+        with saying_what_is_kept(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     return args
 
 

@@ -16,16 +16,17 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from trl_selfplay.disk import RESUME, held_by_this_process
+from trl_selfplay.disk import held_by_this_process, saying_what_is_kept
 from trl_selfplay.evaluation.progress import say
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.peers import together
 from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, refuse_broken
 from trl_selfplay.rounds.gathered import check_sharding
+from trl_selfplay.rounds.log import say_where_interrupted
 from trl_selfplay.rounds.memory_check import tell_memory
 from trl_selfplay.rounds.noise import switch_noise_off
-from trl_selfplay.rounds.training import SameOrderOnResume
+from trl_selfplay.rounds.training import SameOrderOnResume, saying_what_saves_memory
 from trl_selfplay.rounds.weights import (
     adapters_keep_dtypes,
     nonfinite_weights,
@@ -277,19 +278,13 @@ class QuietSTaRTrainer(SFTTrainer):
         with (
             ends_at_sigterm(),
             together(self.accelerator),
+            say_where_interrupted(lambda: f"after step {self.state.global_step}"),
+            saying_what_saves_memory(),
+            saying_what_is_kept(folder),
             held_by_this_process(folder, is_main),
             adapters_keep_dtypes(self.model),
         ):
-            try:
-                return super().train(resume or None, trial, ignore_keys_for_eval)
-            except KeyboardInterrupt:  # Terminated as well
-                logger.warning(
-                    "interrupted after step %d; %s, on the same output_dir. Complete checkpoints are "
-                    "kept.",
-                    self.state.global_step,
-                    RESUME,
-                )
-                raise
+            return super().train(resume or None, trial, ignore_keys_for_eval)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
