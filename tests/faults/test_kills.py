@@ -33,7 +33,9 @@ KILLS: dict[str, list[Fault]] = {
     "V-STaR": [Fault("rename merged"), Fault("saved", 1)],
     "Quiet-STaR": [
         Fault("open checkpoint-0/quiet_star.json", 2, torn=True),
-        Fault("save checkpoint-0/optimizer.pt", 0, torn=True),
+        Fault("save checkpoint-0/optimizer.pt", torn=True),
+        Fault("save checkpoint-0/rng_state.pth", torn=True),
+        Fault("open checkpoint-0/trainer_state.json", torn=True),
     ],
 }
 

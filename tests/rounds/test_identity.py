@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -150,25 +151,68 @@ def test_what_computes_the_same_goes_on_without_a_word(check, caplog) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"temperature": 1.0}, "temperature: 0.7 on disk, 1.0 now"),
-        ({"num_rounds": 1}, "num_rounds: 2 on disk, 1 now"),
-        ({"round_max_steps": [11, 20]}, "round_max_steps: [10, 20] on disk, [11, 20] now"),
+        ({"temperature": 1.0}, "temperature: 0.7 → 1.0"),
+        ({"num_rounds": 1}, "num_rounds: 2 → 1"),
+        ({"round_max_steps": [11, 20]}, "round_max_steps: 10 → 11 in round 0"),
         ({"ids": ("a", "c")}, "train_dataset: '2 prompts"),
-        ({"other": {"model": "other"}}, "model: 'm' on disk, 'other' now"),
-        ({"generation_kwargs": {"top_k": 3}}, "generation_kwargs.top_k: None on disk, 3 now"),
+        ({"other": {"model": "other"}}, "model: 'm' → 'other'"),
+        ({"generation_kwargs": {"top_k": 3}}, "generation_kwargs.top_k: None → 3"),
     ],
 )
 def test_another_configuration_is_refused_by_name(check, changes, named, is_trained) -> None:
     with pytest.raises(ValueError, match="another output_dir") as raised:
         check(describe(**changes), is_trained=is_trained)
-    assert str(raised.value).splitlines()[1].strip().startswith(named)
+    assert str(raised.value).splitlines()[2].strip().startswith(named)
 
 
 def test_fields_for_later_rounds_are_those_that_replace_what_changed(check) -> None:
     with pytest.raises(ValueError, match="and one has; round_learning_rates may for later rounds"):
         check(describe(learning_rate=1e-6), is_trained=True)
-    with pytest.raises(ValueError, match=r"and one has\.\n"):
+    with pytest.raises(ValueError, match=r"and one has:\n  weight_decay: 0\.0 → 0\.1"):
         check(describe(weight_decay=0.1), is_trained=True)
+
+
+def test_many_changes_are_told_in_few_words_by_when_they_may_be(check, tmp_path) -> None:
+    def adapted(r, names, **changes):
+        lora = LoraConfig(r=r, target_modules=names, rank_pattern=dict.fromkeys(names, r))
+        adapters = describe_adapters(SimpleNamespace(peft_config={"default": lora}))
+        return describe(other={"peft_config": adapters}, **changes)
+
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(30)]
+    path = tmp_path / "run" / "_rounds" / "config.json"
+    check_identity(adapted(4, names), path, 0, is_trained=False)
+    changes = {
+        "temperature": 1.0, "num_rounds": 1, "learning_rate": 1e-3, "weight_decay": 0.1,
+        "round_max_steps": [11], "vllm_dtype": "float16", "per_device_train_batch_size": 4,
+        "generation_kwargs": {"top_k": 3}, "logging_steps": 7,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="on disk → now") as raised:
+        check_identity(adapted(8, [*names, "v_proj"], **changes), path, 1, is_trained=True)
+    told = str(raised.value)
+    for name in ("rank_pattern", "target_modules"):
+        told = re.sub(rf"{name}: .{{1,200}}\n", f"{name}: in short\n", told)
+    assert told.splitlines()[1:] == [
+        "These may never change:",
+        "  generation_kwargs.top_k: None → 3",
+        "  peft_config.default.r: '4' → '8'",
+        "  peft_config.default.rank_pattern: in short",
+        "  peft_config.default.target_modules: in short",
+        "These may only grow:",
+        "  num_rounds: 2 → 1",
+        "These may change until a round has been trained on, and one has:",
+        "  weight_decay: 0.0 → 0.1",
+        "These may change with allow_engine_change=True:",
+        "  vllm_dtype: None → 'float16'",
+        "These may change until a round has been trained on, and one has; round_learning_rates may "
+        "for later rounds:",
+        "  learning_rate: 2e-05 → 0.001",
+        "These may change for later rounds alone:",
+        "  round_max_steps: 10 → 11 in round 0",
+        "These may never change; round_temperatures may for later rounds:",
+        "  temperature: 0.7 → 1.0",
+        "Restore these values to resume that run, or choose another output_dir.",
+        "These may stay as they are now: per_device_train_batch_size: 8 → 4.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +228,7 @@ def test_what_selection_and_training_read_may_change_until_a_round_was_trained(
 ) -> None:
     name = next(iter(changes))
     assert check(describe(**changes), num_finished=0, is_trained=False) == [name]
-    with pytest.raises(ValueError, match=rf"{name} may change until a round has been trained on"):
+    with pytest.raises(ValueError, match=rf"(?s)until a round has been trained on.*\n  {name}: "):
         check(describe(**changes))
 
 
@@ -239,7 +283,7 @@ def test_a_temperature_may_change_until_its_round_samples(
     if is_kept:
         assert check(described, **arguments) == []
     else:
-        with pytest.raises(ValueError, match=r"round_temperatures: None on disk, \[0\.7, 1\.0"):
+        with pytest.raises(ValueError, match=r"round_temperatures: 0\.7 → 1\.0 in round 1"):
             check(described, **arguments)
 
 
@@ -249,7 +293,7 @@ def test_a_field_that_one_version_knows_counts_as_its_default(check, path) -> No
     path.write_text(json.dumps(older | {"field_of_another_version": 3}))
     check_identity(describe(), path, 1, is_trained=True)
     path.write_text(json.dumps(older))
-    with pytest.raises(ValueError, match=r"repetition_penalty: 1\.0 on disk, 1\.2 now"):
+    with pytest.raises(ValueError, match=r"repetition_penalty: 1\.0 → 1\.2"):
         check_identity(describe(repetition_penalty=1.2), path, 1, is_trained=True)
 
 
@@ -271,7 +315,7 @@ def test_the_record_of_an_older_version_is_read(tmp_path, tiny_model, word_token
     assert "weights" in json.loads(path.read_text())
     recorded["default"]["r"] = "8"
     path.write_text(json.dumps(old | {"peft_config": str(recorded)}))
-    with pytest.raises(ValueError, match=r"peft_config\.default\.r: '8' on disk, '4' now"):
+    with pytest.raises(ValueError, match=r"peft_config\.default\.r: '8' → '4'"):
         check_identity(now, path, 1, is_trained=True)
 
 
@@ -289,7 +333,7 @@ def test_functions_of_the_package_are_known_wherever_they_are_defined(path) -> N
         if fits:
             check_identity(described, path, 1, is_trained=True)
         else:
-            with pytest.raises(ValueError, match=r"normal_form: '.*' now"):
+            with pytest.raises(ValueError, match=r"normal_form: '.*' → "):
                 check_identity(described, path, 1, is_trained=True)
 
 
@@ -336,7 +380,7 @@ def test_options_of_a_function_that_a_record_doesn_t_know_are_no_change(path, ca
         assert not caplog.text
     code["code_reward"]["deadline_s"] = 9.0
     check_identity(describe(other={"graders": {**judge, **code}}), path, 1, is_trained=True)
-    assert "graders.code_reward.deadline_s: 5.0 on disk, 9.0 now" in caplog.text
+    assert "graders.code_reward.deadline_s: 5.0 → 9.0" in caplog.text
 
 
 @pytest.mark.parametrize("make", ["code", "verifier", "classifier"])

@@ -173,7 +173,7 @@ def test_another_configuration_s_rounds_are_left_alone(build_star) -> None:
     build_star(num_rounds=1).train()
     with pytest.raises(FileExistsError, match="resume_from_checkpoint=True"):
         build_star(num_rounds=1).train()
-    with pytest.raises(ValueError, match=r"learning_rate: 0.01 on disk, 0.02 now"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0.01 → 0.02"):
         build_star(num_rounds=1, learning_rate=2e-2).train(resume_from_checkpoint=True)
 
 

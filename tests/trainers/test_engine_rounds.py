@@ -198,7 +198,7 @@ def test_another_engine_amid_a_run_needs_the_flag(build, engine_class, caplog) -
     engine_class.version = "2"
     with pytest.raises(EngineChangedError, match="allow_engine_change=True"):
         build(**settings).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match=r"vllm_dtype may change with allow_engine_change=True"):
+    with pytest.raises(ValueError, match=r"change with allow_engine_change=True:\n  vllm_dtype"):
         build(vllm_dtype="bfloat16", **settings).train(resume_from_checkpoint=True)
     trainer = build(allow_engine_change=True, **settings)
     trainer.train(resume_from_checkpoint=True)
@@ -213,7 +213,7 @@ def test_between_an_engine_and_this_process_a_run_changes_with_the_flag_alone(
     settings = {"peft_config": LoraConfig(**LORA)}
     builders = [build_star, build] if first == "in-process" else [build, build_star]
     interrupted(builders[0](**settings))
-    with pytest.raises(ValueError, match=r"use_vllm.* may change with allow_engine_change=True"):
+    with pytest.raises(ValueError, match=r"change with allow_engine_change=True:\n  use_vllm"):
         builders[1](**settings).train(resume_from_checkpoint=True)
     builders[1](allow_engine_change=True, **settings).train(resume_from_checkpoint=True)
 

@@ -49,5 +49,5 @@ def test_a_run_of_earlier_code_resumes_to_the_end_it_would_have_had(name, unpack
 )
 def test_a_run_of_earlier_code_is_known_by_its_settings(name, changes, unpack) -> None:
     unpack(name)
-    with pytest.raises(ValueError, match=rf"{next(iter(changes))}: .* on disk, .* now"):
+    with pytest.raises(ValueError, match=rf"{next(iter(changes))}: .* → .*"):
         build_trainer(name, **changes).train(resume_from_checkpoint=True)

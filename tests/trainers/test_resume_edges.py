@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_selfplay import EmptyRoundError
@@ -70,9 +73,9 @@ def test_another_peft_configuration_is_another_run(build_star) -> None:
     other = build_star(num_rounds=2, peft_config=LoraConfig(r=4, lora_alpha=64, **LORA))
     with pytest.raises(ValueError, match="another configuration") as raised:
         other.train(resume_from_checkpoint=True)
-    differing = [line.strip() for line in str(raised.value).splitlines()[1:-1]]
-    assert differing == ["peft_config.default.lora_alpha: '8' on disk, '64' now"]
-    with pytest.raises(ValueError, match=r"peft_config: \['default'\] on disk, \[\] now"):
+    differing = [line.strip() for line in str(raised.value).splitlines()[2:-1]]
+    assert differing == ["peft_config.default.lora_alpha: '8' → '64'"]
+    with pytest.raises(ValueError, match=r"peft_config: \['default'\] → \[\]"):
         build_star(num_rounds=2).train(resume_from_checkpoint=True)
     same = build_star(num_rounds=2, peft_config=LoraConfig(r=4, lora_alpha=8, **LORA))
     same.train(resume_from_checkpoint=True)
@@ -89,7 +92,7 @@ def shorten(prompt, solution):
 )
 def test_another_function_that_selects_or_hints_is_another_run(build_star, name, function) -> None:
     build_star(num_rounds=1).train()
-    with pytest.raises(ValueError, match=rf"{name}: 'trl_selfplay\..* now"):
+    with pytest.raises(ValueError, match=rf"{name}: 'trl_selfplay\..* → "):
         build_star(num_rounds=2, **{name: function}).train(resume_from_checkpoint=True)
 
 
@@ -307,3 +310,28 @@ def test_two_runs_in_one_output_dir_are_refused(build_star, tmp_path) -> None:
         other.communicate(b"\n")
     trainer.train()
     assert len(trainer.run.lines) == 1
+
+
+def test_a_moved_run_of_other_versions_goes_on_without_a_word(build_star, tmp_path, caplog) -> None:
+    """Names of versions are replaced, and a setting that only the other version knows is there."""
+    settings = {"peft_config": LoraConfig(r=4, **LORA)}
+    with pytest.raises(KeyboardInterrupt):
+        build_star(**settings, callbacks=[StopAtTrainEnd()]).train()
+    run = tmp_path / "run"
+    shutil.copytree(run, tmp_path / "copy")
+    caplog.clear()
+    build_star(**settings).train(resume_from_checkpoint=True)
+    said = caplog.messages
+    moved = (tmp_path / "copy").rename(tmp_path / "moved")
+    for path in [*moved.rglob("*.json"), *moved.rglob("*.md")]:
+        text = re.sub(r'(_version": )"[\d.]+"', r'\1"99.0.0"', path.read_text())
+        path.write_text(re.sub(r"\b(trl|transformers|peft|torch) \d[\w.+]*", r"\1 99.0.0", text))
+    record = moved / "_rounds" / "config.json"
+    settings_then = json.loads(record.read_text())
+    del settings_then["neftune_noise_alpha"]
+    record.write_text(json.dumps({**settings_then, "field_of_another_version": 3}))
+    caplog.clear()
+    build_star("moved", **settings).train(resume_from_checkpoint=True)
+    assert caplog.messages == said  # of its samples, not of what has changed
+    weights = [load_file(f / "adapter_model.safetensors") for f in (run, moved)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

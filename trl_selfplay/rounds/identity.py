@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,15 @@ _GRADERS = _names("eval_graders eval_reward_funcs_source graders reward_funcs_so
 _ADAPTERS = "peft_config"
 _HELDOUT = "eval_dataset"
 _VALUES_PER_WEIGHT = 16
+# Characters of a value that a message shows.
+_SHOWN = 80
+# When settings may change, in an error that lists them.
+_TITLES = {
+    OnResume.FIXED: "never change",
+    OnResume.MAY_GROW: "only grow",
+    OnResume.UNTIL_TRAINED: "change until a round has been trained on, and one has",
+    OnResume.ENGINE: "change with allow_engine_change=True",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,8 +364,8 @@ def check_identity(
     Raises:
         DamagedFileError: The record can't be read.
         NewerFormatError: A later version of the package began the run.
-        ValueError: With each differing setting, its value on disk and its value now, and whether
-            it could have changed earlier.
+        ValueError: With each differing setting, its value on disk and its value now, by when it
+            may change.
     """
     changed: list[str] = []
     if not path.exists() and any(path.parent.glob("round-*")):
@@ -432,12 +442,17 @@ def _differing(
         if name in described.per_round:
             count = num_used[rule]
             single = [before.get(described.per_round[name])] * count
-            if (was or single)[:count] == (is_ or single)[:count]:
-                continue
-        found[name] = f"{was!r} on disk, {is_!r} now"
+            pairs = list(zip((was or single)[:count], (is_ or single)[:count], strict=False))
+            changes = [
+                f"{_diff(*pair)} in round {i}" for i, pair in enumerate(pairs) if pair[0] != pair[1]
+            ]
+            if changes:
+                found[name] = ", ".join(changes)
+            continue
+        found[name] = _diff(was, is_)
     adapters = [sorted(_adapters(names)) for names in (recorded, settings)]
     if _ADAPTERS in known and adapters[0] != adapters[1]:
-        found[_ADAPTERS] = f"{adapters[0]} on disk, {adapters[1]} now"
+        found[_ADAPTERS] = _diff(*adapters)
     if recorded.get("weights") == settings.get("weights") is not None:
         found.pop("model", None)  # the same weights under another name, or at another place
     return found
@@ -470,29 +485,49 @@ def _refuse(
     }
     if "weights" in refused:
         refused["weights"] += ": the model's weights are not those that the run began with"
-    if refused:
-        late = sorted({_top(name) for name in until_trained & refused.keys()})
-        by_round = sorted(name for name, single in described.per_round.items() if single in late)
-        when = (
-            f"\n{', '.join(late)} may change until a round has been trained on, and one has"
-            + (f"; {', '.join(by_round)} may for later rounds." if by_round else ".")
-            if late
-            else ""
+    if not refused:
+        return
+    text = f"{path.parent.parent} holds rounds of another configuration (on disk → now)."
+    for title, names in _group(described, refused).items():
+        text += f"\nThese may {title}:" + "".join(f"\n  {name}: {refused[name]}" for name in names)
+    text += "\nRestore these values to resume that run, or choose another output_dir."
+    if kept := [f"{name}: {diff}" for name, diff in differing.items() if name not in refused]:
+        text += f"\nThese may stay as they are now: {'; '.join(kept)}."
+    raise ValueError(text)
+
+
+def _group(described: Description, refused: Iterable[str]) -> dict[str, list[str]]:
+    """Return refused settings by when they may change, what never may first."""
+    groups: dict[str, list[str]] = {title: [] for title in _TITLES.values()}
+    for name in refused:
+        if name in described.per_round:
+            title = "change for later rounds alone"
+        else:
+            title = _TITLES[described.rule(name)]
+            lists = [n for n, single in described.per_round.items() if single == name]
+            if lists:
+                title += f"; {lists[0]} may for later rounds"
+        groups.setdefault(title, []).append(name)
+    return {title: names for title, names in groups.items() if names}
+
+
+def _diff(was: Any, is_: Any) -> str:
+    """Return two values in few words: of long ones what they don't begin with alike."""
+    texts = [repr(was), repr(is_)]
+    if max(map(len, texts)) > _SHOWN:
+        alike = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
         )
-        if engine := [name for name in refused if described.rule(name) is OnResume.ENGINE]:
-            when += f"\n{', '.join(engine)} may change with allow_engine_change=True."
-        raise ValueError(
-            f"{path.parent.parent} holds rounds of another configuration:\n"
-            + "\n".join(f"  {name}: {text}" for name, text in refused.items())
-            + when
-            + "\nRestore these values to resume that run, or choose another output_dir."
-        )
+        start = max(alike - _SHOWN // 4, 0)
+        texts = [("…" if start else "") + text[start:] for text in texts]
+    return " → ".join(t if len(t) <= _SHOWN else f"{t[:_SHOWN]}…" for t in texts)
 
 
 def _warn(differing: Mapping[str, str]) -> None:
     for name, text in differing.items():
         logger.warning(
-            "%s: %s. The run continues with it; its result differs from that without the change.",
+            "%s: %s (on disk → now). The run continues with it; its result differs from that without "
+            "the change.",
             name,
             text,
         )

@@ -7,7 +7,7 @@ resumed run no longer has in memory is read from disk.
 
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from glob import escape
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_selfplay.disk import RESUME, DamagedFileError
+from trl_selfplay.disk import BRING_BACK, RESUME, DamagedFileError
 from trl_selfplay.evaluation.detectors import (
     DETECTOR_OF,
     Action,
@@ -41,6 +41,7 @@ from trl_selfplay.rollouts.facts import digest_form
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import Rollout, load_rollouts
 from trl_selfplay.rollouts.sequence import Rollouts
+from trl_selfplay.rollouts.shards import read_plan
 from trl_selfplay.rollouts.stored import load_kept, load_samples
 from trl_selfplay.rounds.plan import RoundPlan
 from trl_selfplay.rounds.run import UNTRAINED, RoundProgress, Run, find_best_round, name_of_weights
@@ -266,8 +267,9 @@ class Watch:
                     for _, rollout in load_kept(self._trainer.run.folder(index)).scan():
                         form = digest_form(self._normal_form(rollout.completion))
                         digests.append(digest_kept(rollout.prompt_id, form))
-            except (DamagedFileError, FileNotFoundError):
-                return None  # said of round 0, or no loss
+            except (DamagedFileError, FileNotFoundError) as error:
+                logger.warning("duplicates of earlier rounds aren't counted: %s", error)
+                return None
             self._kept = np.unique(np.array(digests, np.uint64))
         return self._kept
 
@@ -403,9 +405,24 @@ class Watch:
             found |= samples
         return found or None
 
-    def _stored(self, round_index: int, name: str, kind: str) -> Iterator[Rollout]:
-        """Yield a held-out set's completions of one kind, in the form of the prompt trained on."""
+    def _stored(self, round_index: int, name: str, kind: str) -> list[Rollout]:
+        """Return a held-out set's completions of one kind, in the form of the prompt trained on.
+
+        None, with a warning, if a file of theirs is damaged or gone.
+        """
         folder: Path = self._trainer.run.folder(round_index) / "evaluation"
         prefix = f"{escape(name)}-{kind}" if name else kind
-        for path in sorted(folder.glob(f"{prefix}-*.parquet")):
-            yield from load_rollouts(path)
+        try:
+            planned = enumerate(read_plan(folder / f"{prefix}-plan.json") or ())
+            paths = {
+                folder / f"{prefix}-{i:05d}.parquet" for i, shard in planned if shard.prompt_ids
+            }
+            paths |= set(folder.glob(f"{prefix}-*.parquet"))  # all there are, if the plan is gone
+            return [rollout for path in sorted(paths) for rollout in load_rollouts(path)]
+        except DamagedFileError as error:
+            logger.warning(
+                "held-out scores aren't compared with those in %s: %s",
+                folder,
+                str(error).removesuffix(BRING_BACK).rstrip(),
+            )
+            return []

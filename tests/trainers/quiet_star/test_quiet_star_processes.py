@@ -1,10 +1,8 @@
 """Quiet-STaR in two processes, and going on after a stop."""
 
 import json
-import signal
 
 import pytest
-import quiet_star_kills
 import quiet_star_process
 import torch
 from processes import call, call_twice
@@ -46,25 +44,3 @@ def test_a_run_that_goes_on_equals_one_that_was_not_stopped(
     run(tmp_path / "parts", saved_tiny_model, peft, steps=2)
     parts = run(tmp_path / "parts", saved_tiny_model, peft, steps=4)
     assert_same_run(whole, parts)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_while_a_checkpoint_is_written_ends_as_if_never_stopped(
-    tmp_path, saved_tiny_model
-) -> None:
-    """In the midst of each file, bit for bit; the checkpoint before is gone on from."""
-
-    def finish(name) -> int:
-        return call(quiet_star_kills.finish, str(tmp_path), str(saved_tiny_model), name)
-
-    assert finish("whole") == 0
-    whole = load_file(tmp_path / "whole.safetensors")
-    for moment in quiet_star_kills.MOMENTS:
-        arguments = (str(tmp_path), str(saved_tiny_model), moment)
-        assert call(quiet_star_kills.die, *arguments) == -signal.SIGKILL, moment
-        assert finish(moment) == 0
-    runs = {name: load_file(tmp_path / f"{name}.safetensors") for name in quiet_star_kills.MOMENTS}
-    for name, weights in runs.items():
-        assert weights.keys() == whole.keys()
-        for key, weight in weights.items():
-            assert torch.equal(weight, whole[key]), (name, key)
