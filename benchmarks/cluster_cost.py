@@ -140,7 +140,12 @@ def write(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Read the flags, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "cluster_cost.md")
     write(parser.parse_args().output)
+
+
+if __name__ == "__main__":
+    main()

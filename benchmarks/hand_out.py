@@ -214,10 +214,15 @@ def simulate() -> None:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Read the flags, and measure or simulate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true")
     if parser.parse_args().measure:
         measure()
     else:
         simulate()
+
+
+if __name__ == "__main__":
+    main()

