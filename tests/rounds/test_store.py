@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 from uuid import uuid4
 
@@ -116,6 +117,58 @@ def test_a_later_format_is_refused(store, rounds) -> None:
     put_all(store, rounds)
     store.write("round-000/model/_files.json", json.dumps({"format": 2}).encode())
     with pytest.raises(StoreError, match="later version"):
+        store.entries()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../out",
+        "/etc/out",
+        "round-000/../../../out",
+        "round-000/./out",
+        "a//out",
+        "a\0out",
+        "..",
+    ],
+)
+def test_an_object_whose_name_leads_out_of_its_folder_is_refused_by_name(
+    store, monkeypatch, name
+) -> None:
+    store.write("config.json", b"{}")
+
+    def find(at, detail):
+        return {f"{at}/config.json": {"size": 2}, f"{at}/{name}": {"size": 2}}
+
+    monkeypatch.setattr(
+        store._connect(), "find", find
+    )  # these two clients tidy names; S3's doesn't
+    for list_all in (store.check_answers, store.entries):
+        with pytest.raises(StoreError, match=re.escape(repr(name))) as caught:
+            list_all()
+        assert caught.value.is_permanent
+
+
+@pytest.mark.parametrize("inner", ["../../../../out", "/etc/out", "inner/../out", ""])
+def test_a_list_of_files_that_leads_out_of_its_folder_is_refused_by_name(
+    store, rounds, inner
+) -> None:
+    put_all(store, rounds)
+    listed = json.loads(store.read("round-000/model/_files.json"))
+    listed["files"][inner] = 2
+    store.write("round-000/model/_files.json", json.dumps(listed).encode())
+    with pytest.raises(StoreError, match=re.escape(repr(f"round-000/model/{inner}"))):
+        store.entries()
+
+
+def test_objects_on_s3_that_lead_out_are_refused_and_those_that_mark_a_folder_left_out(s3) -> None:
+    client, bucket = s3.client(), s3.make_bucket()
+    store = RoundsStore(f"s3://{bucket}/run", pauses_s=())
+    for key in ("run/", "run/round-000/", "run/round-000/model/", "run/config.json"):
+        client.put_object(Bucket=bucket, Key=key, Body=b"")
+    assert set(store.entries()) == {"config.json"}
+    client.put_object(Bucket=bucket, Key="run/round-000/../../../out", Body=b"")
+    with pytest.raises(StoreError, match=r"round-000/\.\./\.\./\.\./out"):
         store.entries()
 
 

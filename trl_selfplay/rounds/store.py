@@ -233,6 +233,8 @@ class RoundsStore:
                 "to go on with this run.",
                 is_permanent=True,
             )
+        for inner in content.get("files", {}):
+            self._check_stays_within(f"{folder}/{inner}")
         # Where the list can't be read, nothing is as it says.
         return Entry(content.get("files", {"": -1}), content.get("md5", {}))
 
@@ -288,7 +290,28 @@ class RoundsStore:
                 is_permanent=True,
             ) from error
         prefix = self._root.rstrip("/") + "/"
-        return {path.removeprefix(prefix): info for path, info in sorted(found.items())}
+        objects = {
+            path.removeprefix(prefix): info
+            for path, info in sorted(found.items())
+            if not path.endswith("/")  # by such an object, consoles of stores mark a folder
+        }
+        for name in objects:
+            self._check_stays_within(name)
+        return objects
+
+    def _check_stays_within(self, name: str) -> None:
+        """Refuse a name that leads elsewhere on a disk: others may be able to write to the store.
+
+        Raises:
+            StoreError: It does.
+        """
+        if "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise StoreError(
+                f"rounds_dir={self.url!r}: the object {name!r} was not put there by a run, and its name "
+                "leads out of its folder on a disk. Nothing was fetched. Find out who may write to the "
+                "store, and delete the object.",
+                is_permanent=True,
+            )
 
     def _delete_objects(self, names: list[str]) -> None:
         for name in names:
