@@ -222,3 +222,18 @@ def test_fields_without_use_are_named_in_one_line(tmp_path, caplog) -> None:
     [message] = [r.message for r in caplog.records if "without effect here" in r.message]
     assert "per_device_eval_batch_size=2" in message
     assert "label_names=['a']" in message
+
+
+def test_workers_that_do_not_exist_cannot_be_started_in_a_way(tmp_path) -> None:
+    with pytest.raises(ValueError, match="dataloader_multiprocessing_context='fork' says how"):
+        STaRConfig(str(tmp_path), dataloader_multiprocessing_context="fork")
+
+
+def test_a_beta_of_the_optimizer_may_be_an_integer(tmp_path) -> None:
+    """Torch refuses one integer beside a float, once training begins."""
+    assert type(STaRConfig(str(tmp_path), adam_beta1=0).adam_beta1) is float
+
+
+def test_an_error_of_the_parent_s_config_names_the_settings(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"argument 'a'.*accelerator_config=\{'a': 1\}"):
+        STaRConfig(str(tmp_path), accelerator_config={"a": 1})

@@ -23,6 +23,7 @@ from datasets import Dataset
 from trl_selfplay.generation.model_traits import has_whole_weights
 from trl_selfplay.memory import is_out_of_memory
 from trl_selfplay.rounds.gathered import whole_weights_in_place
+from trl_selfplay.rounds.named_settings import naming_settings
 from trl_selfplay.rounds.training import free_optimizer
 
 # Steps of the schedule where their number isn't known before there are rows.
@@ -43,7 +44,8 @@ def try_step(trainer: Any, rows: Dataset) -> float | None:
         memory doesn't suffice for the batch and `auto_find_batch_size` is set.
 
     Raises:
-        Exception: Whatever the parent raises, with a note that says when.
+        Exception: Whatever the parent raises, with a note that says when and names the settings.
+        ValueError: In place of an error that says nothing by itself, such as a KeyError.
     """
     with _undone(trainer):
         copies = trainer.args.train_batch_size * trainer.accelerator.num_processes
@@ -122,13 +124,14 @@ def _undone(trainer: Any) -> Iterator[None]:
     try:
         # Only this process's device: the machine's other devices belong to other processes.
         device = trainer.args.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with (
+            naming_settings(
+                trainer.args,
+                "This came up in a trial step on a placeholder row, before anything was sampled.",
+            ),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
             yield
-    except Exception as error:
-        error.add_note(
-            "This came up in a trial step on a placeholder row, before anything was sampled."
-        )
-        raise
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -20,6 +20,7 @@ from trl_selfplay.generation.generation_options import is_neutral
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.rollouts.prompts import check_template_kwargs
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rounds.named_settings import naming_settings
 from trl_selfplay.rounds.plan import (
     OnResume,
     PerRound,
@@ -299,7 +300,8 @@ class SelfPlayConfig(EngineConfig):
             config.metric_for_best_model = self._default_metric
         if config.greater_is_better is None:
             config.greater_is_better = not config.metric_for_best_model.endswith(_LOWER_IS_BETTER)
-        super().__post_init__()  # type: ignore[misc]
+        with naming_settings(config, "TRL's config can't take these settings."):
+            super().__post_init__()  # type: ignore[misc]
         refuse_strangers(config)
         check_self_play_config(config)
 

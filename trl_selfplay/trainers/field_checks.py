@@ -121,6 +121,7 @@ _CHOICES = {
         "default", "lite", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead",
     ),
 }  # fmt: skip
+_FLOATS_ALONE = ("adam_beta1", "adam_beta2")  # torch refuses one of them as an integer
 _NOT_EMPTY = ("output_dir", "run_name", "hub_model_id")
 
 
@@ -150,7 +151,7 @@ def check_fields(config: Any) -> None:
     for each in fields(known):
         name = each.name
         hint = hints[name] | _TAKEN_TOO[name] if name in _TAKEN_TOO else hints[name]
-        value = _read(getattr(config, name), hint)
+        value = _read(getattr(config, name), hint, name)
         setattr(config, name, value)
         choices = each.metadata.get("choices", _CHOICES.get(name))
         if choices and isinstance(value, str) and value not in choices:
@@ -162,7 +163,18 @@ def check_fields(config: Any) -> None:
             raise ValueError(
                 f"optim_args={shown(value)}; it must be pairs such as 'eps=1e-6,foreach=no'."
             )
+    _check_loader(config)
     _check_savings(config)
+
+
+def _check_loader(config: Any) -> None:
+    """Raise ValueError for a way to start workers where there are none."""
+    method = config.dataloader_multiprocessing_context
+    if method is not None and config.dataloader_num_workers == 0:
+        raise ValueError(
+            f"dataloader_multiprocessing_context={method!r} says how workers are started, and with "
+            "dataloader_num_workers=0 there are none. Set that, or leave it out."
+        )
 
 
 def _check_savings(config: Any) -> None:
@@ -228,7 +240,7 @@ def _element(option: Any) -> Any:
     return get_args(option)[0] if get_origin(option) is list else None
 
 
-def _read(value: Any, hint: Any) -> Any:
+def _read(value: Any, hint: Any, name: str) -> Any:
     """Return a value in the form of its field where it means the same in another one."""
     options = _options(hint)
     if isinstance(value, os.PathLike) and str in options:
@@ -237,6 +249,8 @@ def _read(value: Any, hint: Any) -> Any:
         return int(value)  # numpy's
     if isinstance(value, str) and hint == int | str | None:  # `pad_to_multiple_of`, from a flag
         return _read_integer(value)
+    if name in _FLOATS_ALONE and type(value) is int:
+        return float(value)
     if options == (bool,) and type(value) is int and value in (0, 1):
         return bool(value)
     if isinstance(value, str) and list[str] in options and str not in options:

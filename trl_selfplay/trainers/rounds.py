@@ -64,6 +64,7 @@ from trl_selfplay.trainers.construction import (
 from trl_selfplay.trainers.engine_config import check_engine_is_there
 from trl_selfplay.trainers.publishing import PublishesSamples
 from trl_selfplay.trainers.sampling import build_sampler
+from trl_selfplay.trainers.unused_fields import warn_unused_fields
 
 
 class RoundsMixin(PublishesSamples):
@@ -134,6 +135,9 @@ class RoundsMixin(PublishesSamples):
         check_engine_is_there(args, args.world_size)
         check_adapters(model, peft_config)
         heldout = load_heldout_sets(eval_dataset, rows, self.load_rows, grading.heldout_funcs)
+        warn_unused_fields(
+            args, has_heldout=bool(heldout), has_examples=bool(examples), num_prompts=len(rows)
+        )
         check_comparing(grading.reward_funcs, args, hint_formatter is not None)
         if heldout:
             check_heldout_graders(grading.heldout_funcs)

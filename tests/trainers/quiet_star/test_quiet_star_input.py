@@ -217,3 +217,49 @@ def test_what_would_fail_later_is_refused(build, tiny_model, word_tokenizer) -> 
     texts = [*TEXTS["text"], "Q 1 + 2 = ? new 3 yes"]
     with pytest.raises(ValueError, match=r"row 8 has the tokens \['new'\]"):
         build(model=model, train_dataset=Dataset.from_dict({"text": texts}))
+
+
+CHAT = {"role": "user", "content": "Q 1 + 2 = ?"}
+ANSWER = {"role": "assistant", "content": "so 3 yes"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"text": "Q 1 + 2 = ? so 3 yes"}, {"text": None}],
+            "`train_dataset` row 1: `text` is None",
+        ),
+        ([{"text": 1}, {"text": 2}], "row 0: `text` is 1; expected text"),
+        (
+            [{"prompt": [None], "completion": " so 3 yes"}],
+            r"row 0: `prompt` has None as message 0; expected one such as",
+        ),
+        (
+            [{"prompt": [CHAT], "completion": [ANSWER]}, {"prompt": [CHAT], "completion": None}],
+            "row 1: `completion` is None; expected text, or a list of messages",
+        ),
+        (
+            [{"prompt": "Q 1 + 2 = ?", "completion": [ANSWER]}],
+            "row 0: `prompt` is 'Q 1.* and `completion` is .*give both as text or both as lists",
+        ),
+        (
+            [{"messages": [CHAT, ANSWER]}, {"messages": [CHAT, {**ANSWER, "content": None}]}],
+            r"row 1: `messages`, message 1 \(role 'assistant'\): the content is None",
+        ),
+    ],
+)
+def test_a_row_that_is_no_text_is_named(build, word_tokenizer, rows, message) -> None:
+    """The parent fails on it with a KeyError or an AttributeError that names no row."""
+    word_tokenizer.chat_template = (
+        "{% for m in messages %} {{ '' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} A{% endif %}"
+    )
+    with pytest.raises(TypeError, match=message):
+        build(train_dataset=Dataset.from_list(rows))
+
+
+def test_an_error_before_the_first_step_names_the_settings(build) -> None:
+    trainer = build(lr_scheduler_kwargs={"colour": 1})
+    with pytest.raises(ValueError, match=r"'colour'.*lr_scheduler_kwargs=\{'colour': 1\}"):
+        trainer.train()

@@ -7,6 +7,7 @@ from typing import Any, Self
 from trl import SFTConfig
 
 from trl_selfplay.confidential import HidesSecrets
+from trl_selfplay.rounds.named_settings import naming_settings
 from trl_selfplay.trainers.config import switch_off_bf16_without_gpu
 from trl_selfplay.trainers.field_checks import (
     ABOVE_0,
@@ -20,6 +21,7 @@ from trl_selfplay.trainers.field_checks import (
 from trl_selfplay.trainers.ported_scripts import takes_ported_fields
 from trl_selfplay.trainers.quiet_star.footprint import ThinkingStep
 from trl_selfplay.trainers.quiet_star.objective import BASELINES
+from trl_selfplay.trainers.unused_fields import warn_without
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ _PAPER: dict[str, Any] = {
 }
 # The official code's weight of REINFORCE, and the temperature at which it scores thoughts.
 _PAPER_WEIGHT, _PAPER_SCORING_TEMPERATURE = 1e6, 3.0
+
+_OF_SAMPLED_THOUGHTS = ("thought_temperature", "reinforce_weight", "reinforce_baseline")
 
 
 @takes_ported_fields
@@ -123,10 +127,22 @@ class QuietSTaRConfig(HidesSecrets, SFTConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         switch_off_bf16_without_gpu(self)
-        super().__post_init__()
+        with naming_settings(self, "TRL's config can't take these settings."):
+            super().__post_init__()
         refuse_strangers(self)
         if self.num_thoughts:
             self._check_thoughts()
+        warn_without(self, self._unmet())
+
+    def _unmet(self) -> dict[str, tuple[str, ...]]:
+        """Return fields that have no effect beside others, by what they need."""
+        if self.num_thoughts == 0:
+            return {"num_thoughts above 0": tuple(self._BOUNDS.keys() - {"num_thoughts"})}
+        if self.thought_length == 0:
+            return {"thought_length above 0": _OF_SAMPLED_THOUGHTS}
+        if self.reinforce_weight == 0.0:
+            return {"reinforce_weight above 0": ("reinforce_baseline",)}
+        return {}
 
     def _check_thoughts(self) -> None:
         if self.thought_length == 0 and self.num_thoughts > 1:

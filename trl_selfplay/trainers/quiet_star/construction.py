@@ -8,7 +8,8 @@ import copy
 import functools
 import logging
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from trl_selfplay.rollouts.prompts import check_embedded
+from trl_selfplay.rollouts.prompts import as_plain_rows, check_embedded, check_message
 from trl_selfplay.trainers.construction import check_adapters, check_special_tokens
 from trl_selfplay.trainers.quiet_star.mixing import (
     ATTRIBUTE,
@@ -155,6 +156,58 @@ def check_rows(dataset: Any, name: str, args: Any, formats: bool) -> None:
         )
     if row["completion" if "prompt" in row else field] is None:
         raise ValueError(f"{name} has no text in its first row. Filter such rows out.")
+
+
+@contextmanager
+def naming_bad_rows(datasets: Mapping[str, Any], args: Any, formats: bool) -> Iterator[None]:
+    """Name the first row that isn't text if the parent fails while it prepares its datasets.
+
+    Args:
+        datasets: The constructor's arguments, by their names.
+        args: The configuration, for `dataset_text_field`.
+        formats: True if the user formats rows, which then aren't looked at.
+
+    Raises:
+        TypeError, ValueError: In place of what the parent raises, if there is such a row.
+    """
+    try:
+        yield
+    except Exception as error:
+        for name, given in () if formats else datasets.items():
+            for key, dataset in (given if isinstance(given, dict) else {"": given}).items():
+                if isinstance(dataset, Dataset):
+                    _refuse_bad_row(dataset, f"{name}[{key!r}]" if key else name, args, error)
+        raise
+
+
+def _refuse_bad_row(dataset: Dataset, name: str, args: Any, error: Exception) -> None:
+    for index, row in enumerate(as_plain_rows(dataset)):
+        where = f"`{name}` row {index}"
+        columns = ["messages", "conversations", "prompt", "completion"]
+        if "prompt" not in row:
+            columns.append(args.dataset_text_field)
+        for column in columns:
+            value = row.get(column)
+            if column not in row or (isinstance(value, str) and column not in columns[:2]):
+                continue
+            if not (isinstance(value, list) and value and column in columns[:4]):
+                raise TypeError(
+                    f"{where}: `{column}` is {value!r:.200}; expected text, or a list of messages "
+                    "where the parent takes one. Change the row, or leave it out."
+                ) from error
+            for place, message in enumerate(value):
+                if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                    raise TypeError(
+                        f"{where}: `{column}` has {message!r:.200} as message {place}; expected one "
+                        'such as {"role": "user", "content": "…"}. Change the row, or leave it out.'
+                    ) from error
+                check_message(message, f"{where}: `{column}`, message {place}")
+        both = [row[column] for column in ("prompt", "completion") if column in row]
+        if len({type(value) for value in both}) > 1:
+            raise TypeError(
+                f"{where}: `prompt` is {both[0]!r:.200} and `completion` is {both[1]!r:.200}; give "
+                "both as text or both as lists of messages."
+            ) from error
 
 
 def check_batch(batch: Any) -> None:

@@ -25,6 +25,7 @@ from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, refuse_broken
 from trl_selfplay.rounds.gathered import check_sharding
 from trl_selfplay.rounds.log import say_where_interrupted
 from trl_selfplay.rounds.memory_check import tell_memory
+from trl_selfplay.rounds.named_settings import naming_settings
 from trl_selfplay.rounds.noise import switch_noise_off
 from trl_selfplay.rounds.training import SameOrderOnResume, saying_what_saves_memory
 from trl_selfplay.rounds.weights import (
@@ -48,6 +49,7 @@ from trl_selfplay.trainers.quiet_star.construction import (
     check_rows,
     load_model,
     longest_row,
+    naming_bad_rows,
     refuse_adapters,
     refuse_added_tokens,
     refuse_optimizer_without_thoughts,
@@ -174,23 +176,25 @@ class QuietSTaRTrainer(SFTTrainer):
             unrounded = unrounded_weights(model)
         else:
             refuse_thoughts(model)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
-        )
+        sets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        with naming_bad_rows(sets, args, formats):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_loss_func=compute_loss_func,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+            )
         check_sharding(
             self, refused="its thoughts are sampled within each step" if args.num_thoughts else None
         )
@@ -284,7 +288,13 @@ class QuietSTaRTrainer(SFTTrainer):
             held_by_this_process(folder, is_main),
             adapters_keep_dtypes(self.model),
         ):
-            return super().train(resume or None, trial, ignore_keys_for_eval)
+            try:
+                return super().train(resume or None, trial, ignore_keys_for_eval)
+            except Exception:
+                if self.state.global_step > 0:
+                    raise
+                with naming_settings(self.args, "This came up before the first step."):
+                    raise
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
