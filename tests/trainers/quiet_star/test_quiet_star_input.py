@@ -263,3 +263,11 @@ def test_an_error_before_the_first_step_names_the_settings(build) -> None:
     trainer = build(lr_scheduler_kwargs={"colour": 1})
     with pytest.raises(ValueError, match=r"'colour'.*lr_scheduler_kwargs=\{'colour': 1\}"):
         trainer.train()
+
+
+@pytest.mark.parametrize("num_thoughts", [0, 2])
+def test_rows_of_which_the_parent_leaves_none_are_refused(build, num_thoughts) -> None:
+    """Training ended in "num_samples should be a positive integer value"."""
+    rows = Dataset.from_dict({"prompt": ["Q 1 + 2 = ?"], "completion": [" so 3 yes"]})
+    with pytest.raises(ValueError, match="no row of train_dataset is left.*max_length=3"):
+        build(train_dataset=rows, max_length=3, num_thoughts=num_thoughts)

@@ -210,6 +210,16 @@ def _refuse_bad_row(dataset: Dataset, name: str, args: Any, error: Exception) ->
             ) from error
 
 
+def refuse_no_rows_left(dataset: Any, args: Any) -> None:
+    """Raise ValueError if the parent's preparation has dropped every row of the training set."""
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(
+            "no row of train_dataset is left once TRL has prepared it: rows without a token to learn "
+            f"within max_length={args.max_length} are dropped. Raise max_length, or give rows with a "
+            "text or completion that isn't empty."
+        )
+
+
 def check_batch(batch: Any) -> None:
     """Raise ValueError if a collated batch doesn't have exactly the keys that thoughts support."""
     known = ("input_ids", "labels", "attention_mask")

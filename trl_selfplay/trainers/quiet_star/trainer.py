@@ -52,6 +52,7 @@ from trl_selfplay.trainers.quiet_star.construction import (
     naming_bad_rows,
     refuse_adapters,
     refuse_added_tokens,
+    refuse_no_rows_left,
     refuse_optimizer_without_thoughts,
     refuse_replicas,
     refuse_rows_without_room,
@@ -198,6 +199,7 @@ class QuietSTaRTrainer(SFTTrainer):
         check_sharding(
             self, refused="its thoughts are sampled within each step" if args.num_thoughts else None
         )
+        refuse_no_rows_left(self.train_dataset, args)
         self.add_callback(SameOrderOnResume)
         self._barred = tuple(barred_token_ids(self.processing_class))
         self._step_counts = torch.zeros(2, dtype=torch.long)  # predicted tokens, thinking columns
