@@ -75,7 +75,7 @@ _SMALL: dict[str, Any] = {
 _OF_SAMPLING = ("num_rounds", "num_generations", "temperature", "max_completion_length")
 # With these, rows are trained on that `_check_rows` doesn't compute.
 _OTHER_ROWS = {
-    "packing", "completion_only_loss", "loss_weighting", "improve_thresholds", "deduplicate",
+    "packing", "history_rounds", "completion_only_loss", "loss_weighting", "improve_thresholds", "deduplicate",
     "max_length", "stop_strings", "eos_token", "chat_template_path", "generation_kwargs",
 }  # fmt: skip
 _CHAT_TEMPLATE = (
@@ -205,6 +205,7 @@ class Attempts:
             **changes: Fields of the config, and arguments of the trainer.
         """
         self._restore()
+        whole = whole and changes.get("num_rounds") != 100  # one more of the same takes long
         folder = Path(tempfile.mkdtemp(prefix="bad-data-"))
         state = {"sampled": False}
         try:
@@ -324,7 +325,7 @@ def judge(error: BaseException, names: Sequence[str], sampled: bool) -> Outcome:
 
 
 def check_run(trainer: Any, method: str, tokenizer: Any) -> str:
-    """Return what a finished run of one round did wrong, or "".
+    """Return what the last round of a finished run did wrong, or "".
 
     What was kept is computed anew from the samples on disk, and what was trained on compared with
     their tokens and with the prompts as the tokenizer renders them.
@@ -335,10 +336,11 @@ def check_run(trainer: Any, method: str, tokenizer: Any) -> str:
     if method == "V-STaR":
         return ""
     trained = trainer.train_dataset.to_list()
+    folder = trainer.run.folder(len(trainer.run.lines) - 1)
     prompts = {row.prompt_id: _prompt_ids(row, tokenizer) for row in trainer.self_play.rows}
     samples = [
         sample
-        for path in sorted((trainer.run.folder(0) / "samples").glob("0*.parquet"))
+        for path in sorted((folder / "samples").glob("0*.parquet"))
         for sample in pq.read_table(path).to_pylist()
     ]
     for sample in samples:

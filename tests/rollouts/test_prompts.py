@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from trl_selfplay.rewards import exact_reward
+from trl_selfplay.rollouts.completions import load_chosen_rows
 from trl_selfplay.rollouts.prompts import check_template_kwargs, load_heldout_sets, load_prompt_rows
 from trl_selfplay.rollouts.record import hash_prompt
 
@@ -229,3 +230,18 @@ def test_what_makes_rows_as_they_are_read_stays() -> None:
     dataset.set_transform(lambda batch: {**batch, "prompt": [p + " 1" for p in batch["prompt"]]})
     (row,) = load_prompt_rows(dataset, "train_dataset")
     assert row.prompt == "Q 1"
+
+
+@pytest.mark.parametrize("load", [load_prompt_rows, load_chosen_rows])
+@pytest.mark.parametrize("is_circle", [True, False])
+def test_a_value_that_is_nested_too_deeply_is_refused(load, is_circle) -> None:
+    """Sending it to a reward function in another process would end in a RecursionError, once sampled."""
+    value: list = []
+    if is_circle:
+        value.append(value)
+    for _ in range(200):
+        value = [value]
+    rows = Dataset.from_dict({name: ["a"] for name in ("prompt", "completion", "note")})
+    rows.set_transform(lambda batch: {**batch, "note": [value]})
+    with pytest.raises(ValueError, match="`d` row 0: `note` is nested more than 100 levels deep"):
+        load(rows, "d")

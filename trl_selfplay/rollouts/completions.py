@@ -18,6 +18,7 @@ from trl_selfplay.rollouts.prompts import (
     PromptRow,
     as_plain_rows,
     check_dataset,
+    check_depth,
     check_message,
     collect_rows,
     message_text,
@@ -79,7 +80,9 @@ def load_chosen_rows(dataset: Any, name: str, reward_funcs: Any = None) -> list[
     for index, record in enumerate(as_plain_rows(dataset)):
         if form[1] == "completion" and record.get("label") is False:
             continue
-        prompt, completion = _split(record, form, f"`{name}` row {index}")
+        where = f"`{name}` row {index}"
+        check_depth(record, where)
+        prompt, completion = _split(record, form, where)
         kept = {c: record[c] for c in _TEMPLATE_COLUMNS if c in columns}
         own = {"prompt": prompt, "solution": completion, **kept}
         records.append((index, own, {c: record[c] for c in read}))

@@ -47,6 +47,7 @@ _OWN_ARGUMENTS = {
         "leave it out",
     ),
 }
+_MOST_LEVELS = 100
 # Names of held-out sets become parts of paths and metric names, and stand in the model card.
 _SET_NAME = re.compile(r"\w(?:[\w .+-]{0,98}[\w+-])?")
 
@@ -219,6 +220,7 @@ def collect_rows(
 def _build_row(record: Mapping[str, Any], index: int, name: str) -> PromptRow:
     where = f"`{name}` row {index}"
     prompt, solution = record["prompt"], record.get("solution")
+    check_depth(record, where)
     check_prompt(prompt, where)
     for column in ("prompt", "solution"):
         check_encodable(record.get(column), f"{where}: `{column}`")
@@ -372,6 +374,30 @@ def check_encodable(value: Any, where: str) -> None:
                 "which is no valid Unicode text. Clean it with "
                 '`text.encode("utf-8", "replace").decode()`.'
             ) from error
+
+
+def check_depth(record: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for a value of a row that holds itself or is nested too deeply.
+
+    Writing it down, hashing it or sending it to another process would exceed Python's recursion limit.
+    """
+    for column, value in record.items():
+        level = {id(value): value}
+        for _ in range(_MOST_LEVELS):
+            level = {id(inner): inner for outer in level.values() for inner in _parts_of(outer)}
+            if not level:
+                break
+        else:
+            raise ValueError(
+                f"{where}: `{column}` is nested more than {_MOST_LEVELS} levels deep, or holds itself. "
+                "Flatten it, or remove the column."
+            )
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 def canonical_prompt(prompt: Any) -> str:

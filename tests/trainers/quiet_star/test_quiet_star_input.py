@@ -231,6 +231,7 @@ ANSWER = {"role": "assistant", "content": "so 3 yes"}
             "`train_dataset` row 1: `text` is None",
         ),
         ([{"text": 1}, {"text": 2}], "row 0: `text` is 1; expected text"),
+        ([{"prompt": "Q", "completion": " so 3", "text": []}], r"row 0: `text` is \[\]; expected"),
         (
             [{"prompt": [None], "completion": " so 3 yes"}],
             r"row 0: `prompt` has None as message 0; expected one such as",
@@ -269,5 +270,5 @@ def test_an_error_before_the_first_step_names_the_settings(build) -> None:
 def test_rows_of_which_the_parent_leaves_none_are_refused(build, num_thoughts) -> None:
     """Training ended in "num_samples should be a positive integer value"."""
     rows = Dataset.from_dict({"prompt": ["Q 1 + 2 = ?"], "completion": [" so 3 yes"]})
-    with pytest.raises(ValueError, match="no row of train_dataset is left.*max_length=3"):
+    with pytest.raises(ValueError, match=r"no row of train_dataset is left.*max_length=3"):
         build(train_dataset=rows, max_length=3, num_thoughts=num_thoughts)

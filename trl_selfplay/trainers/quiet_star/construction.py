@@ -183,9 +183,8 @@ def naming_bad_rows(datasets: Mapping[str, Any], args: Any, formats: bool) -> It
 def _refuse_bad_row(dataset: Dataset, name: str, args: Any, error: Exception) -> None:
     for index, row in enumerate(as_plain_rows(dataset)):
         where = f"`{name}` row {index}"
-        columns = ["messages", "conversations", "prompt", "completion"]
-        if "prompt" not in row:
-            columns.append(args.dataset_text_field)
+        # The parent prefers the text to a prompt beside it.
+        columns = ["messages", "conversations", "prompt", "completion", args.dataset_text_field]
         for column in columns:
             value = row.get(column)
             if column not in row or (isinstance(value, str) and column not in columns[:2]):
