@@ -335,7 +335,7 @@ LEFT_ALONE = {
     "torch_compile_mode", "parallelism_config", "debug", "jit_mode_eval", "use_vllm", "ddp_backend",
     "trackio_space_id", "log_completions_hub_repo", "dataloader_num_workers", "dataset_num_proc",
     "disable_tqdm", "log_level", "log_level_replica", "auto_find_batch_size", "local_rank",
-    "dry_run", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+    "dry_run", "rounds_dir", "use_ray", "chat_template_path", "dataloader_prefetch_factor", "dataloader_persistent_workers",
 }  # fmt: skip
 
 

@@ -151,6 +151,7 @@ def test_a_field_that_cannot_work_is_refused_by_name(tmp_path, fields, message) 
         ({"assistant_only_loss": True}, "assistant_only_loss"),
         ({"generation_kwargs": {"num_beams": 4}}, "'num_beams'=4"),
         ({"load_best_round_at_end": True}, "`eval_dataset`"),
+        ({"eval_on_start": True}, "eval_on_start=True needs an `eval_dataset`"),
         ({"stop_after_rounds_without_gain": 1}, "`eval_dataset`"),
         ({"packing": True, "max_length": None}, "max_length"),
         (

@@ -237,3 +237,13 @@ def test_a_beta_of_the_optimizer_may_be_an_integer(tmp_path) -> None:
 def test_an_error_of_the_parent_s_config_names_the_settings(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"argument 'a'.*accelerator_config=\{'a': 1\}"):
         STaRConfig(str(tmp_path), accelerator_config={"a": 1})
+
+
+def test_a_path_in_the_place_of_a_dict_has_to_be_a_file(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"accelerator_config=.*it must be a dict"):
+        STaRConfig(str(tmp_path), accelerator_config=tmp_path / "absent.json")
+
+
+def test_an_integer_beyond_floats_is_out_of_range(tmp_path) -> None:
+    with pytest.raises(ValueError, match="num_generations=1000"):
+        STaRConfig(str(tmp_path), num_generations=10**400)

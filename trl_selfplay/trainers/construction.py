@@ -340,6 +340,8 @@ def build_run(args: Any, model: Any, peft_config: Any, heldout_names: Sequence[s
         raise ValueError(
             "stop_after_rounds_without_gain needs an `eval_dataset` of held-out prompts."
         )
+    if args.eval_on_start and not heldout_names:
+        raise ValueError("eval_on_start=True needs an `eval_dataset` of held-out prompts.")
     keepers = [
         name for name, action in (args.alarm_actions or {}).items() if action == "best_round"
     ]

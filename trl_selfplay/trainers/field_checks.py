@@ -47,11 +47,15 @@ class Bounds:
 
     def contain(self, value: float, largest: float) -> bool:
         """Return whether a number is within the bounds, and no larger than `largest`."""
-        if math.isnan(value) or not self.least <= value <= self.most:
+        if math.isnan(_as_float(value)) or not self.least <= value <= self.most:
             return False
         if self.exclusive and value == self.least:
             return False
-        return self.infinite if math.isinf(value) else abs(value) <= max(largest, self.least)
+        return (
+            self.infinite
+            if value in (math.inf, -math.inf)
+            else abs(value) <= max(largest, self.least)
+        )
 
     def describe(self) -> str:
         """Return the range in words, to follow "a number"."""
@@ -318,6 +322,8 @@ def _as_float(value: Any) -> float:
 
 def _fits_dict(value: Any, name: str) -> bool:
     """Return whether a value is a dict, an object in its place, JSON or, for some, a file of it."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not isinstance(value, str):
         return value is not None and not isinstance(value, numbers.Number | list | tuple | set)
     if value.startswith("{"):
