@@ -186,10 +186,10 @@ class QuietSTaRConfig(HidesSecrets, SFTConfig):
             raise ValueError("use_liger_kernel=True replaces the model's forward: leave it out.")
         if self.torch_compile:
             raise ValueError(
-                f"torch_compile=True (torch_compile_backend={self.torch_compile_backend!r}, "
-                f"torch_compile_mode={self.torch_compile_mode!r}; each switches it on) compiles the "
-                "model's forward, whose attention is replaced while thoughts are computed: leave "
-                "them out."
+                "torch_compile=True compiles the model's forward, whose attention is replaced while "
+                "thoughts are computed: leave it out, and torch_compile_backend="
+                f"{self.torch_compile_backend!r} and torch_compile_mode={self.torch_compile_mode!r}, "
+                "each of which switches it on."
             )
         if self.neftune_noise_alpha is not None:
             raise ValueError(
