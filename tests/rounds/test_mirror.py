@@ -25,6 +25,10 @@ class FailingStore(RoundsStore):
         return super()._connect()
 
 
+class KilledError(BaseException):
+    """Stands for the end of a process: nothing handles it."""
+
+
 class Machine:
     """A disk with rounds, and its place on the store."""
 
@@ -42,6 +46,20 @@ class Machine:
     def start(self, resume: bool = True) -> None:
         with self.running(resume):
             pass
+
+    def start_and_be_killed(self, method: str, calls: int) -> None:
+        """Start, and end with one of the calls of a method of the store."""
+        intact, left = getattr(self.store, method), iter(range(calls - 1))
+
+        def call(*args) -> None:
+            if next(left, None) is None:
+                raise KilledError
+            intact(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.store, method, call)
+            with pytest.raises(KilledError):
+                self.start()
 
     def texts(self) -> dict[str, str]:
         return {name: path.read_text() for name, path in scan(self.root).items() if path.is_file()}
@@ -204,6 +222,48 @@ def test_a_torn_checkpoint_on_disk_gives_way_to_the_one_on_the_store(here, there
     assert (checkpoint / "state").read_text() == "whole"
     assert torn.exists()  # training passes it over
     assert set(store.entries()) == {"round-000/checkpoint-2"}
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_a_run_killed_while_it_fetches_onto_an_empty_disk_goes_on(
+    here, there, store, calls
+) -> None:
+    with here.running():
+        for name in ("a.json", "b.json", "c.json"):
+            save_text(here.root / "round-000" / name, name)
+    there.start_and_be_killed("_get_file", calls)
+    assert len(there.texts()) == calls - 1
+    there.start()
+    assert there.texts() == here.texts() == texts_on(store)
+
+
+# The second write tells whose rounds these are; the first is the lease.
+@pytest.mark.parametrize(
+    ("method", "calls"), [("write", 2), ("_put_file", 1), ("_put_file", 2), ("_put_file", 3)]
+)
+def test_a_run_killed_while_rounds_that_began_without_a_store_are_put_goes_on(
+    here, there, store, method, calls
+) -> None:
+    for name in ("a.json", "b.json", "c.json"):
+        save_text(here.root / "round-000" / name, name)
+    here.start_and_be_killed(method, calls)
+    here.start()
+    assert here.texts() == texts_on(store)
+    assert len(here.texts()) == 3
+    there.start()
+    assert there.texts() == here.texts()
+
+
+def test_a_store_where_a_run_was_killed_before_it_put_anything_is_free_for_another(
+    here, there, store
+) -> None:
+    save_text(here.root / "config.json", "here")
+    here.start_and_be_killed("_put_file", 1)
+    with there.running(resume=False):
+        save_text(there.root / "config.json", "there")
+    with pytest.raises(ValueError, match="not of the same run"):
+        here.start()
+    assert here.texts() == {"config.json": "here"}
 
 
 def test_the_record_on_disk_holds_the_run_and_no_place_of_the_store(here, store) -> None:

@@ -235,7 +235,10 @@ class Mirror:
                 "same run. Choose an empty output_dir to go on from the store, or another rounds_dir to "
                 "keep the rounds on disk there."
             )
+        known = owner if stored or is_own else record if local else {}
+        run = known.get("run") or uuid4().hex
         session = max(owner.get("session", 0), record.get("session", 0) if is_own else 0)
+        self._owner = {"format": FORMAT, "run": run, "session": session + 1}
         if is_own:
             for name in record.get("deleted", []):
                 self._store.delete(name)
@@ -247,10 +250,15 @@ class Mirror:
             else:
                 self._put_what_differs(local, stored)
         else:
+            # First, so that a run that is killed below goes on: both will be known to be its own.
+            self._take_over()
             self._put_what_differs(local, stored)
         self._fetch({name: entry for name, entry in stored.items() if name not in local})
-        run = owner.get("run") or record.get("run") or uuid4().hex
-        self._owner = {"format": FORMAT, "run": run, "session": session + 1}
+        if is_own:  # last: until then what differs is told by the session before
+            self._take_over()
+
+    def _take_over(self) -> None:
+        """Write whose rounds these are, on the store and on disk."""
         self._store.write(_OWNER, json.dumps(self._owner).encode())
         self._save_record()
 
