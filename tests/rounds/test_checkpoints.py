@@ -5,12 +5,15 @@ import logging
 import os
 import pickle
 import shutil
+import zipfile
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from datasets import Dataset
+from processes import call
 from transformers import Trainer, TrainingArguments
 
 from trl_selfplay.rounds.checkpoints import last_whole_checkpoint
@@ -163,19 +166,149 @@ def test_the_layouts_of_fsdp_are_whole(written) -> None:
     assert last_whole_checkpoint(written, processes()) == str(before)
 
 
-def test_the_layout_of_deepspeed_is_whole(written) -> None:
-    """ZeRO writes weights, optimizer and scheduler into a folder that `latest` names."""
-    newest, before = written / "checkpoint-2", written / "checkpoint-1"
+OPTIM_STATES = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+@pytest.fixture
+def zero_folder(written):
+    """The folder that `latest` names in checkpoint-2, where ZeRO writes weights and states."""
+    newest = written / "checkpoint-2"
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
         (newest / name).unlink()
     tag = newest / "global_step2"
     tag.mkdir()
     (newest / "latest").write_text(tag.name)
-    for name in ("mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+    for name in ("mp_rank_00_model_states.pt", OPTIM_STATES):
         torch.save({"a": torch.ones(2)}, tag / name)
-    assert last_whole_checkpoint(written, processes()) == str(newest)
-    cut(tag / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    assert last_whole_checkpoint(written, processes()) == str(before)
+    return tag
+
+
+def test_the_layout_of_deepspeed_is_whole(written, zero_folder) -> None:
+    assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-2")
+    cut(zero_folder / OPTIM_STATES)
+    assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-1")
+
+
+def put_pickle(file, content):
+    """Replace the pickle in a file of `torch.save`."""
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(name, content if name.endswith("/data.pkl") else part)
+
+
+def name_in_pickle(module, name, protocol=2):
+    return f"\x80{chr(protocol)}c{module}\n{name}\n.".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+        ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+        ("deepspeed.utils.tensor_fragment", "fragment_address"),
+        ("collections", "OrderedDict"),
+        ("torch", "Size"),
+    ],
+)
+def test_the_classes_of_deepspeed_files_are_whole(written, zero_folder, module, name) -> None:
+    """That these are all is checked with DeepSpeed itself below."""
+    put_pickle(zero_folder / OPTIM_STATES, name_in_pickle(module, name))
+    assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "protocol"),
+    [
+        ("torch.serialization", "os.system", 4),
+        ("numpy.testing._private.utils", "runstring", 2),
+        ("torch.utils.collect_env", "run", 2),
+        ("deepspeed.runtime.fp16.loss_scaler", "torch.load", 4),
+        ("deepspeed.launcher.runner", "main", 2),
+        ("builtins", "eval", 2),
+    ],
+)
+@pytest.mark.parametrize("file", [OPTIM_STATES, "mp_rank_1\n_model_states.pt"])
+def test_functions_of_known_packages_are_refused_too(
+    written, zero_folder, caplog, module, name, protocol, file
+) -> None:
+    torch.save({}, zero_folder / file)
+    put_pickle(zero_folder / file, name_in_pickle(module, name, protocol))
+    assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-1")
+    assert f"loading it would call {module}.{name}" in caplog.text
+
+
+def test_classes_of_deepspeed_are_refused_in_other_files(written) -> None:
+    """The parent, which loads them, refuses these."""
+    content = name_in_pickle("deepspeed.runtime.fp16.loss_scaler", "LossScaler")
+    put_pickle(written / "checkpoint-2" / "optimizer.pt", content)
+    assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-1")
+
+
+@pytest.mark.parametrize("name", ["..", "../elsewhere", "link", ""])
+def test_a_folder_outside_the_checkpoint_is_not_taken_for_deepspeed_s(
+    written, zero_folder, name
+) -> None:
+    """Its files have not been checked, and DeepSpeed would load them."""
+    newest, elsewhere = zero_folder.parent, written / "elsewhere"
+    elsewhere.mkdir()
+    (newest / "link").symlink_to(elsewhere)
+    for folder in (written, elsewhere, newest):
+        torch.save({}, folder / "mp_rank_00_model_states.pt")
+    (newest / "latest").write_text(name)
+    assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-1")
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_a_pickle_that_pytorch_does_not_read_is_passed_over(
+    written, caplog, name, protocol
+) -> None:
+    """Newer protocols have operations that `torch.save` never writes."""
+    put_pickle(written / "checkpoint-2" / name, pickle.dumps({"a": 1}, protocol))
+    assert last_whole_checkpoint(written, processes()) == str(written / "checkpoint-1")
+    assert f"{name} can't be read: Unsupported operand" in caplog.text
+
+
+def save_with_deepspeed(folder: str, stage: str) -> None:
+    """Train a step and write DeepSpeed's checkpoint, in one process."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    import deepspeed
+    from transformers import get_linear_schedule_with_warmup
+
+    torch.distributed.init_process_group("gloo")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    model[0].weight.requires_grad = False
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": int(stage)},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=get_linear_schedule_with_warmup(optimizer, 1, 10),
+        config=config,
+    )
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    engine.step()
+    engine.save_checkpoint(folder, tag="global_step2")
+
+
+@pytest.mark.full
+@pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed: the extra `deepspeed`"
+)
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_what_deepspeed_writes_is_whole(written, zero_folder, caplog, stage) -> None:
+    shutil.rmtree(zero_folder)
+    assert call(save_with_deepspeed, str(zero_folder.parent), stage) == 0
+    assert any(zero_folder.glob("*_optim_states.pt"))
+    assert last_whole_checkpoint(written, processes()) == str(zero_folder.parent), caplog.text
 
 
 def test_a_state_of_another_shape_is_not_read_as_whole(written) -> None:

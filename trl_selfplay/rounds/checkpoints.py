@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import TrainerState
 from transformers.utils import (
@@ -35,11 +35,25 @@ _PASSED_OVER = "trainer_state.passed_over.json"
 # Files of `torch.save`, which are zip archives with a checksum of each part.
 _TORCH_FILES = re.compile(
     r"(optimizer|pytorch_model|adapter_model|rng_state|rank\d+-of-).*\.(pt|pth|bin)"
-    r"|(scheduler|scaler)\.pt|.*_(model|optim)_states\.pt"
+    r"|(scheduler|scaler)\.pt"
 )
-# Whose names such a file holds besides tensors: NumPy's in random states. The parent refuses all others
-# but in DeepSpeed's files, which DeepSpeed unpickles as they are.
-_KNOWN_PACKAGES = ("numpy.", "torch.", "deepspeed.", "collections.", "argparse.")
+# Classes and functions that such files name besides those of plain tensors, all of which only make data.
+# NumPy's are those of arrays and numbers, in random states.
+_NUMPY_NAMES = frozenset(
+    ["numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType"]
+    + [
+        f"numpy.{core}.multiarray.{name}"
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ]
+)
+# DeepSpeed's are those of its files, which it unpickles without a check of its own.
+_DEEPSPEED_NAMES = _NUMPY_NAMES | {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 
 
 def last_whole_checkpoint(folder: Path, accelerator: Accelerator) -> str | None:
@@ -116,7 +130,7 @@ def _faults(checkpoint: Path, accelerator: Accelerator) -> Iterator[str]:
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         if (unreadable := _read_error(path)) is not None:
             yield _describe(str(path.relative_to(checkpoint)), unreadable)
-    if any(checkpoint.glob("global_step*/*")):  # DeepSpeed's own layout
+    if any(checkpoint.glob("global_step*")):  # DeepSpeed's own layout, loaded by DeepSpeed
         yield from _missing_in_deepspeed(checkpoint)
     else:
         if not _has_weights(checkpoint):
@@ -136,7 +150,7 @@ def _faults(checkpoint: Path, accelerator: Accelerator) -> Iterator[str]:
 def _describe(name: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{name} is missing"
-    return f"{name} can't be read: {error}"
+    return f"{name} can't be read: {str(error) or type(error).__name__}"
 
 
 def _read_error(path: Path) -> Exception | None:
@@ -148,16 +162,17 @@ def _read_error(path: Path) -> Exception | None:
         if path.name.endswith(".index.json"):
             for name in set(json.loads(path.read_text())["weight_map"].values()):
                 (path.parent / name).stat()
-        if _TORCH_FILES.fullmatch(path.name):
+        is_deepspeed = path.name.endswith("_states.pt")
+        if is_deepspeed or _TORCH_FILES.fullmatch(path.name):
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     return ValueError(f"{damaged} in it is damaged")
-            names = get_unsafe_globals_in_checkpoint(path)
-            if foreign := [name for name in names if not name.startswith(_KNOWN_PACKAGES)]:
+            known = _DEEPSPEED_NAMES if is_deepspeed else _NUMPY_NAMES
+            if foreign := sorted(set(get_unsafe_globals_in_checkpoint(path)) - known):
                 return ValueError(f"loading it would call {', '.join(foreign)}: don't trust it")
         if path.suffix == ".distcp" and path.stat().st_size == 0:
             return EOFError("it is empty")
-    except (OSError, ValueError, LookupError, zipfile.BadZipFile, SafetensorError) as error:
+    except Exception as error:  # the readers raise errors of many types for a damaged file
         if isinstance(error, FileNotFoundError) and error.filename != str(path):
             return ValueError(f"{Path(error.filename).name}, which it lists, is missing")
         return error
@@ -180,7 +195,10 @@ def _missing_in_deepspeed(checkpoint: Path) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield _describe("latest", error)
         return
-    if not any((checkpoint / tag).glob("*_model_states.pt")):
+    # DeepSpeed loads from wherever it leads; only what lies in the checkpoint has been looked at.
+    if tag not in [path.name for path in checkpoint.iterdir() if not path.is_symlink()]:
+        yield f"`latest` names {tag!r}, which is no folder in it"
+    elif not any((checkpoint / tag).glob("*_model_states.pt")):
         yield f"{tag}, which `latest` names, holds no model states"
 
 
