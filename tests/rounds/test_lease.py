@@ -10,8 +10,8 @@ from uuid import uuid4
 import psutil
 import pytest
 
-from trl_selfplay.rounds.lease import NAME, Lease, LeaseError
-from trl_selfplay.rounds.store import RoundsStore
+from trl_selfplay.rounds.lease import NAME, Lease, LeaseError, LeaseOfMain
+from trl_selfplay.rounds.store import RoundsStore, StoreError
 
 
 @pytest.fixture
@@ -86,6 +86,44 @@ def test_a_lease_that_expired_is_checked_before_anything_is_put(store) -> None:
         store.write(NAME, json.dumps({**written(store), "token": "another"}).encode())
         with pytest.raises(LeaseError, match="taken over"):
             lease.ensure()
+
+
+def test_other_processes_of_a_run_put_nothing_once_another_run_holds_the_store(store) -> None:
+    with Lease(store) as lease:
+        held = written(store)
+        LeaseOfMain(store, lease.token).ensure()
+    taken = {**held, "token": "another", "host": "far-away"}
+    store.write(NAME, json.dumps(taken).encode())
+    other = LeaseOfMain(store, lease.token)
+    with pytest.raises(LeaseError, match=r"taken over .*far-away"):
+        other.ensure()
+    store.delete(NAME)
+    with pytest.raises(LeaseError, match="taken over"):
+        other.ensure()  # whoever had it may have deleted what this run believes to be there
+
+
+def test_other_processes_of_a_run_wait_while_its_lease_has_expired(store) -> None:
+    with Lease(store, seconds=-1.0) as lease:
+        other = LeaseOfMain(store, lease.token)
+        with pytest.raises(StoreError, match="has expired"):
+            other.ensure()
+        store.write(NAME, json.dumps({**written(store), "expires": time.time() + 9.0}).encode())
+        other.ensure()
+    other.ensure()  # the main process has ended its part, and this one puts its last shard
+
+
+def test_other_processes_of_a_run_read_its_lease_as_often_as_it_is_renewed(
+    store, monkeypatch
+) -> None:
+    now = time.time()
+    with Lease(store) as lease:
+        other = LeaseOfMain(store, lease.token)
+        other.ensure()
+        store.write(NAME, json.dumps({**written(store), "token": "another"}).encode())
+        other.ensure()
+        monkeypatch.setattr(time, "time", lambda: now + 65.0)
+        with pytest.raises(LeaseError, match="taken over"):
+            other.ensure()
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"expires": null}'])

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from trl_selfplay.disk import delete, followed, replace_folder, save_text, tell_gone
-from trl_selfplay.rounds.lease import Lease
+from trl_selfplay.rounds.lease import Lease, LeaseError, LeaseOfMain
 from trl_selfplay.rounds.mirror import Mirror
 from trl_selfplay.rounds.store import RoundsStore, StoreError, scan
 
@@ -222,6 +222,23 @@ def test_a_torn_checkpoint_on_disk_gives_way_to_the_one_on_the_store(here, there
     assert (checkpoint / "state").read_text() == "whole"
     assert torn.exists()  # training passes it over
     assert set(store.entries()) == {"round-000/checkpoint-2"}
+
+
+def test_another_process_of_a_run_puts_nothing_while_another_run_holds_the_store(
+    tmp_path, here, store
+) -> None:
+    mirror = Mirror(store, tmp_path / "_rounds")
+    with here.running() as main:
+        mirror.lease = LeaseOfMain(store, main.lease.token)
+        with followed(tmp_path / "_rounds", mirror):
+            save_text(tmp_path / "_rounds/a.json", "a")
+    assert texts_on(store) == {"a.json": "a"}
+    mirror.lease = LeaseOfMain(store, main.lease.token)
+    with Lease(store), followed(tmp_path / "_rounds", mirror):
+        with pytest.raises(LeaseError, match="taken over"):
+            save_text(tmp_path / "_rounds/b.json", "b")
+        mirror.finish(is_failing=True)
+    assert texts_on(store) == {"a.json": "a"}
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3])

@@ -55,6 +55,7 @@ def test_the_store_has_what_the_disk_has_and_a_second_run_is_refused(build_star,
         trainer.train()
     assert store.entries() == {}
     trainer.train()
+    assert trainer.store.pauses_s == store.pauses_s  # the next train() tries as often at its start
     assert_store_has_the_rounds(store, trainer)
     assert len(store.read("rounds.jsonl").splitlines()) == 2
     with pytest.raises(FileExistsError, match=r"rounds_dir=.* already holds rounds"):

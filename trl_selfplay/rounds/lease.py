@@ -45,6 +45,9 @@ class Lease:
         store: The store.
         seconds: How long the lease counts after its last renewal.
 
+    Attributes:
+        token: Tells this lease from all others.
+
     Raises:
         LeaseError: On entry, another run holds the store.
         StoreError: On entry, the store doesn't answer or may not be written to.
@@ -53,7 +56,8 @@ class Lease:
     def __init__(self, store: RoundsStore, seconds: float = LEASE_S) -> None:
         self._store = store
         self._seconds = seconds
-        self._holder = {**_this_process(), "token": uuid4().hex}
+        self.token = uuid4().hex
+        self._holder = {**_this_process(), "token": self.token}
         self._expires = 0.0
         self._taken_by: dict[str, Any] | None = None
         self._ended = threading.Event()
@@ -72,7 +76,7 @@ class Lease:
             )
         self._write()
         self._check()  # another may have written within the same moment
-        _TOKENS_HELD.add(self._holder["token"])
+        _TOKENS_HELD.add(self.token)
         self._thread.start()
         return self
 
@@ -84,7 +88,7 @@ class Lease:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        _TOKENS_HELD.discard(self._holder["token"])
+        _TOKENS_HELD.discard(self.token)
         if self._taken_by is None:
             with suppress(StoreError, LeaseError):  # it expires
                 self._check()
@@ -100,13 +104,7 @@ class Lease:
         if self._taken_by is None and time.time() > self._expires:
             self.renew()
         if self._taken_by is not None:
-            taken = self._taken_by
-            raise LeaseError(
-                f"another run has taken over rounds_dir={self._store.url!r}: process "
-                f"{taken.get('pid')} on {taken.get('host')}, after this one had not renewed its lease "
-                f"for {self._seconds:.0f} s. This run ends; its files are in output_dir, and nothing "
-                "more of it goes to the store."
-            )
+            raise _taken_over(self._store, self._taken_by)
 
     def renew(self) -> None:
         """Extend the lease, unless another has taken it.
@@ -119,7 +117,7 @@ class Lease:
 
     def _check(self) -> None:
         found = _read(self._store)
-        if found is not None and found.get("token") != self._holder["token"]:
+        if found is not None and found.get("token") != self.token:
             self._taken_by = found
             self.ensure()
 
@@ -138,6 +136,54 @@ class Lease:
             except LeaseError as error:
                 logger.error("%s", error)
                 return
+
+
+class LeaseOfMain:
+    """The lease that the main process of this run holds, as its other processes see it.
+
+    It is read again as often as it is renewed.
+
+    Args:
+        store: The store.
+        token: Of the lease.
+    """
+
+    def __init__(self, store: RoundsStore, token: str) -> None:
+        self._store = store
+        self._token = token
+        self._known_until = 0.0
+        self._taken_by: dict[str, Any] | None = None
+
+    def ensure(self) -> None:
+        """See that no other run holds the store, before something is put.
+
+        Raises:
+            LeaseError: Another run has taken it.
+            StoreError: The lease has expired, or the store doesn't answer.
+        """
+        now = time.time()
+        if self._taken_by is None and now >= self._known_until:
+            found = _read(self._store)
+            if found is None:  # the main process has ended its part, or writes it anew
+                return
+            if found.get("token") != self._token:
+                self._taken_by = found
+            elif found["expires"] <= now:
+                raise StoreError(
+                    f"{self._store.url}/{NAME} has expired, because the main process of this run has "
+                    "not renewed it. Nothing is put until it has."
+                )
+            self._known_until = min(found["expires"], now + LEASE_S / _RENEWALS_PER_LEASE)
+        if self._taken_by is not None:
+            raise _taken_over(self._store, self._taken_by)
+
+
+def _taken_over(store: RoundsStore, holder: dict[str, Any]) -> LeaseError:
+    return LeaseError(
+        f"another run has taken over rounds_dir={store.url!r}: process {holder.get('pid')} on "
+        f"{holder.get('host')}, after this one had not renewed its lease in time. This run ends; its "
+        "files are in output_dir, and nothing more of it goes to the store."
+    )
 
 
 def _read(store: RoundsStore) -> dict[str, Any] | None:

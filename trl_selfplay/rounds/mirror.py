@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,9 +20,9 @@ from transformers import TrainerCallback
 
 from trl_selfplay.disk import RESUME, followed, save_text
 from trl_selfplay.evaluation.progress import say
-from trl_selfplay.peers import together, wait_for_all
+from trl_selfplay.peers import from_main, together, wait_for_all
 from trl_selfplay.rounds.checkpoints import list_checkpoints
-from trl_selfplay.rounds.lease import Lease, LeaseError
+from trl_selfplay.rounds.lease import Lease, LeaseError, LeaseOfMain
 from trl_selfplay.rounds.store import (
     FORMAT,
     Entry,
@@ -83,12 +83,15 @@ def kept_in_store(trainer: Any, resume: bool) -> Iterator[None]:
         yield  # which is refused where the rounds on disk are
         return
     with ExitStack() as stack:
-        mirror = Mirror(store, root)
-
+        mirror, token = Mirror(store, root), ""
+        stack.callback(setattr, store, "pauses_s", store.pauses_s)
         if accelerator.is_main_process:
-            mirror.lease = stack.enter_context(Lease(store))
+            mirror.lease = lease = stack.enter_context(Lease(store))
             mirror.bring_together(resume)
-        wait_for_all(accelerator)
+            token = lease.token
+        token = from_main(accelerator, token)
+        if not accelerator.is_main_process:
+            mirror.lease = LeaseOfMain(store, token)
         store.pauses_s = ()  # from here on others files come, and with them other tries
         stack.enter_context(followed(root, mirror))
         callback = _KeepsCheckpoints(mirror, accelerator)
@@ -117,7 +120,7 @@ class Mirror:
         last_tries_s: Seconds before each further try at the end of a run.
 
     Attributes:
-        lease: Held by the main process.
+        lease: Of the main process; nothing goes to the store while another run holds it.
     """
 
     def __init__(
@@ -127,7 +130,7 @@ class Mirror:
         clock: Callable[[], float] = time.monotonic,
         last_tries_s: tuple[float, ...] = _LAST_TRIES_S,
     ) -> None:
-        self.lease: Lease | None = None
+        self.lease: Lease | LeaseOfMain | None = None
         self._store = store
         self._root = root
         self._record = root.parent / _RECORD
@@ -195,13 +198,18 @@ class Mirror:
         Raises:
             StoreError: The store still fails, and the run has not.
         """
-        with self._lock, suppress(LeaseError) if is_failing else nullcontext():
-            for pause_s in (None,) if is_failing else (None, *self._last_tries_s):
-                if not self._waiting:
+        with self._lock:
+            try:
+                for pause_s in (None,) if is_failing else (None, *self._last_tries_s):
+                    if not self._waiting:
+                        return
+                    if pause_s is not None:
+                        time.sleep(pause_s)
+                    self._try()
+            except LeaseError:
+                if is_failing:  # which has its own error, most often this one
                     return
-                if pause_s is not None:
-                    time.sleep(pause_s)
-                self._try()
+                raise
             if not self._waiting:
                 return
             text = (
@@ -306,7 +314,7 @@ class Mirror:
         )
 
     def _save_record(self) -> None:
-        if self.lease is None:  # in the other processes, which delete nothing
+        if not self._owner:  # in the other processes, which delete nothing
             return
         deleted = [name for name, is_put in self._waiting.items() if not is_put]
         save_text(self._record, json.dumps({**self._owner, "deleted": deleted}))
