@@ -52,11 +52,12 @@ def test_a_launcher_starts_a_command(launcher, num_processes, work_folder) -> No
 
 
 @pytest.mark.slow
-def test_processes_that_would_not_work_together_are_refused(work_folder) -> None:
+@pytest.mark.parametrize("backend", [[], ["--ddp_backend", "gloo"]])
+def test_processes_that_would_not_work_together_are_refused(work_folder, backend) -> None:
     """Without a GPU, transformers joins them only on `--use_cpu`."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "trl_selfplay", *(f for f in RUN if f != "--use_cpu")],
+        [sys.executable, "-m", *launcher, "-m", "trl_selfplay", *(f for f in RUN if f != "--use_cpu"), *backend],
         cwd=work_folder, check=False, capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 from trl_selfplay.confidential import shown
 
@@ -136,7 +138,8 @@ def refuse_strangers(config: Any) -> None:
     its own into the same folder.
     """
     started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if started > 1 and config.world_size == 1:
+    are_apart = PartialState().distributed_type is DistributedType.NO
+    if started > 1 and (config.world_size == 1 or are_apart):
         raise RuntimeError(
             f"a launcher started {started} processes, and each would train on its own: without a GPU "
             "for each, they work together only with --use_cpu (use_cpu=True). Add it, or start one "
