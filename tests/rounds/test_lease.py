@@ -126,7 +126,14 @@ def test_other_processes_of_a_run_read_its_lease_as_often_as_it_is_renewed(
             other.ensure()
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'{"expires": null}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{", b"[]", b"null", b"5", b"\xff", b'{"expires": null}', b'{"expires": "x"}',
+        b'{"expires": 1e12}', b'{"expires": 1e400}', b'{"expires": NaN}',
+        pytest.param(b"[" * 100_000, id="deep"),
+    ],
+)  # fmt: skip
 def test_a_lease_that_cant_be_read_counts_for_nothing(store, content, caplog) -> None:
     store.write(NAME, content)
     with Lease(store):

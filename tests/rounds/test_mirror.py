@@ -288,3 +288,42 @@ def test_the_record_on_disk_holds_the_run_and_no_place_of_the_store(here, store)
     record = json.loads((here.root.with_name("_rounds_store.json")).read_text())
     assert record == {**json.loads(store.read("_run.json")), "deleted": []}
     assert record["session"] == 1
+
+
+DAMAGED = [
+    b"", b"{", b"\xff", b"[]", b"5", b'{"format": 1, "run": 5, "session": 1}',
+    b'{"format": 1, "run": "a", "session": null}', b'{"format": 1, "run": "a"}',
+    b'{"format": 1, "run": "a", "session": 1, "deleted": 5}',
+    b'{"format": 1, "run": "a", "session": 1, "deleted": [5]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_record_that_cant_be_read_counts_for_nothing(here, there, store, content, caplog) -> None:
+    with here.running():
+        save_text(here.root / "config.json", "{}")
+    store.write("_run.json", content)
+    there.start()
+    assert there.texts() == here.texts()
+    assert "_run.json can't be read, and counts for nothing" in caplog.text
+    there.root.with_name("_rounds_store.json").write_bytes(content)
+    with pytest.raises(ValueError, match="not of the same run"):
+        there.start()
+    assert "_rounds_store.json can't be read, and counts for nothing" in caplog.text
+    assert there.texts() == here.texts() == texts_on(store)
+
+
+@pytest.mark.parametrize("name", ["_run.json", "_rounds_store.json"])
+def test_rounds_of_a_later_version_are_refused_and_left_as_they_are(here, store, name) -> None:
+    with here.running():
+        save_text(here.root / "config.json", "{}")
+    record = json.dumps({"format": 2, "run": {"id": "a"}})
+    if name == "_run.json":
+        store.write(name, record.encode())
+    else:
+        here.root.with_name(name).write_text(record)
+    with pytest.raises(StoreError, match=rf"{name} was written by a later version.*format 2"):
+        here.start()
+    assert here.texts() == texts_on(store)
+    left = store.read(name) if name == "_run.json" else here.root.with_name(name).read_bytes()
+    assert left == record.encode()

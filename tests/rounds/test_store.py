@@ -116,8 +116,29 @@ def test_an_object_that_came_otherwise_than_it_was_put_is_an_error_that_names_it
 def test_a_later_format_is_refused(store, rounds) -> None:
     put_all(store, rounds)
     store.write("round-000/model/_files.json", json.dumps({"format": 2}).encode())
-    with pytest.raises(StoreError, match="later version"):
+    with pytest.raises(StoreError, match=r"model/_files\.json was written by a later version"):
         store.entries()
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        b"", b"\xff\xfe", b"[1, 2]", b"null", b"5", b"{}", b'{"format": "x"}', b'{"format": null}',
+        b'{"format": 1}', b'{"format": 1, "files": 5}', b'{"format": 1, "files": ["config.json"]}',
+        b'{"format": 1, "files": {"config.json": "2"}}', b'{"format": 1, "files": null}',
+        b'{"format": 1, "files": {"config.json": 2}, "md5": [1]}',
+        b'{"format": 1, "files": {"config.json": 2}, "md5": {"config.json": 1}}',
+        pytest.param(b"[" * 100_000, id="deep"),
+    ],
+)  # fmt: skip
+def test_a_damaged_list_of_files_counts_as_none(listed, caplog) -> None:
+    store = RoundsStore(f"memory://{uuid4().hex}/run", pauses_s=())
+    store.write("round-000/model/config.json", b"{}")
+    store.write("round-000/model/_files.json", listed)
+    assert store.entries() == {}
+    assert caplog.messages == [
+        f"{store.url}/round-000/model/_files.json can't be read, and counts for nothing."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -188,10 +188,13 @@ def _taken_over(store: RoundsStore, holder: dict[str, Any]) -> LeaseError:
 
 def _read(store: RoundsStore) -> dict[str, Any] | None:
     content = store.read(NAME)
+    if content is None:
+        return None
     try:
-        found: dict[str, Any] | None = None if content is None else json.loads(content)
-        return found if found is None or found["expires"] > 0.0 else None
-    except (ValueError, LookupError, TypeError):
+        found: dict[str, Any] = json.loads(content)
+        datetime.fromtimestamp(found["expires"])  # which messages tell
+        return found
+    except (ValueError, LookupError, TypeError, OverflowError, OSError, RecursionError):
         logger.warning("%s/%s can't be read, and counts for nothing.", store.url, NAME)
         return None
 

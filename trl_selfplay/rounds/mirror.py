@@ -30,6 +30,7 @@ from trl_selfplay.rounds.store import (
     StoreError,
     is_checkpoint,
     is_same,
+    read_record,
     scan,
 )
 
@@ -228,8 +229,10 @@ class Mirror:
         Raises:
             FileExistsError, StoreError, ValueError: As `kept_in_store`.
         """
-        stored, owner = self._store.entries(), _parse(self._store.read(_OWNER))
-        record = _parse(self._record.read_bytes() if self._record.exists() else None)
+        content = self._record.read_bytes() if self._record.exists() else None
+        record = read_record(content, str(self._record), _names_a_run)
+        owner = read_record(self._store.read(_OWNER), f"{self._store.url}/{_OWNER}", _names_a_run)
+        stored = self._store.entries()
         local = scan(self._root)
         if stored and not resume:
             raise FileExistsError(
@@ -347,10 +350,11 @@ class _KeepsCheckpoints(TrainerCallback):
             self._there.add(newest)
 
 
-def _parse(content: bytes | None) -> dict[str, Any]:
-    """Return what a record says; nothing if there is none, or it can't be read."""
-    try:
-        found = json.loads(content or b"{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def _names_a_run(record: dict[str, Any]) -> bool:
+    deleted = record.get("deleted", [])
+    return (
+        isinstance(record.get("run"), str)
+        and isinstance(record.get("session"), int)
+        and isinstance(deleted, list)
+        and all(isinstance(name, str) for name in deleted)
+    )

@@ -223,20 +223,13 @@ class RoundsStore:
         return entries
 
     def _listed(self, folder: str) -> Entry:
-        try:
-            content = dict(json.loads(self.read(f"{folder}/{_LIST}") or b"{}"))
-        except ValueError:
-            content = {}
-        if content.get("format", FORMAT) > FORMAT:
-            raise StoreError(
-                f"{self.url}/{folder} was written by a later version of trl-selfplay. Install that one "
-                "to go on with this run.",
-                is_permanent=True,
-            )
-        for inner in content.get("files", {}):
+        name = f"{folder}/{_LIST}"
+        listed = read_record(self.read(name), f"{self.url}/{name}", _lists_files)
+        if not listed:
+            return Entry({"": -1})  # as nothing is
+        for inner in listed["files"]:
             self._check_stays_within(f"{folder}/{inner}")
-        # Where the list can't be read, nothing is as it says.
-        return Entry(content.get("files", {"": -1}), content.get("md5", {}))
+        return Entry(listed["files"], listed["md5"])
 
     def fetch(self, name: str, entry: Entry, path: Path) -> int:
         """Bring a file or whole folder onto the disk; return its bytes.
@@ -371,6 +364,47 @@ class RoundsStore:
             f"rounds_dir={self.url!r}: could not {verb} {name or 'what is there'} ({reason}). {remedy}",
             is_permanent,
         )
+
+
+def read_record(
+    content: bytes | None, place: str, is_whole: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """Return the JSON object of a file that has a `format`; an empty one where it can't be read.
+
+    Args:
+        content: Of the file; None if there is none.
+        place: Of the file, for messages.
+        is_whole: Returns whether an object of this version holds what it should.
+
+    Raises:
+        StoreError: A later version of trl-selfplay has written it.
+    """
+    if content is None:
+        return {}
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        record = None
+    written = record.get("format") if isinstance(record, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise StoreError(
+            f"{place} was written by a later version of trl-selfplay (format {written}; this one reads "
+            f"{FORMAT}). Install that version to go on with this run.",
+            is_permanent=True,
+        )
+    if written == FORMAT and is_whole(record):
+        return dict(record)
+    logger.warning("%s can't be read, and counts for nothing.", place)
+    return {}
+
+
+def _lists_files(record: dict[str, Any]) -> bool:
+    return _maps_to(int, record.get("files")) and _maps_to(str, record.get("md5"))
+
+
+def _maps_to(kind: type, value: Any) -> bool:
+    """Return whether a value from JSON is an object with values of one type."""
+    return isinstance(value, dict) and all(isinstance(each, kind) for each in value.values())
 
 
 def _told_digest(info: Mapping[str, Any]) -> str | None:
