@@ -10,7 +10,8 @@ from trl_selfplay.commands import dispatch
 from trl_selfplay.commands.endings import tell_error, tell_pause
 from trl_selfplay.commands.recipes import find_recipe
 from trl_selfplay.demos.script_arguments import load_reward_func
-from trl_selfplay.disk import DamagedFileError, naming_damage
+from trl_selfplay.disk import RESUME, DamagedFileError, naming_damage
+from trl_selfplay.rounds.log import say_where_interrupted
 from trl_selfplay.termination import ends_at_sigterm
 
 
@@ -55,6 +56,19 @@ def test_a_fault_keeps_its_traceback(call) -> None:
     with pytest.raises(type(error)) as again:
         tell_error("star", error)
     assert again.value is error
+
+
+def break_tracker() -> None:
+    with say_where_interrupted(lambda: "in round 3"):
+        raise ConnectionError("tracker.example.com does not answer")
+
+
+def test_the_message_says_what_is_kept_and_how_to_go_on(capsys) -> None:
+    assert tell_error("star", raised(break_tracker)) == 1
+    _, first, second, _ = capsys.readouterr().err.splitlines()
+    assert first == "trl-selfplay star: tracker.example.com does not answer"
+    assert second.startswith("The run stopped in round 3. ")
+    assert second.endswith(f"{RESUME}.")
 
 
 def test_a_connection_that_fails_is_a_message_with_the_address(monkeypatch, capsys) -> None:

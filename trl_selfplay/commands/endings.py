@@ -102,7 +102,9 @@ def tell_error(name: str, error: Exception, trains: bool = True) -> int:
     is_wrong_use = not trains and isinstance(error, _OF_FLAGS)
     code = 2 if is_wrong_use else getattr(error, "exit_code", 1)
     explained = _explain_connection(error) if _is_of_the_connection(error) else error
-    print(f"\ntrl-selfplay {name}: {explained}", file=sys.stderr)
+    # Where a run stopped, what is kept and how to go on is a note.
+    said = "\n".join([f"trl-selfplay {name}: {explained}", *getattr(error, "__notes__", ())])
+    print(f"\n{said}", file=sys.stderr)
     if code == 1:
         print(f"({type(error).__name__}; {_TRACEBACK}=1 shows where.)", file=sys.stderr)
     return code
