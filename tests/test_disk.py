@@ -64,23 +64,31 @@ def test_a_folder_is_synced_with_all_that_is_in_it_before_it_is_renamed(tmp_path
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such lock")
 def test_a_folder_is_held_until_its_process_ends_however_it_ends(tmp_path) -> None:
     code = (
-        "import sys; from pathlib import Path; from trl_selfplay.disk import held_by_this_process\n"
-        f"with held_by_this_process(Path({str(tmp_path)!r})): print(1, flush=True); input()"
+        "import os, signal; from pathlib import Path\n"
+        "from trl_selfplay.disk import held_by_this_process\n"
+        f"with held_by_this_process(Path({str(tmp_path)!r})):\n"
+        "    forked = os.fork()\n"
+        "    if not forked: signal.pause()\n"  # it lives on
+        "    print(forked, flush=True); input()"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    child.stdout.readline()
+    forked = int(child.stdout.readline())
     with (
         pytest.raises(RuntimeError, match="another process is training into"),
         held_by_this_process(tmp_path),
     ):
         pass
     child.send_signal(signal.SIGKILL)
-    child.communicate()
-    for _ in range(2):  # and let go of at the end
-        with held_by_this_process(tmp_path):
-            pass
+    child.wait()
+    try:
+        for _ in range(2):  # and let go of at the end
+            with held_by_this_process(tmp_path):
+                pass
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        child.communicate()
     assert list(tmp_path.iterdir()) == []
 
 

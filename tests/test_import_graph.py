@@ -20,6 +20,7 @@ MAX_LINES = 600
 FLOW = (
     "memory",
     "confidential",
+    "forks",
     "disk",
     "termination",
     "peers",

@@ -69,3 +69,12 @@ def test_processes_that_all_failed_can_work_together_again(tmp_path) -> None:
     assert call_group(3, peers_process.go_on, str(tmp_path), logs=tmp_path) == [0, 0, 0]
     taken = [(tmp_path / f"{rank}.txt").read_text().split() for rank in range(3)]
     assert sorted(int(number) for of_rank in taken for number in of_rank) == list(range(50))
+
+
+@pytest.mark.slow
+def test_forked_processes_that_live_on_keep_none_from_leaving(tmp_path) -> None:
+    try:
+        assert call_group(2, peers_process.leave_with_a_child, str(tmp_path)) == [0, 0]
+    finally:
+        for path in tmp_path.iterdir():
+            os.kill(int(path.read_text()), signal.SIGKILL)

@@ -4,6 +4,8 @@ import ctypes
 import os
 import signal
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from processes import call
@@ -99,3 +101,44 @@ def let_a_fork_end() -> None:
 
 def test_a_fork_ends_as_before_and_its_parent_goes_on() -> None:
     assert call(let_a_fork_end) == 0
+
+
+def fork_in_foreign_code() -> int:
+    return ctypes.PyDLL(None).fork()
+
+
+def leave_a_fork_behind(fork: Callable[[], int], stopped: bool) -> None:
+    termination._PATIENCE_S = 600.0
+    child = 0
+    try:
+        with ends_at_sigterm():
+            child = fork()
+            if child == 0:
+                ctypes.PyDLL(None).pause()
+            if stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fork", [os.fork, fork_in_foreign_code])
+@pytest.mark.parametrize(("stopped", "code"), [(False, 0), (True, EXIT_CODE)])
+def test_a_fork_that_lives_on_keeps_its_parent_from_nothing(fork, stopped, code) -> None:
+    assert call(leave_a_fork_behind, fork, stopped) == code
+
+
+def let_a_fork_leave() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with ends_at_sigterm():
+        child = os.fork()
+        if child == 0:
+            assert len(list(Path("/proc/self/fd").iterdir())) == before
+        else:
+            assert os.waitpid(child, 0)[1] == 0
+            assert [thread.name for thread in threading.enumerate()].count("sigterm") == 1
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads the list of open files")
+def test_a_fork_has_no_open_file_of_the_context_and_may_leave_it() -> None:
+    assert call(let_a_fork_leave) == 0

@@ -11,7 +11,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +20,8 @@ from typing import IO, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
+
+from trl_selfplay.forks import in_forks
 
 # What readers of JSON, text, Parquet, safetensors and pickles raise for files of another content.
 _DAMAGE = (
@@ -281,8 +283,8 @@ def held_by_this_process(folder: Path, is_main: bool = True) -> Iterator[None]:
 
     Of several processes of a run the main one holds it for all.
 
-    The system lets go of it when this process ends, however it ends. Where it has no such locks
-    (Windows, some network file systems) nothing is held.
+    The system lets go of it when this process ends, however it ends, and even if processes that it
+    has forked go on. Where it has no such locks (Windows, some network file systems) nothing is held.
 
     Raises:
         RuntimeError: Another process holds it.
@@ -295,8 +297,9 @@ def held_by_this_process(folder: Path, is_main: bool = True) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as holding:
+        descriptor = os.open(folder, os.O_RDONLY)
+        holding.callback(os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -306,6 +309,5 @@ def held_by_this_process(folder: Path, is_main: bool = True) -> Iterator[None]:
             ) from error
         except OSError:
             pass
-        yield
-    finally:
-        os.close(descriptor)
+        with in_forks(holding.close):  # the lock lasts as long as any copy of the descriptor
+            yield

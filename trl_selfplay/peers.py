@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from trl_selfplay.disk import RESUME
+from trl_selfplay.forks import in_forks
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,9 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         return
     peers = _current = _Peers(accelerator)
     try:
-        yield
-        peers.wait()
+        with in_forks(_forget):
+            yield
+            peers.wait()
     except PeerError:
         raise
     except BaseException as error:
@@ -167,7 +169,6 @@ class _Peers:
         for link in self._links:
             _keep_alive(link)
         self._is_main = accelerator.is_main_process
-        _close_in_forks()
         self._wake, self._woken = socket.socketpair()
         self._thread = Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
@@ -210,15 +211,16 @@ class _Peers:
     def close(self) -> None:
         """Close the connections; the others notice."""
         self._closed.set()
-        self._wake.close()
+        # Closing it wouldn't end the thread while a forked process has a copy.
+        with suppress(OSError):  # it is closed already in a fork
+            self._wake.shutdown(socket.SHUT_WR)
         self._thread.join()
-        self.close_links()
-        self._woken.close()
+        self.close_sockets()
 
-    def close_links(self) -> None:
-        """Close this process's connections, or a fork's copies, which would outlive the process."""
-        for link in self._links:
-            link.close()
+    def close_sockets(self) -> None:
+        """Close this process's sockets, or a fork's copies, which would outlive the process."""
+        for each in (*self._links, self._wake, self._woken):
+            each.close()
 
     def _watch(self) -> None:
         """Listen to the connections until this process closes them, or another one has ended."""
@@ -256,7 +258,6 @@ class _Peers:
 
 
 _current: _Peers | None = None
-_forks_are_known = False
 
 
 def _listen() -> socket.socket:
@@ -298,18 +299,11 @@ def _keep_alive(link: socket.socket) -> None:
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _close_in_forks() -> None:
-    """Close the connections in processes that this one forks."""
-    global _forks_are_known
-    if not _forks_are_known and hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_forget)
-    _forks_are_known = True
-
-
 def _forget() -> None:
+    """Close the connections in a process that this one has forked."""
     global _current
     if _current is not None:
-        _current.close_links()
+        _current.close_sockets()
         _current = None
 
 

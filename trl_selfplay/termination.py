@@ -8,12 +8,14 @@ ends the process with exit code 143.
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from trl_selfplay.disk import RESUME
+from trl_selfplay.forks import in_forks
 
 logger = logging.getLogger(__name__)
 
@@ -44,34 +46,35 @@ def ends_at_sigterm() -> Iterator[None]:
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
+    reading, writing = socket.socketpair()
+    reading.setblocking(True)
+    writing.setblocking(False)
     left = threading.Event()
     watcher = threading.Thread(target=_watch, args=(reading, left), name="sigterm", daemon=True)
     watcher.start()
-    waking = _Waking(writing)
+    waking = _Waking(reading, writing)
     signal.signal(signal.SIGTERM, waking.handle)
-    previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=waking.forget)
+    previous = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
     try:
-        yield
+        with in_forks(waking.forget):
+            yield
     finally:
         left.set()
-        waking.is_over = True
         signal.set_wakeup_fd(previous)
         if signal.getsignal(signal.SIGTERM) == waking.handle:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.close(writing)
+        # Closing it wouldn't end the watcher while a forked process has a copy.
+        with suppress(OSError):  # it is closed already in a fork
+            writing.shutdown(socket.SHUT_WR)
         watcher.join()
-        os.close(reading)
+        waking.close()
 
 
 class _Waking:
     """The handler of one context."""
 
-    def __init__(self, writing: int) -> None:
-        self.writing = writing
-        self.is_over = False
+    def __init__(self, reading: socket.socket, writing: socket.socket) -> None:
+        self._reading, self._writing = reading, writing
         self._has_raised = False
 
     def handle(self, *_: Any) -> None:
@@ -82,14 +85,18 @@ class _Waking:
 
     def forget(self) -> None:
         """Let SIGTERM end a forked process, without a word to this one's watcher."""
-        if not self.is_over:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.close()
+
+    def close(self) -> None:
+        self._writing.close()
+        self._reading.close()
 
 
-def _watch(reading: int, left: threading.Event) -> None:
+def _watch(reading: socket.socket, left: threading.Event) -> None:
     """Wait for SIGTERM, and then for the main thread to leave the context."""
-    while number := os.read(reading, 1):
+    while number := reading.recv(1):
         if number[0] == signal.SIGTERM and not left.wait(_PATIENCE_S):
             _end()
 

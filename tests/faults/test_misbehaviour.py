@@ -4,7 +4,9 @@ Real runs of tiny models, each in a process of its own.
 """
 
 import copy
+import multiprocessing
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +16,10 @@ from typing import Any
 import processes
 import pytest
 import torch
-from tiny_runs import build, outcome_of, samples_of, save_source
+from tiny_runs import build, contains_solution, outcome_of, samples_of, save_source
 from transformers import TrainerCallback
+
+from trl_selfplay.termination import EXIT_CODE
 
 RESUME = "resume with train(resume_from_checkpoint=True)"
 
@@ -218,3 +222,39 @@ def test_a_folder_that_cant_be_written_is_told_before_anything_is_sampled(
     finally:
         if options:
             subprocess.run(["umount", "-l", mount], check=True)
+
+
+_pools: list[Any] = []
+
+
+def grade_in_a_pool(completions: Any, solution: Any, **kwargs: Any) -> Any:
+    """Grade in a process that lives on, as those of users often do."""
+    if not _pools:
+        _pools.append(multiprocessing.get_context("fork").Pool(1))
+    return _pools[0].apply(contains_solution, (completions, solution))
+
+
+def stop(trainer: Any) -> None:
+    class Stops(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.add_callback(Stops())
+
+
+def train_with_children(folder: str, source: str, is_stopped: bool) -> None:
+    loaders = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = build("STaR", folder, source, reward_funcs=grade_in_a_pool, **loaders)
+    if is_stopped:
+        stop(trainer)
+    trainer.train()
+    assert multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("is_stopped", "code"), [(False, 0), (True, EXIT_CODE)])
+def test_child_processes_that_live_on_keep_a_run_from_nothing(
+    is_stopped, code, source, tmp_path
+) -> None:
+    arguments = (str(tmp_path / "run"), str(source), is_stopped)
+    assert processes.call(train_with_children, *arguments) == code
