@@ -2,8 +2,10 @@
 
 import os
 import socket
+import time
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from trl_selfplay.generation import ray_cluster, ray_worker
 from trl_selfplay.generation.engine import EngineSettings, EngineWeights
 from trl_selfplay.generation.model_traits import describe_model
 from trl_selfplay.generation.ray_cluster import RayCluster
-from trl_selfplay.generation.ray_sampler import PoolSettings, RaySampler
+from trl_selfplay.generation.ray_sampler import PoolSettings, RaySampler, _Worker
 from trl_selfplay.generation.ray_worker import RayWorker, WorkerPlan, describe_folder
 from trl_selfplay.generation.request_queue import RequestQueue
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
@@ -89,6 +91,57 @@ def test_samples_are_those_of_the_model_also_if_a_worker_is_killed(
     next(sampler.sample(REQUESTS, OPTIONS, 8))
     sampler.release()
     assert ray.is_initialized(), "the test has made the connection, and the sampler closed it"
+
+
+@pytest.mark.slow
+def test_the_only_worker_is_replaced_however_old_the_pool_is(
+    local_ray, build, worker_processes, monkeypatch
+) -> None:
+    """Its replacement gets as long as the first one got, an hour later too."""
+    sampler = build(num_workers=1)
+    expected = drawn(sampler.sample(REQUESTS, OPTIONS, 8))
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 3600)
+    worker_processes()[-1].kill()
+    assert drawn(sampler.sample(REQUESTS, OPTIONS, 8)) == expected
+
+
+@pytest.mark.parametrize(
+    ("looks", "has_worker", "patience_s"),
+    [
+        ("", False, 3),
+        ("...", False, 0),
+        ("..x", False, 3),
+        ("..x.x..", False, 1),
+        (8 * ".", True, 3),
+    ],
+)
+def test_only_seconds_without_news_and_without_a_worker_use_up_the_patience(
+    plan, monkeypatch, looks, has_worker, patience_s
+) -> None:
+    """Looks with news are "x"; the time between looks, in which others grade, doesn't count."""
+    coming = iter(looks)
+    sampler = RaySampler(RayCluster(), plan, PoolSettings(1, start_patience_s=3.0), lambda: None)
+    worker = _Worker(None, "first" if has_worker else None)
+    sampler._workers = [worker]
+    sampler._ray = SimpleNamespace(
+        wait=lambda awaited, **_: (awaited if next(coming, ".") == "x" else [], []),
+        exceptions=None,
+        available_resources=dict,
+    )
+    monkeypatch.setattr(sampler, "_read", lambda *_: [])
+
+    def look() -> None:
+        sampler._awaited = {"answer": worker}
+        sampler._receive(None)
+
+    for _ in looks:
+        look()
+    worker.version = None  # if it was there, it is lost, and the next one is starting
+    for _ in range(patience_s):
+        look()
+    with pytest.raises(EngineFailure, match="no Ray worker has started within 4 s"):
+        look()
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ so it makes no difference which worker draws it.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ class PoolSettings:
         num_workers: How many.
         num_cpus: CPUs that Ray reserves for each; a fraction is allowed.
         num_gpus: GPUs that Ray reserves for each, and that it alone sees.
-        start_patience_s: Seconds within which a first worker must have started.
+        start_patience_s: Seconds to wait for a worker, while there is none, without news of any.
     """
 
     num_workers: int
@@ -117,9 +116,7 @@ class RaySampler:
         self._weights: EngineWeights | None = None
         self._folders: list[Folder] = []
         self._num_losses = 0  # since the last completion
-        self._last_ready = (
-            0.0  # when a worker was seen that had its weights, or the first was asked for
-        )
+        self._silence_s = 0.0  # waited without news, and without a worker that has its weights
         self._is_sampling = False
         self.engine_record: dict[str, Any] | None = None
         self.on_restart: Callable[[], None] | None = None
@@ -217,6 +214,7 @@ class RaySampler:
         """Have the workers, each of which has these weights or is about to load them."""
         if self._ray is None:
             self._ray = self._cluster.connect()
+        self._silence_s = 0.0
         if self._weights != weights:
             self._weights = weights
             paths = [weights.model, *([] if weights.adapter is None else [str(weights.adapter)])]
@@ -225,7 +223,6 @@ class RaySampler:
                 self._begin_loading(worker)
         if len(self._workers) < self._pool.num_workers:
             if not self._workers:
-                self._last_ready = time.monotonic()
                 self._announce(f"starting {self._pool.num_workers} Ray workers: may take minutes")
             self._fill_pool()
 
@@ -290,6 +287,7 @@ class RaySampler:
         if not ready:
             self._check_patience()
             return []
+        self._silence_s = 0.0
         worker = self._awaited.pop(ready[0])
         with self._replacing_if_lost(worker, queue):
             return self._read(ready[0], worker)
@@ -336,15 +334,15 @@ class RaySampler:
         return self._sent[folder]
 
     def _check_patience(self) -> None:
-        """Raise EngineFailure if all workers have waited for a place on a node, for too long."""
-        now = time.monotonic()
+        """Count a second without news; raise EngineFailure after too many without a worker."""
         if any(worker.version is not None for worker in self._workers):
-            self._last_ready = now
-        waited_s = now - self._last_ready
-        if waited_s > self._pool.start_patience_s:
+            self._silence_s = 0.0
+            return
+        self._silence_s += _SECONDS_BETWEEN_LOOKS
+        if self._silence_s > self._pool.start_patience_s:
             free = self._ray.available_resources()
             raise EngineFailure(
-                f"no Ray worker has started within {waited_s:.0f} s; each needs {self._pool.needs()}, "
+                f"no Ray worker has started within {self._silence_s:.0f} s; each needs {self._pool.needs()}, "
                 f"and free is {free}. Is the cluster busy with other jobs?",
                 may_pass=False,
             )
