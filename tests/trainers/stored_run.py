@@ -1,14 +1,17 @@
 """A run in a process of its own that keeps its rounds on a store, and may kill itself."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 from peft import LoraConfig
-from resumable_run import Kill, Killer
 from tiny_rewards import contains_solution
+from transformers import TrainerCallback
 
 from trl_selfplay import SPINConfig, SPINTrainer, STaRConfig, STaRTrainer
 from trl_selfplay.rounds.store import RoundsStore
@@ -18,6 +21,30 @@ _SETTINGS: dict[str, Any] = {
     "save_total_limit": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": [],
     "disable_tqdm": True, "gradient_checkpointing": False, "use_cpu": True,
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """The end of a process: after so many events of a phase, with the next one."""
+
+    phase: Literal["sampling", "training", "putting"]
+    after: int
+
+
+class Killer(TrainerCallback):
+    """Counts the events of a phase, and kills this process."""
+
+    def __init__(self, kill: Kill | None) -> None:
+        self._kill, self._count = kill, 0
+
+    def event(self, phase: str) -> None:
+        if self._kill is not None and self._kill.phase == phase:
+            self._count += 1
+            if self._count > self._kill.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.event("training")
 
 
 def run(
