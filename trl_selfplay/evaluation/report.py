@@ -143,7 +143,7 @@ def _caption(lines: Sequence[Mapping[str, Any]]) -> str:
     abstained = f"; abstained: {describe_causes(causes.items())}" if causes else ""
     engine = ""
     if any("engine" in line for line in lines):
-        engine = "engine gap: nats per token between vLLM's log-probs and the trainer's; "
+        engine = "engine gap: nats per token between the log-probs of the engine that samples and the trainer's; "
     return (
         f"funnel: sampled → finished → {graded}kept → trained; {engine}seconds: "
         f"{'/'.join(_phases(lines))}{abstained}"

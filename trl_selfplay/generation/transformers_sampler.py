@@ -205,9 +205,10 @@ class TransformersSampler:
                     batch_size = len(started) // 2
                     self._fitting = (batch_size, longest)
                     logger.warning(
-                        "out of memory with %d sequences at once; continuing with %d.",
+                        "out of memory with %d sequences at once; continuing with %d. The error: %s",
                         len(started),
                         batch_size,
+                        str(error).strip().split("\n")[0],
                     )
                 # The unfinished ones are sampled again: their streams give the same tokens.
                 queue.put_back(started)
