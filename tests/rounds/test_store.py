@@ -201,6 +201,8 @@ def test_objects_on_s3_that_lead_out_are_refused_and_those_that_mark_a_folder_le
         ("simplecache::s3://bucket/run", "isn't a URL"),
         ("s3://bucket", "name a folder in the bucket"),
         ("s3://bucket/", "name a folder in the bucket"),
+        ("s3://", "as in s3://bucket/run"),
+        ("nope://bucket/run", "no kind of store is called 'nope'"),
         (f"s3://someone:{PASSWORD}@bucket/run", "more than the place"),
         (f"s3://someone:{PASSWORD.replace('/', '')}@bucket/run", "more than the place"),
         (f"abfs://box@account/run?sig={PASSWORD}", "more than the place"),
@@ -222,13 +224,9 @@ def test_texts_of_clients_lose_their_secrets() -> None:
     assert without_url_secrets("s3://bucket/run/a.json") == "s3://bucket/run/a.json"
 
 
-@pytest.mark.parametrize(
-    ("url", "told"),
-    [("nope://bucket/run", "Protocol not known"), ("dvc://bucket/run", "Install what it names")],
-)
-def test_a_store_whose_client_is_missing_is_told_at_once(url, told) -> None:
-    with pytest.raises(StoreError, match=told) as caught:
-        RoundsStore(url).check_answers()
+def test_a_store_whose_client_is_missing_is_told_at_once() -> None:
+    with pytest.raises(StoreError, match="Install what it names") as caught:
+        RoundsStore("dvc://bucket/run").check_answers()
     assert caught.value.is_permanent
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
@@ -242,6 +240,6 @@ def test_a_bucket_that_is_missing_and_wrong_credentials_are_told_at_once(s3, mon
         store.write("a", b"")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    with pytest.raises(StoreError, match="credentials") as caught:
+    with pytest.raises(StoreError, match="Set AWS_ACCESS_KEY_ID and AWS_SECRET") as caught:
         RoundsStore("s3://no-such-bucket/run").check_answers()
     assert caught.value.is_permanent

@@ -35,7 +35,8 @@ _LOCAL_SCHEMES = ("file", "local", "memory")
 _PAUSES_S = (1.0, 4.0)  # beside the retries of the store's own client
 # What no second try mends; the names are botocore's, whose errors have no such class in Python.
 _PERMANENT = (PermissionError, FileNotFoundError, ImportError, ValueError)
-_PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
+_PERMANENT_NAMES = (*_NO_CREDENTIALS, "ParamValidationError")
 
 
 class StoreError(RuntimeError):
@@ -55,6 +56,8 @@ class StoreError(RuntimeError):
 
 def check_rounds_dir(url: str) -> None:
     """Raise ValueError for a `rounds_dir` that isn't a URL of one folder, or that holds a secret."""
+    from fsspec import available_protocols  # comes with datasets
+
     parts = urlsplit(url)
     if _PASSWORD.search(url) or parts.query or parts.fragment:
         raise ValueError(
@@ -68,7 +71,13 @@ def check_rounds_dir(url: str) -> None:
             "machine's disks rounds lie in output_dir, and rounds_dir stays None."
         )
     if parts.scheme not in _LOCAL_SCHEMES and not parts.path.strip("/"):
-        raise ValueError(f"rounds_dir={url!r}: name a folder in the bucket, as in {url}/run.")
+        place = f"{parts.scheme}://{parts.netloc or 'bucket'}/run"
+        raise ValueError(f"rounds_dir={url!r}: name a folder in the bucket, as in {place}.")
+    if parts.scheme not in available_protocols():
+        raise ValueError(
+            f"rounds_dir={url!r}: no kind of store is called {parts.scheme!r}. Give a URL that begins "
+            "with s3://, gs://, or another scheme that fsspec knows."
+        )
 
 
 def without_url_secrets(text: str) -> str:
@@ -356,6 +365,8 @@ class RoundsStore:
             remedy = (
                 'Install it: pip install "trl-selfplay[s3]".' if extra else "Install what it names."
             )
+        elif type(error).__name__ in _NO_CREDENTIALS:
+            remedy = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or write ~/.aws/credentials."
         elif is_permanent:
             remedy = "See that the bucket is there, and that the credentials may list, read, write and delete in it."
         else:
