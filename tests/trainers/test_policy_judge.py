@@ -120,7 +120,7 @@ def interrupt(trainer, moment):
 
 
 def test_a_run_that_was_interrupted_goes_on_with_the_same_judgements(judged, tmp_path) -> None:
-    """While held-out replies and then those of a round are sampled; test_resume.py kills processes."""
+    """While held-out replies and then those of a round are sampled; tests/faults kills processes."""
     judged("whole").train()
     for moment in (15, 40):
         trainer = judged("run")
