@@ -67,9 +67,9 @@ def test_a_folder_is_held_until_its_process_ends_however_it_ends(tmp_path) -> No
         "import os, signal; from pathlib import Path\n"
         "from trl_selfplay.disk import held_by_this_process\n"
         f"with held_by_this_process(Path({str(tmp_path)!r})):\n"
-        "    forked = os.fork()\n"
-        "    if not forked: signal.pause()\n"  # it lives on
-        "    print(forked, flush=True); input()"
+        "    if not os.fork():\n"
+        "        print(os.getpid(), flush=True); signal.pause()\n"  # it lives on
+        "    input()"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
