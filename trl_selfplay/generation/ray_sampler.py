@@ -182,9 +182,7 @@ class RaySampler:
                     return
                 self._give(queue, options, ceil(batch_size / self._pool.num_workers))
                 finished = self._receive(queue)
-                if (
-                    on_tokens is not None
-                ):  # none while nothing comes, so that the caller can end this
+                if on_tokens is not None:  # also of nothing, so that the caller can end this
                     on_tokens(sum(len(each.completion_ids) for _, each in finished))
                 yield from finished
         finally:
