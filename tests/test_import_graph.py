@@ -27,6 +27,7 @@ FLOW = (
     "generation",
     "estimation",
     "rewards",
+    "tools",
     "rollouts",
     "evaluation",
     "rounds",

@@ -141,7 +141,7 @@ class DecodeBatch:
         self, index: int, request: SampleRequest, tokenizer: PreTrainedTokenizerBase
     ) -> _Row:
         context_length = self._forward.traits.context_length
-        end = CompletionEnd(tokenizer, self._options, len(request.prompt_ids), context_length)
+        end = CompletionEnd(tokenizer, self._options, request, context_length)
         return _Row(index, request.stream_key, request.prompt_ids, end)
 
     def _find_last_position(self, lengths: Sequence[int]) -> int | None:

@@ -5,7 +5,7 @@ them. Out: `(request index, SampledCompletion)` pairs in the order in which they
 Implementations: transformers_sampler.py, vllm_sampler.py, ray_sampler.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -24,10 +24,13 @@ class SampleRequest:
         prompt_ids: Tokens of the prompt, at least one.
         stream_key: 64-bit key of this sample's random stream, see `random_streams.stream_key`. In
             float32, the same key, prompt and weights give the same completion in any batch.
+        max_completion_length: Most tokens of this completion, if fewer than the options say; None:
+            as they say.
     """
 
     prompt_ids: tuple[int, ...]
     stream_key: int
+    max_completion_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,16 @@ class SampledCompletion:
         finish: Why it ended: "eos", "stop" (a stop string) or "length" (truncated).
         logprob: Sum of the tokens' log-probs under the distribution sampled from, that is after
             penalty, temperature and filters; None unless requested.
+        completion_mask: For each token whether the policy wrote it; None: it wrote all of them.
+        messages: The turns of a trajectory as chat messages, those of tools among them; empty for
+            a single turn without tools.
     """
 
     completion_ids: tuple[int, ...]
     finish: Finish
     logprob: float | None = None
+    completion_mask: tuple[bool, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
 
 
 # The keys of `generation_kwargs`, and the options that they set.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_selfplay.generation.sampler import Finish, SamplingOptions
+from trl_selfplay.generation.sampler import Finish, SampleRequest, SamplingOptions
 
 
 class StopStringScanner:
@@ -62,7 +62,7 @@ class CompletionEnd:
     Args:
         tokenizer: Decodes the text that is searched for stop strings.
         options: Say what ends a completion.
-        prompt_length: Tokens of the prompt.
+        request: Its prompt, and its own limit.
         context_length: Most tokens of prompt and completion, or None.
 
     Attributes:
@@ -73,12 +73,14 @@ class CompletionEnd:
         self,
         tokenizer: PreTrainedTokenizerBase,
         options: SamplingOptions,
-        prompt_length: int,
+        request: SampleRequest,
         context_length: int | None,
     ) -> None:
         self.limit = options.max_completion_length
+        if request.max_completion_length is not None:
+            self.limit = min(self.limit, request.max_completion_length)
         if context_length is not None:
-            self.limit = min(self.limit, context_length - prompt_length)
+            self.limit = min(self.limit, context_length - len(request.prompt_ids))
         self._eos_token_ids = frozenset(options.eos_token_ids)
         stops = options.stop_strings
         self._scanner = StopStringScanner(tokenizer, stops) if stops else None

@@ -348,8 +348,7 @@ class VLLMSampler:
         return _MOST_SEQUENCES_ON_CPU if on_cpu else _MOST_SEQUENCES_ON_DEVICE
 
     def _end_of(self, request: SampleRequest, options: SamplingOptions) -> CompletionEnd:
-        prompt_length, context_length = len(request.prompt_ids), self._traits.context_length
-        return CompletionEnd(self._tokenizer, options, prompt_length, context_length)
+        return CompletionEnd(self._tokenizer, options, request, self._traits.context_length)
 
     def _check_length(
         self, request: SampleRequest, options: SamplingOptions, most: int | None

@@ -226,9 +226,7 @@ class VLLMServerSampler:
         body: Mapping[str, Any],
         stop: threading.Event,
     ) -> SampledCompletion:
-        end = CompletionEnd(
-            self._tokenizer, options, len(request.prompt_ids), self._traits.context_length
-        )
+        end = CompletionEnd(self._tokenizer, options, request, self._traits.context_length)
         asked = {
             **body,
             "prompt": list(request.prompt_ids),

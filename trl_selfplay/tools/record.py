@@ -1,0 +1,74 @@
+"""What passes between the parts of a trajectory.
+
+In: nothing. Out: a call as the policy wrote it, a tool's result, and the interface of a dialogue, which reads
+calls and renders results.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool as the policy wrote it.
+
+    Attributes:
+        name: The tool's name.
+        arguments: Named arguments, as JSON has them.
+        error: Why the call can't be made: it couldn't be read, or its arguments are no mapping.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a call came to.
+
+    Attributes:
+        name: The tool's name.
+        content: The text that the policy reads; of a failed call, what failed.
+        failed: Whether the tool raised, missed its deadline, died, or isn't there.
+    """
+
+    name: str
+    content: str
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A turn of the policy, read.
+
+    Attributes:
+        message: The turn as an assistant's message, for reward functions and readers.
+        calls: The calls in it, in their order; none if the turn is an answer.
+    """
+
+    message: dict[str, Any]
+    calls: tuple[ToolCall, ...] = ()
+
+
+class Dialogue(Protocol):
+    """The form in which a policy calls tools, and in which it is shown their results."""
+
+    stop_strings: tuple[str, ...]  # what ends a turn besides EOS
+
+    def read(self, turn_ids: Sequence[int], prefix_ids: Sequence[int], schemas: Any) -> Reply:
+        """Return what a turn says.
+
+        Args:
+            turn_ids: Its tokens, with EOS if it was sampled.
+            prefix_ids: All tokens before them.
+            schemas: The tools that the prompt showed.
+        """
+        ...
+
+    def observation_ids(
+        self, turn_ids: Sequence[int], results: Sequence[ToolResult]
+    ) -> tuple[int, ...]:
+        """Return the tokens between the last token of a turn and the first of the next one."""
+        ...

@@ -1,0 +1,306 @@
+"""Sample trajectories: the policy writes a turn, its calls are made, it reads the results and goes on.
+
+In: a sampler of single turns, tools, and the dialogue in which they are called. Out: `TrajectorySampler`, a
+`Sampler` whose completions have several turns, with a mask of what the policy wrote. Trajectories run side by
+side: while one waits for its tools, others are decoded.
+"""
+
+import hashlib
+import json
+import queue
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trl_selfplay.generation.sampler import (
+    Finish,
+    Requests,
+    SampledCompletion,
+    Sampler,
+    SampleRequest,
+    SamplingOptions,
+)
+from trl_selfplay.tools.record import Dialogue, ToolCall, ToolResult
+from trl_selfplay.tools.step_log import Step, StepLog
+from trl_selfplay.tools.tool_set import ToolSet
+
+_MOST_CALLS_AT_ONCE = 32
+
+
+def turn_key(key: int, turn: int) -> int:
+    """Return the key of the random stream of a trajectory's turn; that of the first is the trajectory's."""
+    if turn == 0:
+        return key
+    canonical = json.dumps([key, "turn", turn], separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(canonical.encode(), digest_size=8).digest(), "big")
+
+
+class TrajectorySampler:
+    """Adds turns with tools to a sampler.
+
+    A trajectory ends with a turn without calls, with `max_tool_calling_iterations` turns of calls, or where
+    it would exceed `max_completion_length` tokens, results included, or the model's context: it is then
+    truncated. A trajectory depends on its key, its prompt, the weights and its tools' results alone.
+
+    Args:
+        sampler: Samples a turn.
+        tools: What the policy may call.
+        dialogue: How it calls them and is shown results.
+        max_tool_calling_iterations: Most turns of a trajectory whose calls are made; None: no limit.
+        context_length: Most tokens of a prompt with its completion, or None.
+        step_log: Keeps steps as they happen, and gives back those of an interrupted run; None keeps nothing.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        tools: ToolSet,
+        dialogue: Dialogue,
+        max_tool_calling_iterations: int | None = None,
+        context_length: int | None = None,
+        step_log: StepLog | None = None,
+    ) -> None:
+        self._sampler = sampler
+        self._tools = tools
+        self._dialogue = dialogue
+        self._most_turns = max_tool_calling_iterations
+        self._context_length = context_length
+        self.step_log = step_log
+
+    def suggest_batch_size(self, longest_prompt: int, max_completion_length: int) -> int:
+        """Return how many trajectories of this length fit in memory at once."""
+        return self._sampler.suggest_batch_size(longest_prompt, max_completion_length)
+
+    def release(self) -> None:
+        """Free what sampling holds besides the model."""
+        self._sampler.release()
+
+    def sample(
+        self,
+        requests: Requests,
+        options: SamplingOptions,
+        batch_size: int,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, SampledCompletion]]:
+        """Yield `(request index, trajectory)` as trajectories finish: see `Sampler.sample`.
+
+        Raises:
+            ValueError: The dialogue can't show results to this model.
+        """
+        stops = tuple(dict.fromkeys((*options.stop_strings, *self._dialogue.stop_strings)))
+        of_turns = replace(options, stop_strings=stops)
+        with ThreadPoolExecutor(_MOST_CALLS_AT_ONCE, thread_name_prefix="tools") as pool:
+            course = _Course(self, requests, options, pool)
+            try:
+                for number, turn in self._sampler.sample(
+                    course.turns(), of_turns, batch_size, on_tokens
+                ):
+                    course.take(number, turn)
+                    yield from course.finished()
+                yield from course.finished()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def call(self, calls: tuple[ToolCall, ...]) -> tuple[ToolResult, ...]:
+        """Return the results of a turn's calls, which are made one after the other."""
+        return tuple(map(self._tools.call, calls))
+
+
+@dataclass(slots=True)
+class _Trajectory:
+    """A trajectory on its way: what has been written so far, and by whom."""
+
+    number: int
+    request: SampleRequest
+    ids: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    logprob: float | None = 0.0
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    num_turns: int = 0  # of the policy
+    num_failed: int = 0
+
+
+class _Course:
+    """Leads trajectories from turn to turn: what is sampled next, what waits, what has finished."""
+
+    def __init__(
+        self,
+        sampler: TrajectorySampler,
+        requests: Requests,
+        options: SamplingOptions,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self._sampler = sampler
+        self._source: Iterator[SampleRequest | None] | None = iter(requests)
+        self._options = options
+        self._pool = pool
+        self._num_begun = 0
+        self._sent: list[_Trajectory] = []  # by the number of the turn's request
+        self._next: deque[_Trajectory] = deque()  # have their results
+        self._num_decoding = self._num_calling = 0
+        self._called: queue.SimpleQueue[
+            tuple[_Trajectory, tuple[ToolCall, ...], tuple[ToolResult, ...] | BaseException]
+        ] = queue.SimpleQueue()
+        self._finished: deque[tuple[int, SampledCompletion]] = deque()
+
+    def turns(self) -> Iterator[SampleRequest | None]:
+        """Yield the turns to sample: of trajectories under way before new ones."""
+        while True:
+            self._collect_results()
+            trajectory = self._next.popleft() if self._next else self._begin()
+            if trajectory is not None:
+                yield self._send(trajectory)
+            elif self._num_decoding:
+                yield None
+            elif self._num_calling:
+                self._collect_results(wait=True)
+            elif self._source is None:
+                return
+            else:
+                yield None  # the source has none now, and says so
+
+    def finished(self) -> Iterator[tuple[int, SampledCompletion]]:
+        """Yield what has finished since the last call."""
+        while self._finished:
+            yield self._finished.popleft()
+
+    def _begin(self) -> _Trajectory | None:
+        """Return a new trajectory, or one whose steps are on disk, at its next turn."""
+        while self._source is not None:
+            try:
+                request = next(self._source)
+            except StopIteration:
+                self._source = None
+                break
+            if request is None:
+                break
+            trajectory = _Trajectory(self._num_begun, request)
+            self._num_begun += 1
+            log = self._sampler.step_log
+            steps = () if log is None else log.steps_of(request.stream_key)
+            if self._replay(trajectory, steps):
+                return trajectory
+        return None
+
+    def _replay(self, trajectory: _Trajectory, steps: tuple[Step, ...]) -> bool:
+        """Repeat recorded steps; return whether a turn is to be sampled next."""
+        for step in steps:
+            turn = SampledCompletion(step.turn_ids, step.finish, step.logprob)
+            calls = self._add_turn(trajectory, turn)
+            if not calls:
+                return False
+            if step.results is None:
+                self._call(trajectory, calls)
+                return False
+            if not self._add_results(trajectory, step.results):
+                return False
+        return True
+
+    def _send(self, trajectory: _Trajectory) -> SampleRequest:
+        self._sent.append(trajectory)
+        self._num_decoding += 1
+        request = trajectory.request
+        return SampleRequest(
+            (*request.prompt_ids, *trajectory.ids),
+            turn_key(request.stream_key, trajectory.num_turns),
+            self._options.max_completion_length - len(trajectory.ids),
+        )
+
+    def take(self, number: int, turn: SampledCompletion) -> None:
+        """Take a sampled turn: make its calls, or finish the trajectory."""
+        self._num_decoding -= 1
+        trajectory = self._sent[number]
+        self._keep(trajectory, Step(turn.completion_ids, turn.finish, turn.logprob))
+        if calls := self._add_turn(trajectory, turn):
+            self._call(trajectory, calls)
+
+    def _add_turn(self, trajectory: _Trajectory, turn: SampledCompletion) -> tuple[ToolCall, ...]:
+        """Add a turn to its trajectory; return the calls to make, none where it has ended."""
+        sampler, request = self._sampler, trajectory.request
+        prefix = (*request.prompt_ids, *trajectory.ids)
+        trajectory.ids += turn.completion_ids
+        trajectory.mask += [True] * len(turn.completion_ids)
+        trajectory.num_turns += 1
+        if turn.logprob is None or trajectory.logprob is None:
+            trajectory.logprob = None
+        else:
+            trajectory.logprob += turn.logprob
+        reply = sampler._dialogue.read(turn.completion_ids, prefix, sampler._tools.schemas)
+        trajectory.messages.append(reply.message)
+        is_last = sampler._most_turns is not None and trajectory.num_turns > sampler._most_turns
+        if not reply.calls or turn.finish == "length" or is_last:
+            self._finish(trajectory, turn.finish)
+            return ()
+        return reply.calls
+
+    def _call(self, trajectory: _Trajectory, calls: tuple[ToolCall, ...]) -> None:
+        self._num_calling += 1
+
+        def make() -> None:
+            results: tuple[ToolResult, ...] | BaseException
+            try:
+                results = self._sampler.call(calls)
+            except BaseException as error:  # raised by whoever iterates
+                results = error
+            self._called.put((trajectory, calls, results))
+
+        self._pool.submit(make)
+
+    def _collect_results(self, wait: bool = False) -> None:
+        """Add the results of finished calls; `wait` waits for the first."""
+        while self._num_calling:
+            try:
+                trajectory, _, results = self._called.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            self._num_calling -= 1
+            if isinstance(results, BaseException):
+                raise results
+            self._keep_results(trajectory, results)
+            if self._add_results(trajectory, results):
+                self._next.append(trajectory)
+
+    def _add_results(self, trajectory: _Trajectory, results: tuple[ToolResult, ...]) -> bool:
+        """Show results to the policy; return whether there is room for its next turn."""
+        sampler, request = self._sampler, trajectory.request
+        shown = sampler._dialogue.observation_ids(trajectory.ids, results)
+        length = len(trajectory.ids) + len(shown)
+        limit = sampler._context_length
+        if length >= self._options.max_completion_length or (
+            limit is not None and len(request.prompt_ids) + length >= limit
+        ):
+            self._finish(trajectory, "length")
+            return False
+        trajectory.ids += shown
+        trajectory.mask += [False] * len(shown)
+        trajectory.num_failed += sum(result.failed for result in results)
+        trajectory.messages += [
+            {"role": "tool", "name": r.name, "content": r.content} for r in results
+        ]
+        return True
+
+    def _finish(self, trajectory: _Trajectory, finish: Finish) -> None:
+        is_single = trajectory.num_turns == 1 and all(trajectory.mask)
+        self._finished.append(
+            (
+                trajectory.number,
+                SampledCompletion(
+                    tuple(trajectory.ids),
+                    finish,
+                    trajectory.logprob,
+                    None if is_single else tuple(trajectory.mask),
+                    tuple(trajectory.messages),
+                ),
+            )
+        )
+
+    def _keep(self, trajectory: _Trajectory, step: Step) -> None:
+        if self._sampler.step_log is not None:
+            self._sampler.step_log.add(trajectory.request.stream_key, step)
+
+    def _keep_results(self, trajectory: _Trajectory, results: tuple[ToolResult, ...]) -> None:
+        if self._sampler.step_log is not None:
+            self._sampler.step_log.add_results(trajectory.request.stream_key, results)
