@@ -61,7 +61,7 @@ def text_ends(script, ids):
 
 
 def adds_twice(text):
-    question, *observations = text.split("Observation:")
+    _, *observations = text.split("Observation:")
     if len(observations) < 2:
         return f'Thought: on.\nAction: add({{"a": {len(observations)}, "b": 2}})\nObservation:'
     return f"So {observations[-1].split()[0]}."

@@ -4,11 +4,10 @@ In: the tokens of a turn. Out: its calls, read by the tokenizer's `response_temp
 them, and the tokens with which the template shows results. Nothing that the policy wrote is rendered again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import parse_response
 
 from trl_selfplay.tools.record import Reply, ToolCall, ToolResult
 
@@ -18,6 +17,7 @@ class ChatDialogue:
 
     Args:
         tokenizer: With a `response_template`, see `trl.add_response_schema`.
+        eos_token_ids: What ends a turn.
         chat_template: A template in place of the tokenizer's own, or None.
         chat_template_kwargs: Further arguments of the template.
     """
@@ -27,10 +27,12 @@ class ChatDialogue:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Collection[int],
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._arguments = {
             "tokenize": True,
             "return_dict": False,
@@ -40,9 +42,10 @@ class ChatDialogue:
 
     def read(self, turn_ids: Sequence[int], prefix_ids: Sequence[int], schemas: Any) -> Reply:
         """See `Dialogue.read`."""
-        message = parse_response(
-            self._tokenizer, list(turn_ids), prefix=list(prefix_ids), tools=schemas
-        )
+        message = parse_message(self._tokenizer, turn_ids, prefix_ids, schemas)
+        if message is None:
+            text = self._tokenizer.decode(list(turn_ids), skip_special_tokens=True)
+            return Reply({"role": "assistant", "content": text})
         return Reply(message, tuple(map(_read_call, message.get("tool_calls") or ())))
 
     def observation_ids(
@@ -57,8 +60,9 @@ class ChatDialogue:
             ValueError: The template renders the turn before the results otherwise where results follow.
         """
         function = {"name": results[0].name, "arguments": {}}
-        calling: list[dict[str, Any]] = [
-            {"role": "user", "content": "?"},
+        asking: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
+        calling = [
+            *asking,
             {
                 "role": "assistant",
                 "content": "",
@@ -66,9 +70,10 @@ class ChatDialogue:
             },
         ]
         told = [{"role": "tool", "name": r.name, "content": r.content} for r in results]
+        start = len(self._render(asking, add_generation_prompt=False))
         before = self._render(calling, add_generation_prompt=False)
         after = self._render([*calling, *told], add_generation_prompt=True)
-        ends = [i for i, token in enumerate(before) if token == self._tokenizer.eos_token_id]
+        ends = [i for i in range(start, len(before)) if before[i] in self._eos_token_ids]
         if ends:  # a line break behind EOS belongs to what follows the turn
             before = before[: ends[-1] + 1]
         if after[: len(before)] != before:
@@ -78,8 +83,10 @@ class ChatDialogue:
                 "has one for many models."
             )
         added = after[len(before) :]
-        if ends and turn_ids[-1] != self._tokenizer.eos_token_id:  # ended by another token
-            added = [self._tokenizer.eos_token_id, *added]
+        if turn_ids[-1] == added[0] and turn_ids[-1] in self._eos_token_ids:
+            return tuple(added[1:])  # a turn of GLM's ends with the token that begins the results
+        if ends and turn_ids[-1] not in self._eos_token_ids:  # a stop string ended it
+            return (before[-1], *added)
         return tuple(added)
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> list[int]:
@@ -88,6 +95,27 @@ class ChatDialogue:
                 messages, add_generation_prompt=add_generation_prompt, **self._arguments
             )
         )
+
+
+def parse_message(
+    tokenizer: Any, turn_ids: Sequence[int], prefix_ids: Sequence[int], schemas: Any = None
+) -> dict[str, Any] | None:
+    """Return a turn as the assistant's message, divided by the tokenizer's `response_template`.
+
+    Returns:
+        None if it can't be divided, as with a malformed call, or if nothing was left of it.
+    """
+    tools = {} if schemas is None else {"tools": schemas}
+    try:
+        message = tokenizer.parse_response(list(turn_ids), prefix=list(prefix_ids), **tools)
+    except (ValueError, TypeError, AttributeError, LookupError):  # of transformers' parser
+        return None
+    if not isinstance(message, dict):
+        return None
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        content = content.removesuffix(tokenizer.eos_token)
+    return {**message, "content": content}
 
 
 def _read_call(call: Any) -> ToolCall:
