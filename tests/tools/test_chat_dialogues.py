@@ -75,7 +75,8 @@ def test_two_results_follow_each_other(family) -> None:
     try:
         whole = render(USER, calls, TOLD, {**TOLD, "content": "8"}, start_turn=True)
     except TemplateError as error:  # Llama's render one call per turn, but all results
-        assert "single tool-calls" in str(error)
+        if "single tool-calls" not in str(error):
+            raise
         assert "8" in tokenizer.decode(shown)
         return
     assert whole[-len(shown) :] == shown
