@@ -9,7 +9,7 @@ import hashlib
 import json
 import queue
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +35,47 @@ def turn_key(key: int, turn: int) -> int:
         return key
     canonical = json.dumps([key, "turn", turn], separators=(",", ":"))
     return int.from_bytes(hashlib.blake2b(canonical.encode(), digest_size=8).digest(), "big")
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectories:
+    """How trajectories are sampled, constant over a run.
+
+    Attributes:
+        tools: What the policy may call.
+        dialogue: How it calls them and is shown results.
+        max_tool_calling_iterations: Most turns of a trajectory whose calls are made; None: no limit.
+        context_length: Most tokens of a prompt with its completion, or None.
+    """
+
+    tools: ToolSet
+    dialogue: Dialogue
+    max_tool_calling_iterations: int | None = None
+    context_length: int | None = None
+
+    def over(
+        self,
+        sampler: Sampler,
+        rows: Sequence[Mapping[str, Any]] | None = None,
+        step_log: StepLog | None = None,
+    ) -> "TrajectorySampler":
+        """Return a sampler of trajectories over one of single turns.
+
+        Args:
+            sampler: Samples a turn.
+            rows: The dataset's columns of each request, for environments.
+            step_log: Keeps steps as they happen, and gives back those of an interrupted run; None keeps
+                nothing.
+        """
+        del rows
+        return TrajectorySampler(
+            sampler,
+            self.tools,
+            self.dialogue,
+            self.max_tool_calling_iterations,
+            self.context_length,
+            step_log,
+        )
 
 
 class TrajectorySampler:
