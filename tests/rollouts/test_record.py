@@ -1,3 +1,4 @@
+import json
 from dataclasses import fields, replace
 
 import pyarrow.parquet as pq
@@ -37,6 +38,15 @@ plain_rollouts = st.builds(
 )
 
 
+messages = st.lists(
+    st.dictionaries(
+        st.sampled_from(["role", "content", "tool_calls"]),
+        st.text() | st.none() | st.lists(st.dictionaries(st.text(), st.integers()), max_size=2),
+    ),
+    max_size=3,
+).map(tuple)
+
+
 @st.composite
 def any_rollout(draw: st.DrawFn) -> Rollout:
     """A rollout of which every second has tokens that the policy didn't write."""
@@ -48,6 +58,10 @@ def any_rollout(draw: st.DrawFn) -> Rollout:
         rollout,
         completion_ids=tuple(i for i, _ in drawn),
         completion_mask=tuple(m for _, m in drawn),
+        messages=draw(messages),
+        environment_reward=draw(scores),
+        halt=draw(st.sampled_from([None, "malformed", "tool_limit"])),
+        num_failed_calls=draw(st.integers(0, 99)),
     )
 
 
@@ -61,8 +75,16 @@ def test_a_shard_reads_back_as_it_was_written(tmp_path_factory, written) -> None
     assert load_rollouts(path) == written
 
 
+OF_TRAJECTORIES = ["messages", "environment_reward", "halt", "num_failed_calls"]
+
+
 @pytest.mark.parametrize(
-    ("version", "lacking"), [(1, ["completion_mask", "causes"]), (2, ["causes"])]
+    ("version", "lacking"),
+    [
+        (1, ["completion_mask", "causes", *OF_TRAJECTORIES]),
+        (2, ["causes", *OF_TRAJECTORIES]),
+        (3, OF_TRAJECTORIES),
+    ],
 )
 def test_a_shard_of_an_earlier_format_lacks_columns(
     tmp_path, make_rollout, version, lacking
@@ -100,6 +122,20 @@ def test_a_shard_of_a_later_format_is_left_alone_and_named(tmp_path, make_rollou
 def test_a_mask_of_another_length_is_refused(make_rollout) -> None:
     with pytest.raises(ValueError, match="completion_mask has 1 entries for 3 completion_ids"):
         make_rollout(completion_mask=(True,))
+
+
+def test_messages_are_a_column_of_json(tmp_path, make_rollout) -> None:
+    path = tmp_path / "00000.parquet"
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+    written = (
+        {"role": "assistant", "content": "\ud800 é", "tool_calls": [call]},  # half a surrogate pair
+        {"role": "tool", "name": "add", "content": "1"},
+    )
+    save_rollouts(path, [make_rollout(messages=written), make_rollout()])
+    of_trajectory, of_single_turn = pq.read_table(path).column("messages").to_pylist()
+    assert json.loads(of_trajectory) == list(written)
+    assert of_single_turn is None
+    assert load_rollouts(path)[0].messages == written
 
 
 def test_the_schema_has_every_field_of_the_record() -> None:

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 from trl_selfplay.confidential import shown
 
 Finish = Literal["eos", "stop", "length"]
+# Why a trajectory ended before the policy gave an answer.
+Halt = Literal["malformed", "tool_limit"]
 # What a completion is sampled for; part of the key of its random stream.
 Phase = Literal["train", "hint", "eval", "gold", "judge"]
 
@@ -74,6 +76,10 @@ class SampledCompletion:
         completion_mask: For each token whether the policy wrote it; None: it wrote all of them.
         messages: The turns of a trajectory as chat messages, those of tools among them; empty for
             a single turn without tools.
+        environment_reward: What the trajectory's environment gave for it, or None.
+        halt: Why the trajectory ended before the policy gave an answer: "malformed" (a call that
+            can't be read) or "tool_limit" (a call after the last one allowed); None if it didn't.
+        num_failed_calls: Number of the trajectory's calls that failed.
     """
 
     completion_ids: tuple[int, ...]
@@ -81,6 +87,9 @@ class SampledCompletion:
     logprob: float | None = None
     completion_mask: tuple[bool, ...] | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
+    environment_reward: float | None = None
+    halt: Halt | None = None
+    num_failed_calls: int = 0
 
 
 # The keys of `generation_kwargs`, and the options that they set.

@@ -49,6 +49,7 @@ from trl_selfplay.rollouts.shards import (
     save_plan,
     split_found,
 )
+from trl_selfplay.tools.trajectories import Trajectories
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Collector:
     eval_threshold: float | None = 1.0  # None: held-out rewards are graded, not right or wrong
     refuses_negative_rewards: bool = False
     eval_scorer: Scorer | None = None  # None: held-out prompts are graded like the others
+    trajectories: Trajectories | None = None  # None: completions are single turns without tools
 
     @property
     def heldout_scorer(self) -> Scorer | None:
@@ -349,9 +351,11 @@ class Collector:
             check_peers()
             progress.decode(num_tokens)
 
-        for request_index, sampled in self.sampler.sample(
-            requests, work.options, batch_size, on_tokens
-        ):
+        sampler = self.sampler
+        if self.trajectories is not None and work.phase != "judge":
+            rows = [{"prompt": a.row.prompt, **a.row.columns} for a, _ in wanted]
+            sampler = self.trajectories.over(sampler, rows)
+        for request_index, sampled in sampler.sample(requests, work.options, batch_size, on_tokens):
             if stop.is_set():
                 return
             assignment, sample_index = wanted[request_index]
@@ -372,6 +376,11 @@ class Collector:
                 finish=sampled.finish,
                 hinted=work.phase == "hint",
                 logprob=sampled.logprob,
+                completion_mask=sampled.completion_mask,
+                messages=sampled.messages,
+                environment_reward=sampled.environment_reward,
+                halt=sampled.halt,
+                num_failed_calls=sampled.num_failed_calls,
             )
         if left:
             raise RuntimeError(

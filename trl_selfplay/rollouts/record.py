@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_selfplay.disk import BRING_BACK, NewerFormatError, naming_damage, save_table
-from trl_selfplay.generation.sampler import Finish, Phase
+from trl_selfplay.generation.sampler import Finish, Halt, Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,12 @@ class Rollout:
             no cause is known.
         completion_mask: For each of `completion_ids`, whether the policy wrote it. Other tokens come
             from a tool or an environment and are never trained on. None: it wrote all of them.
+        messages: The turns of a trajectory as chat messages, those of tools among them; empty for
+            a single turn without tools.
+        environment_reward: What the trajectory's environment gave for it, or None.
+        halt: Why the trajectory ended before the policy gave an answer: "malformed" (a call that
+            can't be read) or "tool_limit" (a call after the last one allowed); None if it didn't.
+        num_failed_calls: Number of the trajectory's calls that failed.
 
     Raises:
         ValueError: `completion_mask` and `completion_ids` differ in length.
@@ -65,6 +71,10 @@ class Rollout:
     rewards: tuple[float | None, ...] = ()
     completion_mask: tuple[bool, ...] | None = None
     causes: tuple[str | None, ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
+    environment_reward: float | None = None
+    halt: Halt | None = None
+    num_failed_calls: int = 0
 
     def __post_init__(self) -> None:
         """Check the length of the mask."""
@@ -97,10 +107,18 @@ class Rollout:
 
 
 # The format of the files, in their metadata. 1, which files without a number have, lacks
-# `completion_mask`; 2 lacks `causes`.
-FORMAT = 3
+# `completion_mask`; 2 lacks `causes`; 3 lacks the columns of trajectories.
+FORMAT = 4
 _FORMAT_KEY = b"trl_selfplay_rollouts_format"
-_SINCE = {"completion_mask": 2, "causes": 3}  # the format that brought a column
+# The columns that later formats brought: since which, and what earlier rollouts have there.
+_BROUGHT: dict[str, tuple[int, Any]] = {
+    "completion_mask": (2, None),
+    "causes": (3, []),
+    "messages": (4, None),
+    "environment_reward": (4, None),
+    "halt": (4, None),
+    "num_failed_calls": (4, 0),
+}
 SCHEMA = pa.schema(
     [
         ("round_index", pa.int32()),
@@ -118,6 +136,10 @@ SCHEMA = pa.schema(
         ("rewards", pa.list_(pa.float64())),
         ("completion_mask", pa.list_(pa.bool_())),
         ("causes", pa.list_(pa.string())),
+        ("messages", pa.string()),  # JSON, null if there are none
+        ("environment_reward", pa.float64()),
+        ("halt", pa.string()),
+        ("num_failed_calls", pa.int32()),
     ],
     metadata={_FORMAT_KEY: str(FORMAT).encode()},
 )
@@ -188,11 +210,12 @@ def load_table(
                 f"formats up to {FORMAT}. Go on with the version that wrote it, or a later one: "
                 "pip install --upgrade trl-selfplay."
             )
-        table = file.read([name for name in columns if version >= _SINCE.get(name, 1)])
+        brought = {name: since for name, (since, _) in _BROUGHT.items()}
+        table = file.read([name for name in columns if version >= brought.get(name, 1)])
         for name in set(columns) - set(table.column_names):
-            if version >= _SINCE.get(name, 1):
+            if version >= brought.get(name, 1):
                 raise KeyError(f"there is no column {name!r}")
-            nothing: Any = None if name == "completion_mask" else []
+            _, nothing = _BROUGHT[name]
             absent = pa.array([nothing] * len(table), SCHEMA.field(name).type)
             table = table.append_column(name, absent)
         schema = pa.schema([SCHEMA.field(name) for name in columns], SCHEMA.metadata)
@@ -203,10 +226,7 @@ def to_table(rollouts: Sequence[Rollout]) -> pa.Table:
     """Return rollouts as a table with one column per field."""
     columns = {
         field.name: pa.array(
-            [
-                list(value) if isinstance(value := getattr(r, field.name), tuple) else value
-                for r in rollouts
-            ],
+            [_to_stored(field.name, getattr(r, field.name)) for r in rollouts],
             type=SCHEMA.field(field.name).type,
         )
         for field in fields(Rollout)
@@ -214,14 +234,25 @@ def to_table(rollouts: Sequence[Rollout]) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
+def _to_stored(name: str, value: Any) -> Any:
+    if (
+        name == "messages"
+    ):  # ASCII: a lone surrogate, which JSON can hold, can't be written as UTF-8
+        return json.dumps(value, default=str) if value else None
+    return list(value) if isinstance(value, tuple) else value
+
+
 def to_rollouts(table: pa.Table) -> list[Rollout]:
     """Return the rollouts of a table with the columns of `SCHEMA`."""
-    columns = (to_values(table.column(field.name)) for field in fields(Rollout))
+    columns = (to_values(table, field.name) for field in fields(Rollout))
     return list(map(Rollout, *columns))
 
 
-def to_values(column: pa.ChunkedArray) -> list[Any]:
-    """Return the values of a table's column, lists as tuples."""
+def to_values(table: pa.Table, name: str) -> list[Any]:
+    """Return the values of a table's column as fields of `Rollout` have them."""
+    column = table.column(name)
+    if name == "messages":
+        return [tuple(json.loads(text)) if text else () for text in column.to_pylist()]
     if not pa.types.is_list(column.type):
         return column.to_pylist()
     if column.type.value_type != pa.int32() or column.null_count:

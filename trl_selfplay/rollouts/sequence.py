@@ -199,9 +199,7 @@ class Rollouts(Sequence[Rollout]):
         known: dict[str, str] = {}
         for places, table in self._tables(names):
             for name, values in zip(names, found, strict=True):
-                for place, value in zip(
-                    places.tolist(), to_values(table.column(name)), strict=True
-                ):
+                for place, value in zip(places.tolist(), to_values(table, name), strict=True):
                     values[place] = known.setdefault(value, value) if type(value) is str else value
         return found
 
