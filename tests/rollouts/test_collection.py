@@ -14,10 +14,9 @@ from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.rewards.grading_model import GradingModel
 from trl_selfplay.rewards.scores import Scores
 from trl_selfplay.rewards.scoring import Scorer
-from trl_selfplay.rollouts import collection
 from trl_selfplay.rollouts.collection import Collector
 from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
-from trl_selfplay.rollouts.record import hash_prompt, load_rollouts, save_rollouts
+from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.shards import BATCHES_PER_SHARD, Assignment, plan_shards
 
 OPTIONS = SamplingOptions(6, temperature=1.0, eos_token_ids=(1,))
@@ -378,32 +377,3 @@ def test_chat_completions_reach_functions_as_grpo_s_do(chat_tokenizer, make_roll
     (message,) = seen[0]
     assert message["reasoning_content"] == "4?"
     assert message["content"] == "The answer is 5."
-
-
-def test_tags_that_are_special_tokens_stay_in_the_text(byte_tokenizer) -> None:
-    """Reward functions read them; other special tokens are no text."""
-    special = ["<answer>", "</answer>", "<|im_start|>", "<start_of_turn>", "</close>"]
-    byte_tokenizer.add_special_tokens({"additional_special_tokens": special})
-    tags = collection._find_tag_ids(byte_tokenizer)
-    assert byte_tokenizer.convert_ids_to_tokens(sorted(tags)) == special[:2]
-
-    def decode(text):
-        ids = byte_tokenizer(text)["input_ids"]
-        return collection._decode_completion(byte_tokenizer, ids, tags)
-
-    assert decode("so <answer>é 5</answer><eos>") == "so <answer>é 5</answer>"
-    assert decode("<|im_start|>so <answer>5</answer></close>") == "so <answer>5</answer>"
-    assert decode("<|im_start|>so 5<eos>") == "so 5"
-
-
-def test_half_a_surrogate_pair_is_neither_stored_nor_a_failure(tmp_path, make_rollout) -> None:
-    class Cut:
-        def decode(self, ids, **kwargs):
-            return "a \ud800 b"
-
-    text = collection._decode_completion(Cut(), [1], frozenset())
-    assert text == "a ? b"
-    rollout = make_rollout(completion=text, prompt_id=hash_prompt("\ud800", "\udfff"))
-    save_rollouts(tmp_path / "s.parquet", [rollout])
-    assert load_rollouts(tmp_path / "s.parquet") == [rollout]
-    assert hash_prompt("\ud800", "1") != hash_prompt("\ud801", "1")

@@ -8,10 +8,9 @@ first incomplete shard.
 """
 
 import logging
-import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -36,6 +35,12 @@ from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.ahead import run_ahead
 from trl_selfplay.rollouts.hand_out import take_shards
 from trl_selfplay.rollouts.prompts import PromptRow
+from trl_selfplay.rollouts.readable import (
+    completion_messages,
+    completion_text,
+    decode,
+    find_tag_ids,
+)
 from trl_selfplay.rollouts.record import Rollout, save_rollouts
 from trl_selfplay.rollouts.sequence import Rollouts, StoredShard
 from trl_selfplay.rollouts.shards import (
@@ -49,11 +54,10 @@ from trl_selfplay.rollouts.shards import (
     save_plan,
     split_found,
 )
+from trl_selfplay.tools.step_log import StepLog
 from trl_selfplay.tools.trajectories import Trajectories
 
 logger = logging.getLogger(__name__)
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Progress(Protocol):
@@ -237,7 +241,7 @@ class Collector:
             name, shard = names[number], work.shards[names[number]]
             found = [] if work.folder is None else load_shard(work.path(name))
             kept, missing = split_found(found, [work.assignments[i] for i in shard.prompt_ids])
-            progress.update(len(kept), sum(len(r.completion_ids) for r in kept), restored=True)
+            progress.update(len(kept), sum(len(r.own_ids) for r in kept), restored=True)
             if found and missing:
                 logger.warning(
                     "%s holds %d of the samples that are planned; the others are sampled.",
@@ -252,12 +256,13 @@ class Collector:
                 for prompt_id in shard.prompt_ids:
                     if prompt_id not in lacking:
                         yield _SampledPrompt(name, samples[prompt_id])
-                for rollout in self._sample(missing, shard.batch_size, work, progress, stop):
-                    same = samples[rollout.prompt_id]
-                    same.append(rollout)
-                    if len(same) == len(work.assignments[rollout.prompt_id].sample_indices):
-                        same.sort(key=lambda r: r.sample_index)
-                        yield _SampledPrompt(name, same)
+                with closing(self._sample(missing, name, work, progress, stop)) as sampled:
+                    for rollout in sampled:
+                        same = samples[rollout.prompt_id]
+                        same.append(rollout)
+                        if len(same) == len(work.assignments[rollout.prompt_id].sample_indices):
+                            same.sort(key=lambda r: r.sample_index)
+                            yield _SampledPrompt(name, same)
             except _Stopped:  # nobody waits for what was being decoded
                 pass
             finally:
@@ -267,6 +272,10 @@ class Collector:
                     engine = getattr(self.sampler, "engine_record", None)
                     if engine is not None and len(rollouts) > len(kept):
                         save_engine(work.folder / f"{work.prefix}engines.json", name, engine)
+                if work.folder is not None and len(rollouts) == work.count_samples(
+                    shard.prompt_ids
+                ):
+                    work.steps_path(name).unlink(missing_ok=True)
             if stop.is_set():
                 return
             yield _SampledPrompt(name, [])
@@ -325,12 +334,12 @@ class Collector:
     def _sample(
         self,
         assignments: Sequence[Assignment],
-        batch_size: int,
+        name: str,
         work: "_Work",
         progress: Progress,
         stop: Event,
-    ) -> Iterator[Rollout]:
-        """Yield each sample as it is finished."""
+    ) -> Generator[Rollout]:
+        """Yield each sample of a shard as it is finished."""
         if not assignments:
             return
         wanted = [(a, index) for a in assignments for index in a.sample_indices]
@@ -341,8 +350,8 @@ class Collector:
             )
             for a, sample_index in wanted
         ]
-        prompt_texts = {a.row.prompt_id: _decode(self.tokenizer, a.prompt_ids) for a in assignments}
-        tag_ids = _find_tag_ids(self.tokenizer)
+        prompt_texts = {a.row.prompt_id: decode(self.tokenizer, a.prompt_ids) for a in assignments}
+        tag_ids = find_tag_ids(self.tokenizer)
         left = set(range(len(wanted)))
 
         def on_tokens(num_tokens: int) -> None:
@@ -351,51 +360,67 @@ class Collector:
             check_peers()
             progress.decode(num_tokens)
 
-        sampler = self.sampler
-        if self.trajectories is not None and work.phase != "judge":
-            rows = [{"prompt": a.row.prompt, **a.row.columns} for a, _ in wanted]
-            sampler = self.trajectories.over(sampler, rows)
-        for request_index, sampled in sampler.sample(requests, work.options, batch_size, on_tokens):
-            if stop.is_set():
-                return
-            assignment, sample_index = wanted[request_index]
-            text_ids = sampled.completion_ids
-            if sampled.finish == "eos":
-                text_ids = text_ids[:-1]
-            left.remove(request_index)
-            progress.update(1, len(sampled.completion_ids))
-            yield Rollout(
-                round_index=work.round_index,
-                phase=work.phase,
-                prompt_id=assignment.row.prompt_id,
-                sample_index=sample_index,
-                prompt_ids=assignment.prompt_ids,
-                completion_ids=sampled.completion_ids,
-                prompt=prompt_texts[assignment.row.prompt_id],
-                completion=_decode_completion(self.tokenizer, text_ids, tag_ids),
-                finish=sampled.finish,
-                hinted=work.phase == "hint",
-                logprob=sampled.logprob,
-                completion_mask=sampled.completion_mask,
-                messages=sampled.messages,
-                environment_reward=sampled.environment_reward,
-                halt=sampled.halt,
-                num_failed_calls=sampled.num_failed_calls,
-            )
+        with ExitStack() as stack:
+            sampler = self._sampler_of(name, work, [a.row for a, _ in wanted], stack)
+            batch_size = work.shards[name].batch_size
+            for request_index, sampled in sampler.sample(
+                requests, work.options, batch_size, on_tokens
+            ):
+                if stop.is_set():
+                    return
+                assignment, sample_index = wanted[request_index]
+                left.remove(request_index)
+                rollout = Rollout(
+                    round_index=work.round_index,
+                    phase=work.phase,
+                    prompt_id=assignment.row.prompt_id,
+                    sample_index=sample_index,
+                    prompt_ids=assignment.prompt_ids,
+                    completion_ids=sampled.completion_ids,
+                    prompt=prompt_texts[assignment.row.prompt_id],
+                    completion=completion_text(self.tokenizer, sampled, tag_ids),
+                    finish=sampled.finish,
+                    hinted=work.phase == "hint",
+                    logprob=sampled.logprob,
+                    completion_mask=sampled.completion_mask,
+                    messages=sampled.messages,
+                    environment_reward=sampled.environment_reward,
+                    halt=sampled.halt,
+                    num_failed_calls=sampled.num_failed_calls,
+                )
+                progress.update(1, len(rollout.own_ids))
+                yield rollout
         if left:
             raise RuntimeError(
                 f"the sampler returned {len(wanted) - len(left)} completions for {len(wanted)} "
                 "requests"
             )
 
+    def _sampler_of(
+        self, name: str, work: "_Work", rows: Sequence[PromptRow], stack: ExitStack
+    ) -> Sampler:
+        """Return what samples a shard: the sampler, or trajectories over it, with their steps on disk.
+
+        Args:
+            name: The shard.
+            work: What is sampled.
+            rows: The row of each request.
+            stack: Closes the file of steps.
+        """
+        if self.trajectories is None or work.phase == "judge":
+            return self.sampler
+        log = None
+        if work.folder is not None:
+            log = stack.enter_context(closing(StepLog(work.steps_path(name))))
+        return self.trajectories.over(self.sampler, [row.columns for row in rows], log)
+
     def grade(
         self, rollouts: Sequence[Rollout], by_id: Mapping[str, PromptRow], name: str = ""
     ) -> list[Rollout]:
         """Return the rollouts, all of one phase, with their rewards.
 
-        Chat completions reach the reward functions as one assistant message, which the tokenizer's
-        `response_template`, where it has one, divides into thoughts and content, as for
-        GRPOTrainer. `name` is what the log calls these rollouts.
+        Chat completions reach the reward functions as messages, see `completion_messages`; others as
+        the text of what the policy wrote. `name` is what the log calls these rollouts.
 
         Raises:
             RuntimeError, ValueError, TypeError: From a reward function, named.
@@ -427,7 +452,7 @@ class Collector:
         return {
             "prompts": [row.prompt for row in rows],
             "completions": [
-                [_message(self.tokenizer, r)] if row.is_conversational else r.completion
+                completion_messages(self.tokenizer, r) if row.is_conversational else r.completion
                 for r, row in zip(rollouts, rows, strict=True)
             ],
             "completion_ids": [list(r.completion_ids) for r in rollouts],
@@ -455,6 +480,11 @@ class _Work:
     def path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.parquet"
+
+    def steps_path(self, name: str) -> Path:
+        """Return the file with the steps of trajectories, until the shard is whole and saved."""
+        assert self.folder is not None
+        return self.folder / f"{name}.steps.jsonl"
 
     def count_samples(self, prompt_ids: Iterable[str]) -> int:
         return sum(len(self.assignments[prompt_id].sample_indices) for prompt_id in prompt_ids)
@@ -510,48 +540,3 @@ def _check_not_negative(rollouts: Sequence[Rollout], names: Sequence[str]) -> No
                 f"loss_weighting='filter'. Prompt: {r.prompt[-200:]!r}. Completion: "
                 f"{r.completion[:200]!r}"
             )
-
-
-def _decode(tokenizer: Any, ids: Sequence[int], **kwargs: Any) -> str:
-    text: str = tokenizer.decode(list(ids), **kwargs)
-    # Half a surrogate pair, which a tokenizer in Python may leave, can't be written as UTF-8.
-    return text.encode("utf-8", "replace").decode() if _SURROGATE.search(text) else text
-
-
-def _decode_completion(tokenizer: Any, ids: Sequence[int], tag_ids: Collection[int]) -> str:
-    """Return the text without special tokens, except tags such as `<answer>`."""
-    kept = {i for i in ids if i in tag_ids}
-    if not kept:
-        return _decode(tokenizer, ids, skip_special_tokens=True)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - kept
-    return _decode(tokenizer, [i for i in ids if i not in special])
-
-
-def _find_tag_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the special tokens that form pairs of tags, such as `<answer>` and `</answer>`.
-
-    Reward functions read them, and decoding without special tokens removes them.
-    """
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {str(token): i for i, token in added.items() if token.special}
-    tags = [tag for tag in special if re.fullmatch(r"<[A-Za-z][\w-]+>", tag)]
-    pairs = [(tag, f"</{tag[1:]}") for tag in tags if f"</{tag[1:]}" in special]
-    return frozenset(special[tag] for pair in pairs for tag in pair)
-
-
-def _message(tokenizer: Any, rollout: Rollout) -> dict[str, Any]:
-    """Return a completion as the assistant's message, parsed if the tokenizer has a template for it."""
-    plain = {"role": "assistant", "content": rollout.completion}
-    if getattr(tokenizer, "response_template", None) is None:
-        return plain
-    try:
-        ids, prefix = list(rollout.completion_ids), list(rollout.prompt_ids)
-        parsed = tokenizer.parse_response(ids, prefix=prefix)
-    except (ValueError, TypeError):  # for example, a malformed tool call
-        return plain
-    if not isinstance(parsed, dict):  # a truncated one left nothing
-        return plain
-    content = parsed.get("content") or ""
-    if isinstance(content, str):
-        content = content.removesuffix(tokenizer.eos_token)
-    return {**parsed, "content": content}

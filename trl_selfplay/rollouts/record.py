@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ class Rollout:
         prompt_ids: Tokens of the prompt as sampled from, with few-shot examples and hint.
         completion_ids: Sampled tokens, with EOS only if it was sampled.
         prompt: `prompt_ids` as text, for readers. Training never reads it.
-        completion: `completion_ids` as text without special tokens, for graders and readers.
+        completion: What the policy wrote as text without special tokens, for graders and readers.
+            Of a trajectory, its turns in order, each beginning on a line of its own; what its tools
+            answered stands in `messages` alone.
         finish: "eos", "stop" (a stop string) or "length" (truncated).
         hinted: True if sampled with the answer as a hint (rationalization).
         logprob: Sum of the log-probs of the policy's own tokens under the distribution that they
@@ -86,6 +88,13 @@ class Rollout:
             )
 
     @property
+    def own_ids(self) -> tuple[int, ...]:
+        """The tokens that the policy wrote."""
+        if self.completion_mask is None:
+            return self.completion_ids
+        return tuple(compress(self.completion_ids, self.completion_mask))
+
+    @property
     def is_graded(self) -> bool:
         """Whether reward functions have graded it."""
         return len(self.rewards) > 0
@@ -96,14 +105,19 @@ class Rollout:
         return self.finish == "length"
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the policy came to an end; completions without one are never trained on."""
+        return not self.is_truncated and self.halt is None
+
+    @property
     def cause(self) -> str | None:
         """Why it has no reward: the first cause that a function named, or None."""
         known = (cause for cause in self.causes if cause is not None)
         return next(known, None) if self.reward is None else None
 
     def passes(self, threshold: float) -> bool:
-        """Return whether it isn't truncated and its reward is at least the threshold."""
-        return not self.is_truncated and self.reward is not None and self.reward >= threshold
+        """Return whether it is finished and its reward is at least the threshold."""
+        return self.is_finished and self.reward is not None and self.reward >= threshold
 
 
 # The format of the files, in their metadata. 1, which files without a number have, lacks
