@@ -1,13 +1,23 @@
 """Hints show the final answer and no more; the leak filter drops quotes and keeps reasoning."""
 
+import re
+import time
 from copy import deepcopy
 from typing import Any
 
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trl_selfplay.rollouts.prompts import load_prompt_rows
-from trl_selfplay.trainers.star.rationalization import add_hint, find_leak, leaks_of_rows
+from trl_selfplay.trainers.star.rationalization import (
+    _forms_of_answer,
+    _opening,
+    add_hint,
+    find_leak,
+    leaks_of_rows,
+)
 
 CQA = (
     "Q: What can be used to carry a small dog?\n"
@@ -263,6 +273,39 @@ def test_a_long_completion_is_judged_in_no_time() -> None:
     assert find_leak(GSM8K, "the answer is given " * 15_000 + "\n" * 20_000, "72") is not None
     assert find_leak(GSM8K, "so " * 50_000 + " " * 50_000 + "x", "72") is None
     assert add_hint(" \n" * 20_000 + "Why?" + " \n" * 20_000, "72").count("(72)") == 1
+
+
+def test_a_long_solution_that_is_not_quoted_takes_no_time() -> None:
+    solution, started = " ".join(map(str, range(100_000))), time.process_time()
+    assert find_leak(GSM8K, "Half of 48 is 24. The answer is 72.", solution) is None
+    assert time.process_time() - started < 3  # compiling its pattern takes a minute
+
+
+@st.composite
+def answers_and_completions(draw: st.DrawFn) -> tuple[str, str]:
+    """An answer, and a completion that may write it in another of the ways that its pattern matches."""
+    answer = draw(
+        st.text("aAkKsSiI\u0130\u0131\u017f\u212a\u00df.1234567 ,*_`", min_size=1, max_size=7)
+    ).strip()
+    ways = {" ": [" ", ",", ", ", "\n "], ",": [",", "", " "], "4": ["4", ",4", "**4", "_4"]}
+    for letters in ("iI\u0130\u0131", "sS\u017f", "kK\u212a", "aA"):
+        ways |= {letter: [*letters, f"{letter}**", f"`{letter}"] for letter in letters}
+    written = "".join(draw(st.sampled_from(ways.get(c, [c]))) for c in answer)
+    return answer, draw(st.sampled_from(["", "So ", "**"])) + written + draw(
+        st.sampled_from(["", ".", "**"])
+    )
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(answers_and_completions(), st.sampled_from(["Q?", "Q?\n(a) {}\n(b) no"]))
+def test_only_forms_of_the_answer_that_match_nowhere_are_left_out(pair, prompt):
+    """What is searched for beside them doesn't change, so neither does what is found."""
+    answer, completion = pair
+    prompt = prompt.format(answer)
+    all_forms = _forms_of_answer(prompt, answer, answer)
+    left_out = {*all_forms} - {*_forms_of_answer(prompt, answer, completion)}
+    for text in (completion, _opening(completion)):
+        assert not [form for form in left_out if re.search(form, text, re.I | re.S)]
 
 
 def test_the_filter_is_asked_with_the_unhinted_prompt_and_the_solution(make_rollout) -> None:

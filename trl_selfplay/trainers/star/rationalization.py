@@ -98,7 +98,7 @@ def find_leak(prompt: Prompt, completion: str, solution: Any) -> str | None:
     prompt_text = _prompt_text(prompt)
     if HINT_MARKER in completion and HINT_MARKER not in prompt_text:
         return "hint_marker"
-    answers = _forms_of_answer(prompt_text, _answer_of(solution))
+    answers = _forms_of_answer(prompt_text, _answer_of(solution), completion)
     if _mentions_hint(prompt_text, completion) or _argues_from_answer(completion, answers):
         return "mentions_hint"
     if answers:
@@ -336,16 +336,32 @@ def _opening(completion: str) -> str:
     return text[start:].strip()
 
 
-def _forms_of_answer(prompt_text: str, answer: str) -> list[str]:
-    """Return regular expressions for the ways to write an answer, the longest first."""
+def _forms_of_answer(prompt_text: str, answer: str, completion: str) -> list[str]:
+    """Return regular expressions for the ways to write an answer, the longest first.
+
+    Those that can't match in the completion are left out: to compile a long answer takes much
+    longer than to see that a completion doesn't quote it.
+    """
     if not answer:
         return []
     option = _right_option(_options(prompt_text), answer)
+    quotes_text = _folded(option.text if option else answer) in _folded(completion)
     if option is None:
-        return [_pattern_of(answer)]
-    letter, text = rf"(?:option\s+)?\(?{option.letter}\b[).:]?", _pattern_of(option.text)
+        return [_pattern_of(answer)] if quotes_text else []
+    letter = rf"(?:option\s+)?\(?{option.letter}\b[).:]?"
+    if not quotes_text:
+        return [letter]
+    text = _pattern_of(option.text)
     # "a basket" for the option "basket"
     return [rf"{letter}\s*{text}", rf"(?:(?:an?|the)\s+)?{text}", letter]
+
+
+def _folded(text: str) -> str:
+    """Return a text without case and what a pattern of an answer, or `_opening`, passes over.
+
+    The dotless i matches i where case is ignored, and stays another letter in `casefold`.
+    """
+    return re.sub("[\\s,*_`i\u0131\u0307]", "", text.casefold())
 
 
 def _pattern_of(answer: str) -> str:
