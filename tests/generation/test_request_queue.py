@@ -1,6 +1,7 @@
 """Requests that come while others decode, against the same ones given all at once."""
 
 from collections import deque
+from itertools import chain, repeat
 
 import pytest
 
@@ -74,10 +75,51 @@ def test_requests_of_an_iterator_are_asked_for_when_sampling_begins(build_model,
 
 def test_an_iterator_that_waits_for_nothing_is_an_error(build_model, tokenizer) -> None:
     sampler = TransformersSampler(build_model().eval(), tokenizer)
-    completions = sampler.sample(iter([request_of(PROMPTS[0], 0), None, None]), OPTIONS, 2)
+    asks = chain([request_of(PROMPTS[0], 0)], repeat(None))
+    completions = sampler.sample(asks, OPTIONS, 2)
     next(completions)
     with pytest.raises(RuntimeError, match="gave None while no completion was in progress"):
         next(completions)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_request_that_comes_between_two_steps_begins_at_the_next(
+    build_model, tokenizer, family
+) -> None:
+    """A tool's result comes when it is there, and not when another completion ends."""
+    sampler = TransformersSampler(build_model(family).eval(), tokenizer)
+    long, late = SampleRequest(PROMPTS[0], 1), SampleRequest(PROMPTS[1], 2, 3)
+    steps: list[int] = []
+
+    def requests():
+        yield long
+        while len(steps) < 5:
+            yield None
+        yield late
+
+    found = list(sampler.sample(requests(), SamplingOptions(24), 4, steps.append))
+    assert [index for index, _ in found] == [1, 0]
+    assert steps == [1] * 5 + [2] * 3 + [1] * 16
+    assert dict(found) == dict(sampler.sample([long, late], SamplingOptions(24), 4))
+
+
+def test_one_late_request_waits_until_a_join_pays_off(build_model, tokenizer) -> None:
+    """It would copy the keys of many rows for one."""
+    sampler = TransformersSampler(build_model().eval(), tokenizer)
+    first = [SampleRequest(PROMPTS[0], i, 12 if i < 6 else 24) for i in range(12)]
+    steps: list[int] = []
+
+    def requests():
+        yield from first
+        while len(steps) < 5:
+            yield None
+        yield SampleRequest(PROMPTS[1], 99, 3)
+        while len(steps) < 20:
+            yield None
+
+    found = list(sampler.sample(requests(), SamplingOptions(24), 16, steps.append))
+    assert steps == [12] * 12 + [7] * 3 + [6] * 9
+    assert [index for index, _ in found][6] == 12
 
 
 def test_a_bad_prompt_of_an_iterator_is_named_when_it_comes(build_model, tokenizer) -> None:

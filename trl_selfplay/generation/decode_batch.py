@@ -130,7 +130,7 @@ class DecodeBatch:
         self._chooser = chooser
         self._options = options
         self._rows = [self._build_row(index, request, tokenizer) for index, request in requests]
-        self._last_position = self._find_last_position([len(r.prompt_ids) for _, r in requests])
+        self._last_position = self._find_last_position(max(r.longest(options) for _, r in requests))
         self._seen: torch.Tensor | None = None
         self._logprobs: torch.Tensor | None = None
         self._tokens: torch.Tensor | None = None  # (B,), chosen but not yet fed to the model
@@ -144,12 +144,12 @@ class DecodeBatch:
         end = CompletionEnd(tokenizer, self._options, request, context_length)
         return _Row(index, request.stream_key, request.prompt_ids, end)
 
-    def _find_last_position(self, lengths: Sequence[int]) -> int | None:
+    def _find_last_position(self, longest: int) -> int | None:
         """Return the last valid position of any row, including finished ones, or None."""
-        traits, room = self._forward.traits, self._options.max_completion_length
+        traits = self._forward.traits
         limits = [traits.context_length]
         # A finished row that runs on must not switch the frequencies of the rows beside it.
-        if traits.rope_switch is not None and max(lengths) + room <= traits.rope_switch:
+        if traits.rope_switch is not None and longest <= traits.rope_switch:
             limits.append(traits.rope_switch)
         return min((limit - 1 for limit in limits if limit is not None), default=None)
 
@@ -196,8 +196,11 @@ class DecodeBatch:
         if self._options.repetition_penalty != 1.0:
             self._seen = _token_mask(prompts, self._logits)
 
-    def advance(self) -> list[tuple[int, SampledCompletion]]:
+    def advance(self, one_step: bool = False) -> list[tuple[int, SampledCompletion]]:
         """Decode until at least one row finishes; return the finished rows, or nothing at the end.
+
+        Args:
+            one_step: Return after a step, whether a row has finished or not.
 
         Raises:
             RuntimeError: The model's logits are NaN.
@@ -205,6 +208,8 @@ class DecodeBatch:
         finished: list[tuple[int, SampledCompletion]] = []
         while not finished and self._rows:
             finished = self._decode_one()
+            if one_step:
+                break
         return finished
 
     @property

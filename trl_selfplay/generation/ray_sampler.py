@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from trl_selfplay.generation.engine import EngineWeights
-from trl_selfplay.generation.generation_options import check_sampling_options
 from trl_selfplay.generation.ray_cluster import RayCluster
 from trl_selfplay.generation.ray_worker import (
     Folder,
@@ -24,7 +23,7 @@ from trl_selfplay.generation.ray_worker import (
     describe_folder,
     files_of,
 )
-from trl_selfplay.generation.request_queue import RequestQueue
+from trl_selfplay.generation.request_queue import SECONDS_BETWEEN_LOOKS, RequestQueue, queue_checked
 from trl_selfplay.generation.sampler import Requests, SampledCompletion, SamplingOptions
 from trl_selfplay.generation.vllm_process import EngineFailure
 
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Losses, per worker of the pool and without one completion between them, that end the phase.
 _LOSSES_PER_WORKER = 2
-_SECONDS_BETWEEN_LOOKS = 1.0
+_LONGEST_WAIT_S = 1.0
 _CLOSE_PATIENCE_S = 10.0
 
 
@@ -146,17 +145,14 @@ class RaySampler:
             requests: See `Sampler.sample`.
             options: See `Sampler.sample`.
             batch_size: Most sequences decoded together by all workers.
-            on_tokens: See `Sampler.sample`; called when completions arrive, and each second.
+            on_tokens: See `Sampler.sample`; called when completions arrive, and at least each second.
 
         Raises:
             ConnectionError: No cluster answers.
             EngineFailure: No worker can be started, or they are lost again and again.
             RuntimeError, ValueError: As a worker's sampler raises them.
         """
-        check_sampling_options(options)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
-        queue = RequestQueue(requests, self._plan.traits.context_length)
+        queue = queue_checked(requests, options, batch_size, self._plan.traits.context_length)
         return self._sample_checked(queue, options, batch_size, on_tokens)
 
     def _sample_checked(
@@ -181,7 +177,10 @@ class RaySampler:
                 if not queue and not in_progress:
                     return
                 self._give(queue, options, ceil(batch_size / self._pool.num_workers))
-                finished = self._receive(queue)
+                has_idle = any(w.version is not None and not w.numbers for w in self._workers)
+                finished = self._receive(
+                    queue, SECONDS_BETWEEN_LOOKS if queue.is_open and has_idle else _LONGEST_WAIT_S
+                )
                 if on_tokens is not None:  # also of nothing, so that the caller can end this
                     on_tokens(sum(len(each.completion_ids) for _, each in finished))
                 yield from finished
@@ -277,13 +276,13 @@ class RaySampler:
             draw = worker.actor.sample.options(num_returns="streaming")
             self._awaited[draw.remote(worker.version, requests, options, batch_size)] = worker
 
-    def _receive(self, queue: RequestQueue | None) -> list[tuple[int, SampledCompletion]]:
-        """Wait for news of a worker, a second at most; return the completions that have come."""
-        ready, _ = self._ray.wait(
-            list(self._awaited), num_returns=1, timeout=_SECONDS_BETWEEN_LOOKS
-        )
+    def _receive(
+        self, queue: RequestQueue | None, wait_s: float = _LONGEST_WAIT_S
+    ) -> list[tuple[int, SampledCompletion]]:
+        """Wait for news of a worker; return the completions that have come."""
+        ready, _ = self._ray.wait(list(self._awaited), num_returns=1, timeout=wait_s)
         if not ready:
-            self._check_patience()
+            self._check_patience(wait_s)
             return []
         self._silence_s = 0.0
         worker = self._awaited.pop(ready[0])
@@ -331,12 +330,12 @@ class RaySampler:
             self._sent[folder] = {file.name: self._ray.put(file.read_bytes()) for file in files}
         return self._sent[folder]
 
-    def _check_patience(self) -> None:
-        """Count a second without news; raise EngineFailure after too many without a worker."""
+    def _check_patience(self, waited_s: float) -> None:
+        """Count seconds without news; raise EngineFailure after too many without a worker."""
         if any(worker.version is not None for worker in self._workers):
             self._silence_s = 0.0
             return
-        self._silence_s += _SECONDS_BETWEEN_LOOKS
+        self._silence_s += waited_s
         if self._silence_s > self._pool.start_patience_s:
             free = self._ray.available_resources()
             raise EngineFailure(

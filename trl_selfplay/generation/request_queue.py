@@ -6,7 +6,25 @@ begin next, in an order that doesn't depend on the order in which they came.
 
 from collections.abc import Callable, Iterable, Iterator
 
-from trl_selfplay.generation.sampler import Requests, SampleRequest
+from trl_selfplay.generation.generation_options import check_sampling_options
+from trl_selfplay.generation.sampler import Requests, SampleRequest, SamplingOptions
+
+# How often a sampler that waits for others to decode looks for more requests.
+SECONDS_BETWEEN_LOOKS = 0.05
+
+
+def queue_checked(
+    requests: Requests, options: SamplingOptions, batch_size: int, context_length: int | None
+) -> "RequestQueue":
+    """Return the queue of a `sample`, whose arguments a sampler checks before it begins.
+
+    Raises:
+        ValueError: An option or the batch size is out of range, or a prompt can't be sampled from.
+    """
+    check_sampling_options(options)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
+    return RequestQueue(requests, context_length)
 
 
 class RequestQueue:
@@ -42,6 +60,11 @@ class RequestQueue:
     def __len__(self) -> int:
         """The number of requests that wait."""
         return len(self._waiting)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more requests may come."""
+        return self._source is not None
 
     @property
     def first(self) -> SampleRequest:

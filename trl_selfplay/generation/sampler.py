@@ -34,6 +34,13 @@ class SampleRequest:
     stream_key: int
     max_completion_length: int | None = None
 
+    def longest(self, options: "SamplingOptions") -> int:
+        """Return the most tokens of prompt and completion, whatever the model's context."""
+        most = options.max_completion_length
+        if self.max_completion_length is not None:
+            most = min(most, self.max_completion_length)
+        return len(self.prompt_ids) + most
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
@@ -162,9 +169,9 @@ class Sampler(Protocol):
         Requests may come from an iterator, which is pulled as places become free, after the
         completions that freed them were yielded. So a request can follow from an earlier completion
         while others are still being decoded. None in place of a request says that there is none
-        now; the iterator is asked again when the next completion has been yielded. The index of a
-        request is its place among those given. The iterator runs in the thread that iterates over
-        the completions.
+        now; while a place is free, the iterator is asked again after every step, or every few
+        hundredths of a second. So it has to answer at once. The index of a request is its place among
+        those given. The iterator runs in the thread that iterates over the completions.
 
         Weights, train mode, gradient checkpointing and the global random state are restored, even
         when the iterator is closed early or an exception passes through.

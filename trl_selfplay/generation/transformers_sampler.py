@@ -24,7 +24,6 @@ from trl_selfplay.generation.causal_forward import CausalForward
 from trl_selfplay.generation.decode_batch import DecodeBatch, SharedPrefix, TokenChooser
 from trl_selfplay.generation.generation_options import (
     check_generation_config,
-    check_sampling_options,
     collect_eos_token_ids,
 )
 from trl_selfplay.generation.model_traits import (
@@ -34,7 +33,7 @@ from trl_selfplay.generation.model_traits import (
     sampling_state,
 )
 from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
-from trl_selfplay.generation.request_queue import RequestQueue
+from trl_selfplay.generation.request_queue import RequestQueue, queue_checked
 from trl_selfplay.generation.sampler import (
     Requests,
     SampledCompletion,
@@ -60,8 +59,10 @@ _PATHS = {
 }
 # A shorter common prefix (the first tokens of a chat template) costs more in copies than it saves.
 _SHORTEST_SHARED_PREFIX = 16
-# Joining caches copies both; from this share of free places on, fuller steps make up for it.
+# Joining caches copies both; from this share of free places on, fuller steps make up for it. So they do
+# where one more row comes per this many that are decoded: of requests that come one by one, more may follow.
 _REFILL_SHARE = 1 / 4
+_ROWS_PER_LATE_ONE = 8
 
 
 class TransformersSampler:
@@ -151,11 +152,8 @@ class TransformersSampler:
                 alone doesn't fit in memory (more than one are tried in halves), or an iterator gave
                 None when nothing was in progress.
         """
-        check_sampling_options(options)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
         traits = self._traits()
-        queue = RequestQueue(requests, traits.context_length)
+        queue = queue_checked(requests, options, batch_size, traits.context_length)
         return self._sample_checked(queue, options, batch_size, traits, on_tokens)
 
     def _sample_checked(
@@ -170,7 +168,7 @@ class TransformersSampler:
             return
         with sampling_state(self._wrapped(), self._accelerator) as model:
             autocast = None if self._accelerator is None else self._accelerator.autocast
-            longest = len(queue.first.prompt_ids) + options.max_completion_length
+            longest = queue.first.longest(options)
             if self._static is not None and self._static.takes(model, traits):
                 rows = min(batch_size, len(queue.requests))
                 forward = self._static.build_forward(model, traits, autocast, rows, longest + 1)
@@ -187,7 +185,7 @@ class TransformersSampler:
                 with torch.no_grad():
                     prefix = _build_prefix(forward, prompts)
             while queue:
-                longest = len(queue.first.prompt_ids) + options.max_completion_length
+                longest = queue.first.longest(options)
                 if self._fitting is not None and longest >= self._fitting[1]:
                     batch_size = min(batch_size, self._fitting[0])
                 started: dict[int, SampleRequest] = {}
@@ -265,19 +263,17 @@ class TransformersSampler:
                 forward.forget_lengths()
             batch = build_batch(batch_size)
             assert batch is not None  # of `first` at least
-            finished = batch.advance()
-        while finished:
-            yield from finished
-            free = batch_size - batch.num_unfinished
-            refill_now = (
-                refills
-                and _REFILL_SHARE * batch_size <= free < batch_size
-                and queue.has_more(free, is_decoding=True)
-            )
+        while num_decoding := batch.num_unfinished:
+            free = batch_size - num_decoding
+            has_room = refills and _REFILL_SHARE * batch_size <= free < batch_size
+            refill_now = has_room and queue.has_more(free, is_decoding=True)
+            if queue.is_open and num_decoding > _ROWS_PER_LATE_ONE * len(queue):
+                refill_now = False
             with torch.no_grad():
                 if refill_now and (fresh := build_batch(free)) is not None:
                     batch.refill(fresh)
-                finished = batch.advance()
+                finished = batch.advance(one_step=has_room and queue.is_open)
+            yield from finished
 
     def release(self) -> None:
         """Free the buffers and captured steps of CUDA graphs."""
@@ -304,8 +300,7 @@ class TransformersSampler:
 
 def _passes_switch(request: SampleRequest, traits: ModelTraits, options: SamplingOptions) -> bool:
     """Return whether a row may grow past the length at which rotary frequencies change."""
-    longest = len(request.prompt_ids) + options.max_completion_length
-    return traits.rope_switch is not None and longest > traits.rope_switch
+    return traits.rope_switch is not None and request.longest(options) > traits.rope_switch
 
 
 def _build_prefix(

@@ -21,9 +21,8 @@ from trl_selfplay.generation.engine import (
     EngineSettings,
     EngineWeights,
 )
-from trl_selfplay.generation.generation_options import check_sampling_options
 from trl_selfplay.generation.model_traits import ModelTraits
-from trl_selfplay.generation.request_queue import RequestQueue
+from trl_selfplay.generation.request_queue import RequestQueue, queue_checked
 from trl_selfplay.generation.sampler import (
     Requests,
     SampledCompletion,
@@ -167,7 +166,8 @@ class VLLMSampler:
             requests: See `Sampler.sample`.
             options: See `Sampler.sample`.
             batch_size: Most requests in the engine at once, decoded or waiting there.
-            on_tokens: See `Sampler.sample`. Without stop strings, an engine gives completions as a whole.
+            on_tokens: See `Sampler.sample`. Without stop strings, an engine gives the completions of a
+                sequence of requests as a whole.
 
         Raises:
             ValueError: An option is out of range, a prompt is empty or fills the model's context,
@@ -177,15 +177,12 @@ class VLLMSampler:
             RuntimeError: The model's logits are NaN, an iterator gave None when nothing was in
                 progress, or another `sample` of this sampler hasn't ended.
         """
-        check_sampling_options(options)
+        queue = queue_checked(requests, options, batch_size, self._traits.context_length)
         if 0.0 < options.temperature < _LEAST_TEMPERATURE:
             raise ValueError(
                 f"temperature is {options.temperature}, and vLLM samples at {_LEAST_TEMPERATURE} at "
                 "least. Use 0.0 (greedy) or a higher one."
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but is {batch_size}.")
-        queue = RequestQueue(requests, self._traits.context_length)
         return self._sample_checked(queue, options, batch_size, on_tokens)
 
     def _sample_checked(
@@ -269,8 +266,9 @@ class VLLMSampler:
                         "logprobs": 0 if options.return_logprobs else None,
                     },
                     "excluded": sorted(self._excluded - {*options.eos_token_ids}),
-                    # A stop string is looked for after every token; else the end is soon enough.
-                    "streams": bool(options.stop_strings),
+                    # A stop string is looked for after every token, and so are more requests; else the
+                    # end is soon enough.
+                    "streams": bool(options.stop_strings) or queue.is_open,
                     "adapter": None if adapter is None else [self._adapter_number, str(adapter)],
                 }
             )

@@ -23,9 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_selfplay.disk import RESUME
 from trl_selfplay.generation.engine import EngineWeights
-from trl_selfplay.generation.generation_options import check_sampling_options
 from trl_selfplay.generation.model_traits import ModelTraits
-from trl_selfplay.generation.request_queue import RequestQueue
+from trl_selfplay.generation.request_queue import SECONDS_BETWEEN_LOOKS, RequestQueue, queue_checked
 from trl_selfplay.generation.sampler import (
     Requests,
     SampledCompletion,
@@ -123,8 +122,7 @@ class VLLMServerSampler:
             ServerError: It refuses a request, for example to load the adapter.
             ValueError: An option is out of range, or a prompt is empty or fills the context.
         """
-        check_sampling_options(options)
-        pending = RequestQueue(requests, self._traits.context_length)
+        pending = queue_checked(requests, options, batch_size, self._traits.context_length)
         return self._sample_checked(pending, options, batch_size, on_tokens)
 
     def _sample_checked(
@@ -159,7 +157,13 @@ class VLLMServerSampler:
                         num_running += 1
                     if not num_running:
                         return
-                    number, result = finished.get()
+                    has_room = pending.is_open and num_running < batch_size
+                    try:
+                        number, result = finished.get(
+                            timeout=SECONDS_BETWEEN_LOOKS if has_room else None
+                        )
+                    except queue.Empty:
+                        continue
                     num_running -= 1
                     if isinstance(result, Exception):
                         raise result
