@@ -8,6 +8,7 @@ vLLM; tests with the mark `vllm` use it.
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,18 @@ class StandIn:
         """Return what the engines noted: "engine", "request", "abort", "orphan", "wrong"."""
         notes = map(json.loads, self._log.read_text().splitlines())
         return [note for note in notes if kind in note]
+
+
+def stand_in_text() -> Callable[..., Iterator[int]]:
+    """Return the function from prompt, seed and adapter to what the stand-in's engines write."""
+    kept = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "vllm"}
+    sys.path.insert(0, str(STAND_IN))
+    try:
+        import vllm
+
+        return vllm.tokens_of
+    finally:
+        sys.path.remove(str(STAND_IN))
+        for name in [n for n in sys.modules if n.split(".")[0] == "vllm"]:
+            del sys.modules[name]
+        sys.modules.update(kept)

@@ -2,12 +2,11 @@
 
 import itertools
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from engines import STAND_IN, StandIn
+from engines import StandIn, stand_in_text
 
 from trl_selfplay.generation.checked_sampler import CheckedSampler
 from trl_selfplay.generation.engine import EngineSettings, EngineWeights
@@ -50,17 +49,7 @@ def build(stand_in, tokenizer, build_model):
 @pytest.fixture(scope="module")
 def tokens_of():
     """The text of the stand-in."""
-    kept = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "vllm"}
-    sys.path.insert(0, str(STAND_IN))
-    try:
-        import vllm
-
-        return vllm.tokens_of
-    finally:
-        sys.path.remove(str(STAND_IN))
-        for name in [n for n in sys.modules if n.split(".")[0] == "vllm"]:
-            del sys.modules[name]
-        sys.modules.update(kept)
+    return stand_in_text()
 
 
 def requests(count: int, length: int = 5) -> list[SampleRequest]:
