@@ -1,5 +1,6 @@
 """Calls and results in the chat templates that TRL ships: what the policy wrote stays as it is."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import add_response_schema, get_training_chat_template
 
+from trl_selfplay.tools.arguments import find_wrong
 from trl_selfplay.tools.chat import ChatDialogue
 from trl_selfplay.tools.record import ToolResult
 from trl_selfplay.tools.tool_set import ToolSet
@@ -91,12 +93,71 @@ def test_a_turn_that_a_stop_string_ended_is_closed(family) -> None:
     assert shown in (closed, (tokenizer.eos_token_id, *closed))
 
 
-def test_a_call_that_cannot_be_read_is_text(family) -> None:
+def test_a_call_that_cannot_be_read_is_malformed(family) -> None:
+    """RA-11: whatever is cut off a call's end, or changed in it, no other call is read from it."""
     tokenizer, dialogue, schemas, render = family
-    for text in ("<tool_call>\n{'name': ", "<tool_call>[1, 2]</tool_call>", '{"name": 3}', "7"):
-        turn = tokenizer.encode(text, add_special_tokens=False)
-        reply = dialogue.read(
-            [*turn, tokenizer.eos_token_id], render(USER, start_turn=True), schemas
+    prompt, whole = render(USER, start_turn=True), render(USER, CALLS, TOLD, start_turn=True)
+    shown = dialogue.observation_ids([tokenizer.eos_token_id], [ToolResult("add", "7")])
+    turn = whole[len(prompt) : -len(shown)]
+    text = tokenizer.decode(turn)
+    eos = text[-1:] and tokenizer.eos_token
+    body = text.removesuffix(eos).rstrip()
+    start = body.index("add")
+
+    def read(changed):
+        ids = tokenizer.encode(changed, add_special_tokens=False)
+        return dialogue.read(ids, prompt, schemas)
+
+    whole_call = read(text).calls
+    assert [call.arguments for call in whole_call] == [{"a": 3, "b": 4}]
+    is_bare_json = body.startswith("{")  # a call that isn't begun is an answer there
+    for end in range(start + 1, len(body)):
+        reply = read(f"{body[:end]}{eos}")
+        assert (
+            reply.malformed or (end > body.index("4") and reply.calls == whole_call) or is_bare_json
         )
-        assert all(call.error is not None or call.name != "add" for call in reply.calls)
-        assert reply.message["role"] == "assistant"
+        assert reply.malformed or not is_bare_json or reply.calls == ()
+        assert not reply.malformed or "tool_calls" not in reply.message
+
+
+def test_an_answer_is_not_malformed(family) -> None:
+    tokenizer, dialogue, schemas, render = family
+    prompt = render(USER, start_turn=True)
+    for text in ("So 7.", "", "[1, 2]", '{"name": 3}', "1 < 2 > 0", "to=functions"):
+        ids = tokenizer.encode(f"{text}{tokenizer.eos_token}", add_special_tokens=False)
+        reply = dialogue.read(ids, prompt, schemas)
+        assert not reply.malformed
+        assert reply.calls == ()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3_5_think", "nemotron_3_nano"], indirect=True)
+def test_tags_left_in_the_text_are_malformed_but_not_in_closed_thoughts(family) -> None:
+    tokenizer, dialogue, schemas, render = family
+    prompt = render(USER, start_turn=True)
+
+    def is_malformed(text):
+        ids = tokenizer.encode(f"{text}<|im_end|>", add_special_tokens=False)
+        return dialogue.read(ids, prompt, schemas).malformed
+
+    assert is_malformed("so\n<tool_call>")
+    assert is_malformed('{"name": "add"}\n</tool_call>')
+    assert is_malformed("<tool_call>[1, 2]</tool_call>")
+    assert is_malformed('<tool_call>{"arguments": {}}</tool_call>')
+    thought = "" if tokenizer.decode(prompt).endswith("<think>\n") else "<think>"
+    assert not is_malformed(f"{thought}Shall I write <tool_call>?</think>\n7")
+
+
+def test_arguments_nested_beyond_reason_are_malformed(family) -> None:
+    tokenizer, dialogue, schemas, render = family
+    prompt, whole = render(USER, start_turn=True), render(USER, CALLS, TOLD, start_turn=True)
+    shown = dialogue.observation_ids([tokenizer.eos_token_id], [ToolResult("add", "7")])
+    text = tokenizer.decode(whole[len(prompt) : -len(shown)])
+    # Nemotron's pattern takes quadratic time in transformers' parser.
+    for depth in (100, 2_000 if "<function=" in text else 100_000):
+        deep = "[" * depth + "]" * depth
+        ids = tokenizer.encode(text.replace("3", deep), add_special_tokens=False)
+        reply = dialogue.read(ids, prompt, schemas)
+        assert reply.malformed or all(
+            json.dumps(dict(c.arguments)) and find_wrong(c.arguments, schemas[0])
+            for c in reply.calls
+        )

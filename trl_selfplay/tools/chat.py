@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_selfplay.tools.record import Reply, ToolCall, ToolResult
+from trl_selfplay.tools.call_format import ERRORS_OF_PARSER, CallFormat
+from trl_selfplay.tools.record import Reply, ToolCall, ToolResult, is_too_deep
 
 
 class ChatDialogue:
@@ -20,6 +21,9 @@ class ChatDialogue:
         eos_token_ids: What ends a turn.
         chat_template: A template in place of the tokenizer's own, or None.
         chat_template_kwargs: Further arguments of the template.
+
+    Raises:
+        ValueError: The tokenizer has no `response_template` with calls.
     """
 
     stop_strings: tuple[str, ...] = ()
@@ -33,6 +37,7 @@ class ChatDialogue:
     ) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._format = CallFormat(tokenizer)
         self._arguments = {
             "tokenize": True,
             "return_dict": False,
@@ -43,10 +48,15 @@ class ChatDialogue:
     def read(self, turn_ids: Sequence[int], prefix_ids: Sequence[int], schemas: Any) -> Reply:
         """See `Dialogue.read`."""
         message = parse_message(self._tokenizer, turn_ids, prefix_ids, schemas)
-        if message is None:
+        calls = [] if message is None else [*map(_read_call, message.get("tool_calls") or ())]
+        if (
+            message is None
+            or None in calls
+            or self._format.has_unread_call(turn_ids, prefix_ids, has_calls=bool(calls))
+        ):
             text = self._tokenizer.decode(list(turn_ids), skip_special_tokens=True)
-            return Reply({"role": "assistant", "content": text})
-        return Reply(message, tuple(map(_read_call, message.get("tool_calls") or ())))
+            return Reply({"role": "assistant", "content": text}, malformed=True)
+        return Reply(message, tuple(call for call in calls if call is not None))
 
     def observation_ids(
         self, turn_ids: Sequence[int], results: Sequence[ToolResult]
@@ -108,7 +118,7 @@ def parse_message(
     tools = {} if schemas is None else {"tools": schemas}
     try:
         message = tokenizer.parse_response(list(turn_ids), prefix=list(prefix_ids), **tools)
-    except (ValueError, TypeError, AttributeError, LookupError):  # of transformers' parser
+    except ERRORS_OF_PARSER:
         return None
     if not isinstance(message, dict):
         return None
@@ -118,11 +128,16 @@ def parse_message(
     return {**message, "content": content}
 
 
-def _read_call(call: Any) -> ToolCall:
+def _read_call(call: Any) -> ToolCall | None:
+    """Return a call as it was parsed, or None if it is none."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        return ToolCall("unknown", {}, f"no function call: {call!r:.200}")
-    arguments = function.get("arguments", {})
+        return None
+    arguments = function.get("arguments")
+    if arguments is None:  # templates leave it out of calls without arguments
+        arguments = {}
+    if is_too_deep(arguments):
+        return None
     if not isinstance(arguments, dict):
         return ToolCall(function["name"], {}, f"arguments are no mapping: {arguments!r:.200}")
     return ToolCall(function["name"], arguments)

@@ -4,60 +4,56 @@ In: the text of a turn, which ends before an observation. Out: its call, and the
 Source: ReAct, arXiv 2210.03629, section 3 and appendix C.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_selfplay.tools.record import Reply, ToolCall, ToolResult
+from trl_selfplay.tools.arguments import json_types
+from trl_selfplay.tools.record import Reply, ToolCall, ToolResult, is_too_deep
 
 OBSERVATION = "Observation:"
-# The last of a turn counts: `Action: search[who was it]`, or `Action: search({"query": "who was it"})`.
-_ACTION = re.compile(r"^[ \t]*Action:[ \t]*(\w+)[ \t]*(?:\[(.*)\]|\((.*)\))[ \t]*$", re.MULTILINE)
+_ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.*?)[ \t]*$", re.MULTILINE)
+# `search[who was it]`, or `search({"query": "who was it"})`.
+_CALL = re.compile(r"(\w+)[ \t]*(?:\[(.*)\]|\((.*)\))")
 
 
 class ReActDialogue:
     """Reads `Action: tool[argument]` lines and writes results behind `Observation:`.
 
-    A turn ends with `Observation:`, which the policy writes. In brackets stands the tool's first argument as
-    text; in parentheses a JSON object with all of them.
+    A turn ends with `Observation:`, which the policy writes, and calls what the `Action:` lines before it
+    say. In brackets stands the tool's first argument, as text, or as JSON if it isn't a string; in
+    parentheses a JSON object with all of them.
 
     Args:
         tokenizer: Decodes turns and encodes observations.
-        first_argument: The name of each tool's first argument, by the tool's name.
     """
 
     stop_strings = (OBSERVATION,)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, first_argument: dict[str, str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._first_argument = first_argument
 
     def read(self, turn_ids: Sequence[int], prefix_ids: Sequence[int], schemas: Any) -> Reply:
-        """See `Dialogue.read`."""
+        """See `Dialogue.read`.
+
+        An `Action:` line that is no call is malformed, and so is one that ends the turn: nobody was asked to
+        answer it.
+        """
         text = self._tokenizer.decode(list(turn_ids), skip_special_tokens=True)
         assert isinstance(text, str)
         message = {"role": "assistant", "content": text}
-        if OBSERVATION not in text:
-            return Reply(message)
-        actions = list(_ACTION.finditer(text[: text.index(OBSERVATION)]))
-        if not actions:
-            return Reply(message, (ToolCall("unknown", {}, "no line `Action: tool[argument]`"),))
-        return Reply(message, (self._read_action(actions[-1]),))
-
-    def _read_action(self, action: re.Match[str]) -> ToolCall:
-        name, bracketed, in_json = action.groups()
-        if bracketed is not None:
-            return ToolCall(name, {self._first_argument.get(name, "argument"): bracketed.strip()})
-        try:
-            arguments = json.loads(in_json or "{}")
-        except ValueError as error:
-            return ToolCall(name, {}, f"the arguments are no JSON: {error}")
-        if not isinstance(arguments, dict):
-            return ToolCall(name, {}, f"the arguments are no JSON object: {in_json:.200}")
-        return ToolCall(name, arguments)
+        said, stop, _ = text.partition(OBSERVATION)
+        if not stop:
+            last = said.rstrip().rpartition("\n")[2]
+            return Reply(message, malformed=_ACTION.fullmatch(last) is not None)
+        calls = [_read_action(action, schemas) for action in _ACTION.findall(said)]
+        if not calls or None in calls:
+            return Reply(message, malformed=True)
+        return Reply(message, tuple(call for call in calls if call is not None))
 
     def observation_ids(
         self, turn_ids: Sequence[int], results: Sequence[ToolResult]
@@ -65,3 +61,39 @@ class ReActDialogue:
         """See `Dialogue.observation_ids`."""
         text = "\n".join(result.content for result in results)
         return tuple(self._tokenizer.encode(f" {text}\n", add_special_tokens=False))
+
+
+def _read_action(action: str, schemas: Sequence[Mapping[str, Any]]) -> ToolCall | None:
+    """Return the call of an `Action:` line, or None if it can't be read."""
+    call = _CALL.fullmatch(action)
+    if call is None:
+        return None
+    name, bracketed, in_json = call.groups()
+    if bracketed is not None:
+        argument, is_text = _first_argument(name, schemas)
+        value: Any = bracketed.strip()
+        if not is_text:
+            with contextlib.suppress(ValueError, RecursionError):  # else its type is wrong
+                value = json.loads(value)
+        arguments: Any = {argument: value}
+    else:
+        try:
+            arguments = json.loads(in_json or "{}")
+        except (ValueError, RecursionError):
+            return None
+    if is_too_deep(arguments):
+        return None
+    if not isinstance(arguments, dict):
+        return ToolCall(name, {}, f"the arguments are no JSON object: {in_json:.200}")
+    return ToolCall(name, arguments)
+
+
+def _first_argument(name: str, schemas: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
+    """Return the name of a tool's first argument, and whether it may be a string."""
+    for schema in schemas:
+        function = schema.get("function", schema)
+        if function.get("name") == name:
+            for argument, described in function.get("parameters", {}).get("properties", {}).items():
+                kinds = json_types(described)
+                return argument, not kinds or "string" in kinds
+    return "argument", True

@@ -16,7 +16,7 @@ class ToolCall:
     Attributes:
         name: The tool's name.
         arguments: Named arguments, as JSON has them.
-        error: Why the call can't be made: it couldn't be read, or its arguments are no mapping.
+        error: Why the call can't be made: its arguments are no mapping.
     """
 
     name: str
@@ -46,10 +46,25 @@ class Reply:
     Attributes:
         message: The turn as an assistant's message, for reward functions and readers.
         calls: The calls in it, in their order; none if the turn is an answer.
+        malformed: Whether a call in it can't be read. It is never repaired.
     """
 
     message: dict[str, Any]
     calls: tuple[ToolCall, ...] = ()
+    malformed: bool = False
+
+
+# Deeper arguments can't be read: Python's own limit on recursion depends on who calls.
+_DEEPEST = 64
+
+
+def is_too_deep(value: Any, left: int = _DEEPEST) -> bool:
+    """Return whether a value of JSON is nested more deeply than any tool needs."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return False
+    return left == 0 or any(is_too_deep(each, left - 1) for each in value)
 
 
 class Dialogue(Protocol):

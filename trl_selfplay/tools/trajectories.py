@@ -16,6 +16,7 @@ from typing import Any
 
 from trl_selfplay.generation.sampler import (
     Finish,
+    Halt,
     Requests,
     SampledCompletion,
     Sampler,
@@ -81,9 +82,9 @@ class Trajectories:
 class TrajectorySampler:
     """Adds turns with tools to a sampler.
 
-    A trajectory ends with a turn without calls, with `max_tool_calling_iterations` turns of calls, or where
-    it would exceed `max_completion_length` tokens, results included, or the model's context: it is then
-    truncated. A trajectory depends on its key, its prompt, the weights and its tools' results alone.
+    A trajectory ends with a turn without calls, with a call that can't be read (halt "malformed"), with one
+    after `max_tool_calling_iterations` turns of calls (halt "tool_limit"), or where it would exceed
+    `max_completion_length` tokens, results included, or the model's context: it is then truncated. A trajectory depends on its key, its prompt, the weights and its tools' results alone.
 
     Args:
         sampler: Samples a turn.
@@ -271,10 +272,17 @@ class _Course:
         reply = sampler._dialogue.read(turn.completion_ids, prefix, sampler._tools.schemas)
         trajectory.messages.append(reply.message)
         is_last = sampler._most_turns is not None and trajectory.num_turns > sampler._most_turns
-        if not reply.calls or turn.finish == "length" or is_last:
+        if turn.finish == "length":
+            self._finish(trajectory, "length")
+        elif reply.malformed:
+            self._finish(trajectory, turn.finish, "malformed")
+        elif not reply.calls:
             self._finish(trajectory, turn.finish)
-            return ()
-        return reply.calls
+        elif is_last:
+            self._finish(trajectory, turn.finish, "tool_limit")
+        else:
+            return reply.calls
+        return ()
 
     def _call(self, trajectory: _Trajectory, calls: tuple[ToolCall, ...]) -> None:
         self._num_calling += 1
@@ -323,7 +331,7 @@ class _Course:
         ]
         return True
 
-    def _finish(self, trajectory: _Trajectory, finish: Finish) -> None:
+    def _finish(self, trajectory: _Trajectory, finish: Finish, halt: Halt | None = None) -> None:
         is_single = trajectory.num_turns == 1 and all(trajectory.mask)
         self._finished.append(
             (
@@ -334,6 +342,8 @@ class _Course:
                     trajectory.logprob,
                     None if is_single else tuple(trajectory.mask),
                     tuple(trajectory.messages),
+                    halt=halt,
+                    num_failed_calls=trajectory.num_failed,
                 ),
             )
         )
