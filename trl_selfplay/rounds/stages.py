@@ -530,13 +530,14 @@ class SelfPlay:
         )
 
     def keep_selection(self, folder: Path, selection: Selection) -> None:
-        """Save what became of each rollout, and what is taken from earlier rounds, in a round's folder.
+        """Save in a round's folder what became of each rollout, and what is trained on beside them.
 
         Print completions if configured.
         """
         if self.collector.accelerator.is_main_process:
             save_selection(folder / "selection.parquet", selection)
             save_history(folder / "history.parquet", selection.history)
+            save_history(folder / "drawn_gold.parquet", selection.gold)
             if self.config.log_completions:
                 print_completions(selection.rollouts, self.config.num_completions_to_print)
 

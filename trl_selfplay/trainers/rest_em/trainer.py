@@ -34,11 +34,12 @@ from trl_selfplay.trainers.rest_em.row_weights import (
 )
 from trl_selfplay.trainers.rest_em.thresholds import above_threshold
 from trl_selfplay.trainers.rounds import RoundsMixin
+from trl_selfplay.trainers.student import TeachesStudent, read_student
 
 logger = logging.getLogger(__name__)
 
 
-class ReSTEMTrainer(RoundsMixin, SFTTrainer):
+class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
     """Trains a causal language model on its own rewarded samples, round after round.
 
     Takes the arguments of `trl.SFTTrainer` in the same order, and the keyword-only parameters below.
@@ -57,6 +58,11 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         eval_reward_funcs: Functions that grade held-out completions instead of `reward_funcs`: the
             true scorer if `reward_funcs` is a reward model, whose own score also rises when it is
             exploited. None uses `reward_funcs`.
+        student_model: Hub id or folder of a smaller model. Once the rounds are finished it is trained on
+            the mixture of the last one, which nothing samples anew, into `output_dir/student`.
+        student_args: How: an SFTConfig, or a mapping of its fields that differ from `args`; None: as
+            in `args`.
+        student_peft_config: For new adapters of the student.
 
     Raises:
         ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
@@ -95,6 +101,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         reward_processing_classes: Any = None,
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
         normal_form: Callable[[str], Hashable] | None = None, gold_dataset: Any = None,
+        student_model: str | None = None, student_args: Any = None, student_peft_config: Any = None,
     ) -> None:  # fmt: skip
         args = construction.read_config(args, ReSTEMConfig, model, "ReSTEM")
         construction.refuse_arguments(
@@ -112,6 +119,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
         grading = construction.read_grading(
             args, reward_funcs, reward_processing_classes, eval_reward_funcs
         )
+        student = read_student(student_model, student_args, student_peft_config, args)
         rows = load_prompt_rows(train_dataset, "train_dataset", reward_funcs=reward_funcs)
         self.normal_form = normal_form or default_normal_form
         super().__init__(
@@ -120,6 +128,7 @@ class ReSTEMTrainer(RoundsMixin, SFTTrainer):
             data_collator=data_collator, callbacks=callbacks,
             compute_loss_func=compute_loss_func, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             grading=replace(grading, refuses_negative=weighs),
+            student=student,
             examples=construction.read_examples(args, few_shot_examples, rows),
         )  # fmt: skip
         if weighs:

@@ -1,0 +1,331 @@
+"""Self-distillation: train a smaller model on what a run selected for its policy.
+
+In: the folder of a run whose rounds are finished, and a smaller model. Out: that model, trained on the
+mixture of the last finished round, with its held-out scores before and after. Nothing is sampled for
+training: the rows are those on disk. To the rest of the package the student is a run of one round.
+
+Source: ReST meets ReAct, arXiv 2312.10003, section 3.6.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import TrainOutput
+from trl import SFTConfig, SFTTrainer
+
+from trl_selfplay.disk import refuse_missing_path
+from trl_selfplay.inspection.run_folder import RunFolder
+from trl_selfplay.rewards.grading_model import GradingModel
+from trl_selfplay.rollouts.gold import Gold
+from trl_selfplay.rollouts.played import PlayedRound
+from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.selection import Outcome, Selection
+from trl_selfplay.rollouts.sequence import Rollouts
+from trl_selfplay.rollouts.stored import read_history
+from trl_selfplay.rounds.identity import summarize_each
+from trl_selfplay.rounds.stages import SelfPlay
+from trl_selfplay.trainers.construction import Grading, load_processing_class
+from trl_selfplay.trainers.graded_config import GradedConfig
+from trl_selfplay.trainers.rounds import RoundsMixin
+
+logger = logging.getLogger(__name__)
+
+# Fields of the policy's config that say how held-out prompts are asked and judged.
+_AS_THE_POLICY = (
+    "max_completion_length", "top_p", "top_k", "min_p", "repetition_penalty", "stop_strings",
+    "generation_kwargs", "chat_template_kwargs", "sanitize_control_tokens", "num_generations_eval",
+    "temperature_eval", "few_shot_in_training", "reward_threshold",
+)  # fmt: skip
+# Fields of TRL's config that belong to one model, its folder and its repository.
+_OF_ONE_MODEL = (
+    "output_dir", "run_name", "push_to_hub", "hub_model_id", "chat_template_path", "eos_token",
+    "pad_token", "resume_from_checkpoint",
+)  # fmt: skip
+_UNNAMED_FOLDER = "trainer_output"  # the `output_dir` of a config that was given none
+
+
+@dataclass
+class StudentConfig(GradedConfig, SFTConfig):
+    """Configuration of a student: SFTConfig's fields, and how its held-out scores are taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A smaller model to train on a run's mixture, checked before the run begins.
+
+    Attributes:
+        model: Its Hub id or folder.
+        args: How it is trained and scored.
+        tokenizer: The policy's if both have the same vocabulary.
+        peft_config: For new adapters, or None.
+    """
+
+    model: str
+    args: StudentConfig
+    tokenizer: PreTrainedTokenizerBase
+    peft_config: Any = None
+
+
+def read_student(
+    model: Any, args: SFTConfig | Mapping[str, Any] | None, peft_config: Any, policy: Any
+) -> tuple[str, StudentConfig, Any] | None:
+    """Check the arguments of a student, before anything is loaded; None if there is none.
+
+    Args:
+        model: Its Hub id or folder.
+        args: How it is trained: TRL's config; or fields that differ from the policy's; None: none does.
+        peft_config: For new adapters.
+        policy: The config of the trainer whose selections it is trained on.
+
+    Raises:
+        FileNotFoundError: `model` is the path of a folder that isn't there.
+        TypeError: `model` is no id or folder, or `args` is a config of another kind.
+        ValueError: An adapter's folder; settings that can't work, or without a student.
+    """
+    if model is None:
+        given = {"student_args": args, "student_peft_config": peft_config}
+        for name in (name for name, value in given.items() if value is not None):
+            raise ValueError(f"`{name}` was given without a `student_model`, which it is for.")
+        return None
+    if not isinstance(model, str | Path):
+        raise TypeError(
+            f"student_model is a {type(model).__name__}; give its Hub id or folder: it is loaded once the "
+            "rounds are finished, so that the policy has the memory until then."
+        )
+    refuse_missing_path(str(model), "student_model")
+    if (Path(model) / "adapter_config.json").exists():
+        raise ValueError(
+            f"student_model={str(model)!r} is the folder of an adapter. Merge it into its base (PEFT's "
+            "merge_and_unload), save that with its tokenizer, and give its folder; or give the base and "
+            "`student_peft_config` for a new adapter."
+        )
+    if getattr(policy, "loss_weighting", "filter") != "filter":
+        raise ValueError(
+            f"student_model with loss_weighting={policy.loss_weighting!r}: a student learns every example of "
+            "the mixture with the same weight. Set loss_weighting='filter', or leave student_model out."
+        )
+    config = _student_config(args, policy)
+    for name in ("bf16", "fp16"):
+        if getattr(config, name) != getattr(policy, name):
+            raise ValueError(
+                f"student_args has {name}={getattr(config, name)} and the trainer's args have "
+                f"{name}={getattr(policy, name)}: one process computes in one precision (accelerate). Set "
+                "both alike."
+            )
+    return str(model), config, peft_config
+
+
+def _student_config(args: SFTConfig | Mapping[str, Any] | None, policy: Any) -> StudentConfig:
+    own: dict[str, Any] = {}
+    if isinstance(args, SFTConfig) and not isinstance(args, GradedConfig):
+        own = _fields_of(args)
+        if own["output_dir"] == _UNNAMED_FOLDER:
+            del own["output_dir"]
+    elif args is None or isinstance(args, Mapping):
+        own = {n: v for n, v in _fields_of(policy).items() if n not in _OF_ONE_MODEL}
+        loading = own["model_init_kwargs"] or {}
+        own["model_init_kwargs"] = {n: v for n, v in loading.items() if n != "revision"}
+        own |= args or {}
+    else:
+        raise TypeError(
+            f"student_args is a {type(args).__name__}; give a trl.SFTConfig: the student is trained once, "
+            "on what the rounds selected."
+        )
+    folder = str(Path(policy.output_dir) / "student")
+    return StudentConfig(
+        **{
+            "output_dir": folder,
+            **own,
+            **{name: getattr(policy, name) for name in _AS_THE_POLICY},
+            "metric_for_best_model": policy.metric_for_best_model,
+            "greater_is_better": policy.greater_is_better,
+            "num_rounds": 1,
+            "load_best_round_at_end": False,  # the student is what was trained
+        }
+    )
+
+
+def _fields_of(config: Any) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in fields(SFTConfig) if f.init}
+
+
+class TeachesStudent(RoundsMixin):
+    """Trains a smaller model, once all rounds are finished, on the mixture of the last one.
+
+    Attributes:
+        student: The smaller model; None: there is none.
+        gold: The human completions that rounds train on as well.
+    """
+
+    student: Student | None = None
+    gold: Gold = Gold((), {})
+
+    def __init__(self, *args: Any, student: Any = None, **kwargs: Any) -> None:
+        """Build the trainer of the policy, and read the student's tokenizer.
+
+        Args:
+            *args: As RoundsMixin takes them.
+            student: From `read_student`.
+            **kwargs: As RoundsMixin takes them.
+        """
+        super().__init__(*args, **kwargs)
+        if student is None:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "student_model with FSDP or DeepSpeed: a second model can't be prepared beside the policy. "
+                "Leave student_model out, and resume the finished run with it without either."
+            )
+        model, config, peft_config = student
+        own = load_processing_class(model, None, config)
+        policys = self.self_play.formatter.tokenizer
+        is_same = own.get_vocab() == policys.get_vocab()
+        self.student = Student(model, config, policys if is_same else own, peft_config)
+
+    def train(
+        self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Run all rounds, then train the student; see `RoundsMixin.train`."""
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.student is not None and not self.args.dry_run:
+            mixture = self._mixture()
+            with _set_aside(self):
+                set_seed(self.student.args.seed)  # new adapters are alike, whatever came before
+                trainer = StudentTrainer(self, self.student, mixture)
+                trainer.train(resume_from_checkpoint=trainer.run.root.is_dir())
+        return output
+
+    def _mixture(self) -> Rollouts:
+        """Return what the last finished round was trained on, from its folder.
+
+        Raises:
+            ValueError: No round is finished, or its folder doesn't say all that it was trained on.
+        """
+        run = RunFolder.open(self.args.output_dir)
+        last = len(run.lines) - 1
+        if last < 0:
+            raise ValueError(
+                f"no round in {self.args.output_dir!r} is finished, so there is nothing to train the student "
+                "on."
+            )
+        found = [rollout for rollout, outcome in run.rollouts(last) if outcome == "kept"]
+        found += [rollout for rollout, _ in run.history(last)]
+        path = run.folder(last) / "drawn_gold.parquet"
+        drawn = {key[1:] for key in read_history(path)} if path.exists() else set()
+        found += [r for r in self.gold.rollouts if (r.prompt_id, r.sample_index) in drawn]
+        if len(found) != (expected := run.lines[last]["examples"]):
+            raise ValueError(
+                f"round {last} was trained on {expected} examples, and {run.folder(last)} tells {len(found)} "
+                "of them: a version that didn't record the human completions made it. Train one more round "
+                "(num_rounds) before the student."
+            )
+        return _renumbered(found)
+
+
+class StudentTrainer(RoundsMixin, SFTTrainer):
+    """Trains a student: one round, whose rows are those of a finished run.
+
+    Args:
+        teacher: The trainer of the run.
+        student: What is trained, and how.
+        mixture: What it is trained on, each (prompt_id, sample_index) once.
+    """
+
+    args: StudentConfig
+    samples_prompts = False
+    _tag_names = ["trl", "sft", "trl-selfplay", "self-distillation"]  # noqa: RUF012  # as in TRL
+    _name = "Self-distillation"
+    _paper = {  # noqa: RUF012  # as in TRL
+        "title": "ReST meets ReAct: Self-Improvement for Multi-Step Reasoning LLM Agent",
+        "id": "2312.10003",
+        "citation": """\
+@article{aksitov2023rest,
+    title        = {{ReST meets ReAct: Self-Improvement for Multi-Step Reasoning LLM Agent}},
+    author       = {Renat Aksitov and Sobhan Miryoosefi and Zonglin Li and others},
+    year         = 2023,
+    journal      = {arXiv preprint arXiv:2312.10003},
+}""",
+    }
+
+    def __init__(self, teacher: TeachesStudent, student: Student, mixture: Rollouts) -> None:
+        self._teacher = teacher
+        self._mixture = mixture
+        play = teacher.self_play
+        super().__init__(
+            student.model, student.args, play.rows, eval_dataset=teacher.eval_dataset,
+            processing_class=student.tokenizer, peft_config=student.peft_config, grading=Grading(),
+            examples=play.formatter.few_shot_examples,
+        )  # fmt: skip
+
+    def prepare_stages(self, play: SelfPlay) -> SelfPlay:
+        """Return the stages with the verifier and the held-out prompts of the run."""
+        args, taught = self.args, self._teacher.self_play
+        lengths = [args.max_length, play.context_length]
+        args.max_length = min((n for n in lengths if n is not None), default=None)
+        return replace(
+            play,
+            heldout=taught.heldout,
+            collector=replace(
+                play.collector,
+                eval_scorer=taught.collector.heldout_scorer,
+                eval_threshold=taught.collector.eval_threshold,
+                has_degrees=taught.collector.has_degrees,
+            ),
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Return a digest of what it is trained on."""
+        return {"mixture": summarize_each((r.prompt_id, r.completion_ids) for r in self._mixture)}
+
+    def play_round(self, round_index: int) -> PlayedRound:
+        """Return the rows of the mixture that fit."""
+        play = self.self_play
+        gold = self._teacher.gold.rows.values()
+        prompt_ids = play.training_prompt_ids([*play.rows, *gold])
+
+        def outcome_of(rollout: Rollout) -> Outcome:
+            return "kept" if play.fits(rollout, prompt_ids) else "too_long"
+
+        selection = Selection.of(self._mixture, outcome_of)
+        if dropped := len(self._mixture) - len(selection.kept):
+            logger.warning(
+                "%d of %d examples are longer than max_length=%s with their prompts and are left out of the "
+                "student's training.",
+                dropped,
+                len(self._mixture),
+                self.args.max_length,
+            )
+        played = play.build_sft_round(round_index, selection, prompt_ids)
+        return replace(
+            played, remedy="No example fits the student: see max_length and its context."
+        )
+
+
+@contextmanager
+def _set_aside(trainer: Any) -> Iterator[None]:
+    """Keep the policy in the CPU's memory while the student is on the device."""
+    model, was_training = trainer.model, trainer.model.training
+    parked = GradingModel(model)
+    parked.park()
+    try:
+        yield
+    finally:
+        parked.ready().train(was_training)
+
+
+def _renumbered(found: Sequence[Rollout]) -> Rollouts:
+    """Return rollouts by prompt, those of a prompt numbered from 0."""
+    ordered = sorted(found, key=lambda r: r.prompt_id)  # stable: a prompt's stay in their order
+    numbers = [
+        number
+        for _, same in groupby(ordered, key=lambda r: r.prompt_id)
+        for number, _ in enumerate(same)
+    ]
+    return Rollouts.of(ordered).renumbered(np.array(numbers, np.int32))
