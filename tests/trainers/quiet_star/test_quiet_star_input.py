@@ -44,6 +44,13 @@ def build(tmp_path, tiny_model, word_tokenizer):
     return build
 
 
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas"])
+def test_rows_in_another_format_are_trained_on_as_text(kind, build) -> None:
+    texts = Dataset.from_dict(TEXTS)
+    plain, formatted = build(), build(train_dataset=texts.with_format(kind))
+    assert list(formatted.train_dataset["input_ids"]) == list(plain.train_dataset["input_ids"])
+
+
 EMPTY = Dataset.from_dict({"text": []})
 
 

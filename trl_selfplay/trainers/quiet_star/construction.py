@@ -158,6 +158,13 @@ def check_rows(dataset: Any, name: str, args: Any, formats: bool) -> None:
         raise ValueError(f"{name} has no text in its first row. Filter such rows out.")
 
 
+def plain(dataset: Any) -> Any:
+    """Return a dataset, or a dict of them, whose rows have text and lists: see `as_plain_rows`."""
+    if isinstance(dataset, dict):
+        return {key: plain(each) for key, each in dataset.items()}
+    return as_plain_rows(dataset) if isinstance(dataset, Dataset) else dataset
+
+
 @contextmanager
 def naming_bad_rows(datasets: Mapping[str, Any], args: Any, formats: bool) -> Iterator[None]:
     """Name the first row that isn't text if the parent fails while it prepares its datasets.

@@ -50,6 +50,7 @@ from trl_selfplay.trainers.quiet_star.construction import (
     load_model,
     longest_row,
     naming_bad_rows,
+    plain,
     refuse_adapters,
     refuse_added_tokens,
     refuse_no_rows_left,
@@ -159,6 +160,8 @@ class QuietSTaRTrainer(SFTTrainer):
         args = read_config(args, QuietSTaRConfig, model, "QuietSTaR")
         dataset_kwargs: Any = args.dataset_kwargs or {}
         formats = formatting_func is not None or dataset_kwargs.get("skip_prepare_dataset", False)
+        if not formats:
+            train_dataset, eval_dataset = plain(train_dataset), plain(eval_dataset)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_rows(dataset, name, args, formats)
         unrounded: dict[str, torch.Tensor] = {}
