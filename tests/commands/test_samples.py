@@ -75,6 +75,35 @@ def test_a_sample_stands_with_what_became_of_it(folder, capsys) -> None:
     ]
 
 
+def test_a_trajectory_is_shown_step_by_step(write_folder, make_rollout, capsys) -> None:
+    call = {"function": {"name": "search", "arguments": {"query": "\x1b[2J"}}}
+    turns = (
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "tool", "name": "search", "content": "Error: \x1b]0;taken\x07"},
+    )
+    ids, mask = (3, 4, 5), (True, False, False)
+    rollout = make_rollout(
+        completion_ids=ids,
+        completion_mask=mask,
+        messages=turns,
+        halt="malformed",
+        num_failed_calls=1,
+    )
+    run = write_folder([[(rollout, "failed")]])
+    facts, *lines = show(capsys, run).splitlines()[1:]
+    assert "3 tokens · 1 of them the policy's · ended by a call that can't be read" in facts
+    assert lines[-7:-1] == [
+        "  [turn 1]",
+        "    I look.",
+        "  [turn 1, call]",
+        r'    search({"query": "\u001b[2J"})',
+        "  [failed call of search]",
+        r"    Error: \x1b]0;taken\x07",
+    ]
+    [sample] = map(json.loads, show(capsys, run, "--json").splitlines())
+    assert (sample["halt"], sample["messages"]) == ("malformed", list(turns))
+
+
 def test_held_out_samples_are_shown_on_request(folder, capsys) -> None:
     assert show(capsys, folder, "--evaluation", "--round", "-1").startswith(
         "untrained · held-out\n"

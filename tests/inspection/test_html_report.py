@@ -206,9 +206,63 @@ def test_a_trajectory_is_shown_in_steps(write_folder, make_rollout) -> None:
     )
     run = write_folder([[(rollout, "kept")]])
     [sample] = Parsed(write_report(run)).data["samples"]
-    assert sample["steps"] == [
+    assert [[writer, text] for writer, _, text in sample["steps"]] == [
         ["policy", "(2 tokens)"], ["environment", "(2 tokens)"], ["policy", "(1 tokens)"],
     ]  # fmt: skip
+    assert sample["own_tokens"] == 3
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": 4}}}
+TURNS = (
+    {"role": "assistant", "reasoning_content": "a sum", "content": "I add.", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "name": "add", "content": "7"},
+    {"role": "tool", "name": "add", "content": "Error: no answer within 5 s"},
+    {"role": "assistant", "content": "7"},
+)  # fmt: skip
+
+
+def test_messages_show_thoughts_calls_results_and_failures(
+    write_folder, make_rollout, word_tokenizer
+) -> None:
+    rollout = make_rollout(
+        completion_ids=tuple(word_tokenizer("so 3 = 4 ?")["input_ids"]),
+        completion_mask=(True, True, False, False, True),
+        messages=TURNS,
+        num_failed_calls=1,
+    )
+    told = make_rollout(  # a tool may say so of its own accord
+        sample_index=1,
+        completion_ids=rollout.completion_ids,
+        completion_mask=rollout.completion_mask,
+        messages=TURNS[2:],
+    )
+    halted = make_rollout(sample_index=2, halt="tool_limit", messages=TURNS[:1])
+    run = write_folder([[(rollout, "kept"), (told, "kept"), (halted, "failed")]])
+    word_tokenizer.save_pretrained(run)
+    samples = Parsed(write_report(run)).data["samples"]
+    by_index = {sample["index"]: sample for sample in samples}
+    called = 'add({"a": 3, "b": 4})'
+    assert by_index[0]["steps"] == [
+        ["policy", "turn 1, thoughts", "a sum"],
+        ["policy", "turn 1", "I add."],
+        ["policy", "turn 1, call", called],
+        ["policy", "turn 1, call", called],
+        ["environment", "result of add", "7"],
+        ["failure", "failed call of add", "Error: no answer within 5 s"],
+        ["policy", "turn 2", "7"],
+    ]
+    assert by_index[0]["written"] == [[True, "so 3"], [False, "= 4"], [True, "?"]]
+    assert by_index[1]["steps"][0][0] == "environment"
+    assert len(by_index[2]["steps"]) == 4
+    assert by_index[2]["end"] == "ended by a call beyond the last one allowed"
+
+
+def test_a_long_trajectory_is_shown_with_short_steps(write_folder, make_rollout) -> None:
+    long = [{"role": r, "name": "f", "content": "x" * 9000} for r in ("assistant", "tool")] * 50
+    rollout = make_rollout(halt="tool_limit", messages=tuple(long))
+    [sample] = Parsed(write_report(write_folder([[(rollout, "failed")]]))).data["samples"]
+    assert len(sample["steps"]) == 100
+    assert sum(len(text) for _, _, text in sample["steps"]) < 50_000
 
 
 def test_a_trajectory_is_decoded_with_the_runs_tokenizer(
@@ -221,7 +275,8 @@ def test_a_trajectory_is_decoded_with_the_runs_tokenizer(
     run = write_folder([[(rollout, "kept")]])
     word_tokenizer.save_pretrained(run)
     [sample] = Parsed(write_report(run)).data["samples"]
-    assert sample["steps"] == [["policy", "so 3"], ["environment", "= 4"], ["policy", "?"]]
+    texts = [[writer, text] for writer, _, text in sample["steps"]]
+    assert texts == [["policy", "so 3"], ["environment", "= 4"], ["policy", "?"]]
 
 
 def test_long_texts_are_cut_in_the_middle(write_folder, make_rollout) -> None:

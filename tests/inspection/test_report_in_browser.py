@@ -1,5 +1,7 @@
 """The report as a reader has it: in a real browser, with its scripts run."""
 
+import json
+
 import pytest
 from browser import needs_chromium, open_browser
 from run_folders import HOSTILE
@@ -63,6 +65,48 @@ def test_hostile_texts_are_shown_and_nothing_in_them_runs(hostile_run, page) -> 
     assert page.evaluate("document.querySelectorAll('#same article pre').length") == 4
     assert page.evaluate("document.querySelectorAll('img, #list b, #same script').length") == 0
     assert min(page.evaluate(DRAWN)) > 100
+
+
+def test_a_tools_result_is_text_wherever_it_is_shown(
+    write_folder, make_rollout, word_tokenizer, page
+) -> None:
+    """Names of tools and arguments of calls are the model's, and results may be anyone's."""
+    turns = []
+    for text in HOSTILE:
+        call = {"function": {"name": text, "arguments": {text: text}}}
+        turns.append({"role": "assistant", "content": text, "tool_calls": [call]})
+        turns.append({"role": "tool", "name": text, "content": f"Error: {text}"})
+    rollout = make_rollout(
+        completion_ids=tuple(word_tokenizer("so 3 = 4 ?")["input_ids"]),
+        completion_mask=(True, True, False, False, True),
+        messages=tuple(turns),
+        num_failed_calls=1,
+    )
+    run = write_folder([[(rollout, "kept")]])
+    word_tokenizer.save_pretrained(run)
+    path = write_report(run)
+    page.open(path)
+    assert page.complaints == []
+    assert page.requests == [path.as_uri()]
+    assert "taken" not in page.evaluate("document.title")
+    shown = page.evaluate("[...document.querySelectorAll('.step')].map((e) => e.textContent)")
+    calls = [json.dumps({text: text}, ensure_ascii=False) for text in HOSTILE]
+    assert shown == [
+        visible(each)
+        for number, (text, call) in enumerate(zip(HOSTILE, calls, strict=True), start=1)
+        for each in (
+            f"turn {number}{text}",
+            f"turn {number}, call{text}({call})",
+            f"failed call of {text}Error: {text}",
+        )
+    ]
+    assert page.evaluate("document.querySelectorAll('.step :not(b, pre)').length") == 0
+    struck = page.evaluate("[...document.querySelectorAll('pre s')].map((e) => e.textContent)")
+    assert struck == ["= 4"]
+    page.evaluate("document.getElementById('filters').elements.text.value = 'failed call of <IMG'")
+    page.evaluate("document.getElementById('filters').dispatchEvent(new Event('input'))")
+    assert page.evaluate("document.querySelectorAll('#list article').length") == 1
+    assert page.evaluate(CONTRAST) >= 4.5
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from trl_selfplay.inspection.run_folder import UNFINISHED, RunFolder
 from trl_selfplay.inspection.sample_choice import choose_samples
 from trl_selfplay.inspection.sample_search import SampleSearch, known_rounds
 from trl_selfplay.inspection.samples_data import name_outcome
-from trl_selfplay.inspection.trajectory import load_decoder, split_steps
+from trl_selfplay.inspection.trajectory import Step, load_decoder, name_end, split_steps
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rounds.run import UNTRAINED
 
@@ -30,7 +30,6 @@ _LIMIT = 10
 _END_OF_PROMPT = 300
 # Machine names by what is printed.
 _OUTCOMES = {name_outcome(name): name for name in (*OUTCOME_NAMES, UNFINISHED)}
-_FINISHES = {"eos": "ended by itself", "stop": "ended by a stop string", "length": "cut by length"}
 
 
 def run(flags: list[str]) -> int:
@@ -131,12 +130,14 @@ def _print_json(run: RunFolder, found: Iterable[_RoundSamples], held_out: bool) 
                 "sample_index": rollout.sample_index,
                 "hinted": rollout.hinted,
                 "finish": rollout.finish,
+                "halt": rollout.halt,
                 "reward": rollout.reward,
                 "rewards": _by_name(rollout, names),
                 "cause": rollout.cause,
                 "tokens": len(rollout.completion_ids),
                 "prompt": rollout.prompt,
                 "completion": rollout.completion,
+                "messages": rollout.messages,
             }
             print(json.dumps(fields))  # in ASCII: escapes stand for what could act on a terminal
 
@@ -149,6 +150,7 @@ def _print_text(
     for index, samples in found:
         for rollout, outcome in samples:
             count += 1
+            steps = split_steps(rollout, decode)
             where = "untrained" if index == UNTRAINED else f"round {index}"
             kind = f"held-out {outcome}".strip() if held_out else name_outcome(outcome)
             head = [where, visible(kind), *(["with hint"] if rollout.hinted else [])]
@@ -162,7 +164,8 @@ def _print_text(
                 *(scores if len(scores) > 1 else []),
                 *([f"not graded: {visible(rollout.cause)}"] if rollout.cause else []),
                 f"{len(rollout.completion_ids)} tokens",
-                _FINISHES[rollout.finish],
+                *([f"{len(rollout.own_ids)} of them the policy's"] if steps else []),
+                name_end(rollout),
                 f"prompt {rollout.prompt_id[:8]}, sample {rollout.sample_index}",
             ]
             show(" · ".join(head), "bold green" if outcome == "kept" else "bold")
@@ -170,9 +173,13 @@ def _print_text(
             is_cut = not is_full and len(rollout.prompt) > _END_OF_PROMPT
             prompt = f"…{rollout.prompt[-_END_OF_PROMPT:]}" if is_cut else rollout.prompt
             show(_indent(prompt), "cyan")
-            for writer, text in split_steps(rollout, decode) or [("", rollout.completion)]:
-                show(f"  [{writer}]" if writer else "  →", "dim")
-                show(_indent(text), "")
+            for step in steps or [Step("policy", "", rollout.completion)]:
+                is_failure = step.writer == "failure"
+                show(
+                    f"  [{visible(step.name)}]" if step.name else "  →",
+                    "red" if is_failure else "dim",
+                )
+                show(_indent(step.text), "" if step.writer == "policy" else "yellow")
             if prompts is not None and rollout.prompt_id in prompts:
                 solution = prompts[rollout.prompt_id].solution
                 if solution is not None:

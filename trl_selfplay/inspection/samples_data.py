@@ -13,12 +13,20 @@ from trl_selfplay.inspection.charts import OUTCOME_NAMES, finite
 from trl_selfplay.inspection.plain_text import visible
 from trl_selfplay.inspection.run_folder import UNFINISHED, RunFolder
 from trl_selfplay.inspection.sample_choice import choose_samples
-from trl_selfplay.inspection.trajectory import Decode, load_decoder, split_steps
+from trl_selfplay.inspection.trajectory import (
+    Decode,
+    load_decoder,
+    name_end,
+    split_steps,
+    split_tokens,
+)
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rounds.run import UNTRAINED
 
-# A browser shows thousands of samples only if their texts are short.
+# A browser shows thousands of samples only if their texts are short: each of them, and the steps of a
+# trajectory together, of which each has at least the other number.
 _MOST_CHARACTERS = 8000
+_MOST_OF_A_STEP = 400
 HELD_OUT = "held-out"
 
 
@@ -107,7 +115,15 @@ def _record(
     shown: ShownSamples, rollout: Rollout, index: int, label: str, decode: Decode | None
 ) -> dict[str, Any]:
     """Return a sample as JSON takes it, with texts by their places in lists."""
-    steps = [[writer, _shorten(text)] for writer, text in split_steps(rollout, decode)]
+    steps = split_steps(rollout, decode)
+    each = max(_MOST_OF_A_STEP, 2 * _MOST_CHARACTERS // max(1, len(steps)))
+    trajectory = {
+        "steps": [[s.writer, visible(s.name), _shorten(s.text, each)] for s in steps],
+        "own_tokens": len(rollout.own_ids),
+    }
+    written = split_tokens(rollout, decode)
+    if rollout.messages and written and decode is not None:
+        trajectory["written"] = [[is_own, _shorten(text, each)] for is_own, text in written]
     return {
         "round": index,
         "outcome": label,
@@ -115,20 +131,20 @@ def _record(
         "text": shown.texts.setdefault(_shorten(rollout.prompt), len(shown.texts)),
         "index": rollout.sample_index,
         "hinted": rollout.hinted,
-        "finish": rollout.finish,
+        "end": name_end(rollout),
         "reward": finite(rollout.reward),
         "scores": list(map(finite, rollout.rewards)),
         "cause": visible(rollout.cause or ""),
         "tokens": len(rollout.completion_ids),
         "completion": _shorten(rollout.completion),
-        **({"steps": steps} if steps else {}),
+        **(trajectory if steps else {}),
     }
 
 
-def _shorten(text: str) -> str:
-    """Return text that is safe to show, without its middle where it is very long."""
-    if len(text) > _MOST_CHARACTERS:
-        half = _MOST_CHARACTERS // 2
+def _shorten(text: str, most: int = _MOST_CHARACTERS) -> str:
+    """Return text that is safe to show, without its middle where it is longer than this."""
+    if len(text) > most:
+        half = most // 2
         text = f"{text[:half]}\n[… {len(text) - 2 * half:,} characters …]\n{text[-half:]}"
     return visible(text)
 

@@ -230,10 +230,17 @@
     prompt.append(summary, make("pre", data.texts[sample.text]));
     parts.push(prompt);
     if (sample.steps) {
-      for (const [writer, text] of sample.steps) {
+      for (const [writer, name, text] of sample.steps) {
         const step = make("div", "", `step ${writer}`);
-        step.append(make("b", writer), make("pre", text));
+        step.append(make("b", name), make("pre", text || "(empty)"));
         parts.push(step);
+      }
+      if (sample.written) {
+        const written = make("details");
+        const tokens = make("pre");
+        tokens.append(...sample.written.map(([isOwn, text]) => make(isOwn ? "span" : "s", text)));
+        written.append(make("summary", "As tokens: what is struck through is never trained on"), tokens);
+        parts.push(written);
       }
     } else {
       parts.push(make("pre", sample.completion || "(empty)"));
@@ -253,8 +260,8 @@
     if (sample.hinted) head.append(make("span", "with hint", "tag other"));
     head.append(make("span", sample.reward === null ? "no reward" : `reward ${sample.reward}`));
     const scores = sample.scores.map((score, place) => `${data.rewards[place] ?? `function ${place + 1}`} ${score ?? "–"}`);
-    const end = { eos: "ended by itself", stop: "ended by a stop string", length: "cut by length" }[sample.finish];
-    const facts = [...scores, sample.cause && `not graded: ${sample.cause}`, `${sample.tokens} tokens`, end];
+    const own = sample.steps && `${sample.own_tokens} of them the policy's`;
+    const facts = [...scores, sample.cause && `not graded: ${sample.cause}`, `${sample.tokens} tokens`, own, sample.end];
     box.append(head, make("p", facts.filter(Boolean).join(" · "), "scores"), ...texts(sample));
     const solution = data.solutions[sample.prompt];
     if (solution) box.append(make("p", `Solution: ${solution}`, "scores"));
@@ -308,7 +315,7 @@
       (hinted.value === "" || s.hinted === (hinted.value === "yes")) &&
       (least.value === "" || (s.reward !== null && s.reward >= Number(least.value))) &&
       (most.value === "" || (s.reward !== null && s.reward <= Number(most.value))) &&
-      (needle === "" || s.completion.toLowerCase().includes(needle) || data.texts[s.text].toLowerCase().includes(needle)));
+      (needle === "" || [s.completion, ...(s.steps ?? []).flat()].some((each) => each.toLowerCase().includes(needle)) || data.texts[s.text].toLowerCase().includes(needle)));
     list.replaceChildren();
     shown = 0;
     showMore();
