@@ -16,7 +16,7 @@ from trl_selfplay.disk import BRING_BACK, naming_damage
 from trl_selfplay.rollouts.kept_prompts import KeptPrompts, load_prompts
 from trl_selfplay.rollouts.record import Rollout, load_rollouts
 from trl_selfplay.rollouts.sequence import StoredShard
-from trl_selfplay.rollouts.shards import read_plan
+from trl_selfplay.rollouts.shards import read_plan, sampled_prefixes
 from trl_selfplay.rollouts.stored import read_history, read_selection
 from trl_selfplay.rounds.run import UNTRAINED, load_lines
 
@@ -148,8 +148,9 @@ class RunFolder:
     def rounds(self) -> list[int]:
         """The indices of the rounds with samples of their own, in order."""
         return sorted(
-            int(plan.parent.parent.name.removeprefix("round-"))
-            for plan in self.root.glob("round-[0-9]*/samples/plan.json")
+            int(folder.parent.name.removeprefix("round-"))
+            for folder in self.root.glob("round-[0-9]*/samples")
+            if {*sampled_prefixes(folder)} - {"hint-"}
         )
 
     def folder(self, round_index: int) -> Path:
@@ -271,10 +272,10 @@ class RunFolder:
         return load_rollouts(path) if path.exists() else []
 
     def _read(
-        self, folder: Path, is_finished: bool, prefixes: Sequence[str] = ("", "hint-")
+        self, folder: Path, is_finished: bool, prefixes: Sequence[str] | None = None
     ) -> Iterator[Rollout]:
         """Yield the rollouts of planned shards; of a phase in progress, of those on disk."""
-        for prefix in prefixes:
+        for prefix in sampled_prefixes(folder) if prefixes is None else prefixes:
             for number, shard in enumerate(read_plan(folder / f"{prefix}plan.json") or ()):
                 path = folder / f"{prefix}{number:05d}.parquet"
                 if shard.prompt_ids and is_finished:

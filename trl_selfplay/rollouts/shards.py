@@ -138,6 +138,15 @@ def read_plan(path: Path) -> list[Shard] | None:
         return [Shard(tuple(map(str, s["prompt_ids"])), int(s["batch_size"])) for s in plan]
 
 
+def sampled_prefixes(folder: Path) -> list[str]:
+    """Return the prefixes of the plans in a folder of samples, those with hints after the others.
+
+    An agent's steps have a plan each, in their order.
+    """
+    prefixes = [path.name.removesuffix("plan.json") for path in folder.glob("*plan.json")]
+    return sorted(prefixes, key=lambda prefix: (prefix == "hint-", len(prefix), prefix))
+
+
 def save_engine(path: Path, shard: str, record: Mapping[str, Any]) -> None:
     """Write down which engine sampled a shard, beside what is known of the phase's other shards."""
     save_text(path, json.dumps({**load_engines(path), shard: dict(record)}, indent=1))

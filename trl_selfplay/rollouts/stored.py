@@ -17,7 +17,7 @@ from trl_selfplay.disk import BRING_BACK, delete, naming_damage, save_table
 from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.selection import Selection
 from trl_selfplay.rollouts.sequence import Rollouts, StoredShard
-from trl_selfplay.rollouts.shards import read_plan
+from trl_selfplay.rollouts.shards import read_plan, sampled_prefixes
 
 _HISTORY = pa.schema(
     [("round_index", pa.int32()), ("prompt_id", pa.string()), ("sample_index", pa.int32())]
@@ -185,8 +185,9 @@ def _shards(folder: Path) -> Iterator[StoredShard]:
         FileNotFoundError: The round has no samples on disk.
     """
     samples = folder / "samples"
-    plans = {prefix: read_plan(samples / f"{prefix}plan.json") for prefix in ("", "hint-")}
-    if plans[""] is None:
+    prefixes = sampled_prefixes(samples)
+    plans = {prefix: read_plan(samples / f"{prefix}plan.json") for prefix in prefixes}
+    if set(prefixes) <= {"hint-"}:
         raise FileNotFoundError(
             f"{samples} has no samples of that round, which this one needs too. {BRING_BACK}"
         )

@@ -104,6 +104,11 @@ class SelfPlay:
         return count is not None and len(self.formatter.tokenizer) > count
 
     @property
+    def has_examples(self) -> bool:
+        """Whether prompts can have few-shot examples."""
+        return bool(self.formatter.few_shot_examples)
+
+    @property
     def heldout_graders(self) -> list[Callable[..., Any]]:
         """The functions that grade held-out completions, without reward models."""
         scorer = self.collector.heldout_scorer
@@ -212,10 +217,8 @@ class SelfPlay:
 
     def shows_examples(self, round_index: int) -> bool:
         """Return whether a round samples with the few-shot examples before each prompt."""
-        if not self.formatter.few_shot_examples:
-            return False
         limit = self.config.few_shot_rounds
-        return limit is None or round_index < limit
+        return self.has_examples and (limit is None or round_index < limit)
 
     def ask(
         self,
@@ -227,6 +230,7 @@ class SelfPlay:
         *,
         few_shot: bool = False,
         prefix: str = "",
+        label: str | None = None,
         **options: Any,
     ) -> Rollouts:
         """Sample completions of any prompts, those of the dataset or others (`PromptRow.of`).
@@ -241,6 +245,7 @@ class SelfPlay:
             indices: The samples to draw of each prompt.
             few_shot: Show the few-shot examples before each prompt.
             prefix: Prefix of the files' names.
+            label: What the progress bar says; None says the round.
             **options: Replace fields of the config, such as `max_completion_length=64`.
 
         Raises:
@@ -253,7 +258,7 @@ class SelfPlay:
         prompt_ids = self._prompt_ids(rows, few_shot, phase == "hint", rows[0].source, most)
         where = "preflight" if self.config.dry_run else f"round {round_index}"
         what = f"{where}{' with hints' if phase == 'hint' else ''}"
-        label = "judging" if phase == "judge" else what  # of held-out samples as well
+        label = "judging" if phase == "judge" else label or what  # of held-out samples as well
         with self.progress(label, len(rows) * len(indices), most) as progress:
             return self._collect(
                 self.collector,
@@ -291,9 +296,8 @@ class SelfPlay:
                 `<prefix>_few_shot_…`: what the untrained model can do when it is shown the task.
         """
         started = time.monotonic()
-        has_examples = bool(self.formatter.few_shot_examples)
-        forms = {"": has_examples and self.config.few_shot_in_training}
-        if with_few_shot and has_examples and not forms[""]:
+        forms = {"": self.has_examples and self.config.few_shot_in_training}
+        if with_few_shot and self.has_examples and not forms[""]:
             forms["few_shot_"] = True
         threshold = self.collector.eval_threshold
         metrics: dict[str, float] = {}
@@ -383,7 +387,7 @@ class SelfPlay:
 
     def training_prompt_ids(self, rows: Sequence[PromptRow]) -> dict[str, tuple[int, ...]]:
         """Return the prompts as trained on: never hinted, few-shot only if configured."""
-        few_shot = bool(self.formatter.few_shot_examples) and self.config.few_shot_in_training
+        few_shot = self.has_examples and self.config.few_shot_in_training
         return {row.prompt_id: self.formatter.token_ids(row, few_shot=few_shot) for row in rows}
 
     def load_gold(self, dataset: Any, *, needs_solutions: bool) -> Gold:

@@ -81,6 +81,8 @@ class Grading:
         eval_reward_funcs: Grade held-out completions in place of `reward_funcs`.
         threshold: A completion is right if its reward is at least this.
         refuses_negative: A reward below 0 is an error.
+        num_compared: The setting that says how many samples of a prompt are graded together, and its value;
+            None: `num_generations`.
     """
 
     reward_funcs: Any = None
@@ -89,6 +91,7 @@ class Grading:
     eval_reward_funcs: Any = None
     threshold: float = 1.0
     refuses_negative: bool = False
+    num_compared: tuple[str, int] | None = None
 
     @property
     def heldout_funcs(self) -> Any:
@@ -210,19 +213,25 @@ def read_grading(
     reward_funcs: Any,
     reward_processing_classes: Any = None,
     eval_reward_funcs: Any = None,
+    *,
+    ranks: bool = False,
 ) -> Grading:
     """Check the reward functions of a trainer whose config is a `GradedConfig`.
+
+    Where they only rank samples (`ranks`) there may be none, and no reward has to reach a threshold.
 
     Raises:
         ValueError: There are none, or several of which one alone would make a completion right.
     """
+    if reward_funcs is None and ranks:
+        return Grading(eval_reward_funcs=eval_reward_funcs, threshold=args.reward_threshold)
     if reward_funcs is None or reward_funcs == []:
         raise ValueError(
             "`reward_funcs` is missing: something must say which completions are right. Pass a "
             "function such as trl_selfplay.rewards.exact_reward, a reward model id, or a list."
         )
     several = isinstance(reward_funcs, list | tuple) and len(reward_funcs) > 1
-    by_threshold = not args.rewards_have_degrees
+    by_threshold = not args.rewards_have_degrees and not ranks
     if several and by_threshold and args.reward_weights is None and args.reward_threshold == 1.0:
         raise ValueError(
             f"{len(reward_funcs)} reward functions with weights of 1.0 and reward_threshold=1.0: "
@@ -239,18 +248,19 @@ def read_grading(
     )
 
 
-def check_comparing(reward_funcs: Any, args: Any, has_hints: bool) -> None:
+def check_comparing(grading: Grading, num_generations: int, has_hints: bool) -> None:
     """Raise ValueError if a function that compares a prompt's samples couldn't tell them apart.
 
     Args:
-        reward_funcs: As the trainer takes them.
-        args: Its config.
+        grading: With the reward functions.
+        num_generations: The config's.
         has_hints: Whether prompts are sampled with their solutions as hints.
     """
-    for name in _comparing(reward_funcs):
-        if args.num_generations == 1:
+    setting, count = grading.num_compared or ("num_generations", num_generations)
+    for name in _comparing(grading.reward_funcs):
+        if count == 1:
             raise ValueError(
-                f"num_generations=1 with {name}, which compares a prompt's samples: one alone agrees "
+                f"{setting}=1 with {name}, which compares a prompt's samples: one alone agrees "
                 "with itself. Sample several, for example 8."
             )
         if has_hints:

@@ -48,6 +48,7 @@ from trl_selfplay.rounds.weights import (
     undo_rounding,
     unrounded_weights,
 )
+from trl_selfplay.tools.agent import Agent
 from trl_selfplay.trainers.construction import (
     Grading,
     build_run,
@@ -86,6 +87,7 @@ class RoundsMixin(PublishesSamples):
             errors, and `reward_funcs`.
         collated_columns: Columns of a round's rows that the collator gets besides the parent's.
         samples_prompts: Whether rounds sample completions of the prompts.
+        agent: Asks the steps of a trajectory in place of the prompt; None: the prompt is asked.
     """
 
     args: Any
@@ -100,6 +102,7 @@ class RoundsMixin(PublishesSamples):
     load_rows: Callable[..., list[PromptRow]] = staticmethod(load_prompt_rows)
     collated_columns: tuple[str, ...] = ()
     samples_prompts: bool = True
+    agent: Agent | None = None
 
     def __init__(
         self,
@@ -136,9 +139,12 @@ class RoundsMixin(PublishesSamples):
         check_adapters(model, peft_config)
         heldout = load_heldout_sets(eval_dataset, rows, self.load_rows, grading.heldout_funcs)
         warn_unused_fields(
-            args, has_heldout=bool(heldout), has_examples=bool(examples), num_prompts=len(rows)
+            args,
+            has_heldout=bool(heldout),
+            has_examples=bool(examples) or (self.agent is not None and self.agent.has_examples),
+            num_prompts=len(rows),
         )
-        check_comparing(grading.reward_funcs, args, hint_formatter is not None)
+        check_comparing(grading, args.num_generations, hint_formatter is not None)
         if heldout:
             check_heldout_graders(grading.heldout_funcs)
         tokenizer = load_processing_class(model, processing_class, args)

@@ -177,6 +177,15 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
             "keeps it in addition to the gold one, as RFT's code does.",
         },
     )
+    agent_rewards: Annotated[str, OnResume.FIXED] = field(
+        default="steps",
+        metadata={
+            "help": "With an `agent`, what `reward_funcs` grade: 'steps' ranks the samples of each step, "
+            "without gold answers, and trains on the best (arXiv 2312.10003); 'answers' grades each "
+            "trajectory's answer, and trains on the steps of those that reach reward_threshold.",
+            "choices": ["steps", "answers"],
+        },
+    )
     warm_up_on_gold: Annotated[bool, OnResume.FIXED] = field(
         default=False,
         metadata={

@@ -23,8 +23,13 @@ from trl_selfplay.rollouts.selection import SelectionRules, default_normal_form,
 from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.stored import load_history, load_samples
 from trl_selfplay.rounds.identity import name_function, summarize
+from trl_selfplay.rounds.stages import SelfPlay
+from trl_selfplay.rounds.steps import StepPrompts
+from trl_selfplay.rounds.stepwise import StepwisePlay
+from trl_selfplay.tools.agent import Agent
 from trl_selfplay.trainers import construction
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
+from trl_selfplay.trainers.rest_em.agent_checks import read_agent_grading
 from trl_selfplay.trainers.rest_em.config import ReSTEMConfig
 from trl_selfplay.trainers.rest_em.gold import draw_gold
 from trl_selfplay.trainers.rest_em.row_weights import (
@@ -53,6 +58,9 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         few_shot_examples: Mappings with `prompt` and `completion` that precede every prompt.
         normal_form: Completions of a prompt with equal normal form are duplicates; None compares
             them in lower case with white space folded. RFT's is `trl_selfplay.reasoning_path`.
+        agent: A state machine whose steps are sampled one by one, each a training example (arXiv
+            2312.10003), such as `trl_selfplay.tools.search_agent.SearchAgent`. `reward_funcs` then
+            rank the samples of each step, or are left out; `agent_rewards="answers"` grades answers.
         gold_dataset: Human completions to mix in: `prompt` and `completion`, or `messages`. With
             `improve_thresholds` they are graded and filtered like the model's own.
         eval_reward_funcs: Functions that grade held-out completions instead of `reward_funcs`: the
@@ -102,6 +110,7 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
         normal_form: Callable[[str], Hashable] | None = None, gold_dataset: Any = None,
         student_model: str | None = None, student_args: Any = None, student_peft_config: Any = None,
+        agent: Agent | None = None,
     ) -> None:  # fmt: skip
         args = construction.read_config(args, ReSTEMConfig, model, "ReSTEM")
         construction.refuse_arguments(
@@ -117,8 +126,15 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
                 "it. Leave one out."
             )
         grading = construction.read_grading(
-            args, reward_funcs, reward_processing_classes, eval_reward_funcs
-        )
+            args, reward_funcs, reward_processing_classes, eval_reward_funcs,
+            ranks=agent is not None and args.agent_rewards == "steps",
+        )  # fmt: skip
+        if agent is not None:
+            grading = read_agent_grading(
+                agent, args, grading, eval_dataset, gold_dataset=gold_dataset,
+                few_shot_examples=few_shot_examples, normal_form=normal_form,
+            )  # fmt: skip
+        self.agent = agent
         student = read_student(student_model, student_args, student_peft_config, args)
         rows = load_prompt_rows(train_dataset, "train_dataset", reward_funcs=reward_funcs)
         self.normal_form = normal_form or default_normal_form
@@ -139,10 +155,13 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
 
     def identity(self) -> dict[str, Any]:
         """Return the name of the normal form, and a digest of the gold completions."""
-        return {
+        found: dict[str, Any] = {
             "normal_form": name_function(self.normal_form),
             "gold_dataset": summarize(self.gold.pairs),
         }
+        if self.agent is not None:
+            found["agent"] = [name_function(self.agent), summarize([self.agent.identity])]
+        return found
 
     def data_of(self, prompt_ids: Collection[str]) -> dict[str, Any]:
         """Return the gold completions of these prompts."""
@@ -160,8 +179,19 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
             completion_only=self.args.completion_only_loss is not False,
         )
 
+    def prepare_stages(self, play: SelfPlay) -> SelfPlay:
+        """Return stages that play the agent's steps, if there is an agent."""
+        if self.agent is None:
+            return play
+        ranks = self.args.agent_rewards == "steps"
+        return StepwisePlay.of(
+            play, self.agent, getattr(self.args, "tool_deadline", 10.0), ranks=ranks
+        )
+
     def play_round(self, round_index: int) -> PlayedRound:
         """Grow (the E-step): sample and grade; Improve: select what the M-step trains on."""
+        if isinstance(self.self_play, StepwisePlay):
+            return self._play_steps(self.self_play, round_index)
         play, args, folder = self.self_play, self.args, self.run.folder(round_index)
         improve = round_index % args.num_improve_steps
         grow = round_index - improve  # the round that samples
@@ -197,6 +227,20 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         )
         self._warn_repeated(played, improve, round_index)
         return played
+
+    def _play_steps(self, play: StepwisePlay, round_index: int) -> PlayedRound:
+        """Grow: play trajectories; Improve: train on the best sample of each step.
+
+        Source: arXiv 2312.10003, section 3.6.
+        """
+        folder = self.run.folder(round_index)
+        plays = play.play_steps(play.draw_prompts(round_index), round_index, folder)
+        failed = () if play.ranks else play.failed_steps(plays, round_index, folder)
+        prompt_ids = StepPrompts(plays, play.formatter)
+        selection = plays.select(lambda rollout: play.fits(rollout, prompt_ids), failed)
+        return play.build_sft_round(
+            round_index, selection, prompt_ids, metrics=plays.metrics(selection)
+        )
 
     def _selection_rule(self, improve: int, rollouts: Rollouts) -> Callable[[Rollout], bool]:
         """Return F(x, y; τ): the threshold of this Improve step, or that of the reward."""

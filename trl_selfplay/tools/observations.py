@@ -1,0 +1,88 @@
+"""The results of a run's calls, on disk as they come, with their dates.
+
+In: calls and their results. Out: a file with one line per call, from which no call is made twice: neither on
+resume nor where another trajectory makes the same one.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trl_selfplay.tools.record import ToolCall, ToolResult
+
+logger = logging.getLogger(__name__)
+
+
+class Observations:
+    """Remembers the result of each call.
+
+    A failed call is remembered for its own step alone, so that a trajectory can be replayed; others try again.
+
+    Args:
+        path: The file; it begins where there is none. None keeps results in memory.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._by_step: dict[str, ToolResult] = {}
+        self._by_call: dict[str, ToolResult] = {}
+        if path is not None and path.exists():
+            self._read(path)
+
+    def of_step(self, step: str) -> ToolResult | None:
+        """Return the result that a step's call had."""
+        return self._by_step.get(step)
+
+    def of_call(self, call: ToolCall) -> ToolResult | None:
+        """Return the result that an equal call had and that didn't fail."""
+        return self._by_call.get(_canonical(call.name, call.arguments))
+
+    def add(self, step: str, call: ToolCall, result: ToolResult) -> None:
+        """Remember a result; it is on the disk when this returns."""
+        event = {
+            "step": step,
+            "arguments": dict(call.arguments),
+            **asdict(result),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self._take(event)
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END) and not _ends_a_line(file):
+                file.write(b"\n")
+            file.write(json.dumps(event).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self, path: Path) -> None:
+        for number, text in enumerate(path.read_bytes().splitlines()):
+            try:
+                self._take(json.loads(text))
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                logger.warning(
+                    "line %d of %s can't be read (%s): its call is made again.",
+                    number + 1, path, error,
+                )  # fmt: skip
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        result = ToolResult(event["name"], event["content"], event["failed"])
+        self._by_step[event["step"]] = result
+        if not result.failed:
+            key = _canonical(result.name, event["arguments"])
+            self._by_call.setdefault(key, result)
+
+
+def _canonical(name: str, arguments: Mapping[str, Any]) -> str:
+    return json.dumps([name, dict(arguments)], sort_keys=True)
+
+
+def _ends_a_line(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")

@@ -1,0 +1,66 @@
+"""What an agent's rounds can't be combined with, told before anything is loaded.
+
+In: ReSTEMTrainer's arguments. Out: an error that says what to do.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from trl_selfplay.trainers.construction import Grading
+
+# Fields that would have no effect on the steps of an agent, with the value that says so.
+_WITHOUT_EFFECT = {
+    "improve_thresholds": None,
+    "loss_weighting": "filter",
+    "history_rounds": 0,
+    "max_tool_calling_iterations": None,
+    "tool_format": None,
+}
+_INSTEAD = {
+    "gold_dataset": "its steps have no human completions. Train on these first, and pass that model.",
+    "few_shot_examples": "give them to the agent, by kind of step.",
+    "normal_form": "each step is one example, and none is a duplicate.",
+    "tools": "give them to the agent.",
+    "environment_factory": "its tools are functions.",
+}
+_METHODS = ("begin", "next_step", "act", "observe", "answer")
+
+
+def read_agent_grading(
+    agent: Any, args: Any, grading: Grading, eval_dataset: Any, **given: Any
+) -> Grading:
+    """Return what grades the steps of an agent, or its answers.
+
+    Args:
+        agent: As the trainer got it.
+        args: The config.
+        grading: What grades single completions.
+        eval_dataset: Held-out prompts.
+        **given: Arguments of the trainer, of which each must be None.
+
+    Raises:
+        TypeError: `agent` isn't one.
+        ValueError: Something can't be combined with it, or nothing would grade answers.
+    """
+    missing = [name for name in _METHODS if not callable(getattr(agent, name, None))]
+    if missing:
+        raise TypeError(
+            f"agent is {agent!r:.100}, which has no {', '.join(missing)}; see trl_selfplay.tools.agent.Agent."
+        )
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"`{name}` has no effect with an `agent`: {_INSTEAD[name]}")
+    for name, neutral in _WITHOUT_EFFECT.items():
+        if (value := getattr(args, name, neutral)) != neutral:
+            raise ValueError(
+                f"{name}={value!r} has no effect with an `agent`, each of whose steps is one example. Leave "
+                "it out."
+            )
+    if args.agent_rewards == "answers":
+        return grading
+    if eval_dataset is not None and grading.eval_reward_funcs is None:
+        raise ValueError(
+            "`eval_dataset` with an `agent` needs `eval_reward_funcs`, which grade its answers: "
+            "`reward_funcs` rank the samples of each step."
+        )
+    return replace(grading, num_compared=("num_step_samples", agent.num_step_samples))
