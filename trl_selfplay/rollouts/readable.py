@@ -38,17 +38,18 @@ def completion_text(tokenizer: Any, sampled: SampledCompletion, tag_ids: Collect
     if sampled.finish == "eos":
         ids = ids[:-1]
     if mask is None:
-        return _decode_without_special(tokenizer, ids, tag_ids)
+        return decode_without_special(tokenizer, ids, tag_ids)
     marked = zip(mask, ids, strict=False)
     turns = [[i for _, i in run] for own, run in groupby(marked, lambda pair: pair[0]) if own]
     text = ""
     for turn in turns:
-        said = _decode_without_special(tokenizer, turn, tag_ids)
+        said = decode_without_special(tokenizer, turn, tag_ids)
         text += f"\n{said}" if text and not text.endswith("\n") else said
     return text
 
 
-def _decode_without_special(tokenizer: Any, ids: Sequence[int], tag_ids: Collection[int]) -> str:
+def decode_without_special(tokenizer: Any, ids: Sequence[int], tag_ids: Collection[int]) -> str:
+    """Return tokens as text without special tokens, except tags."""
     kept = {i for i in ids if i in tag_ids}
     if not kept:
         return decode(tokenizer, ids, skip_special_tokens=True)

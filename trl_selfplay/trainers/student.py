@@ -8,6 +8,7 @@ Source: ReST meets ReAct, arXiv 2312.10003, section 3.6.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -23,9 +24,13 @@ from trl import SFTConfig, SFTTrainer
 from trl_selfplay.disk import refuse_missing_path
 from trl_selfplay.inspection.run_folder import RunFolder
 from trl_selfplay.rewards.grading_model import GradingModel
+from trl_selfplay.rollouts.funnel import describe_causes
 from trl_selfplay.rollouts.gold import Gold
 from trl_selfplay.rollouts.played import PlayedRound
+from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout
+from trl_selfplay.rollouts.rendering import PromptFormatter
+from trl_selfplay.rollouts.retokenized import retokenize
 from trl_selfplay.rollouts.selection import Outcome, Selection
 from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.stored import read_history
@@ -184,10 +189,13 @@ class TeachesStudent(RoundsMixin):
                 "Leave student_model out, and resume the finished run with it without either."
             )
         model, config, peft_config = student
-        own = load_processing_class(model, None, config)
-        policys = self.self_play.formatter.tokenizer
-        is_same = own.get_vocab() == policys.get_vocab()
-        self.student = Student(model, config, policys if is_same else own, peft_config)
+        tokenizer = load_processing_class(model, None, config)
+        play = self.self_play
+        if tokenizer.get_vocab() == play.formatter.tokenizer.get_vocab():
+            tokenizer = play.formatter.tokenizer
+        else:  # raises if it has no chat template
+            PromptFormatter(tokenizer).token_ids(play.rows[0], few_shot=False)
+        self.student = Student(model, config, tokenizer, peft_config)
 
     def train(
         self, resume_from_checkpoint: bool | str | None = None, *args: Any, **kwargs: Any
@@ -266,11 +274,11 @@ class StudentTrainer(RoundsMixin, SFTTrainer):
 
     def prepare_stages(self, play: SelfPlay) -> SelfPlay:
         """Return the stages with the verifier and the held-out prompts of the run."""
-        args, taught = self.args, self._teacher.self_play
-        lengths = [args.max_length, play.context_length]
-        args.max_length = min((n for n in lengths if n is not None), default=None)
+        taught = self._teacher.self_play
+        self._fit_into_context(play, taught)
         return replace(
             play,
+            rows=self._fitting(play),
             heldout=taught.heldout,
             collector=replace(
                 play.collector,
@@ -280,32 +288,97 @@ class StudentTrainer(RoundsMixin, SFTTrainer):
             ),
         )
 
+    def _fit_into_context(self, play: SelfPlay, taught: SelfPlay) -> None:
+        """Lower the lengths that the student's context can't hold."""
+        args, context = self.args, play.context_length
+        if context is None:
+            return
+        args.max_length = context if args.max_length is None else min(args.max_length, context)
+        rows = [row for heldout in taught.heldout.values() for row in heldout]
+        longest = max(
+            (len(play.formatter.token_ids(row, few_shot=True)) for row in rows), default=0
+        )
+        if longest < context < longest + args.max_completion_length:
+            args.max_completion_length = context - longest
+            logger.warning(
+                "the student's context of %d tokens holds %d tokens after the longest held-out prompt: its "
+                "held-out completions are at most that long.",
+                context,
+                args.max_completion_length,
+            )
+
+    def _fitting(self, play: SelfPlay) -> list[PromptRow]:
+        """Return the prompts after which the student has room for a completion.
+
+        Raises:
+            ValueError: There is none.
+        """
+        args, context = self.args, play.context_length
+        lengths = [len(ids) for ids in play.training_prompt_ids(play.rows).values()]
+        most = math.inf if args.max_length is None else args.max_length - 1
+        if context is not None:
+            most = min(most, context - args.max_completion_length)
+        if fitting := [r for r, n in zip(play.rows, lengths, strict=True) if n <= most]:
+            return fitting
+        raise ValueError(
+            f"no prompt fits the student: the shortest has {min(lengths)} tokens, its context is {context}, "
+            f"max_length={args.max_length} and max_completion_length={args.max_completion_length}. Choose a "
+            "student with a longer context, or a larger max_length in student_args."
+        )
+
     def identity(self) -> dict[str, Any]:
         """Return a digest of what it is trained on."""
         return {"mixture": summarize_each((r.prompt_id, r.completion_ids) for r in self._mixture)}
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Return the rows of the mixture that fit."""
-        play = self.self_play
-        gold = self._teacher.gold.rows.values()
-        prompt_ids = play.training_prompt_ids([*play.rows, *gold])
+        play, taught = self.self_play, self._teacher
+        rows = [*taught.self_play.rows, *taught.gold.rows.values()]
+        prompt_ids = play.training_prompt_ids(rows)
+        mixture = self._in_own_tokens(rows)
 
         def outcome_of(rollout: Rollout) -> Outcome:
             return "kept" if play.fits(rollout, prompt_ids) else "too_long"
 
-        selection = Selection.of(self._mixture, outcome_of)
-        if dropped := len(self._mixture) - len(selection.kept):
+        selection = Selection.of(mixture, outcome_of)
+        if dropped := len(mixture) - len(selection.kept):
             logger.warning(
                 "%d of %d examples are longer than max_length=%s with their prompts and are left out of the "
                 "student's training.",
                 dropped,
-                len(self._mixture),
+                len(mixture),
                 self.args.max_length,
             )
         played = play.build_sft_round(round_index, selection, prompt_ids)
         return replace(
             played, remedy="No example fits the student: see max_length and its context."
         )
+
+    def _in_own_tokens(self, rows: Sequence[PromptRow]) -> Sequence[Rollout]:
+        """Return the mixture in the student's tokens: as it is, if they are the policy's.
+
+        Raises:
+            ValueError: No example can be told in them.
+        """
+        play, taught = self.self_play, self._teacher.self_play
+        if play.formatter.tokenizer is taught.formatter.tokenizer:
+            return self._mixture
+        found, missing = retokenize(
+            self._mixture,
+            taught.formatter.tokenizer,
+            play.formatter,
+            (play.eos_token_id, *play.eos_token_ids),
+            {row.prompt_id: row for row in rows if row.is_conversational},
+        )
+        if missing:
+            what = (
+                f"{missing.total()} of {len(self._mixture)} examples can't be told exactly in the student's "
+                f"tokens ({describe_causes(missing.items())})"
+            )
+            if not found:
+                raise ValueError(f"{what}: choose a student with the policy's tokenizer.")
+            logger.warning("%s, and are left out.", what)
+        return found
 
 
 @contextmanager
