@@ -1,5 +1,6 @@
 """What is counted of a round's samples. Invariants CD-3 to CD-6."""
 
+from dataclasses import replace
 from itertools import combinations
 from math import log
 from statistics import fmean
@@ -96,7 +97,9 @@ def test_token_entropy_counts_only_what_the_policy_wrote_and_has_a_log_prob(make
         completion_ids=(5, 6, 7), completion_mask=(True, False, True), logprob=-3.0
     )
     without = make_rollout(sample_index=1, completion_ids=(5,) * 9)
-    assert token_entropy(summary([written, without])) == pytest.approx(1.5)
+    samples = summary([written, without])
+    assert token_entropy(samples) == pytest.approx(1.5)
+    assert samples[written.prompt_id].num_tokens == 2 + 9  # which the drift of lengths reads
     assert token_entropy(summary([without])) is None
 
 
@@ -185,3 +188,17 @@ def test_of_many_samples_the_answers_of_some_prompts_are_read(make_rollout) -> N
         read.append({prompt_id for prompt_id, own in found.items() if own.answers})
     assert 1800 < len(read[0]) < 2200  # of 4000 answers
     assert len(read[0] & read[1]) > 0.95 * len(read[0])
+
+
+def test_what_a_tool_repeats_is_no_repetition_of_the_policy(make_rollout) -> None:
+    """Nor is a trajectory without an end the best of its prompt."""
+    ids, mask = tuple(range(3, 63)) + (7,) * 64, (True,) * 60 + (False,) * 64
+    rollout = make_rollout(
+        completion_ids=ids, completion_mask=mask, completion="so it goes, with a tool in between"
+    )
+    summary_of = summarize_samples([rollout], form, 1.0, outcomes=["kept"])
+    assert summary_of.num_repetitive == 0
+    whole = replace(rollout, completion_mask=None)
+    assert summarize_samples([whole], form, 1.0, outcomes=["kept"]).num_repetitive
+    halted = replace(rollout, halt="tool_limit")
+    assert summarize_samples([halted], form, 1.0).prompts[rollout.prompt_id].best_reward is None

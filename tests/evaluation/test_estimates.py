@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, permutations
 from statistics import fmean
 from typing import Any
@@ -282,6 +283,22 @@ def test_a_completion_cut_by_length_is_wrong_whatever_its_reward() -> None:
     metrics = summarize_heldout(rollouts, reward_threshold=1.0)
     assert metrics["eval_accuracy"] == metrics["eval_pass@1"] == metrics["eval_pass@2"] == 0.0
     assert metrics["eval_truncated"] == 1.0
+
+
+def test_trajectories_tell_their_calls_and_are_wrong_without_an_end() -> None:
+    answer, result = {"role": "assistant", "content": "a"}, {"role": "tool", "content": "r"}
+    calling = {"messages": (answer, result, result, answer), "num_failed_calls": 1}
+    mask = (True, False, False, True)
+    rollouts = [
+        replace(make_rollout("a", 0, 1.0, length=4), **calling, completion_mask=mask),
+        replace(make_rollout("b", 0, 1.0), messages=(answer,), halt="malformed"),
+        replace(make_rollout("b", 1, 1.0), **calling),
+    ]
+    metrics = summarize_heldout(rollouts, reward_threshold=1.0)
+    assert metrics["eval_accuracy"] == 0.5
+    assert metrics["eval_mean_length"] == 2.0
+    assert metrics["eval_tools/call_frequency"] == 1.0  # of greedy ones
+    assert metrics["eval_tools/failure_frequency"] == 0.5
 
 
 def test_the_interval_of_pass_at_1_does_not_narrow_when_samples_are_duplicated() -> None:

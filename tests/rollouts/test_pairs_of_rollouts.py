@@ -1,6 +1,7 @@
 """Which right and wrong completions are paired."""
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -133,3 +134,14 @@ def test_human_completions_are_chosen_where_they_are_right(samples) -> None:
     assert [r.prompt_id for r in found.selection.gold] == ["a", "b"]
     assert found.metrics["select/prompts_without_wrong"] == 1
     assert keys(pair(rollouts, max_pairs=None, gold=gold[::-1])) == keys(found)
+
+
+def test_trajectories_without_an_end_are_on_neither_side(samples) -> None:
+    """RA-11 and RA-7: not even as the wrong one of a pair."""
+    right, wrong, malformed, limited = samples("a", "rwww")
+    rollouts = [
+        right, wrong, replace(malformed, halt="malformed"), replace(limited, halt="tool_limit"),
+    ]  # fmt: skip
+    found = pair(rollouts)
+    assert keys(found) == [(("a", 0), ("a", 1))]
+    assert found.selection.outcomes == ("kept", "failed", "malformed", "tool_limit")

@@ -60,7 +60,7 @@ def test_prompts_are_learnt_where_the_loss_is_not_on_completions_alone(make_roll
 
 
 def test_what_the_policy_did_not_write_is_not_learnt(make_rollout) -> None:
-    """An EOS that is added after a stop string is learnt all the same."""
+    """RA-2. An EOS that is added after a stop string is learnt all the same."""
     rollout = make_rollout(
         completion_ids=(5, 6, 7, 8), completion_mask=(True, False, False, True), finish="stop"
     )
@@ -73,7 +73,7 @@ def test_what_the_policy_did_not_write_is_not_learnt(make_rollout) -> None:
 
 
 def test_pairs_of_rollouts_carry_what_the_policy_wrote(make_rollout) -> None:
-    """A column of masks is there only if a pair has one."""
+    """RA-2. A column of masks is there only if a pair has one."""
     chosen = make_rollout(completion_ids=(5, 6), completion_mask=(True, False), finish="stop")
     rejected = make_rollout(sample_index=1, completion_ids=(7, EOS), finish="eos")
     pair = pair_of(chosen, rejected, (1, 2), EOS)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_selfplay.rollouts.funnel import Funnel, OutcomeCounts, count_causes, describe_funnel
+from trl_selfplay.rollouts.played import round_metrics
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.selection import (
     Selection,
@@ -82,6 +83,7 @@ def rollout_sets(draw: st.DrawFn) -> list[Rollout]:
                     draw(st.sampled_from([None, 0.0, 0.5, 1.0, 2.0])),
                     prompt_id=f"p{prompt}",
                     finish=draw(st.sampled_from(["eos", "stop", "length"])),
+                    halt=draw(st.sampled_from([None, None, None, "malformed", "tool_limit"])),
                     hinted=sample_index >= unhinted,
                 )
             )
@@ -97,7 +99,9 @@ def select_naively(rollouts: list[Rollout], threshold: float) -> dict[tuple[str,
     outcomes: dict[tuple[str, int], str] = {}
     passed: list[Rollout] = []
     for r in sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_index)):
-        if r.reward is None:
+        if r.halt is not None:
+            outcome = r.halt
+        elif r.reward is None:
             outcome = "abstained"
         elif r.finish == "length":
             outcome = "truncated"
@@ -124,7 +128,10 @@ def select_naively(rollouts: list[Rollout], threshold: float) -> dict[tuple[str,
 def test_every_rollout_gets_the_outcome_that_the_definition_gives_it(
     rollouts: list[Rollout], threshold: float
 ) -> None:
-    """ST-7, ST-8, ST-21, SE-2: no failed, hinted-and-wrong, cut or abstained one is kept."""
+    """ST-7, ST-8, ST-21, SE-2, RA-7, RA-11: no failed, hinted-and-wrong, cut or abstained one is kept.
+
+    Nor is a trajectory that ended with a call that can't be read, or with one too many.
+    """
     selection = run_select(rollouts, reward_threshold=threshold, fits=lambda r: r.completion != "d")
     outcomes = {(r.prompt_id, r.sample_index): outcome for r, outcome in outcomes_of(selection)}
     assert outcomes == select_naively(rollouts, threshold)
@@ -181,7 +188,7 @@ def test_text_of_unselected_rollouts_has_no_influence(rollouts: list[Rollout]) -
     dropped = {
         (r.prompt_id, r.sample_index)
         for r, outcome in outcomes_of(before)
-        if outcome in ("abstained", "truncated", "failed")
+        if outcome in ("abstained", "truncated", "failed", "malformed", "tool_limit")
     }
     garbled = [
         replace(r, completion="garbage", completion_ids=(9,))
@@ -412,3 +419,42 @@ def test_what_is_trained_on_anyway_is_no_news() -> None:
     for form, kept in ((default_normal_form, [1]), (None, [0, 1])):
         selection = run_select(rollouts, normal_form=form, beside=gold)
         assert [r.sample_index for r in selection.kept] == kept
+
+
+def test_trajectories_without_an_end_are_rows_of_the_funnel() -> None:
+    """RA-11 and RA-7; records of runs without tools look as they did before."""
+    halts = ["malformed", "malformed", "tool_limit", None, None]
+    rollouts = [make_rollout(i, halt=halt) for i, halt in enumerate(halts)]
+    funnel = run_select(rollouts, max_per_prompt=1).funnel
+    assert (funnel.sampled, funnel.finished, funnel.correct, funnel.kept) == (5, 2, 2, 1)
+    assert describe_funnel(funnel) == (
+        "5 sampled → 2 finished → 2 correct → 1 kept; dropped: 1 over the cap, 2 malformed, "
+        "1 at the limit of calls; 1 of 1 prompts solved"
+    )
+    assert Funnel.from_dict(funnel.to_dict()) == funnel
+    assert funnel.to_dict()["malformed"] == 2
+    assert not {"malformed", "tool_limit"} & run_select([make_rollout()]).funnel.to_dict().keys()
+
+
+def test_calls_are_counted_as_grpo_counts_them() -> None:
+    """Per completion; failures per call. Without tools there is nothing to tell."""
+    answer, result = {"role": "assistant", "content": "a"}, {"role": "tool", "content": "r"}
+    rollouts = [
+        make_rollout(0, messages=(answer, result, result, answer), num_failed_calls=1),
+        make_rollout(1, messages=(answer, result, answer)),
+        make_rollout(2, messages=(answer,)),
+        make_rollout(3, messages=(answer,), halt="malformed"),
+    ]
+    metrics = round_metrics(run_select(rollouts), {})
+    assert metrics["tools/call_frequency"] == 3 / 4
+    assert metrics["tools/failure_frequency"] == 1 / 3
+    assert (metrics["play/malformed"], metrics["play/tool_limit"]) == (1 / 4, 0.0)
+    none_called = round_metrics(run_select(rollouts[2:]), {})
+    assert (none_called["tools/call_frequency"], none_called["tools/failure_frequency"]) == (0, 0)
+    assert not [name for name in round_metrics(run_select([make_rollout()]), {}) if "tool" in name]
+
+
+def test_lengths_are_those_of_what_the_policy_wrote() -> None:
+    mask = (True, False, False, True, True, False)
+    written = make_rollout(0, "abcdef", completion_mask=mask)
+    assert round_metrics(run_select([written]), {})["play/mean_length"] == 3.0

@@ -14,12 +14,15 @@ from noted_calls import note
 from test_collection import CountingProgress, has_a_digit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_selfplay.generation.completion_scores import score_completions
+from trl_selfplay.generation.model_traits import describe_model
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.collection import Collector
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.shards import Assignment
+from trl_selfplay.rounds.watch import own_turns
 from trl_selfplay.tools.record import Reply, ToolCall
 from trl_selfplay.tools.tool_set import ToolSet
 from trl_selfplay.tools.trajectories import Trajectories
@@ -169,3 +172,17 @@ def test_what_judges_other_completions_calls_no_tools(tmp_path, tiny_model, word
     )
     assert not any(r.messages for r in rollouts)
     assert not (tmp_path / "judge.calls").exists()
+
+
+def test_a_trajectory_s_log_prob_is_that_of_the_policy_s_turns(
+    tiny_model, word_tokenizer, whole
+) -> None:
+    """What the detectors compare with the untrained model is what the sampler recorded."""
+    model = tiny_model(word_tokenizer)
+    traits, vocabulary = describe_model(model), range(len(word_tokenizer))
+    for rollout in whole[0]:
+        turns = list(own_turns(rollout))
+        assert sum((ids for _, ids in turns), ()) == rollout.own_ids
+        assert len(turns) == sum(m["role"] == "assistant" for m in rollout.messages)
+        found = score_completions(model, None, traits, turns, OPTIONS, vocabulary)
+        assert sum(found) == pytest.approx(rollout.logprob, rel=1e-4)

@@ -105,7 +105,7 @@ def sample_graded(
         rollouts = list(play.sample(play.rows, 0, "train", Path(folder)))
     texts = {row.prompt_id: str(row.prompt) for row in play.rows}
     # The prompts without few-shot examples, as the classifier will see them.
-    return [replace(r, prompt=texts[r.prompt_id]) for r in rollouts if not r.is_truncated]
+    return [replace(r, prompt=texts[r.prompt_id]) for r in rollouts if r.is_finished]
 
 
 def train_classifier(rollouts: Sequence[Rollout], seed: int, num_epochs: int) -> tuple[Any, Any]:

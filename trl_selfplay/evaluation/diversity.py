@@ -39,12 +39,12 @@ class PromptSamples:
         correct_forms: The same of those that are correct.
         answers: Number of samples of each final answer; none of a prompt whose answers aren't read.
         num_top: Number of samples whose answer is the round's most frequent one.
-        num_tokens: Of all completions together, like `num_own_tokens`, those of the policy.
+        num_tokens: Number of the policy's tokens in all of them.
         num_graded: How many have a reward.
         total_reward: The sum of their rewards.
         best_reward: The highest reward of a finished one; None without any.
         logprob: Sum of the log-probs of the samples that have one.
-        num_logprob_tokens: Number of the policy's tokens in these samples.
+        num_logprob_tokens: Number of the policy's tokens in the latter.
     """
 
     forms: tuple[int, ...] = ()
@@ -130,7 +130,7 @@ def summarize_samples(
         if is_kept:
             prompt_id = rollout.prompt_id
             found.kept[prompt_id] = found.kept.get(prompt_id, 0) + 1
-            found.num_repetitive += is_repetitive(rollout.completion_ids, rollout.completion)
+            found.num_repetitive += is_repetitive(rollout.own_ids, rollout.completion)
             kept_forms.append(digest_kept(prompt_id, form))
         if not rollout.hinted:
             own = found.prompts.setdefault(rollout.prompt_id, PromptSamples())
@@ -157,18 +157,18 @@ def _count(
     own: PromptSamples, kinds: _Kinds, rollout: Rollout, form: Hashable, threshold: float
 ) -> None:
     kinds.forms[form] = kinds.forms.get(form, 0) + 1
-    own.num_tokens += len(rollout.completion_ids)
+    num_tokens = len(rollout.own_ids)
+    own.num_tokens += num_tokens
     if rollout.logprob is not None:
-        mask = rollout.completion_mask
         own.logprob += rollout.logprob
-        own.num_logprob_tokens += len(rollout.completion_ids) if mask is None else sum(mask)
+        own.num_logprob_tokens += num_tokens
     if rollout.reward is None:
         return
     own.num_graded += 1
     own.total_reward += rollout.reward
     if rollout.passes(threshold):
         kinds.correct[form] = kinds.correct.get(form, 0) + 1
-    if not rollout.is_truncated:
+    if rollout.is_finished:
         best = own.best_reward
         own.best_reward = rollout.reward if best is None else max(rollout.reward, best)
 

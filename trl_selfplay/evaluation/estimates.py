@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_selfplay.rollouts.facts import call_metrics
 from trl_selfplay.rollouts.record import Rollout
 
 
@@ -281,9 +282,9 @@ def summarize_heldout(
 ) -> dict[str, float]:
     """Return the metrics of one held-out set.
 
-    A completion passes if it isn't truncated and its reward is at least the threshold. As in
-    selection, a truncated completion is wrong even if its answer is right. Completions on which
-    every reward function abstained don't count.
+    A completion passes if it is finished and its reward is at least the threshold. As in
+    selection, a truncated completion is wrong even if its answer is right, and so is a trajectory that
+    ended without an answer. Completions on which every reward function abstained don't count.
 
     Args:
         rollouts: The greedy completion of each prompt (`sample_index` 0) and samples (from 1 on).
@@ -292,8 +293,8 @@ def summarize_heldout(
 
     Returns:
         For greedy completions: `{prefix}_accuracy` with `_accuracy_low` and `_accuracy_high`
-        (Wilson), `_mean_reward`, `_mean_length` (tokens), and the shares `_truncated` and
-        `_abstained`. For samples: `{prefix}_pass@k` for k = 1, 2, 4, … and for the number of samples,
+        (Wilson), `_mean_reward`, `_mean_length` (tokens of the policy), and the shares `_truncated` and
+        `_abstained`; of trajectories also `_tools/call_frequency` and `_tools/failure_frequency`. For samples: `{prefix}_pass@k` for k = 1, 2, 4, … and for the number of samples,
         the first and the last with `_low` and `_high` (bootstrap over prompts; Wilson if all have the
         same value); prompts with fewer than k graded samples are left out. Without a threshold,
         `_mean_reward` with `_low` and `_high` (bootstrap) replaces
@@ -302,13 +303,17 @@ def summarize_heldout(
     """
     rewards: dict[str, float | None] = {}  # of greedy completions
     lengths: list[int] = []
+    calls: list[tuple[int, int]] = []
+    has_tools = False
     num_passed = num_truncated = 0
     samples: dict[str, list[tuple[float, bool]]] = {}
     for r in rollouts:
         passes = reward_threshold is not None and r.passes(reward_threshold)
         if r.sample_index == 0:
             rewards[r.prompt_id] = r.reward
-            lengths.append(len(r.completion_ids))
+            lengths.append(len(r.own_ids))
+            calls.append((r.num_calls, r.num_failed_calls))
+            has_tools = has_tools or len(r.messages) > 0
             num_passed += passes
             num_truncated += r.is_truncated
         elif r.reward is not None:
@@ -328,6 +333,8 @@ def summarize_heldout(
         metrics["mean_length"] = fmean(lengths)
         metrics["truncated"] = num_truncated / len(lengths)
         metrics["abstained"] = 1.0 - len(graded) / len(lengths)
+    if has_tools:
+        metrics |= call_metrics(*zip(*calls, strict=True))
     if reward_threshold is not None:
         verdicts = [[passes for _, passes in own] for _, own in sorted(samples.items())]
         metrics |= _pass_at_k_metrics(verdicts)

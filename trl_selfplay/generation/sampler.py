@@ -86,7 +86,7 @@ class SampledCompletion:
         environment_reward: What the trajectory's environment gave for it, or None.
         halt: Why the trajectory ended before the policy gave an answer: "malformed" (a call that
             can't be read) or "tool_limit" (a call after the last one allowed); None if it didn't.
-        num_failed_calls: Number of the trajectory's calls that failed.
+        num_failed_calls: How many of the calls whose results the policy read failed.
     """
 
     completion_ids: tuple[int, ...]

@@ -38,6 +38,8 @@ OUTCOME_NAMES = {
     "identical": "equal to its partner",
     "empty": "empty",
     "unpaired": "without a wrong partner",
+    "malformed": "malformed call",
+    "tool_limit": "out of calls",
 }
 
 

@@ -25,10 +25,13 @@ class Facts:
         prompt_ids: The ids of their prompts, each once, sorted.
         prompts: Place of its prompt in `prompt_ids`.
         sample_indices: As in the record, like `round_indices`, `hinted`, `truncated` and `graded`.
-        lengths: Number of tokens of its completion.
+        lengths: Number of tokens that the policy wrote of it.
+        calls: Number of its calls whose results the policy read.
+        failed_calls: How many of these failed.
         rewards: Its reward, NaN for none.
         scores: The same of each reward function's score.
         causes: Why it has no reward, or None.
+        has_tools: Whether any is a trajectory.
     """
 
     rollouts: Rollouts
@@ -40,9 +43,12 @@ class Facts:
     truncated: np.ndarray
     graded: np.ndarray
     lengths: np.ndarray
+    calls: np.ndarray
+    failed_calls: np.ndarray
     rewards: np.ndarray
     scores: list[np.ndarray]
     causes: list[str | None]
+    has_tools: bool
 
 
 def examine(
@@ -53,8 +59,10 @@ def examine(
     numbers: dict[str, int] = {}
     ints = {
         name: array("i")
-        for name in ("places", "prompts", "sample_indices", "round_indices", "lengths")
-    }
+        for name in (
+            "places", "prompts", "sample_indices", "round_indices", "lengths", "calls", "failed_calls",
+        )
+    }  # fmt: skip
     flags = {name: array("b") for name in ("hinted", "truncated", "graded")}
     rewards = array("d")
     scores: list[array[float]] = []
@@ -62,6 +70,7 @@ def examine(
     outcomes: list[Outcome] = []
     forms: list[Hashable] = []
     known: dict[str, str] = {}
+    has_tools = False
     for place, r in source.scan():
         outcome, form = judge(r)
         outcomes.append(outcome)
@@ -70,7 +79,10 @@ def examine(
         ints["prompts"].append(numbers.setdefault(r.prompt_id, len(numbers)))
         ints["sample_indices"].append(r.sample_index)
         ints["round_indices"].append(r.round_index)
-        ints["lengths"].append(len(r.completion_ids))
+        ints["lengths"].append(len(r.own_ids))
+        ints["calls"].append(r.num_calls)
+        ints["failed_calls"].append(r.num_failed_calls)
+        has_tools = has_tools or len(r.messages) > 0
         flags["hinted"].append(r.hinted)
         flags["truncated"].append(r.is_truncated)
         flags["graded"].append(r.is_graded)
@@ -95,8 +107,17 @@ def examine(
         rewards=np.array(rewards)[order],
         scores=[np.array(values)[order] for values in scores],
         causes=[causes[i] for i in order],
+        has_tools=has_tools,
     )
     return facts, [outcomes[i] for i in order], [forms[i] for i in order]
+
+
+def call_metrics(calls: Sequence[int], failed: Sequence[int]) -> dict[str, float]:
+    """Return the calls per completion, and the share of them that failed, 0 without any."""
+    return {
+        "tools/call_frequency": float(np.mean(calls)),
+        "tools/failure_frequency": float(np.sum(failed) / max(np.sum(calls), 1)),
+    }
 
 
 def digest_form(form: Hashable) -> Hashable:

@@ -20,10 +20,14 @@ Outcome = Literal[
     "identical",
     "empty",
     "unpaired",
+    "malformed",
+    "tool_limit",
 ]
 
+# Why a completion came to no end, whatever its reward.
+UNFINISHED: tuple[Outcome, ...] = ("truncated", "malformed", "tool_limit")
 # Records leave these out if they are 0, so that older records, which lack them, look the same.
-_RARE = ("unpaired",)
+_RARE = ("unpaired", "malformed", "tool_limit")
 _HINTED_PREFIX = "hinted_"
 _REASON_PREFIX = "leak_"
 _CAUSE_PREFIX = "abstained: "
@@ -48,6 +52,8 @@ class OutcomeCounts:
         identical: Equal to the completion that it would be paired with.
         empty: Has no text.
         unpaired: Right, but its prompt has no wrong rollout to pair it with.
+        malformed: A trajectory that ended with a call that can't be read, whatever the reward.
+        tool_limit: A trajectory that wanted more calls than allowed, whatever the reward.
     """
 
     abstained: int = 0
@@ -61,6 +67,8 @@ class OutcomeCounts:
     identical: int = 0
     empty: int = 0
     unpaired: int = 0
+    malformed: int = 0
+    tool_limit: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """Return the counts by outcome, without rare ones that are 0."""
@@ -73,8 +81,13 @@ class OutcomeCounts:
 
     @property
     def finished(self) -> int:
-        """The number that are graded and not truncated."""
-        return self.sampled - self.abstained - self.truncated
+        """The number that are graded and came to an end."""
+        return self.sampled - self.abstained - self.unfinished
+
+    @property
+    def unfinished(self) -> int:
+        """The number that came to no end: truncated, malformed, or at the limit of calls."""
+        return sum(getattr(self, outcome) for outcome in UNFINISHED)
 
     @property
     def correct(self) -> int:
@@ -116,7 +129,7 @@ class Funnel:
 
     @property
     def finished(self) -> int:
-        """The number sampled without a hint that are graded and not truncated."""
+        """The number sampled without a hint that are graded and came to an end."""
         return self.unhinted.finished
 
     @property
@@ -197,7 +210,10 @@ def describe_funnel(funnel: Funnel, graded: bool = True) -> str:
     It has only what applies to the method: completions that are paired rather than `graded` can't
     be correct, and without hints none is rationalized.
     """
-    names = {"too_long": "too long", "duplicate": "duplicates", "capped": "over the cap"}
+    names = {
+        "too_long": "too long", "duplicate": "duplicates", "capped": "over the cap",
+        "tool_limit": "at the limit of calls",
+    }  # fmt: skip
     hinted, unhinted = asdict(funnel.hinted), asdict(funnel.unhinted)
     dropped = []
     for name in unhinted:

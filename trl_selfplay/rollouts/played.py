@@ -10,7 +10,7 @@ from statistics import fmean
 import numpy as np
 from datasets import Dataset
 
-from trl_selfplay.rollouts.facts import Facts
+from trl_selfplay.rollouts.facts import Facts, call_metrics
 from trl_selfplay.rollouts.funnel import Funnel, Outcome
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.selection import Selection
@@ -25,7 +25,7 @@ class PlayedRound:
         num_examples: Number of selected examples; packed rows hold several.
         funnel: Counts of what each selection step dropped.
         rollouts: All graded rollouts of the round, read from disk when they are needed.
-        metrics: Metrics for the log, with the prefixes play/ and select/.
+        metrics: Metrics for the log, with the prefixes play/, select/ and tools/.
         rewards: Mean weighted reward, and the mean of each function by name.
         remedy: Why a round of this method may be empty and what to do; "" if rewards decide.
         outcomes: The outcome of each of `rollouts`.
@@ -49,10 +49,15 @@ def mean_rewards(facts: Facts, names: Sequence[str]) -> dict[str, float | None]:
 
 
 def round_metrics(selection: Selection, rewards: Mapping[str, float | None]) -> dict[str, float]:
-    """Return a round's metrics: play/… of what was sampled, select/… of what was selected."""
+    """Return a round's metrics: play/… of what was sampled, select/… of what was selected.
+
+    Of trajectories also, as GRPOTrainer logs them, `tools/call_frequency`, the calls per completion, and
+    `tools/failure_frequency`, the share of the calls that failed.
+    """
     facts = selection.facts
     unhinted = ~facts.hinted
-    kept = np.array([outcome == "kept" for outcome in selection.outcomes], dtype=bool)
+    outcomes = np.array(selection.outcomes, dtype=object)
+    kept = outcomes == "kept"
     num_solved = len(np.unique(facts.prompts[kept & unhinted]))
     metrics = {
         "play/completions": float(len(kept)),
@@ -63,5 +68,10 @@ def round_metrics(selection: Selection, rewards: Mapping[str, float | None]) -> 
         "select/prompts_solved": num_solved / len(np.unique(facts.prompts[unhinted])),
         "select/examples": float(len(selection.examples)),
     }
+    if facts.has_tools:
+        metrics |= {
+            f"play/{o}": fmean(outcomes[unhinted] == o) for o in ("malformed", "tool_limit")
+        }
+        metrics |= call_metrics(facts.calls[unhinted], facts.failed_calls[unhinted])
     metrics |= {f"play/reward_{n}": v for n, v in rewards.items() if v is not None}
     return metrics

@@ -52,7 +52,7 @@ class Rollout:
         environment_reward: What the trajectory's environment gave for it, or None.
         halt: Why the trajectory ended before the policy gave an answer: "malformed" (a call that
             can't be read) or "tool_limit" (a call after the last one allowed); None if it didn't.
-        num_failed_calls: Number of the trajectory's calls that failed.
+        num_failed_calls: How many of `num_calls` failed.
 
     Raises:
         ValueError: `completion_mask` and `completion_ids` differ in length.
@@ -93,6 +93,11 @@ class Rollout:
         if self.completion_mask is None:
             return self.completion_ids
         return tuple(compress(self.completion_ids, self.completion_mask))
+
+    @property
+    def num_calls(self) -> int:
+        """The number of calls whose results the policy read."""
+        return sum(message.get("role") == "tool" for message in self.messages)
 
     @property
     def is_graded(self) -> bool:

@@ -3,7 +3,8 @@
 In: the graded rollouts of one round. Out: the kept ones, the outcome of every rollout, and a `Funnel`.
 Pure functions of records, options and seed: the order of the records doesn't matter.
 
-The steps, in this order: drop abstentions and truncated completions; drop those whose reward is below
+The steps, in this order: drop trajectories that ended without an answer, abstentions and truncated
+completions; drop those whose reward is below
 the threshold (STaR, arXiv 2203.14465, Algorithm 1, lines 5 and 6), hinted ones that quote their hint,
 those that don't fit into a training row, and duplicates; then apply the cap per prompt.
 """
@@ -21,12 +22,12 @@ import numpy as np
 
 from trl_selfplay.rewards.equations import find_equations
 from trl_selfplay.rollouts.facts import Facts, digest_form, examine
-from trl_selfplay.rollouts.funnel import Funnel, Outcome, OutcomeCounts, count_causes
+from trl_selfplay.rollouts.funnel import UNFINISHED, Funnel, Outcome, OutcomeCounts, count_causes
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.sequence import Rollouts
 
 NormalForm = Callable[[str], Hashable]
-_WRONG: tuple[Outcome, ...] = ("abstained", "truncated", "failed")
+_WRONG: tuple[Outcome, ...] = ("abstained", "failed", *UNFINISHED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +303,8 @@ def _check_records(facts: Facts) -> None:
 
 
 def _grade_outcome(rollout: Rollout, is_correct: Callable[[Rollout], bool]) -> Outcome:
+    if rollout.halt is not None:
+        return rollout.halt
     if rollout.reward is None:
         return "abstained"
     if rollout.is_truncated:

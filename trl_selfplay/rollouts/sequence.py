@@ -205,11 +205,14 @@ class Rollouts(Sequence[Rollout]):
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens of all completions; reading it reads nothing else from disk."""
-        return sum(
-            count_values(table.column("completion_ids"))
-            for _, table in self._tables(["completion_ids"])
-        )
+        """The number of tokens that the policy wrote; reading it reads nothing else from disk."""
+        count = 0
+        for _, table in self._tables(["completion_ids", "completion_mask"]):
+            count += count_values(table.column("completion_ids"))
+            mask = table.column("completion_mask")
+            if mask.null_count < len(mask):
+                count -= pc.sum(pc.invert(pc.list_flatten(mask))).as_py() or 0
+        return count
 
     def _by_part(self) -> Iterator[tuple[StoredShard | Sequence[Rollout], np.ndarray]]:
         """Yield each part that is used, and the places of its rollouts."""

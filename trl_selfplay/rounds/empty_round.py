@@ -8,7 +8,12 @@ import logging
 from typing import Any
 
 from trl_selfplay.disk import RESUME
-from trl_selfplay.rollouts.funnel import describe_causes, describe_funnel
+from trl_selfplay.rollouts.funnel import (
+    UNFINISHED,
+    Funnel,
+    describe_causes,
+    describe_funnel,
+)
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.sequence import Rollouts
@@ -50,7 +55,7 @@ def handle_empty_round(args: Any, round_index: int, played: PlayedRound) -> None
 
 
 def _finished_first(rollout: Rollout) -> tuple[bool, bool, str, int]:
-    return rollout.is_truncated, rollout.hinted, rollout.prompt_id, rollout.sample_index
+    return not rollout.is_finished, rollout.hinted, rollout.prompt_id, rollout.sample_index
 
 
 def _remedy(args: Any, played: PlayedRound) -> str:
@@ -75,16 +80,38 @@ def _remedy(args: Any, played: PlayedRound) -> str:
             f"The reward functions ({names}) abstained on all of them: None says that a completion "
             f"has no score, not that it is wrong. {f'Causes: {causes}.' if causes else usual}"
         )
-    if funnel.unhinted.truncated + funnel.hinted.truncated == num_sampled:
-        return (
-            f"All of them were cut at max_completion_length={args.max_completion_length}, and what "
-            "is cut is never trained on. Raise it, set stop_strings, or check that the model knows "
-            "its EOS token."
-        )
+    if funnel.unhinted.unfinished + funnel.hinted.unfinished == num_sampled:
+        return _finish(args, funnel)
     (rewards,) = Rollouts.of(played.rollouts).columns("reward")
     highest = max((reward for reward in rewards if reward is not None), default=0.0)
     return (
         "A wrong answer format is the usual reason; compare these completions with what the reward "
         "functions expect. Show the format with few_shot_examples, sample more (num_generations, "
         f"temperature), raise max_completion_length, or {args.how_to_keep_more(highest)}."
+    )
+
+
+def _finish(args: Any, funnel: Funnel) -> str:
+    """Return what to do where no completion came to an end."""
+    counts = {o: getattr(funnel.unhinted, o) + getattr(funnel.hinted, o) for o in UNFINISHED}
+    outcome = max(counts, key=lambda o: counts[o])
+    share = (
+        "All" if counts[outcome] == sum(counts.values()) else f"None has an end: {counts[outcome]}"
+    )
+    if outcome == "malformed":
+        return (
+            f"{share} of them ended with a call that can't be read, and such trajectories are never "
+            "trained on. Show how a call is written with few_shot_examples, choose another tool_format, "
+            "or begin with a model that was trained to call tools."
+        )
+    if outcome == "tool_limit":
+        return (
+            f"{share} of them wanted more calls than max_tool_calling_iterations="
+            f"{args.max_tool_calling_iterations}, and such trajectories are never trained on. Raise it, "
+            "or show with few_shot_examples when to answer."
+        )
+    return (
+        f"{share} of them were cut at max_completion_length={args.max_completion_length}, and what "
+        "is cut is never trained on. Raise it, set stop_strings, or check that the model knows "
+        "its EOS token."
     )

@@ -427,7 +427,9 @@ def _finish_round(
         else progress.weights_before(round_index),
         "funnel": played.funnel.to_dict(),
         "rewards": played.rewards,
-        "metrics": {n: v for n, v in played.metrics.items() if n.startswith(("play/", "select/"))},
+        "metrics": {
+            n: v for n, v in played.metrics.items() if n.startswith(("play/", "select/", "tools/"))
+        },
         "eval": {} if scores is None else scores.metrics,
         "gain": gain,
         "gain_standard_error": standard_error,

@@ -7,9 +7,10 @@ resumed run no longer has in memory is read from disk.
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from glob import escape
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -360,16 +361,15 @@ class Watch:
         chosen = sorted(
             random.Random(f"{args.seed}/{index}/drift").sample(range(len(rollouts)), count)
         )
-        completions = [
-            (r.prompt_ids, r.completion_ids)
-            for r in rollouts.pick(chosen)
-            if r.completion_ids and not r.hinted and r.completion_mask is None
+        scored = [
+            list(own_turns(r)) for r in rollouts.pick(chosen) if r.completion_ids and not r.hinted
         ]
+        turns = [turn for of_rollout in scored for turn in of_rollout]
         options = build_sampling_options(args, play.eos_token_ids)
-        now = play.log_probs(completions, options)
+        now = iter(play.log_probs(turns, options))
         with play.initial_weights():
-            before = play.log_probs(completions, options)
-        return list(zip(now, before, strict=True))
+            before = iter(play.log_probs(turns, options))
+        return [(sum(islice(now, len(t))), sum(islice(before, len(t)))) for t in scored]
 
     # --- held-out scores -------------------------------------------------------------------------
 
@@ -426,3 +426,12 @@ class Watch:
                 str(error).removesuffix(BRING_BACK).rstrip(),
             )
             return []
+
+
+def own_turns(rollout: Rollout) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield the tokens before each turn of the policy, and those of the turn."""
+    ids, mask = rollout.completion_ids, rollout.completion_mask
+    ends = [0, *(i for i in range(1, len(ids)) if mask and mask[i] != mask[i - 1]), len(ids)]
+    for start, end in pairwise(ends):
+        if mask is None or mask[start]:
+            yield (*rollout.prompt_ids, *ids[:start]), ids[start:end]

@@ -12,7 +12,7 @@
   const OUTCOMES = {
     "kept": 2, "kept, with hint": 7, "wrong": 6, "cut by length": 1, "not graded": 5, "quotes the hint": 3,
     "too long to train on": 4, "duplicate": 0, "over the cap per prompt": 8, "equal to its partner": 0, "empty": 5,
-    "without a wrong partner": 4,
+    "without a wrong partner": 4, "malformed call": 3, "out of calls": 4,
   };
 
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

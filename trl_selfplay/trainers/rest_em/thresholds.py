@@ -71,7 +71,7 @@ def above_threshold(
     is lost.
 
     Args:
-        rollouts: All rollouts to test; abstentions and truncated ones don't affect thresholds.
+        rollouts: All rollouts to test; abstentions and unfinished ones don't affect thresholds.
         kind: See `threshold_of`; "value" uses `level` itself for all prompts.
         level: The threshold, percentile or position, depending on `kind`.
     """
@@ -81,7 +81,7 @@ def above_threshold(
         return lambda rollout: rollout.reward is not None and rollout.reward > level
     rewards: dict[str, list[float]] = {}
     for rollout in rollouts:
-        if rollout.reward is not None and not rollout.is_truncated:
+        if rollout.reward is not None and rollout.is_finished:
             rewards.setdefault(rollout.prompt_id, []).append(rollout.reward)
     # A mean of equal numbers can be off by a rounding error, above or below their maximum.
     thresholds = {i: min(threshold_of(r, kind, level), max(r)) for i, r in rewards.items()}

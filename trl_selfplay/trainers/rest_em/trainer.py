@@ -252,7 +252,7 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
             is_above = above_threshold((), "value", 0.0)
         else:
             return lambda rollout: rollout.passes(args.reward_threshold)
-        return lambda rollout: not rollout.is_truncated and is_above(rollout)
+        return lambda rollout: rollout.is_finished and is_above(rollout)
 
     def _warn_repeated(self, played: PlayedRound, improve: int, round_index: int) -> None:
         """Warn of an Improve step that selects the same completions as the one before.
