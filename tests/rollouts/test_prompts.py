@@ -245,3 +245,15 @@ def test_a_value_that_is_nested_too_deeply_is_refused(load, is_circle) -> None:
     rows.set_transform(lambda batch: {**batch, "note": [value]})
     with pytest.raises(ValueError, match="`d` row 0: `note` is nested more than 100 levels deep"):
         load(rows, "d")
+
+
+@pytest.mark.parametrize("load", [load_prompt_rows, load_chosen_rows])
+def test_a_mapping_whose_keys_have_no_order_is_refused(load) -> None:
+    rows = Dataset.from_dict({name: ["a"] for name in ("prompt", "completion", "note")})
+    rows.set_transform(lambda batch: {**batch, "note": [[{1: 2, "a": 3}]]})
+    with pytest.raises(
+        TypeError, match=r"`d` row 0: `note` has a mapping with the keys \[1, 'a'\]"
+    ):
+        load(rows, "d")
+    rows.set_transform(lambda batch: {**batch, "note": [{1: 2, 3: 4}]})
+    load(rows, "d")

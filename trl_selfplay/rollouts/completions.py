@@ -18,8 +18,8 @@ from trl_selfplay.rollouts.prompts import (
     PromptRow,
     as_plain_rows,
     check_dataset,
-    check_depth,
     check_message,
+    check_nesting,
     collect_rows,
     message_text,
 )
@@ -81,7 +81,7 @@ def load_chosen_rows(dataset: Any, name: str, reward_funcs: Any = None) -> list[
         if form[1] == "completion" and record.get("label") is False:
             continue
         where = f"`{name}` row {index}"
-        check_depth(record, where)
+        check_nesting(record, where)
         prompt, completion = _split(record, form, where)
         kept = {c: record[c] for c in _TEMPLATE_COLUMNS if c in columns}
         own = {"prompt": prompt, "solution": completion, **kept}

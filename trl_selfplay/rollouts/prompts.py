@@ -220,7 +220,7 @@ def collect_rows(
 def _build_row(record: Mapping[str, Any], index: int, name: str) -> PromptRow:
     where = f"`{name}` row {index}"
     prompt, solution = record["prompt"], record.get("solution")
-    check_depth(record, where)
+    check_nesting(record, where)
     check_prompt(prompt, where)
     for column in ("prompt", "solution"):
         check_encodable(record.get(column), f"{where}: `{column}`")
@@ -376,14 +376,18 @@ def check_encodable(value: Any, where: str) -> None:
             ) from error
 
 
-def check_depth(record: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError for a value of a row that holds itself or is nested too deeply.
+def check_nesting(record: Mapping[str, Any], where: str) -> None:
+    """Raise for a value of a row that can't be written down, hashed or sent to another process.
 
-    Writing it down, hashing it or sending it to another process would exceed Python's recursion limit.
+    Raises:
+        TypeError: The keys of a mapping aren't all text or all numbers, so they have no order.
+        ValueError: It holds itself, or is nested too deeply for Python's recursion limit.
     """
     for column, value in record.items():
         level = {id(value): value}
         for _ in range(_MOST_LEVELS):
+            for outer in level.values():
+                _check_keys(outer, f"{where}: `{column}`")
             level = {id(inner): inner for outer in level.values() for inner in _parts_of(outer)}
             if not level:
                 break
@@ -392,6 +396,15 @@ def check_depth(record: Mapping[str, Any], where: str) -> None:
                 f"{where}: `{column}` is nested more than {_MOST_LEVELS} levels deep, or holds itself. "
                 "Flatten it, or remove the column."
             )
+
+
+def _check_keys(value: Any, where: str) -> None:
+    keys = list(value) if isinstance(value, Mapping) else []
+    if not any(all(isinstance(key, kind) for key in keys) for kind in (str, int | float)):
+        raise TypeError(
+            f"{where} has a mapping with the keys {keys!r:.200}; expected keys that are all text, as in JSON, "
+            "or all numbers. Change them, or remove the column."
+        )
 
 
 def _parts_of(value: Any) -> Iterable[Any]:

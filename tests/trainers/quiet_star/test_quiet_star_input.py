@@ -255,6 +255,10 @@ ANSWER = {"role": "assistant", "content": "so 3 yes"}
             [{"messages": [CHAT, ANSWER]}, {"messages": [CHAT, {**ANSWER, "content": None}]}],
             r"row 1: `messages`, message 1 \(role 'assistant'\): the content is None",
         ),
+        (
+            [{"messages": [CHAT, ANSWER], "chat_template_kwargs": None}],
+            "row 0: `chat_template_kwargs` is None; expected a mapping",
+        ),
     ],
 )
 def test_a_row_that_is_no_text_is_named(build, word_tokenizer, rows, message) -> None:

@@ -190,6 +190,12 @@ def naming_bad_rows(datasets: Mapping[str, Any], args: Any, formats: bool) -> It
 def _refuse_bad_row(dataset: Dataset, name: str, args: Any, error: Exception) -> None:
     for index, row in enumerate(as_plain_rows(dataset)):
         where = f"`{name}` row {index}"
+        kwargs = row.get("chat_template_kwargs", {})
+        if not isinstance(kwargs, Mapping):
+            raise TypeError(
+                f"{where}: `chat_template_kwargs` is {kwargs!r:.200}; expected a mapping, {{}} in a row that "
+                "has none. Change the row, or remove the column."
+            ) from error
         # The parent prefers the text to a prompt beside it.
         columns = ["messages", "conversations", "prompt", "completion", args.dataset_text_field]
         for column in columns:
