@@ -76,7 +76,7 @@ def recorded_in(folder: Path) -> list[str]:
     """Return the calls whose results a step log holds."""
     (path,) = folder.glob("*.steps.jsonl")
     events = [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")]
-    return [key for event in events for _, key, _ in event.get("results", ())]
+    return [event["result"][1] for event in events if "result" in event]
 
 
 def assert_same(found, expected) -> None:

@@ -1,5 +1,9 @@
 """Tools of tests, in a module that a process imports quickly."""
 
+import os
+import random
+from pathlib import Path
+
 
 def add(a: int, b: int) -> str:
     """Add two numbers.
@@ -18,3 +22,59 @@ def fail(text: str) -> str:
         text: Anything.
     """
     raise LookupError(f"no {text}")
+
+
+def note(file: str, text: str) -> str:
+    """Write a line into a file.
+
+    Args:
+        file: Its path.
+        text: The line.
+    """
+    with Path(file).open("a") as opened:
+        opened.write(f"{text}\n")
+    return text
+
+
+def wait_for(path: str) -> str:
+    """Wait for a pipe's other end.
+
+    Args:
+        path: Of the pipe.
+    """
+    return Path(path).read_text()
+
+
+class Counter:
+    """An environment that counts, and gives what it has counted to."""
+
+    def reset(self, start: int = 0, **columns: object) -> str:
+        self.count = start
+        return f"It stands at {start}."
+
+    def increase(self, by: int) -> str:
+        """Count on.
+
+        Args:
+            by: How far.
+        """
+        self.count += by
+        return f"{self.count} in {os.getpid()}" if by == 0 else str(self.count)
+
+    def die(self) -> str:
+        """End the process."""
+        os._exit(3)
+
+    def get_reward(self) -> float:
+        return float(self.count)
+
+
+class Dice:
+    """Draws at random, with a target drawn by `reset`."""
+
+    def reset(self, **columns: object) -> None:
+        self.target = random.random()
+
+    def throw(self) -> str:
+        """Throw it."""
+        return f"{self.target} {random.random()}"

@@ -1,18 +1,21 @@
 """Trajectories: exact tokens, limits, tools that fail, many at once, and what is read back from disk."""
 
-import threading
+import functools
+import json
+import os
+from contextlib import closing
 from itertools import count
 
 import pytest
 import torch
-from simple_tools import add, fail
+from simple_tools import add, fail, note, wait_for
 
 from trl_selfplay.generation.sampler import SampledCompletion, SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.tools.react import ReActDialogue
 from trl_selfplay.tools.step_log import StepLog
 from trl_selfplay.tools.tool_set import ToolSet
-from trl_selfplay.tools.trajectories import TrajectorySampler, turn_key
+from trl_selfplay.tools.trajectories import Trajectories, turn_key
 
 OPTIONS = SamplingOptions(400, return_logprobs=True)
 
@@ -67,12 +70,19 @@ def adds_twice(text):
     return f"So {observations[-1].split()[0]}."
 
 
+@functools.cache
+def tools_of(functions):
+    """Return a tool set that tests with the same functions share, with its processes."""
+    return ToolSet(list(functions), 20.0)
+
+
 @pytest.fixture
 def build(byte_tokenizer):
-    def build_one(respond, tools=(add, fail), **options):
+    def build_one(respond, tools=(add, fail), rows=None, step_log=None, **options):
         dialogue = ReActDialogue(byte_tokenizer)
         script = Script(byte_tokenizer, respond)
-        found = TrajectorySampler(script, ToolSet(list(tools), 20.0), dialogue, **options)
+        how = Trajectories(tools_of(tools), dialogue, **options)
+        found = how.over(script, rows, step_log)
         return found, script
 
     return build_one
@@ -153,7 +163,7 @@ def test_a_trajectory_that_fills_its_length_is_truncated(build, byte_tokenizer) 
     [
         ("Action: fail[luck]", "Error: LookupError: no luck"),
         ("Action: nothing[x]", "Error: no tool 'nothing'; known: add, fail"),
-        ("Action: add([1, 2])", "Error: the arguments are no JSON object"),
+        ("Action: add([1, 2])", "Error: wrong arguments: the arguments are no JSON object"),
         ('Action: add({"c": 1})', "Error: wrong arguments: "),
     ],
 )
@@ -211,60 +221,59 @@ def test_several_calls_of_a_turn_are_made_in_their_order(build, byte_tokenizer) 
 
 
 def test_others_are_decoded_while_one_waits_for_its_tool(build, byte_tokenizer, tmp_path) -> None:
-    order, waits = [], threading.Event()
+    order, others, pipe = [], 5, tmp_path / "pipe"
+    os.mkfifo(pipe)
 
     def respond(text):
         order.append(text[:2])
-        return adds_twice(text) if text.startswith("Q0") else "So 1."
+        if not text.startswith("Q0") or "Observation" in text:
+            return "So 1."
+        return f"Action: wait_for[{pipe}]\nObservation:"
 
-    sampler, _ = build(respond)
-    call, others = sampler.call, 5
-
-    def slow(calls):
-        assert waits.wait(60)  # set once all others are sampled
-        return call(calls)
-
-    sampler.call = slow
+    sampler, _ = build(respond, (wait_for,))
     requests = [ask(byte_tokenizer, f"Q{i}", i) for i in range(1 + others)]
     finished = []
     for number, _ in sampler.sample(requests, OPTIONS, 1):
         finished.append(number)
-        if len(finished) == others:
-            waits.set()
+        if len(finished) == others:  # all but the one that waits
+            pipe.write_text("on")
     assert sorted(finished) == list(range(1 + others))
     assert finished[-1] == 0
-    assert order[-2:] == ["Q0", "Q0"]
+    assert order == ["Q0", *(f"Q{i}" for i in range(1, 1 + others)), "Q0"]
 
 
 def test_steps_on_disk_are_neither_sampled_nor_called_again(
     build, byte_tokenizer, tmp_path
 ) -> None:
+    """RA-15: wherever the file ends, the trajectories are those of an uninterrupted run."""
     requests = [ask(byte_tokenizer, f"Q{i}", i) for i in range(4)]
+    called = tmp_path / "called.txt"
 
-    def run(log, **options):
-        sampler, script = build(adds_twice, step_log=log)
-        calls = []
-        call = sampler.call
-        sampler.call = lambda asked: calls.append(asked) or call(asked)
-        found = dict(sampler.sample(requests, OPTIONS, 2))
-        log.close()
-        return found, len(script.sampled), len(calls)
+    def notes_twice(text):
+        number = text.count("Observation:")
+        if number == 2:
+            return "So."
+        call = json.dumps({"file": str(called), "text": f"{text[:2]} {number}"})
+        return f"Action: note({call})\nAction: note({call})\nObservation:"
 
-    whole, *counts = run(StepLog(tmp_path / "whole.jsonl"))
-    assert counts == [12, 8]
-    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
-    assert len(lines) == 20
-    for kept in range(len(lines) + 1):
-        path = tmp_path / f"{kept}.jsonl"
-        path.write_bytes(
-            b"".join(lines[:kept]) + lines[kept][: len(lines[kept]) // 2]
-            if kept < 20
-            else b"".join(lines)
-        )
-        found, sampled, called = run(StepLog(path))
-        assert found == whole
+    def run(path):
+        called.write_text("")
+        with closing(StepLog(path)) as log:
+            sampler, script = build(notes_twice, (note,), step_log=log)
+            found = dict(sampler.sample(requests, SamplingOptions(2000), 2))
+        return found, len(script.sampled), len(called.read_text().splitlines())
+
+    whole, *counts = run(tmp_path / "whole.jsonl")
+    assert counts == [12, 16]
+    header, *lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 28
+    path = tmp_path / "torn.jsonl"
+    for kept in range(29):
+        torn = lines[kept][: len(lines[kept]) // 2] if kept < 28 else b""
+        path.write_bytes(b"".join([header, *lines[:kept], torn]))
         turns = sum(b'"ids"' in line for line in lines[:kept])
-        assert (sampled, called) == (12 - turns, 8 - (kept - turns))
+        assert run(path) == (whole, 12 - turns, 16 - (kept - turns))
+        assert run(path) == (whole, 0, 0)
 
 
 def test_a_real_model_writes_the_same_trajectories_in_any_batch(byte_tokenizer, tiny_model) -> None:
@@ -285,8 +294,8 @@ def test_a_real_model_writes_the_same_trajectories_in_any_batch(byte_tokenizer, 
 
     def run(batch_size, order):
         requests = [ask(byte_tokenizer, "Q" * (1 + i % 3), i) for i in order]
-        sampler = TrajectorySampler(
-            TransformersSampler(model, byte_tokenizer), tools, dialogue, 3, 512
+        sampler = Trajectories(tools, dialogue, 3, 512).over(
+            TransformersSampler(model, byte_tokenizer)
         )
         found = sampler.sample(requests, SamplingOptions(60, return_logprobs=True), batch_size)
         return {order[number]: completion for number, completion in found}

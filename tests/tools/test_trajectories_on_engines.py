@@ -60,7 +60,7 @@ class Weights:
 
 
 def over(sampler, tokenizer):
-    dialogue = EachTurnCalls(tokenizer, {})
+    dialogue = EachTurnCalls(tokenizer)
     return Trajectories(ToolSet([add], 20.0), dialogue, MOST_TURNS, 256).over(sampler)
 
 

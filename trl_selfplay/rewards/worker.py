@@ -54,6 +54,12 @@ class WorkerFailure(Exception):
         self.cause = cause
 
 
+def environment_of_worker() -> dict[str, str]:
+    """Return the environment of an interpreter that finds what this one finds, and computes on one core."""
+    folders = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109  # a string
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": folders}
+
+
 class _Worker:
     """One process, used by one thread at a time. It answers calls in the order it gets them."""
 
@@ -65,11 +71,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),  # noqa: PTH109  # a string
-            },
+            env=environment_of_worker(),
             start_new_session=True,  # Ctrl-C only reaches the parent, which decides
         )
         assert self._process.stdin is not None

@@ -54,7 +54,6 @@ from trl_selfplay.rollouts.shards import (
     save_plan,
     split_found,
 )
-from trl_selfplay.tools.step_log import StepLog
 from trl_selfplay.tools.trajectories import Trajectories
 
 logger = logging.getLogger(__name__)
@@ -411,7 +410,7 @@ class Collector:
             return self.sampler
         log = None
         if work.folder is not None:
-            log = stack.enter_context(closing(StepLog(work.steps_path(name))))
+            log = stack.enter_context(closing(self.trajectories.step_log(work.steps_path(name))))
         return self.trajectories.over(self.sampler, [row.columns for row in rows], log)
 
     def grade(

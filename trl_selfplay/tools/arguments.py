@@ -32,15 +32,21 @@ def json_types(schema: Any) -> set[str]:
 
 
 def find_wrong(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the types of a call's arguments, or None.
+    """Return what is wrong with a call's arguments, or None.
 
     Args:
-        arguments: By name. Missing ones, and ones that the tool doesn't have, are left to the tool.
+        arguments: By name.
         schema: The tool's.
     """
-    known = schema.get("function", schema).get("parameters", {}).get("properties", {})
+    described = schema.get("function", schema).get("parameters") or {}
+    known = described.get("properties") or {}
+    for name in described.get("required") or ():
+        if name not in arguments:
+            return f"{name} is missing"
     for name, value in arguments.items():
-        if name in known and (wrong := _find_wrong(value, known[name], name)):
+        if name not in known:
+            return f"there is no argument {name!r:.100}; known: {', '.join(known)}"
+        if wrong := _find_wrong(value, known[name], name):
             return wrong
     return None
 

@@ -1,12 +1,15 @@
 """The steps of unfinished trajectories, on disk as they happen.
 
-In: turns and results of calls. Out: a file with one line per event, from which an interrupted trajectory goes
-on without calling a tool or sampling a turn twice.
+In: turns, results of calls and rewards. Out: a file with one line per event, from which an interrupted
+trajectory goes on without calling a tool or sampling a turn twice.
 """
 
 import json
 import logging
 import os
+import re
+import threading
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +18,8 @@ from trl_selfplay.generation.sampler import Finish
 from trl_selfplay.tools.record import ToolResult
 
 logger = logging.getLogger(__name__)
+
+_LINE = re.compile(r'(.*), "crc": "([0-9a-f]{8})"\}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,78 +30,137 @@ class Step:
         turn_ids: The turn's tokens.
         finish: Why it ended.
         logprob: The sum of its tokens' log-probs, or None.
-        results: None while its calls have no results, or if it has none.
+        results: Of its first calls, as many as have been made.
     """
 
     turn_ids: tuple[int, ...]
     finish: Finish
     logprob: float | None
-    results: tuple[ToolResult, ...] | None = None
+    results: tuple[ToolResult, ...] = ()
+
+
+@dataclass(slots=True)
+class Recorded:
+    """What is known of a trajectory.
+
+    Attributes:
+        steps: In their order.
+        rewards: What its environment gave for it, once it has ended: one value, which may be None.
+    """
+
+    steps: list[Step]
+    rewards: list[float | None]
+    num_events: int = 0
 
 
 class StepLog:
-    """Appends events to a file, and reads those of an earlier process.
+    """Appends events to a file, from any thread, and reads those of an earlier process.
 
-    A line is written whole before the next event; the last one may be cut off by a kill, and is then dropped.
+    Each line has a checksum, and each event its number within its trajectory. The last line may be cut off by a
+    kill: what it tells is done again. So is what follows a line that can't be read, in the same trajectory.
 
     Args:
         path: The file; it begins where there is none.
+        identity: Of the tools. The steps of a run with others aren't taken up.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._steps = _read(path)
+    def __init__(self, path: Path, identity: str = "") -> None:
+        self._recorded = _read(path, identity)
+        self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = path.open("ab")
-        if self._file.tell() and not _ends_a_line(path):
-            self._file.write(b"\n")
+        self._file: IO[bytes] = path.open("ab" if self._recorded is not None else "wb")
+        if self._recorded is None:
+            self._recorded = {}
+            self._write({"tools": identity})
+        else:
+            self._file.write(b"\n")  # behind a line that was cut off
+        self._num_events = {key: found.num_events for key, found in self._recorded.items()}
 
-    def steps_of(self, key: int) -> tuple[Step, ...]:
-        """Return the recorded steps of the trajectory with a stream key."""
-        return tuple(self._steps.get(key, ()))
+    def recorded(self, key: int) -> Recorded:
+        """Return what an earlier process recorded of the trajectory with a stream key."""
+        assert self._recorded is not None
+        return self._recorded.get(key) or Recorded([], [])
 
     def add(self, key: int, step: Step) -> None:
         """Record a turn."""
-        self._write(
-            {"key": key, "ids": step.turn_ids, "finish": step.finish, "logprob": step.logprob}
-        )
+        told = {"ids": step.turn_ids, "finish": step.finish, "logprob": step.logprob}
+        self._add(key, told)
 
-    def add_results(self, key: int, results: tuple[ToolResult, ...]) -> None:
-        """Record the results of the last turn's calls, on the disk before the policy reads them."""
-        told = [[r.name, r.content, r.failed] for r in results]
-        self._write({"key": key, "results": told})
+    def add_result(self, key: int, result: ToolResult) -> None:
+        """Record the result of the last turn's next call, on the disk before the policy reads it."""
+        self._add(key, {"result": [result.name, result.content, result.failed]})
         os.fsync(self._file.fileno())
+
+    def add_reward(self, key: int, reward: float | None) -> None:
+        """Record what the environment gave for the trajectory."""
+        self._add(key, {"reward": reward})
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._lock:
+            self._file.close()
+
+    def _add(self, key: int, told: dict[str, Any]) -> None:
+        with self._lock:
+            number = self._num_events.get(key, 0)
+            self._num_events[key] = number + 1
+            self._write({"key": key, "n": number, **told})
 
     def _write(self, event: dict[str, Any]) -> None:
-        self._file.write(json.dumps(event).encode() + b"\n")
+        text = json.dumps(event)
+        self._file.write(f'{text[:-1]}, "crc": "{_checksum(text)}"}}\n'.encode())
         self._file.flush()
 
 
-def _read(path: Path) -> dict[int, list[Step]]:
-    steps: dict[int, list[Step]] = {}
-    if not path.exists():
-        return steps
-    for number, text in enumerate(path.read_bytes().splitlines()):
+def _read(path: Path, identity: str) -> dict[int, Recorded] | None:
+    """Return what a file tells by trajectory; None if there is none, or one of other tools."""
+    if not path.exists() or not path.stat().st_size:
+        return None
+    found: dict[int, Recorded] = {}
+    of_tools = None
+    for number, line in enumerate(path.read_bytes().split(b"\n")):
         try:
-            event = json.loads(text)
-            of_key = steps.setdefault(int(event["key"]), [])
-            if "results" in event:
-                results = tuple(ToolResult(*each) for each in event["results"])
-                of_key[-1] = replace(of_key[-1], results=results)
-            else:
-                of_key.append(Step(tuple(event["ids"]), event["finish"], event["logprob"]))
-        except (ValueError, LookupError, TypeError) as error:
-            logger.warning(
-                "line %d of %s can't be read (%s) and is left out: what it tells is done again.",
-                number + 1, path, error,
-            )  # fmt: skip
-    return steps
+            event = _event_of(line)
+        except ValueError as error:
+            if line:
+                logger.warning(
+                    "line %d of %s can't be read (%s): what it tells is done again.",
+                    number + 1, path, error,
+                )  # fmt: skip
+            continue
+        if "tools" in event:
+            of_tools = event["tools"]
+        else:
+            _take(found.setdefault(event["key"], Recorded([], [])), event)
+    if of_tools != identity:
+        logger.warning(
+            "the tools aren't those with which %s began: its steps are done again.", path
+        )
+        return None
+    return found
 
 
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+def _event_of(line: bytes) -> dict[str, Any]:
+    match = _LINE.fullmatch(line.decode())
+    if match is None or _checksum(f"{match[1]}}}") != match[2]:
+        raise ValueError("it is damaged")
+    event: dict[str, Any] = json.loads(line)
+    return event
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _take(found: Recorded, event: dict[str, Any]) -> None:
+    """Add an event to its trajectory, if it is the next one there."""
+    if event["n"] != found.num_events:
+        return
+    found.num_events += 1
+    if "ids" in event:
+        found.steps.append(Step(tuple(event["ids"]), event["finish"], event["logprob"]))
+    elif "reward" in event:
+        found.rewards.append(event["reward"])
+    else:
+        last = found.steps[-1]
+        found.steps[-1] = replace(last, results=(*last.results, ToolResult(*event["result"])))

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from trl_selfplay.generation.sampler import (
@@ -23,7 +25,10 @@ from trl_selfplay.generation.sampler import (
     SampleRequest,
     SamplingOptions,
 )
+from trl_selfplay.tools.environments import Environments
+from trl_selfplay.tools.offer import offered
 from trl_selfplay.tools.record import Dialogue, ToolCall, ToolResult
+from trl_selfplay.tools.sessions import Session
 from trl_selfplay.tools.step_log import Step, StepLog
 from trl_selfplay.tools.tool_set import ToolSet
 
@@ -49,7 +54,7 @@ class Trajectories:
         context_length: Most tokens of a prompt with its completion, or None.
     """
 
-    tools: ToolSet
+    tools: ToolSet | Environments
     dialogue: Dialogue
     max_tool_calling_iterations: int | None = None
     context_length: int | None = None
@@ -68,15 +73,11 @@ class Trajectories:
             step_log: Keeps steps as they happen, and gives back those of an interrupted run; None keeps
                 nothing.
         """
-        del rows
-        return TrajectorySampler(
-            sampler,
-            self.tools,
-            self.dialogue,
-            self.max_tool_calling_iterations,
-            self.context_length,
-            step_log,
-        )
+        return TrajectorySampler(sampler, self, rows, step_log)
+
+    def step_log(self, path: Path) -> StepLog:
+        """Return the file of these trajectories' steps; an earlier one is read if its tools were the same."""
+        return StepLog(path, self.tools.identity)
 
 
 class TrajectorySampler:
@@ -84,31 +85,26 @@ class TrajectorySampler:
 
     A trajectory ends with a turn without calls, with a call that can't be read (halt "malformed"), with one
     after `max_tool_calling_iterations` turns of calls (halt "tool_limit"), or where it would exceed
-    `max_completion_length` tokens, results included, or the model's context: it is then truncated. A trajectory depends on its key, its prompt, the weights and its tools' results alone.
+    `max_completion_length` tokens, results included, or the model's context: it is then truncated. A trajectory
+    depends on its key, its prompt, the weights and its tools' results alone.
 
     Args:
         sampler: Samples a turn.
-        tools: What the policy may call.
-        dialogue: How it calls them and is shown results.
-        max_tool_calling_iterations: Most turns of a trajectory whose calls are made; None: no limit.
-        context_length: Most tokens of a prompt with its completion, or None.
-        step_log: Keeps steps as they happen, and gives back those of an interrupted run; None keeps nothing.
+        how: The tools, and how they are called.
+        rows: See `Trajectories.over`.
+        step_log: See `Trajectories.over`.
     """
 
     def __init__(
         self,
         sampler: Sampler,
-        tools: ToolSet,
-        dialogue: Dialogue,
-        max_tool_calling_iterations: int | None = None,
-        context_length: int | None = None,
+        how: Trajectories,
+        rows: Sequence[Mapping[str, Any]] | None = None,
         step_log: StepLog | None = None,
     ) -> None:
         self._sampler = sampler
-        self._tools = tools
-        self._dialogue = dialogue
-        self._most_turns = max_tool_calling_iterations
-        self._context_length = context_length
+        self.how = how
+        self.rows = rows
         self.step_log = step_log
 
     def suggest_batch_size(self, longest_prompt: int, max_completion_length: int) -> int:
@@ -131,7 +127,7 @@ class TrajectorySampler:
         Raises:
             ValueError: The dialogue can't show results to this model.
         """
-        stops = tuple(dict.fromkeys((*options.stop_strings, *self._dialogue.stop_strings)))
+        stops = tuple(dict.fromkeys((*options.stop_strings, *self.how.dialogue.stop_strings)))
         of_turns = replace(options, stop_strings=stops)
         with ThreadPoolExecutor(_MOST_CALLS_AT_ONCE, thread_name_prefix="tools") as pool:
             course = _Course(self, requests, options, pool)
@@ -143,11 +139,7 @@ class TrajectorySampler:
                     yield from course.finished()
                 yield from course.finished()
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def call(self, calls: tuple[ToolCall, ...]) -> tuple[ToolResult, ...]:
-        """Return the results of a turn's calls, which are made one after the other."""
-        return tuple(map(self._tools.call, calls))
+                course.stop()
 
 
 @dataclass(slots=True)
@@ -156,12 +148,15 @@ class _Trajectory:
 
     number: int
     request: SampleRequest
+    session: Session
+    schemas: Sequence[Mapping[str, Any]]  # of what it may call
     ids: list[int] = field(default_factory=list)
     mask: list[bool] = field(default_factory=list)
     logprob: float | None = 0.0
     messages: list[dict[str, Any]] = field(default_factory=list)
     num_turns: int = 0  # of the policy
     num_failed: int = 0
+    rewards: list[float | None] = field(default_factory=list)  # one, once it is known
 
 
 class _Course:
@@ -182,22 +177,22 @@ class _Course:
         self._sent: list[_Trajectory] = []  # by the number of the turn's request
         self._next: deque[_Trajectory] = deque()  # have their results
         self._num_decoding = self._num_calling = 0
-        self._called: queue.SimpleQueue[
-            tuple[_Trajectory, tuple[ToolCall, ...], tuple[ToolResult, ...] | BaseException]
-        ] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._under_way: dict[int, _Trajectory] = {}
+        self._is_stopped = False
         self._finished: deque[tuple[int, SampledCompletion]] = deque()
 
     def turns(self) -> Iterator[SampleRequest | None]:
         """Yield the turns to sample: of trajectories under way before new ones."""
         while True:
-            self._collect_results()
+            self._carry_on()
             trajectory = self._next.popleft() if self._next else self._begin()
             if trajectory is not None:
                 yield self._send(trajectory)
             elif self._num_decoding:
                 yield None
             elif self._num_calling:
-                self._collect_results(wait=True)
+                self._carry_on(wait=True)
             elif self._source is None:
                 return
             else:
@@ -218,23 +213,39 @@ class _Course:
                 break
             if request is None:
                 break
-            trajectory = _Trajectory(self._num_begun, request)
-            self._num_begun += 1
-            log = self._sampler.step_log
-            steps = () if log is None else log.steps_of(request.stream_key)
-            if self._replay(trajectory, steps):
+            trajectory = self._open(request)
+            if self._replay(trajectory):
                 return trajectory
         return None
 
-    def _replay(self, trajectory: _Trajectory, steps: tuple[Step, ...]) -> bool:
+    def _open(self, request: SampleRequest) -> _Trajectory:
+        number = self._num_begun
+        self._num_begun += 1
+        how, rows = self._sampler.how, self._sampler.rows
+        columns = {} if rows is None else rows[number]
+        session = how.tools.open(columns, request.stream_key)
+        trajectory = _Trajectory(
+            number, request, session, offered(how.tools.schemas_of(columns), columns)
+        )
+        self._under_way[number] = trajectory
+        return trajectory
+
+    def _replay(self, trajectory: _Trajectory) -> bool:
         """Repeat recorded steps; return whether a turn is to be sampled next."""
-        for step in steps:
+        log = self._sampler.step_log
+        if log is None:
+            return True
+        recorded = log.recorded(trajectory.request.stream_key)
+        trajectory.rewards += recorded.rewards
+        for step in recorded.steps:
             turn = SampledCompletion(step.turn_ids, step.finish, step.logprob)
             calls = self._add_turn(trajectory, turn)
             if not calls:
                 return False
-            if step.results is None:
-                self._call(trajectory, calls)
+            for call, result in zip(calls, step.results, strict=False):
+                trajectory.session.replay(call, result)
+            if len(step.results) < len(calls):
+                self._call(trajectory, calls, step.results)
                 return False
             if not self._add_results(trajectory, step.results):
                 return False
@@ -254,13 +265,15 @@ class _Course:
         """Take a sampled turn: make its calls, or finish the trajectory."""
         self._num_decoding -= 1
         trajectory = self._sent[number]
-        self._keep(trajectory, Step(turn.completion_ids, turn.finish, turn.logprob))
+        if self._sampler.step_log is not None:
+            step = Step(turn.completion_ids, turn.finish, turn.logprob)
+            self._sampler.step_log.add(trajectory.request.stream_key, step)
         if calls := self._add_turn(trajectory, turn):
             self._call(trajectory, calls)
 
     def _add_turn(self, trajectory: _Trajectory, turn: SampledCompletion) -> tuple[ToolCall, ...]:
         """Add a turn to its trajectory; return the calls to make, none where it has ended."""
-        sampler, request = self._sampler, trajectory.request
+        how, request = self._sampler.how, trajectory.request
         prefix = (*request.prompt_ids, *trajectory.ids)
         trajectory.ids += turn.completion_ids
         trajectory.mask += [True] * len(turn.completion_ids)
@@ -269,9 +282,10 @@ class _Course:
             trajectory.logprob = None
         else:
             trajectory.logprob += turn.logprob
-        reply = sampler._dialogue.read(turn.completion_ids, prefix, sampler._tools.schemas)
+        reply = how.dialogue.read(turn.completion_ids, prefix, trajectory.schemas)
         trajectory.messages.append(reply.message)
-        is_last = sampler._most_turns is not None and trajectory.num_turns > sampler._most_turns
+        most = how.max_tool_calling_iterations
+        is_last = most is not None and trajectory.num_turns > most
         if turn.finish == "length":
             self._finish(trajectory, "length")
         elif reply.malformed:
@@ -284,40 +298,67 @@ class _Course:
             return reply.calls
         return ()
 
-    def _call(self, trajectory: _Trajectory, calls: tuple[ToolCall, ...]) -> None:
+    def _call(
+        self,
+        trajectory: _Trajectory,
+        calls: tuple[ToolCall, ...],
+        known: tuple[ToolResult, ...] = (),
+    ) -> None:
+        """Have calls made, one after the other, and then go on; `known` are the results of the first ones."""
+
+        def make() -> Callable[[], None]:
+            results = [*known]
+            for call in calls[len(known) :]:
+                result = trajectory.session.call(call)
+                if self._is_stopped:  # which is why the call failed
+                    break
+                if self._sampler.step_log is not None:
+                    self._sampler.step_log.add_result(trajectory.request.stream_key, result)
+                results.append(result)
+            return partial(self._go_on, trajectory, tuple(results))
+
+        self._submit(make)
+
+    def _go_on(self, trajectory: _Trajectory, results: tuple[ToolResult, ...]) -> None:
+        if self._add_results(trajectory, results):
+            self._next.append(trajectory)
+
+    def _submit(self, work: Callable[[], Callable[[], None]]) -> None:
+        """Do work in another thread, and what it returns in this one."""
         self._num_calling += 1
 
-        def make() -> None:
-            results: tuple[ToolResult, ...] | BaseException
+        def do() -> None:
             try:
-                results = self._sampler.call(calls)
+                self._done.put(work())
             except BaseException as error:  # raised by whoever iterates
-                results = error
-            self._called.put((trajectory, calls, results))
+                self._done.put(partial(_raise, error))
 
-        self._pool.submit(make)
+        self._pool.submit(do)
 
-    def _collect_results(self, wait: bool = False) -> None:
-        """Add the results of finished calls; `wait` waits for the first."""
+    def _carry_on(self, wait: bool = False) -> None:
+        """Do what follows from finished work; `wait` waits for the first."""
         while self._num_calling:
             try:
-                trajectory, _, results = self._called.get(block=wait)
+                then = self._done.get(block=wait)
             except queue.Empty:
                 return
             wait = False
             self._num_calling -= 1
-            if isinstance(results, BaseException):
-                raise results
-            self._keep_results(trajectory, results)
-            if self._add_results(trajectory, results):
-                self._next.append(trajectory)
+            then()
+
+    def stop(self) -> None:
+        """End what still runs, without waiting for it."""
+        self._is_stopped = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for trajectory in self._under_way.values():
+            trajectory.session.close()
 
     def _add_results(self, trajectory: _Trajectory, results: tuple[ToolResult, ...]) -> bool:
         """Show results to the policy; return whether there is room for its next turn."""
-        sampler, request = self._sampler, trajectory.request
-        shown = sampler._dialogue.observation_ids(trajectory.ids, results)
+        how, request = self._sampler.how, trajectory.request
+        shown = how.dialogue.observation_ids(trajectory.ids, results)
         length = len(trajectory.ids) + len(shown)
-        limit = sampler._context_length
+        limit = how.context_length
         if length >= self._options.max_completion_length or (
             limit is not None and len(request.prompt_ids) + length >= limit
         ):
@@ -332,26 +373,35 @@ class _Course:
         return True
 
     def _finish(self, trajectory: _Trajectory, finish: Finish, halt: Halt | None = None) -> None:
+        if trajectory.rewards or not trajectory.session.has_reward:
+            self._close(trajectory, finish, halt)
+            return
+
+        def ask() -> Callable[[], None]:
+            reward = trajectory.session.reward()
+            if not self._is_stopped and self._sampler.step_log is not None:
+                self._sampler.step_log.add_reward(trajectory.request.stream_key, reward)
+            trajectory.rewards.append(reward)
+            return partial(self._close, trajectory, finish, halt)
+
+        self._submit(ask)
+
+    def _close(self, trajectory: _Trajectory, finish: Finish, halt: Halt | None) -> None:
+        trajectory.session.close()
+        del self._under_way[trajectory.number]
         is_single = trajectory.num_turns == 1 and all(trajectory.mask)
-        self._finished.append(
-            (
-                trajectory.number,
-                SampledCompletion(
-                    tuple(trajectory.ids),
-                    finish,
-                    trajectory.logprob,
-                    None if is_single else tuple(trajectory.mask),
-                    tuple(trajectory.messages),
-                    halt=halt,
-                    num_failed_calls=trajectory.num_failed,
-                ),
-            )
+        completion = SampledCompletion(
+            tuple(trajectory.ids),
+            finish,
+            trajectory.logprob,
+            None if is_single else tuple(trajectory.mask),
+            tuple(trajectory.messages),
+            environment_reward=trajectory.rewards[0] if trajectory.rewards else None,
+            halt=halt,
+            num_failed_calls=trajectory.num_failed,
         )
+        self._finished.append((trajectory.number, completion))
 
-    def _keep(self, trajectory: _Trajectory, step: Step) -> None:
-        if self._sampler.step_log is not None:
-            self._sampler.step_log.add(trajectory.request.stream_key, step)
 
-    def _keep_results(self, trajectory: _Trajectory, results: tuple[ToolResult, ...]) -> None:
-        if self._sampler.step_log is not None:
-            self._sampler.step_log.add_results(trajectory.request.stream_key, results)
+def _raise(error: BaseException) -> None:
+    raise error

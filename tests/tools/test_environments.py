@@ -1,0 +1,171 @@
+"""Environments: one per trajectory, replayed on resume, gone with it."""
+
+import os
+import signal
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from processes import start
+from simple_tools import Counter, Dice, add
+from test_trajectories import OPTIONS, Script, ask
+
+from trl_selfplay.generation.sampler import SamplingOptions
+from trl_selfplay.tools.environments import Environments
+from trl_selfplay.tools.react import ReActDialogue
+from trl_selfplay.tools.record import ToolCall, ToolResult
+from trl_selfplay.tools.trajectories import Trajectories
+
+
+@pytest.fixture(scope="module")
+def counters():
+    with closing(Environments(Counter, [add], 20.0)) as found:
+        yield found
+
+
+def children_of(pid):
+    """Return the processes that descend from one, itself included."""
+    found, pending = [], [pid]
+    while pending:
+        found.append(pending.pop())
+        for task in Path(f"/proc/{found[-1]}/task").glob("*/children"):
+            pending += map(int, task.read_text().split())
+    return found
+
+
+def increase(by=1):
+    return ToolCall("increase", {"by": by})
+
+
+def test_an_environment_is_described_as_by_grpo_trainer(counters) -> None:
+    assert [s["function"]["name"] for s in counters.schemas] == ["add", "die", "increase"]
+    assert counters.schemas_of({}) == counters.schemas
+    assert counters.rewarding == {"Counter": frozenset({None})}
+    assert counters.resets == [Counter.reset]
+    assert counters.sources == {"add": add, "environment": Counter}
+    assert counters.observation({"start": 4, "prompt": "?"}) == "It stands at 4."
+
+
+def test_each_trajectory_has_an_environment_of_its_own(counters) -> None:
+    one, other = (counters.open({"start": start}, start) for start in (1, 10))
+    with closing(one), closing(other):
+        told = [s.call(increase(by)).content for s, by in ((one, 2), (other, 3), (one, 4))]
+        assert told == ["3", "13", "7"]
+        assert one.call(ToolCall("add", {"a": 1, "b": 2})).content == "3"
+        processes = {s.call(increase(0)).content.split()[-1] for s in (one, other)}
+        assert len(processes) == 2
+        assert (one.reward(), other.reward()) == (7.0, 13.0)
+
+
+def test_an_environment_that_dies_is_gone_and_its_trajectory_goes_on(counters) -> None:
+    with closing(counters.open({}, 1)) as session:
+        assert session.call(ToolCall("die", {})) == ToolResult(
+            "die", "Error: the process died", failed=True
+        )
+        result = session.call(increase())
+        assert result.failed
+        assert result.content == "Error: the environment has ended: the process died"
+        assert session.call(ToolCall("add", {"a": 1, "b": 2})).content == "3"
+        assert session.reward() is None
+
+
+def test_recorded_calls_are_repeated_in_a_new_environment(counters) -> None:
+    """RA-15."""
+    with closing(counters.open({"start": 5}, 1)) as session:
+        session.replay(increase(2), ToolResult("increase", "7"))
+        session.replay(ToolCall("increase", {"by": "x"}), ToolResult("increase", "Error: …", True))
+        session.replay(increase(3), ToolResult("increase", "10"))
+        assert session.call(increase(1)).content == "11"
+        assert session.reward() == 11.0
+
+
+def test_what_is_drawn_depends_on_the_trajectory_and_not_on_its_batch() -> None:
+    with closing(Environments(Dice, [], 20.0)) as dice:
+
+        def throw(key, times=2, **columns):
+            with closing(dice.open(columns, key)) as session:
+                return [session.call(ToolCall("throw", {})).content.split() for _ in range(times)]
+
+        assert throw(1) == throw(1)
+        assert throw(1)[0][0] == throw(2)[0][0]  # the target is the row's
+        assert throw(1)[0][1] != throw(2)[0][1]
+        assert throw(1)[0][1] != throw(1)[1][1]
+        assert throw(1, row=1)[0][0] != throw(1)[0][0]
+        with closing(dice.open({}, 1)) as session:
+            first = ToolResult("throw", " ".join(throw(1)[0]))
+            session.replay(ToolCall("throw", {}), first)
+            assert session.call(ToolCall("throw", {})).content.split() == throw(1)[1]
+
+
+def counts(text):
+    number = text.count("Observation:")
+    call = f'Action: increase({{"by": {number + 1}}})\nObservation:'
+    return call if number < 3 else "So."
+
+
+def trajectories(environments, tokenizer):
+    return Trajectories(environments, ReActDialogue(tokenizer))
+
+
+def test_trajectories_resume_in_their_environments(counters, byte_tokenizer, tmp_path) -> None:
+    """RA-15: and a reward is asked for once."""
+    how = trajectories(counters, byte_tokenizer)
+    rows = [{"start": 10 * i} for i in range(3)]
+    requests = [ask(byte_tokenizer, f"Q{i}", i) for i in range(3)]
+    path = tmp_path / "steps.jsonl"
+
+    def run():
+        with closing(how.step_log(path)) as log:
+            script = Script(byte_tokenizer, counts)
+            found = dict(how.over(script, rows, log).sample(requests, OPTIONS, 2))
+        return found
+
+    whole = run()
+    assert [whole[i].environment_reward for i in range(3)] == [6.0, 16.0, 26.0]
+    told = [m["content"] for m in whole[1].messages if m["role"] == "tool"]
+    assert told == ["11", "13", "16"]
+    header, *lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3 * (4 + 3 + 1)
+    for kept in range(0, len(lines) + 1, 3):
+        path.write_bytes(b"".join([header, *lines[:kept]]))
+        assert run() == whole
+
+
+def test_no_process_is_left_when_sampling_is_stopped(counters, byte_tokenizer) -> None:
+    counters.observation({})  # the interpreter that has loaded them runs
+    before = children_of(os.getpid())
+    how = trajectories(counters, byte_tokenizer)
+    requests = [ask(byte_tokenizer, "Q" * i, i) for i in range(1, 5)]
+
+    def respond(text):
+        return 'Action: increase({"by": 1})\nObservation:'
+
+    sampling = how.over(Script(byte_tokenizer, respond), [{}] * 4).sample(
+        requests, SamplingOptions(300), 4
+    )
+    next(sampling)
+    assert len(children_of(os.getpid())) > len(before)
+    sampling.close()
+    while len(children_of(os.getpid())) > len(before):
+        time.sleep(0.01)
+
+
+def sample_until_killed(path):
+    environments = Environments(Counter, [], 20.0)
+    session = environments.open({}, 1)
+    session.call(increase())
+    Path(path).write_text(" ".join(map(str, children_of(os.getpid()))))
+    signal.pause()
+
+
+def test_no_process_is_left_when_the_run_is_killed(tmp_path) -> None:
+    path = tmp_path / "pids"
+    run = start(sample_until_killed, str(path))
+    while not path.exists() or not (pids := path.read_text().split()):
+        time.sleep(0.01)
+    assert len(pids) == 3
+    run.kill()
+    run.join()
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids):
+        time.sleep(0.01)
