@@ -67,7 +67,11 @@ PRESETS = papers.REST_EM  # what `--preset` sets
 def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
     """Parse flags and YAML. Without a dataset, the demo's settings are the defaults."""
     return script_arguments.parse_script_arguments(
-        ReSTEMConfig, flags, lambda script: DEMO | (SMOKE if script.smoke else {}), presets=PRESETS
+        ReSTEMConfig,
+        flags,
+        lambda script: DEMO | (SMOKE if script.smoke else {}),
+        script_arguments.StudentScriptArguments,
+        PRESETS,
     )
 
 
@@ -86,6 +90,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         **script_arguments.model_arguments(training_args, model_args),
         reward_funcs=rewards,
         eval_reward_funcs=script_arguments.load_eval_reward_funcs(script_args),
+        **script_arguments.student_arguments(script_args),
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
     if split:

@@ -80,7 +80,7 @@ PRESETS = papers.STAR  # what `--preset` sets
 
 
 @dataclass
-class STaRScriptArguments(script_arguments.GradedScriptArguments):
+class STaRScriptArguments(script_arguments.StudentScriptArguments):
     """Arguments of this script besides those of all recipes that grade."""
 
     quick: bool = field(
@@ -117,6 +117,7 @@ def main(
         callbacks=callbacks,
         reward_funcs=script_arguments.load_reward_funcs(script_args),
         eval_reward_funcs=script_arguments.load_eval_reward_funcs(script_args),
+        **script_arguments.student_arguments(script_args),
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
     score = words.report_demo(trainer, split.report) if split else None

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from processes import run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, ScriptArguments, SFTConfig
@@ -22,6 +22,7 @@ from trl_selfplay.demos.script_arguments import (
     load_splits,
     model_arguments,
     prepare,
+    student_arguments,
 )
 from trl_selfplay.estimation.record import usable_bytes
 from trl_selfplay.rewards import VerifierReward, exact_reward
@@ -352,6 +353,38 @@ def test_the_file_of_a_card_fits_it(star, name, card, sizes) -> None:
     assert found.advice == ()
     billions = float(model.model_name_or_path.split("-")[1].removesuffix("B"))
     assert found.num_parameters / 1e9 == pytest.approx(billions, rel=0.15)
+
+
+@pytest.mark.slow
+def test_a_finished_run_trains_a_student_from_the_command_line(
+    star, load_script, sums_folder, saved_chat_model, saved_tiny_model, reward_module, tmp_path
+) -> None:
+    """RA-14: `--resume --student_model`; with hinted samples in the mixture."""
+    output = tmp_path / "out"
+    flags = [
+        *("--model_name_or_path", str(saved_chat_model), "--dataset_name", str(sums_folder)),
+        *("--prompt_column", "question", "--solution_column", "answer"),
+        *("--reward_funcs", reward_module, "--output_dir", str(output), "--use_cpu"),
+        *("--num_rounds", "1", "--num_generations", "2", "--temperature", "1.0"),
+        *("--max_completion_length", "16", "--max_steps", "2", "--report_to", "none"),
+        *("--disable_tqdm", "true"),
+    ]
+    star.main(*star.parse_arguments(flags))
+    student = ["--student_model", str(saved_tiny_model), "--student_args", '{"max_steps": 3}']
+    star.main(*star.parse_arguments([*flags, "--resume", *student]))
+
+    def rows(folder):
+        found = load_from_disk(str(folder / "_rounds/round-000/dataset"))
+        return sorted((row["input_ids"], row["labels"]) for row in found)
+
+    assert rows(output / "student") == rows(output)
+    (line,) = [json.loads((output / "student/_rounds/rounds.jsonl").read_text())]
+    assert line["steps"] == 3
+    assert json.loads((output / "_rounds/rounds.jsonl").read_text())["funnel"]["hinted_kept"]
+    rest_em = load_script(RECIPES / "rest_em.py")
+    script, *_ = rest_em.parse_arguments(["--student_model", "small", "--student_args", "[1]"])
+    with pytest.raises(ValueError, match=r"student_args='\[1\]' is no JSON object"):
+        student_arguments(script)
 
 
 def test_every_flag_of_the_grpo_script_is_known() -> None:

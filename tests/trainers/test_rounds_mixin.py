@@ -21,7 +21,7 @@ HOOKS = {
     "play_round", "identity", "prepare_stages", "warm_up_rows", "load_sets", "score_sets",
     "score_heldout",
     "compute_ref_log_probs", "collated_columns", "load_rows", "placeholder_rows", "data_of",
-    "samples_prompts",
+    "samples_prompts", "trained_prompts",
 }  # fmt: skip
 
 

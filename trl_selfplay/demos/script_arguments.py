@@ -7,6 +7,7 @@ read, reward functions, and keyword arguments for loading the model.
 import contextlib
 import dataclasses
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,26 @@ class GradedScriptArguments(RunScriptArguments):
     )
     chat: bool = field(
         default=False, metadata={"help": "Turn plain-text prompts into chat messages."}
+    )
+
+
+@dataclass
+class StudentScriptArguments(GradedScriptArguments):
+    """Arguments of a recipe that may train a smaller model on what the rounds selected."""
+
+    student_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a smaller model to train on the mixture of the last round, into "
+            "output_dir/student. With --resume, also after the run."
+        },
+    )
+    student_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of SFTConfig that the student's training has otherwise than the run, as JSON: "
+            '{"learning_rate": 1e-4, "num_train_epochs": 2}.'
+        },
     )
 
 
@@ -441,6 +462,26 @@ def model_arguments(training_args: Any, model_args: Any) -> dict[str, Any]:
         "quantization_config": trl.get_quantization_config(model_args),
         "peft_config": trl.get_peft_config(model_args),
     }
+
+
+def student_arguments(script_args: StudentScriptArguments) -> dict[str, Any]:
+    """Return the arguments of a smaller model to train.
+
+    Raises:
+        WrongFlagsError: `student_args` is no JSON object.
+    """
+    given: Any = script_args.student_args
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            given = ()
+        if not isinstance(given, dict):
+            raise WrongFlagsError(
+                f"student_args={script_args.student_args!r} is no JSON object such as "
+                "'{\"learning_rate\": 1e-4}'."
+            )
+    return {"student_model": script_args.student_model, "student_args": given}
 
 
 def train_and_save(trainer: Any, training_args: Any, dataset_name: str | None) -> None:

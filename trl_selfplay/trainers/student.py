@@ -210,6 +210,11 @@ class TeachesStudent(RoundsMixin):
                 trainer.train(resume_from_checkpoint=trainer.run.root.is_dir())
         return output
 
+    def trained_prompts(self, round_index: int, play: SelfPlay) -> Mapping[str, tuple[int, ...]]:
+        """Return the prompts that a finished round was trained on, by id, as other stages render them."""
+        del round_index
+        return play.training_prompt_ids([*self.self_play.rows, *self.gold.rows.values()])
+
     def _mixture(self) -> Rollouts:
         """Return what the last finished round was trained on, from its folder.
 
@@ -265,6 +270,7 @@ class StudentTrainer(RoundsMixin, SFTTrainer):
     def __init__(self, teacher: TeachesStudent, student: Student, mixture: Rollouts) -> None:
         self._teacher = teacher
         self._mixture = mixture
+        self.agent = teacher.agent
         play = teacher.self_play
         super().__init__(
             student.model, student.args, play.rows, eval_dataset=teacher.eval_dataset,
@@ -276,7 +282,7 @@ class StudentTrainer(RoundsMixin, SFTTrainer):
         """Return the stages with the verifier and the held-out prompts of the run."""
         taught = self._teacher.self_play
         self._fit_into_context(play, taught)
-        return replace(
+        own = replace(
             play,
             rows=self._fitting(play),
             heldout=taught.heldout,
@@ -287,6 +293,7 @@ class StudentTrainer(RoundsMixin, SFTTrainer):
                 has_degrees=taught.collector.has_degrees,
             ),
         )
+        return self._teacher.prepare_stages(own)
 
     def _fit_into_context(self, play: SelfPlay, taught: SelfPlay) -> None:
         """Lower the lengths that the student's context can't hold."""
@@ -333,9 +340,8 @@ class StudentTrainer(RoundsMixin, SFTTrainer):
     def play_round(self, round_index: int) -> PlayedRound:
         """Return the rows of the mixture that fit."""
         play, taught = self.self_play, self._teacher
-        rows = [*taught.self_play.rows, *taught.gold.rows.values()]
-        prompt_ids = play.training_prompt_ids(rows)
-        mixture = self._in_own_tokens(rows)
+        prompt_ids = taught.trained_prompts(len(taught.run.lines) - 1, play)
+        mixture = self._in_own_tokens([*taught.self_play.rows, *taught.gold.rows.values()])
 
         def outcome_of(rollout: Rollout) -> Outcome:
             return "kept" if play.fits(rollout, prompt_ids) else "too_long"

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 import pytest
 from datasets import load_from_disk
 from fact_agent import FactAgent, fact, questions
+from tiny_rewards import contains_solution
 
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.tools.agent import MalformedAction
@@ -149,3 +150,47 @@ def first_prompts():
     return [
         agent.next_step(agent.begin(row["prompt"]), few_shot=False).prompt for row in questions()
     ]
+
+
+@pytest.mark.slow
+def test_a_student_learns_the_steps_and_asks_no_tool(
+    build, tmp_path, tiny_model, byte_tokenizer, word_tokenizer
+) -> None:
+    """RA-14 for steps: as stored; and with another tokenizer, as texts."""
+
+    def rows(folder, index):
+        found = load_from_disk(str(folder / "_rounds" / f"round-{index:03d}" / "dataset"))
+        return sorted((row["input_ids"], row["labels"]) for row in found.to_list())
+
+    def texts(rows, tokenizer):
+        decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in rows]
+        return Counter(" ".join(text.split()) for text in decoded)
+
+    heldout = {
+        "eval_dataset": questions(2, first=6, solution=str), "eval_reward_funcs": contains_solution,
+        "num_generations_eval": 0,
+    }  # fmt: skip
+    build(**heldout).train()
+    of_policy = rows(tmp_path / "run", 1)
+    assert of_policy
+    agent = FactAgent(tool=fact)
+    for name, tokenizer in (("same", word_tokenizer), ("other", byte_tokenizer)):
+        small = tmp_path / name
+        tiny_model(tokenizer, hidden_size=16).save_pretrained(small)
+        tokenizer.save_pretrained(small)
+        out = tmp_path / f"student-{name}"
+        trainer = build(
+            agent=agent, student_model=str(small), student_args={"output_dir": str(out)}, **heldout
+        )
+
+        def refuse(*args):
+            raise AssertionError("a sampler or a tool was asked")
+
+        trainer.self_play.collector.sampler.sample = refuse
+        trainer.self_play.tools.call = refuse
+        trainer.train(resume_from_checkpoint=True)
+        of_student = rows(out, 0)
+        if name == "same":
+            assert of_student == of_policy
+        assert texts(of_student, tokenizer) == texts(of_policy, word_tokenizer)
+        assert len(list((out / "_rounds").glob("*/evaluation/greedy-00000.parquet"))) == 2

@@ -188,6 +188,14 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
             play, self.agent, getattr(self.args, "tool_deadline", 10.0), ranks=ranks
         )
 
+    def trained_prompts(self, round_index: int, play: SelfPlay) -> Mapping[str, tuple[int, ...]]:
+        """Return the prompts of a finished round; those of an agent's steps follow from what is on disk."""
+        if not isinstance(self.self_play, StepwisePlay):
+            return super().trained_prompts(round_index, play)
+        questions = self.self_play.draw_prompts(round_index)
+        plays = self.self_play.play_steps(questions, round_index, self.run.folder(round_index))
+        return StepPrompts(plays, play.formatter)
+
     def play_round(self, round_index: int) -> PlayedRound:
         """Grow (the E-step): sample and grade; Improve: select what the M-step trains on."""
         if isinstance(self.self_play, StepwisePlay):

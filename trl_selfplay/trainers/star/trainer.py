@@ -25,13 +25,14 @@ from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.star.config import STaRConfig
 from trl_selfplay.trainers.star.rationalization import add_hint, find_leak, leaks_of_rows
+from trl_selfplay.trainers.student import TeachesStudent, read_student
 
 _SHOWS_SOLUTIONS = (
     "rationalize=True, which shows the solution as a hint (set it to False otherwise),"
 )
 
 
-class STaRTrainer(RoundsMixin, SFTTrainer):
+class STaRTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
     """Trains a causal language model on its own correct rationales, round after round.
 
     Takes the arguments of `trl.SFTTrainer` in the same order, and the keyword-only parameters below.
@@ -53,6 +54,8 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
             option of a multiple-choice prompt, or puts the answer in parentheses.
         leak_filter: `f(prompt, completion, solution) -> str | None`, the reason why a hinted
             completion quotes its hint instead of reasoning; None uses `find_leak`.
+        student_model: Hub id or folder of a smaller model to train once the rounds are finished, like
+            `student_args` and `student_peft_config` as in ReSTEMTrainer.
 
     Raises:
         ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
@@ -90,6 +93,7 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
         normal_form: Callable[[str], Hashable] | None = None,
         hint_formatter: HintFormatter | None = None,
         leak_filter: Callable[[Any, str, Any], str | None] | None = None,
+        student_model: str | None = None, student_args: Any = None, student_peft_config: Any = None,
     ) -> None:  # fmt: skip
         args = construction.read_config(args, STaRConfig, model, "STaR")
         construction.refuse_arguments(
@@ -99,6 +103,7 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
         grading = construction.read_grading(
             args, reward_funcs, reward_processing_classes, eval_reward_funcs
         )
+        student = read_student(student_model, student_args, student_peft_config, args)
         rows = load_prompt_rows(
             train_dataset,
             "train_dataset",
@@ -114,6 +119,7 @@ class STaRTrainer(RoundsMixin, SFTTrainer):
             data_collator=data_collator, callbacks=callbacks,
             compute_loss_func=compute_loss_func, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             grading=grading,
+            student=student,
             examples=construction.read_examples(args, few_shot_examples, rows, args.rationalize),
             hint_formatter=self.hint_formatter if args.rationalize else None,
         )  # fmt: skip
