@@ -122,6 +122,45 @@ def test_one_late_request_waits_until_a_join_pays_off(build_model, tokenizer) ->
     assert [index for index, _ in found][6] == 12
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_what_the_first_prompts_begin_with_is_computed_once(
+    build_model, tokenizer, batch_size
+) -> None:
+    """As the descriptions of tools; later prompts may begin otherwise, or end there."""
+    model = build_model().eval()
+    sampler = TransformersSampler(model, tokenizer)
+    common = tuple(range(40, 70))
+    first = [SampleRequest((*common, 80 + i, 90), i, 6) for i in range(4)]
+    later = [
+        SampleRequest((*common, 80, 90, 91, 92), 10, 9),
+        SampleRequest((50, 51), 11, 9),
+        SampleRequest(common, 12, 9),
+        SampleRequest((*common, 99), 13, 9),
+    ]
+    done: list[int] = []
+
+    def requests():
+        yield from first
+        while len(done) < 2:
+            yield None
+        yield from later
+
+    computed: list[int] = []
+
+    def count(module, ids) -> None:
+        computed.append(ids[0].numel() if ids[0].shape[1] > 1 else 0)
+
+    model.get_input_embeddings().register_forward_pre_hook(count)
+    found = {}
+    for index, completion in sampler.sample(requests(), OPTIONS, batch_size):
+        done.append(index)
+        found[index] = completion
+    num_computed = sum(computed)
+    assert found == dict(sampler.sample([*first, *later], OPTIONS, 1))
+    whole = sum(len(request.prompt_ids) for request in [*first, *later])
+    assert (num_computed < whole - 3 * len(common)) == (batch_size > 1)
+
+
 def test_a_bad_prompt_of_an_iterator_is_named_when_it_comes(build_model, tokenizer) -> None:
     sampler = TransformersSampler(build_model().eval(), tokenizer)
     completions = sampler.sample(iter([request_of(PROMPTS[0], 0), request_of((), 0)]), OPTIONS, 1)

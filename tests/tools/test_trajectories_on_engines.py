@@ -22,7 +22,6 @@ from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 from trl_selfplay.generation.vllm_sampler import VLLMSampler
 from trl_selfplay.generation.vllm_server import VLLMServerSampler
-from trl_selfplay.tools.react import ReActDialogue
 from trl_selfplay.tools.record import Reply, ToolCall
 from trl_selfplay.tools.tool_set import ToolSet
 from trl_selfplay.tools.trajectories import Trajectories, turn_key
@@ -33,14 +32,20 @@ OPTIONS = SamplingOptions(LENGTH, eos_token_ids=tuple(ENDS), return_logprobs=Tru
 REQUESTS = [SampleRequest((50 + i % 9, 62, 54), 1000 + i) for i in range(8)]
 
 
-class EachTurnCalls(ReActDialogue):
+class EachTurnCalls:
     """A dialogue for models that call nothing of their own accord: each turn asks for a sum."""
 
     stop_strings = ()
 
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+
     def read(self, turn_ids, prefix_ids, schemas):
-        reply = super().read(turn_ids, prefix_ids, schemas)
-        return Reply(reply.message, (ToolCall("add", {"a": len(turn_ids), "b": 1}),))
+        call = ToolCall("add", {"a": len(turn_ids), "b": 1})
+        return Reply({"role": "assistant", "content": "a turn"}, (call,))
+
+    def observation_ids(self, turn_ids, results):
+        return tuple(self.tokenizer.encode(f" {results[0].content}\n", add_special_tokens=False))
 
 
 @dataclass

@@ -37,6 +37,11 @@ class SharedPrefix:
     token_ids: tuple[int, ...]
     cache: DynamicCache
 
+    def begins(self, prompt_ids: tuple[int, ...]) -> bool:
+        """Return whether a prompt begins so, and goes on."""
+        length = len(self.token_ids)
+        return len(prompt_ids) > length and prompt_ids[:length] == self.token_ids
+
 
 @dataclass(slots=True)
 class _Row:

@@ -3,7 +3,8 @@
 In: requests in any order, all at once or as places become free. Out: completions as they finish.
 Requests are sorted by length and decoded in batches; each prompt is computed once for all of its
 samples. A common prefix of all prompts is computed once per call if padding may follow it: with
-full attention, or as long as no row is longer than the sliding windows. With recurrent layers, only
+full attention, or as long as no row is longer than the sliding windows (of an iterator's requests:
+with full attention alone). With recurrent layers, only
 rows of equal length are batched. So are rows that may grow past a length at which the model's
 rotary frequencies change, since all rows of a batch share these.
 """
@@ -138,8 +139,8 @@ class TransformersSampler:
         """Yield `(request index, completion)` as completions finish, each request once.
 
         An iterator of requests is pulled as places become free: see `Sampler.sample`. Tokens are
-        those that the same requests get in a sequence; only what all prompts begin with isn't
-        computed once, since not all are known.
+        those that the same requests get in a sequence. What the first prompts of an iterator have in
+        common is computed once for all prompts that begin so.
 
         Between two completions, too, the model is in eval mode: train only after the iterator has
         ended or was closed.
@@ -176,8 +177,8 @@ class TransformersSampler:
                 forward = CausalForward(model, traits, autocast)
             chooser = TokenChooser(options, self._token_ids)
             prefix = None
-            if queue.is_complete and (
-                traits.padding == "inside" or (traits.window or 0) >= longest
+            if traits.padding == "inside" or (
+                queue.is_complete and (traits.window or 0) >= longest
             ):
                 prompts = [
                     r.prompt_ids for r in queue.requests if not _passes_switch(r, traits, options)
@@ -238,12 +239,15 @@ class TransformersSampler:
         passes_switch = _passes_switch(first, traits, options)
         if passes_switch:
             prefix, refills = None, False
+        elif prefix is not None and not prefix.begins(first.prompt_ids):
+            prefix = None  # a request that came later
         equal_lengths = passes_switch or traits.padding == "none"
 
         def goes_along(request: SampleRequest) -> bool:
             if equal_lengths:
                 return len(request.prompt_ids) == len(first.prompt_ids)
-            return not _passes_switch(request, traits, options)
+            begins_alike = prefix is None or prefix.begins(request.prompt_ids)
+            return begins_alike and not _passes_switch(request, traits, options)
 
         def build_batch(count: int) -> DecodeBatch | None:
             taken = queue.take(count, goes_along)
