@@ -1,10 +1,10 @@
 """How much faster trajectories with tools are side by side than one after the other.
 
-The demo's model writes 64 trajectories of three turns; the length of each turn is drawn from 8 to 40 tokens by
-its stream key, and each of the first two ends with a call of a tool that takes 200 ms. A prompt has about 200
-tokens, as with the descriptions of a few tools. The arms alternate in one process. "One after the other" begins
-a trajectory when the one before has ended. What is finished is in results/tools_speed.json and isn't measured
-again:
+A model writes 64 trajectories of three turns; the length of each turn is drawn from 8 to 40 tokens by its stream
+key, and each of the first two ends with a call of a tool that takes 200 ms. A prompt has about 200 tokens, nearly
+all of which describe tools. The models are the demo's, and one of two layers, whose decoding takes next to no
+time. The arms alternate in one process. "One after the other" begins a trajectory when the one before has ended;
+16 are measured, and count four times. What is finished is in results/tools_speed.json and isn't measured again:
 
     OMP_NUM_THREADS=1 python benchmarks/tools_speed.py
 
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from sampling import EndsWhereTold
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from trl_selfplay.demos.words import load_demo_model_path
 from trl_selfplay.generation import transformers_sampler
@@ -40,6 +40,7 @@ from trl_selfplay.generation.transformers_sampler import TransformersSampler
 
 RESULTS = Path(__file__).parent / "results" / "tools_speed.json"
 COUNT, TOOL_S, CALLS, LEAST, MOST = 64, 0.2, 2, 8, 40
+ONE_BY_ONE = 16
 DESCRIPTION = (
     "You may call tools. search(query) looks a name up in an encyclopedia and returns the first lines of what it "
     "finds. calculator(expression) returns the value of an arithmetic expression. calendar(day) returns what "
@@ -102,11 +103,12 @@ class Clock:
         """Note the time of prompts, and their tokens."""
         plain = DecodeBatch._prefill
 
-        def prefill(batch: Any, prompts: Any, *rest: Any) -> None:
+        def prefill(batch: Any, prompts: Any, pad_token_id: int, prefix: Any) -> None:
             started = time.perf_counter()
-            plain(batch, prompts, *rest)
+            plain(batch, prompts, pad_token_id, prefix)
             self.prefill_s += time.perf_counter() - started
-            self.prefilled += sum(map(len, set(prompts)))
+            shared = 0 if prefix is None else len(prefix.token_ids)
+            self.prefilled += sum(len(prompt) - shared for prompt in set(prompts))
 
         DecodeBatch._prefill = prefill  # type: ignore[method-assign]
         try:
@@ -156,6 +158,9 @@ def measure(model: Any, tokenizer: Any, arm: str) -> dict[str, float]:
         for i in range(COUNT)
     ]
     options = SamplingOptions(512, eos_token_ids=(tokenizer.eos_token_id,))
+    if arm == "one after the other":
+        requests = requests[:ONE_BY_ONE]
+    scale = COUNT / len(requests)
     clock = Clock()
     trajectories = Trajectories(ToolSet([wait], 60.0), EachTurnCalls(tokenizer), CALLS)
     inner = TransformersSampler(model, tokenizer)
@@ -176,25 +181,25 @@ def measure(model: Any, tokenizer: Any, arm: str) -> dict[str, float]:
     for completion in found:
         clock.read_calls(completion.messages)
     tools_s, tokens_beside = clock.while_tools_run()
-    assert len(clock.calls) == CALLS * COUNT
+    assert len(clock.calls) == CALLS * len(requests)
     return {
-        "seconds": seconds,
-        "tokens": sum(n for _, n in clock.decoded),
-        "prompt_tokens": sum(len(r.prompt_ids) for r in requests),
-        "prefilled": clock.prefilled,
-        "prefill_s": clock.prefill_s,
-        "tools_s": tools_s,
-        "tokens_while_tools_run": tokens_beside,
-        "most_ids": max(len(c.completion_ids) for c in found),
+        "seconds": seconds * scale,
+        "tokens": sum(n for _, n in clock.decoded) * scale,
+        "prompt_tokens": sum(len(r.prompt_ids) for r in requests) * scale,
+        "prefilled": clock.prefilled * scale,
+        "prefill_s": clock.prefill_s * scale,
+        "tools_s": tools_s * scale,
+        "tokens_while_tools_run": tokens_beside * scale,
     }
 
 
+DEMO, SMALL = "SmolLM2-135M-Instruct", "two random layers"
 ARMS = ("side by side", "asked when one ends", "one after the other")
 
 
 def single_turns() -> None:
     """Print the tokens per second of single turns, and a digest of what was sampled."""
-    model, tokenizer = load()
+    model, tokenizer = load(DEMO)
     requests = [
         SampleRequest(tuple(tokenizer(f"{DESCRIPTION}Question {i // 4}:").input_ids), i)
         for i in range(COUNT)
@@ -228,11 +233,18 @@ def compare_single_turns(before: Path, repeats: int) -> dict[str, Any]:
     }
 
 
-def load() -> tuple[Any, Any]:
-    """Return the demo's model and its tokenizer."""
+def load(name: str) -> tuple[Any, Any]:
+    """Return a model and the demo's tokenizer."""
     path = load_demo_model_path()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if name == DEMO:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), tokenizer
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=1024,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).float().eval(), tokenizer
 
 
 def main() -> None:
@@ -249,16 +261,25 @@ def main() -> None:
     if args.before is not None:
         record["single turns"] = compare_single_turns(args.before, args.repeats)
         RESULTS.write_text(json.dumps(record, indent=1))
-    elif not set(ARMS) <= set(record):
-        model, tokenizer = load()
-        torch.manual_seed(0)
-        measure(model, tokenizer, "side by side")  # starts the processes of the tool
-        for repeat in range(args.repeats):
-            for arm in ARMS if repeat == 0 else ARMS[:2]:
-                record.setdefault(arm, []).append(measure(model, tokenizer, arm))
-                print(arm, record[arm][-1], flush=True)
-        RESULTS.write_text(json.dumps(record, indent=1))
+    else:
+        for name in (SMALL, DEMO):
+            if name not in record:
+                record[name] = measure_model(name, args.repeats)
+                RESULTS.write_text(json.dumps(record, indent=1))
     write_summary(record)
+
+
+def measure_model(name: str, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Measure each arm in turn."""
+    model, tokenizer = load(name)
+    if name == SMALL:
+        measure(model, tokenizer, "side by side")  # starts the processes of the tool
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    for _ in range(repeats):
+        for arm in ARMS:
+            found[arm].append(measure(model, tokenizer, arm))
+            print(name, arm, found[arm][-1], flush=True)
+    return found
 
 
 def write_summary(record: dict[str, Any]) -> None:
@@ -267,20 +288,24 @@ def write_summary(record: dict[str, Any]) -> None:
     lines = [
         "# Trajectories side by side",
         "",
-        f"SmolLM2-135M-Instruct, float32, {torch.get_num_threads()} threads, two shared {platform.machine()} "
+        f"float32, {torch.get_num_threads()} threads, two shared {platform.machine()} "
         f"cores; {versions}; {datetime.date.today().isoformat()}. Script: `benchmarks/tools_speed.py`. "
         f"{COUNT} trajectories with {CALLS} calls each of a tool that takes {TOOL_S * 1000:.0f} ms.",
     ]
-    if set(ARMS) <= set(record):
+    for name in (SMALL, DEMO):
+        if name not in record:
+            continue
         lines += [
+            "",
+            f"## {name}",
             "",
             "| arm | seconds | times one after the other | tokens per second | while tools run | share of the "
             "time in prompts |",
             "|---|---|---|---|---|---|",
         ]
-        slowest = median(run["seconds"] for run in record["one after the other"])
+        slowest = median(run["seconds"] for run in record[name]["one after the other"])
         for arm in ARMS:
-            runs = record[arm]
+            runs = record[name][arm]
             seconds = [run["seconds"] for run in runs]
             rate = median(run["tokens"] / run["seconds"] for run in runs)
             beside = median(run["tokens_while_tools_run"] / run["tools_s"] for run in runs)
@@ -289,11 +314,11 @@ def write_summary(record: dict[str, Any]) -> None:
                 f"| {arm} | {median(seconds):.1f} [{min(seconds):.1f}, {max(seconds):.1f}] | "
                 f"{slowest / median(seconds):.1f} | {rate:.0f} | {beside:.0f} | {share:.0%} |"
             )
-        run = record["side by side"][0]
+        run = record[name]["side by side"][0]
         lines += [
             "",
-            f"Each turn computes its whole context: {run['prefilled']:,} tokens of prompts for "
-            f"{run['prompt_tokens']:,} of the first turns and {run['tokens']:,} that were sampled.",
+            "What all prompts begin with is computed once. Each turn computes the rest of its context again: "
+            f"{run['prefilled']:,.0f} tokens, beside {run['tokens']:,.0f} that were sampled.",
         ]
     if "single turns" in record:
         rates, equal = record["single turns"]["rates"], record["single turns"]["equal"]
