@@ -254,3 +254,73 @@ def test_nothing_is_left_behind_where_a_row_cannot_be_written(write_run, tmp_pat
     with pytest.raises(ValueError, match="alpaca"):
         export_run(run, "sft", tmp_path / "rows.jsonl", form="alpaca")
     assert not list(tmp_path.glob("*rows*"))
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+TURNS = (
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "add", "content": "3"},
+    {"role": "assistant", "content": "so 3"},
+)
+
+
+def trajectory(**changes):
+    of_trajectory = {
+        "completion": "so 3",
+        "messages": TURNS,
+        "completion_mask": (True, False, True),
+    }
+    return {"row": 0, "outcome": "kept", "sample_index": 0} | of_trajectory | changes
+
+
+def test_a_trajectory_is_exported_with_its_calls_and_results(write_run, export, tmp_path) -> None:
+    """A text prompt's can't be told as text: its results would be lacking, or trained on."""
+    run = write_run(CHAT, [[trajectory()]])
+    (row,) = export(run, "sft")
+    assert (row["prompt"], row["completion"]) == ([SYSTEM, USER], list(TURNS))
+    (row,) = export(run, "sft", form="messages")
+    assert row["messages"] == [SYSTEM, USER, *TURNS]
+    (row,) = export(run, "sft", form="sharegpt")
+    assert row["conversations"][2:] == [
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "so 3"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(ValueError, match=r"calls of tools has no place in --form alpaca"):
+        export_run(run, "sft", path, form="alpaca")
+    with pytest.raises(ValueError, match=r"write them to a \.jsonl file"):
+        export_run(run, "sft", tmp_path / "rows.parquet")
+    of_text = write_run(TEXT, [[trajectory()]], "of text")
+    assert export(of_text, "sft", form="messages")[0]["messages"][1:] == list(TURNS)
+    with pytest.raises(ValueError, match=r"calls of tools has no place .* Use --form messages"):
+        export_run(of_text, "sft", path)
+    assert not path.exists()
+
+
+def test_pairs_of_trajectories_are_two_lists_of_messages(write_run, export, tmp_path) -> None:
+    wrong = trajectory(sample_index=1, outcome="failed", reward=0.0, completion="so 4")
+    run = write_run(CHAT, [[trajectory(), wrong]])
+    (row,) = export(run, "dpo")
+    assert (row["chosen"], row["rejected"]) == (list(TURNS), list(TURNS))
+    with pytest.raises(ValueError, match=r"no place in --form messages.* Use --form trl"):
+        export_run(run, "dpo", tmp_path / "rows.jsonl", form="messages")
+
+
+def test_thoughts_beside_a_call_have_no_place_in_sharegpt(write_run, tmp_path) -> None:
+    thinking = ({**TURNS[0], "content": "hm"}, *TURNS[1:])
+    run = write_run(CHAT, [[trajectory(messages=thinking)]])
+    with pytest.raises(ValueError, match=r"text, 'hm', and calls .* no place in --form sharegpt"):
+        export_run(run, "sft", tmp_path / "rows.jsonl", form="sharegpt")
+
+
+def test_every_sample_has_its_messages_as_json(write_run, tmp_path) -> None:
+    run = write_run(
+        CHAT, [[trajectory(), trajectory(sample_index=1, messages=(), completion_mask=None)]]
+    )
+    export_run(run, "parquet", tmp_path / "all.parquet")
+    of_trajectory, of_single_turn = (
+        pq.read_table(tmp_path / "all.parquet").column("messages").to_pylist()
+    )
+    assert json.loads(of_trajectory) == list(TURNS)
+    assert of_single_turn is None

@@ -20,7 +20,7 @@ from trl_selfplay.inspection.leading_space import leading_spaces
 from trl_selfplay.inspection.row_forms import Example, to_row
 from trl_selfplay.inspection.run_folder import RunFolder
 from trl_selfplay.rollouts.kept_prompts import KeptPrompt, KeptPrompts, load_prompts
-from trl_selfplay.rollouts.record import SCHEMA, Rollout
+from trl_selfplay.rollouts.record import SCHEMA, Rollout, to_stored
 from trl_selfplay.rounds.run import name_of_weights
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -197,7 +197,7 @@ def _every_sample(
         for rollout, outcome in run.rollouts(round_index):
             row = to_row(Example(_prompt_of(prompts, rollout), {}), "trl")
             solution = _prompt_of(prompts, rollout).solution
-            fields = {name: getattr(rollout, name) for name in SCHEMA.names if name != "prompt"}
+            fields = {n: to_stored(n, getattr(rollout, n)) for n in SCHEMA.names if n != "prompt"}
             yield {
                 **row,
                 "solution": solution if isinstance(solution, str | None) else json.dumps(solution),
@@ -233,8 +233,10 @@ def _example(
 ) -> Example:
     """Return completions, sampled or of the data, as an example."""
     texts = {n: c if isinstance(c, str) else c.completion for n, c in completions.items()}
-    leads = {n: lead(c) for n, c in completions.items() if not isinstance(c, str)}
-    return Example(prompt, texts, columns, leads)
+    sampled = {n: c for n, c in completions.items() if not isinstance(c, str)}
+    leads = {n: lead(c) for n, c in sampled.items()}
+    trajectories = {n: c.messages for n, c in sampled.items() if c.completion_mask and c.messages}
+    return Example(prompt, texts, columns, leads, trajectories)
 
 
 def _prompt_of(prompts: KeptPrompts, rollout: Rollout) -> KeptPrompt:
@@ -321,6 +323,13 @@ def _write_parquet(path: Path, rows: Rows) -> int:
     return count
 
 
+def _messages_of(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the messages of completions in a row, whatever its form."""
+    for name in ("completion", "chosen", "rejected", "messages"):
+        value = row.get(name)
+        yield from value if isinstance(value, list) else ()
+
+
 def _tables(rows: Rows, schema: pa.Schema | None = None) -> Iterator[pa.Table]:
     """Yield rows as tables; without a schema each with what its own rows show."""
     remaining = rows()
@@ -328,6 +337,11 @@ def _tables(rows: Rows, schema: pa.Schema | None = None) -> Iterator[pa.Table]:
         if schema is not None:
             yield pa.Table.from_pylist(batch, schema)
             continue
+        if any("tool_calls" in message for row in batch for message in _messages_of(row)):
+            raise ValueError(
+                "calls of tools have arguments of different names, and one Parquet column would give each "
+                "call those of all: write them to a .jsonl file, which `datasets` reads as they are."
+            )
         names = list(dict.fromkeys(name for row in batch for name in row))
         arrays = [pa.array([row.get(n) for row in batch], _TYPES.get(n)) for n in names]
         yield pa.table(arrays, names)

@@ -5,7 +5,8 @@ and `rejected`, text or messages), "messages" (OpenAI's roles), "sharegpt" (`con
 Pure functions.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +26,15 @@ class Example:
         columns: What else the row has: a label, where the completions come from.
         leads: By the same names, a space that decoding dropped before a completion. It is put back
             where the completion follows the prompt's text.
+        trajectories: By the same names, the messages of a completion of several turns: those of the policy,
+            with their calls, and the results of tools.
     """
 
     prompt: KeptPrompt
     completions: Mapping[str, str]
     columns: Mapping[str, Any] = field(default_factory=dict)
     leads: Mapping[str, str] = field(default_factory=dict)
+    trajectories: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     @property
     def turns(self) -> list[dict[str, Any]]:
@@ -40,17 +44,38 @@ class Example:
             return [{"role": "user", "content": prompt}]
         return prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
 
-    def answers(self) -> dict[str, dict[str, Any]]:
-        """Return each completion as an assistant message, begun by the prompt's last one if there is any."""
+    def answers(self) -> dict[str, list[dict[str, Any]]]:
+        """Return each completion as messages: one of the assistant's, or the turns of a trajectory.
+
+        The first is begun by the prompt's last one if that is the assistant's.
+        """
         prompt = self.prompt.prompt
         begun: dict[str, Any] = {}
         if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
             begun = prompt[-1]
         texts = self.following() if begun.get("content") else self.completions
-        return {
-            name: {**begun, "role": "assistant", "content": f"{begun.get('content') or ''}{text}"}
-            for name, text in texts.items()
-        }
+        found = {}
+        for name, text in texts.items():
+            first, *others = self.trajectories.get(name) or ({"content": text},)
+            content = f"{begun.get('content') or ''}{first.get('content') or ''}"
+            found[name] = [
+                {**begun, **first, "role": "assistant", "content": content},
+                *map(dict, others),
+            ]
+        return found
+
+    def single_answers(self, form: str) -> dict[str, dict[str, Any]]:
+        """Return each of two completions as one message.
+
+        Raises:
+            ValueError: One is a trajectory.
+        """
+        if self.trajectories:
+            raise ValueError(
+                f"pairs of completions with calls of tools have no place in --form {form}, which has one "
+                "message for each. Use --form trl."
+            )
+        return {name: message for name, (message,) in self.answers().items()}
 
     def following(self) -> dict[str, str]:
         """Return each completion as it follows other text."""
@@ -61,17 +86,17 @@ def _trl(example: Example) -> dict[str, Any]:
     """Return `prompt` and the completions, both text or both messages, and what renders them."""
     prompt = example.prompt.prompt
     if isinstance(prompt, str):
+        _refuse_trajectories(example, "trl with text prompts")
         return {"prompt": prompt, **example.following()}
-    answers = {name: [message] for name, message in example.answers().items()}
-    return {"prompt": example.turns, **answers, **example.prompt.template_arguments}
+    return {"prompt": example.turns, **example.answers(), **example.prompt.template_arguments}
 
 
 def _messages(example: Example) -> dict[str, Any]:
     """Return `messages` that end with the completion, or with the prompt beside two completions."""
-    answers = example.answers()
-    if "completion" in answers:
-        return {"messages": [*example.turns, answers["completion"]], **_tools(example)}
-    return {"messages": example.turns, **answers, **_tools(example)}
+    if "completion" in example.completions:
+        answer = example.answers()["completion"]
+        return {"messages": [*example.turns, *answer], **_tools(example)}
+    return {"messages": example.turns, **example.single_answers("messages"), **_tools(example)}
 
 
 def _sharegpt(example: Example) -> dict[str, Any]:
@@ -79,6 +104,14 @@ def _sharegpt(example: Example) -> dict[str, Any]:
 
     def turn(message: Mapping[str, Any]) -> dict[str, str]:
         role, content = message["role"], message.get("content")
+        if calls := message.get("tool_calls"):
+            if content:
+                raise ValueError(
+                    f"a message with both text, {content!r:.60}, and calls of tools has no place in --form "
+                    "sharegpt, which has turns of the one or the other. Use --form messages."
+                )
+            made = [call["function"] for call in calls]
+            return {"from": "function_call", "value": json.dumps(made if made[1:] else made[0])}
         if role not in _SHAREGPT_ROLES or not isinstance(content, str):
             raise ValueError(
                 f"a message of role {role!r} with content {content!r:.60} has no place in "
@@ -87,11 +120,11 @@ def _sharegpt(example: Example) -> dict[str, Any]:
             )
         return {"from": _SHAREGPT_ROLES[role], "value": content}
 
-    answers = {name: turn(message) for name, message in example.answers().items()}
     turns = [turn(message) for message in example.turns]
-    if "completion" in answers:
-        return {"conversations": [*turns, answers["completion"]]}
-    return {"conversations": turns, **answers}
+    if "completion" in example.completions:
+        return {"conversations": [*turns, *map(turn, example.answers()["completion"])]}
+    pair = {name: turn(message) for name, message in example.single_answers("sharegpt").items()}
+    return {"conversations": turns, **pair}
 
 
 def _alpaca(example: Example) -> dict[str, Any]:
@@ -106,11 +139,21 @@ def _alpaca(example: Example) -> dict[str, Any]:
             f"a prompt of {', '.join(roles)} turns has no place in --form alpaca, which has one "
             "instruction as text, after a system text or none. Use --form messages."
         )
+    _refuse_trajectories(example, "alpaca")
     texts = dict(example.completions)
     row = {"instruction": contents[-1], "input": ""}
     if "completion" in texts:
         texts = {"output": texts["completion"]}
     return {**row, **texts, **({"system": contents[0]} if len(contents) > 1 else {})}
+
+
+def _refuse_trajectories(example: Example, form: str) -> None:
+    """Raise ValueError for completions whose text alone lacks what tools answered in between."""
+    if example.trajectories:
+        raise ValueError(
+            f"a completion with calls of tools has no place in --form {form}, whose text would either lack the "
+            "results or be trained on with them. Use --form messages."
+        )
 
 
 def _tools(example: Example) -> dict[str, Any]:

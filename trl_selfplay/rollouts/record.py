@@ -245,7 +245,7 @@ def to_table(rollouts: Sequence[Rollout]) -> pa.Table:
     """Return rollouts as a table with one column per field."""
     columns = {
         field.name: pa.array(
-            [_to_stored(field.name, getattr(r, field.name)) for r in rollouts],
+            [to_stored(field.name, getattr(r, field.name)) for r in rollouts],
             type=SCHEMA.field(field.name).type,
         )
         for field in fields(Rollout)
@@ -253,10 +253,9 @@ def to_table(rollouts: Sequence[Rollout]) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
-def _to_stored(name: str, value: Any) -> Any:
-    if (
-        name == "messages"
-    ):  # ASCII: a lone surrogate, which JSON can hold, can't be written as UTF-8
+def to_stored(name: str, value: Any) -> Any:
+    """Return the value of a field of `Rollout` as files have it: tuples as lists, messages as JSON."""
+    if name == "messages":  # in ASCII: a lone surrogate can't be written as UTF-8
         return json.dumps(value, default=str) if value else None
     return list(value) if isinstance(value, tuple) else value
 
