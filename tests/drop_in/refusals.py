@@ -43,6 +43,26 @@ def function(*args: Any, **kwargs: Any) -> None:
     """Stand where a function is expected."""
 
 
+def labelled(text: str) -> str:
+    """Return a label.
+
+    Args:
+        text: What to label.
+    """
+    return f"label: {text}"
+
+
+def reads_environments(completions: Any, environments: Any, **kwargs: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+class Sums:
+    """An environment that says a sum."""
+
+    def reset(self, **columns: Any) -> str:
+        return "1 + 1 ="
+
+
 def config_of(config_class: type, **fields: Any) -> Callable[[Any], dict[str, Any]]:
     return lambda parts: {"args": config_class("run", use_cpu=True, bf16=False, **fields)}
 
@@ -65,7 +85,10 @@ REFUSALS = (
     Refusal("`formatting_func`", SFT, {"formatting_func": str}, "Format the `prompt` column", "Format the `prompt` column with `dataset.map`."),
     Refusal("`formatting_func`", PAIRS, {"formatting_func": str}, "dataset.map", "Format the columns with `dataset.map`."),
     Refusal("`ref_model`", PAIRS, lambda parts: {"ref_model": parts.model}, "as it enters each round", "The reference is the policy as it enters a round. Override `compute_ref_log_probs` for another."),
-    Refusal("`tools`, `environment_factory`", ALL, {"tools": [function], "environment_factory": function}, "one turn", "Completions are one turn. Put what a tool returns into the prompt."),
+    Refusal("`tools`, `environment_factory`", ("SPIN", "V-STaR", *QUIET), {"tools": [function], "environment_factory": function}, "STaRTrainer, ReSTEMTrainer and IRPOTrainer take it", "Take STaR, ReST^EM or IRPO ([tools](tools.md))."),
+    Refusal("`max_tool_calling_iterations`", ("SPIN", "V-STaR", *QUIET), {"max_tool_calling_iterations": 2}, "one turn without tools", "The same."),
+    Refusal("reward functions with a parameter `environments`", GRADED, lambda parts: {"tools": [labelled], "reward_funcs": reads_environments}, "graded from disk", "Give the environment `get_reward`, or read the messages."),
+    Refusal("no `train_dataset` beside `environment_factory`", GRADED, {"train_dataset": None, "environment_factory": Sums}, "a column", "A dataset whose columns `reset` gets."),
     Refusal("`rollout_func`", GRADED, {"rollout_func": function}, "`play_round`", "Override `play_round`."),
     Refusal("`reward_funcs`", ("SPIN", "V-STaR", *QUIET), {"reward_funcs": function}, "nothing is graded", "Nothing is graded. SPIN takes `eval_reward_funcs`."),
     Refusal("no `reward_funcs`", GRADED, {"reward_funcs": None}, "`reward_funcs` is missing", "Pass what says which completions are right."),

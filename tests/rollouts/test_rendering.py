@@ -16,7 +16,6 @@ from trl_selfplay.rollouts.prompts import load_prompt_rows
 from trl_selfplay.rollouts.record import hash_prompt
 from trl_selfplay.rollouts.rendering import (
     PromptFormatter,
-    check_training_lengths,
     keep_rendering,
     load_few_shot_examples,
     read_start,
@@ -425,25 +424,6 @@ def test_only_the_template_writes_control_tokens_where_text_is_split(chat_tokeni
     assert tokens.prompt_ids.count(eos) == tokens.chosen_ids.count(eos) == 1
     assert text_of(formatter, rows[0], few_shot=False) == "<user>say <eos><eos><assistant>"
     assert chat_tokenizer.decode(list(tokens.chosen_ids)) == "no <eos>!<eos>"
-
-
-# --- lengths ---
-
-
-def test_prompts_that_leave_no_room_for_a_completion_are_refused_by_row(caplog) -> None:
-    rows = rows_of(*("Q" * n for n in (3, 9, 4, 12)))
-
-    def render(row):
-        return tuple(row.prompt)
-
-    with pytest.raises(ValueError, match=r"2 of 4 prompts.*have 9 tokens or more.*\(rows 1, 3\)"):
-        check_training_lengths(rows, render, 9, 5, rows)
-    check_training_lengths(rows, render, 17, 5, rows)
-    check_training_lengths(rows, render, None, 5, rows)
-    assert not caplog.records
-    check_training_lengths(rows, render, 16, 5, rows)
-    assert "Set max_length=17 to keep all" in caplog.text
-    assert "completions of more than 4 tokens" in caplog.text
 
 
 def test_a_control_token_in_a_few_shot_example_is_said(byte_tokenizer, caplog) -> None:

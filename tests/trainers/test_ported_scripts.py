@@ -17,6 +17,7 @@ from trl_selfplay import (
     STaRConfig,
     STaRTrainer,
     VSTaRConfig,
+    VSTaRTrainer,
 )
 from trl_selfplay.trainers.ported_scripts import _ARGUMENTS, _FIELDS, _advice
 
@@ -177,11 +178,20 @@ def test_a_config_in_the_place_of_the_reference_model_is_explained(tmp_path, ans
         SPINTrainer("no-model", SPINConfig(str(tmp_path)), train_dataset=answers(4))
 
 
-@pytest.mark.parametrize("name", ["tools", "environment_factory", "rollout_func", "tokenizer"])
+@pytest.mark.parametrize("name", ["rollout_func", "tokenizer"])
 def test_arguments_of_other_trainers_are_named_with_what_becomes_of_them(tmp_path, name) -> None:
     with pytest.raises(TypeError, match=f"{name}=.*: leave it out; ") as caught:
         STaRTrainer("no-model", STaRConfig(str(tmp_path)), reward_funcs=len, **{name: [len]})
     assert _ARGUMENTS[name] in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tools", "environment_factory"])
+@pytest.mark.parametrize(
+    "build", [SPINTrainer, VSTaRTrainer, QuietSTaRTrainer], ids=lambda c: c.__name__
+)
+def test_tools_are_refused_where_no_completion_could_call_them(build, name) -> None:
+    with pytest.raises(TypeError, match=f"{name}=.*IRPOTrainer take it"):
+        build("no-model", **{name: [len]})
 
 
 @pytest.mark.parametrize("build", [SPINTrainer, QuietSTaRTrainer], ids=lambda c: c.__name__)

@@ -149,6 +149,7 @@ class Scorer:
         columns: Mapping[str, list[Any]],
         where: str = "",
         groups: Sequence[Hashable] | None = None,
+        environment_rewards: Sequence[float | None] = (),
     ) -> list[Scores]:
         """Return the functions' scores of each completion, with None where one abstained, and why.
 
@@ -163,6 +164,8 @@ class Scorer:
             where: Names these completions in the log, such as by their file.
             groups: What the samples of one prompt have in common, for functions that compare them
                 (with an attribute `compares_samples` that is true).
+            environment_rewards: What each completion's environment gave, for functions with an
+                attribute `takes_environment_rewards`.
 
         Raises:
             RuntimeError: A function raised or tried to exit; the error names it.
@@ -184,7 +187,9 @@ class Scorer:
             "log_metric": lambda name, value: logged[name].append(float(value)),
         }
         calls: list[Callable[[], Any]] = [
-            functools.partial(function, **_in_form_for(function, arguments, groups))
+            functools.partial(
+                function, **_in_form_for(function, arguments, groups, environment_rewards)
+            )
             for function in self._functions
         ]
         about = f"{len(completions)} completions{where and f' of {where}'}"
@@ -450,11 +455,14 @@ def _in_form_for(
     function: Callable[..., Any],
     arguments: Mapping[str, Any],
     groups: Sequence[Hashable] | None,
+    environment_rewards: Sequence[float | None],
 ) -> dict[str, Any]:
     """Wrap plain-text completions for TRL's own rewards, which only take chat messages."""
     given = {name: own_copy(value) for name, value in arguments.items()}
     if groups is not None and compares_samples(function):
         given["groups"] = list(groups)
+    if hasattr(function, "takes_environment_rewards"):
+        given["environment_rewards"] = list(environment_rewards)
     module = getattr(without_partial(function), "__module__", None) or ""
     if module.startswith("trl.rewards"):
         given["completions"] = [

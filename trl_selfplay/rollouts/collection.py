@@ -457,6 +457,7 @@ class Collector:
             "completion_ids": [list(r.completion_ids) for r in rollouts],
             "columns": {key: [row.columns[key] for row in rows] for key in rows[0].columns},
             "groups": [r.prompt_id for r in rollouts],
+            "environment_rewards": [r.environment_reward for r in rollouts],
         }
 
 

@@ -218,7 +218,7 @@ def _find_end(tokenizer: Any, completion: list[int], eos_token_ids: Sequence[int
 def _text_completion(
     formatter: PromptFormatter, row: PromptRow, prompt_ids: tuple[int, ...]
 ) -> list[int]:
-    together = formatter.text_ids(f"{row.prompt}{row.solution}")
+    together = formatter.text_ids(formatter.with_tools(f"{row.prompt}{row.solution}", row))
     if tuple(together[: len(prompt_ids)]) == prompt_ids:
         return together[len(prompt_ids) :]
     return formatter.continuation_ids(row.solution)

@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from trl_selfplay.confidential import shown
 from trl_selfplay.rewards.functions import columns_read
 from trl_selfplay.rollouts.record import hash_prompt
+from trl_selfplay.tools.offer import Toolbox, offered, read_tools
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,11 @@ class PromptRow:
 
 
 def load_prompt_rows(
-    dataset: Any, name: str, needs_solution: str | None = None, reward_funcs: Any = None
+    dataset: Any,
+    name: str,
+    needs_solution: str | None = None,
+    reward_funcs: Any = None,
+    toolbox: Toolbox | None = None,
 ) -> list[PromptRow]:
     """Check a dataset row by row and return its prompts, sorted by `prompt_id`.
 
@@ -110,13 +115,22 @@ def load_prompt_rows(
         name: Name of the dataset for errors, such as "train_dataset".
         needs_solution: What uses the column `solution`, for the error; None if nothing does.
         reward_funcs: What grades completions of these prompts, as a trainer takes it.
+        toolbox: What completions of these prompts may call. An environment's first words are appended to
+            the prompt, which may then be missing, as in GRPOTrainer.
 
     Raises:
         TypeError: Not a `Dataset`, or a row whose prompt is neither text nor messages.
         ValueError: A column is missing, the dataset is empty, or prompts are of mixed kinds.
     """
+    starts = toolbox is not None and bool(toolbox.resets)
+    if dataset is None and starts:
+        raise ValueError(
+            f"`{name}` is missing. Each round returns to the same prompts, so an environment needs rows that "
+            "say which task it is to set: pass a dataset with a column for `reset`, such as "
+            'Dataset.from_dict({"seed": range(100)}) for `def reset(self, seed, **kwargs)`.'
+        )
     check_dataset(dataset, name, "`prompt`")
-    if "prompt" not in dataset.column_names:
+    if "prompt" not in dataset.column_names and not starts:
         advice = (
             'Make one of `messages`: `dataset.map(lambda row: {"prompt": row["messages"][:-1]})`.'
             if "messages" in dataset.column_names
@@ -135,8 +149,11 @@ def load_prompt_rows(
             "--solution_column answer."
         )
     read = columns_read(reward_funcs, dataset.column_names)
+    if toolbox is not None and starts:
+        of_resets = columns_read(list(toolbox.resets), dataset.column_names)
+        read = sorted({*read, *of_resets, *({"environment"} & {*dataset.column_names})})
     records = enumerate(as_plain_rows(dataset))
-    return collect_rows(((i, r, {c: r[c] for c in read}) for i, r in records), name)
+    return collect_rows(((i, r, {c: r[c] for c in read}) for i, r in records), name, toolbox)
 
 
 def as_plain_rows(dataset: Dataset) -> Dataset:
@@ -172,7 +189,9 @@ def check_dataset(dataset: Any, name: str, columns: str) -> None:
 
 
 def collect_rows(
-    records: Iterable[tuple[int, Mapping[str, Any], Mapping[str, Any]]], name: str
+    records: Iterable[tuple[int, Mapping[str, Any], Mapping[str, Any]]],
+    name: str,
+    toolbox: Toolbox | None = None,
 ) -> list[PromptRow]:
     """Check records one by one and return them as rows, sorted by `prompt_id`.
 
@@ -183,6 +202,7 @@ def collect_rows(
         records: Tuples of the index in the user's dataset, the record, and what graders read of it
             besides prompt and solution.
         name: What to call the dataset in errors.
+        toolbox: What completions of the prompts may call.
 
     Raises:
         TypeError, ValueError: As `load_prompt_rows`.
@@ -192,7 +212,7 @@ def collect_rows(
     count = 0
     for index, record, read in records:
         count += 1
-        row = _build_row(record, index, name)
+        row = _build_row(record, index, name, toolbox)
         kinds.setdefault(isinstance(row.prompt, str), index)
         if len(kinds) == 2:
             raise ValueError(
@@ -217,41 +237,67 @@ def collect_rows(
     return [rows[prompt_id] for prompt_id in sorted(rows)]
 
 
-def _build_row(record: Mapping[str, Any], index: int, name: str) -> PromptRow:
+def _build_row(
+    record: Mapping[str, Any], index: int, name: str, toolbox: Toolbox | None
+) -> PromptRow:
     where = f"`{name}` row {index}"
-    prompt, solution = record["prompt"], record.get("solution")
     check_nesting(record, where)
+    columns = {key: value for key, value in record.items() if key != "prompt"}
+    if toolbox is not None and toolbox.resets:
+        given = record.get("prompt", [{"role": "user", "content": ""}])
+        check_prompt(given, where)
+        columns["prompt"] = given  # which `reset` gets as well
+        record = {**record, "prompt": _with_observation(given, toolbox.observation(columns))}
+    prompt, solution = record["prompt"], record.get("solution")
     check_prompt(prompt, where)
     for column in ("prompt", "solution"):
         check_encodable(record.get(column), f"{where}: `{column}`")
-    arguments = {} if isinstance(prompt, str) else _template_arguments(record, where)
+    arguments = {} if isinstance(prompt, str) else _template_kwargs(record, where)
+    if tools := _own_tools(record, where, toolbox, isinstance(prompt, str)):
+        arguments["tools"] = tools
     return PromptRow(
         hash_prompt(prompt, solution, arguments),
         prompt,
         solution,
-        {key: value for key, value in record.items() if key != "prompt"},
+        columns,
         index,
         name,
         arguments,
     )
 
 
-def _template_arguments(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a row's `tools` and `chat_template_kwargs`, read as TRL reads them."""
+def _with_observation(prompt: Any, observation: Any) -> Any:
+    """Return a prompt with what its environment says appended to its last message, as in GRPOTrainer."""
+    if observation is None:
+        return prompt
+    if isinstance(prompt, str):
+        if not isinstance(observation, str):
+            raise TypeError(
+                f"an environment's `reset` returned {observation!r:.200}, and the prompts are plain text: "
+                "return text, or give chat messages as prompts."
+            )
+        return prompt + observation
+    content = prompt[-1]["content"]
+    if isinstance(observation, list) and isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if isinstance(observation, str) and isinstance(content, list):
+        observation = [{"type": "text", "text": observation}]
+    return [*prompt[:-1], {**prompt[-1], "content": content + observation}]
+
+
+def _own_tools(
+    record: Mapping[str, Any], where: str, toolbox: Toolbox | None, is_text: bool
+) -> list[Any]:
+    """Return the tools that a row names itself; none where it leaves that to the run."""
+    if toolbox is not None:
+        own = read_tools(record, where)
+        return offered(toolbox.schemas_of(record), record, where) if own else []
+    return [] if is_text else read_tools(record, where)
+
+
+def _template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a row's `chat_template_kwargs`, read as TRL reads them."""
     arguments: dict[str, Any] = {}
-    tools = record.get("tools")
-    if isinstance(tools, str):  # JSON, where tools differ too much for one table
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: `tools` is {tools!r:.200}, which is not JSON ({error}). Give a list of "
-                "tool schemas, or that list as JSON text."
-            ) from error
-    if tools:
-        if not isinstance(tools, list):
-            raise TypeError(f"{where}: `tools` is {tools!r:.200}; give a list of tool schemas.")
-        arguments["tools"] = tools
     kwargs = record.get("chat_template_kwargs")
     if kwargs:
         check_template_kwargs(kwargs, f"{where}: `chat_template_kwargs`")

@@ -32,6 +32,7 @@ from trl_selfplay.rollouts.prompts import (
     check_prompt,
     message_text,
 )
+from trl_selfplay.tools.offer import ACTION, ToolForm, describe
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class FewShotExample:
     """A worked example that precedes the prompt during sampling."""
 
     prompt: Prompt
-    completion: str
+    completion: str | Messages  # messages where it calls tools
     solution: Any
 
 
@@ -79,7 +80,7 @@ def load_few_shot_examples(
             )
         prompt = example["prompt"]
         check_prompt(prompt, where)
-        completion = _completion_text(example["completion"], where)
+        completion = _completion(example["completion"], where, conversational)
         if conversational and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if not conversational and not isinstance(prompt, str):
@@ -91,14 +92,23 @@ def load_few_shot_examples(
     return tuple(checked)
 
 
-def _completion_text(completion: Any, where: str) -> str:
+def _completion(completion: Any, where: str, conversational: bool) -> str | Messages:
+    """Return an example's completion: text, or all of its messages where they call tools."""
     if isinstance(completion, list) and completion and isinstance(completion[-1], Mapping):
-        check_message(completion[-1], f"{where}: `completion`")
+        for message in completion:
+            check_message(message, f"{where}: `completion`")
+        if any(m["role"] == "tool" or m.get("tool_calls") for m in completion):
+            if not conversational:
+                raise ValueError(
+                    f"{where}: the completion has messages with calls of tools, but the dataset's prompts "
+                    "are plain text. Write calls and results as text, as `docs/tools.md` shows."
+                )
+            return completion
         completion = message_text(completion[-1])
     if not isinstance(completion, str) or not completion.strip():
         raise TypeError(
             f"{where}: the completion is {completion!r:.200}; expected the text of a rationale with "
-            "its answer, or one assistant message with it."
+            "its answer, or assistant messages with it."
         )
     return completion
 
@@ -172,6 +182,7 @@ class PromptFormatter:
         sanitize_control_tokens: Read special tokens in the rows' text as plain text.
         start: The time that the chat template gets; None is now.
         num_embeddings: The model's; a token id beyond them is an error. None skips the check.
+        tool_form: How prompts tell of the run's tools; None: it has none.
     """
 
     def __init__(
@@ -184,10 +195,15 @@ class PromptFormatter:
         sanitize_control_tokens: bool = False,
         start: datetime | None = None,
         num_embeddings: int | None = None,
+        tool_form: ToolForm | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.tool_form = tool_form
         self.num_embeddings = num_embeddings
         self.few_shot_examples = tuple(few_shot_examples)
+        # Examples that call tools show which there are, and how they are called.
+        is_shown = any(ACTION in str(example.completion) for example in self.few_shot_examples)
+        self._tells_tools = tool_form is not None and tool_form.in_words and not is_shown
         self.hint_formatter = hint_formatter
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.sanitize_control_tokens = sanitize_control_tokens
@@ -214,7 +230,7 @@ class PromptFormatter:
         ]
         if isinstance(prompt, str):
             text = "".join(f"{before}{after}\n\n" for before, after in shown) + prompt
-            ids = self.text_ids(text)
+            ids = self.text_ids(self.with_tools(text, row))
         else:
             ids = self.chat_ids(_turns(prompt, shown), row)
         return tuple(map(self._ints.setdefault, ids, ids))
@@ -227,6 +243,27 @@ class PromptFormatter:
         if self.hint_formatter is None:
             raise ValueError("a hinted prompt needs a hint_formatter")
         return self.hint_formatter(prompt, solution)
+
+    def with_tools(self, text: str, row: PromptRow) -> str:
+        """Return a plain-text prompt behind what tells of the tools that its row may call."""
+        told = self._told(row)
+        return f"{told}\n\n{text}" if told else text
+
+    def _told(self, row: PromptRow) -> str:
+        """Return what the prompt says of tools in words."""
+        return describe(self._tools_of(row) or ()) if self._tells_tools else ""
+
+    def _tools_of(self, row: PromptRow) -> list[Any] | None:
+        """Return the tools that a row's prompt shows: its own, or those of the run."""
+        own: list[Any] | None = row.template_arguments.get("tools")
+        if own is None and self.tool_form is not None:
+            own = self.tool_form.toolbox.schemas_of(row.columns)
+        return own or None  # some templates announce tools if they get an empty list
+
+    def _template_tools(self, row: PromptRow) -> list[Any] | None:
+        """Return the tools that the chat template gets."""
+        in_words = self.tool_form is not None and self.tool_form.in_words
+        return None if in_words else self._tools_of(row)
 
     def text_ids(self, text: str) -> list[int]:
         """Return the tokens of plain text as a prompt, with start tokens but without EOS."""
@@ -283,12 +320,14 @@ class PromptFormatter:
         arguments = {**self.chat_template_kwargs, **self._row_kwargs(row)}
         tokenizer: Any = self.tokenizer  # its stubs don't follow `tokenize` and `return_dict`
         template = self.template_text(row)
-        if template is not None and _CLOCK in template:
-            how["chat_template"] = _stopped_clock(self.start) + template
+        if template is not None:
+            has_clock = _CLOCK in template
+            if has_clock or self.own_template is not None:
+                how["chat_template"] = (_stopped_clock(self.start) if has_clock else "") + template
         try:
             return tokenizer.apply_chat_template(
-                messages,
-                tools=row.template_arguments.get("tools"),
+                _with_words(messages, self._told(row)),
+                tools=self._template_tools(row),
                 add_generation_prompt=not complete and not continues,
                 continue_final_message=continues,
                 **how,
@@ -304,14 +343,21 @@ class PromptFormatter:
     def _row_kwargs(self, row: PromptRow) -> Mapping[str, Any]:
         return row.template_arguments.get("chat_template_kwargs", {})
 
+    @property
+    def own_template(self) -> str | None:
+        """The chat template that takes the place of the tokenizer's, or None."""
+        return None if self.tool_form is None else self.tool_form.chat_template
+
     def template_text(self, row: PromptRow) -> str | None:
         """Return the chat template for a row; None if the tokenizer renders without one.
 
         Raises:
             ValueError: The tokenizer has no chat template.
         """
+        if self.own_template is not None:
+            return self.own_template
         try:
-            return self.tokenizer.get_chat_template(tools=row.template_arguments.get("tools"))
+            return self.tokenizer.get_chat_template(tools=self._template_tools(row))
         except NotImplementedError:  # renders in code, as Mistral's own tokenizer class does
             return None
         except ValueError as error:
@@ -325,7 +371,8 @@ class PromptFormatter:
 
     def rendering(self, conversational: bool) -> Rendering:
         """Return the rendering to save with a run."""
-        template = self.tokenizer.chat_template if conversational else None
+        own = self.own_template
+        template = (own or self.tokenizer.chat_template) if conversational else None
         return Rendering(self.start.isoformat(), template)
 
     def check_rows(self, rows: Sequence[PromptRow], few_shot: bool) -> None:
@@ -356,7 +403,8 @@ class PromptFormatter:
             )
 
     def _warn_unread_columns(self, rows: Sequence[PromptRow]) -> None:
-        for name in ("tools", "chat_template_kwargs"):
+        unread = ("chat_template_kwargs", *(() if self.tool_form is not None else ("tools",)))
+        for name in unread:
             if any(row.columns.get(name) for row in rows):
                 logger.warning(
                     "`%s` has a column `%s`, which is for chat templates, and its prompts are plain "
@@ -393,7 +441,7 @@ class PromptFormatter:
             if lost and message["role"] != "assistant":  # thoughts of earlier turns go by design
                 dropped.append(f"messages with the role {message['role']!r}")
         self._check_examples(row, rendered, examples)
-        if row.template_arguments.get("tools"):
+        if row.template_arguments.get("tools") and self.tool_form is None:
             others = {k: v for k, v in row.template_arguments.items() if k != "tools"}
             bare = replace(row, template_arguments=others)
             if self._visible(turns, bare, self.template_text(bare)) == rendered:
@@ -408,7 +456,7 @@ class PromptFormatter:
         self, row: PromptRow, rendered: str, examples: Sequence[FewShotExample]
     ) -> None:
         for example in examples:
-            if _squeezed(example.completion) not in rendered:
+            if any(_squeezed(text) not in rendered for text in _example_texts(example)):
                 raise ValueError(
                     f"few_shot_examples[{self.few_shot_examples.index(example)}]: the chat template "
                     f"leaves out part of the completion {example.completion!r:.200} in the prompt "
@@ -471,15 +519,42 @@ def _renders_in_code(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def _turns(prompt: Messages, shown: Sequence[tuple[Prompt, str]]) -> Messages:
+def _turns(prompt: Messages, shown: Sequence[tuple[Prompt, str | Messages]]) -> Messages:
     """Return a conversation: the system message, the examples as turns, then the prompt."""
     system = prompt[:1] if prompt[0]["role"] == "system" else []
     turns: Messages = list(system)
     for before, after in shown:
         assert not isinstance(before, str)  # `load_few_shot_examples` has made it chat
         turns += [m for m in before if m["role"] != "system"]
-        turns.append({"role": "assistant", "content": after})
+        turns += [{"role": "assistant", "content": after}] if isinstance(after, str) else after
     return turns + prompt[len(system) :]
+
+
+def _with_words(messages: Messages, told: str) -> Messages:
+    """Return a conversation whose system message, or else first turn of the user, tells of tools."""
+    if not told:
+        return messages
+    places = [i for i, m in enumerate(messages) if m["role"] in ("system", "user")]
+    if not places:
+        return [{"role": "user", "content": told}, *messages]
+    place = places[0]
+    message = messages[place]
+    parts = message.get("content")
+    pieces = [told, "\n\n"] if message["role"] == "user" else ["\n\n", told]
+    added: Any = "".join(pieces)
+    if isinstance(parts, list):
+        added = [{"type": "text", "text": added}]
+    content = added + parts if message["role"] == "user" else parts + added
+    return [*messages[:place], {**message, "content": content}, *messages[place + 1 :]]
+
+
+def _example_texts(example: FewShotExample) -> list[str]:
+    """Return the texts of an example's completion, with the names of the tools that it calls."""
+    if isinstance(example.completion, str):
+        return [example.completion]
+    calls = [call for m in example.completion for call in m.get("tool_calls") or ()]
+    names = [str(call.get("function", call).get("name")) for call in calls]
+    return [text for m in example.completion for text in _texts(m)] + names
 
 
 def _texts(message: Mapping[str, Any]) -> list[str]:
@@ -514,83 +589,3 @@ def _stopped_clock(now: datetime) -> str:
         '{{- shown.text | replace("\\0", "%") -}}'
         "{%- endmacro -%}"
     )
-
-
-def check_lengths(
-    rows: Sequence[PromptRow],
-    lengths: Sequence[int],
-    max_completion_length: int,
-    context_length: int | None,
-    name: str,
-    whose: str = "the model's context",
-) -> None:
-    """Raise if a prompt and its completion can't fit the context.
-
-    Args:
-        rows: The prompts.
-        lengths: Their lengths in tokens, as sampled from (few-shot examples and hint included).
-        max_completion_length: Maximum tokens per completion.
-        context_length: Maximum tokens of a prompt with its completion, None without a limit.
-        name: Name of the dataset, for the error.
-        whose: What sets that maximum, for the error.
-
-    Raises:
-        ValueError: With the number of such rows, the longest one and the remedy.
-    """
-    if context_length is None:
-        return
-    pairs = zip(lengths, rows, strict=True)
-    too_long = [pair for pair in pairs if pair[0] + max_completion_length > context_length]
-    if too_long:
-        length, row = max(too_long, key=lambda pair: pair[0])
-        raise ValueError(
-            f"{len(too_long)} of {len(rows)} prompts of `{name}` don't fit {whose} of "
-            f"{context_length} tokens: row {row.row_index} has {length} (few-shot examples and hint "
-            f"included), and `max_completion_length` is {max_completion_length}. Lower that, use fewer "
-            "few-shot examples, or filter such rows out."
-        )
-
-
-def check_training_lengths(
-    rows: Sequence[PromptRow],
-    render: Callable[[PromptRow], tuple[int, ...]],
-    max_length: int | None,
-    max_completion_length: int,
-    sample: Sequence[PromptRow],
-) -> None:
-    """Refuse prompts that leave no room for a completion in training; warn of little room.
-
-    Args:
-        rows: All prompts.
-        render: Returns a prompt's tokens as trained on.
-        max_length: Maximum tokens of prompt and completion in training; None for no limit.
-        max_completion_length: Maximum tokens per completion.
-        sample: The rows that are likely the longest; all rows are checked if one of these is too
-            long.
-
-    Raises:
-        ValueError: With the indices of such rows and the remedy.
-    """
-    if max_length is None or not sample:
-        return
-    lengths = [len(render(row)) for row in sample]
-    if max(lengths) >= max_length:
-        too_long = sorted(row.row_index for row in rows if len(render(row)) >= max_length)
-        shown = ", ".join(map(str, too_long[:10])) + (", …" if len(too_long) > 10 else "")
-        raise ValueError(
-            f"{len(too_long)} of {len(rows)} prompts of `{sample[0].source}` have {max_length} "
-            f"tokens or more by themselves (rows {shown}), and max_length={max_length} must hold "
-            "prompt and completion: nothing that is sampled for them could be trained on. Raise "
-            "max_length, or remove these rows."
-        )
-    if max(lengths) + max_completion_length > max_length:
-        logger.warning(
-            "max_length=%d holds prompt and completion, and prompts have up to %d tokens beside "
-            "max_completion_length=%d: completions of more than %d tokens will be sampled and "
-            "left out. Set max_length=%d to keep all, or lower max_completion_length.",
-            max_length,
-            max(lengths),
-            max_completion_length,
-            max_length - max(lengths),
-            max(lengths) + max_completion_length,
-        )

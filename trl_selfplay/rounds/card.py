@@ -16,6 +16,7 @@ from trl_selfplay.evaluation.report import rounds_markdown
 from trl_selfplay.rollouts.funnel import Funnel, Outcome
 from trl_selfplay.rounds.run import UNTRAINED, Run
 from trl_selfplay.rounds.watch import round_at_end
+from trl_selfplay.tools.offer import name_of_schema
 
 _CITATION = """\
 Cite trl-selfplay as:
@@ -52,6 +53,8 @@ def _lineage(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of what the model was made from."""
     args, play, run = trainer.args, trainer.self_play, trainer.run
     scorer, eval_scorer = play.collector.scorer, play.collector.eval_scorer
+    form = play.formatter.tool_form
+    toolbox = None if form is None else form.toolbox
     source = str(getattr(trainer.model.config, "name_or_path", "") or "")
     is_local = bool(source) and Path(source).exists()
     adapters = getattr(trainer.model, "peft_config", {})
@@ -67,6 +70,10 @@ def _lineage(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> str:
         ),
         "Reward functions": "" if scorer is None else ", ".join(scorer.names),
         "Held-out reward functions": "" if eval_scorer is None else ", ".join(eval_scorer.names),
+        "Tools": "" if toolbox is None else ", ".join(map(name_of_schema, toolbox.schemas)),
+        "Tools declared as not deterministic": ""
+        if toolbox is None
+        else ", ".join(toolbox.nondeterministic),
         "Few-shot examples": str(len(play.formatter.few_shot_examples) or ""),
         "Rounds": f"{len(lines)} of {len(args.plan_rounds())}",
         "Weights": _weights(round_at_end(run, lines, args.alarm_actions)) if lines else "",

@@ -24,6 +24,7 @@ from trl_selfplay.disk import NewerFormatError, naming_damage, save_text
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.prompts import canonical_prompt
 from trl_selfplay.rounds.plan import OnResume, declared_rules, per_round_lists
+from trl_selfplay.tools.offer import ToolForm
 
 # The format of a run's folder, which its record names. Records without a number are of format 1. Raise it
 # where an earlier version would go on with a run and read something wrongly.
@@ -97,7 +98,7 @@ _NO_FIELDS = {
     OnResume.WARNED: _names(
         """
         compute_loss_func_source eval_graders eval_reward_funcs_source graders number_of_processes
-        reward_funcs_source
+        reward_funcs_source tools_source
         """
     ),
     OnResume.UNTIL_TRAINED: _names(
@@ -115,6 +116,7 @@ _EARLIER_NAMES = {
 }
 # What grades, but for the names of the functions.
 _GRADERS = _names("eval_graders eval_reward_funcs_source graders reward_funcs_source")
+_TOOLS, _TOOLS_SOURCE = "tools", "tools_source"
 _ADAPTERS = "peft_config"
 _HELDOUT = "eval_dataset"
 _VALUES_PER_WEIGHT = 16
@@ -171,6 +173,8 @@ def describe_run(
     defaults = {f.name: f.default for f in fields}
     for name, adapter in adapters.items():
         defaults |= {f"peft_config.{name}.{k}": v for k, v in _default_adapter(adapter).items()}
+    if "method" in other:  # records of before there were tools name none
+        defaults |= {_TOOLS: None, _TOOLS_SOURCE: None}
     return Description(
         settings, _flatten(defaults), resume_rules(type(config)), per_round_lists(type(config))
     )
@@ -227,9 +231,21 @@ def describe_trainer(trainer: Any) -> Description:
             else f"{name_function(optimizer[0])} {optimizer[1]}",
             "number_of_processes": trainer.accelerator.num_processes,
             "few_shot_examples": summarize(examples),
+            **_describe_tools(play.formatter.tool_form),
             **trainer.identity(),
         },
     )
+
+
+def _describe_tools(form: ToolForm | None) -> dict[str, Any]:
+    """Return what prompts show of each tool, and a digest of its source, by name."""
+    if form is None:
+        return {_TOOLS: None, _TOOLS_SOURCE: None}
+    functions = [schema.get("function", schema) for schema in form.toolbox.schemas]
+    return {
+        _TOOLS: {f["name"]: {k: v for k, v in f.items() if k != "name"} for f in functions},
+        _TOOLS_SOURCE: {name: source_digests([f]) for name, f in form.toolbox.sources.items()},
+    }
 
 
 def _describe_graders(scorer: Scorer) -> dict[str, Any]:
@@ -388,12 +404,8 @@ def check_identity(
         changed = [name for name in differing if described.rule(name) is OnResume.UNTIL_TRAINED]
         if is_trained:
             _warn(differing)
-        elif sources := sorted(name for name in differing if _top(name) in _GRADERS):
-            logger.warning(
-                "%s: reward functions have changed. Completions that were graded before keep their "
-                "rewards; to grade all alike, begin anew in another output_dir.",
-                ", ".join(sources),
-            )
+        else:
+            _warn_of_sources(differing)
     record = {**described.settings, _FORMAT_KEY: FORMAT}
     save_text(path, json.dumps(record, indent=1, sort_keys=True))
     return changed
@@ -531,6 +543,21 @@ def _warn(differing: Mapping[str, str]) -> None:
             name,
             text,
         )
+
+
+def _warn_of_sources(differing: Iterable[str]) -> None:
+    """Warn that functions have changed while nothing was trained on yet."""
+    for tops, what, kept in (
+        (_GRADERS, "reward functions", "were graded before keep their rewards; to grade"),
+        ({_TOOLS_SOURCE}, "tools", "called them before keep their results; to sample"),
+    ):
+        if names := sorted(name for name in differing if _top(name) in tops):
+            logger.warning(
+                "%s: %s have changed. Completions that %s all alike, begin anew in another output_dir.",
+                ", ".join(names),
+                what,
+                kept,
+            )
 
 
 def _top(name: str) -> str:

@@ -37,10 +37,11 @@ from trl_selfplay.rewards.answer import is_answer
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.collection import Collector, Progress
 from trl_selfplay.rollouts.gold import Gold, load_gold
+from trl_selfplay.rollouts.lengths import check_lengths, check_training_lengths
 from trl_selfplay.rollouts.played import PlayedRound, mean_rewards, round_metrics
 from trl_selfplay.rollouts.prompts import PromptRow, refuse_seen_heldout
 from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
-from trl_selfplay.rollouts.rendering import PromptFormatter, check_lengths, check_training_lengths
+from trl_selfplay.rollouts.rendering import PromptFormatter
 from trl_selfplay.rollouts.rows import (
     RowWeights,
     build_on_main,

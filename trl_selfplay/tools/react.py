@@ -32,7 +32,7 @@ class ReActDialogue:
         tokenizer: Decodes turns and encodes observations.
     """
 
-    stop_strings = (OBSERVATION,)
+    stop_strings: tuple[str, ...] = (OBSERVATION,)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer

@@ -43,7 +43,9 @@ from trl_selfplay.rounds.mirror import read_from_store
 from trl_selfplay.rounds.run import Run
 from trl_selfplay.rounds.store import RoundsStore
 from trl_selfplay.rounds.weights import check_head, check_peft_config
+from trl_selfplay.tools.offer import Toolbox
 from trl_selfplay.trainers.ported_scripts import check_config_class
+from trl_selfplay.trainers.tool_setup import environment_rewards, refuse_environments_parameter
 
 # Arguments of the parents that rounds would ignore or get wrong, and what to do instead.
 _NO_LOGITS = (
@@ -213,18 +215,32 @@ def read_grading(
     reward_funcs: Any,
     reward_processing_classes: Any = None,
     eval_reward_funcs: Any = None,
+    toolbox: Toolbox | None = None,
     *,
     ranks: bool = False,
 ) -> Grading:
     """Check the reward functions of a trainer whose config is a `GradedConfig`.
 
     Where they only rank samples (`ranks`) there may be none, and no reward has to reach a threshold.
+    Environments with `get_reward` are further reward functions of weight 1, as in GRPOTrainer.
 
     Raises:
         ValueError: There are none, or several of which one alone would make a completion right.
     """
     if reward_funcs is None and ranks:
         return Grading(eval_reward_funcs=eval_reward_funcs, threshold=args.reward_threshold)
+    weights = args.reward_weights
+    if own := environment_rewards(toolbox):
+        given = _as_list(reward_funcs)
+        classes = (
+            [None] * len(given)
+            if reward_processing_classes is None
+            else _as_list(reward_processing_classes)
+        )
+        reward_funcs, reward_processing_classes = [*given, *own], [*classes, *[None] * len(own)]
+        weights = None if weights is None else [*weights, *[1.0] * len(own)]
+    if toolbox is not None:
+        refuse_environments_parameter([*_as_list(reward_funcs), *_as_list(eval_reward_funcs)])
     if reward_funcs is None or reward_funcs == []:
         raise ValueError(
             "`reward_funcs` is missing: something must say which completions are right. Pass a "
@@ -232,7 +248,7 @@ def read_grading(
         )
     several = isinstance(reward_funcs, list | tuple) and len(reward_funcs) > 1
     by_threshold = not args.rewards_have_degrees and not ranks
-    if several and by_threshold and args.reward_weights is None and args.reward_threshold == 1.0:
+    if several and by_threshold and weights is None and args.reward_threshold == 1.0:
         raise ValueError(
             f"{len(reward_funcs)} reward functions with weights of 1.0 and reward_threshold=1.0: "
             "one of them alone would make a completion correct, a reward for the format for "
@@ -242,10 +258,17 @@ def read_grading(
     return Grading(
         reward_funcs=reward_funcs,
         reward_processing_classes=reward_processing_classes,
-        reward_weights=args.reward_weights,
+        reward_weights=weights,
         eval_reward_funcs=eval_reward_funcs,
         threshold=args.reward_threshold,
     )
+
+
+def _as_list(values: Any) -> list[Any]:
+    """Return the entries of an argument that takes one or several; none for None."""
+    if values is None:
+        return []
+    return list(values) if isinstance(values, list | tuple) else [values]
 
 
 def check_comparing(grading: Grading, num_generations: int, has_hints: bool) -> None:
@@ -282,8 +305,7 @@ def check_heldout_graders(reward_funcs: Any) -> None:
 
 
 def _comparing(reward_funcs: Any) -> list[str]:
-    entries = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    return [getattr(f, "__name__", str(f)) for f in entries if compares_samples(f)]
+    return [getattr(f, "__name__", str(f)) for f in _as_list(reward_funcs) if compares_samples(f)]
 
 
 def read_examples(

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from trl_selfplay.rounds.plan import OnResume
 from trl_selfplay.trainers.config import SelfPlayConfig
-from trl_selfplay.trainers.field_checks import AT_LEAST_0, AT_LEAST_1
+from trl_selfplay.trainers.field_checks import ABOVE_0, AT_LEAST_0, AT_LEAST_1
 from trl_selfplay.trainers.ported_scripts import refuse_grpo_loss
 
 
@@ -16,6 +16,8 @@ class GradedConfig(SelfPlayConfig):
     _BOUNDS = {  # noqa: RUF012  # not a field
         "max_per_prompt": AT_LEAST_1,
         "few_shot_rounds": AT_LEAST_0,
+        "max_tool_calling_iterations": AT_LEAST_1,
+        "tool_deadline": ABOVE_0,
     }
 
     reward_weights: Annotated[list[float] | None, OnResume.FIXED] = field(
@@ -55,6 +57,28 @@ class GradedConfig(SelfPlayConfig):
         metadata={
             "help": "Number of initial rounds that sample with the few-shot examples; later ones ask in "
             "the form that the model is trained on. None: all rounds, as in the paper.",
+        },
+    )
+    max_tool_calling_iterations: Annotated[int | None, OnResume.FIXED] = field(
+        default=None,
+        metadata={
+            "help": "Maximum turns of a completion whose calls of tools are made. None: no limit but "
+            "`max_completion_length`, which results count towards.",
+        },
+    )
+    tool_deadline: Annotated[float, OnResume.WARNED] = field(
+        default=10.0,
+        metadata={
+            "help": "Seconds that a call of a tool may take. The process of one that takes longer is killed, "
+            "and the model reads that it failed.",
+        },
+    )
+    tool_format: Annotated[str | None, OnResume.FIXED] = field(
+        default=None,
+        metadata={
+            "help": "How tools are shown and called: chat (by the chat template), or react (in words, as "
+            "Thought, Action, Observation). None: chat if the chat template knows tools, else react.",
+            "choices": ["chat", "react"],
         },
     )
 

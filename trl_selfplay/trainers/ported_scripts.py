@@ -83,7 +83,8 @@ _FIELDS: dict[str, str] = {
     "ds3_gather_for_generation": _OWN_SAMPLER,
     "max_prompt_length": "prompts are never truncated, and one that doesn't fit the model is "
     "refused",
-    "max_tool_calling_iterations": "completions are one turn without tools",
+    "max_tool_calling_iterations": "completions are one turn without tools here; STaRTrainer, ReSTEMTrainer and "
+    "IRPOTrainer take tools",
     "disable_dropout": "set the dropout in the model's config",
     "log_unique_prompts": _ON_DISK,
     "log_completions_hub_repo": _ON_DISK,
@@ -114,12 +115,12 @@ _FIELDS: dict[str, str] = {
     "warmup_ratio": "set `warmup_steps`, a share of the steps where it is below 1",
     "group_by_length": "set train_sampling_strategy='group_by_length'",
 }
+_ONE_TURN = "completions are one turn here, or the data's own. STaRTrainer, ReSTEMTrainer and IRPOTrainer take it"
 _GRPO_LOSSES = ("bnpo", "cispo", "dapo", "dr_grpo", "grpo", "luspo", "sapo", "vespo")
 
 _ARGUMENTS: dict[str, str] = {
-    "tools": "completions are one turn without tools; put what a tool returns into the prompt",
-    "environment_factory": "completions are one turn and are graded by `reward_funcs`; keep to "
-    "GRPOTrainer where an environment answers",
+    "tools": f"{_ONE_TURN}; put what a tool returns into the prompt",
+    "environment_factory": _ONE_TURN,
     "rollout_func": "completions are sampled by the trainer itself; a method of your own overrides "
     "`play_round`",
     "tokenizer": "pass it as `processing_class`",

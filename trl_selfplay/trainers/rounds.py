@@ -7,6 +7,7 @@ bases. What a round is, from sampling to selection, is in each trainer's `play_r
 import math
 from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,6 +66,7 @@ from trl_selfplay.trainers.construction import (
 from trl_selfplay.trainers.engine_config import check_engine_is_there
 from trl_selfplay.trainers.publishing import PublishesSamples
 from trl_selfplay.trainers.sampling import build_sampler
+from trl_selfplay.trainers.tool_setup import build_trajectories, choose_form
 from trl_selfplay.trainers.unused_fields import warn_unused_fields
 
 
@@ -116,6 +118,7 @@ class RoundsMixin(PublishesSamples):
         grading: Grading,
         examples: tuple[FewShotExample, ...] = (),
         hint_formatter: HintFormatter | None = None,
+        toolbox: Any = None,
         **parent: Any,
     ) -> None:
         """Build the parent on a placeholder row, since each round makes its own rows; then the stages.
@@ -130,6 +133,7 @@ class RoundsMixin(PublishesSamples):
             grading: Reward functions, and which rewards count as right.
             examples: Few-shot examples.
             hint_formatter: Shows the solution in a prompt; None: no prompt has a hint.
+            toolbox: From `read_toolbox`; None: completions are one turn.
             **parent: The parent's other arguments.
 
         Raises:
@@ -137,11 +141,14 @@ class RoundsMixin(PublishesSamples):
         """
         check_engine_is_there(args, args.world_size)
         check_adapters(model, peft_config)
+        if toolbox is not None:
+            self.load_rows = partial(self.load_rows, toolbox=toolbox)
         heldout = load_heldout_sets(eval_dataset, rows, self.load_rows, grading.heldout_funcs)
         warn_unused_fields(
             args,
             has_heldout=bool(heldout),
             has_examples=bool(examples) or (self.agent is not None and self.agent.has_examples),
+            has_tools=toolbox is not None or self.agent is not None,
             num_prompts=len(rows),
         )
         check_comparing(grading, args.num_generations, hint_formatter is not None)
@@ -170,7 +177,9 @@ class RoundsMixin(PublishesSamples):
         self.eval_dataset = eval_dataset
         with whole_weights_in_place(self):
             self.self_play = self.prepare_stages(
-                self._build_self_play(model, rows, heldout, grading, examples, hint_formatter)
+                self._build_self_play(
+                    model, rows, heldout, grading, examples, hint_formatter, toolbox
+                )
             )
         is_sharded = shards_weights(self)
         check_judges(self.self_play, is_sharded)
@@ -186,6 +195,7 @@ class RoundsMixin(PublishesSamples):
         grading: Grading,
         examples: tuple[FewShotExample, ...],
         hint_formatter: HintFormatter | None,
+        toolbox: Any,
     ) -> SelfPlay:
         """Build the stages of a round, once the parent has been built."""
         args, model, accelerator = self.args, cast("Any", self.model), self.accelerator
@@ -207,6 +217,14 @@ class RoundsMixin(PublishesSamples):
                 "scored before there are any. Pass `eval_reward_funcs`, or RewardModel(..., "
                 "calibrate=False)."
             )
+        eos_token_ids = collect_eos_token_ids(model, tokenizer)
+        context = _context(args, traits)
+        form = trajectories = None
+        if toolbox is not None:
+            form = choose_form(args, tokenizer, toolbox, rows[0].is_conversational, eos_token_ids)
+            trajectories = build_trajectories(
+                args, form, tokenizer, eos_token_ids, context["context_length"]
+            )
         return SelfPlay(
             config=args,
             rows=rows,
@@ -219,6 +237,7 @@ class RoundsMixin(PublishesSamples):
                 sanitize_control_tokens=args.sanitize_control_tokens,
                 start=start_of_run(self.run, self.store, accelerator),
                 num_embeddings=model.get_input_embeddings().weight.shape[0],
+                tool_form=form,
             ),
             collector=Collector(
                 sampler=sampler,
@@ -231,10 +250,11 @@ class RoundsMixin(PublishesSamples):
                 has_degrees=args.rewards_have_degrees,
                 eval_threshold=heldout_threshold(grading, args),
                 refuses_negative_rewards=grading.refuses_negative,
+                trajectories=trajectories,
             ),
-            eos_token_ids=collect_eos_token_ids(model, tokenizer),
+            eos_token_ids=eos_token_ids,
             eos_token_id=tokenizer.eos_token_id,
-            **_context(args, traits),
+            **context,
             run=self.run,
             initial_weights=self.initial_weights,
             log_probs=lambda completions, options: score_completions(

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def warn_unused_fields(
-    config: Any, *, has_heldout: bool, has_examples: bool, num_prompts: int
+    config: Any, *, has_heldout: bool, has_examples: bool, has_tools: bool, num_prompts: int
 ) -> None:
     """Warn of fields of a config over rounds that were set and change nothing.
 
@@ -24,6 +24,7 @@ def warn_unused_fields(
         config: Checked already.
         has_heldout: Whether there are held-out prompts.
         has_examples: Whether there are few-shot examples.
+        has_tools: Whether completions may call tools.
         num_prompts: Number of training prompts.
     """
     needs: dict[str, list[str]] = {}
@@ -37,6 +38,9 @@ def warn_unused_fields(
         needs["num_generations_eval above 0"] = ["temperature_eval"]
     if not has_examples:
         needs["`few_shot_examples`"] = ["few_shot_in_training"]
+    if not has_tools:
+        fields = ["max_tool_calling_iterations", "tool_deadline", "tool_format"]
+        needs["`tools` or an `environment_factory`"] = fields
     warn_without(config, needs)
     for name, replaced in per_round_lists(type(config)).items():
         values, value = getattr(config, name), getattr(config, replaced)

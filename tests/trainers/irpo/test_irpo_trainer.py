@@ -389,7 +389,7 @@ def test_held_out_prompts_are_graded_and_the_card_names_the_paper(build_irpo, su
         ({"optimizers": (torch.optim.SGD, None)}, ValueError, "`optimizers` was given"),
         ({"few_shot_rounds": 1}, ValueError, "needs `few_shot_examples`"),
         ({"reward_funcs": [print, len]}, ValueError, "2 reward functions with weights of 1.0"),
-        ({"tools": []}, TypeError, "IRPOTrainer doesn't take these arguments"),
+        ({"rollout_func": print}, TypeError, "IRPOTrainer doesn't take these arguments"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(build_irpo, changes, kind, message) -> None:

@@ -6,7 +6,7 @@ In: prompts with solutions, reward functions, optionally human completions. Out:
 Source: IRPO, arXiv 2404.19733, section 2.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from trl_selfplay.trainers.irpo.loss import KeptLogProbs, chosen_nll
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.reference import ReferenceMixin
 from trl_selfplay.trainers.rounds import RoundsMixin
+from trl_selfplay.trainers.tool_setup import read_toolbox
 
 _REMEDY = (
     "No prompt has both a right and a wrong completion that could be paired. Sample more of them "
@@ -47,6 +48,9 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         few_shot_examples: Mappings with `prompt` and `completion` that precede every prompt.
         gold_dataset: Human completions of training prompts: `prompt` and `completion`, or
             `messages`. They are graded like the model's own, and right ones may be chosen.
+        tools: Functions that completions may call, as GRPOTrainer takes them (docs/tools.md).
+        environment_factory: Makes the environment of each completion, as GRPOTrainer takes it. Its
+            `get_reward` is one more reward function, beside which `reward_funcs` may be left out.
 
     Raises:
         ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
@@ -78,7 +82,8 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         callbacks: list[Any] | None = None, optimizers: tuple[None, None] = (None, None),
         quantization_config: Any = None, peft_config: Any = None, *,
         reward_funcs: Any = None, eval_reward_funcs: Any = None,
-        reward_processing_classes: Any = None,
+        reward_processing_classes: Any = None, tools: Sequence[Callable[..., Any]] | None = None,
+        environment_factory: Any = None,
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None, gold_dataset: Any = None,
     ) -> None:  # fmt: skip
         args = construction.read_config(args, IRPOConfig, model, "IRPO")
@@ -86,15 +91,19 @@ class IRPOTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
             ref_model=ref_model, compute_metrics=compute_metrics, optimizers=optimizers
         )
         _refuse_single_samples(args, gold_dataset)
+        toolbox = read_toolbox(args, tools, environment_factory)
         grading = construction.read_grading(
-            args, reward_funcs, reward_processing_classes, eval_reward_funcs
+            args, reward_funcs, reward_processing_classes, eval_reward_funcs, toolbox
         )
-        rows = load_prompt_rows(train_dataset, "train_dataset", reward_funcs=reward_funcs)
+        rows = load_prompt_rows(
+            train_dataset, "train_dataset", reward_funcs=reward_funcs, toolbox=toolbox
+        )
         super().__init__(
             model, args, rows, eval_dataset=eval_dataset, processing_class=processing_class,
             peft_config=peft_config, quantization_config=quantization_config,
             data_collator=data_collator, callbacks=callbacks,
             examples=construction.read_examples(args, few_shot_examples, rows), grading=grading,
+            toolbox=toolbox,
         )  # fmt: skip
         self.gold = self.self_play.load_gold(gold_dataset, needs_solutions=True)
         _refuse_unpaired(self.gold, rows)

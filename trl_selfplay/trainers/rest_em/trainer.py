@@ -40,6 +40,7 @@ from trl_selfplay.trainers.rest_em.row_weights import (
 from trl_selfplay.trainers.rest_em.thresholds import above_threshold
 from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.student import TeachesStudent, read_student
+from trl_selfplay.trainers.tool_setup import read_toolbox
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,9 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         student_args: How: an SFTConfig, or a mapping of its fields that differ from `args`; None: as
             in `args`.
         student_peft_config: For new adapters of the student.
+        tools: Functions that completions may call, as GRPOTrainer takes them (docs/tools.md).
+        environment_factory: Makes the environment of each completion, as GRPOTrainer takes it. Its
+            `get_reward` is one more reward function, beside which `reward_funcs` may be left out.
 
     Raises:
         ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
@@ -106,7 +110,8 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         optimizer_cls_and_kwargs: Any = None, preprocess_logits_for_metrics: None = None,
         quantization_config: Any = None, peft_config: Any = None, formatting_func: None = None, *,
         reward_funcs: Any = None, eval_reward_funcs: Any = None,
-        reward_processing_classes: Any = None,
+        reward_processing_classes: Any = None, tools: Sequence[Callable[..., Any]] | None = None,
+        environment_factory: Any = None,
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
         normal_form: Callable[[str], Hashable] | None = None, gold_dataset: Any = None,
         student_model: str | None = None, student_args: Any = None, student_peft_config: Any = None,
@@ -125,8 +130,14 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
                 "loss_weighting='reward' with a `compute_loss_func`: the weights would not reach "
                 "it. Leave one out."
             )
+        toolbox = read_toolbox(args, tools, environment_factory)
+        if agent is not None and toolbox is not None:
+            raise ValueError(
+                "`agent` with `tools` or an `environment_factory`: an agent brings its own tools "
+                "(`agent.tools`). Leave one out."
+            )
         grading = construction.read_grading(
-            args, reward_funcs, reward_processing_classes, eval_reward_funcs,
+            args, reward_funcs, reward_processing_classes, eval_reward_funcs, toolbox,
             ranks=agent is not None and args.agent_rewards == "steps",
         )  # fmt: skip
         if agent is not None:
@@ -135,8 +146,10 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
                 few_shot_examples=few_shot_examples, normal_form=normal_form,
             )  # fmt: skip
         self.agent = agent
+        rows = load_prompt_rows(
+            train_dataset, "train_dataset", reward_funcs=reward_funcs, toolbox=toolbox
+        )
         student = read_student(student_model, student_args, student_peft_config, args)
-        rows = load_prompt_rows(train_dataset, "train_dataset", reward_funcs=reward_funcs)
         self.normal_form = normal_form or default_normal_form
         super().__init__(
             model, args, rows, eval_dataset=eval_dataset, processing_class=processing_class,
@@ -145,7 +158,7 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
             compute_loss_func=compute_loss_func, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             grading=replace(grading, refuses_negative=weighs),
             student=student,
-            examples=construction.read_examples(args, few_shot_examples, rows),
+            examples=construction.read_examples(args, few_shot_examples, rows), toolbox=toolbox,
         )  # fmt: skip
         if weighs:
             self.data_collator = WeightCollator(self.data_collator)
@@ -184,9 +197,7 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         if self.agent is None:
             return play
         ranks = self.args.agent_rewards == "steps"
-        return StepwisePlay.of(
-            play, self.agent, getattr(self.args, "tool_deadline", 10.0), ranks=ranks
-        )
+        return StepwisePlay.of(play, self.agent, self.args.tool_deadline, ranks=ranks)
 
     def trained_prompts(self, round_index: int, play: SelfPlay) -> Mapping[str, tuple[int, ...]]:
         """Return the prompts of a finished round; those of an agent's steps follow from what is on disk."""

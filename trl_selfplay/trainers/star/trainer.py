@@ -26,6 +26,7 @@ from trl_selfplay.trainers.rounds import RoundsMixin
 from trl_selfplay.trainers.star.config import STaRConfig
 from trl_selfplay.trainers.star.rationalization import add_hint, find_leak, leaks_of_rows
 from trl_selfplay.trainers.student import TeachesStudent, read_student
+from trl_selfplay.trainers.tool_setup import read_toolbox
 
 _SHOWS_SOLUTIONS = (
     "rationalize=True, which shows the solution as a hint (set it to False otherwise),"
@@ -56,6 +57,9 @@ class STaRTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
             completion quotes its hint instead of reasoning; None uses `find_leak`.
         student_model: Hub id or folder of a smaller model to train once the rounds are finished, like
             `student_args` and `student_peft_config` as in ReSTEMTrainer.
+        tools: Functions that completions may call, as GRPOTrainer takes them (docs/tools.md).
+        environment_factory: Makes the environment of each completion, as GRPOTrainer takes it. Its
+            `get_reward` is one more reward function, beside which `reward_funcs` may be left out.
 
     Raises:
         ValueError, TypeError: For arguments or rows that can't work, before anything is sampled.
@@ -88,7 +92,8 @@ class STaRTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         optimizer_cls_and_kwargs: Any = None, preprocess_logits_for_metrics: None = None,
         quantization_config: Any = None, peft_config: Any = None, formatting_func: None = None, *,
         reward_funcs: Any = None, eval_reward_funcs: Any = None,
-        reward_processing_classes: Any = None,
+        reward_processing_classes: Any = None, tools: Sequence[Callable[..., Any]] | None = None,
+        environment_factory: Any = None,
         few_shot_examples: Sequence[Mapping[str, Any]] | None = None,
         normal_form: Callable[[str], Hashable] | None = None,
         hint_formatter: HintFormatter | None = None,
@@ -100,8 +105,9 @@ class STaRTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
             compute_metrics=compute_metrics, optimizers=optimizers, formatting_func=formatting_func,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
+        toolbox = read_toolbox(args, tools, environment_factory)
         grading = construction.read_grading(
-            args, reward_funcs, reward_processing_classes, eval_reward_funcs
+            args, reward_funcs, reward_processing_classes, eval_reward_funcs, toolbox
         )
         student = read_student(student_model, student_args, student_peft_config, args)
         rows = load_prompt_rows(
@@ -109,6 +115,7 @@ class STaRTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
             "train_dataset",
             _SHOWS_SOLUTIONS if args.rationalize else None,
             reward_funcs,
+            toolbox,
         )
         self.normal_form = normal_form or default_normal_form
         self.hint_formatter = hint_formatter or add_hint
@@ -121,6 +128,7 @@ class STaRTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
             grading=grading,
             student=student,
             examples=construction.read_examples(args, few_shot_examples, rows, args.rationalize),
+            toolbox=toolbox,
             hint_formatter=self.hint_formatter if args.rationalize else None,
         )  # fmt: skip
 
