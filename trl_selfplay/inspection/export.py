@@ -19,7 +19,7 @@ from trl_selfplay.disk import save_file_with
 from trl_selfplay.inspection.leading_space import leading_spaces
 from trl_selfplay.inspection.row_forms import Example, to_row
 from trl_selfplay.inspection.run_folder import RunFolder
-from trl_selfplay.rollouts.kept_prompts import KeptPrompt, KeptPrompts, load_prompts
+from trl_selfplay.rollouts.kept_prompts import KeptPrompt, KeptPrompts
 from trl_selfplay.rollouts.record import SCHEMA, Rollout, to_stored
 from trl_selfplay.rounds.run import name_of_weights
 
@@ -75,7 +75,7 @@ def export_run(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{str(path)!r} is there already. Pass --force to replace it.")
     chosen = _check_rounds(run, rounds)
-    prompts = load_prompts(run.root / "prompts.parquet")
+    prompts = run.read_prompts()
     if kind == "parquet":
 
         def rows() -> Iterator[dict[str, Any]]:

@@ -21,7 +21,6 @@ from typing import Any
 from trl_selfplay.disk import save_text
 from trl_selfplay.evaluation.estimates import interval_of_scores
 from trl_selfplay.inspection.run_folder import RunFolder
-from trl_selfplay.rollouts.kept_prompts import load_prompts
 from trl_selfplay.rollouts.record import Rollout
 
 FILE_NAME = "faithfulness.json"
@@ -277,7 +276,7 @@ def _score(
     model: Any = loader.from_pretrained(source, **how).to(device).eval()
     has_tokenizer = (Path(source) / "tokenizer_config.json").exists() or not Path(source).exists()
     tokenizer: Any = AutoTokenizer.from_pretrained(source if has_tokenizer else run.output_dir)
-    prompts = load_prompts(run.root / "prompts.parquet")
+    prompts = run.read_prompts()
     prefix = "chat_template_kwargs."
     kwargs = {k.removeprefix(prefix): v for k, v in run.config.items() if k.startswith(prefix)}
     formatter = PromptFormatter(

@@ -235,8 +235,17 @@ class RunFolder:
         Raises:
             DamagedFileError: They can't be read.
         """
-        path = self.root / "prompts.parquet"
-        return load_prompts(path) if path.exists() else None
+        return self.read_prompts() if (self.root / "prompts.parquet").exists() else None
+
+    def read_prompts(self) -> KeptPrompts:
+        """Read the training prompts, those of an agent's steps as well.
+
+        Raises:
+            FileNotFoundError: An earlier version kept none.
+            DamagedFileError: They can't be read.
+        """
+        steps = sorted(self.root.glob("round-[0-9]*/steps.parquet"))
+        return load_prompts(self.root / "prompts.parquet", steps)
 
     @property
     def faithfulness(self) -> dict[str, Any] | None:

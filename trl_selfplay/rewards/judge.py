@@ -9,7 +9,7 @@ a completion says, "Score: 5" for example, has given none.
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -279,9 +279,12 @@ class JudgeReward:
         completions: Sequence[Any],
         solution: Sequence[Any] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
+        groups: Sequence[Hashable] | None = None,
         **kwargs: Any,
     ) -> Scores:
         """Return a score per completion, and the causes of abstentions.
+
+        `groups` is what the samples of one prompt have in common; None: prompt and solution.
 
         Comparisons log the share of pairs whose two orders disagree, and the share of all verdicts
         other than ties that name the first response: 0.5 without a bias of position.
@@ -291,7 +294,7 @@ class JudgeReward:
             RuntimeError: The model is "policy", and the trainer isn't ours.
             EndpointError: The server can't be used.
         """
-        cases = self._cases(prompts, completions, solution)
+        cases = self._cases(prompts, completions, solution, groups)
         texts = _texts_of(cases)
         how = self.options
         replies = self._answers.ask(
@@ -310,10 +313,11 @@ class JudgeReward:
         prompts: Sequence[Any],
         completions: Sequence[Any],
         solution: Sequence[Any] | None = None,
+        groups: Sequence[Hashable] | None = None,
         **kwargs: Any,
     ) -> list[str]:
         """Return the questions that a call with the same arguments asks, each once."""
-        return _texts_of(self._cases(prompts, completions, solution))
+        return _texts_of(self._cases(prompts, completions, solution, groups))
 
     def find_data_errors(
         self, prompts: Sequence[Any], solution: Sequence[Any] | None = None, **kwargs: Any
@@ -332,7 +336,11 @@ class JudgeReward:
         self._answers.replies = dict(replies)
 
     def _cases(
-        self, prompts: Sequence[Any], completions: Sequence[Any], solution: Sequence[Any] | None
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        solution: Sequence[Any] | None,
+        groups: Sequence[Hashable] | None = None,
     ) -> list[_Case]:
         needs_solution = self.abstains_without_solution
         if needs_solution and solution is None:
@@ -341,7 +349,8 @@ class JudgeReward:
         asked = [_prompt_text(prompt) for prompt in prompts]
         texts = [text_of(completion) for completion in completions]
         if self.against == "samples":
-            return self._compare_samples(asked, texts, golds)
+            keys = list(zip(asked, golds, strict=True)) if groups is None else groups
+            return self._compare_samples(asked, texts, golds, keys)
         cases = []
         for index, (prompt, text, gold) in enumerate(zip(asked, texts, golds, strict=True)):
             if needs_solution and not gold:
@@ -358,13 +367,14 @@ class JudgeReward:
         return _Case((index,), (self._question(prompt=prompt, completion=text, solution=gold),))
 
     def _compare_samples(
-        self, prompts: Sequence[str], texts: Sequence[str], golds: Sequence[str]
+        self, prompts: Sequence[str], texts: Sequence[str], golds: Sequence[str], keys: Any
     ) -> list[_Case]:
-        groups: dict[tuple[str, str], list[int]] = {}
-        for index, key in enumerate(zip(prompts, golds, strict=True)):
+        groups: dict[Hashable, list[int]] = {}
+        for index, key in enumerate(keys):
             groups.setdefault(key, []).append(index)
         cases = []
-        for (prompt, gold), members in groups.items():
+        for members in groups.values():
+            prompt, gold = prompts[members[0]], golds[members[0]]
             if len(members) == 1:
                 cases.append(_Case((members[0],), cause=_NO_OTHER))
             cases += [

@@ -5,9 +5,10 @@ special tokens, few-shot examples and hints; rows for other trainers need the da
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -60,18 +61,30 @@ class KeptPrompts:
         return iter(self._places)
 
 
-def keep_prompts(path: Path, rows: "Sequence[PromptRow]") -> None:
-    """Write the prompts once; a file that is there stays."""
+def keep_prompts(
+    path: Path, rows: "Sequence[PromptRow]", more: Mapping[str, pa.Array] = MappingProxyType({})
+) -> None:
+    """Write the prompts once; a file that is there stays.
+
+    Args:
+        path: The file.
+        rows: The prompts.
+        more: Further columns.
+    """
     if path.exists():
         return
     columns = {name: [_as_json(getattr(row, name)) for row in rows] for name in _COLUMNS}
     ids = pa.array([row.prompt_id for row in rows], pa.string())
     texts = {name: pa.array(values, pa.string()) for name, values in columns.items()}
-    save_table(path, pa.table({"prompt_id": ids, **texts}))
+    save_table(path, pa.table({"prompt_id": ids, **texts, **more}))
 
 
-def load_prompts(path: Path) -> KeptPrompts:
+def load_prompts(path: Path, steps: Iterable[Path] = ()) -> KeptPrompts:
     """Read the prompts.
+
+    Args:
+        path: Their file.
+        steps: Files of the steps of an agent, whose prompts are read as well.
 
     Raises:
         FileNotFoundError: An earlier version of the package made the run and kept none.
@@ -83,8 +96,24 @@ def load_prompts(path: Path) -> KeptPrompts:
             "prompts. Resume it once with train(resume_from_checkpoint=True), also if all its rounds are "
             "finished: that writes the file."
         )
+    tables = []
+    for each in (path, *steps):
+        with naming_damage(each, BRING_BACK):
+            tables.append(pq.read_table(each, columns=["prompt_id", *_COLUMNS]))
+    return KeptPrompts(pa.concat_tables(tables))
+
+
+def read_questions(path: Path) -> dict[str, str]:
+    """Return the prompt id of each step's question, by the step's own; nothing if there is no file.
+
+    Raises:
+        DamagedFileError: The file can't be read.
+    """
+    if not path.exists():
+        return {}
     with naming_damage(path, BRING_BACK):
-        return KeptPrompts(pq.read_table(path, columns=["prompt_id", *_COLUMNS]))
+        table = pq.read_table(path, columns=["prompt_id", "question_id"])
+    return dict(zip(*map(pa.ChunkedArray.to_pylist, table.columns), strict=True))
 
 
 def _as_json(value: Any) -> str:

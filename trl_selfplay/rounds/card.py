@@ -53,8 +53,7 @@ def _lineage(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of what the model was made from."""
     args, play, run = trainer.args, trainer.self_play, trainer.run
     scorer, eval_scorer = play.collector.scorer, play.collector.eval_scorer
-    form = play.formatter.tool_form
-    toolbox = None if form is None else form.toolbox
+    toolbox = play.toolbox
     source = str(getattr(trainer.model.config, "name_or_path", "") or "")
     is_local = bool(source) and Path(source).exists()
     adapters = getattr(trainer.model, "peft_config", {})

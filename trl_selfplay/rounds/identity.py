@@ -24,7 +24,7 @@ from trl_selfplay.disk import NewerFormatError, naming_damage, save_text
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.prompts import canonical_prompt
 from trl_selfplay.rounds.plan import OnResume, declared_rules, per_round_lists
-from trl_selfplay.tools.offer import ToolForm
+from trl_selfplay.tools.offer import Toolbox
 
 # The format of a run's folder, which its record names. Records without a number are of format 1. Raise it
 # where an earlier version would go on with a run and read something wrongly.
@@ -231,20 +231,20 @@ def describe_trainer(trainer: Any) -> Description:
             else f"{name_function(optimizer[0])} {optimizer[1]}",
             "number_of_processes": trainer.accelerator.num_processes,
             "few_shot_examples": summarize(examples),
-            **_describe_tools(play.formatter.tool_form),
+            **_describe_tools(play.toolbox),
             **trainer.identity(),
         },
     )
 
 
-def _describe_tools(form: ToolForm | None) -> dict[str, Any]:
+def _describe_tools(toolbox: Toolbox | None) -> dict[str, Any]:
     """Return what prompts show of each tool, and a digest of its source, by name."""
-    if form is None:
+    if toolbox is None:
         return {_TOOLS: None, _TOOLS_SOURCE: None}
-    functions = [schema.get("function", schema) for schema in form.toolbox.schemas]
+    functions = [schema.get("function", schema) for schema in toolbox.schemas]
     return {
         _TOOLS: {f["name"]: {k: v for k, v in f.items() if k != "name"} for f in functions},
-        _TOOLS_SOURCE: {name: source_digests([f]) for name, f in form.toolbox.sources.items()},
+        _TOOLS_SOURCE: {name: source_digests([f]) for name, f in toolbox.sources.items()},
     }
 
 

@@ -93,7 +93,8 @@ def judged(
     given = collector.reward_arguments(rollouts, rows)
     try:
         for number, judge in enumerate(judges):
-            questions = judge.questions(given["prompts"], given["completions"], **given["columns"])
+            read = {**given["columns"], "groups": given["groups"]}
+            questions = judge.questions(given["prompts"], given["completions"], **read)
             replies = _ask(play, judge, questions, round_index, folder, f"{prefix}{number}-")
             judge.keep_replies(replies)
         yield

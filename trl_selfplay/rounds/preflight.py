@@ -167,7 +167,7 @@ def to_json(findings: Sequence[Finding]) -> str:
 def _prompts(trainer: Any, trial: TrialRound) -> Finding:
     """Show prompts as they are sampled from, and a completion of each."""
     play = trainer.self_play
-    shown = trial.rows[:_NUM_SHOWN]
+    shown = play.as_asked(trial.rows[:_NUM_SHOWN])
     details = []
     few_shot = play.shows_examples(0)
     for row in shown:

@@ -110,6 +110,11 @@ class SelfPlay:
         return bool(self.formatter.few_shot_examples)
 
     @property
+    def toolbox(self) -> Any:
+        """The run's tools, a `Toolbox`, or None."""
+        return None if self.formatter.tool_form is None else self.formatter.tool_form.toolbox
+
+    @property
     def heldout_graders(self) -> list[Callable[..., Any]]:
         """The functions that grade held-out completions, without reward models."""
         scorer = self.collector.heldout_scorer
@@ -187,6 +192,10 @@ class SelfPlay:
         )
         return ids
 
+    def as_asked(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
+        """Return rows as they are first asked, without hints and examples."""
+        return list(rows)
+
     def draw_prompts(self, round_index: int) -> list[PromptRow]:
         """Return the prompts of a round: all, or a draw that depends only on the seed and the round."""
         count = self.config.num_prompts_per_round
@@ -200,17 +209,14 @@ class SelfPlay:
     ) -> Rollouts:
         """Sample `num_generations` completions per prompt, and grade them if there are reward functions.
 
-        Few-shot examples precede the prompt in the first `few_shot_rounds` rounds.
-
-        Hinted samples (phase "hint") have the answer in the prompt, and their sample indices follow
+        Few-shot examples precede the prompt in the first `few_shot_rounds` rounds. Hinted samples (phase "hint") have the answer in the prompt, and their sample indices follow
         those of the unhinted ones.
         """
         hinted, count = phase == "hint", self.config.num_generations
         indices = tuple(range(count, 2 * count) if hinted else range(count))
-        few_shot = self.shows_examples(round_index)
-        prefix = "hint-" if hinted else ""
         rollouts = self.ask(
-            rows, round_index, phase, folder / "samples", indices, few_shot=few_shot, prefix=prefix,
+            rows, round_index, phase, folder / "samples", indices,
+            few_shot=self.shows_examples(round_index), prefix="hint-" if hinted else "",
             # For the entropy of what is sampled. An engine would compute them anew for every token.
             return_logprobs=not self.config.use_vllm,
         )  # fmt: skip

@@ -9,9 +9,13 @@ Source: arXiv 2312.10003, section 3.6.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+
 from trl_selfplay.rollouts.funnel import Outcome
+from trl_selfplay.rollouts.kept_prompts import keep_prompts
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.rendering import PromptFormatter
@@ -75,6 +79,28 @@ class Plays:
     def steps(self) -> Iterator[Step]:
         """The steps of all trajectories, in their order."""
         return (step for trajectory in self.trajectories for step in trajectory.steps)
+
+    def save(self, path: Path) -> None:
+        """Write the steps in their order, with the prompts that are trained on, once.
+
+        `end` says why a trajectory ended, at its last step.
+        """
+        places = [
+            (trajectory, number, step)
+            for trajectory in self.trajectories
+            for number, step in enumerate(trajectory.steps)
+        ]
+        ends = [t.end if n + 1 == len(t.steps) else None for t, n, _ in places]
+        more = {
+            "question_id": pa.array([t.question.prompt_id for t, *_ in places], pa.string()),
+            "trajectory": pa.array([t.index for t, *_ in places], pa.int32()),
+            "step": pa.array([number for _, number, _ in places], pa.int32()),
+            "kind": pa.array([step.kind for *_, step in places], pa.string()),
+            "continued": pa.array([step.continued for *_, step in places], pa.int32()),
+            "target": pa.array([step.target for *_, step in places], pa.int32()),
+            "end": pa.array(ends, pa.string()),
+        }
+        keep_prompts(path, [step.row for *_, step in places], more)
 
     def select(
         self, fits_row: Callable[[Rollout], bool], left_out: Collection[str] = ()

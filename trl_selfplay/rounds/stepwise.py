@@ -55,27 +55,32 @@ class StepwisePlay(SelfPlay):
     Attributes:
         agent: The state machine.
         tools: Its tools.
-        ranks: Whether the reward functions rank the samples of a step; else they grade answers, those of
-            training trajectories too.
     """
 
     agent: Agent = None  # type: ignore[assignment]  # the parent's fields have defaults
     tools: ToolSet = None  # type: ignore[assignment]
-    ranks: bool = True
+
+    @property
+    def toolbox(self) -> ToolSet:
+        """The agent's tools."""
+        return self.tools
+
+    @property
+    def ranks(self) -> bool:
+        """Whether reward functions rank the samples of a step; else they grade training answers too."""
+        return bool(self.config.ranks_steps)
 
     @classmethod
-    def of(cls, play: SelfPlay, agent: Agent, deadline_s: float, *, ranks: bool) -> Self:
+    def of(cls, play: SelfPlay, agent: Agent, tools: ToolSet) -> Self:
         """Return stages for an agent.
 
         Args:
             play: The stages for single turns.
             agent: The agent.
-            deadline_s: Seconds per call of a tool.
-            ranks: See the attribute.
+            tools: Its tools.
         """
         given = {each.name: getattr(play, each.name) for each in fields(SelfPlay)}
-        tools = ToolSet(list(agent.tools), deadline_s)
-        return cls(**given, agent=agent, tools=tools, ranks=ranks)
+        return cls(**given, agent=agent, tools=tools)
 
     def draw_prompts(self, round_index: int) -> list[PromptRow]:
         """Return the questions: the same in every round, each once whatever its solutions."""
@@ -88,37 +93,32 @@ class StepwisePlay(SelfPlay):
 
     def check_prompts(self, hinted: bool) -> None:
         """Raise ValueError for questions whose first step can't be rendered, sampled or trained on."""
-        few_shot = self.agent.has_examples
-
-        def first_steps(rows: Sequence[PromptRow]) -> list[PromptRow]:
-            begun = [Trajectory(row, 0, self.agent.begin(row.prompt)) for row in rows]
-            asked = [self._ask_next(trajectory, few_shot) for trajectory in begun]
-            return [each.row for each in asked if each is not None]
-
         shown = replace(
             self,
-            rows=first_steps(self.rows),
-            heldout={name: first_steps(rows) for name, rows in self.heldout.items()},
+            rows=self.as_asked(self.rows),
+            heldout={name: self.as_asked(rows) for name, rows in self.heldout.items()},
         )
         SelfPlay.check_prompts(shown, hinted)
-        for name, rows in {"train_dataset": self.rows, **self.heldout}.items():
-            self._check_columns(rows, name or "eval_dataset")
+
+    def as_asked(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
+        """Return the first step of each question, with the question's columns."""
+        begun = [Trajectory(row, 0, self.agent.begin(row.prompt)) for row in rows]
+        asked = [self._ask_next(trajectory, self.has_examples) for trajectory in begun]
+        return [replace(a.row, columns=a.trajectory.question.columns) for a in asked if a]
 
     def check_columns(self, rows: Sequence[PromptRow], name: str) -> None:
-        """Do nothing for steps; see `_check_columns`."""
-
-    def _check_columns(self, rows: Sequence[PromptRow], name: str) -> None:
+        """Raise ValueError if the reward functions can't be called; ranking reads no row's columns."""
         scorer = self.collector.scorer
-        if name != "train_dataset" or not self.ranks or scorer is None:
+        if name != "train_dataset" or not self.ranks:
             SelfPlay.check_columns(self, rows, name)
-            return
-        for reader in scorer.solution_readers:
-            raise ValueError(
-                f"{reader} compares with the column `solution`, and the samples of a step are ranked "
-                "without gold answers. Set agent_rewards='answers' to keep the trajectories whose answer it "
-                "accepts, or pass it as eval_reward_funcs."
-            )
-        scorer.check_columns(_STEP_COLUMNS, "the steps of the agent")
+        elif scorer is not None:
+            for reader in scorer.solution_readers:
+                raise ValueError(
+                    f"{reader} compares with the column `solution`, and the samples of a step are ranked "
+                    "without gold answers. Set agent_rewards='answers' to keep the trajectories whose "
+                    "answer it accepts, or pass it as eval_reward_funcs."
+                )
+            scorer.check_columns(_STEP_COLUMNS, "the steps of the agent")
 
     def warn_data_errors(self) -> None:
         """Warn of rows that can't be graded; ranking reads no row."""
@@ -135,11 +135,14 @@ class StepwisePlay(SelfPlay):
             folder: The round's.
         """
         play = self if self.ranks else self._without_scorer()
-        return play.play_to_end(
+        plays = play.play_to_end(
             rows, round_index, "train", folder / "samples", range(self.config.num_generations),
             few_shot=self.shows_examples(round_index), num_samples=self.agent.num_step_samples,
             observations=self._observations(),
         )  # fmt: skip
+        if self.collector.accelerator.is_main_process:
+            plays.save(folder / "steps.parquet")
+        return plays
 
     def play_to_end(
         self,
@@ -173,6 +176,7 @@ class StepwisePlay(SelfPlay):
         rollouts = Rollouts.of(())
         stops = (*(self.config.stop_strings or ()), *self.agent.stop_strings)
         most = build_sampling_options(self.config, ()).max_completion_length
+        place = "" if folder is None else folder.relative_to(self.run.root).as_posix()
         where = "held-out" if phase == "eval" else f"round {round_index}"
         number = 0
         while asked := self._next_steps(begun, few_shot, most):
@@ -186,7 +190,7 @@ class StepwisePlay(SelfPlay):
                 step = asked[prompt_id]
                 move = self._take(step, list(samples))
                 if move is not None and move.call is not None:
-                    calls[f"{round_index}/{phase}/{prompt_id}"] = (step.trajectory, move)
+                    calls[f"{place}/{prompt_id}"] = (step.trajectory, move)
             self._observe(calls, observations)
             rollouts += sampled
             number += 1
@@ -279,7 +283,8 @@ class StepwisePlay(SelfPlay):
         results = from_main(self.collector.accelerator, results)
         for step, (trajectory, move) in waiting.items():
             result = results[step]
-            shown = split_control_tokens(result.content, self.formatter.tokenizer)
+            content = result.content.encode("utf-8", "replace").decode()  # no lone surrogates
+            shown = split_control_tokens(content, self.formatter.tokenizer)
             trajectory.state = self.agent.observe(move.state, replace(result, content=shown))
             trajectory.num_calls += 1
             trajectory.num_failed += result.failed
@@ -291,8 +296,8 @@ class StepwisePlay(SelfPlay):
         results: dict[str, ToolResult] = {}
         same: dict[Hashable, list[str]] = defaultdict(list)
         for step, call in calls.items():
-            repeats = call.name not in getattr(self.tools, "nondeterministic", ())
-            known = observations.of_step(step)
+            repeats = call.name not in self.tools.nondeterministic
+            known = observations.of_step(step, call)
             if known is None and repeats:
                 known = observations.of_call(call)
             if known is not None:
@@ -301,15 +306,20 @@ class StepwisePlay(SelfPlay):
                 same[repr((call.name, sorted(call.arguments.items()))) if repeats else step].append(
                     step
                 )
+
+        def make(steps: Sequence[str]) -> ToolResult:
+            result = self.tools.call(calls[steps[0]])
+            for step in steps:
+                observations.add(step, calls[step], result)
+            return result
+
         pool = ThreadPoolExecutor(_MOST_CALLS_AT_ONCE, thread_name_prefix="tools")
         try:
-            sent = {pool.submit(self.tools.call, calls[steps[0]]): steps for steps in same.values()}
+            sent = {pool.submit(make, steps): steps for steps in same.values()}
             for future in as_completed(sent):
-                for step in sent[future]:
-                    results[step] = future.result()
-                    observations.add(step, calls[step], results[step])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+                results |= dict.fromkeys(sent[future], future.result())
+        finally:  # what is being called is kept, also where another call failed
+            pool.shutdown(cancel_futures=True)
         return results
 
     def sample_heldout(

@@ -7,12 +7,14 @@ their own, so that those of the run neither change nor are seen beforehand.
 
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trl_selfplay.generation.sampler import build_sampling_options
+from trl_selfplay.rollouts.kept_prompts import read_questions
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout
@@ -94,7 +96,10 @@ def play_trial_round(trainer: Any, folder: Path) -> TrialRound:
             scorer.take_metrics()
         play.collector.sampler.release()
         step_seconds = _time_step(trainer, played)
-    kept = count_kept(where)
+    questions = read_questions(where / "steps.parquet")
+    kept: Counter[str] = Counter()
+    for prompt_id, number in count_kept(where).items():
+        kept[questions.get(prompt_id, prompt_id)] += number
     return TrialRound(
         rows,
         played,
@@ -117,7 +122,12 @@ def _more_samples(trainer: Any) -> Sequence[Rollout]:
     """Return as many further samples per prompt, without a hint, as pass@k needs."""
     play, args = trainer.self_play, trainer.args
     is_greedy = build_sampling_options(args, ()).temperature == 0.0
-    if play.collector.scorer is None or is_greedy or args.num_generations >= NUM_SAMPLES:
+    if (
+        trainer.agent is not None
+        or play.collector.scorer is None
+        or is_greedy
+        or args.num_generations >= NUM_SAMPLES
+    ):
         return []
     indices = range(args.num_generations, NUM_SAMPLES)
     few_shot = play.shows_examples(0)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from trl_selfplay.tools.record import ToolCall, ToolResult
@@ -29,32 +30,36 @@ class Observations:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._by_step: dict[str, ToolResult] = {}
+        self._lock = Lock()
+        self._by_step: dict[tuple[str, str], ToolResult] = {}
         self._by_call: dict[str, ToolResult] = {}
         if path is not None and path.exists():
             self._read(path)
 
-    def of_step(self, step: str) -> ToolResult | None:
-        """Return the result that a step's call had."""
-        return self._by_step.get(step)
+    def of_step(self, step: str, call: ToolCall) -> ToolResult | None:
+        """Return the result that a step's call had, if it was this call."""
+        return self._by_step.get((step, _canonical(call.name, call.arguments)))
 
     def of_call(self, call: ToolCall) -> ToolResult | None:
         """Return the result that an equal call had and that didn't fail."""
         return self._by_call.get(_canonical(call.name, call.arguments))
 
     def add(self, step: str, call: ToolCall, result: ToolResult) -> None:
-        """Remember a result; it is on the disk when this returns."""
+        """Remember a result, from any thread; it is on the disk when this returns."""
         event = {
             "step": step,
             "arguments": dict(call.arguments),
             **asdict(result),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._take(event)
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab+") as file:
+        with self._lock:
+            self._take(event)
+            if self._path is not None:
+                self._write(self._path, event)
+
+    def _write(self, path: Path, event: Mapping[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
             if file.seek(0, os.SEEK_END) and not _ends_a_line(file):
                 file.write(b"\n")
             file.write(json.dumps(event).encode() + b"\n")
@@ -73,10 +78,10 @@ class Observations:
 
     def _take(self, event: Mapping[str, Any]) -> None:
         result = ToolResult(event["name"], event["content"], event["failed"])
-        self._by_step[event["step"]] = result
+        call = _canonical(result.name, event["arguments"])
+        self._by_step[event["step"], call] = result
         if not result.failed:
-            key = _canonical(result.name, event["arguments"])
-            self._by_call.setdefault(key, result)
+            self._by_call.setdefault(call, result)
 
 
 def _canonical(name: str, arguments: Mapping[str, Any]) -> str:

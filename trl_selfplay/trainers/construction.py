@@ -216,18 +216,16 @@ def read_grading(
     reward_processing_classes: Any = None,
     eval_reward_funcs: Any = None,
     toolbox: Toolbox | None = None,
-    *,
-    ranks: bool = False,
 ) -> Grading:
     """Check the reward functions of a trainer whose config is a `GradedConfig`.
 
-    Where they only rank samples (`ranks`) there may be none, and no reward has to reach a threshold.
-    Environments with `get_reward` are further reward functions of weight 1, as in GRPOTrainer.
+    Where they only rank the samples of steps there may be none. Environments with `get_reward` are further
+    reward functions of weight 1, as in GRPOTrainer.
 
     Raises:
         ValueError: There are none, or several of which one alone would make a completion right.
     """
-    if reward_funcs is None and ranks:
+    if reward_funcs is None and args.ranks_steps:
         return Grading(eval_reward_funcs=eval_reward_funcs, threshold=args.reward_threshold)
     weights = args.reward_weights
     if own := environment_rewards(toolbox):
@@ -247,7 +245,7 @@ def read_grading(
             "function such as trl_selfplay.rewards.exact_reward, a reward model id, or a list."
         )
     several = isinstance(reward_funcs, list | tuple) and len(reward_funcs) > 1
-    by_threshold = not args.rewards_have_degrees and not ranks
+    by_threshold = not args.rewards_have_degrees
     if several and by_threshold and weights is None and args.reward_threshold == 1.0:
         raise ValueError(
             f"{len(reward_funcs)} reward functions with weights of 1.0 and reward_threshold=1.0: "

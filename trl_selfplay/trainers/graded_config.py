@@ -11,7 +11,14 @@ from trl_selfplay.trainers.ported_scripts import refuse_grpo_loss
 
 @dataclass
 class GradedConfig(SelfPlayConfig):
-    """Fields of selection by reward."""
+    """Fields of selection by reward.
+
+    Attributes:
+        ranks_steps: Set by a trainer with an agent: reward functions rank the samples of a step, and none has
+            to reach a threshold.
+    """
+
+    ranks_steps = False  # not a field
 
     _BOUNDS = {  # noqa: RUF012  # not a field
         "max_per_prompt": AT_LEAST_1,

@@ -2,12 +2,15 @@
 
 import json
 from collections import Counter, defaultdict
+from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
-from datasets import load_from_disk
-from fact_agent import FactAgent, fact, questions
+from datasets import concatenate_datasets, load_from_disk
+from fact_agent import FactAgent, capital_of_birth, fact, questions
 from tiny_rewards import contains_solution
 
+from trl_selfplay.rewards import JudgeReward, exact_reward
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.tools.agent import MalformedAction
 from trl_selfplay.tools.record import ToolResult
@@ -15,11 +18,21 @@ from trl_selfplay.tools.record import ToolResult
 SETTINGS = {"num_rounds": 2, "num_generations": 2, "max_completion_length": 16, "temperature": 1.0}
 
 
+judge = JudgeReward(
+    "policy", against="samples", template="{first} A {second} so", verdict=r".*?\b(A|so)\b.*",
+    max_completion_length=16,
+)  # fmt: skip
+
+
 def prefers_low_digits(completions, step_kind, question, **kwargs):
     """Rank a step's samples by their first word."""
     assert {"solution", "gold"}.isdisjoint(kwargs)
     words = [(c.split() or ["none"])[0] for c in completions]
     return [9.0 - int(w) if w.isdigit() else 100.0 for w in words]
+
+
+def grade(completions, solution, **kwargs):
+    return [float(c == s) for c, s in zip(completions, solution, strict=True)]
 
 
 @pytest.fixture
@@ -150,6 +163,210 @@ def first_prompts():
     return [
         agent.next_step(agent.begin(row["prompt"]), few_shot=False).prompt for row in questions()
     ]
+
+
+class CountedTools:
+    """Tools whose calls are counted, and of which one ends the process, as far as a test can see."""
+
+    def __init__(self, tools, ends_at=None) -> None:
+        self.tools, self.calls, self.ends_at = tools, [], ends_at
+
+    def __getattr__(self, name):
+        return getattr(self.tools, name)
+
+    def call(self, call):
+        self.calls.append(call)
+        if len(self.calls) == self.ends_at:
+            raise KeyboardInterrupt
+        return self.tools.call(call)
+
+
+def play(trainer, folder, ends_at=None):
+    """Play round 0 of a trainer into a folder; return the trajectories and the calls that were made."""
+    stages = trainer.self_play
+    counted = CountedTools(stages.tools, ends_at)
+    run = replace(stages.run, root=folder)
+    stages = replace(stages, tools=counted, run=run)
+    try:
+        plays = stages.play_steps(stages.draw_prompts(0), 0, run.folder(0))
+    except KeyboardInterrupt:
+        return None, counted.calls
+    return plays, counted.calls
+
+
+def contents(plays):
+    places = [(t.question.prompt, t.index, t.end, t.steps, t.state) for t in plays.trajectories]
+    return sorted(places, key=repr), sorted(plays.rollouts, key=repr)
+
+
+def test_an_interrupted_trajectory_is_the_same_and_calls_nothing_twice(build, tmp_path) -> None:
+    """RA-15: recorded steps and results of calls are replayed."""
+    trainer = build()
+    whole, calls = play(trainer, tmp_path / "whole")
+    assert len(calls) == len({repr(call) for call in calls}) > 5
+    made = []
+    for ends_at in (3, 6, None):
+        plays, some = play(trainer, tmp_path / "parts", ends_at)
+        made += some if plays else some[:-1]  # the last was in the tool when the process ended
+    again, none = play(trainer, tmp_path / "parts")
+    assert none == []
+    assert contents(again) == contents(plays) == contents(whole)
+    failed = [c for c in calls if c.arguments["key"] == "9"]
+    assert Counter(map(repr, made)) - Counter(map(repr, calls)) <= Counter(map(repr, failed))
+
+
+def test_no_gold_answer_is_read_and_questions_count_once(build, tmp_path) -> None:
+    """RA-10, RA-9: the column may be absent, or say anything."""
+    found = []
+    rows = [
+        questions(),
+        questions(solution=capital_of_birth),
+        questions(solution=lambda i: "0", gold=str),
+        concatenate_datasets([questions(solution=str), questions(solution=lambda i: "x")]),
+    ]
+    for number, dataset in enumerate(rows):
+        trainer = build(f"run-{number}", train_dataset=dataset, reward_funcs=prefers_low_digits)
+        plays, _ = play(trainer, tmp_path / str(number))
+        ids = sorted((r.completion_ids, r.logprob, r.prompt, r.reward) for r in plays.rollouts)
+        targets = [(step.row.prompt, step.target) for step in plays.steps]
+        found.append((ids, targets))
+    assert all(each == found[0] for each in found)
+
+
+def test_no_two_samples_share_their_noise(build, tmp_path) -> None:
+    """Two trajectories of one question begin with the same prompt."""
+    trainer = build(num_generations=4, agent=FactAgent(num_step_samples=4))
+    plays, _ = play(trainer, tmp_path / "plays")
+    assert len({step.row.prompt_id for step in plays.steps}) == len(list(plays.steps))
+    first = defaultdict(set)
+    for trajectory in plays.trajectories:
+        first[trajectory.question.prompt].add(trajectory.steps[0].row.prompt_id)
+    drawn = {i: [] for ids in first.values() for i in ids}
+    for rollout in plays.rollouts:
+        if rollout.prompt_id in drawn:
+            drawn[rollout.prompt_id].append(rollout.completion_ids)
+    for ids in first.values():
+        assert len({tuple(drawn[i]) for i in ids}) == 4
+
+
+def test_held_out_answers_are_those_of_trajectories_and_no_question_is_on_both_sides(build) -> None:
+    """RA-12, and what is graded: the answer, greedily played, by eval_reward_funcs alone."""
+    heldout = questions(10, 10, solution=capital_of_birth)
+    trainer = build(
+        num_rounds=1, eval_dataset=heldout, eval_reward_funcs=grade, num_generations_eval=2,
+        agent=FactAgent(num_calls=1), max_steps=40, load_best_round_at_end=False,
+    )  # fmt: skip
+    trainer.train()
+    folder = trainer.run.folder(0) / "evaluation"
+    answers = load_rollouts(folder / "greedy-00000.parquet")
+    assert {a.prompt_id for a in answers} == {r.prompt_id for r in trainer.self_play.heldout[""]}
+    rows = {row.prompt_id: row for row in trainer.self_play.heldout[""]}
+    steps = {
+        (number, r.prompt): r
+        for number in range(2)
+        for path in (folder / "steps").glob(f"greedy-step{number}-[0-9]*.parquet")
+        for r in load_rollouts(path)
+    }
+    agent, right, seen = FactAgent(num_calls=1), 0, set()
+    for answer in answers:
+        state, number, ends = agent.begin(rows[answer.prompt_id].prompt), 0, None
+        while ends is None and (step := agent.next_step(state, few_shot=False)) is not None:
+            action = steps[number, step.prompt]
+            number += 1
+            try:
+                move = None if action.is_truncated else agent.act(state, action.completion)
+            except MalformedAction:
+                ends = "malformed"
+            else:
+                ends = "truncated" if move is None else None
+            if ends is None:
+                state = move.state
+                if move.call is not None:
+                    state = agent.observe(state, observed(fact, move.call))
+        halt = "malformed" if ends == "malformed" else None
+        finish, text = ("length", "") if ends else ("eos", agent.answer(state))
+        assert (answer.completion, answer.halt, answer.finish) == (text, halt, finish)
+        seen.add(ends)
+        right += answer.reward == 1.0
+        assert answer.reward == float(answer.completion == rows[answer.prompt_id].solution)
+    (line,) = read_lines(trainer)
+    assert line["eval"]["eval_accuracy"] == right / 10
+    assert len(load_rollouts(folder / "sampled-00000.parquet")) == 20
+    trained = {
+        row["question_id"]
+        for row in pq.read_table(trainer.run.folder(0) / "steps.parquet").to_pylist()
+    }
+    assert trained == {row.prompt_id for row in trainer.self_play.rows}
+    assert trained.isdisjoint(rows)
+    again = trainer.evaluate()
+    assert again["eval_accuracy"] == line["eval"]["eval_accuracy"]
+    assert None in seen
+
+
+def test_with_the_filter_the_steps_of_trajectories_with_good_answers_are_kept(
+    build, tmp_path
+) -> None:
+    """The option of our own: gold answers grade whole trajectories, and nothing is ranked."""
+
+    def at_most(completions, solution, **kwargs):
+        return [
+            float(c.isdigit() and int(c) <= s) for c, s in zip(completions, solution, strict=True)
+        ]
+
+    trainer = build(
+        train_dataset=questions(solution=lambda i: 6), reward_funcs=at_most, agent_rewards="answers",
+        agent=FactAgent(num_calls=1),
+    )  # fmt: skip
+    plays, _ = play(trainer, tmp_path / "plays")
+    stages, folder = trainer.self_play, tmp_path / "plays" / "round-000"
+    failed = stages.failed_steps(plays, 0, folder)
+    assert failed == stages.failed_steps(plays, 0, folder)  # read back
+    selection = plays.select(lambda rollout: True, failed)
+    expected = {
+        (step.row.prompt_id, step.continued)
+        for t in plays.trajectories
+        if t.end == "answered" and int(t.state.answer) <= 6
+        for step in t.steps
+    }
+    assert {(r.prompt_id, r.sample_index) for r in selection.kept} == expected
+    assert 0 < len(expected) < sum(step.target is not None for step in plays.steps)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"agent": object()}, TypeError, "next_step"),
+        ({"gold_dataset": questions()}, ValueError, "gold_dataset"),
+        (
+            {"few_shot_examples": [{"prompt": "Q", "completion": "1"}]},
+            ValueError,
+            "by kind of step",
+        ),
+        ({"normal_form": str.lower}, ValueError, "normal_form"),
+        ({"loss_weighting": "reward"}, ValueError, "loss_weighting='reward'"),
+        ({"deduplicate": False}, ValueError, "deduplicate=False"),
+        ({"eval_dataset": questions(2, 10)}, ValueError, "eval_reward_funcs"),
+        ({"reward_funcs": exact_reward}, ValueError, "agent_rewards='answers'"),
+        ({"agent_rewards": "answers"}, ValueError, "`reward_funcs` is missing"),
+        ({"reward_funcs": judge, "agent": FactAgent(1)}, ValueError, "num_step_samples=1"),
+    ],
+)
+def test_what_can_not_work_with_an_agent_is_refused(build, arguments, error, message) -> None:
+    with pytest.raises(error, match=message):
+        build(**arguments)
+
+
+def test_a_filter_without_an_agent_is_refused(build_rest_em) -> None:
+    with pytest.raises(ValueError, match="needs an `agent`"):
+        build_rest_em(agent_rewards="answers")
+
+
+def test_the_policy_can_rank_its_own_steps(build, tmp_path) -> None:
+    """In a phase of its own after each step; a random model's verdicts disagree, so targets stay."""
+    trainer = build(reward_funcs=judge)
+    plays, _ = play(trainer, tmp_path / "plays")
+    assert all(step.target in (None, step.continued) for step in plays.steps)
+    assert any((tmp_path / "plays" / "round-000" / "judgements").iterdir())
 
 
 @pytest.mark.slow

@@ -8,14 +8,11 @@ from typing import Any
 
 from trl_selfplay.trainers.construction import Grading
 
-# Fields that would have no effect on the steps of an agent, with the value that says so.
-_WITHOUT_EFFECT = {
-    "improve_thresholds": None,
-    "loss_weighting": "filter",
-    "history_rounds": 0,
-    "max_tool_calling_iterations": None,
-    "tool_format": None,
-}
+# Fields that would have no effect on the steps of an agent.
+_WITHOUT_EFFECT = (
+    "improve_thresholds", "loss_weighting", "history_rounds", "max_per_prompt", "deduplicate",
+    "max_tool_calling_iterations", "tool_format",
+)  # fmt: skip
 _INSTEAD = {
     "gold_dataset": "its steps have no human completions. Train on these first, and pass that model.",
     "few_shot_examples": "give them to the agent, by kind of step.",
@@ -32,7 +29,7 @@ def read_agent_grading(
     """Return what grades the steps of an agent, or its answers.
 
     Args:
-        agent: As the trainer got it.
+        agent: As the trainer got it; None: `grading` is returned.
         args: The config.
         grading: What grades single completions.
         eval_dataset: Held-out prompts.
@@ -42,6 +39,12 @@ def read_agent_grading(
         TypeError: `agent` isn't one.
         ValueError: Something can't be combined with it, or nothing would grade answers.
     """
+    if agent is None:
+        if args.agent_rewards != "steps":
+            raise ValueError(
+                f"agent_rewards={args.agent_rewards!r} needs an `agent`; there is none."
+            )
+        return grading
     missing = [name for name in _METHODS if not callable(getattr(agent, name, None))]
     if missing:
         raise TypeError(
@@ -50,13 +53,14 @@ def read_agent_grading(
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"`{name}` has no effect with an `agent`: {_INSTEAD[name]}")
-    for name, neutral in _WITHOUT_EFFECT.items():
-        if (value := getattr(args, name, neutral)) != neutral:
+    for name in _WITHOUT_EFFECT:
+        each = args.__dataclass_fields__.get(name)
+        if each is not None and (value := getattr(args, name)) != each.default:
             raise ValueError(
                 f"{name}={value!r} has no effect with an `agent`, each of whose steps is one example. Leave "
                 "it out."
             )
-    if args.agent_rewards == "answers":
+    if not args.ranks_steps:
         return grading
     if eval_dataset is not None and grading.eval_reward_funcs is None:
         raise ValueError(

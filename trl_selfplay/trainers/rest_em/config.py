@@ -206,7 +206,8 @@ class ReSTEMConfig(GradedConfig, SFTConfig):
     @property
     def rewards_have_degrees(self) -> bool:
         """Whether completions are trained on that `reward_threshold` doesn't count as correct."""
-        return self.improve_thresholds is not None or self.loss_weighting == "reward"
+        has_degrees = self.improve_thresholds is not None or self.loss_weighting == "reward"
+        return has_degrees or self.ranks_steps
 
     def how_to_keep_more(self, highest_reward: float) -> str:
         """Return what lets more completions pass, in words that follow "or"."""

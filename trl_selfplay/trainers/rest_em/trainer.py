@@ -27,6 +27,7 @@ from trl_selfplay.rounds.stages import SelfPlay
 from trl_selfplay.rounds.steps import StepPrompts
 from trl_selfplay.rounds.stepwise import StepwisePlay
 from trl_selfplay.tools.agent import Agent
+from trl_selfplay.tools.tool_set import ToolSet
 from trl_selfplay.trainers import construction
 from trl_selfplay.trainers.ported_scripts import explains_foreign_arguments
 from trl_selfplay.trainers.rest_em.agent_checks import read_agent_grading
@@ -130,21 +131,15 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
                 "loss_weighting='reward' with a `compute_loss_func`: the weights would not reach "
                 "it. Leave one out."
             )
+        args.ranks_steps = agent is not None and args.agent_rewards == "steps"
         toolbox = read_toolbox(args, tools, environment_factory)
-        if agent is not None and toolbox is not None:
-            raise ValueError(
-                "`agent` with `tools` or an `environment_factory`: an agent brings its own tools "
-                "(`agent.tools`). Leave one out."
-            )
         grading = construction.read_grading(
-            args, reward_funcs, reward_processing_classes, eval_reward_funcs, toolbox,
-            ranks=agent is not None and args.agent_rewards == "steps",
+            args, reward_funcs, reward_processing_classes, eval_reward_funcs, toolbox
+        )
+        grading = read_agent_grading(
+            agent, args, grading, eval_dataset, tools=tools, environment_factory=environment_factory,
+            gold_dataset=gold_dataset, few_shot_examples=few_shot_examples, normal_form=normal_form,
         )  # fmt: skip
-        if agent is not None:
-            grading = read_agent_grading(
-                agent, args, grading, eval_dataset, gold_dataset=gold_dataset,
-                few_shot_examples=few_shot_examples, normal_form=normal_form,
-            )  # fmt: skip
         self.agent = agent
         rows = load_prompt_rows(
             train_dataset, "train_dataset", reward_funcs=reward_funcs, toolbox=toolbox
@@ -196,8 +191,8 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         """Return stages that play the agent's steps, if there is an agent."""
         if self.agent is None:
             return play
-        ranks = self.args.agent_rewards == "steps"
-        return StepwisePlay.of(play, self.agent, self.args.tool_deadline, ranks=ranks)
+        tools = read_toolbox(self.args, list(self.agent.tools), None)
+        return StepwisePlay.of(play, self.agent, tools or ToolSet([], self.args.tool_deadline))
 
     def trained_prompts(self, round_index: int, play: SelfPlay) -> Mapping[str, tuple[int, ...]]:
         """Return the prompts of a finished round; those of an agent's steps follow from what is on disk."""
