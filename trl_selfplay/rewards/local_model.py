@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from trl_selfplay.generation.control_tokens import split_control_tokens
 from trl_selfplay.generation.generation_options import without_added_eos
 from trl_selfplay.generation.model_traits import describe_model
 from trl_selfplay.generation.random_streams import stream_key
@@ -115,17 +116,3 @@ def check_room(
             f"{max_completion_length} of the reply. Lower that, shorten rubric or template, or "
             "choose another model."
         )
-
-
-def split_control_tokens(text: str, tokenizer: Any) -> str:
-    """Put a space into each control token that a text spells out, so that it is read as text."""
-    for token in sorted(special_tokens(tokenizer), key=len, reverse=True):
-        if len(token) > 1:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
-
-
-def special_tokens(tokenizer: Any) -> set[str]:
-    """Return the texts that a tokenizer reads as special tokens."""
-    added = tokenizer.added_tokens_decoder.values()
-    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}

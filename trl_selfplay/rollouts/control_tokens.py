@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl_selfplay.rewards.local_model import special_tokens
+from trl_selfplay.generation.control_tokens import special_tokens
 from trl_selfplay.rollouts.prompts import texts_of
 
 logger = logging.getLogger(__name__)

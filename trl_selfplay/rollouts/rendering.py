@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_selfplay.confidential import shown
 from trl_selfplay.disk import save_text
+from trl_selfplay.generation.control_tokens import continuation_ids
 from trl_selfplay.generation.generation_options import without_added_eos
 from trl_selfplay.rollouts.control_tokens import control_token_finder, warn_of_examples
 from trl_selfplay.rollouts.prompts import (
@@ -277,11 +278,7 @@ class PromptFormatter:
 
     def continuation_ids(self, text: str) -> list[int]:
         """Return the tokens of plain text that follows other text, as a model would sample them."""
-        # After a line break, since SentencePiece puts a space before the start of a text.
-        before, both = self._encode("\n", False), self._encode(f"\n{text}", False)
-        if both[: len(before)] == before:
-            return both[len(before) :]
-        return self._encode(text, False)
+        return continuation_ids(lambda each: self._encode(each, False), text)
 
     def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         how = {"split_special_tokens": True} if self.sanitize_control_tokens else {}

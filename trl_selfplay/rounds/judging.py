@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trl_selfplay.generation.control_tokens import split_control_tokens
 from trl_selfplay.generation.sampler import Phase, SamplingOptions
 from trl_selfplay.rewards.endpoint import Reply
 from trl_selfplay.rewards.judge import JudgeReward
@@ -18,7 +19,6 @@ from trl_selfplay.rewards.local_model import (
     TOO_LONG,
     check_room,
     fits,
-    split_control_tokens,
 )
 from trl_selfplay.rollouts.collection import Collector, Progress
 from trl_selfplay.rollouts.prompts import PromptRow

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from trl_selfplay.evaluation.heldout import heldout_options
+from trl_selfplay.generation.control_tokens import split_control_tokens
 from trl_selfplay.generation.sampler import Phase, build_sampling_options
 from trl_selfplay.peers import from_main
-from trl_selfplay.rewards.local_model import fits, split_control_tokens
+from trl_selfplay.rewards.local_model import fits
 from trl_selfplay.rollouts.collection import Progress
 from trl_selfplay.rollouts.prompts import PromptRow, check_prompt
 from trl_selfplay.rollouts.record import Rollout, hash_prompt, load_rollouts, save_rollouts

@@ -5,10 +5,12 @@ them, and the tokens with which the template shows results. Nothing that the pol
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_selfplay.generation.control_tokens import control_tokens, split_tokens
 from trl_selfplay.tools.call_format import ERRORS_OF_PARSER, CallFormat
 from trl_selfplay.tools.record import Reply, ToolCall, ToolResult, is_too_deep
 
@@ -64,7 +66,8 @@ class ChatDialogue:
         """See `Dialogue.observation_ids`.
 
         The template renders a short conversation with and without the results; what it adds follows the end
-        of the assistant's turn, of which the policy wrote what it wrote.
+        of the assistant's turn, of which the policy wrote what it wrote. Control tokens that a result spells out
+        are text.
 
         Raises:
             ValueError: The template renders the turn before the results otherwise where results follow.
@@ -79,10 +82,14 @@ class ChatDialogue:
                 "tool_calls": [{"type": "function", "function": function}],
             },
         ]
-        told = [{"role": "tool", "name": r.name, "content": r.content} for r in results]
         start = len(self._render(asking, add_generation_prompt=False))
         before = self._render(calling, add_generation_prompt=False)
-        after = self._render([*calling, *told], add_generation_prompt=True)
+        try:
+            after = self._render([*calling, *map(_told, results)], add_generation_prompt=True)
+        except ValueError:  # the tokenizer can't read a control token as text
+            tokens = control_tokens(self._tokenizer)
+            split = [replace(r, content=split_tokens(r.content, tokens)) for r in results]
+            after = self._render([*calling, *map(_told, split)], add_generation_prompt=True)
         ends = [i for i in range(start, len(before)) if before[i] in self._eos_token_ids]
         if ends:  # a line break behind EOS belongs to what follows the turn
             before = before[: ends[-1] + 1]
@@ -102,7 +109,10 @@ class ChatDialogue:
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> list[int]:
         return list(
             self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, **self._arguments
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                sanitize_control_tokens=True,
+                **self._arguments,
             )
         )
 
@@ -126,6 +136,10 @@ def parse_message(
     if isinstance(content, str):
         content = content.removesuffix(tokenizer.eos_token)
     return {**message, "content": content}
+
+
+def _told(result: ToolResult) -> dict[str, Any]:
+    return {"role": "tool", "name": result.name, "content": result.content}
 
 
 def _read_call(call: Any) -> ToolCall | None:

@@ -8,10 +8,12 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_selfplay.generation.control_tokens import continuation_ids, plain_ids
 from trl_selfplay.tools.arguments import json_types
 from trl_selfplay.tools.record import Reply, ToolCall, ToolResult, is_too_deep
 
@@ -60,7 +62,8 @@ class ReActDialogue:
     ) -> tuple[int, ...]:
         """See `Dialogue.observation_ids`."""
         text = "\n".join(result.content for result in results)
-        return tuple(self._tokenizer.encode(f" {text}\n", add_special_tokens=False))
+        encode = partial(plain_ids, self._tokenizer)
+        return tuple(continuation_ids(encode, f" {text}\n"))
 
 
 def _read_action(action: str, schemas: Sequence[Mapping[str, Any]]) -> ToolCall | None:

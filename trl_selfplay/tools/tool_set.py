@@ -120,7 +120,7 @@ def describe_tools(
             raise ValueError(f"two tools are named {name!r}; rename one.")
         schemas.append(describe_tool(each, name))
         functions[name] = each
-        getattr(each, "check", bool)()  # of a ready tool: whether this machine can run it
+        getattr(each, "check_machine", bool)()  # of a ready tool: whether this machine can run it
     return functions, schemas
 
 
