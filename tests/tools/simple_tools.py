@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 
 
@@ -64,6 +65,15 @@ class Counter:
     def die(self) -> str:
         """End the process."""
         os._exit(3)
+
+    def hold(self, file: str) -> None:
+        """Write the number of this process into a file, and wait for ever.
+
+        Args:
+            file: Its path.
+        """
+        Path(file).write_text(str(os.getpid()))
+        signal.pause()
 
     def get_reward(self) -> float:
         return float(self.count)

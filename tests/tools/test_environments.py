@@ -11,7 +11,6 @@ from processes import start
 from simple_tools import Counter, Dice, add
 from test_trajectories import OPTIONS, Script, ask
 
-from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.tools.environments import Environments
 from trl_selfplay.tools.react import ReActDialogue
 from trl_selfplay.tools.record import ToolCall, ToolResult
@@ -39,7 +38,7 @@ def increase(by=1):
 
 
 def test_an_environment_is_described_as_by_grpo_trainer(counters) -> None:
-    assert [s["function"]["name"] for s in counters.schemas] == ["add", "die", "increase"]
+    assert [s["function"]["name"] for s in counters.schemas] == ["add", "die", "hold", "increase"]
     assert counters.schemas_of({}) == counters.schemas
     assert counters.rewarding == {"Counter": frozenset({None})}
     assert counters.resets == [Counter.reset]
@@ -132,22 +131,23 @@ def test_trajectories_resume_in_their_environments(counters, byte_tokenizer, tmp
         assert run() == whole
 
 
-def test_no_process_is_left_when_sampling_is_stopped(counters, byte_tokenizer) -> None:
-    counters.observation({})  # the interpreter that has loaded them runs
-    before = children_of(os.getpid())
-    how = trajectories(counters, byte_tokenizer)
-    requests = [ask(byte_tokenizer, "Q" * i, i) for i in range(1, 5)]
+def test_no_process_is_left_when_sampling_is_stopped(counters, byte_tokenizer, tmp_path) -> None:
+    how, path = trajectories(counters, byte_tokenizer), tmp_path / "pid"
 
     def respond(text):
-        return 'Action: increase({"by": 1})\nObservation:'
+        if text == "Q1":
+            return f"Action: hold[{path}]\nObservation:"
+        while not path.exists() or not path.read_text():
+            time.sleep(0.01)
+        return "So."
 
-    sampling = how.over(Script(byte_tokenizer, respond), [{}] * 4).sample(
-        requests, SamplingOptions(300), 4
-    )
-    next(sampling)
-    assert len(children_of(os.getpid())) > len(before)
+    requests = [ask(byte_tokenizer, text, i) for i, text in enumerate(("Q1", "Q2"))]
+    sampling = how.over(Script(byte_tokenizer, respond), [{}] * 2).sample(requests, OPTIONS, 2)
+    assert next(sampling)[0] == 1
+    held = Path(f"/proc/{path.read_text()}/cmdline")
+    assert held.exists()
     sampling.close()
-    while len(children_of(os.getpid())) > len(before):
+    while held.exists():
         time.sleep(0.01)
 
 

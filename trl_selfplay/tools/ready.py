@@ -23,7 +23,8 @@ _ENDINGS = {
 }
 # Runs a program as an interpreter does: what its last line comes to is printed, and what it raises, in a line.
 _RUN = """
-import traceback
+import sys, traceback
+sys.stdout.reconfigure(line_buffering=True)  # a program that is ended has shown what it printed
 names = {{"__name__": "__main__"}}
 try:
     exec(compile({body!r}, "program", "exec"), names)

@@ -44,6 +44,13 @@ class ToolProcess:
         self._received = bytearray()
         self._in_use = threading.Lock()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it hasn't ended."""
+        poll = select.poll()
+        poll.register(self._lifeline, select.POLLIN)
+        return not poll.poll(0)
+
     def ask(self, kind: str, *arguments: Any, seed: int, deadline_s: float) -> dict[str, Any]:
         """Return the answer to a request.
 
@@ -152,10 +159,14 @@ class ToolProcesses:
 
     def take(self) -> ToolProcess:
         """Return a process that has nothing of any trajectory; see `start`."""
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        return self.start()
+        while True:
+            with self._lock:
+                process = self._idle.pop() if self._idle else None
+            if process is None:
+                return self.start()
+            if process.is_alive:
+                return process
+            process.close()
 
     def give_back(self, process: ToolProcess) -> None:
         """Keep a process for later calls."""
