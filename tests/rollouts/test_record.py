@@ -62,6 +62,7 @@ def any_rollout(draw: st.DrawFn) -> Rollout:
         environment_reward=draw(scores),
         halt=draw(st.sampled_from([None, "malformed", "tool_limit"])),
         num_failed_calls=draw(st.integers(0, 99)),
+        num_rerendered_turns=draw(st.integers(0, 99)),
     )
 
 
@@ -75,7 +76,9 @@ def test_a_shard_reads_back_as_it_was_written(tmp_path_factory, written) -> None
     assert load_rollouts(path) == written
 
 
-OF_TRAJECTORIES = ["messages", "environment_reward", "halt", "num_failed_calls"]
+OF_TRAJECTORIES = [
+    "messages", "environment_reward", "halt", "num_failed_calls", "num_rerendered_turns",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -441,13 +441,14 @@ def test_calls_are_counted_as_grpo_counts_them() -> None:
     answer, result = {"role": "assistant", "content": "a"}, {"role": "tool", "content": "r"}
     rollouts = [
         make_rollout(0, messages=(answer, result, result, answer), num_failed_calls=1),
-        make_rollout(1, messages=(answer, result, answer)),
+        make_rollout(1, messages=(answer, result, answer), num_rerendered_turns=1),
         make_rollout(2, messages=(answer,)),
         make_rollout(3, messages=(answer,), halt="malformed"),
     ]
     metrics = round_metrics(run_select(rollouts), {})
     assert metrics["tools/call_frequency"] == 3 / 4
     assert metrics["tools/failure_frequency"] == 1 / 3
+    assert metrics["tools/rerendered_frequency"] == 1 / 4
     assert (metrics["play/malformed"], metrics["play/tool_limit"]) == (1 / 4, 0.0)
     none_called = round_metrics(run_select(rollouts[2:]), {})
     assert (none_called["tools/call_frequency"], none_called["tools/failure_frequency"]) == (0, 0)

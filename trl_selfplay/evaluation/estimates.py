@@ -294,8 +294,9 @@ def summarize_heldout(
     Returns:
         For greedy completions: `{prefix}_accuracy` with `_accuracy_low` and `_accuracy_high`
         (Wilson), `_mean_reward`, `_mean_length` (tokens of the policy), and the shares `_truncated` and
-        `_abstained`; of trajectories also `_tools/call_frequency` and `_tools/failure_frequency`. For samples: `{prefix}_pass@k` for k = 1, 2, 4, … and for the number of samples,
-        the first and the last with `_low` and `_high` (bootstrap over prompts; Wilson if all have the
+        `_abstained`; of trajectories also `_tools/call_frequency`, `_tools/failure_frequency` and
+        `_tools/rerendered_frequency`. For samples: `{prefix}_pass@k` for k = 1, 2, 4, … and for the
+        number of samples, the first and the last with `_low` and `_high` (bootstrap over prompts; Wilson if all have the
         same value); prompts with fewer than k graded samples are left out. Without a threshold,
         `_mean_reward` with `_low` and `_high` (bootstrap) replaces
         accuracy, and `_mean_sampled_reward`, over prompts and their samples, replaces pass@k. Metrics
@@ -303,7 +304,7 @@ def summarize_heldout(
     """
     rewards: dict[str, float | None] = {}  # of greedy completions
     lengths: list[int] = []
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[int, int, int]] = []
     has_tools = False
     num_passed = num_truncated = 0
     samples: dict[str, list[tuple[float, bool]]] = {}
@@ -312,7 +313,7 @@ def summarize_heldout(
         if r.sample_index == 0:
             rewards[r.prompt_id] = r.reward
             lengths.append(len(r.own_ids))
-            calls.append((r.num_calls, r.num_failed_calls))
+            calls.append((r.num_calls, r.num_failed_calls, r.num_rerendered_turns))
             has_tools = has_tools or len(r.messages) > 0
             num_passed += passes
             num_truncated += r.is_truncated

@@ -87,6 +87,8 @@ class SampledCompletion:
         halt: Why the trajectory ended before the policy gave an answer: "malformed" (a call that
             can't be read) or "tool_limit" (a call after the last one allowed); None if it didn't.
         num_failed_calls: How many of the calls whose results the policy read failed.
+        num_rerendered_turns: How many of the turns with calls would have other tokens if their messages
+            were rendered again.
     """
 
     completion_ids: tuple[int, ...]
@@ -97,6 +99,7 @@ class SampledCompletion:
     environment_reward: float | None = None
     halt: Halt | None = None
     num_failed_calls: int = 0
+    num_rerendered_turns: int = 0
 
 
 # The keys of `generation_kwargs`, and the options that they set.

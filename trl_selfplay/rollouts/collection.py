@@ -386,6 +386,7 @@ class Collector:
                     environment_reward=sampled.environment_reward,
                     halt=sampled.halt,
                     num_failed_calls=sampled.num_failed_calls,
+                    num_rerendered_turns=sampled.num_rerendered_turns,
                 )
                 progress.update(1, len(rollout.own_ids))
                 yield rollout

@@ -28,6 +28,7 @@ class Facts:
         lengths: Number of tokens that the policy wrote of it.
         calls: Number of its calls whose results the policy read.
         failed_calls: How many of these failed.
+        rerendered_turns: How many of its turns with calls the chat template would render otherwise.
         rewards: Its reward, NaN for none.
         scores: The same of each reward function's score.
         causes: Why it has no reward, or None.
@@ -45,6 +46,7 @@ class Facts:
     lengths: np.ndarray
     calls: np.ndarray
     failed_calls: np.ndarray
+    rerendered_turns: np.ndarray
     rewards: np.ndarray
     scores: list[np.ndarray]
     causes: list[str | None]
@@ -61,6 +63,7 @@ def examine(
         name: array("i")
         for name in (
             "places", "prompts", "sample_indices", "round_indices", "lengths", "calls", "failed_calls",
+            "rerendered_turns",
         )
     }  # fmt: skip
     flags = {name: array("b") for name in ("hinted", "truncated", "graded")}
@@ -82,6 +85,7 @@ def examine(
         ints["lengths"].append(len(r.own_ids))
         ints["calls"].append(r.num_calls)
         ints["failed_calls"].append(r.num_failed_calls)
+        ints["rerendered_turns"].append(r.num_rerendered_turns)
         has_tools = has_tools or len(r.messages) > 0
         flags["hinted"].append(r.hinted)
         flags["truncated"].append(r.is_truncated)
@@ -112,11 +116,18 @@ def examine(
     return facts, [outcomes[i] for i in order], [forms[i] for i in order]
 
 
-def call_metrics(calls: Sequence[int], failed: Sequence[int]) -> dict[str, float]:
-    """Return the calls per completion, and the share of them that failed, 0 without any."""
+def call_metrics(
+    calls: Sequence[int], failed: Sequence[int], rerendered: Sequence[int]
+) -> dict[str, float]:
+    """Return what is logged of calls.
+
+    That is the calls per completion; the share of them that failed, 0 without any; and per completion the
+    turns that the chat template would render otherwise than they were sampled.
+    """
     return {
         "tools/call_frequency": float(np.mean(calls)),
         "tools/failure_frequency": float(np.sum(failed) / max(np.sum(calls), 1)),
+        "tools/rerendered_frequency": float(np.mean(rerendered)),
     }
 
 

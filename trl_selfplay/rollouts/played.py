@@ -51,8 +51,7 @@ def mean_rewards(facts: Facts, names: Sequence[str]) -> dict[str, float | None]:
 def round_metrics(selection: Selection, rewards: Mapping[str, float | None]) -> dict[str, float]:
     """Return a round's metrics: play/… of what was sampled, select/… of what was selected.
 
-    Of trajectories also, as GRPOTrainer logs them, `tools/call_frequency`, the calls per completion, and
-    `tools/failure_frequency`, the share of the calls that failed.
+    Of trajectories also what `call_metrics` returns, of which GRPOTrainer logs the first two.
     """
     facts = selection.facts
     unhinted = ~facts.hinted
@@ -72,6 +71,7 @@ def round_metrics(selection: Selection, rewards: Mapping[str, float | None]) -> 
         metrics |= {
             f"play/{o}": fmean(outcomes[unhinted] == o) for o in ("malformed", "tool_limit")
         }
-        metrics |= call_metrics(facts.calls[unhinted], facts.failed_calls[unhinted])
+        of_calls = (facts.calls, facts.failed_calls, facts.rerendered_turns)
+        metrics |= call_metrics(*(counts[unhinted] for counts in of_calls))
     metrics |= {f"play/reward_{n}": v for n, v in rewards.items() if v is not None}
     return metrics

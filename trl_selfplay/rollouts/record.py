@@ -53,6 +53,8 @@ class Rollout:
         halt: Why the trajectory ended before the policy gave an answer: "malformed" (a call that
             can't be read) or "tool_limit" (a call after the last one allowed); None if it didn't.
         num_failed_calls: How many of `num_calls` failed.
+        num_rerendered_turns: How many turns with calls would have other tokens if their messages were
+            rendered again; the sampled ones stay.
 
     Raises:
         ValueError: `completion_mask` and `completion_ids` differ in length.
@@ -77,6 +79,7 @@ class Rollout:
     environment_reward: float | None = None
     halt: Halt | None = None
     num_failed_calls: int = 0
+    num_rerendered_turns: int = 0
 
     def __post_init__(self) -> None:
         """Check the length of the mask."""
@@ -137,6 +140,7 @@ _BROUGHT: dict[str, tuple[int, Any]] = {
     "environment_reward": (4, None),
     "halt": (4, None),
     "num_failed_calls": (4, 0),
+    "num_rerendered_turns": (4, 0),
 }
 SCHEMA = pa.schema(
     [
@@ -159,6 +163,7 @@ SCHEMA = pa.schema(
         ("environment_reward", pa.float64()),
         ("halt", pa.string()),
         ("num_failed_calls", pa.int32()),
+        ("num_rerendered_turns", pa.int32()),
     ],
     metadata={_FORMAT_KEY: str(FORMAT).encode()},
 )

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from trl_selfplay.generation.control_tokens import control_tokens, split_tokens
@@ -58,7 +59,25 @@ class ChatDialogue:
         ):
             text = self._tokenizer.decode(list(turn_ids), skip_special_tokens=True)
             return Reply({"role": "assistant", "content": text}, malformed=True)
-        return Reply(message, tuple(call for call in calls if call is not None))
+        read = tuple(call for call in calls if call is not None)
+        return Reply(
+            message, read, is_rerendered=bool(read) and self._changes(turn_ids, message, read)
+        )
+
+    def _changes(
+        self, turn_ids: Sequence[int], message: Mapping[str, Any], calls: Sequence[ToolCall]
+    ) -> bool:
+        """Return whether the template renders a turn before results with other tokens than its own."""
+        asking: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
+        turn = {**message, "role": "assistant"}
+        told = [{"role": "tool", "name": call.name, "content": "?"} for call in calls]
+        try:
+            begun = self._render(asking, add_generation_prompt=True)
+            rendered = self._render([*asking, turn, *told], add_generation_prompt=True)
+        except (TemplateError, *ERRORS_OF_PARSER):  # such a turn can't be rendered at all
+            return True
+        own = [*begun, *turn_ids]
+        return rendered[: len(own)] != own
 
     def observation_ids(
         self, turn_ids: Sequence[int], results: Sequence[ToolResult]

@@ -55,7 +55,12 @@ class ReActDialogue:
         calls = [_read_action(action, schemas) for action in _ACTION.findall(said)]
         if not calls or None in calls:
             return Reply(message, malformed=True)
-        return Reply(message, tuple(call for call in calls if call is not None))
+        again = self._tokenizer.encode(text, add_special_tokens=False)
+        return Reply(
+            message,
+            tuple(call for call in calls if call is not None),
+            is_rerendered=again != list(turn_ids),
+        )
 
     def observation_ids(
         self, turn_ids: Sequence[int], results: Sequence[ToolResult]

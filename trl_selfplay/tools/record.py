@@ -47,11 +47,14 @@ class Reply:
         message: The turn as an assistant's message, for reward functions and readers.
         calls: The calls in it, in their order; none if the turn is an answer.
         malformed: Whether a call in it can't be read. It is never repaired.
+        is_rerendered: Whether its message, rendered again as part of a longer conversation, would have other
+            tokens than those that were sampled, which stay. Told of turns with calls.
     """
 
     message: dict[str, Any]
     calls: tuple[ToolCall, ...] = ()
     malformed: bool = False
+    is_rerendered: bool = False
 
 
 # Deeper arguments can't be read: Python's own limit on recursion depends on who calls.

@@ -156,6 +156,7 @@ class _Trajectory:
     messages: list[dict[str, Any]] = field(default_factory=list)
     num_turns: int = 0  # of the policy
     num_failed: int = 0
+    num_rerendered: int = 0  # turns
     rewards: list[float | None] = field(default_factory=list)  # one, once it is known
 
 
@@ -295,6 +296,7 @@ class _Course:
         elif is_last:
             self._finish(trajectory, turn.finish, "tool_limit")
         else:
+            trajectory.num_rerendered += reply.is_rerendered
             return reply.calls
         return ()
 
@@ -399,6 +401,7 @@ class _Course:
             environment_reward=trajectory.rewards[0] if trajectory.rewards else None,
             halt=halt,
             num_failed_calls=trajectory.num_failed,
+            num_rerendered_turns=trajectory.num_rerendered,
         )
         self._finished.append((trajectory.number, completion))
 
