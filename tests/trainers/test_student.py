@@ -58,7 +58,10 @@ def test_a_finished_run_trains_a_student_without_a_generation_call(
         "num_generations": 8, "history_rounds": 1, "gold_dataset": gold_answers(8), "gold_ratio": 0.5,
         "eval_dataset": sums(4, first=20), "num_generations_eval": 0, "save_strategy": "no",
     }  # fmt: skip
-    build_rest_em(**settings).train()
+    trainer = build_rest_em(**settings)
+    with pytest.raises(ValueError, match=r"needs a `student_model`"):
+        trainer.train_student()
+    trainer.train()
     funnel = RunFolder.open(tmp_path / "run").lines[1]["funnel"]
     assert funnel["gold"]
     assert funnel["history"]
@@ -86,6 +89,33 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_leaves_an_earlier_student_alone(
+    build_rest_em, small_model, tmp_path, sums
+) -> None:
+    """A student of unfinished rounds, by `train_student()`; and what is no run of these prompts."""
+    trainer = build_rest_em(num_rounds=2, student_model=small_model)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"no folder `_rounds`"):
+        trainer.train_student()
+    build_rest_em(num_rounds=1).train()
+    refuse_sampling(trainer)
+    trainer.train_student()
+    student = tmp_path / "run" / "student"
+    assert rows_of(student, 0) == rows_of(tmp_path / "run", 0)
+    before = weights_of(student)
+    with pytest.raises(ValueError, match=r"holds a student that was trained on other examples"):
+        build_rest_em(num_rounds=2, student_model=small_model).train(resume_from_checkpoint=True)
+    assert len(RunFolder.open(tmp_path / "run").lines) == 2
+    after = weights_of(student)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    other = build_rest_em(
+        train_dataset=sums(12, first=40), student_model=small_model,
+        student_args={"output_dir": str(tmp_path / "other")},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"prompts that .* has examples of are not in"):
+        other.train_student()
 
 
 @pytest.mark.slow

@@ -203,12 +203,36 @@ class TeachesStudent(RoundsMixin):
         """Run all rounds, then train the student; see `RoundsMixin.train`."""
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.student is not None and not self.args.dry_run:
-            mixture = self._mixture()
-            with _set_aside(self):
-                set_seed(self.student.args.seed)  # new adapters are alike, whatever came before
-                trainer = StudentTrainer(self, self.student, mixture)
-                trainer.train(resume_from_checkpoint=trainer.run.root.is_dir())
+            self.train_student()
         return output
+
+    def train_student(self) -> TrainOutput:
+        """Train the student on the last finished round of the run in `output_dir`, and play no round.
+
+        `train` calls it once all rounds are finished. It goes on where an earlier call stopped.
+
+        Raises:
+            ValueError: There is no student or no finished round, or the student's folder holds one that was
+                trained on something else.
+        """
+        if self.student is None:
+            raise ValueError(
+                "train_student() needs a `student_model`, which the trainer wasn't given."
+            )
+        mixture = self._mixture()
+        with _set_aside(self):
+            set_seed(self.student.args.seed)  # new adapters are alike, whatever came before
+            trainer = StudentTrainer(self, self.student, mixture)
+            folder = trainer.run.root
+            if folder.is_dir():
+                trained_on = RunFolder.open(folder).config.get("mixture")
+                if trained_on not in (None, trainer.identity()["mixture"]):
+                    raise ValueError(
+                        f"{trainer.args.output_dir!r} holds a student that was trained on other examples: of "
+                        "an earlier round, or of another run. Set another output_dir in student_args, or "
+                        "delete that folder."
+                    )
+            return trainer.train(resume_from_checkpoint=folder.is_dir())
 
     def trained_prompts(self, round_index: int, play: SelfPlay) -> Mapping[str, tuple[int, ...]]:
         """Return the prompts that a finished round was trained on, by id, as other stages render them."""
@@ -341,6 +365,11 @@ class StudentTrainer(RoundsMixin, SFTTrainer):
         """Return the rows of the mixture that fit."""
         play, taught = self.self_play, self._teacher
         prompt_ids = taught.trained_prompts(len(taught.run.lines) - 1, play)
+        if unknown := {*self._mixture.columns("prompt_id")[0]} - prompt_ids.keys():
+            raise ValueError(
+                f"{len(unknown)} prompts that {taught.args.output_dir!r} has examples of are not in "
+                "`train_dataset`. Give the dataset of that run: prompts and solutions must be equal."
+            )
         mixture = self._in_own_tokens([*taught.self_play.rows, *taught.gold.rows.values()])
 
         def outcome_of(rollout: Rollout) -> Outcome:
