@@ -147,6 +147,16 @@ def _build_rest_em(folder: str, inputs: Path, rows: Any, events: Events) -> Any:
     return _in_small_shards(trainer)
 
 
+def _build_teacher(folder: str, inputs: Path, rows: Any, events: Events) -> Any:
+    settings = {**_SETTINGS, **_ROUNDS, **_GRADED, "num_rounds": 1}
+    trainer = ReSTEMTrainer(
+        str(inputs / "model"), ReSTEMConfig(folder, **settings), **_sets(rows),
+        reward_funcs=events.watch_reward(_names_solution),
+        student_model=str(inputs / "model"), student_peft_config=_lora(),
+    )  # fmt: skip
+    return _in_small_shards(trainer)
+
+
 def _build_rest(folder: str, inputs: Path, rows: Any, events: Events) -> Any:
     settings = {
         **_SETTINGS, **_ROUNDS, **_GRADED, "num_rounds": 1, "improve_thresholds": [25.0, 60.0],
@@ -220,6 +230,7 @@ RUNS: dict[str, Callable[[str, Path, Any, Events], Any]] = {
     "STaR": _build_star,
     "judged STaR": _build_judged_star,
     "ReST^EM": _build_rest_em,
+    "student": _build_teacher,
     "ReST": _build_rest,
     "IRPO": _build_irpo,
     "SPIN": _build_spin,

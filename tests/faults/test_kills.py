@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from fault_events import Fault
-from survival import run_whole, survive
+from survival import find_difference, run_whole, survive
 
 # For each run, where one process after the other is killed, in the order of a round. The file that
 # was written last is cut in half where a moment is torn.
@@ -26,6 +26,12 @@ KILLS: dict[str, list[Fault]] = {
         Fault("rename selection.parquet"),
         Fault("save .model/training_args.bin", torn=True),
         Fault("rmtree checkpoint-0", 2),
+    ],
+    "student": [
+        Fault("rename rounds.jsonl"),
+        Fault("open student/.dataset/state.json", torn=True),
+        Fault("save student/checkpoint-0/optimizer.pt", 1, torn=True),
+        Fault("rename student/_rounds/rounds.jsonl"),
     ],
     "ReST": [Fault("grade", 3), Fault("open checkpoint-0/trainer_state.json", 2, torn=True)],
     "IRPO": [Fault("rename .dataset-unscored"), Fault("sample eval in training", 5)],
@@ -52,4 +58,6 @@ def test_a_killed_run_ends_like_one_that_never_stopped(name, request) -> None:
     survivor = survive(base, name, whole, KILLS[name])
     assert survivor.exit_codes == [-signal.SIGKILL] * len(KILLS[name]) + [0]
     assert survivor.difference is None
+    if name == "student":
+        assert find_difference(whole / "student", base / "student-killed" / "student") is None
     assert [repeated.lost_samples for repeated in survivor.repeated] == [0] * len(KILLS[name])
