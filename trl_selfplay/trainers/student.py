@@ -39,6 +39,7 @@ from trl_selfplay.rounds.stages import SelfPlay
 from trl_selfplay.trainers.construction import Grading, load_processing_class
 from trl_selfplay.trainers.graded_config import GradedConfig
 from trl_selfplay.trainers.rounds import RoundsMixin
+from trl_selfplay.trainers.tool_setup import choose_form
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ logger = logging.getLogger(__name__)
 _AS_THE_POLICY = (
     "max_completion_length", "top_p", "top_k", "min_p", "repetition_penalty", "stop_strings",
     "generation_kwargs", "chat_template_kwargs", "sanitize_control_tokens", "num_generations_eval",
-    "temperature_eval", "few_shot_in_training", "reward_threshold",
+    "temperature_eval", "few_shot_in_training", "reward_threshold", "max_tool_calling_iterations",
+    "tool_deadline", "tool_format",
 )  # fmt: skip
 # Fields of TRL's config that belong to one model, its folder and its repository.
 _OF_ONE_MODEL = (
@@ -161,6 +163,16 @@ def _fields_of(config: Any) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(SFTConfig) if f.init}
 
 
+def _render_like(play: SelfPlay, tokenizer: PreTrainedTokenizerBase, config: StudentConfig) -> None:
+    """Render a prompt as the policy's was, with tools in the same form."""
+    form = play.formatter.tool_form
+    if form is not None:
+        config.tool_format = "react" if form.in_words else "chat"
+        conversational, ends = play.rows[0].is_conversational, [tokenizer.eos_token_id]
+        form = choose_form(config, tokenizer, form.toolbox, conversational, ends)
+    PromptFormatter(tokenizer, tool_form=form).token_ids(play.rows[0], few_shot=False)
+
+
 class TeachesStudent(RoundsMixin):
     """Trains a smaller model, once all rounds are finished, on the mixture of the last one.
 
@@ -193,8 +205,8 @@ class TeachesStudent(RoundsMixin):
         play = self.self_play
         if tokenizer.get_vocab() == play.formatter.tokenizer.get_vocab():
             tokenizer = play.formatter.tokenizer
-        else:  # raises if it has no chat template
-            PromptFormatter(tokenizer).token_ids(play.rows[0], few_shot=False)
+        else:  # raises if its chat template can't do what the policy's can
+            _render_like(play, tokenizer, config)
         self.student = Student(model, config, tokenizer, peft_config)
 
     def train(
@@ -295,11 +307,12 @@ class StudentTrainer(RoundsMixin, SFTTrainer):
         self._teacher = teacher
         self._mixture = mixture
         self.agent = teacher.agent
-        play = teacher.self_play
+        play, form = teacher.self_play, teacher.self_play.formatter.tool_form
         super().__init__(
             student.model, student.args, play.rows, eval_dataset=teacher.eval_dataset,
             processing_class=student.tokenizer, peft_config=student.peft_config, grading=Grading(),
             examples=play.formatter.few_shot_examples,
+            toolbox=None if form is None else form.toolbox,
         )  # fmt: skip
 
     def prepare_stages(self, play: SelfPlay) -> SelfPlay:
@@ -398,12 +411,14 @@ class StudentTrainer(RoundsMixin, SFTTrainer):
         play, taught = self.self_play, self._teacher.self_play
         if play.formatter.tokenizer is taught.formatter.tokenizer:
             return self._mixture
+        form = play.formatter.tool_form
+        in_messages = form is not None and not form.in_words
         found, missing = retokenize(
             self._mixture,
             taught.formatter.tokenizer,
             play.formatter,
             (play.eos_token_id, *play.eos_token_ids),
-            {row.prompt_id: row for row in rows if row.is_conversational},
+            {row.prompt_id: row for row in rows} if in_messages else {},
         )
         if missing:
             what = (
