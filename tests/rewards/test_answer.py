@@ -9,7 +9,7 @@ from trl_selfplay.rewards import (
     final_answer,
     math_reward,
 )
-from trl_selfplay.rewards.answer import answers_agree
+from trl_selfplay.rewards.answer import answers_agree, text_of
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,16 @@ def test_the_reward_takes_text_and_messages() -> None:
     chats = [[{"role": "assistant", "content": text}] for text in texts]
     assert exact_reward(texts, golds) == exact_reward(chats, golds) == [1.0, 1.0, 1.0]
     assert exact_reward(texts, golds[1:] + golds[:1]) == [0.0, 0.0, 0.0]
+
+
+def test_a_tool_s_result_is_no_answer_of_the_policy_s() -> None:
+    call = {"role": "assistant", "content": "I look it up.", "tool_calls": [{"type": "function"}]}
+    result = {"role": "tool", "name": "search", "content": "The answer is 7."}
+    answer = {"role": "assistant", "content": "The answer is 8."}
+    assert text_of([call, result, answer]) == answer["content"]
+    assert text_of([call, result]) == call["content"]  # cut behind the result
+    assert text_of([result]) == result["content"]  # of a prompt, in the transcript for a judge
+    assert text_of([{**call, "content": None}]) == ""
 
 
 def test_a_solution_that_cannot_be_used_is_no_verdict() -> None:

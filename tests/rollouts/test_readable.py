@@ -1,7 +1,14 @@
 """What graders and readers get of a completion: its text, or its turns as messages."""
 
+import copy
+
+from accelerate import Accelerator
+
 from trl_selfplay.generation.sampler import SampledCompletion
-from trl_selfplay.rollouts.readable import completion_messages, completion_text, find_tag_ids
+from trl_selfplay.rewards.scoring import Scorer
+from trl_selfplay.rollouts.collection import Collector
+from trl_selfplay.rollouts.prompts import PromptRow
+from trl_selfplay.rollouts.readable import completion_text, find_tag_ids
 from trl_selfplay.rollouts.record import hash_prompt, load_rollouts, save_rollouts
 
 
@@ -27,18 +34,31 @@ def test_the_text_of_a_trajectory_is_what_the_policy_wrote(byte_tokenizer) -> No
     assert completion_text(byte_tokenizer, cut, frozenset()) == "call"
 
 
-def test_functions_get_copies_of_a_trajectory_s_messages(byte_tokenizer, make_rollout) -> None:
+def test_functions_get_a_trajectory_s_turns_as_copies(chat_tokenizer, make_rollout) -> None:
+    """A function that changes what it gets changes nothing that is stored."""
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     messages = (
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "add", "content": "2"},
         {"role": "assistant", "content": "So 2."},
     )
-    rollout = make_rollout(messages=messages)
-    given = completion_messages(byte_tokenizer, rollout)
-    assert given == list(messages)
-    given[0]["tool_calls"][0]["function"]["arguments"]["a"] = 9
-    assert rollout.messages[0]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    seen = []
+
+    def changes(completions, **kwargs):
+        seen.append(copy.deepcopy(completions))
+        completions[0][0]["tool_calls"][0]["function"]["arguments"]["a"] = 9
+        return [1.0]
+
+    rollout = make_rollout(prompt_id="p", messages=messages, completion="call\nSo 2.")
+    collector = Collector(None, Scorer([changes] * 2), chat_tokenizer, Accelerator(cpu=True), 0)
+    (graded,) = collector.grade(
+        [rollout], {"p": PromptRow.of([{"role": "user", "content": "?"}], "d")}
+    )
+    assert seen == [[list(messages)]] * 2
+    assert graded.messages == messages
+    text_row = PromptRow.of("?", "d")
+    given = collector.reward_arguments([rollout], {"p": text_row})
+    assert given["completions"] == ["call\nSo 2."]  # of a prompt of text, what the policy wrote
 
 
 def test_tags_that_are_special_tokens_stay_in_the_text(byte_tokenizer) -> None:

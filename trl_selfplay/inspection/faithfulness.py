@@ -315,6 +315,11 @@ def _score(
     causes: Counter[str] = Counter()
     found: list[tuple[int, Rollout, Parts]] = []
     for round_index, rollout in kept:
+        if (
+            rollout.completion_mask is not None
+        ):  # its answer follows from results, not from thoughts alone
+            causes["has results of tools"] += 1
+            continue
         ids = rollout.completion_ids[:-1] if rollout.finish == "eos" else rollout.completion_ids
         parts = split_completion(ids, decode)
         if isinstance(parts, str):

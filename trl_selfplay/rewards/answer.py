@@ -54,10 +54,11 @@ _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 
 
 def text_of(completion: Any) -> str:
-    """Return the text of a completion, or of its last message."""
+    """Return the text of a completion, or of its last message that isn't a tool's."""
     if isinstance(completion, str):
         return completion
-    content = completion[-1]["content"] if completion else ""
+    written = [message for message in completion if message.get("role") != "tool"] or completion
+    content = written[-1]["content"] if written else ""
     if isinstance(content, list):  # content parts, as for multimodal models
         return "".join(part.get("text") or "" for part in content)
     return content or ""

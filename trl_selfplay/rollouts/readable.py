@@ -3,7 +3,6 @@
 In: tokens of a completion, or a rollout. Out: what the policy wrote as text, or the turns as chat messages.
 """
 
-import copy
 import re
 from collections.abc import Collection, Sequence
 from itertools import groupby
@@ -76,8 +75,8 @@ def completion_messages(tokenizer: Any, rollout: Rollout) -> list[dict[str, Any]
     completion is one assistant message, which the tokenizer's `response_template`, where it has one, divides
     into thoughts and content.
     """
-    if rollout.messages:  # a function may change what it gets
-        return [copy.deepcopy(dict(message)) for message in rollout.messages]
+    if rollout.messages:
+        return list(map(dict, rollout.messages))
     parsed = None
     if getattr(tokenizer, "response_template", None) is not None:
         parsed = parse_message(tokenizer, rollout.completion_ids, rollout.prompt_ids)

@@ -311,7 +311,9 @@ def _lengths(trainer: Any, trial: TrialRound) -> Finding | None:
         return None
     args = trainer.args
     most = build_sampling_options(args, ()).max_completion_length
-    lengths = [len(r.completion_ids) for r in trial.samples]
+    lengths = [
+        len(r.completion_ids) for r in trial.samples
+    ]  # with results of tools: all are limited
     truncated = fmean(r.is_truncated for r in trial.samples)
     longest_prompt = max(len(r.prompt_ids) for r in trial.samples)
     too_long = trial.played.funnel.unhinted.too_long + trial.played.funnel.hinted.too_long
@@ -390,7 +392,7 @@ def _memory(trainer: Any, trial: TrialRound) -> Finding:
 
 def _time(trainer: Any, trial: TrialRound) -> Finding:
     seconds = seconds_of_run(trainer, trial, expected_examples(trainer, trial))
-    num_tokens = sum(len(r.completion_ids) for r in trial.played.rollouts)
+    num_tokens = sum(len(r.own_ids) for r in trial.played.rollouts)
     values = {"seconds": seconds, "tokens_per_second": num_tokens / max(trial.seconds, 1e-9)}
     parts = ", ".join(f"{phase} {format_duration(value)}" for phase, value in seconds.items())
     text = f"about {format_duration(sum(seconds.values()))} for the run ({parts})"
