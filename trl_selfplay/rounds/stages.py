@@ -224,8 +224,8 @@ class SelfPlay:
 
     def shows_examples(self, round_index: int) -> bool:
         """Return whether a round samples with the few-shot examples before each prompt."""
-        limit = self.config.few_shot_rounds
-        return self.has_examples and (limit is None or round_index < limit)
+        limit = self.config.few_shot_rounds if self.has_examples else 0  # SPIN has no such field
+        return limit is None or round_index < limit
 
     def ask(
         self,
