@@ -107,6 +107,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         **script_arguments.model_arguments(training_args, model_args),
         reward_funcs=rewards,
         eval_reward_funcs=script_arguments.load_eval_reward_funcs(script_args),
+        **script_arguments.load_tools(script_args),
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)
     if split:

@@ -117,6 +117,7 @@ def main(
         callbacks=callbacks,
         reward_funcs=script_arguments.load_reward_funcs(script_args),
         eval_reward_funcs=script_arguments.load_eval_reward_funcs(script_args),
+        **script_arguments.load_tools(script_args),
         **script_arguments.student_arguments(script_args),
     )
     script_arguments.train_and_save(trainer, training_args, script_args.dataset_name)

@@ -119,6 +119,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         **loading,
         reward_funcs=rewards,
         eval_reward_funcs=script_arguments.load_eval_reward_funcs(script_args),
+        **script_arguments.load_tools(script_args),
     )
     script_arguments.train_and_save(star, training_args, script_args.dataset_name)
     if split:
@@ -135,6 +136,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         eval_dataset=sets["eval_dataset"],
         processing_class=tokenizer,
         peft_config=loading["peft_config"],
+        **script_arguments.load_tools(script_args),
     )
     Path(second.output_dir).mkdir(parents=True, exist_ok=True)
     grpo.train(resume_from_checkpoint=get_last_checkpoint(second.output_dir))

@@ -102,6 +102,11 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, construct, train, save; in the demo, train a generator before and compare afterwards."""
+    if script_args.tools or script_args.environment_factory:
+        raise script_arguments.WrongFlagsError(
+            "--tools and --environment_factory: a verifier is trained on the samples of another run, which "
+            "may have called tools. Leave them out."
+        )
     sets, generator = (
         script_arguments.load_sets(script_args, dataset_args, PRESETS, model_args),
         None,

@@ -18,3 +18,39 @@ def look_up(word: str) -> str:
         word: The word.
     """
     return f"{word}: a word"
+
+
+class Counter:
+    """An environment that says how far to count, and counts."""
+
+    def reset(self, target: int = 1, **columns) -> str | None:
+        self.count, self.target = 0, target
+        return f" {target}"
+
+    def add(self, a: int, b: int) -> str:
+        """Count up.
+
+        Args:
+            a: By this much.
+            b: And by this much.
+        """
+        self.count += a + b
+        return str(self.count)
+
+    def get_reward(self) -> float:
+        return float(self.count >= self.target)
+
+
+class Silent:
+    """An environment that says nothing and gives no reward."""
+
+    def reset(self, **columns) -> None:
+        pass
+
+    def look_up(self, word: str) -> str:
+        """Look a word up.
+
+        Args:
+            word: The word.
+        """
+        return f"{word}: a word"

@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import plain_tools
 import pytest
 from datasets import Dataset, load_from_disk
 from processes import run_script
@@ -20,6 +21,7 @@ from trl_selfplay.demos.script_arguments import (
     load_reward_func,
     load_sets,
     load_splits,
+    load_tools,
     model_arguments,
     prepare,
     student_arguments,
@@ -434,6 +436,23 @@ def test_a_function_of_one_s_own_module_may_follow_a_colon(reward_module) -> Non
     assert found(completions=["so 3", "4"], solution=["3", "3"]) == [1.0, 0.0]
     with pytest.raises(ImportError, match="my_rewards has no function 'absent'"):
         load_reward_func("my_rewards:absent")
+
+
+def test_tools_and_environments_are_named_by_import_path(star, tmp_path) -> None:
+    def load(*flags):
+        return load_tools(star.parse_arguments([*flags, "--output_dir", str(tmp_path)])[0])
+
+    assert load() == {"tools": None, "environment_factory": None}
+    assert load("--tools", "plain_tools.add", "plain_tools.look_up") == {
+        "tools": [plain_tools.add, plain_tools.look_up], "environment_factory": None,
+    }  # fmt: skip
+    found = load("--environment_factory", "plain_tools.Counter")
+    assert found["environment_factory"] is plain_tools.Counter
+    with pytest.raises(ImportError, match="plain_tools has no function 'absent'"):
+        load("--tools", "plain_tools.absent")
+    for path in RECIPES.glob("*.py"):  # each that takes reward functions takes tools
+        text = path.read_text()
+        assert "load_reward_funcs(" not in text or "load_tools(" in text, path
 
 
 def test_a_model_without_a_dataset_is_refused_and_without_both_the_demo_is_told(

@@ -1,6 +1,7 @@
 """Tools in STaRTrainer, ReSTEMTrainer and IRPOTrainer: prompts, rows, settings, and what is refused."""
 
 import inspect
+import json
 import types
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import trl
 from bigram_policy import CHAT_STEPS, END, TEXT_STEPS, bigram_model, family_template, word_tokenizer
 from datasets import Dataset
-from plain_tools import add, look_up
+from plain_tools import Counter, Silent, add, look_up
 
 from trl_selfplay import (
     IRPOConfig,
@@ -18,9 +19,11 @@ from trl_selfplay import (
     STaRConfig,
     STaRTrainer,
 )
+from trl_selfplay.disk import save_text
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.rendering import PromptFormatter
 from trl_selfplay.rollouts.stored import load_samples
+from trl_selfplay.rounds.identity import check_identity, describe_trainer
 from trl_selfplay.tools.offer import describe
 from trl_selfplay.tools.tool_set import ToolSet
 from trl_selfplay.trainers.tool_setup import choose_form
@@ -258,23 +261,124 @@ def test_the_policy_ends_where_its_template_does() -> None:
     assert text.endswith(f"{END}\n<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize("change", ["name", "description", "source"])
-def test_what_changed_of_a_tool_is_shown_on_resume(build, monkeypatch, change, caplog) -> None:
-    trainer = build()
-    trainer.train()
+@pytest.mark.parametrize("change", ["name", "description", "type", "source", "none"])
+def test_what_changed_of_a_tool_is_shown_on_resume(build, tmp_path, monkeypatch, change, caplog):
+    path = tmp_path / "config.json"
+    check_identity(describe_trainer(build()), path, 0, is_trained=False)
     other = types.FunctionType(add.__code__, add.__globals__, add.__name__)
-    other.__annotations__, other.__doc__ = add.__annotations__, add.__doc__
-    if change == "source":
-        monkeypatch.setattr(inspect, "getsource", lambda function: "changed")
-    elif change == "name":
+    other.__annotations__, other.__doc__ = dict(add.__annotations__), add.__doc__
+    if change == "name":
         other.__name__ = "sum_up"
-    else:
+    elif change == "description":
         other.__doc__ = add.__doc__.replace("Add two", "Add up two")
-    again = build(tools=[other], num_rounds=2)
+    elif change == "type":
+        other.__annotations__["b"] = float
+    elif change == "source":
+        monkeypatch.setattr(inspect, "getsource", lambda function: "changed")
+    again = describe_trainer(build(tools=None if change == "none" else [other]))
     if change == "source":
-        again.train(resume_from_checkpoint=True)
-        assert "tools_source.add: " in caplog.text
+        check_identity(again, path, 0, is_trained=False)
+        assert "tools_source.add: tools have changed. Completions that called them" in caplog.text
+        monkeypatch.undo()
+        check_identity(describe_trainer(build()), path, 1, is_trained=True)
+        assert "tools_source.add: '" in caplog.text
         return
-    expected = {"name": r"tools\.sum_up\.description", "description": "'Add two.*' → 'Add up two"}
+    expected = {
+        "name": r"tools\.sum_up\.description: None → 'Add two",
+        "description": "tools.add.description: 'Add two.*' → 'Add up two",
+        "type": r"tools\.add\.parameters\.properties\.b\.type: 'integer' → 'number'",
+        "none": r"tools\.add\.description: 'Add two.*' → None",
+    }
     with pytest.raises(ValueError, match=expected[change]):
-        again.train(resume_from_checkpoint=True)
+        check_identity(again, path, 0, is_trained=False)
+
+
+def test_a_run_of_before_there_were_tools_takes_none_on_resume(build, tmp_path) -> None:
+    path = tmp_path / "config.json"
+    check_identity(describe_trainer(build(tools=None)), path, 0, is_trained=False)
+    record = json.loads(path.read_text())
+    save_text(path, json.dumps({k: v for k, v in record.items() if not k.startswith("tools")}))
+    check_identity(describe_trainer(build(tools=None)), path, 0, is_trained=False)
+    save_text(path, json.dumps({k: v for k, v in record.items() if not k.startswith("tools")}))
+    with pytest.raises(ValueError, match=r"tools\.add\.description: None → 'Add two"):
+        check_identity(describe_trainer(build()), path, 0, is_trained=False)
+
+
+# --- environments ---
+
+
+def test_an_environment_s_first_words_end_the_prompt_and_its_reward_grades(build) -> None:
+    """As in GRPOTrainer; prompts are missing, and so are reward functions."""
+    rows = Dataset.from_dict({"target": [5, 12]})
+    trainer = build(
+        chat=True, tools=None, environment_factory=Counter, reward_funcs=None, train_dataset=rows,
+        num_generations=6,
+    )  # fmt: skip
+    play = trainer.self_play
+    assert [row.prompt for row in sorted(play.rows, key=lambda row: row.row_index)] == [
+        [{"role": "user", "content": " 5"}], [{"role": "user", "content": " 12"}],
+    ]  # fmt: skip
+    assert play.collector.scorer.names == ("Counter",)
+    trainer.train()
+    for r in load_samples(trainer.run.folder(0)):
+        target = 5 if " 5 <|im_end|>" in r.prompt else 12
+        if r.halt is None and r.finish != "length":
+            num_calls = sum(m["role"] == "tool" for m in r.messages)
+            assert r.rewards == (float(7 * num_calls >= target),)
+
+
+def test_a_dict_of_environments_shows_each_row_its_own_tools(build) -> None:
+    rows = rows_of(False, 3, environment=["count", "silent", "count"], target=[5, 6, 7])
+    given = {"count": Counter, "silent": Silent}
+    trainer = build(
+        tools=None, environment_factory=given, reward_funcs=says_yes, reward_weights=[0.5], reward_threshold=0.5,
+        train_dataset=rows,
+    )  # fmt: skip
+    texts = [prompt_text(trainer, place) for place in range(3)]
+    encoded = [trainer.processing_class.encode(f"{describe([schema])}\n\nQ")[:-1] for schema in
+               trainer.self_play.formatter.tool_form.toolbox.schemas]  # fmt: skip
+    decoded = [trainer.processing_class.decode(ids) for ids in encoded]
+    assert [[text.startswith(told) for told in decoded] for text in texts] == [
+        [True, False], [False, True], [True, False],
+    ]  # fmt: skip
+    scorer = trainer.self_play.collector.scorer
+    assert scorer.names == ("says_yes", "Counter")
+    assert scorer.weighted([1.0, 1.0]) == 1.5
+    trainer.train()
+    for r in load_samples(trainer.run.folder(0)):
+        [row] = [row for row in trainer.self_play.rows if row.prompt_id == r.prompt_id]
+        if r.is_graded and r.halt is None:
+            assert (r.rewards[1] is None) == (row.columns["environment"] == "silent")
+
+
+def test_rows_that_differ_in_what_reset_reads_are_different_rows(build) -> None:
+    rows = Dataset.from_dict(
+        {"prompt": ["Q ?", "Q ?"], "solution": ["yes"] * 2, "word": ["a", "b"]}
+    )
+    assert (
+        len(build(environment_factory=Silent, tools=None, train_dataset=rows).self_play.rows) == 1
+    )
+    reads = type("Reads", (Silent,), {"reset": lambda self, word, **columns: None})
+    assert len(build(environment_factory=reads, tools=None, train_dataset=rows).self_play.rows) == 2
+
+
+def test_what_environments_cannot_do_is_refused(build) -> None:
+    gold = Dataset.from_dict({"prompt": ["Q 1 + 4 = ?"], "completion": ["yes"]})
+    with pytest.raises(ValueError, match="`gold_dataset` with an `environment_factory`"):
+        build("ReST^EM", environment_factory=Silent, tools=None, gold_dataset=gold)
+    with pytest.raises(ValueError, match="`reward_funcs` is missing"):
+        build(environment_factory=Silent, tools=None, reward_funcs=None)
+    with pytest.raises(ValueError, match=r"`environment` is 'other'"):
+        build(
+            environment_factory={"silent": Silent}, tools=None,
+            train_dataset=rows_of(False, environment=["other"] * 4),
+        )  # fmt: skip
+
+
+def test_template_arguments_of_rows_are_refused_where_results_are_shown_alike(build) -> None:
+    rows = rows_of(True, chat_template_kwargs=[{"x": 1}] * 4)
+    with pytest.raises(
+        ValueError, match=r"row \d has `chat_template_kwargs` of its own, and tools"
+    ):
+        build(chat=True, train_dataset=rows)
+    assert len(build(chat=True, train_dataset=rows, tool_format="react").self_play.rows) == 4

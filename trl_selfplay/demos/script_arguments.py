@@ -77,6 +77,20 @@ class GradedScriptArguments(RunScriptArguments):
             "help": "Reward functions for held-out prompts, given like reward_funcs. None: the same."
         },
     )
+    tools: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Functions that completions may call, by import path, such as my_tools.search "
+            "(docs/tools.md)."
+        },
+    )
+    environment_factory: str | None = field(
+        default=None,
+        metadata={
+            "help": "A class, function or dict of these that makes the environment of each completion, by "
+            "import path. With `get_reward`, reward_funcs may be left out."
+        },
+    )
     prompt_column: str = field(
         default="prompt",
         metadata={"help": "Column that holds the prompts. It is renamed to `prompt`."},
@@ -297,6 +311,19 @@ def reward_models(script_args: Any) -> list[str]:
 def load_eval_reward_funcs(script_args: GradedScriptArguments) -> list[Any] | None:
     """Return the reward functions of held-out prompts; None if the flags name none of their own."""
     return [load_reward_func(name) for name in script_args.eval_reward_funcs or ()] or None
+
+
+def load_tools(script_args: GradedScriptArguments) -> dict[str, Any]:
+    """Return the tools and the environments named by the flags, as a trainer takes them.
+
+    Raises:
+        ImportError: There is no module or function of a name.
+    """
+    factory = script_args.environment_factory
+    return {
+        "tools": [import_function(path) for path in script_args.tools or ()] or None,
+        "environment_factory": None if factory is None else import_function(factory),
+    }
 
 
 def prepare(dataset: Any, script_args: GradedScriptArguments) -> Any:

@@ -68,6 +68,12 @@ def load_gold(
         TypeError, ValueError: As `load_chosen_rows`; or a row is to be graded and has no solution.
     """
     name = "gold_dataset"
+    form = formatter.tool_form
+    if form is not None and form.toolbox.resets:
+        raise ValueError(
+            f"`{name}` with an `environment_factory`: prompts end with what the environment says, and human "
+            "completions have no environment that could give a reward. Leave one out."
+        )
     chosen = load_chosen_rows(dataset, name)
     if chosen[0].is_conversational != train_rows[0].is_conversational:
         raise ValueError(

@@ -308,6 +308,12 @@ class PromptFormatter:
         Raises:
             ValueError: They can't be rendered; the error names the row.
         """
+        if self._template_tools(row) and self.tool_form is not None and self._row_kwargs(row):
+            raise ValueError(
+                f"{row.where} has `chat_template_kwargs` of its own, and tools that are called in the chat "
+                "template's form: results are shown alike in all rows. Set the config's "
+                "`chat_template_kwargs`, remove the column, or set tool_format='react'."
+            )
         sanitize = {"sanitize_control_tokens": True} if self.sanitize_control_tokens else {}
         ids = self._render(messages, row, complete, tokenize=True, return_dict=False, **sanitize)
         return check_embedded(ids, self.tokenizer, self.num_embeddings, row.where)
