@@ -1,11 +1,16 @@
 """Rounds of an agent: each step of a trajectory is a training example. Invariants RA-…."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from agent_process import train
 from datasets import concatenate_datasets, load_from_disk
 from fact_agent import FactAgent, capital_of_birth, fact, questions
 from tiny_rewards import contains_solution
@@ -130,7 +135,10 @@ class Replay:
             yield agent.observe(move.state, observed(fact, move.call))
 
 
-@pytest.mark.parametrize("rank", [None, prefers_low_digits], ids=["perplexity", "ranked"])
+@pytest.mark.parametrize(
+    "rank",
+    [pytest.param(None, id="perplexity", marks=pytest.mark.slow), prefers_low_digits],
+)
 def test_each_step_is_an_example_whose_prompt_is_the_state_and_whose_target_is_the_best(
     build, recorder, rank
 ) -> None:
@@ -213,6 +221,34 @@ def test_an_interrupted_trajectory_is_the_same_and_calls_nothing_twice(build, tm
     assert contents(again) == contents(plays) == contents(whole)
     failed = [c for c in calls if c.arguments["key"] == "9"]
     assert Counter(map(repr, made)) - Counter(map(repr, calls)) <= Counter(map(repr, failed))
+
+
+@pytest.mark.slow
+def test_after_a_kill_in_a_call_the_run_is_that_of_an_uninterrupted_one(
+    saved_tiny_model, tmp_path
+) -> None:
+    """RA-15, with kill -9: of the calls whose results were on disk, none is made again."""
+
+    def rows(folder):
+        folders = [folder / "_rounds" / f"round-00{i}" / "dataset" for i in (0, 1)]
+        return [load_from_disk(str(each)).to_list() for each in folders]
+
+    def start(kill_at):
+        script = [sys.executable, str(Path(__file__).with_name("agent_process.py"))]
+        told = [saved_tiny_model, tmp_path / "killed", calls, kill_at]
+        return subprocess.run([*script, *map(str, told)], capture_output=True, text=True)
+
+    calls, known = tmp_path / "calls", tmp_path / "killed" / "_rounds" / "observations.jsonl"
+    assert start(kill_at=4).returncode == -signal.SIGKILL
+    before = calls.read_text().split()
+    kept = list(map(json.loads, known.read_text().splitlines()))
+    assert 0 < len(kept) < len(before)
+    done = start(kill_at=0)
+    assert done.returncode == 0, done.stderr
+    made = calls.read_text().split()[len(before) :]
+    assert not {event["arguments"]["key"] for event in kept if not event["failed"]} & set(made)
+    train(str(saved_tiny_model), str(tmp_path / "whole"), fact)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
 def test_no_gold_answer_is_read_and_questions_count_once(build, tmp_path) -> None:
