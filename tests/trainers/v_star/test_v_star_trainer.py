@@ -205,6 +205,8 @@ def test_samples_that_cannot_work_are_refused(
         build_verifier(star_run, train_dataset=sums(3, first=500))
     with pytest.raises(ValueError, match="without rewards"):
         build_verifier(star_run, samples=[make_rollout(rewards=(), reward=None)])
+    with pytest.raises(ValueError, match="has completions with results of tools"):
+        build_verifier(star_run, samples=[make_rollout(completion_mask=(True, False, True))])
     with pytest.raises(ValueError, match="Leave it out"):
         build_verifier(star_run, eval_dataset=sums(3, first=500))
 

@@ -147,7 +147,7 @@ def _read_samples(samples: str | Path | Sequence[Rollout], rows: Sequence[Prompt
 
     Raises:
         FileNotFoundError: There is no run in the folder.
-        ValueError: The samples aren't graded, or none is of these prompts.
+        ValueError: The samples aren't graded, called tools, or none is of these prompts.
     """
     where = "`samples`"
     if isinstance(samples, str | Path):
@@ -165,6 +165,11 @@ def _read_samples(samples: str | Path | Sequence[Rollout], rows: Sequence[Prompt
         raise ValueError(
             f"{where} has completions without rewards, such as SPINTrainer's. Give a run whose "
             "completions were graded by reward functions."
+        )
+    if any(mask is not None for mask in found.columns("completion_mask")[0]):
+        raise ValueError(
+            f"{where} has completions with results of tools, which the prompts of a verifier don't show and "
+            "whose tokens VerifierReward would count as the model's. Give samples of single turns."
         )
     known = {row.prompt_id for row in rows}
     of_prompts = [place for place, prompt_id in enumerate(prompt_ids) if prompt_id in known]
