@@ -1,5 +1,7 @@
 """Tools of tests, in a module that a process imports quickly."""
 
+import random
+
 
 def add(a: int, b: int) -> str:
     """Add two numbers.
@@ -18,6 +20,18 @@ def look_up(word: str) -> str:
         word: The word.
     """
     return f"{word}: a word"
+
+
+def draw(word: str) -> str:
+    """Draw a card.
+
+    Args:
+        word: Its colour.
+    """
+    return f"{word}: {random.random()}"
+
+
+draw.deterministic = False  # as `trl_selfplay.tools.tool` says it, which is slow to import
 
 
 class Counter:

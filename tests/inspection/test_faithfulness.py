@@ -175,3 +175,12 @@ def test_the_command_says_what_is_missing(write_run, capsys) -> None:
     assert "no completions of these rounds" in capsys.readouterr().err
     assert main(["score", str(run.output_dir), "--rounds", "4"]) == 2
     assert "has samples of round 0; asked for [4]" in capsys.readouterr().err
+
+
+def test_a_run_with_tools_is_not_scored(write_run) -> None:
+    kept = [{"row": 0, "outcome": "kept"}]
+    run = write_run(
+        [{"prompt": "1 + 2", "solution": "3"}], [kept], **{"tools.add.description": "Add."}
+    )
+    with pytest.raises(ValueError, match="had tools: its prompts show them"):
+        score_run(run, "any-model")

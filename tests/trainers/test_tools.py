@@ -9,7 +9,7 @@ import pytest
 import trl
 from bigram_policy import CHAT_STEPS, END, TEXT_STEPS, bigram_model, family_template, word_tokenizer
 from datasets import Dataset
-from plain_tools import Counter, Silent, add, look_up
+from plain_tools import Counter, Silent, add, draw, look_up
 
 from trl_selfplay import (
     IRPOConfig,
@@ -21,6 +21,7 @@ from trl_selfplay import (
 )
 from trl_selfplay.disk import save_text
 from trl_selfplay.rollouts.prompts import PromptRow
+from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rendering import PromptFormatter
 from trl_selfplay.rollouts.stored import load_samples
 from trl_selfplay.rounds.identity import check_identity, describe_trainer
@@ -108,6 +109,53 @@ def test_a_round_trains_on_what_the_policy_wrote_beside_the_results(build) -> No
     ]
     assert masked
     assert all(masked)
+
+
+@pytest.mark.slow
+def test_held_out_prompts_and_hints_have_the_tools_too(build) -> None:
+    heldout = Dataset.from_dict(
+        {"prompt": [f"Q {i} + 5 = ?" for i in range(6)], "solution": ["no"] * 6}
+    )
+    trainer = build(
+        eval_dataset=heldout, num_generations_eval=4, rationalize=True, hint_formatter=lambda p, _: p,
+        leak_filter=lambda *_: None, num_generations=1, train_dataset=rows_of(False, 30),
+    )  # fmt: skip
+    trainer.train()
+    assert "eval_tools/call_frequency" in trainer.evaluate()
+    folder = trainer.run.folder(0)
+    heldout = [r for path in folder.rglob("*sampled-*.parquet") for r in load_rollouts(path)]
+    hinted = [r for r in load_samples(folder) if r.hinted]
+    for rollouts in (heldout, hinted):
+        assert any(m["role"] == "tool" for r in rollouts for m in r.messages)
+        told = describe(ToolSet([add], 1.0).schemas)
+        ids = tuple(trainer.processing_class.encode(f"{told}\n\nQ")[:-1])
+        assert all(r.prompt_ids[: len(ids)] == ids for r in rollouts)
+
+
+@pytest.mark.slow
+def test_a_dry_run_calls_tools_and_changes_no_sample(build, capsys) -> None:
+    trainer = build(dry_run=True)
+    trainer.train()
+    out = capsys.readouterr().out
+    assert "nothing was trained" in out
+    assert "Observation:" in out
+    after, without = build(folder="after"), build(folder="without")
+    for each in (after, without):
+        each.train()
+    own, others = (
+        {(r.prompt_id, r.sample_index): r.completion_ids for r in load_samples(t.run.folder(0))}
+        for t in (after, without)
+    )
+    assert own == others
+
+
+def test_what_is_not_deterministic_is_told_in_log_and_card(build, tmp_path, caplog) -> None:
+    trainer = build(tools=[add, draw])
+    assert "draw: declared as not deterministic" in caplog.text
+    trainer.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| Tools | add, draw |" in card
+    assert "| Tools declared as not deterministic | draw |" in card
 
 
 @pytest.mark.parametrize("method", ["STaR", pytest.param("IRPO", marks=pytest.mark.slow)])

@@ -168,7 +168,7 @@ def score_run(
 
     Raises:
         FileNotFoundError: There is no model yet, or the run kept no prompts.
-        ValueError: There are no samples of a round, or none that were graded and kept.
+        ValueError: There are no samples of a round, or none that were graded and kept; or the run had tools.
     """
     source = str(model or run.output_dir)
     if model is None and not any(
@@ -187,6 +187,11 @@ def score_run(
         raise ValueError(
             f"{run.output_dir} has no completions of these rounds that were graded and kept, and so no "
             "right answer to score."
+        )
+    if any(name.startswith("tools.") for name in run.config):
+        raise ValueError(
+            f"{run.output_dir} had tools: its prompts show them, and answers follow from their results, not from "
+            "thoughts alone. Such runs aren't scored."
         )
     num_kept = len(kept)
     kept = sorted(kept, key=lambda item: _draw(*item))[:limit]
