@@ -11,15 +11,25 @@ from pathlib import Path
 
 import pytest
 import transformers
+from bigram_policy import CHAT_STEPS, bigram_model, family_template, word_tokenizer
 from chat_server import serving
+from datasets import Dataset
+from hostile_tools import add
 from tiny_rewards import contains_solution
 from transformers import TrainerCallback
 
-from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer, STaRConfig
+from trl_selfplay import (
+    QuietSTaRConfig,
+    QuietSTaRTrainer,
+    ReSTEMConfig,
+    ReSTEMTrainer,
+    STaRConfig,
+)
 from trl_selfplay.inspection.export import export_run
 from trl_selfplay.inspection.html_report import write_report
 from trl_selfplay.inspection.run_folder import RunFolder
 from trl_selfplay.rewards import JudgeReward
+from trl_selfplay.rollouts.stored import load_samples
 
 SECRET = "Canary-7f3-"
 VARIABLES = ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "TRL_SELFPLAY_JUDGE_KEY")
@@ -47,6 +57,10 @@ class Fails(TrainerCallback):
 
 def graded(completions, solution, api_key, **kwargs):
     return contains_solution(completions, solution)
+
+
+def likes_all(completions, **kwargs):
+    return [1.0] * len(completions)
 
 
 def broken(completions, **kwargs):
@@ -134,6 +148,31 @@ def test_a_run_that_fails_tells_no_secret(
     told = "".join(traceback.format_exception(failure.value))
     assert "by request" in told
     assert SECRET not in told + heard()
+    assert files_with_secrets(tmp_path) == []
+
+
+def test_a_tool_s_keys_and_addresses_stay_its_own(tmp_path, heard) -> None:
+    """Those that it holds, and those that its errors tell by their look."""
+    error = f"401 for https://me:{SECRET}1@host/?token={SECRET}2"
+    tokenizer = word_tokenizer(family_template("qwen2_5"))
+    prompts = [[{"role": "user", "content": f"Q {i} = ?"}] for i in range(3)]
+    args = ReSTEMConfig(
+        str(tmp_path / "run"), num_rounds=1, num_generations=4, temperature=1.0, top_k=0, max_steps=1,
+        max_completion_length=60, report_to=[], use_cpu=True, bf16=False, log_completions=True,
+        gradient_checkpointing=False, reward_threshold=0.0, few_shot_in_training=False,
+    )  # fmt: skip
+    trainer = ReSTEMTrainer(
+        bigram_model(tokenizer, CHAT_STEPS), args, processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"prompt": prompts, "solution": ["yes"] * 3}),
+        reward_funcs=likes_all, tools=[partial(add, api_key=f"{SECRET}0", error=error)],
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    write_report(tmp_path / "run", tmp_path / "report.html")
+    told = {m["content"] for r in load_samples(trainer.run.folder(0)) for m in r.messages[1:2]}
+    assert told == {"Error: LookupError: 401 for https://(not shown)@host/?token=(not shown)"}
+    assert SECRET not in heard()
     assert files_with_secrets(tmp_path) == []
 
 

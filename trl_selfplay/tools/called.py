@@ -20,6 +20,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trl_selfplay.confidential import masked
+
 LENGTH = struct.Struct("!Q")
 # Longer results are cut: no policy reads them, and all that is kept of a trajectory holds them.
 MOST_CHARACTERS = 100_000
@@ -77,7 +79,9 @@ class Tools:
             answer = asked[kind](*rest)
         # All that a tool raises is an observation, also SystemExit and what is no Exception.
         except BaseException as error:
-            answer = {"error": clean(f"{type(error).__name__}: {_text_of_error(error)}")}
+            text = f"{type(error).__name__}: {_text_of_error(error)}"
+            # A client's error may hold the address or the key that it was called with.
+            answer = {"error": clean(masked(text))}
         self._num_calls += 1
         return {**answer, "is_spent": _has_changed(before, _settings(), self._num_calls == 1)}
 
