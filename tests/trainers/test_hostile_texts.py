@@ -12,7 +12,7 @@ import pytest
 import yaml
 from bigram_policy import CHAT_STEPS, END, bigram_model, family_template, word_tokenizer
 from datasets import Dataset
-from hostile_tools import add
+from told_tools import add
 
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, STaRConfig, STaRTrainer
 from trl_selfplay.commands import samples

@@ -14,8 +14,8 @@ import transformers
 from bigram_policy import CHAT_STEPS, bigram_model, family_template, word_tokenizer
 from chat_server import serving
 from datasets import Dataset
-from hostile_tools import add
 from tiny_rewards import contains_solution
+from told_tools import add
 from transformers import TrainerCallback
 
 from trl_selfplay import (

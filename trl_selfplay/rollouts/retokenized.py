@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trl_selfplay.rollouts.prompts import PromptRow
+from trl_selfplay.generation.control_tokens import continuation_ids, plain_ids
+from trl_selfplay.rollouts.prompts import PromptRow, check_embedded
 from trl_selfplay.rollouts.readable import decode_without_special, find_tag_ids
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.rendering import PromptFormatter
@@ -66,19 +68,21 @@ def retokenize(
                 parts = list(_of_text(rollout, tokenizer, formatter, tag_ids))
                 if rollout.finish == "eos":
                     parts.append(([eos_token_ids[0]], True))
-            found.append(_with_parts(rollout, parts, formatter.tokenizer))
+            found.append(_with_parts(rollout, parts, formatter))
         except _InexactError as cause:
             missing[str(cause)] += 1
     return found, missing
 
 
 def _with_parts(
-    rollout: Rollout, parts: Sequence[tuple[list[int], bool]], tokenizer: PreTrainedTokenizerBase
+    rollout: Rollout, parts: Sequence[tuple[list[int], bool]], formatter: PromptFormatter
 ) -> Rollout:
+    tokenizer = formatter.tokenizer
     ids = tuple(token for part, _ in parts for token in part)
     mask = tuple(is_own for part, is_own in parts for _ in part)
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         raise _InexactError("text that the student's tokenizer doesn't know")
+    check_embedded(list(ids), tokenizer, formatter.num_embeddings, repr(rollout.completion[:200]))
     return replace(
         rollout, completion_ids=ids, completion_mask=None if all(mask) else mask, logprob=None
     )
@@ -103,7 +107,8 @@ def _of_text(
         text = decode(end)
         if not text.startswith(before):
             raise _InexactError("text that can't be divided where the policy's part ends")
-        yield formatter.continuation_ids(text[len(before) :]), is_own
+        encode = partial(plain_ids, formatter.tokenizer)
+        yield continuation_ids(encode, text[len(before) :]), is_own
         before = text
 
 
