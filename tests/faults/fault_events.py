@@ -153,11 +153,14 @@ class Events:
 
             is_list = isinstance(requests, list | tuple)
             for index, sampled in sample(requests if is_list else listed(), options, *args):
-                what = keys[(requests if is_list else asked)[index].stream_key]
+                what = keys.get((requests if is_list else asked)[index].stream_key)
                 where = " in training" if trainer.is_in_train else ""
-                # Held-out prompts have the same streams in each round: where they are kept differs.
-                what = [trainer.progress.round_index, *what[1:], options.temperature == 0.0]
-                self.happen(f"sample {what[1]}{where}", what)
+                if what is None:  # a later turn of a trajectory
+                    self.happen(f"turn{where}")
+                else:
+                    # Held-out prompts have the same streams in each round: where they are kept differs.
+                    what = [trainer.progress.round_index, *what[1:], options.temperature == 0.0]
+                    self.happen(f"sample {what[1]}{where}", what)
                 yield index, sampled
 
         collection.stream_key = watched_key

@@ -7,13 +7,16 @@ run's output directory, and the log of its events beside it.
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from bigram_policy import TEXT_STEPS, bigram_model, word_tokenizer
 from datasets import Dataset
 from fault_events import Events, Fault
 from peft import LoraConfig
+from plain_tools import add
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -147,6 +150,28 @@ def _build_rest_em(folder: str, inputs: Path, rows: Any, events: Events) -> Any:
     return _in_small_shards(trainer)
 
 
+def _build_with_tools(folder: str, inputs: Path, rows: Any, events: Events) -> Any:
+    tokenizer = word_tokenizer()
+    settings = {**_SETTINGS, **_ROUNDS, **_GRADED, "max_completion_length": 40, "bf16": False}
+    trainer = ReSTEMTrainer(
+        bigram_model(tokenizer, TEXT_STEPS), ReSTEMConfig(folder, **settings), **_sets(rows),
+        processing_class=tokenizer, reward_funcs=events.watch_reward(_says_yes), tools=[add],
+    )  # fmt: skip
+    sampler = trainer.self_play.collector.sampler
+    sample = sampler.sample
+
+    def without_log_probs(requests: Any, options: Any, *more: Any) -> Any:
+        # Their last bits depend on what is decoded together, and that on when results of tools come.
+        return sample(requests, replace(options, return_logprobs=False), *more)
+
+    sampler.sample = without_log_probs
+    return _in_small_shards(trainer)
+
+
+def _says_yes(completions: Any, **kwargs: Any) -> list[float]:
+    return [float(text.endswith("yes")) for text in completions]
+
+
 def _build_teacher(folder: str, inputs: Path, rows: Any, events: Events) -> Any:
     settings = {**_SETTINGS, **_ROUNDS, **_GRADED, "num_rounds": 1}
     trainer = ReSTEMTrainer(
@@ -230,6 +255,7 @@ RUNS: dict[str, Callable[[str, Path, Any, Events], Any]] = {
     "STaR": _build_star,
     "judged STaR": _build_judged_star,
     "ReST^EM": _build_rest_em,
+    "ReST^EM with tools": _build_with_tools,
     "student": _build_teacher,
     "ReST": _build_rest,
     "IRPO": _build_irpo,

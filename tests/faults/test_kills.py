@@ -33,6 +33,11 @@ KILLS: dict[str, list[Fault]] = {
         Fault("save student/checkpoint-0/optimizer.pt", 1, torn=True),
         Fault("rename student/_rounds/rounds.jsonl"),
     ],
+    "ReST^EM with tools": [  # RA-15
+        Fault("turn", 5),
+        Fault("sample train", 19, to="group"),
+        Fault("rename selection.parquet"),
+    ],
     "ReST": [Fault("grade", 3), Fault("open checkpoint-0/trainer_state.json", 2, torn=True)],
     "IRPO": [Fault("rename .dataset-unscored"), Fault("sample eval in training", 5)],
     "SPIN": [Fault("step", 2), Fault("rename evaluation/pairs")],
