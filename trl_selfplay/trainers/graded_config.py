@@ -23,7 +23,7 @@ class GradedConfig(SelfPlayConfig):
     _BOUNDS = {  # noqa: RUF012  # not a field
         "max_per_prompt": AT_LEAST_1,
         "few_shot_rounds": AT_LEAST_0,
-        "max_tool_calling_iterations": AT_LEAST_1,
+        "max_tool_calling_iterations": AT_LEAST_0,
         "tool_deadline": ABOVE_0,
     }
 

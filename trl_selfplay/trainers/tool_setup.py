@@ -138,11 +138,14 @@ def knows_tools(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[Any]) -> b
     if not trl.supports_tool_calling(tokenizer):
         return False
     messages = [{"role": "user", "content": "?"}]
-    rendered = (
-        tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-        for tools in (None, list(schemas))
-    )
-    return len({*rendered}) == 2
+    try:
+        bare, shown = (
+            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+            for tools in (None, list(schemas))
+        )
+    except Exception:  # whatever a template raises
+        return False
+    return bare != shown
 
 
 def _make_calls_readable(tokenizer: PreTrainedTokenizerBase) -> None:
