@@ -113,6 +113,13 @@ def return_much():
 
 
 @without_arguments
+def return_tensor():
+    import torch
+
+    return torch.tensor([1, 2])
+
+
+@without_arguments
 def return_surrogate():
     return "a\ud800b"
 

@@ -1,6 +1,7 @@
 """RA-8: whatever a tool does, its call has a result, and later calls find what they would have found."""
 
 import os
+import time
 from contextlib import closing
 
 import hostile_tools
@@ -74,7 +75,7 @@ def test_a_call_has_a_result_and_changes_nothing_for_later_ones(tools, name) -> 
 
 
 def test_every_tool_of_the_module_is_called(tools) -> None:
-    elsewhere = {"hang", "return_much", "show_settings", "show_process"}
+    elsewhere = {"hang", "return_much", "return_tensor", "show_settings", "show_process"}
     assert {each.__name__ for each in WITHOUT_ARGUMENTS} == {*CONTENT, *ERRORS, *elsewhere}
 
 
@@ -85,13 +86,19 @@ def test_a_long_result_is_cut_with_a_note(tools) -> None:
     assert result.content.endswith("é… (cut: 10,000,000 characters)")
 
 
+@pytest.mark.slow
+def test_a_tool_may_import_a_large_library(tools) -> None:
+    result = call(tools, "return_tensor")
+    assert (result.content, result.failed) == ("tensor([1, 2])", False)
+
+
 def test_a_call_that_hangs_is_ended_at_its_deadline_with_its_process() -> None:
     with closing(ToolSet([hang], 0.3)) as tools:
         result = call(tools, "hang")
         assert (result.content, result.failed) == ("Error: no answer within 0.3 s", True)
         (server,) = tools._processes._servers
         while len(children_of(server._process.pid)) > 1:
-            pass
+            time.sleep(0.01)
     assert server._process.poll() is not None
 
 
@@ -110,7 +117,7 @@ def test_what_a_tool_leaves_running_ends_with_its_process(tools) -> None:
         call(tools, "leave_processes")
     tools.close()
     while {*children_of(os.getpid())} - before:
-        pass
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -170,9 +170,10 @@ def _limit_memory() -> None:
 
     used = 0
     with contextlib.suppress(OSError), open("/proc/self/statm") as file:  # noqa: PTH123
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    with contextlib.suppress(ValueError, OSError):  # macOS doesn't support this limit
-        resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY_BYTES, used + _MEMORY_BYTES))
+        used = int(file.read().split()[5]) * resource.getpagesize()
+    # What it writes to: libraries such as CUDA's reserve far more addresses than they use.
+    with contextlib.suppress(ValueError, OSError):  # where the limit of this process is lower
+        resource.setrlimit(resource.RLIMIT_DATA, (used + _MEMORY_BYTES, used + _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
