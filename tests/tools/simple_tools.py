@@ -88,3 +88,40 @@ class Dice:
     def throw(self) -> str:
         """Throw it."""
         return f"{self.target} {random.random()}"
+
+
+class Undescribed:
+    def reset(self) -> None:
+        pass
+
+    def go(self, where):
+        pass
+
+
+class Adds:
+    def reset(self) -> None:
+        pass
+
+    def add(self) -> str:
+        """Add."""
+        return "1"
+
+
+class Moody:
+    """An environment whose `reset` depends on a file."""
+
+    def reset(self, file: str | None, **columns: object) -> str:
+        if file is None:
+            raise LookupError("no mood")
+        with Path(file).open("a+") as opened:
+            opened.seek(0)
+            was_here = opened.read() != ""
+            opened.write("here")
+        return "cross" if was_here else "calm"
+
+    def sigh(self) -> str:
+        """Sigh."""
+        return "oh"
+
+    def get_reward(self) -> None:
+        return None

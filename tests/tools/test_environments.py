@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from processes import start
-from simple_tools import Counter, Dice, add
+from simple_tools import Adds, Counter, Dice, Moody, Undescribed, add
 from test_trajectories import OPTIONS, Script, ask
 
 from trl_selfplay.tools.environments import Environments
@@ -20,6 +20,12 @@ from trl_selfplay.tools.trajectories import Trajectories
 @pytest.fixture(scope="module")
 def counters():
     with closing(Environments(Counter, [add], 20.0)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def dice():
+    with closing(Environments(Dice, [], 20.0)) as found:
         yield found
 
 
@@ -79,22 +85,38 @@ def test_recorded_calls_are_repeated_in_a_new_environment(counters) -> None:
         assert session.reward() == 11.0
 
 
-def test_what_is_drawn_depends_on_the_trajectory_and_not_on_its_batch() -> None:
-    with closing(Environments(Dice, [], 20.0)) as dice:
+def test_what_is_drawn_depends_on_the_row_the_trajectory_and_the_number_of_the_call(dice) -> None:
+    def throw(key, times=2, **columns):
+        with closing(dice.open(columns, key)) as session:
+            return [session.call(ToolCall("throw", {})).content.split() for _ in range(times)]
 
-        def throw(key, times=2, **columns):
-            with closing(dice.open(columns, key)) as session:
-                return [session.call(ToolCall("throw", {})).content.split() for _ in range(times)]
+    assert throw(1) == throw(1)
+    assert throw(1)[0][0] == throw(2)[0][0]  # the target is the row's
+    assert throw(1)[0][1] != throw(2)[0][1]
+    assert throw(1)[0][1] != throw(1)[1][1]
+    assert throw(1, row=1)[0][0] != throw(1)[0][0]
+    with closing(dice.open({}, 1)) as session:
+        first = ToolResult("throw", " ".join(throw(1)[0]))
+        session.replay(ToolCall("throw", {}), first)
+        assert session.call(ToolCall("throw", {})).content.split() == throw(1)[1]
 
-        assert throw(1) == throw(1)
-        assert throw(1)[0][0] == throw(2)[0][0]  # the target is the row's
-        assert throw(1)[0][1] != throw(2)[0][1]
-        assert throw(1)[0][1] != throw(1)[1][1]
-        assert throw(1, row=1)[0][0] != throw(1)[0][0]
-        with closing(dice.open({}, 1)) as session:
-            first = ToolResult("throw", " ".join(throw(1)[0]))
-            session.replay(ToolCall("throw", {}), first)
-            assert session.call(ToolCall("throw", {})).content.split() == throw(1)[1]
+
+def test_a_trajectory_does_not_depend_on_its_batch(dice, byte_tokenizer) -> None:
+    def respond(text):
+        is_last = text.count("Observation:") == len(text.split("Action")[0])
+        return "So." if is_last else "Action: throw({})\nObservation:"
+
+    def run(order, batch_size):
+        requests = [ask(byte_tokenizer, "Q" * (1 + i % 3), i) for i in order]
+        sampler = trajectories(dice, byte_tokenizer).over(
+            Script(byte_tokenizer, respond), [{"row": i // 2} for i in order]
+        )
+        return {order[n]: found for n, found in sampler.sample(requests, OPTIONS, batch_size)}
+
+    together = run(range(6), 6)
+    assert together == run([5, 3, 1, 0, 2, 4], 2)
+    assert together[4] == run([4], 1)[4]
+    assert len({found.messages[1]["content"] for found in together.values()}) == 6
 
 
 def counts(text):
@@ -168,3 +190,59 @@ def test_no_process_is_left_when_the_run_is_killed(tmp_path) -> None:
     run.join()
     while any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids):
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("factory", "error", "words"),
+    [
+        (3, TypeError, "give a class"),
+        ({}, TypeError, "give a class"),
+        (object, ValueError, "need a method `reset`"),
+        (Undescribed, ValueError, "'go' can't be described"),
+        (Adds, ValueError, "both named 'add'"),
+    ],
+)
+def test_what_cannot_be_an_environment_is_refused_at_once(factory, error, words) -> None:
+    with pytest.raises(error, match=words):
+        Environments(factory, [add], 5.0)
+
+
+def test_rows_name_one_of_several_environments() -> None:
+    with closing(Environments({"count": Counter, "dice": Dice}, [add], 20.0)) as several:
+        names = {
+            name: [s["function"]["name"] for s in several.schemas_of({"environment": name})]
+            for name in ("count", "dice")
+        }
+        assert names == {"count": ["add", "die", "hold", "increase"], "dice": ["add", "throw"]}
+        assert {s["function"]["name"] for s in several.schemas} == {*names["count"], "throw"}
+        assert several.rewarding == {"Counter": frozenset({"count"})}
+        for columns in ({}, {"environment": "chess"}, {"environment": None}):
+            with pytest.raises(ValueError, match=r"there are \['count', 'dice'\]"):
+                several.observation(columns)
+        with closing(several.open({"environment": "dice"}, 1)) as session:
+            assert session.call(increase()).content == (
+                "Error: no tool 'increase'; known: add, throw"
+            )
+            assert session.reward() is None
+
+
+def test_a_reset_that_fails_or_says_something_else_is_an_error(byte_tokenizer, tmp_path) -> None:
+    with closing(Environments(Moody, [], 20.0)) as moody:
+        with pytest.raises(ValueError, match="its reset failed: LookupError: no mood"):
+            moody.observation({"file": None})
+        row = {"file": str(tmp_path / "mood")}
+        assert moody.observation(row) == "calm"
+        assert moody.observation({**row, "other": 1}) == "cross"
+        with (
+            closing(moody.open(row, 1)) as session,
+            pytest.raises(ValueError, match="and something else before"),
+        ):
+            session.call(ToolCall("sigh", {}))
+
+
+def test_a_reward_that_is_none_is_told_once(caplog) -> None:
+    with closing(Environments(Moody, [], 20.0)) as moody:
+        for key in (1, 2):
+            with closing(moody.open({"file": "/dev/null"}, key)) as session:
+                assert session.reward() is None
+    assert caplog.text.count("get_reward of an environment gave no reward: TypeError") == 1
