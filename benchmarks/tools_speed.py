@@ -205,8 +205,11 @@ ARMS = ("side by side", "asked when one ends", "one after the other")
 
 
 def single_turns() -> None:
-    """Print the tokens per second of single turns, and a digest of what was sampled."""
-    model, tokenizer = load(DEMO)
+    """Print the tokens per second of CPU time of single turns, and a digest of what was sampled.
+
+    Of the small model, of which a step costs least, so that what comes beside it shows.
+    """
+    model, tokenizer = load(SMALL)
     requests = [
         SampleRequest(tuple(tokenizer(f"{DESCRIPTION}Question {i // 4}:").input_ids), i)
         for i in range(COUNT)
@@ -215,12 +218,14 @@ def single_turns() -> None:
     with told_lengths(tokenizer.eos_token_id):
         sampler = TransformersSampler(model, tokenizer)
         list(sampler.sample(requests[:8], options, 8))
-        started = time.perf_counter()
-        found = dict(sampler.sample(requests, options, 24))
-        seconds = time.perf_counter() - started
+        seconds = []
+        for _ in range(7):
+            started = time.process_time()
+            found = dict(sampler.sample(requests, options, 24))
+            seconds.append(time.process_time() - started)
     ids = [found[i].completion_ids for i in range(COUNT)]
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
-    print(json.dumps({"rate": sum(map(len, ids)) / seconds, "digest": digest}))
+    print(json.dumps({"rate": sum(map(len, ids)) / min(seconds), "digest": digest}))
 
 
 def compare_single_turns(before: Path, repeats: int) -> dict[str, Any]:
@@ -335,10 +340,15 @@ def write_summary(record: dict[str, Any]) -> None:
         told = {name: f"{median(r):.1f} [{min(r):.1f}, {max(r):.1f}]" for name, r in rates.items()}
         lines += [
             "",
-            f"Single turns, {COUNT} completions in batches of 24, before requests were asked for at each "
-            f"step and now, in processes that alternate ({len(rates['now'])} each): {told['before']} and "
-            f"{told['now']} tokens per second; the samples are {'equal' if equal else 'NOT equal'}.",
+            f"Single turns, {COUNT} completions of {SMALL} in batches of 24, before requests were asked for at "
+            f"each step and now, in processes that alternate ({len(rates['now'])} each, the best of 7 runs in "
+            f"each): {told['before']} and {told['now']} tokens per second of CPU time; the samples are {'equal' if equal else 'NOT equal'}.",
         ]
+    lines += [
+        "",
+        "*Asked when one ends*: a new turn begins when another turn has ended, and not at each step. Turns of 64 "
+        "trajectories end often; it makes a difference where few decode, or for long.",
+    ]
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
