@@ -10,6 +10,7 @@ many tokens do. Nothing here says how often a model writes in these forms; in a 
     OMP_NUM_THREADS=1 python benchmarks/tools_exactness.py
 """
 
+import argparse
 import datetime
 import json
 import platform
@@ -213,6 +214,9 @@ def measure(family: Family, form: str) -> dict[str, float] | None:
 
 def main() -> None:
     """Play all forms in all families, and write the table."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     lines = [
         "# Exact tokens of trajectories",
         "",

@@ -4,7 +4,7 @@ A model writes 64 trajectories of three turns; the length of each turn is drawn 
 key, and each of the first two ends with a call of a tool that takes 200 ms. A prompt has about 200 tokens, nearly
 all of which describe tools. The models are the demo's, and one of two layers, whose decoding takes next to no
 time. The arms alternate in one process. "One after the other" begins a trajectory when the one before has ended;
-8 are measured, and count eight times. What is finished is in results/tools_speed.json and isn't measured again:
+8 are measured, and count eight times. What is finished is in results/tools_speed/ and isn't measured again:
 
     OMP_NUM_THREADS=1 python benchmarks/tools_speed.py
 
@@ -39,7 +39,7 @@ from trl_selfplay.generation.decode_batch import DecodeBatch
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
 
-RESULTS = Path(__file__).parent / "results" / "tools_speed.json"
+RESULTS = Path(__file__).parent / "results" / "tools_speed" / "arms.json"
 COUNT, TOOL_S, CALLS, LEAST, MOST = 64, 0.2, 2, 8, 40
 ONE_BY_ONE = 8
 DESCRIPTION = (
@@ -302,7 +302,8 @@ def write_summary(record: dict[str, Any]) -> None:
         "",
         f"float32, {torch.get_num_threads()} threads, two shared {platform.machine()} "
         f"cores; {versions}; {datetime.date.today().isoformat()}. Script: `benchmarks/tools_speed.py`. "
-        f"{COUNT} trajectories with {CALLS} calls each of a tool that takes {TOOL_S * 1000:.0f} ms.",
+        f"{COUNT} trajectories with {CALLS} calls each of a tool that takes {TOOL_S * 1000:.0f} ms; one after the other {ONE_BY_ONE} were measured, and count "
+        f"{COUNT // ONE_BY_ONE} times. Other work ran on the cores, so compare the arms alone.",
     ]
     for name in (SMALL, DEMO):
         if name not in record:
@@ -346,10 +347,10 @@ def write_summary(record: dict[str, Any]) -> None:
         ]
     lines += [
         "",
-        "*Asked when one ends*: a new turn begins when another turn has ended, and not at each step. Turns of 64 "
-        "trajectories end often; it makes a difference where few decode, or for long.",
+        "*Asked when one ends*: a new turn begins when another turn has ended, and not at each step. It makes no "
+        "difference here, where turns end often.",
     ]
-    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    RESULTS.parent.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
