@@ -66,6 +66,11 @@ class LoRAServer:
             return self._complete(body)
         return ""
 
+    def forget(self) -> None:
+        """Be as after a restart."""
+        self.adapters.clear()
+        self._samplers.clear()
+
     def _complete(self, body: dict[str, Any]) -> Any:
         options = SamplingOptions(
             body["max_tokens"], body["temperature"], body["top_p"], body["top_k"],

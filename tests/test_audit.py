@@ -50,7 +50,9 @@ def audit_with(answer: Callable[[str], Any]) -> str:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             found = answer(asked["package"]["name"])
             is_status = isinstance(found, int)
-            send(self, b"" if is_status else json.dumps(found).encode(), found if is_status else 200)
+            send(
+                self, b"" if is_status else json.dumps(found).encode(), found if is_status else 200
+            )
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -83,7 +85,9 @@ def test_a_service_that_knows_no_package_is_no_all_clear(tmp_path) -> None:
     reason = "Dependency not found on PyPI and could not be audited: pip (1.0)"
     report = json.dumps({"dependencies": [{"name": "pip", "skip_reason": reason}], "fixes": []})
     stand_in = tmp_path / "pip-audit"
-    stand_in.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[-1], 'w').write({report!r})\n")
+    stand_in.write_text(
+        f"#!{sys.executable}\nimport sys\nopen(sys.argv[-1], 'w').write({report!r})\n"
+    )
     stand_in.chmod(0o755)
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     assert audit("", PATH=path) == "not audited: the service knows none of 1 packages\n"

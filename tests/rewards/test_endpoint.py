@@ -13,7 +13,13 @@ from itertools import count
 import pytest
 from chat_server import completion, send, serving
 
-from trl_selfplay.rewards.endpoint import KEY_VARIABLE, Endpoint, EndpointError, Reply
+from trl_selfplay.rewards.endpoint import (
+    _PLAIN_QUESTION,
+    KEY_VARIABLE,
+    Endpoint,
+    EndpointError,
+    Reply,
+)
 
 DEADLINE_S = 1.0
 LATE = "no answer within the deadline"
@@ -47,6 +53,11 @@ def ask(endpoint, *questions, temperature=0.0, max_completion_length=9):
 
 def upper(question):
     return question.upper()
+
+
+def but_plain(respond):
+    """Reply to the question by which an endpoint is told from a question that it can't answer."""
+    return lambda question: "yes" if question == _PLAIN_QUESTION else respond(question)
 
 
 def test_each_question_gets_its_own_reply_a_few_at_a_time() -> None:
@@ -108,16 +119,17 @@ def test_a_server_that_asks_for_more_time_than_there_is_isnt_asked_again(wait) -
     def busy(question):
         return lambda request: send(request, b"", 429, Retry_After=wait)
 
-    with serving(busy) as server:
+    with serving(but_plain(busy)) as server:
         assert ask(Endpoint("m", server.url, deadline=30.0), "a") == [Reply(None, REFUSED)]
-    assert len(server.bodies) == 1
+    assert server.questions == ["a", _PLAIN_QUESTION]
 
 
 def test_a_refused_question_isnt_asked_again() -> None:
     """A prompt beyond the context, for example."""
-    with serving(lambda question: lambda request: send(request, b"too long", 400)) as server:
+    too_long = but_plain(lambda question: lambda request: send(request, b"too long", 400))
+    with serving(too_long) as server:
         assert ask(Endpoint("m", server.url), "a") == [Reply(None, REFUSED)]
-    assert len(server.bodies) == 1
+    assert server.questions == ["a", _PLAIN_QUESTION]
 
 
 def silent(server, request):
@@ -202,7 +214,7 @@ def test_no_answer_without_end_outlasts_the_deadline(in_thread) -> None:
         replies.extend(ask(endpoint, *ENDLESS))
         seconds.append(time.monotonic() - started)
 
-    with serving(respond) as server:
+    with serving(but_plain(respond)) as server:
         servers.append(server)
         if in_thread:
             thread = threading.Thread(target=run)
@@ -240,10 +252,10 @@ def test_a_late_try_leaves_the_cause_of_those_before_it() -> None:
             return lambda request: send(request, b"", 500)
         return lambda request: silent(servers[0], request)
 
-    with serving(respond) as server:
+    with serving(but_plain(respond)) as server:
         servers.append(server)
         assert ask(Endpoint("m", server.url, deadline=DEADLINE_S), "a") == [Reply(None, REFUSED)]
-    assert len(server.bodies) == 2
+    assert server.questions == ["a", "a", _PLAIN_QUESTION]
 
 
 @contextmanager
@@ -276,12 +288,22 @@ def test_nothing_at_the_address_is_an_error_at_construction() -> None:
         Endpoint("m", "http://no-such-host.invalid/v1", deadline=5.0)
 
 
-def test_an_endpoint_that_goes_down_abstains_and_then_is_an_error(quick) -> None:
+def test_an_endpoint_that_goes_down_is_an_error_and_no_abstention(quick) -> None:
     with serving(upper) as server:
         endpoint = Endpoint("m", server.url)
-    assert ask(endpoint, "a", "b") == 2 * [Reply(None, "the endpoint couldn't be reached")]
-    with pytest.raises(EndpointError, match=r"\d+ questions in a row"):
+    with pytest.raises(EndpointError, match=r"any more, to a plain question neither: .* reached"):
+        ask(endpoint, "a", "b")
+    with pytest.raises(EndpointError, match="16 questions in a row"):
         ask(endpoint, *map(str, range(16)))
+
+
+def test_questions_that_all_fail_end_in_an_error_though_a_plain_one_does_not(quick) -> None:
+    with serving(but_plain(lambda question: lambda request: send(request, b"", 400))) as server:
+        endpoint = Endpoint("m", server.url)
+        for _ in range(3):
+            assert ask(endpoint, *"abcde") == 5 * [Reply(None, REFUSED)]
+        with pytest.raises(EndpointError, match="16 questions in a row"):
+            ask(endpoint, "f")
 
 
 def test_failures_that_arent_in_a_row_dont_add_up() -> None:

@@ -42,6 +42,8 @@ _LARGEST_BODY_BYTES = 4 * 2**20
 _MOST_TRIES = 5
 # Questions in a row without a usable reply after which the endpoint itself is at fault.
 _MOST_FAILURES = 16
+# Asked where it isn't clear whether a question or the endpoint is at fault.
+_PLAIN_QUESTION = "Reply with the word yes."
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 8.0
 # How long a thread that waits for bytes takes to notice that the call was interrupted.
@@ -140,12 +142,14 @@ class Endpoint:
             temperature: 0.0 is greedy.
 
         Raises:
-            EndpointError: The server refuses every request, or 16 questions in a row, of this and
-                earlier calls, had no usable reply.
+            EndpointError: The server refuses every request; or 16 questions in a row, of this and
+                earlier calls, had no usable reply; or one had none, and a plain question that is
+                asked after all others has none either. What a server leaves open that went away
+                is then asked again by whoever resumes, and doesn't count as abstentions.
         """
         stop = threading.Event()
 
-        def ask(question: str) -> Reply:
+        def body_of(question: str) -> bytes:
             body: dict[str, Any] = {
                 "model": self._model,
                 "messages": [{"role": "user", "content": _encodable(question)}],
@@ -153,11 +157,15 @@ class Endpoint:
                 "max_tokens": max_completion_length,
                 **self.extra_body,
             }
-            sent = json.dumps({k: v for k, v in body.items() if v is not None}, sort_keys=True)
-            key = hashlib.sha256(f"{self.base_url}\n{sent}".encode()).hexdigest()
+            body = {name: value for name, value in body.items() if value is not None}
+            return json.dumps(body, sort_keys=True).encode()
+
+        def ask(question: str) -> Reply:
+            body = body_of(question)
+            key = hashlib.sha256(f"{self.base_url}\n".encode() + body).hexdigest()
             found = self._cache.get(key)
             if found is None:
-                found = self._ask_once(sent.encode(), stop)
+                found = self._ask_once(body, stop)
                 if found.text is not None:
                     self._cache.put(key, found)
             return found
@@ -165,10 +173,24 @@ class Endpoint:
         with ThreadPoolExecutor(self._concurrency, "judge") as threads:
             asked = [threads.submit(ask, question) for question in questions]
             try:
-                return [future.result() for future in asked]
+                replies = [future.result() for future in asked]
             finally:  # also after Ctrl-C
                 stop.set()
                 threads.shutdown(wait=False, cancel_futures=True)
+        if any(reply.text is None for reply in replies):
+            self._check_answers(body_of(_PLAIN_QUESTION))
+        return replies
+
+    def _check_answers(self, body: bytes) -> None:
+        """Raise if a plain question has no usable reply."""
+        count = self._failures_in_a_row
+        reply = self._ask_once(body, threading.Event())
+        if reply.text is None:
+            raise EndpointError(
+                f"{self.base_url} gives no usable reply any more, to a plain question neither: "
+                f"{reply.cause}. Look at the server, and at `deadline`."
+            )
+        self._failures_in_a_row = count  # they may all be too long for it
 
     def _ask_once(self, body: bytes, stop: threading.Event) -> Reply:
         """Try until there is a reply, the deadline has passed or the tries are used up."""
