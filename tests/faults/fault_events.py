@@ -54,13 +54,18 @@ class Fault:
 
 
 class Events:
-    """Logs the events of this process in order, and ends the process at one of them."""
+    """Logs the events of this process in order, and ends the process at one of them.
+
+    Attributes:
+        process_number: How many processes have logged to the file so far, with this one.
+    """
 
     def __init__(self, folder: Path, log: Path, fault: Fault | None) -> None:
         self._folder, self._fault, self._count = str(folder.absolute()) + os.sep, fault, 0
         self._path = log
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.happen("begin", os.getpid())
+        self.process_number = len(read_events(log))
         if fault is not None and fault.event == "seconds":
             threading.Thread(target=self._end_by_time, args=(fault.after,), daemon=True).start()
         sys.addaudithook(self._audit)

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from peft import LoraConfig
 from plain_tools import add
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import chat_template_utils
 
 from trl_selfplay import (
     IRPOConfig,
@@ -40,6 +43,7 @@ from trl_selfplay import (
     VSTaRTrainer,
 )
 from trl_selfplay.rewards import JudgeReward
+from trl_selfplay.rollouts import rendering
 
 _SETTINGS: dict[str, Any] = {
     "max_steps": 4, "save_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
@@ -48,6 +52,11 @@ _SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 _ROUNDS = {"num_rounds": 2, "temperature": 1.0, "load_best_round_at_end": False}
 _GRADED = {"num_generations": 4, "max_completion_length": 8, "num_generations_eval": 2}
+# Single digits are words of the tokenizer.
+DATED_TEMPLATE = (
+    "{{ strftime_now('%-d') }} {% for m in messages %}{{ m['content'] }} "
+    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+)
 _SCORED_AMID_TRAINING = {"eval_strategy": "steps", "eval_steps": 2}
 
 
@@ -110,7 +119,8 @@ def _lora() -> LoraConfig:
 
 
 def _names_solution(completions: Any, solution: list[str], **kwargs: Any) -> list[float]:
-    return [float(s in c.split()) for c, s in zip(completions, solution, strict=True)]
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(s in text.split()) for text, s in zip(texts, solution, strict=True)]
 
 
 def _sets(rows: Any) -> dict[str, Dataset]:
@@ -139,6 +149,26 @@ def _build_star(folder: str, inputs: Path, rows: Any, events: Events, **changes:
 def _build_judged_star(folder: str, inputs: Path, rows: Any, events: Events) -> Any:
     weights = {"reward_weights": [1.0, 0.5], "reward_threshold": 0.4}
     return _build_star(folder, inputs, rows, events, **weights)
+
+
+def _build_dated_star(folder: str, inputs: Path, rows: Any, events: Events) -> Any:
+    """Build a run in chat whose template prints the day, and let each process have another day."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime(2026, 11, events.process_number)
+
+    rendering.datetime = chat_template_utils.datetime = Clock  # type: ignore[misc]
+    chats = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+    tokenizer.chat_template = DATED_TEMPLATE
+    trainer = STaRTrainer(
+        str(inputs / "model"), STaRConfig(folder, **_SETTINGS, **_ROUNDS, **_GRADED), **_sets(chats),
+        reward_funcs=events.watch_reward(_names_solution), peft_config=_lora(),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    return _in_small_shards(trainer)
 
 
 def _build_rest_em(folder: str, inputs: Path, rows: Any, events: Events) -> Any:
@@ -254,6 +284,7 @@ def _in_small_shards(trainer: Any) -> Any:
 RUNS: dict[str, Callable[[str, Path, Any, Events], Any]] = {
     "STaR": _build_star,
     "judged STaR": _build_judged_star,
+    "dated STaR": _build_dated_star,
     "ReST^EM": _build_rest_em,
     "ReST^EM with tools": _build_with_tools,
     "student": _build_teacher,

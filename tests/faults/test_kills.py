@@ -4,10 +4,13 @@
 """
 
 import signal
+from pathlib import Path
 
 import pytest
 from fault_events import Fault
 from survival import find_difference, run_whole, survive
+
+from trl_selfplay.rollouts.record import load_rollouts
 
 # For each run, where one process after the other is killed, in the order of a round. The file that
 # was written last is cut in half where a moment is torn.
@@ -22,6 +25,13 @@ KILLS: dict[str, list[Fault]] = {
         Fault("rename rounds.jsonl"),
     ],
     "judged STaR": [Fault("sample judge", 150)],
+    # On another day after each kill, the first ones before any shard is whole.
+    "dated STaR": [
+        Fault("open prompts.parquet"),
+        Fault("sample train", 5, to="group"),
+        Fault("sample train", 20),
+        Fault("open .dataset/state.json", torn=True),
+    ],
     "ReST^EM": [
         Fault("rename selection.parquet"),
         Fault("save .model/training_args.bin", torn=True),
@@ -66,3 +76,12 @@ def test_a_killed_run_ends_like_one_that_never_stopped(name, request) -> None:
     if name == "student":
         assert find_difference(whole / "student", base / "student-killed" / "student") is None
     assert [repeated.lost_samples for repeated in survivor.repeated] == [0] * len(KILLS[name])
+    if name == "dated STaR":
+        assert first_words(whole) == {"1"}  # the template has printed the first process's day
+
+
+def first_words(folder: Path) -> set[str]:
+    paths = folder.glob("_rounds/*/*/*.parquet")
+    return {
+        r.prompt.split()[0] for p in paths if p.parent.name == "samples" for r in load_rollouts(p)
+    }
