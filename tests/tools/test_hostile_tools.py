@@ -163,6 +163,14 @@ def test_arguments_of_another_type_are_an_observation(tools, arguments, wrong) -
     result.content.encode()
 
 
+@pytest.mark.parametrize("column", [["typed"], '["typed"]'])
+def test_a_row_calls_the_tools_that_its_own_column_names(tools, column) -> None:
+    with closing(tools.open({"tools": column}, 1)) as session:
+        assert not session.call(ToolCall("typed", {"number": 1})).failed
+        refused = session.call(ToolCall("show_process", {}))
+        assert refused.content == "Error: no tool 'show_process'; known: typed"
+
+
 def test_methods_objects_and_partials_are_tools(tools) -> None:
     assert call(tools, "find", letter="E").content == "Emma, Evelina"
     assert call(tools, "Shelf", index=2).content == "Dracula"
