@@ -8,8 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from fact_agent import FactAgent, questions
-from fact_agent import fact as look_up
+from facts import fact as look_up
 
 
 def fact(key: str) -> str:
@@ -28,6 +27,8 @@ def fact(key: str) -> str:
 
 def train(model: str, output: str, tool) -> None:
     """Train two rounds, or go on with them."""
+    from fact_agent import FactAgent, questions
+
     from trl_selfplay import ReSTEMConfig, ReSTEMTrainer
 
     config = ReSTEMConfig(

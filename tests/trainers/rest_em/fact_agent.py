@@ -3,24 +3,12 @@
 from dataclasses import dataclass, replace
 
 from datasets import Dataset
+from facts import BORN, CAPITAL, fact
 
 from trl_selfplay.tools.agent import MalformedAction, Move, StepPrompt
 from trl_selfplay.tools.record import ToolCall
 
-BORN = {str(i): str((3 * i + 1) % 10) for i in range(10)}  # country of a person
-CAPITAL = {str(i): str((7 * i + 2) % 10) for i in range(10)}  # city of a country
 _AS_DIGITS = {"yes": "1", "no": "2", "so": "3"}  # a random model is to find more than half in order
-
-
-def fact(key: str) -> str:
-    """Look a key up: the country of a person on even keys, the capital of a country on odd ones.
-
-    Args:
-        key: A digit.
-    """
-    if key == "9":
-        raise LookupError("nothing about 9")
-    return BORN[key] if int(key) % 2 == 0 else CAPITAL[key]
 
 
 @dataclass(frozen=True)
