@@ -243,7 +243,7 @@ def test_after_a_kill_in_a_call_the_run_is_that_of_an_uninterrupted_one(
         return subprocess.run([*script, *map(str, told)], capture_output=True, text=True)
 
     calls, known = tmp_path / "calls", tmp_path / "killed" / "_rounds" / "observations.jsonl"
-    assert start(kill_at=4).returncode == -signal.SIGKILL
+    assert start(kill_at=6).returncode == -signal.SIGKILL
     before = calls.read_text().split()
     kept = list(map(json.loads, known.read_text().splitlines()))
     assert set() < {event["arguments"]["key"] for event in kept} < set(before)
