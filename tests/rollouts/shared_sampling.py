@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -16,6 +17,9 @@ from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.collection import Collector
 from trl_selfplay.rollouts.prompts import load_prompt_rows
 from trl_selfplay.rollouts.shards import Assignment
+from trl_selfplay.tools.record import Reply, ToolCall
+from trl_selfplay.tools.tool_set import ToolSet
+from trl_selfplay.tools.trajectories import Trajectories
 
 OPTIONS = SamplingOptions(6, temperature=1.0, eos_token_ids=(1,), return_logprobs=True)
 # The number of prompts, their phase, and whether the samples are kept on disk.
@@ -28,7 +32,33 @@ CASES: dict[str, tuple[int, Any, bool]] = {
     "judge": (7, "judge", True),
     "no folder": (20, "eval", False),
     "one prompt, no folder": (1, "eval", False),
+    "with a tool": (20, "train", True),
 }
+
+
+def count(number: int) -> str:
+    """Return the number after this one.
+
+    Args:
+        number: Any.
+    """
+    return str(number + 1)
+
+
+class EachTurnCalls:
+    """A dialogue for a model that calls nothing of its own accord."""
+
+    stop_strings = ()
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def read(self, turn_ids: Any, prefix_ids: Any, schemas: Any) -> Reply:
+        call = ToolCall("count", {"number": len(turn_ids)})
+        return Reply({"role": "assistant", "content": "a turn"}, (call,))
+
+    def observation_ids(self, turn_ids: Any, results: Any) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(results[0].content, add_special_tokens=False))
 
 
 class SilentProgress:
@@ -85,10 +115,13 @@ def collect(collector: Collector, count: int, phase: Any, folder: Path | None) -
 def run_cases(model: str, folder: str) -> None:
     """Sample all cases, and write down what this process gets and has sampled itself."""
     collector = build_collector(model)
+    dialogue = EachTurnCalls(collector.tokenizer)
+    calling = replace(collector, trajectories=Trajectories(ToolSet([count], 60.0), dialogue, 2))
     found = {}
-    for name, (count, phase, is_kept) in CASES.items():
+    for name, (num_prompts, phase, is_kept) in CASES.items():
         where = Path(folder) / name if is_kept else None
-        rollouts, progress = collect(collector, count, phase, where)
+        sampling = calling if name == "with a tool" else collector
+        rollouts, progress = collect(sampling, num_prompts, phase, where)
         assert progress.total == progress.done
         found[name] = (list(rollouts), progress.done)
     rank = collector.accelerator.process_index

@@ -80,6 +80,7 @@ def test_samples_and_their_order_don_t_depend_on_the_number_of_processes(
             pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)
         ]
     (expected,) = found[1]
+    assert any(r.completion_mask for r in expected["with a tool"][0])
     for count in (2, 3):
         for name, (rollouts, num_samples) in expected.items():
             assert len(rollouts) == num_samples > 0
