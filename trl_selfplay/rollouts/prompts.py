@@ -314,6 +314,10 @@ def check_template_kwargs(kwargs: Any, where: str) -> None:
             f"{where} is {kwargs!r:.200}; expected a mapping such as {{'enable_thinking': False}}."
         )
     for key in kwargs:
+        if not isinstance(key, str):
+            raise TypeError(
+                f"{where} has the key {key!r:.100}; expected names of arguments as text."
+            )
         if key in _OWN_ARGUMENTS:
             raise ValueError(
                 f"{where} has {key!r}={shown(kwargs[key], key)}, which rendering decides itself: "

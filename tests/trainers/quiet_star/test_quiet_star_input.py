@@ -259,6 +259,10 @@ ANSWER = {"role": "assistant", "content": "so 3 yes"}
             [{"messages": [CHAT, ANSWER], "chat_template_kwargs": None}],
             "row 0: `chat_template_kwargs` is None; expected a mapping",
         ),
+        (
+            [{"messages": [CHAT, ANSWER], "chat_template_kwargs": {"tokenize": False}}],
+            "row 0: `chat_template_kwargs` has 'tokenize'; expected names",
+        ),
     ],
 )
 def test_a_row_that_is_no_text_is_named(build, word_tokenizer, rows, message) -> None:

@@ -196,6 +196,12 @@ def _refuse_bad_row(dataset: Dataset, name: str, args: Any, error: Exception) ->
                 f"{where}: `chat_template_kwargs` is {kwargs!r:.200}; expected a mapping, {{}} in a row that "
                 "has none. Change the row, or remove the column."
             ) from error
+        for key in kwargs:
+            if not isinstance(key, str) or key in ("conversation", "tokenize", "return_dict"):
+                raise TypeError(
+                    f"{where}: `chat_template_kwargs` has {key!r:.100}; expected names of the template's own "
+                    "arguments, such as 'enable_thinking'. Change the row, or remove the column."
+                ) from error
         # The parent prefers the text to a prompt beside it.
         columns = ["messages", "conversations", "prompt", "completion", args.dataset_text_field]
         for column in columns:
