@@ -28,6 +28,8 @@ from trl_selfplay.demos.script_arguments import (
 )
 from trl_selfplay.estimation.record import usable_bytes
 from trl_selfplay.rewards import VerifierReward, exact_reward
+from trl_selfplay.rollouts.record import load_rollouts
+from trl_selfplay.tools.record import ToolResult
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -168,6 +170,90 @@ def test_the_demo_of_programs_runs_and_reads_other_columns(
         ["--dataset_name", "x", "--tests_column", "test_list", "--output_dir", str(tmp_path)]
     )
     assert parsed[0].tests_column == "test_list"
+
+
+@pytest.mark.slow
+def test_the_demo_with_tools_runs_with_a_model_that_calls_none(tiny_demo_model, tmp_path) -> None:
+    code, printed = run_script(RECIPES / "rest_react.py", ["--smoke", "--seed", "0"], tmp_path)
+    assert code == 0, printed[-3000:]
+    assert "Greedy accuracy on 8 prompts not used for selection: 0.000" in printed
+
+
+@pytest.fixture
+def tool_module(tmp_path, monkeypatch):
+    """A user's tool in the working directory."""
+    (tmp_path / "my_tools.py").write_text(
+        "def add(a: int, b: int) -> int:\n"
+        '    """Add two numbers.\n\n    Args:\n        a: One.\n        b: Another.\n    """\n'
+        "    return a + b\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "my_tools.add"
+    sys.modules.pop("my_tools", None)
+
+
+@pytest.mark.slow
+def test_tools_of_one_s_own_are_named_by_import_path(
+    load_script, sums_folder, saved_chat_model, reward_module, tool_module, tmp_path
+) -> None:
+    recipe = load_script(RECIPES / "rest_react.py")
+    flags = [
+        *("--model_name_or_path", str(saved_chat_model), "--dataset_name", str(sums_folder)),
+        *("--prompt_column", "question", "--solution_column", "answer", "--tools", tool_module),
+        *("--reward_funcs", reward_module, "--output_dir", str(tmp_path / "out"), "--use_cpu"),
+        *("--num_rounds", "1", "--num_generations", "2", "--max_completion_length", "8"),
+        *("--max_steps", "1", "--on_empty_round", "stop", "--report_to", "none"),
+        *("--disable_tqdm", "true", "--tool_format", "react"),
+    ]
+    recipe.main(*recipe.parse_arguments(flags))
+    (path,) = (tmp_path / "out/_rounds/round-000/samples").glob("0*.parquet")
+    assert "<unk> <unk> <unk>" in load_rollouts(path)[0].prompt  # what describes the tool
+
+
+def test_the_recipe_with_tools_says_what_it_lacks(load_script, tool_module, tmp_path) -> None:
+    recipe = load_script(RECIPES / "rest_react.py")
+    flags = ["--dataset_name", "x", "--output_dir", str(tmp_path)]
+
+    def load(*more):
+        return recipe.load_tools(recipe.parse_arguments([*flags, *more])[0])
+
+    with pytest.raises(ValueError, match=r"no tools: give --tools my_tools\.search"):
+        load()
+    assert [tool(1, 2) for tool in load("--tools", tool_module)["tools"]] == [3]
+    with pytest.raises(ImportError, match="my_tools has no function 'subtract'"):
+        load("--tools", "my_tools.subtract")
+    with pytest.raises(ValueError, match="--agent needs one tool"):
+        load("--agent", "--tools", tool_module, tool_module)
+
+
+def test_the_agent_of_the_recipe_has_examples_of_each_step(
+    load_script, tool_module, tmp_path
+) -> None:
+    recipe = load_script(RECIPES / "rest_react.py")
+    flags = [
+        "--dataset_name",
+        "x",
+        "--agent",
+        "--tools",
+        tool_module,
+        "--output_dir",
+        str(tmp_path),
+    ]
+    agent = recipe.load_tools(recipe.parse_arguments(flags)[0])["agent"]
+    state, kinds = agent.begin("Who?"), []
+    for action in (
+        "Search(query='who')", "Summary(text='Ada')", "Terminate()", "Answer(text='Ada')", "Keep()",
+        "Keep()",
+    ):  # fmt: skip
+        step = agent.next_step(state, few_shot=True)
+        kinds.append(step.kind)
+        assert step.prompt.count("action =") > 2
+        move = agent.act(state, action)
+        result = ToolResult("add", "Ada was it.")
+        state = agent.observe(move.state, result) if move.call else move.state
+    assert kinds == ["decision", "summarization", "decision", "answer", "relevance", "grounding"]
+    assert (agent.next_step(state, few_shot=True), agent.answer(state)) == (None, "Ada")
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def test_the_page_shows_an_example_of_each_command() -> None:
 
 def test_each_recipe_of_the_table_exists() -> None:
     recipes = [c.target for c in COMMANDS.values() if ":" not in c.target]
-    assert len(recipes) == 8
+    assert len(recipes) == 9
     assert all(find_recipe(name) == ROOT / "recipes" / name for name in recipes)
     with pytest.raises(FileNotFoundError, match=r"there is no recipe 'nowhere\.py'"):
         find_recipe("nowhere")

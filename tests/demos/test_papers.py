@@ -20,7 +20,7 @@ EVERY = [
     for recipe, presets in {
         "star": papers.STAR, "rest_em": papers.REST_EM, "rest": papers.REST, "rft": papers.RFT,
         "irpo": papers.IRPO, "spin": papers.SPIN, "quiet_star": papers.QUIET_STAR,
-        "v_star": papers.V_STAR,
+        "v_star": papers.V_STAR, "rest_react": papers.REST_REACT,
     }.items()
     for name in presets
 ]  # fmt: skip
@@ -57,6 +57,11 @@ ROWS = {
             for role, text in (("user", "Hello?"), ("assistant", "Hi."), ("user", "Bye."),
                                ("assistant", "Bye!"))
         ],
+    },
+    "hotpotqa/hotpot_qa": {
+        "id": "4", "question": "Which of the two mills is older?", "answer": "Oberfeld Mill",
+        "type": "comparison", "level": "hard", "supporting_facts": {"title": ["Mills"], "sent_id": [0]},
+        "context": {"title": ["Mills"], "sentences": [["Oberfeld Mill is older."]]},
     },
     "open-web-math/open-web-math": {"url": "", "date": "", "metadata": "", "text": "Let $x = 1$."},
 }  # fmt: skip
@@ -97,7 +102,8 @@ def load_preset(load_script, tmp_path):
         flags = ["--preset", name, "--model_name_or_path", "m", "--use_cpu", *flags,
                  "--output_dir", str(tmp_path / "out"), *write_stand_in(tmp_path / "data", preset, 1_100)]  # fmt: skip
         arguments, config, _, mixture = script.parse_arguments(flags)
-        load_data = load_splits if recipe in ("spin", "quiet_star") else load_sets
+        in_splits = recipe in ("spin", "quiet_star", "rest_react")
+        load_data = load_splits if in_splits else load_sets
         return arguments, config, load_data(arguments, mixture, script.PRESETS)
 
     return load
@@ -113,6 +119,11 @@ def test_a_preset_reads_its_dataset_s_columns(recipe, name, load_preset) -> None
         train, test = data
         assert [turn["content"] for turn in train[7]["messages"]] == ["Hello? (7)", "Hi."]
         assert len(test) == 500
+        return
+    if recipe == "rest_react":
+        question = "Which of the two mills is older? (7)"
+        assert data[0][7] == {"prompt": question, "solution": "Oberfeld Mill"}
+        assert [len(split) for split in data] == [1100, 125]
         return
     if recipe == "quiet_star":
         assert data[0].column_names == ["text"]

@@ -52,6 +52,7 @@ COMMANDS: dict[str, Command] = {
     "star": Command(_TRAIN, "STaR: rationales that reach the right answer", "star.py"),
     "rest_em": Command(_TRAIN, "ReST^EM: all that the verifier accepts", "rest_em.py"),
     "rest": Command(_TRAIN, "ReST: Improve steps with rising reward thresholds", "rest.py"),
+    "rest_react": Command(_TRAIN, "ReST meets ReAct: trajectories with tools", "rest_react.py"),
     "rft": Command(_TRAIN, "RFT: distinct right reasoning paths, one round", "rft.py"),
     "irpo": Command(_TRAIN, "IRPO: right against wrong completions, with DPO", "irpo.py"),
     "spin": Command(_TRAIN, "SPIN: the data against the model's own completions", "spin.py"),

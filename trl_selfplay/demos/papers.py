@@ -96,6 +96,11 @@ def text_row(row: Row) -> dict[str, Any]:
     return {"text": row["text"]}
 
 
+def lookup_row(row: Row) -> dict[str, Any]:
+    """Return a row of HotpotQA: question and answer, without the texts that hold it."""
+    return {"prompt": row["question"].strip(), "solution": row["answer"]}
+
+
 def addition_row(a: int, b: int) -> dict[str, Any]:
     r"""Return a sum with its scratchpad as the completion, in the paper's form but for the last line.
 
@@ -401,6 +406,19 @@ REST_EM: dict[str, Preset] = {
         "(here: --warm_up_on_gold). It does not report the learning rate.",
         dataset_config="main", template=_QUESTION, with_gold=True,
         flags={"reward_funcs": ["exact_reward"], "max_completion_length": 256},
+    ),
+}  # fmt: skip
+REST_REACT: dict[str, Preset] = {
+    "hotpot_qa": Preset(
+        lambda **overrides: {"num_rounds": 2, "temperature": 0.5, "few_shot_rounds": 1, "few_shot_in_training": False, **overrides},
+        None, "hotpotqa/hotpot_qa", lookup_row,
+        "it trains PaLM 2 on 2,000 questions, a quarter of them from HotpotQA and the others from Eli5, "
+        "with one trajectory per question in the first round and four in the second; an instructed PaLM "
+        "2 ranks the samples of each step (here: --reward_funcs; without, the most probable one is the "
+        "target); steps, learning rate and batch aren't all reported. The worked examples are this "
+        "package's own.",
+        dataset_config="distractor", train_split="train[:2000]", test_split="validation[:125]",
+        flags={"agent": True, "eval_reward_funcs": ["exact_reward"], "max_completion_length": 256},
     ),
 }  # fmt: skip
 REST: dict[str, Preset] = {

@@ -13,6 +13,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from trl_selfplay.demos.split import Split
+
 NUM_TRAIN, NUM_SELECT, NUM_REPORT = 192, 64, 200
 _NUM_TESTS, _NUM_HIDDEN_TESTS = 3, 12
 _NUM_HELD_OUT_SMOKE = 8
@@ -44,22 +46,11 @@ _RESULTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ProgramsSplit:
-    """Disjoint sets: for training, for selecting the best round, for the final score, as examples.
+def programs_split(seed: int = 0, smoke: bool = False) -> Split:
+    """Return the prompts, such as `# Return the sum of the odd numbers in xs, each squared.` and a head.
 
     The sets have the columns `prompt`, `tests`, `entry_point`, `solution` (a reference program) and
     `hidden_tests`; the `tests` of `select` and `report` are the hidden ones.
-    """
-
-    train: Dataset
-    select: Dataset
-    report: Dataset
-    few_shot: list[dict[str, Any]]
-
-
-def programs_split(seed: int = 0, smoke: bool = False) -> ProgramsSplit:
-    """Return the prompts, such as `# Return the sum of the odd numbers in xs, each squared.` and a head.
 
     Args:
         seed: Different seeds give different splits of the same tasks, with different tests.
@@ -79,7 +70,7 @@ def programs_split(seed: int = 0, smoke: bool = False) -> ProgramsSplit:
     )
     if smoke:
         select, report = select[:_NUM_HELD_OUT_SMOKE], report[:_NUM_HELD_OUT_SMOKE]
-    return ProgramsSplit(
+    return Split(
         Dataset.from_list(train),
         Dataset.from_list([{**row, "tests": row["hidden_tests"]} for row in select]),
         Dataset.from_list([{**row, "tests": row["hidden_tests"]} for row in report]),

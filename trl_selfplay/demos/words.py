@@ -18,6 +18,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from trl_selfplay.demos.split import Split
 from trl_selfplay.evaluation.report import plot_rounds, print_round_table
 from trl_selfplay.rewards.answer import exact_reward, extract_answer
 
@@ -36,17 +37,9 @@ _NUM_SELECT_QUICK, _NUM_REPORT_QUICK = 48, 100
 
 
 @dataclass(frozen=True, slots=True)
-class DemoSplit:
-    """Disjoint sets: for training, for selecting the best round, for the final score, as examples.
+class DemoSplit(Split):
+    """The sets of reversals, and one more: ReST's reward model is trained on samples of `judged`."""
 
-    `train`, `select`, `report` and `judged` have the columns `prompt` (text) and `solution`. ReST's
-    reward model is trained on samples of `judged`.
-    """
-
-    train: Dataset
-    select: Dataset
-    report: Dataset
-    few_shot: list[dict[str, Any]]
     judged: Dataset
 
 
