@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from trl_selfplay.inspection.run_folder import RunFolder
+from trl_selfplay.rewards import JudgeReward
 from trl_selfplay.trainers.student import StudentTrainer
 
 
@@ -176,6 +177,16 @@ def test_the_folder_of_an_adapter_is_refused(build_rest_em, small_model) -> None
     (Path(small_model) / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is the folder of an adapter. Merge it"):
         build_rest_em(student_model=small_model)
+
+
+def test_a_student_that_would_judge_itself_is_refused(build_rest_em, small_model, sums) -> None:
+    judge = JudgeReward(
+        "policy", template="{completion} so", verdict=r"(\d)", scale=(0, 9), max_completion_length=4
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"a student would judge itself"):
+        build_rest_em(
+            student_model=small_model, reward_funcs=judge, eval_dataset=sums(2, first=20)
+        )  # fmt: skip
 
 
 def test_a_student_with_another_tokenizer_learns_the_same_texts(

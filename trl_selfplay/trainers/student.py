@@ -200,6 +200,12 @@ class TeachesStudent(RoundsMixin):
                 "student_model with FSDP or DeepSpeed: a second model can't be prepared beside the policy. "
                 "Leave student_model out, and resume the finished run with it without either."
             )
+        scorer = self.self_play.collector.heldout_scorer
+        if self.self_play.heldout and scorer is not None and scorer.policy_judges:
+            raise ValueError(
+                "student_model with held-out prompts that the policy judges: a student would judge itself. Pass "
+                "eval_reward_funcs that grade both alike, or leave out `eval_dataset`."
+            )
         model, config, peft_config = student
         tokenizer = load_processing_class(model, None, config)
         play = self.self_play
