@@ -46,8 +46,10 @@ def colours_split(seed: int = 0, smoke: bool = False) -> Split:
     if smoke:
         select, report = select[:_NUM_HELD_OUT_SMOKE], report[:_NUM_HELD_OUT_SMOKE]
     return Split(
-        *(Dataset.from_list([_row(name) for name in part]) for part in (train, select, report)),
-        [{**_row(name), "completion": worked_answer(name)} for name in few_shot],
+        train=Dataset.from_list(list(map(_row, train))),
+        select=Dataset.from_list(list(map(_row, select))),
+        report=Dataset.from_list(list(map(_row, report))),
+        few_shot=[{**_row(name), "completion": worked_answer(name)} for name in few_shot],
     )
 
 
