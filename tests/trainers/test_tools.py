@@ -7,7 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import trl
-from bigram_policy import CHAT_STEPS, END, TEXT_STEPS, bigram_model, family_template, word_tokenizer
+from bigram_policy import (
+    ACT,
+    ASK,
+    CHAT_STEPS,
+    END,
+    TEXT_STEPS,
+    bigram_model,
+    family_template,
+    word_tokenizer,
+)
 from datasets import Dataset
 from plain_tools import Counter, Silent, add, draw, look_up
 
@@ -24,6 +33,7 @@ from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rollouts.rendering import PromptFormatter
 from trl_selfplay.rollouts.stored import load_samples
+from trl_selfplay.rounds.empty_round import EmptyRoundError
 from trl_selfplay.rounds.identity import check_identity, describe_trainer
 from trl_selfplay.tools.offer import describe
 from trl_selfplay.tools.tool_set import ToolSet
@@ -70,7 +80,7 @@ def build(tmp_path):
             "train_dataset": rows_of(chat), "processing_class": tokenizer,
             "reward_funcs": says_yes, "tools": [add], **given,
         }  # fmt: skip
-        model = bigram_model(tokenizer, CHAT_STEPS if chat else TEXT_STEPS)
+        model = arguments.pop("model", bigram_model(tokenizer, CHAT_STEPS if chat else TEXT_STEPS))
         args = config_class(str(tmp_path / folder), **{**settings, **fields})
         return trainer_class(model, args=args, **arguments)
 
@@ -109,6 +119,37 @@ def test_a_round_trains_on_what_the_policy_wrote_beside_the_results(build) -> No
     ]
     assert masked
     assert all(masked)
+
+
+def renamed(answer):
+    def tool(a: int, b: int) -> str:
+        """Add numbers.
+
+        Args:
+            a: One.
+            b: Another.
+        """
+        return answer()
+
+    tool.__name__ = "add"
+    return tool
+
+
+def test_calls_that_all_fail_are_warned_of(build, caplog) -> None:
+    build(tools=[renamed(lambda: 1 / 0)], max_steps=1).train()
+    assert "round 0: every call of a tool failed" in caplog.text
+    caplog.clear()
+    build(folder="other", max_steps=1).train()
+    assert "every call" not in caplog.text
+
+
+def test_results_without_room_are_named_where_nothing_is_left(build) -> None:
+    trainer = build(
+        tools=[renamed(lambda: "7 " * 100)],
+        model=bigram_model(word_tokenizer(), {**TEXT_STEPS, ASK: {ACT[0]: 1.0}}),
+    )
+    with pytest.raises(EmptyRoundError, match="In 16 of them there was no room for the result"):
+        trainer.train()
 
 
 @pytest.mark.slow

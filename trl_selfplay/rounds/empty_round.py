@@ -10,7 +10,6 @@ from typing import Any
 from trl_selfplay.disk import RESUME
 from trl_selfplay.rollouts.funnel import (
     UNFINISHED,
-    Funnel,
     describe_causes,
     describe_funnel,
 )
@@ -81,7 +80,7 @@ def _remedy(args: Any, played: PlayedRound) -> str:
             f"has no score, not that it is wrong. {f'Causes: {causes}.' if causes else usual}"
         )
     if funnel.unhinted.unfinished + funnel.hinted.unfinished == num_sampled:
-        return _finish(args, funnel)
+        return _finish(args, played)
     (rewards,) = Rollouts.of(played.rollouts).columns("reward")
     highest = max((reward for reward in rewards if reward is not None), default=0.0)
     return (
@@ -91,8 +90,19 @@ def _remedy(args: Any, played: PlayedRound) -> str:
     )
 
 
-def _finish(args: Any, funnel: Funnel) -> str:
+def warn_failed_calls(round_index: int, played: PlayedRound) -> None:
+    """Warn if tools were called in a round and not one call succeeded."""
+    if played.metrics.get("tools/failure_frequency") == 1.0:
+        logger.warning(
+            "round %d: every call of a tool failed. `trl-selfplay samples` shows what the policy was told: "
+            "are the tools broken, or their arguments wrongly described?",
+            round_index,
+        )
+
+
+def _finish(args: Any, played: PlayedRound) -> str:
     """Return what to do where no completion came to an end."""
+    funnel = played.funnel
     counts = {o: getattr(funnel.unhinted, o) + getattr(funnel.hinted, o) for o in UNFINISHED}
     outcome = max(counts, key=lambda o: counts[o])
     share = (
@@ -109,6 +119,17 @@ def _finish(args: Any, funnel: Funnel) -> str:
             f"{share} of them wanted more calls than max_tool_calling_iterations="
             f"{args.max_tool_calling_iterations}, and such trajectories are never trained on. Raise it, "
             "or show with few_shot_examples when to answer."
+        )
+    most = args.max_completion_length
+    num_overflown = sum(
+        bool(r.messages) and r.finish == "length" and len(r.completion_ids) < most
+        for _, r in Rollouts.of(played.rollouts).scan()
+    )
+    if num_overflown > counts[outcome] / 2:
+        return (
+            f"In {num_overflown} of them there was no room for the result of a call: results count towards "
+            f"max_completion_length={most}, and to the model's context. Raise it, or let the tools return "
+            "less."
         )
     return (
         f"{share} of them were cut at max_completion_length={args.max_completion_length}, and what "

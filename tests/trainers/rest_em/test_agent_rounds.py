@@ -19,6 +19,7 @@ from tiny_rewards import contains_solution
 from trl_selfplay.generation.sampler import SampledCompletion
 from trl_selfplay.rewards import JudgeReward, exact_reward
 from trl_selfplay.rollouts.record import load_rollouts
+from trl_selfplay.rounds.empty_round import EmptyRoundError
 from trl_selfplay.rounds.steps import StepPrompts
 from trl_selfplay.tools.agent import MalformedAction
 from trl_selfplay.tools.record import ToolResult
@@ -444,6 +445,18 @@ def test_an_agent_that_never_finishes_is_stopped_and_counted(build, tmp_path, mo
     plays, _ = play(trainer, tmp_path / "plays")
     assert {len(t.steps) for t in plays.trajectories if t.end == "endless"} == {1}
     assert None not in {t.end for t in plays.trajectories}
+
+
+class StrictAgent(FactAgent):
+    """Can read no action."""
+
+    def act(self, state, action):
+        raise MalformedAction("never")
+
+
+def test_a_round_without_a_step_that_can_be_read_says_what_to_do(build) -> None:
+    with pytest.raises(EmptyRoundError, match="the agent could read no sample of any step"):
+        build(agent=StrictAgent()).train()
 
 
 class ShownAgent(FactAgent):

@@ -45,6 +45,12 @@ from trl_selfplay.trainers.tool_setup import read_toolbox
 
 logger = logging.getLogger(__name__)
 
+_NO_STEPS = (
+    "No step can be learned: the agent could read no sample of any step, or no answer passed "
+    "agent_rewards='answers' (play/parse_failures and play/trajectories_… tell which). Show the form of an "
+    "action with the agent's examples, such as SearchAgent(examples=…), or draw more samples per step."
+)
+
 
 class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
     """Trains a causal language model on its own rewarded samples, round after round.
@@ -252,9 +258,10 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         failed = () if play.ranks else play.failed_steps(plays, round_index, folder)
         prompt_ids = StepPrompts(plays, play.formatter)
         selection = plays.select(lambda rollout: play.fits(rollout, prompt_ids), failed)
-        return play.build_sft_round(
+        played = play.build_sft_round(
             round_index, selection, prompt_ids, metrics=plays.metrics(selection)
         )
+        return played if played.funnel.correct else replace(played, remedy=_NO_STEPS)
 
     def _selection_rule(self, improve: int, rollouts: Rollouts) -> Callable[[Rollout], bool]:
         """Return F(x, y; τ): the threshold of this Improve step, or that of the reward."""
