@@ -40,7 +40,7 @@ from trl_selfplay.disk import save_text
 from trl_selfplay.generation.sampler import SampleRequest, build_sampling_options
 from trl_selfplay.rewards import exact_reward
 from trl_selfplay.rollouts.prompts import load_prompt_rows
-from trl_selfplay.rollouts.stored import load_kept
+from trl_selfplay.rollouts.stored import load_kept, load_samples
 from trl_selfplay.rounds.weights import load_saved_model
 from trl_selfplay.tools import calculator
 
@@ -131,7 +131,8 @@ def train(trainer: Any, rows: Sequence[Any]) -> dict[str, Any]:
         if line.get("steps"):
             load_saved_model(trainer.model, trainer.run.folder(line["round"]) / "model")
             after.append(success(trainer, rows))
-    return record | {"after": after}
+    first = load_samples(trainer.run.folder(0))
+    return record | {"after": after, "sampled": fmean(r.reward or 0.0 for r in first)}
 
 
 def run_tools(args: argparse.Namespace, seed: int, work: Path) -> dict[str, Any]:
@@ -240,7 +241,7 @@ def inventions(trainer: Any, rows: Sequence[Any]) -> dict[str, float]:
     prompts = play.training_prompt_ids(rows)
     requests = [SampleRequest(prompts[row.prompt_id], number) for number, row in enumerate(rows)]
     invented, right = [], []
-    for number, sampled in play.sampler.sample(requests, options, 16):
+    for number, sampled in play.collector.sampler.sample(requests, options, 16):
         found = _RESULT.search(tokenizer.decode(sampled.completion_ids))
         invented.append(found is not None)
         true = rows[number].solution
@@ -288,14 +289,19 @@ def write_summary(args: argparse.Namespace) -> None:
         lines.append(f"| {label} | {' | '.join(cells)} | {mean} |")
 
     row("few-shot ReAct, untrained", "tools", lambda r: few_shot[0] if few_shot else None)
-    row("sampled in round 0, with examples", "tools", lambda r: solved(r, 0))
+    row("sampled in round 0, with examples", "tools", lambda r: r["sampled"])
     for number in range(args.num_rounds):
         row(f"ReST^EM with tools, after round {number}", "tools", lambda r, n=number: at(r, n))
     row("the same policy, results of other rows", "other_rows", lambda r: r["trained_on_own"])
-    row("sampled in round 0 with results of other rows", "other_rows", lambda r: solved(r, 0))
+    row("sampled in round 0 with results of other rows", "other_rows", lambda r: r["sampled"])
     row("without tools, few-shot, untrained", "no_tools", lambda r: r["few_shot"])
-    row("sampled in round 0 without tools", "no_tools", lambda r: solved(r, 0))
+    row("sampled in round 0 without tools", "no_tools", lambda r: r["sampled"])
     row("ReST^EM without tools, last round", "no_tools", lambda r: (r["after"] or [None])[-1])
+    if found["no_tools"] and not any(r["after"] for r in found["no_tools"].values()):
+        lines[-1:] = [
+            "",
+            "Without tools nothing was right in round 0, so there was nothing to train on.",
+        ]
     lines += [
         "",
         "## Results as training targets",
@@ -313,12 +319,6 @@ def write_summary(args: argparse.Namespace) -> None:
     save_text(args.results.with_suffix(".md"), "\n".join([*lines, ""]))
 
 
-def solved(record: dict[str, Any], number: int) -> float | None:
-    """Return the share of right samples of a round."""
-    lines = record.get("lines") or []
-    return lines[number]["rewards"]["exact_reward"] if len(lines) > number else None
-
-
 def at(record: dict[str, Any], number: int) -> float | None:
     """Return the held-out success after a round."""
     return record["after"][number] if len(record["after"]) > number else None
@@ -333,7 +333,6 @@ def main() -> None:
     parser.add_argument("--num-rounds", type=int, default=2)
     parser.add_argument("--max-steps", type=int, default=12)
     parser.add_argument("--num-held-out", type=int, default=64)
-    parser.add_argument("--train-on-other-rows", action="store_true", help="also a run with them")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument(
         "--work", type=Path, default=None, help="where runs are kept; a part reads others'"
