@@ -108,6 +108,10 @@ def load_tools(script_args: Any) -> dict[str, Any]:
         )
     if not script_args.agent:
         return given
+    if given["environment_factory"] is not None:
+        raise script_arguments.WrongFlagsError(
+            "--agent with --environment_factory: the tool of an agent is a function. Leave one out."
+        )
     tools = given["tools"] or ()
     if len(tools) != 1 or not script_args.dataset_name:
         raise script_arguments.WrongFlagsError(

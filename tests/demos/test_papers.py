@@ -124,6 +124,8 @@ def test_a_preset_reads_its_dataset_s_columns(recipe, name, load_preset) -> None
         question = "Which of the two mills is older? (7)"
         assert data[0][7] == {"prompt": question, "solution": "Oberfeld Mill"}
         assert [len(split) for split in data] == [1100, 125]
+        # What the paper samples in its first round: one trajectory per question, from all tokens.
+        assert (config.num_generations, config.top_k, config.top_p) == (1, 0, 1.0)
         return
     if recipe == "quiet_star":
         assert data[0].column_names == ["text"]

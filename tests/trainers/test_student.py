@@ -163,6 +163,10 @@ def test_an_interrupted_student_ends_as_an_uninterrupted_one(
         ({"student_model": "x", "student_args": {"steps": 1}}, TypeError, r"steps"),
         ({"student_model": "x", "student_args": 1e-3}, TypeError, r"give a trl.SFTConfig"),
         ({"student_model": "x", "student_args": {"bf16": True}}, ValueError, r"Set both alike"),
+        ({"student_model": "x", "student_args": {"temperature_eval": 0.5, "max_steps": 1, "num_rounds": 5}},
+         ValueError, r"student_args has temperature_eval=0.5, num_rounds=5: a student plays no rounds"),
+        ({"student_model": "x", "student_args": {"max_completion_length": 8, "greater_is_better": False}},
+         ValueError, r"student_args has greater_is_better=False: .* for both"),
         ({"student_model": "x", "loss_weighting": "reward"}, ValueError, r"loss_weighting='filter'"),
     ],
 )  # fmt: skip

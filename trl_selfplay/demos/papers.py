@@ -410,13 +410,16 @@ REST_EM: dict[str, Preset] = {
 }  # fmt: skip
 REST_REACT: dict[str, Preset] = {
     "hotpot_qa": Preset(
-        lambda **overrides: {"num_rounds": 2, "temperature": 0.5, "few_shot_rounds": 1, "few_shot_in_training": False, **overrides},
+        lambda **overrides: {
+            "num_rounds": 2, "num_generations": 1, "temperature": 0.5, "top_k": 0, "few_shot_rounds": 1,
+            "few_shot_in_training": False, **overrides,
+        },
         None, "hotpotqa/hotpot_qa", lookup_row,
         "it trains PaLM 2 on 2,000 questions, a quarter of them from HotpotQA and the others from Eli5, "
-        "with one trajectory per question in the first round and four in the second; an instructed PaLM "
-        "2 ranks the samples of each step (here: --reward_funcs; without, the most probable one is the "
-        "target); steps, learning rate and batch aren't all reported. The worked examples are this "
-        "package's own.",
+        "with four trajectories per question in the second round (here one in each: "
+        "--num_generations); an instructed PaLM 2 ranks the samples of each step (here: --reward_funcs; "
+        "without, the most probable one is the target); steps, learning rate and batch aren't all "
+        "reported. The worked examples are this package's own.",
         dataset_config="distractor", train_split="train[:2000]", test_split="validation[:125]",
         flags={"agent": True, "eval_reward_funcs": ["exact_reward"], "max_completion_length": 256},
     ),

@@ -50,6 +50,8 @@ _AS_THE_POLICY = (
     "temperature_eval", "few_shot_in_training", "reward_threshold", "max_tool_calling_iterations",
     "tool_deadline", "tool_format",
 )  # fmt: skip
+# Fields of TRL's config that name the held-out metric, as the policy's are called.
+_OF_BEST = ("metric_for_best_model", "greater_is_better")
 # Fields of TRL's config that belong to one model, its folder and its repository.
 _OF_ONE_MODEL = (
     "output_dir", "run_name", "push_to_hub", "hub_model_id", "chat_template_path", "eos_token",
@@ -94,7 +96,8 @@ def read_student(
     Raises:
         FileNotFoundError: `model` is the path of a folder that isn't there.
         TypeError: `model` is no id or folder, or `args` is a config of another kind.
-        ValueError: An adapter's folder; settings that can't work, or without a student.
+        ValueError: An adapter's folder; settings that can't work, that are the policy's for both, or
+            without a student.
     """
     if model is None:
         given = {"student_args": args, "student_peft_config": peft_config}
@@ -136,6 +139,7 @@ def _student_config(args: SFTConfig | Mapping[str, Any] | None, policy: Any) -> 
         if own["output_dir"] == _UNNAMED_FOLDER:
             del own["output_dir"]
     elif args is None or isinstance(args, Mapping):
+        _refuse_of_the_run(args or {}, policy)
         own = {n: v for n, v in _fields_of(policy).items() if n not in _OF_ONE_MODEL}
         loading = own["model_init_kwargs"] or {}
         own["model_init_kwargs"] = {n: v for n, v in loading.items() if n != "revision"}
@@ -151,12 +155,23 @@ def _student_config(args: SFTConfig | Mapping[str, Any] | None, policy: Any) -> 
             "output_dir": folder,
             **own,
             **{name: getattr(policy, name) for name in _AS_THE_POLICY},
-            "metric_for_best_model": policy.metric_for_best_model,
-            "greater_is_better": policy.greater_is_better,
+            **{name: getattr(policy, name) for name in _OF_BEST},
             "num_rounds": 1,
             "load_best_round_at_end": False,  # the student is what was trained
         }
     )
+
+
+def _refuse_of_the_run(given: Mapping[str, Any], policy: Any) -> None:
+    """Raise ValueError if fields differ from the policy's that a student takes over, or doesn't have."""
+    own = {f.name for f in fields(SFTConfig)}.difference(_OF_BEST)
+    of_run = {f.name for f in fields(StudentConfig)} - own
+    if wrong := [n for n in given if n in of_run and given[n] != getattr(policy, n)]:
+        raise ValueError(
+            f"student_args has {', '.join(f'{n}={given[n]!r}' for n in wrong)}: a student plays no rounds, and "
+            "its held-out prompts are asked and judged as the policy's. Leave out what isn't a field of "
+            "trl.SFTConfig, and the metric; or set them in the trainer's args, for both."
+        )
 
 
 def _fields_of(config: Any) -> dict[str, Any]:
