@@ -127,6 +127,11 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     sets: dict[str, Any] = {"train_dataset": train, "eval_dataset": test}
     tools, split = load_tools(script_args), None
     if train is None:
+        if script_args.tools != DEMO["tools"] or script_args.environment_factory:
+            raise script_arguments.WrongFlagsError(
+                "--tools or --environment_factory without a dataset: the demo's questions and examples are "
+                "about its own tools. Give a --dataset_name, or leave them out."
+            )
         split = colours.colours_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}
         sets["few_shot_examples"] = split.few_shot

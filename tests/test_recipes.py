@@ -225,6 +225,9 @@ def test_the_recipe_with_tools_says_what_it_lacks(load_script, tool_module, tmp_
         load("--tools", "my_tools.subtract")
     with pytest.raises(ValueError, match="--agent needs one tool"):
         load("--agent", "--tools", tool_module, tool_module)
+    demo = ["--output_dir", str(tmp_path), "--use_cpu", "--tools", tool_module]
+    with pytest.raises(ValueError, match="without a dataset: the demo's questions"):
+        recipe.main(*recipe.parse_arguments(demo))
     with pytest.raises(ValueError, match="--agent with --environment_factory"):
         load("--agent", "--tools", tool_module, "--environment_factory", tool_module)
 

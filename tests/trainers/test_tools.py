@@ -440,6 +440,20 @@ def test_a_dict_of_environments_shows_each_row_its_own_tools(build) -> None:
             assert (r.rewards[1] is None) == (row.columns["environment"] == "silent")
 
 
+def test_environments_with_rewards_of_their_own_count_as_one_reward(build) -> None:
+    """A completion has one environment, so a threshold of 1 means its reward."""
+    rows = rows_of(False, 3, environment=["count", "other", "count"], target=[0, 0, 0])
+    given = {"count": Counter, "other": type("Other", (Counter,), {})}
+    settings = {"tools": None, "environment_factory": given, "train_dataset": rows}
+    trainer = build(reward_funcs=None, **settings)
+    assert trainer.self_play.collector.scorer.names == ("Counter", "Other")
+    trainer.train()
+    with pytest.raises(ValueError, match=r"2 reward functions with .* Set reward_threshold=2.0"):
+        build(**settings)
+    with pytest.raises(ValueError, match=r"reward_weights has 2 entries for 1 reward functions;"):
+        build(reward_weights=[1.0, 1.0], **settings)
+
+
 def test_rows_that_differ_in_what_reset_reads_are_different_rows(build) -> None:
     rows = Dataset.from_dict(
         {"prompt": ["Q ?", "Q ?"], "solution": ["yes"] * 2, "word": ["a", "b"]}
@@ -457,6 +471,13 @@ def test_what_environments_cannot_do_is_refused(build) -> None:
         build("ReST^EM", environment_factory=Silent, tools=None, gold_dataset=gold)
     with pytest.raises(ValueError, match="`reward_funcs` is missing"):
         build(environment_factory=Silent, tools=None, reward_funcs=None)
+    for reset, message in (
+        (lambda self, word: None, r"argument: 'word'"),
+        (lambda self: None, r"unexpected keyword"),
+    ):
+        wrong = type("Wrong", (Silent,), {"reset": reset})
+        with pytest.raises(TypeError, match=rf"`reset` of Wrong .*\*\*kwargs.*{message}"):
+            build(environment_factory=wrong, tools=None)
     with pytest.raises(ValueError, match=r"`environment` is 'other'"):
         build(
             environment_factory={"silent": Silent}, tools=None,

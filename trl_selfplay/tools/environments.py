@@ -151,6 +151,14 @@ class Environments:
         name = self._name_of(columns)
         given = {k: v for k, v in columns.items() if not (self.is_dict and k == "environment")}
         seed = seed_of(_canonical(columns))
+        kind = self.sources[name or "environment"]
+        try:
+            inspect.signature(_bound(kind, "reset")).bind(**given)
+        except TypeError as error:
+            raise TypeError(
+                f"`reset` of {kind.__name__} gets each row's columns by name. Let it take **kwargs, and give a default "
+                f"to what a row may lack ({error})."
+            ) from error
         return Environment(
             name, given, seed, self._methods[name], name in self._rewarding, check, self._warned
         )
@@ -187,12 +195,17 @@ def _methods_of(kind: type) -> dict[str, Callable[..., Any]]:
             f"environments need a method `reset`, and {kind.__name__} has none; it gets the row's columns."
         )
     return {
-        name: each
-        if isinstance(inspect.getattr_static(kind, name), staticmethod)
-        else MethodType(each, kind)
-        for name, each in found.items()
+        name: _bound(kind, name)
+        for name in found
         if name not in _RESERVED and not name.startswith("_")
     }
+
+
+def _bound(kind: type, name: str) -> Callable[..., Any]:
+    """Return a method without its first argument."""
+    each = getattr(kind, name)
+    is_static = isinstance(inspect.getattr_static(kind, name), staticmethod)
+    return each if is_static else MethodType(each, kind)
 
 
 def _canonical(value: Any) -> str:

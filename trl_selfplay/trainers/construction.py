@@ -236,7 +236,13 @@ def read_grading(
             else _as_list(reward_processing_classes)
         )
         reward_funcs, reward_processing_classes = [*given, *own], [*classes, *[None] * len(own)]
-        weights = None if weights is None else [*weights, *[1.0] * len(own)]
+        if weights is not None:
+            if len(weights) != len(given):
+                raise ValueError(
+                    f"reward_weights has {len(weights)} entries for {len(given)} reward functions; give one "
+                    "each, or None without any. The rewards of environments weigh 1, without an entry."
+                )
+            weights = [*weights, *[1.0] * len(own)]
     if toolbox is not None:
         refuse_environments_parameter([*_as_list(reward_funcs), *_as_list(eval_reward_funcs)])
     if reward_funcs is None or reward_funcs == []:
@@ -244,13 +250,14 @@ def read_grading(
             "`reward_funcs` is missing: something must say which completions are right. Pass a "
             "function such as trl_selfplay.rewards.exact_reward, a reward model id, or a list."
         )
-    several = isinstance(reward_funcs, list | tuple) and len(reward_funcs) > 1
+    # A completion has one environment, and so at most one of their rewards.
+    num_rewards = len(_as_list(reward_funcs)) - max(len(own) - 1, 0)
     by_threshold = not args.rewards_have_degrees
-    if several and by_threshold and weights is None and args.reward_threshold == 1.0:
+    if num_rewards > 1 and by_threshold and weights is None and args.reward_threshold == 1.0:
         raise ValueError(
-            f"{len(reward_funcs)} reward functions with weights of 1.0 and reward_threshold=1.0: "
+            f"{num_rewards} reward functions with weights of 1.0 and reward_threshold=1.0: "
             "one of them alone would make a completion correct, a reward for the format for "
-            f"example. Set reward_threshold={float(len(reward_funcs))} if all must be met, or say "
+            f"example. Set reward_threshold={float(num_rewards)} if all must be met, or say "
             "with reward_weights which of them count (1.0 and 0.0 for answer and format)."
         )
     return Grading(
