@@ -199,14 +199,44 @@ def change_settings():
 
 
 @without_arguments
+def change_mask():
+    return f"{os.umask(0o67):o}"
+
+
+@without_arguments
+def ignore_signal():
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    return "ignored"
+
+
+@without_arguments
 def show_settings():
-    return f"{Path.cwd() == Path('/')} {os.environ.get('MARK')} {sys.getrecursionlimit()} {sys.stdout.closed}"
+    mask = os.umask(0)
+    os.umask(mask)
+    return (
+        f"{mask} {signal.getsignal(signal.SIGUSR1)} "
+        f"{Path.cwd() == Path('/')} {os.environ.get('MARK')} {sys.getrecursionlimit()} {sys.stdout.closed}"
+    )
 
 
 @without_arguments
 def hang():
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     signal.pause()
+
+
+@without_arguments
+def draw_from_numpy():
+    import numpy
+
+    return numpy.random.rand()
+
+
+@without_arguments
+def draw_from_torch():
+    import torch
+
+    return torch.rand(1)
 
 
 @without_arguments

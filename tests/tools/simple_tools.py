@@ -98,6 +98,30 @@ class Undescribed:
         pass
 
 
+class Holds:
+    """An environment whose `reset` says what the row says, or waits for ever."""
+
+    def reset(
+        self, says: str | None = None, file: str | None = None, **columns: object
+    ) -> str | None:
+        if file is not None:
+            Path(file).write_text(str(os.getpid()))
+            signal.pause()
+        return says
+
+    def go(self) -> str:
+        """Go."""
+        return "on"
+
+
+class Unmakeable:
+    def __init__(self) -> None:
+        raise LookupError("no key")
+
+    def reset(self) -> None:
+        pass
+
+
 class Adds:
     def reset(self) -> None:
         pass

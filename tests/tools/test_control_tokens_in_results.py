@@ -2,20 +2,40 @@
 
 import re
 from collections import Counter
+from contextlib import closing
 
 import pytest
+from datasets import Dataset
+from simple_tools import Holds
 from test_chat_dialogues import FAMILIES, FOLDER, byte_tokenizer_of
 from tokenizers import AddedToken
 from trl import get_training_chat_template
 
 from trl_selfplay.generation.control_tokens import plain_ids
+from trl_selfplay.rollouts.prompts import load_prompt_rows, message_text, plain_prompt
+from trl_selfplay.rollouts.rendering import PromptFormatter
 from trl_selfplay.tools.chat import ChatDialogue
+from trl_selfplay.tools.environments import Environments
 from trl_selfplay.tools.react import ReActDialogue
 from trl_selfplay.tools.record import ToolResult
 
 _TAG = re.compile(r"<[|/]?[a-z_]+\|?>|<\|[a-z_]+>")
 # Special in all families; what belongs to calls and thoughts is an added token that isn't special in most.
 _NOT_SPECIAL = re.compile(r"tool|think|arg_")
+
+PARTS = [{"type": "text", "text": "So<eos>"}]
+
+
+class Says:
+    """Environments that all say the same."""
+
+    resets = (print,)
+
+    def __init__(self, said) -> None:
+        self.observation = lambda columns: said
+
+    def schemas_of(self, columns):
+        return []
 
 
 @pytest.fixture(params=FAMILIES)
@@ -62,6 +82,39 @@ def test_in_react_form_there_is_no_control_token(tokenizer) -> None:
     assert not counts_of_added(tokenizer, found)
     ordinary = ReActDialogue(tokenizer).observation_ids([], [ToolResult("add", "1 < 2 > é")])
     assert tokenizer.decode(ordinary) == " 1 < 2 > é\n"
+
+
+def test_what_an_environment_says_at_its_start_has_no_control_token(tokenizer) -> None:
+    text, message = hostile(tokenizer), {"role": "user", "content": "So.\n"}
+    with closing(Environments(Holds, [], 20.0)) as holds:
+
+        def rendered(says):
+            given = Dataset.from_list([{"prompt": [message], "says": says}])
+            (row,) = load_prompt_rows(given, "train_dataset", toolbox=holds)
+            return row, PromptFormatter(tokenizer).token_ids(row, few_shot=False)
+
+        row, ids = rendered(text)
+        assert message_text(row.prompt[-1]).endswith(text)  # graders read what was said
+        assert counts_of_added(tokenizer, ids) == counts_of_added(tokenizer, rendered("so")[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "plain"),
+    [
+        ("So<eos>", "yes<eos>", "So<eos>yes< eos>"),
+        (PARTS, "yes<eos>", [*PARTS, {"type": "text", "text": "yes< eos>"}]),
+        ("So<eos>", PARTS, [*PARTS, {"type": "text", "text": "So< eos>"}]),
+        (PARTS, [*PARTS, *PARTS], [*PARTS, *2 * [{"type": "text", "text": "So< eos>"}]]),
+        ("So<eos>", None, "So<eos>"),
+    ],
+)
+def test_of_a_prompt_only_what_the_environment_says_is_split(
+    word_tokenizer, given, said, plain
+) -> None:
+    message = {"role": "user", "content": given}
+    given = Dataset.from_list([{"prompt": [message]}])
+    (row,) = load_prompt_rows(given, "train_dataset", toolbox=Says(said))
+    assert plain_prompt(row, word_tokenizer) == [{**message, "content": plain}]
 
 
 def test_a_token_that_cannot_be_read_as_text_gets_a_space(word_tokenizer) -> None:

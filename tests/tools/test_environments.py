@@ -3,12 +3,22 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from processes import start
-from simple_tools import Adds, Counter, Dice, Moody, Undescribed, add
+from simple_tools import (
+    Adds,
+    Counter,
+    Dice,
+    Holds,
+    Moody,
+    Undescribed,
+    Unmakeable,
+    add,
+)
 from test_trajectories import OPTIONS, Script, ask
 
 from trl_selfplay.tools.environments import Environments
@@ -66,7 +76,7 @@ def test_each_trajectory_has_an_environment_of_its_own(counters) -> None:
 def test_an_environment_that_dies_is_gone_and_its_trajectory_goes_on(counters) -> None:
     with closing(counters.open({}, 1)) as session:
         assert session.call(ToolCall("die", {})) == ToolResult(
-            "die", "Error: the process died", failed=True
+            "die", "Error: the process died", failed=True, has_ended=True
         )
         result = session.call(increase())
         assert result.failed
@@ -151,6 +161,48 @@ def test_trajectories_resume_in_their_environments(counters, byte_tokenizer, tmp
     for kept in range(0, len(lines) + 1, 3):
         path.write_bytes(b"".join([header, *lines[:kept]]))
         assert run() == whole
+
+
+def test_an_environment_that_has_ended_stays_so_on_resume(
+    counters, byte_tokenizer, tmp_path
+) -> None:
+    """RA-15: wherever the run was interrupted, the policy reads the same."""
+
+    def respond(text):
+        acts = ("increase[2]", "die()", "increase[1]", "increase[1]")
+        number = text.count("Observation:")
+        return f"Action: {acts[number]}\nObservation:" if number < len(acts) else "So."
+
+    how, path = trajectories(counters, byte_tokenizer), tmp_path / "steps.jsonl"
+
+    def run():
+        with closing(how.step_log(path)) as log:
+            sampler = how.over(Script(byte_tokenizer, respond), [{}], log)
+            [(_, found)] = sampler.sample([ask(byte_tokenizer, "Q")], OPTIONS, 1)
+        return found
+
+    whole = run()
+    ended = "Error: the environment has ended: the process died"
+    told = [m["content"] for m in whole.messages if m["role"] == "tool"]
+    assert told == ["2", "Error: the process died", ended, ended]
+    assert whole.environment_reward is None
+    lines = path.read_bytes().splitlines(keepends=True)
+    for kept in range(1, len(lines) + 1):
+        path.write_bytes(b"".join(lines[:kept]))
+        assert run() == whole
+
+
+def test_closing_a_session_ends_its_reset(tmp_path) -> None:
+    path = tmp_path / "pid"
+    with closing(Environments(Holds, [], 20.0)) as holds, ThreadPoolExecutor() as pool:
+        session = holds.open({"file": str(path)}, 1)
+        waiting = pool.submit(session.call, ToolCall("go", {}))
+        while not path.exists() or not path.read_text():
+            time.sleep(0.01)
+        session.close()
+        assert (
+            waiting.result().content == "Error: the process died"
+        )  # and not: no answer within 20 s
 
 
 def test_no_process_is_left_when_sampling_is_stopped(counters, byte_tokenizer, tmp_path) -> None:
@@ -238,6 +290,14 @@ def test_a_reset_that_fails_or_says_something_else_is_an_error(byte_tokenizer, t
             pytest.raises(ValueError, match="and something else before"),
         ):
             session.call(ToolCall("sigh", {}))
+
+
+def test_an_environment_that_cannot_be_made_says_so() -> None:
+    with (
+        closing(Environments(Unmakeable, [], 20.0)) as found,
+        pytest.raises(ValueError, match="making it failed: LookupError: no key"),
+    ):
+        found.observation({})
 
 
 def test_a_reward_that_is_none_is_told_once(caplog) -> None:

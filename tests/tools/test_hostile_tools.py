@@ -25,6 +25,8 @@ CONTENT = {
     "leave_processes": "left",
     "start_threads": "started",
     "change_settings": "changed",
+    "change_mask": "22",
+    "ignore_signal": "ignored",
 }
 ERRORS = {
     "raise_unprintable": "UnprintableError: (an error that can't be printed)",
@@ -75,8 +77,10 @@ def test_a_call_has_a_result_and_changes_nothing_for_later_ones(tools, name) -> 
 
 
 def test_every_tool_of_the_module_is_called(tools) -> None:
-    elsewhere = {"hang", "return_much", "return_tensor", "show_settings", "show_process"}
-    assert {each.__name__ for each in WITHOUT_ARGUMENTS} == {*CONTENT, *ERRORS, *elsewhere}
+    shows = {"return_tensor", "show_settings", "show_process", "draw_from_numpy", "draw_from_torch"}
+    assert {each.__name__ for each in WITHOUT_ARGUMENTS} == {
+        *(*CONTENT, *ERRORS, *shows, "hang", "return_much")
+    }
 
 
 def test_a_long_result_is_cut_with_a_note(tools) -> None:
@@ -109,6 +113,22 @@ def test_a_process_is_used_again_unless_a_call_changed_it(tools) -> None:
     assert call(tools, "show_process") == first
     call(tools, "change_settings")
     assert call(tools, "show_process") != first
+
+
+def test_what_the_first_call_of_a_process_leaves_running_is_not_there_in_later_ones() -> None:
+    with closing(ToolSet([hostile_tools.leave_processes], 30.0)) as tools:
+        assert call(tools, "leave_processes").content == "left"
+        assert tools._processes._idle == []
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("draw_from_torch", marks=pytest.mark.slow), "draw_from_numpy"]
+)
+def test_a_library_that_a_call_imports_draws_as_one_that_was_there(tools, name) -> None:
+    call(tools, "change_settings")  # the next call is the first of its process
+    drawn = [tools.open({}, 5).call(ToolCall(name, {})).content for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert tools.open({}, 6).call(ToolCall(name, {})).content != drawn[0]
 
 
 def test_what_a_tool_leaves_running_ends_with_its_process(tools) -> None:
@@ -232,6 +252,16 @@ def test_a_tool_that_cannot_be_sent_or_loaded_is_an_error() -> None:
 
     with closing(ToolSet([Unloadable()], 5.0)) as tools, pytest.raises(RuntimeError, match="gone"):
         call(tools, "unloadable")
+
+
+def test_closing_ends_the_server_although_a_fork_holds_its_socket_open() -> None:
+    tools = ToolSet([typed], 30.0)
+    call(tools, "typed", number=1)
+    (server,) = tools._processes._servers
+    held = os.dup(server._control.fileno())
+    tools.close()
+    os.close(held)
+    assert server._process.returncode == 0  # it was asked to end, not killed
 
 
 def test_a_server_that_was_killed_is_started_again(tools) -> None:

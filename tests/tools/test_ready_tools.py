@@ -78,6 +78,7 @@ def run():
 
     with closing(tools):
         yield run_code
+        assert len(tools._processes._idle) == 1  # the worker of the sandbox is kept for all calls
 
 
 @pytest.mark.parametrize(

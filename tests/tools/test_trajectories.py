@@ -242,6 +242,32 @@ def test_others_are_decoded_while_one_waits_for_its_tool(build, byte_tokenizer, 
     assert order == ["Q0", *(f"Q{i}" for i in range(1, 1 + others)), "Q0"]
 
 
+def test_while_all_wait_for_tools_it_is_asked_whether_the_run_goes_on(
+    build, byte_tokenizer, tmp_path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # nobody will write into it
+    sampler, _ = build(lambda text: f"Action: wait_for[{pipe}]\nObservation:", (wait_for,))
+
+    def end(num_tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(sampler.sample([ask(byte_tokenizer, "Q")], OPTIONS, 1, end))
+
+
+def test_white_space_of_a_degenerate_policy_is_read_in_linear_time(byte_tokenizer) -> None:
+    spaces = " " * 300_000  # of quadratic time it would be hours
+    for turn in (f"Action: a{spaces}b\nObservation:", f"Action: a{spaces}b"):
+        ids = byte_tokenizer.encode(turn, add_special_tokens=False)
+        assert ReActDialogue(byte_tokenizer).read(ids, [], []).malformed
+    ids = byte_tokenizer.encode(
+        f"Action: \t add[1]{spaces}\nObservation:", add_special_tokens=False
+    )
+    (call,) = ReActDialogue(byte_tokenizer).read(ids, [], []).calls
+    assert call.arguments == {"argument": "1"}
+
+
 def test_steps_on_disk_are_neither_sampled_nor_called_again(
     build, byte_tokenizer, tmp_path
 ) -> None:

@@ -10,11 +10,13 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from trl_selfplay.confidential import shown
+from trl_selfplay.generation.control_tokens import control_tokens, split_tokens
 from trl_selfplay.rewards.functions import columns_read
 from trl_selfplay.rollouts.record import hash_prompt
 from trl_selfplay.tools.offer import Toolbox, offered, read_tools
@@ -65,6 +67,7 @@ class PromptRow:
         row_index: Index of the row in the user's dataset, for error messages.
         source: Name of the dataset, for error messages.
         template_arguments: The row's own `tools` and `chat_template_kwargs`, if any.
+        observation: What the row's environment says at its start, which is the end of `prompt`, or None.
     """
 
     prompt_id: str
@@ -74,6 +77,7 @@ class PromptRow:
     row_index: int
     source: str = "train_dataset"
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    observation: Any = None
 
     @classmethod
     def of(cls, prompt: Prompt, source: str) -> Self:
@@ -243,11 +247,13 @@ def _build_row(
     where = f"`{name}` row {index}"
     check_nesting(record, where)
     columns = {key: value for key, value in record.items() if key != "prompt"}
+    observation = None
     if toolbox is not None and toolbox.resets:
         given = record.get("prompt", [{"role": "user", "content": ""}])
         check_prompt(given, where)
         columns["prompt"] = given  # which `reset` gets as well
-        record = {**record, "prompt": _with_observation(given, toolbox.observation(columns))}
+        observation = toolbox.observation(columns)
+        record = {**record, "prompt": _with_observation(given, observation)}
     prompt, solution = record["prompt"], record.get("solution")
     check_prompt(prompt, where)
     for column in ("prompt", "solution"):
@@ -263,6 +269,7 @@ def _build_row(
         index,
         name,
         arguments,
+        observation,
     )
 
 
@@ -283,6 +290,24 @@ def _with_observation(prompt: Any, observation: Any) -> Any:
     if isinstance(observation, str) and isinstance(content, list):
         observation = [{"type": "text", "text": observation}]
     return [*prompt[:-1], {**prompt[-1], "content": content + observation}]
+
+
+def plain_prompt(row: PromptRow, tokenizer: Any) -> Prompt:
+    """Return a row's prompt, with control tokens that its environment spells out split, so that they are text."""
+    said = row.observation
+    if said is None:
+        return row.prompt
+    plain = partial(split_tokens, tokens=control_tokens(tokenizer))
+    if isinstance(row.prompt, str):
+        return row.prompt.removesuffix(said) + plain(said)
+    content = row.prompt[-1]["content"]
+    if isinstance(content, str):
+        content = content.removesuffix(said) + plain(said)
+    else:
+        count = 1 if isinstance(said, str) else len(said)
+        ends = [{**part, "text": plain(part["text"])} for part in content[len(content) - count :]]
+        content = content[: len(content) - count] + ends
+    return [*row.prompt[:-1], {**row.prompt[-1], "content": content}]
 
 
 def _own_tools(

@@ -32,6 +32,7 @@ from trl_selfplay.rollouts.prompts import (
     check_message,
     check_prompt,
     message_text,
+    plain_prompt,
 )
 from trl_selfplay.tools.offer import ACTION, ToolForm, describe
 
@@ -224,7 +225,9 @@ class PromptFormatter:
             ValueError: A chat prompt that can't be rendered, or no chat template.
         """
         examples = self._examples(row) if few_shot else []
-        prompt = self._with_hint(row.prompt, row.solution) if hinted else row.prompt
+        prompt = plain_prompt(row, self.tokenizer)
+        if hinted:
+            prompt = self._with_hint(prompt, row.solution)
         shown = [
             (self._with_hint(e.prompt, e.solution) if hinted else e.prompt, e.completion)
             for e in examples
@@ -486,7 +489,8 @@ class PromptFormatter:
         find = self._finder()
         found: list[tuple[PromptRow, str]] = []
         for row in rows:
-            own = [row.prompt, row.template_arguments, row.solution if with_solutions else None]
+            solution = row.solution if with_solutions else None
+            own = [plain_prompt(row, self.tokenizer), row.template_arguments, solution]
             if token := find(own):
                 found.append((row, token))
         if found:

@@ -6,6 +6,8 @@ to, as JSON: nothing that ran here can run code where it is read. Whatever a too
 
 import asyncio
 import contextlib
+import importlib.abc
+import importlib.machinery
 import inspect
 import json
 import os
@@ -18,6 +20,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from trl_selfplay.confidential import masked
@@ -46,6 +49,7 @@ class Tools:
         self._environment: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._num_calls = 0
+        self._seeds = _Seeds()
 
     @classmethod
     def load(cls, sent: bytes) -> "Tools":
@@ -57,6 +61,7 @@ class Tools:
     def serve(self, calls: socket.socket) -> None:
         """Answer calls until the socket closes."""
         own = os.getpid()
+        sys.meta_path.insert(0, self._seeds)
         send_json(calls, {"ready": True})
         with calls.makefile("rb") as requests:
             while header := requests.read(LENGTH.size):
@@ -68,9 +73,13 @@ class Tools:
 
     def _answer(self, request: bytes) -> dict[str, Any]:
         before = _settings()
+        keeps_processes = False
         try:
             kind, seed, *rest = pickle.loads(request)
-            _seed(seed)
+            self._seeds.set(seed)
+            if kind == "call":
+                called = self._functions.get(rest[0])
+                keeps_processes = getattr(called, "keeps_processes", False)
             asked: dict[str, Callable[..., dict[str, Any]]] = {
                 "reset": self._reset,
                 "call": self._call,
@@ -81,9 +90,13 @@ class Tools:
         except BaseException as error:
             text = f"{type(error).__name__}: {_text_of_error(error)}"
             # A client's error may hold the address or the key that it was called with.
-            answer = {"error": clean(masked(text))}
+            answer = {"error": clean(masked(text)), "is_made": self._environment is not None}
         self._num_calls += 1
-        return {**answer, "is_spent": _has_changed(before, _settings(), self._num_calls == 1)}
+        # What a first call starts, as a pool of threads, may serve all that follow.
+        may_grow = {"threads"} if self._num_calls == 1 else set()
+        if keeps_processes:  # of a ready tool: its workers hold nothing of a call
+            may_grow.add("processes")
+        return {**answer, "is_spent": _has_changed(before, _settings(), may_grow)}
 
     def _reset(self, name: str | None, columns: Mapping[str, Any]) -> dict[str, Any]:
         self._environment = self._factories[name]()
@@ -154,13 +167,40 @@ def _text_of_error(error: BaseException) -> str:
         return "(an error that can't be printed)"
 
 
-def _seed(seed: int) -> None:
-    """Make what is drawn at random depend on the trajectory, not on what was called here before."""
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)
+class _Seeds(importlib.abc.MetaPathFinder):
+    """Makes what is drawn at random depend on the trajectory, not on what was called here before.
+
+    A library that a call is the first to import is seeded when it has been loaded.
+    """
+
+    def __init__(self) -> None:
+        self._seed = 0
+        self._seeders: dict[str, Callable[[Any], None]] = {
+            "numpy": lambda numpy: numpy.random.seed(self._seed % 2**32),
+            "torch": lambda torch: torch.manual_seed(self._seed),
+        }
+
+    def set(self, seed: int) -> None:
+        """Seed what is loaded, and remember the seed for what isn't."""
+        self._seed = seed
+        random.seed(seed)
+        for name in self._seeders.keys() & sys.modules.keys():
+            self._seeders[name](sys.modules[name])
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """Return how a library is loaded and then seeded; None for any other module."""
+        if fullname not in self._seeders:
+            return None
+        spec: Any = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_seed(module: ModuleType) -> None:
+                load(module)
+                self._seeders[fullname](module)
+
+            spec.loader.exec_module = load_and_seed
+        return spec
 
 
 def _settings() -> dict[str, Any]:
@@ -168,7 +208,8 @@ def _settings() -> dict[str, Any]:
     found: dict[str, Any] = {
         "environment": dict(os.environ),
         "streams": [(stream, stream.closed) for stream in (sys.stdin, sys.stdout, sys.stderr)],
-        "handlers": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
+        "handlers": [signal.getsignal(number) for number in sorted(signal.valid_signals())],
+        "mask": _mask_of_files(),
         "timer": signal.getitimer(signal.ITIMER_REAL)[1],
         "recursion": sys.getrecursionlimit(),
         "threads": threading.active_count(),
@@ -182,11 +223,14 @@ def _settings() -> dict[str, Any]:
     return found
 
 
-def _has_changed(before: Mapping[str, Any], after: Mapping[str, Any], is_first: bool) -> bool:
-    """Return whether a call changed what later ones depend on.
+def _mask_of_files() -> int:
+    mask = os.umask(0o77)
+    os.umask(mask)
+    return mask
 
-    What a first call starts, as a pool of threads, may serve all that follow.
-    """
+
+def _has_changed(before: Mapping[str, Any], after: Mapping[str, Any], may_grow: set[str]) -> bool:
+    """Return whether a call changed what later ones depend on."""
     grows = {"threads", "processes"}
-    grown = not is_first and any(after[name] > before[name] for name in grows)
+    grown = any(after[name] > before[name] for name in grows - may_grow)
     return grown or any(before.get(n) != after.get(n) for n in {*before, *after} - grows)

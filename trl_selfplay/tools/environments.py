@@ -14,7 +14,7 @@ from types import MethodType
 from typing import Any
 
 from trl_selfplay.tools.offer import offered
-from trl_selfplay.tools.sessions import Environment, Session, begin_environment, seed_of
+from trl_selfplay.tools.sessions import Environment, Session, reset_environment, seed_of
 from trl_selfplay.tools.tool_processes import ProcessEnded, ToolProcesses
 from trl_selfplay.tools.tool_set import (
     by_name,
@@ -124,7 +124,9 @@ class Environments:
         found: list[Any] = []
         environment = self._environment(columns, found.append)
         try:
-            begin_environment(self._processes, environment, self._deadline_s).close()
+            process = self._processes.start()
+            reset_environment(process, environment, self._deadline_s)
+            process.close()
         except ProcessEnded as error:
             raise ValueError(
                 f"the environment of a row can't be made: {error}. The row's columns are {columns!r:.400}."

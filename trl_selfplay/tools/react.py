@@ -18,7 +18,7 @@ from trl_selfplay.tools.arguments import json_types
 from trl_selfplay.tools.record import Reply, ToolCall, ToolResult, is_too_deep
 
 OBSERVATION = "Observation:"
-_ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.*?)[ \t]*$", re.MULTILINE)
+_ACTION = re.compile(r"^[ \t]*Action:(.*)$", re.MULTILINE)
 # `search[who was it]`, or `search({"query": "who was it"})`.
 _CALL = re.compile(r"(\w+)[ \t]*(?:\[(.*)\]|\((.*)\))")
 
@@ -73,7 +73,7 @@ class ReActDialogue:
 
 def _read_action(action: str, schemas: Sequence[Mapping[str, Any]]) -> ToolCall | None:
     """Return the call of an `Action:` line, or None if it can't be read."""
-    call = _CALL.fullmatch(action)
+    call = _CALL.fullmatch(action.strip(" \t"))
     if call is None:
         return None
     name, bracketed, in_json = call.groups()

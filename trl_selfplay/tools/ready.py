@@ -81,6 +81,7 @@ def _check_python() -> None:
 
 
 python.check_machine = _check_python  # type: ignore[attr-defined]
+python.keeps_processes = True  # type: ignore[attr-defined]  # the sandbox's worker
 
 
 @functools.cache

@@ -32,11 +32,13 @@ class ToolResult:
         name: The tool's name.
         content: The text that the policy reads; of a failed call, what failed.
         failed: Whether the tool raised, missed its deadline, died, or isn't there.
+        has_ended: Whether the trajectory's environment has ended, with this call or before it.
     """
 
     name: str
     content: str
     failed: bool = False
+    has_ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ from trl_selfplay.tools.tool_processes import ProcessEnded, ToolProcess, ToolPro
 
 logger = logging.getLogger(__name__)
 
+_ERROR = "Error: "
+
 
 def seed_of(*parts: Any) -> int:
     """Return a 64-bit seed that depends on these parts alone, which are numbers and strings."""
@@ -93,22 +95,26 @@ class Session:
         if refusal := self._refuse(call):
             return ToolResult(call.name, refusal, failed=True)
         request = ("call", call.name, dict(call.arguments))
+        is_of_environment = self._is_of_environment(call)
         try:
-            if self._is_of_environment(call):
+            if is_of_environment:
                 answer = self._ask_environment(*request, seed=seed)
             else:
                 answer = self._ask_shared(*request, seed=seed)
         except ProcessEnded as error:
-            return ToolResult(call.name, f"Error: {error}", failed=True)
+            return ToolResult(call.name, f"{_ERROR}{error}", True, has_ended=is_of_environment)
         return _result(call.name, answer)
 
     def replay(self, call: ToolCall, result: ToolResult) -> None:
         """Take note of a call that was made before this session, and whose result is known.
 
-        It isn't made again, but in an environment, which has to get into the same state.
+        It isn't made again, but in an environment, which has to get into the same state. One that had ended
+        isn't begun again.
         """
         seed = self._next_seed()
-        if self._is_of_environment(call) and not self._refuse(call):
+        if result.has_ended:
+            self._end = self._end or result.content.removeprefix(_ERROR)
+        elif self._is_of_environment(call) and not self._refuse(call):
             self._past.append((call, result, seed))
 
     def reward(self) -> float | None:
@@ -189,9 +195,10 @@ class Session:
     def _begin_environment(self) -> None:
         """Start the environment, and repeat the calls of an interrupted run."""
         assert self._environment is not None
-        self._own = begin_environment(self._processes, self._environment, self._deadline_s)
+        self._own = self._processes.start()
         if self._is_closed:
             raise ProcessEnded("the trajectory has ended")
+        reset_environment(self._own, self._environment, self._deadline_s)
         for call, result, seed in self._past:
             answer = self._own.ask(
                 "call", call.name, dict(call.arguments), seed=seed, deadline_s=self._deadline_s
@@ -210,16 +217,13 @@ class Session:
             logger.warning("%s", text)
 
 
-def begin_environment(
-    processes: ToolProcesses, environment: Environment, deadline_s: float
-) -> ToolProcess:
-    """Return the process of an environment that has been reset.
+def reset_environment(process: ToolProcess, environment: Environment, deadline_s: float) -> None:
+    """Make an environment in a new process and reset it; the process is closed if that fails.
 
     Raises:
         ProcessEnded: It couldn't be made or reset, and why.
         ValueError: See `Session.call`.
     """
-    process = processes.start()
     try:
         answer = process.ask(
             "reset",
@@ -229,15 +233,15 @@ def begin_environment(
             deadline_s=deadline_s,
         )
         if "error" in answer:
-            raise ProcessEnded(f"its reset failed: {answer['error']}")
+            failed = "its reset failed" if answer["is_made"] else "making it failed"
+            raise ProcessEnded(f"{failed}: {answer['error']}")
         environment.check(answer["observation"])
     except BaseException:
         process.close()
         raise
-    return process
 
 
 def _result(name: str, answer: Mapping[str, Any]) -> ToolResult:
     if "error" in answer:
-        return ToolResult(name, f"Error: {answer['error']}", failed=True)
+        return ToolResult(name, f"{_ERROR}{answer['error']}", failed=True)
     return ToolResult(name, answer["content"])

@@ -88,7 +88,8 @@ class StepLog:
 
     def add_result(self, key: int, result: ToolResult) -> None:
         """Record the result of the last turn's next call, on the disk before the policy reads it."""
-        self._add(key, {"result": [result.name, result.content, result.failed]})
+        told = [result.name, result.content, result.failed, result.has_ended]
+        self._add(key, {"result": told})
         os.fsync(self._file.fileno())
 
     def add_reward(self, key: int, reward: float | None) -> None:

@@ -241,6 +241,9 @@ class _Server:
         return process
 
     def end(self) -> None:
+        with contextlib.suppress(OSError):  # it is gone
+            # Also where a process that this one has forked holds the socket open.
+            self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
         try:
             self._process.wait(_END_DEADLINE_S)

@@ -33,6 +33,7 @@ from trl_selfplay.tools.step_log import Step, StepLog
 from trl_selfplay.tools.tool_set import ToolSet
 
 _MOST_CALLS_AT_ONCE = 32
+_LONGEST_WAIT_S = 0.2  # until it is asked whether the run goes on
 
 
 def turn_key(key: int, turn: int) -> int:
@@ -129,17 +130,16 @@ class TrajectorySampler:
         """
         stops = tuple(dict.fromkeys((*options.stop_strings, *self.how.dialogue.stop_strings)))
         of_turns = replace(options, stop_strings=stops)
-        with ThreadPoolExecutor(_MOST_CALLS_AT_ONCE, thread_name_prefix="tools") as pool:
-            course = _Course(self, requests, options, pool)
-            try:
-                for number, turn in self._sampler.sample(
-                    course.turns(), of_turns, batch_size, on_tokens
-                ):
-                    course.take(number, turn)
-                    yield from course.finished()
+        course = _Course(self, requests, options, on_tokens)
+        try:
+            for number, turn in self._sampler.sample(
+                course.turns(), of_turns, batch_size, on_tokens
+            ):
+                course.take(number, turn)
                 yield from course.finished()
-            finally:
-                course.stop()
+            yield from course.finished()
+        finally:
+            course.stop()
 
 
 @dataclass(slots=True)
@@ -168,12 +168,13 @@ class _Course:
         sampler: TrajectorySampler,
         requests: Requests,
         options: SamplingOptions,
-        pool: ThreadPoolExecutor,
+        on_tokens: Callable[[int], None] | None,
     ) -> None:
         self._sampler = sampler
         self._source: Iterator[SampleRequest | None] | None = iter(requests)
         self._options = options
-        self._pool = pool
+        self._on_tokens = on_tokens
+        self._pool = ThreadPoolExecutor(_MOST_CALLS_AT_ONCE, thread_name_prefix="tools")
         self._num_begun = 0
         self._sent: list[_Trajectory] = []  # by the number of the turn's request
         self._next: deque[_Trajectory] = deque()  # have their results
@@ -338,12 +339,16 @@ class _Course:
         self._pool.submit(do)
 
     def _carry_on(self, wait: bool = False) -> None:
-        """Do what follows from finished work; `wait` waits for the first."""
+        """Do what follows from finished work; `wait` waits for the first, as long as the run goes on."""
         while self._num_calling:
             try:
-                then = self._done.get(block=wait)
+                then = self._done.get(block=wait, timeout=_LONGEST_WAIT_S)
             except queue.Empty:
-                return
+                if not wait:
+                    return
+                if self._on_tokens is not None:
+                    self._on_tokens(0)  # raises if the run has ended
+                continue
             wait = False
             self._num_calling -= 1
             then()
