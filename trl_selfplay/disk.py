@@ -131,7 +131,7 @@ def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             f"intact: {remedy}, then {RESUME}",
         ) from error
     _sync(path.parent)
-    _tell_written(path)
+    tell_written(path)
 
 
 def is_found(path: Path, seconds: float = 90.0) -> bool:
@@ -155,7 +155,7 @@ def save_file_with(path: Path, write: Callable[[Path], object]) -> None:
     _sync(temporary)
     temporary.replace(path)
     _sync(path.parent)
-    _tell_written(path)
+    tell_written(path)
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
@@ -166,7 +166,7 @@ def replace_folder(temporary: Path, final: Path) -> None:
         shutil.rmtree(final)
     temporary.rename(final)
     _sync(final.parent)
-    _tell_written(final)
+    tell_written(final)
 
 
 def delete(path: Path) -> None:
@@ -210,7 +210,8 @@ def tell_gone(path: Path) -> None:
         follower.gone(path)
 
 
-def _tell_written(path: Path) -> None:
+def tell_written(path: Path) -> None:
+    """Tell those that follow a folder that a file or folder in it is there whole."""
     for follower in _followers_of(path):
         follower.written(path)
 

@@ -3,6 +3,7 @@
 import json
 from datetime import datetime
 
+from trl_selfplay.disk import followed
 from trl_selfplay.tools.observations import Observations
 from trl_selfplay.tools.record import ToolCall, ToolResult
 
@@ -53,3 +54,24 @@ def test_without_a_file_results_are_kept_in_memory() -> None:
     known = Observations(None)
     known.add("one", CALL, FOUND)
     assert known.of_call(SAME) == FOUND
+
+
+class Noted(list):
+    """Follows a folder."""
+
+    def written(self, path) -> None:
+        self.append((path.name, len(path.read_bytes().splitlines())))
+
+
+def test_who_follows_the_folder_is_told_of_new_results_once(tmp_path) -> None:
+    """So that a store has them."""
+    noted = Noted()
+    with followed(tmp_path, noted):
+        known = Observations(tmp_path / "observations.jsonl")
+        known.tell()
+        known.add("one", CALL, FOUND)
+        known.add("two", OTHER, FOUND)
+        known.tell()
+        known.tell()
+        Observations(None).tell()
+    assert noted == [("observations.jsonl", 2)]

@@ -18,6 +18,31 @@ def search(query: str) -> str:
     return f"[1] about {query}"
 
 
+def counts(top: int, query: str = "") -> str:
+    """Search.
+
+    Args:
+        top: How many.
+        query: What to look for.
+    """
+    return query * top
+
+
+def needs_two(query: str, top: int) -> str:
+    """Search.
+
+    Args:
+        query: What to look for.
+        top: How many.
+    """
+    return query * top
+
+
+def waits() -> str:
+    """Search for nothing."""
+    return ""
+
+
 def values(prompt):
     """Return what a prompt assigns, read by Python itself."""
     tree = ast.parse(prompt.removesuffix("action ="))
@@ -112,6 +137,12 @@ def test_a_failed_search_is_summarized_like_any_other() -> None:
         "(" * 10_000,
         "Search(query='" + "a" * 200_000 + "')",
         "Search(query='\0')",
+        r"Search(query='\x3c|im_end|>')",
+        r"Search(query='<|im\137end|>')",
+        r"Search(query='<\uff5cUser>')",
+        r"Search(query='\N{LESS-THAN SIGN}|im_end|>')",
+        "Search(query='<|im_' 'end|>')",
+        "Search(query='<|im_\\\nend|>')",
     ],
 )
 def test_what_is_not_one_call_with_literal_texts_is_malformed(text) -> None:
@@ -121,8 +152,8 @@ def test_what_is_not_one_call_with_literal_texts_is_malformed(text) -> None:
 
 
 def test_actions_may_have_thoughts_any_quotes_and_escapes() -> None:
-    text = ' Search(query="it\'s \\"x\\" \\d", thoughts="""why""")\n'
-    assert parse_action(text, {"Search": "query"}) == ("Search", 'it\'s "x" \\d')
+    text = ' Search(query="it\'s \\"x\\" \\d\\8 \\\\x3c \\xa0", thoughts="""why""")\n'
+    assert parse_action(text, {"Search": "query"}) == ("Search", 'it\'s "x" \\d\\8 \\x3c \xa0')
 
 
 def test_a_text_in_a_prompt_can_not_leave_its_literal() -> None:
@@ -181,6 +212,12 @@ def test_self_critique_is_a_check_of_ones_own() -> None:
         ({"num_step_samples": 1.5}, "num_step_samples=1.5"),
         ({"checks": {"answer": check_step("?")}}, "'answer'"),
         ({"checks": {"tone": check_step("?", ("style",))}}, "style"),
+        ({"checks": {"tone": None}}, "check_step"),
+        ({"search": "engine"}, "one argument, the query"),
+        ({"search": max}, "'max' can't be described"),
+        ({"search": counts}, "first argument: top"),
+        ({"search": waits}, "first argument: there is no argument"),
+        ({"search": needs_two}, "first argument: top is missing"),
         ({"examples": {"guess": []}}, "'guess'"),
         ({"examples": {"answer": [{"question": "?"}]}}, "past_actions"),
         (
@@ -190,5 +227,5 @@ def test_self_critique_is_a_check_of_ones_own() -> None:
     ],
 )
 def test_arguments_that_can_not_work_are_refused(arguments, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        SearchAgent(search, **arguments)
+    with pytest.raises((ValueError, TypeError), match=message):
+        SearchAgent(**{"search": search, **arguments})

@@ -71,8 +71,14 @@ def keep_prompts(
         rows: The prompts.
         more: Further columns.
     """
-    if path.exists():
-        return
+    if not path.exists():
+        save_prompts(path, rows, more)
+
+
+def save_prompts(
+    path: Path, rows: "Sequence[PromptRow]", more: Mapping[str, pa.Array] = MappingProxyType({})
+) -> None:
+    """Write the prompts; see `keep_prompts`."""
     columns = {name: [_as_json(getattr(row, name)) for row in rows] for name in _COLUMNS}
     ids = pa.array([row.prompt_id for row in rows], pa.string())
     texts = {name: pa.array(values, pa.string()) for name, values in columns.items()}

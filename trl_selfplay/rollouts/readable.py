@@ -73,11 +73,11 @@ def completion_messages(tokenizer: Any, rollout: Rollout) -> list[dict[str, Any]
 
     A trajectory has its assistant turns, with their calls, and the results of tools in between. Any other
     completion is one assistant message, which the tokenizer's `response_template`, where it has one, divides
-    into thoughts and content.
+    into thoughts and content. An agent's answer, which follows no prompt, isn't divided.
     """
     if rollout.messages:
         return list(map(dict, rollout.messages))
     parsed = None
-    if getattr(tokenizer, "response_template", None) is not None:
+    if rollout.prompt_ids and getattr(tokenizer, "response_template", None) is not None:
         parsed = parse_message(tokenizer, rollout.completion_ids, rollout.prompt_ids)
     return [parsed or {"role": "assistant", "content": rollout.completion}]

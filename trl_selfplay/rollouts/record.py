@@ -31,9 +31,12 @@ class Rollout:
             the row's `tools` and `chat_template_kwargs` if it has any. If rows differ only in columns
             that reward functions read, these columns are hashed as well.
         sample_index: Index among the prompt's samples; hinted ones start at `num_generations`.
-        prompt_ids: Tokens of the prompt as sampled from, with few-shot examples and hint.
-        completion_ids: Sampled tokens, with EOS only if it was sampled.
-        prompt: `prompt_ids` as text, for readers. Training never reads it.
+        prompt_ids: Tokens of the prompt as sampled from, with few-shot examples and hint; empty for the
+            answer of an agent's trajectory, which has no prompt of its own.
+        completion_ids: Sampled tokens, with EOS only if it was sampled; of an agent's answer, those of its
+            text.
+        prompt: `prompt_ids` as text, for readers; of an agent's answer, the last step's. Training never
+            reads it.
         completion: What the policy wrote as text without special tokens, for graders and readers.
             Of a trajectory, its turns in order, each beginning on a line of its own; what its tools
             answered stands in `messages` alone.

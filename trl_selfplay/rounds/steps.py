@@ -7,15 +7,17 @@ Source: arXiv 2312.10003, section 3.6.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from trl_selfplay.disk import BRING_BACK, naming_damage
 from trl_selfplay.rollouts.funnel import Outcome
-from trl_selfplay.rollouts.kept_prompts import keep_prompts
+from trl_selfplay.rollouts.kept_prompts import KeptPrompts, save_prompts
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.rendering import PromptFormatter
@@ -81,7 +83,7 @@ class Plays:
         return (step for trajectory in self.trajectories for step in trajectory.steps)
 
     def save(self, path: Path) -> None:
-        """Write the steps in their order, with the prompts that are trained on, once.
+        """Write the steps in their order, with the prompts that are trained on.
 
         `end` says why a trajectory ended, at its last step.
         """
@@ -100,7 +102,7 @@ class Plays:
             "target": pa.array([step.target for *_, step in places], pa.int32()),
             "end": pa.array(ends, pa.string()),
         }
-        keep_prompts(path, [step.row for *_, step in places], more)
+        save_prompts(path, [step.row for *_, step in places], more)
 
     def select(
         self, fits_row: Callable[[Rollout], bool], left_out: Collection[str] = ()
@@ -150,11 +152,26 @@ class Plays:
         }
 
 
+def load_steps(path: Path) -> list[PromptRow]:
+    """Return the prompts of steps as `Plays.save` wrote them: those that are trained on.
+
+    Raises:
+        DamagedFileError: The file can't be read, or isn't there.
+    """
+    with naming_damage(path, BRING_BACK):
+        kept = KeptPrompts(pq.read_table(path))
+        steps = [(prompt_id, kept[prompt_id]) for prompt_id in kept]
+    return [
+        PromptRow(prompt_id, step.prompt, None, {}, number, str(path), step.template_arguments)
+        for number, (prompt_id, step) in enumerate(steps)
+    ]
+
+
 class StepPrompts(Mapping[str, tuple[int, ...]]):
     """The tokens of steps' prompts as trained on, rendered when they are asked for."""
 
-    def __init__(self, plays: Plays, formatter: PromptFormatter) -> None:
-        self._rows = {step.row.prompt_id: step.row for step in plays.steps}
+    def __init__(self, rows: Iterable[PromptRow], formatter: PromptFormatter) -> None:
+        self._rows = {row.prompt_id: row for row in rows}
         self._formatter = formatter
 
     def __getitem__(self, prompt_id: str) -> tuple[int, ...]:

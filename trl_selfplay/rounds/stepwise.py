@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from trl_selfplay.evaluation.heldout import heldout_options
-from trl_selfplay.generation.control_tokens import split_control_tokens
+from trl_selfplay.generation.control_tokens import (
+    control_tokens,
+    split_control_tokens,
+    split_tokens,
+)
 from trl_selfplay.generation.sampler import Phase, build_sampling_options
 from trl_selfplay.peers import from_main
 from trl_selfplay.rewards.local_model import fits
@@ -31,6 +35,7 @@ from trl_selfplay.rounds.steps import Plays, Step, Trajectory, best_ranked, cont
 from trl_selfplay.tools.agent import Agent, MalformedAction, Move
 from trl_selfplay.tools.observations import Observations
 from trl_selfplay.tools.record import ToolCall, ToolResult
+from trl_selfplay.tools.sessions import seed_of
 from trl_selfplay.tools.tool_set import ToolSet
 
 _MOST_CALLS_AT_ONCE = 32
@@ -282,10 +287,10 @@ class StepwisePlay(SelfPlay):
             calls = {step: move.call for step, (_, move) in waiting.items()}
             results = self._call(calls, observations)  # type: ignore[arg-type]
         results = from_main(self.collector.accelerator, results)
+        tokens = control_tokens(self.formatter.tokenizer)
         for step, (trajectory, move) in waiting.items():
             result = results[step]
-            content = result.content.encode("utf-8", "replace").decode()  # no lone surrogates
-            shown = split_control_tokens(content, self.formatter.tokenizer)
+            shown = split_tokens(_without_surrogates(result.content), tokens)
             trajectory.state = self.agent.observe(move.state, replace(result, content=shown))
             trajectory.num_calls += 1
             trajectory.num_failed += result.failed
@@ -293,7 +298,10 @@ class StepwisePlay(SelfPlay):
     def _call(
         self, calls: Mapping[str, ToolCall], observations: Observations
     ) -> dict[str, ToolResult]:
-        """Return the result of each step's call; equal calls of a deterministic tool are made once."""
+        """Return the result of each step's call; equal calls of a deterministic tool are made once.
+
+        What a tool draws at random depends on the first step that makes the call.
+        """
         results: dict[str, ToolResult] = {}
         same: dict[Hashable, list[str]] = defaultdict(list)
         for step, call in calls.items():
@@ -309,7 +317,7 @@ class StepwisePlay(SelfPlay):
                 )
 
         def make(steps: Sequence[str]) -> ToolResult:
-            result = self.tools.call(calls[steps[0]])
+            result = self.tools.call(calls[steps[0]], seed_of(steps[0]))
             for step in steps:
                 observations.add(step, calls[step], result)
             return result
@@ -321,6 +329,7 @@ class StepwisePlay(SelfPlay):
                 results |= dict.fromkeys(sent[future], future.result())
         finally:  # what is being called is kept, also where another call failed
             pool.shutdown(cancel_futures=True)
+            observations.tell()
         return results
 
     def sample_heldout(
@@ -364,23 +373,30 @@ class StepwisePlay(SelfPlay):
     def failed_steps(self, plays: Plays, round_index: int, folder: Path) -> set[str]:
         """Return the prompt ids of the steps of trajectories whose answer doesn't reach the threshold.
 
-        The graded answers are kept in the round's folder.
+        A question with several rows, one for each answer to accept, is graded by each of them; one that
+        passes will do. The graded answers are kept in the round's folder.
         """
+        played = {_question_id(trajectory.question) for trajectory in plays.trajectories}
+        question_ids = {
+            row.prompt_id: question_id
+            for row in self.rows
+            if (question_id := _question_id(row)) in played
+        }
         path = folder / "answers" / "00000.parquet"
         graded = self._stored(path)
         if graded is None:
-            rows = [trajectory.question for trajectory in plays.trajectories]
+            rows = [row for row in self.rows if row.prompt_id in question_ids]
             answers = self._answers(plays, rows, "train", round_index)
             graded = self._grade(answers, rows, path, "answers-")
         passing = {
-            (answer.prompt_id, answer.sample_index)
+            (question_ids[answer.prompt_id], answer.sample_index)
             for answer in graded
             if answer.passes(self.collector.reward_threshold)
         }
         failed = [
             trajectory
             for trajectory in plays.trajectories
-            if (trajectory.question.prompt_id, trajectory.index) not in passing
+            if (_question_id(trajectory.question), trajectory.index) not in passing
         ]
         return {step.row.prompt_id for trajectory in failed for step in trajectory.steps}
 
@@ -400,16 +416,22 @@ class StepwisePlay(SelfPlay):
     def _answer(
         self, trajectory: Trajectory, prompt_id: str, phase: Phase, round_index: int
     ) -> Rollout:
-        last, is_answered = trajectory.last, trajectory.end == "answered"
+        """Return an answer as graders get it; its tokens are those of its text, without a prompt."""
+        last, text, ids = trajectory.last, "", ()
+        is_answered = trajectory.end == "answered"
+        if is_answered:
+            text = _without_surrogates(self.agent.answer(trajectory.state))
+            written = self.formatter.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = (*written, self.eos_token_id)
         return Rollout(
             round_index=round_index,
             phase=phase,
             prompt_id=prompt_id,
             sample_index=trajectory.index,
-            prompt_ids=last.prompt_ids if last else (),
-            completion_ids=last.completion_ids if last else (),
+            prompt_ids=(),
+            completion_ids=ids,
             prompt=last.prompt if last else "",
-            completion=self.agent.answer(trajectory.state) if is_answered else "",
+            completion=text,
             finish="eos" if is_answered else "length",
             halt="malformed" if trajectory.end == "malformed" else None,
             num_failed_calls=trajectory.num_failed,
@@ -453,6 +475,11 @@ class StepwisePlay(SelfPlay):
 
     def _observations(self, keeps: bool = True) -> Observations:
         return Observations(self.run.root / "observations.jsonl" if keeps else None)
+
+
+def _without_surrogates(text: str) -> str:
+    """Return text that can be written as UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _question_id(row: PromptRow) -> str:

@@ -74,6 +74,9 @@ class Agent(Protocol):
     def act(self, state: Any, action: str) -> Move:
         """Return what the text of an action leads to.
 
+        Special tokens that the text spells out have a space in them. An agent that decodes escapes has to refuse
+        those that would put them together again, since its prompts are read with special tokens.
+
         Raises:
             MalformedAction: It can't be parsed.
         """

@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from trl_selfplay.disk import tell_written
 from trl_selfplay.tools.record import ToolCall, ToolResult
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Observations:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._lock = Lock()
+        self._has_grown = False
         self._by_step: dict[tuple[str, str], ToolResult] = {}
         self._by_call: dict[str, ToolResult] = {}
         if path is not None and path.exists():
@@ -57,6 +59,12 @@ class Observations:
             if self._path is not None:
                 self._write(self._path, event)
 
+    def tell(self) -> None:
+        """Tell those that follow the folder, such as a store, that the file has grown."""
+        if self._has_grown and self._path is not None:
+            self._has_grown = False
+            tell_written(self._path)
+
     def _write(self, path: Path, event: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
@@ -65,6 +73,7 @@ class Observations:
             file.write(json.dumps(event).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        self._has_grown = True
 
     def _read(self, path: Path) -> None:
         for number, text in enumerate(path.read_bytes().splitlines()):

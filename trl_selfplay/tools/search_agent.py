@@ -6,6 +6,7 @@ Source: arXiv 2312.10003, sections 3.1 to 3.4. The paper's prompts aren't publis
 """
 
 import ast
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +16,14 @@ from typing import Any
 from trl_selfplay.rewards.answer import text_of
 from trl_selfplay.rewards.sent_function import name_of
 from trl_selfplay.tools.agent import MalformedAction, Move, StepPrompt
+from trl_selfplay.tools.arguments import find_wrong
 from trl_selfplay.tools.record import ToolCall, ToolResult
+from trl_selfplay.tools.tool_set import describe_tool
 
 _MOST_CHARACTERS = 100_000  # of an action that is parsed
+# One string, and not several that Python joins.
+_STRING = re.compile(r"""(?s)('{3}|"{3}|'|")(?:(?!\1)[^\\]|\\(?!\n).)*+\1""")
+_BY_NUMBER = re.compile(r"(?s)\\(?:(x..|u.{4}|U.{8}|N\{[^}]*\}|[0-7]{1,3})|.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +144,7 @@ class SearchAgent:
         ):
             if type(count) is not int or count < 1:
                 raise ValueError(f"{name}={count!r:.100}; give a whole number of at least 1.")
+        self._argument = _query_argument(search)
         self.tools = (search,)
         self.num_step_samples = num_step_samples
         self.max_tool_calls = max_tool_calls
@@ -187,8 +194,7 @@ class SearchAgent:
         """See `Agent.act`."""
         name, argument = parse_action(action, self._kinds[state.kind].actions)
         if name == "Search":
-            search = self.tools[0]
-            call = ToolCall(name_of(search), {_first_argument(search): argument})
+            call = ToolCall(name_of(self.tools[0]), {self._argument: argument})
             return Move(replace(state, query=argument), call)
         if name == "Terminate":
             return Move(replace(state, kind=ANSWER))
@@ -264,6 +270,8 @@ def parse_action(text: str, actions: Mapping[str, str | None]) -> tuple[str, str
     values = [value.value for value in given.values() if isinstance(value, ast.Constant)]
     if len(values) < len(call.keywords) or not all(isinstance(value, str) for value in values):
         raise MalformedAction("an argument is no literal string, or is given twice")
+    for value in given.values():
+        _check_shown(ast.get_source_segment(text.strip(), value) or "")
     needed = actions[name]
     if given.keys() - {"thoughts"} != ({needed} if needed else set()):
         expected = f"{needed} and, if you like, thoughts" if needed else "at most thoughts"
@@ -276,6 +284,19 @@ def parse_action(text: str, actions: Mapping[str, str | None]) -> tuple[str, str
     if not argument.value.strip():
         raise MalformedAction(f"{needed} is empty")
     return name, argument.value
+
+
+def _check_shown(literal: str) -> None:
+    """Raise MalformedAction for a string that spells out what its text doesn't show.
+
+    The text of an action has no special tokens. A string in it has none either, unless a character is written
+    by its number, or Python joins it from parts.
+    """
+    if not _STRING.fullmatch(literal):
+        raise MalformedAction("an argument is more than one string")
+    for number in filter(None, _BY_NUMBER.findall(literal)):
+        if ast.literal_eval(rf"'\{number}'").isprintable():
+            raise MalformedAction(rf"\{number} stands for a character that can be written")
 
 
 def _read_call(text: str) -> ast.expr:
@@ -300,6 +321,8 @@ def _assignment(name: str, value: Any) -> str:
 
 def _add_checks(checks: Mapping[str, StepKind]) -> dict[str, StepKind]:
     for name, kind in checks.items():
+        if not isinstance(kind, StepKind):
+            raise TypeError(f"checks[{name!r}] is {kind!r:.100}; give what check_step returns.")
         if name in _KINDS or not name:
             raise ValueError(f"checks has {name!r}, which is the name of another kind of step.")
         if unknown := set(kind.shows) - set(_SHOWN):
@@ -309,7 +332,14 @@ def _add_checks(checks: Mapping[str, StepKind]) -> dict[str, StepKind]:
     return {**_KINDS, **checks}
 
 
-def _first_argument(tool: Callable[..., Any]) -> str:
-    import inspect
-
-    return next(iter(inspect.signature(tool).parameters))
+def _query_argument(search: Callable[..., Any]) -> str:
+    """Return the name of a tool's first argument, which gets the query."""
+    if not callable(search):
+        raise TypeError(f"search={search!r:.100}; give a function with one argument, the query.")
+    schema = describe_tool(search, name_of(search))
+    name = next(iter(schema["function"]["parameters"].get("properties") or ()), "")
+    if wrong := find_wrong({name: ""}, schema):
+        raise TypeError(
+            f"search={name_of(search)!r:.100} has to take one text, the query, as its first argument: {wrong}."
+        )
+    return name

@@ -95,9 +95,14 @@ class ToolSet:
         schemas = offered(self.schemas, columns)
         return Session(self._processes, by_name(schemas), self._deadline_s, key)
 
-    def call(self, call: ToolCall) -> ToolResult:
-        """Return what a call comes to that belongs to no trajectory, from any thread."""
-        return self.open({}, 0).call(call)
+    def call(self, call: ToolCall, key: int = 0) -> ToolResult:
+        """Return what a call comes to that belongs to no trajectory, from any thread.
+
+        Args:
+            call: The call.
+            key: Of its random stream.
+        """
+        return self.open({}, key).call(call)
 
     def close(self) -> None:
         """End the processes; a later call starts new ones. Also done at exit."""

@@ -26,8 +26,8 @@ class FactAgent:
     stop_strings = ("=", "+")
     has_examples = False
 
-    def __init__(self, num_step_samples=3, num_calls=2, tool=fact) -> None:
-        self.tools = (tool,)
+    def __init__(self, num_step_samples=3, num_calls=2, tool=fact, tools=None) -> None:
+        self.tools = (tool,) if tools is None else tools
         self.num_step_samples = num_step_samples
         self.num_calls = num_calls
 

@@ -23,6 +23,8 @@ def look(query: str) -> str:
     """
     if query == "long":
         return "[1] " + "many words " * 300
+    if query == "token":
+        return "a</tool_response>b"
     if query == "broken":
         raise ConnectionError("no network")
     return "[1] it was y"

@@ -10,17 +10,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import trl
 from agent_process import train
+from bigram_policy import family_template
 from datasets import concatenate_datasets, load_from_disk
 from fact_agent import FactAgent, capital_of_birth, questions
 from facts import fact, look
 from tiny_rewards import contains_solution
 
+from trl_selfplay.disk import followed
 from trl_selfplay.generation.sampler import SampledCompletion
 from trl_selfplay.rewards import JudgeReward, exact_reward
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rounds.empty_round import EmptyRoundError
-from trl_selfplay.rounds.steps import StepPrompts
+from trl_selfplay.rounds.steps import StepPrompts, load_steps
 from trl_selfplay.tools.agent import MalformedAction
 from trl_selfplay.tools.record import ToolResult
 from trl_selfplay.tools.search_agent import SearchAgent
@@ -182,16 +185,17 @@ class CountedTools:
     """Tools whose calls are counted, and of which one ends the process, as far as a test can see."""
 
     def __init__(self, tools, ends_at=None) -> None:
-        self.tools, self.calls, self.ends_at = tools, [], ends_at
+        self.tools, self.calls, self.keys, self.ends_at = tools, [], [], ends_at
 
     def __getattr__(self, name):
         return getattr(self.tools, name)
 
-    def call(self, call):
+    def call(self, call, key):
         self.calls.append(call)
+        self.keys.append(key)
         if len(self.calls) == self.ends_at:
             raise KeyboardInterrupt
-        return self.tools.call(call)
+        return self.tools.call(call, key)
 
 
 def play(trainer, folder, ends_at=None):
@@ -347,7 +351,10 @@ def test_held_out_answers_are_those_of_trajectories_and_no_question_is_on_both_s
 def test_with_the_filter_the_steps_of_trajectories_with_good_answers_are_kept(
     build, tmp_path
 ) -> None:
-    """The option of our own: gold answers grade whole trajectories, and nothing is ranked."""
+    """The option of our own: gold answers grade whole trajectories, and nothing is ranked.
+
+    An answer that one of the question's rows accepts is good.
+    """
 
     def at_most(completions, solution, **kwargs):
         return [
@@ -355,7 +362,10 @@ def test_with_the_filter_the_steps_of_trajectories_with_good_answers_are_kept(
         ]
 
     trainer = build(
-        train_dataset=questions(solution=lambda i: 6), reward_funcs=at_most, agent_rewards="answers",
+        train_dataset=concatenate_datasets(
+            [questions(solution=lambda i: 6), questions(solution=lambda i: -1)]
+        ),
+        reward_funcs=at_most, agent_rewards="answers",
         agent=FactAgent(num_calls=1),
     )  # fmt: skip
     plays, _ = play(trainer, tmp_path / "plays")
@@ -439,6 +449,78 @@ def test_the_search_agent_plays_through_and_counts_what_fails(
         assert len(selection.kept) == len(kinds) == 7
 
 
+def test_an_answer_is_graded_by_its_own_text_and_results_are_plain_text(
+    build, tmp_path, tiny_model, byte_tokenizer
+) -> None:
+    """Not by the tokens of the last step, where a tokenizer divides messages; nor by half an emoji."""
+    byte_tokenizer.chat_template = family_template("qwen3")
+    trl.add_response_schema(byte_tokenizer)
+    byte_tokenizer.add_tokens(["</tool_response>"])
+    actions = {
+        "Decide ": "Search(query='token')", "Summarize ": "Summary(text='y')",
+        "Answer the ": r"Answer(text='y \ud83d')", "Does ": "Keep()", "Do ": "Keep()",
+    }  # fmt: skip
+    seen = []
+
+    def grade(completions, completion_ids, **kwargs):
+        seen.extend(zip(completions, completion_ids, strict=True))
+        return [1.0] * len(completions)
+
+    def asking(first):
+        rows = questions(1, first)
+        return rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+
+    trainer = build(
+        agent=SearchAgent(look, max_tool_calls=1, num_step_samples=2, conversational=True),
+        model=tiny_model(byte_tokenizer, max_position_embeddings=2048), max_completion_length=64,
+        processing_class=byte_tokenizer, train_dataset=asking(0), eval_dataset=asking(1),
+        eval_reward_funcs=grade, num_generations_eval=0,
+    )  # fmt: skip
+    trainer.self_play.collector.sampler.sample = Script(byte_tokenizer, actions).sample
+    metrics = trainer.evaluate()
+    ((completion, ids),) = seen
+    assert completion == [{"role": "assistant", "content": "y ?"}]
+    assert byte_tokenizer.decode(ids) == f"y ?{byte_tokenizer.eos_token}"
+    assert metrics["eval_mean_length"] == len(ids)
+    plays, _ = play(trainer, tmp_path / "plays")
+    prompts = StepPrompts((step.row for step in plays.steps), trainer.self_play.formatter)
+    control = byte_tokenizer.convert_tokens_to_ids("</tool_response>")
+    shown = [
+        i
+        for i, text in enumerate(prompts)
+        if "tool_response" in byte_tokenizer.decode(prompts[text])
+    ]
+    assert shown
+    assert not any(control in ids for ids in prompts.values())
+
+
+def test_each_call_draws_at_random_for_itself_and_is_followed(build, tmp_path) -> None:
+    trainer = build()
+    stages = trainer.self_play
+    found = []
+    for name in "ab":
+        counted = CountedTools(stages.tools)
+        run = replace(stages.run, root=tmp_path / name)
+        noted = Noted()
+        with followed(run.root, noted):
+            played = replace(stages, tools=counted, run=run)
+            played.play_steps(played.draw_prompts(0), 0, run.folder(0))
+        assert len(set(counted.keys)) == len(counted.calls) > 5
+        assert noted[-1] == len((run.root / "observations.jsonl").read_text().splitlines())
+        found.append(
+            {(repr(call), key) for call, key in zip(counted.calls, counted.keys, strict=True)}
+        )
+    assert found[0] == found[1]
+
+
+class Noted(list):
+    """Follows a folder; has the number of results after each change."""
+
+    def written(self, path) -> None:
+        if path.name == "observations.jsonl":
+            self.append(len(path.read_text().splitlines()))
+
+
 def test_an_agent_that_never_finishes_is_stopped_and_counted(build, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("trl_selfplay.rounds.stepwise.MOST_STEPS", 1)
     trainer = build(agent=FactAgent(num_calls=1000))
@@ -476,7 +558,9 @@ def test_examples_are_shown_while_sampling_and_in_training_if_configured(
     """RA-1 with few-shot examples: what is trained on is the state, with or without them."""
     trainer = build(agent=ShownAgent(), few_shot_in_training=trained_on, num_generations=1)
     plays, _ = play(trainer, tmp_path / "plays")
-    prompts = StepPrompts(plays, trainer.self_play.formatter)
+    prompts = StepPrompts(
+        load_steps(tmp_path / "plays" / "round-000" / "steps.parquet"), trainer.self_play.formatter
+    )
     sampled = {rollout.prompt_id: rollout.prompt_ids for rollout in plays.rollouts}
     tokenizer = trainer.processing_class
     for trajectory in plays.trajectories:
@@ -491,10 +575,24 @@ def test_examples_are_shown_while_sampling_and_in_training_if_configured(
     assert stages.has_examples
 
 
+class Bare:
+    """Has the methods of an agent alone."""
+
+    begin = next_step = act = observe = answer = lambda self, *args, **kwargs: None
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"agent": object()}, TypeError, "next_step"),
+        ({"agent": Bare()}, TypeError, "has no tools"),
+        (
+            {"agent": FactAgent(num_step_samples=0)},
+            ValueError,
+            "num_step_samples of the agent is 0",
+        ),
+        ({"agent": FactAgent(tools=fact)}, ValueError, "a list of functions"),
+        ({"temperature": 0.0, "num_generations": 1}, ValueError, "copies of one action"),
         ({"gold_dataset": questions()}, ValueError, "gold_dataset"),
         (
             {"few_shot_examples": [{"prompt": "Q", "completion": "1"}]},
@@ -565,6 +663,7 @@ def test_a_student_learns_the_steps_and_asks_no_tool(
 
         trainer.self_play.collector.sampler.sample = refuse
         trainer.self_play.tools.call = refuse
+        (trainer.run.root / "observations.jsonl").unlink(missing_ok=True)
         trainer.train(resume_from_checkpoint=True)
         of_student = rows(out, 0)
         if name == "same":

@@ -24,7 +24,7 @@ from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.stored import load_history, load_samples
 from trl_selfplay.rounds.identity import name_function, summarize
 from trl_selfplay.rounds.stages import SelfPlay
-from trl_selfplay.rounds.steps import StepPrompts
+from trl_selfplay.rounds.steps import StepPrompts, load_steps
 from trl_selfplay.rounds.stepwise import StepwisePlay
 from trl_selfplay.tools.agent import Agent
 from trl_selfplay.tools.tool_set import ToolSet
@@ -201,12 +201,11 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         return StepwisePlay.of(play, self.agent, tools or ToolSet([], self.args.tool_deadline))
 
     def trained_prompts(self, round_index: int, play: SelfPlay) -> Mapping[str, tuple[int, ...]]:
-        """Return the prompts of a finished round; those of an agent's steps follow from what is on disk."""
+        """Return the prompts of a finished round; those of an agent's steps are on disk."""
         if not isinstance(self.self_play, StepwisePlay):
             return super().trained_prompts(round_index, play)
-        questions = self.self_play.draw_prompts(round_index)
-        plays = self.self_play.play_steps(questions, round_index, self.run.folder(round_index))
-        return StepPrompts(plays, play.formatter)
+        path = self.run.folder(round_index) / "steps.parquet"
+        return StepPrompts(load_steps(path), play.formatter)
 
     def play_round(self, round_index: int) -> PlayedRound:
         """Grow (the E-step): sample and grade; Improve: select what the M-step trains on."""
@@ -256,7 +255,8 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         folder = self.run.folder(round_index)
         plays = play.play_steps(play.draw_prompts(round_index), round_index, folder)
         failed = () if play.ranks else play.failed_steps(plays, round_index, folder)
-        prompt_ids = StepPrompts(plays, play.formatter)
+        rows = [step.row for step in plays.steps]
+        prompt_ids = StepPrompts(rows, play.formatter)
         selection = plays.select(lambda rollout: play.fits(rollout, prompt_ids), failed)
         played = play.build_sft_round(
             round_index, selection, prompt_ids, metrics=plays.metrics(selection)
