@@ -122,6 +122,11 @@ class Unmakeable:
         pass
 
 
+class ResetsToDict:
+    def reset(self) -> dict[str, int]:
+        return {"a": 1}
+
+
 class Adds:
     def reset(self) -> None:
         pass

@@ -15,6 +15,7 @@ from simple_tools import (
     Dice,
     Holds,
     Moody,
+    ResetsToDict,
     Undescribed,
     Unmakeable,
     add,
@@ -292,11 +293,15 @@ def test_a_reset_that_fails_or_says_something_else_is_an_error(byte_tokenizer, t
             session.call(ToolCall("sigh", {}))
 
 
-def test_an_environment_that_cannot_be_made_says_so() -> None:
-    with (
-        closing(Environments(Unmakeable, [], 20.0)) as found,
-        pytest.raises(ValueError, match="making it failed: LookupError: no key"),
-    ):
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Unmakeable, "making it failed: LookupError: no key"),
+        (ResetsToDict, "its reset failed: TypeError: it returned a dict; expected text, a list"),
+    ],
+)
+def test_an_environment_that_cannot_begin_says_at_which_step(kind, words) -> None:
+    with closing(Environments(kind, [], 20.0)) as found, pytest.raises(ValueError, match=words):
         found.observation({})
 
 

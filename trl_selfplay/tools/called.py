@@ -103,8 +103,13 @@ class Tools:
         found = self._wait_for(self._environment.reset(**columns))
         if isinstance(found, list):
             json.dumps(found)  # raises what it can't hold
-            return {"observation": found}
-        return {"observation": None if found is None else clean(str(found))}
+        elif isinstance(found, str):
+            found = clean(found)
+        elif found is not None:
+            raise TypeError(
+                f"it returned a {type(found).__name__}; expected text, a list of text parts, or None"
+            )
+        return {"observation": found}
 
     def _call(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         tool = self._functions.get(name) or getattr(self._environment, name)
