@@ -311,9 +311,10 @@ def test_no_tools_are_none(build) -> None:
     assert "tools" not in prompt_text(trainer)
 
 
-def test_chat_messages_without_a_chat_template_are_refused(build) -> None:
+def test_chat_messages_without_a_chat_template_are_refused(build, caplog) -> None:
     with pytest.raises(ValueError, match="has no chat template"):
         build(chat=True, template=None)
+    assert "ReAct" not in caplog.text
 
 
 def test_settings_of_tools_without_tools_are_warned_of(build, caplog) -> None:

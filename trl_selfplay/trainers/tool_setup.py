@@ -108,7 +108,7 @@ def choose_form(
             "give chat messages and a tokenizer whose chat template knows tools."
         )
     if args.tool_format == "react" or not knows:
-        if conversational and args.tool_format is None:
+        if conversational and args.tool_format is None and tokenizer.chat_template:
             logger.warning(
                 "The chat template doesn't know tools: they are described in the prompt and called in plain "
                 "text (ReAct). Set tool_format='react' to say so."
