@@ -250,11 +250,13 @@ def check_config_class(args: Any, config_class: type) -> None:
         if each.init and each.name not in own and not _has_default(args, each)
     }
     message = (
-        f"args is of type {type(args).__name__}; this trainer needs {name}, which has all fields of "
-        "its TRL parent: change the class name in your script."
+        f"args is of type {type(args).__name__}; this trainer needs {name}: change the class name in your "
+        "script. "
     )
     if settings:
-        message += f" It doesn't have these fields:\n{_explain(settings, _FIELDS)}"
+        message += f"It doesn't have these fields:\n{_explain(settings, _FIELDS)}"
+    else:
+        message += "It has all fields that are set there."
     raise TypeError(message)
 
 
