@@ -1,16 +1,19 @@
 """A file of a run that is damaged or gone is made again, or named with what is lost or what to do."""
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from fault_events import Events, Fault, short_name
-from fault_runs import RUNS, run
+from fault_events import Fault, short_name
+from fault_runs import run
 from processes import call
 from survival import find_difference, run_whole
+
+logger = logging.getLogger(__name__)
 
 DAMAGES = {
     "torn": lambda content: content[: len(content) // 2],
@@ -22,6 +25,7 @@ DAMAGES = {
 STOP = Fault("saved", 5)
 # What a round's line says of it in comparison with earlier rounds.
 COMPARISONS = ("metrics", "detectors")
+WARNING = "compared|counted"
 
 # A few files for CI: where, the damage, and how the run goes on.
 CASES = {
@@ -45,15 +49,11 @@ CASES = {
 }
 
 
-def files_of_each_kind(folder: Path) -> Iterator[str]:
-    """Yield one file of `_rounds` for each name and round, numbers aside."""
-    seen = set()
+def files_of_each_kind(folder: Path) -> list[str]:
+    """Return the last file of `_rounds` for each name and round, numbers aside."""
     rounds = folder / "_rounds"
-    for path in sorted(p.relative_to(rounds) for p in rounds.rglob("*") if p.is_file()):
-        kind = (path.parts[0], short_name(str(path)))
-        if kind not in seen:
-            seen.add(kind)
-            yield str(path)
+    paths = sorted(p.relative_to(rounds) for p in rounds.rglob("*") if p.is_file())
+    return list({(path.parts[0], short_name(str(path))): str(path) for path in paths}.values())
 
 
 @pytest.fixture
@@ -69,38 +69,37 @@ def stop(fault_base):
 
 
 @pytest.fixture
-def go_on(fault_base, caplog):
+def go_on(fault_base):
     """Return a function that damages one file of a copy, goes on and says what came of it.
 
     "equal": like a run that nothing stopped. "told": the same but for comparisons with earlier
     rounds, of which a warning names the file. "named": an error names the file, and what to do.
     """
-    events = Events(fault_base / "none", fault_base / "events", None)
-    inputs = fault_base / "inputs"
-    rows = json.loads((inputs / "rows.json").read_text())
 
     def go_on(name, stopped, whole, file, damage):
-        folder = fault_base / "damaged"
+        folder, log = fault_base / "damaged", fault_base / "damaged.log"
         shutil.rmtree(folder, ignore_errors=True)
+        log.unlink(missing_ok=True)
         shutil.copytree(stopped, folder)
         path, change = folder / "_rounds" / file, DAMAGES[damage]
         if change is None:
             path.unlink()
         else:
             path.write_bytes(change(path.read_bytes()))
-        caplog.clear()
-        try:
-            RUNS[name](str(folder), inputs, rows, events).train(resume_from_checkpoint=True)
-        except Exception as error:
-            says = re.search("bring it back|delete|restore it", str(error), re.IGNORECASE)
-            names = str(path) in str(error) or f"{path.parent} " in str(error)
-            return "named" if names and says else f"unclear: {error!r}"
+        code = call(run, str(folder), name, str(fault_base / "inputs"), None, log=log)
+        printed = log.read_text()
+        if code != 0:
+            error = re.sub("(?m)^  .*\n", "", printed.rpartition("Traceback (most")[2])
+            says = re.search("bring it back|delete|restore it", error, re.IGNORECASE)
+            names = str(path) in error or f"{path.parent} " in error
+            return "named" if names and says else f"unclear: {error}"
         if (whole / "_rounds" / file).exists():  # what is no longer needed stays as it is
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(whole / "_rounds" / file, path)
         if find_difference(whole, folder) is None:
             return "equal"
-        warned = [m for m in caplog.messages if str(path) in m and re.search("compared|counted", m)]
+        lines = printed.splitlines()
+        warned = [line for line in lines if str(path) in line and re.search(WARNING, line)]
         take_comparisons(whole, folder)
         difference = find_difference(whole, folder)
         return "told" if warned and difference is None else f"differs: {difference}, {warned}"
@@ -128,11 +127,12 @@ def test_a_damaged_file_is_mended_or_named(name, stop, go_on) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["STaR", "SPIN", "ReST^EM"])
 def test_each_damaged_file_is_mended_or_named(name, stop, go_on) -> None:
+    """With `--log-cli-level=INFO` pytest shows each outcome as it comes."""
     stopped, whole = stop(name)
-    unclear = {}
+    outcomes = {}
     for file in files_of_each_kind(stopped):
         for damage in DAMAGES:
-            outcome = go_on(name, stopped, whole, file, damage)
-            if outcome not in ("equal", "told", "named"):
-                unclear[file, damage] = outcome
-    assert unclear == {}
+            outcome = outcomes[file, damage] = go_on(name, stopped, whole, file, damage)
+            logger.info("%s: %s %s: %s", name, file, damage, outcome)
+    logger.info("%s: %s", name, Counter(o.partition(":")[0] for o in outcomes.values()))
+    assert {case: o for case, o in outcomes.items() if o not in ("equal", "told", "named")} == {}

@@ -3,12 +3,11 @@
 Real runs of tiny models, each in a process of its own.
 """
 
-import copy
 import multiprocessing
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,18 +131,17 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, source) -> Callable[[str], dict[str, Any]]:
-    """What a method's run comes to that nothing happens to, run once."""
-    found: dict[str, dict[str, Any]] = {}
+def whole(tmp_path_factory, source) -> Callable[[str], Path]:
+    """Return a function that gives the folder of a method's run that nothing happens to, run once."""
+    found: dict[str, Path] = {}
 
-    def outcome(method: str) -> dict[str, Any]:
+    def folder_of(method: str) -> Path:
         if method not in found:
-            folder = tmp_path_factory.mktemp("whole") / "run"
+            folder = found[method] = tmp_path_factory.mktemp("whole") / "run"
             assert processes.call(run, method, str(folder), str(source), None) == 0
-            found[method] = outcome_of(folder)
-        return copy.deepcopy(found[method])
+        return found[method]
 
-    return outcome
+    return folder_of
 
 
 @pytest.mark.slow
@@ -160,7 +158,7 @@ def test_a_fault_is_told_and_the_run_goes_on_as_if_it_had_not_been(
     assert method == "Quiet-STaR" or before
     assert not list(folder.glob("*.safetensors"))  # nothing is taken for the trained model
     assert processes.call(run, method, str(folder), str(source), None) == 0
-    expected, found = whole(method), outcome_of(folder)
+    expected, found = outcome_of(whole(method)), outcome_of(folder)
     if (
         fault == "memory in sampling"
     ):  # in other batches, in which log-probs differ by their rounding
@@ -222,6 +220,50 @@ def test_a_folder_that_cant_be_written_is_told_before_anything_is_sampled(
     finally:
         if options:
             subprocess.run(["umount", "-l", mount], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Return a function that mounts a file system with these options, and mounts it again with others."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+
+    def mounted(options: str) -> Path:
+        again = "remount," if mount.is_mount() else ""
+        command = ["mount", "-t", "tmpfs", "-o", again + options, "tmpfs", mount]
+        if os.name == "nt" or os.geteuid() != 0 or subprocess.run(command).returncode != 0:
+            pytest.skip("this machine doesn't let a test mount a tmpfs")
+        return mount
+
+    yield mounted
+    if mount.is_mount():
+        subprocess.run(["umount", "-l", mount], check=True)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("ReST-EM", marks=pytest.mark.full),
+        pytest.param("IRPO", marks=pytest.mark.full),
+        pytest.param("SPIN", marks=pytest.mark.slow),
+        pytest.param("Quiet-STaR", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_whose_disk_fills_up_says_so_and_goes_on_as_if_it_had_not(
+    method, source, whole, disk, tmp_path
+) -> None:
+    sizes = [path.stat().st_blocks * 512 for path in whole(method).rglob("*")]
+    mount, log = disk(f"size={sum(sizes) // 2}"), tmp_path / "log"
+    assert processes.call(run, method, str(mount / "run"), str(source), None, log=log) == 1
+    assert "free some space" in log.read_text()
+    assert RESUME in log.read_text()
+    before = samples_of(mount / "run")
+    disk("size=1g")
+    assert processes.call(run, method, str(mount / "run"), str(source), None) == 0
+    found = outcome_of(mount / "run")
+    assert found == outcome_of(whole(method))
+    assert method == "Quiet-STaR" or before
+    assert all(found["samples"][name] == rollouts for name, rollouts in before.items())
 
 
 _pools: list[Any] = []

@@ -64,5 +64,5 @@ def test_a_missing_plan_or_selection_is_noticed(folder) -> None:
     ):
         load_kept(folder)
     (folder / "samples" / "plan.json").unlink()
-    with pytest.raises(FileNotFoundError, match="has no samples of that round"):
+    with pytest.raises(FileNotFoundError, match=r"samples/plan\.json is gone, .* Bring it back"):
         load_samples(folder)

@@ -34,7 +34,7 @@ def load_samples(folder: Path) -> Rollouts:
 
     Raises:
         DamagedFileError: A shard that was planned can't be read or is gone.
-        FileNotFoundError: The round has no samples on disk.
+        FileNotFoundError: The round has no plan of its samples on disk.
     """
     return Rollouts.stored(_shards(folder))
 
@@ -182,14 +182,15 @@ def _shards(folder: Path) -> Iterator[StoredShard]:
     """Yield a round's shards that hold anything.
 
     Raises:
-        FileNotFoundError: The round has no samples on disk.
+        FileNotFoundError: The round has no plan of its samples on disk.
     """
     samples = folder / "samples"
     prefixes = sampled_prefixes(samples)
     plans = {prefix: read_plan(samples / f"{prefix}plan.json") for prefix in prefixes}
     if set(prefixes) <= {"hint-"}:
         raise FileNotFoundError(
-            f"{samples} has no samples of that round, which this one needs too. {BRING_BACK}"
+            f"{samples / 'plan.json'} is gone, which says which shards hold that round's samples. "
+            f"{BRING_BACK}"
         )
     for prefix, shards in plans.items():
         for number, shard in enumerate(shards or ()):
