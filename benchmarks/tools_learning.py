@@ -338,7 +338,9 @@ def main() -> None:
         "--work", type=Path, default=None, help="where runs are kept; a part reads others'"
     )
     parser.add_argument(
-        "--train-on-other-rows", action="store_true", help="in the part other_rows, as one more round"
+        "--train-on-other-rows",
+        action="store_true",
+        help="in the part other_rows, as one more round",
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)

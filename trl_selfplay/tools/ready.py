@@ -12,6 +12,7 @@ from typing import Any
 
 _SIGNIFICANT = 15
 _LONGEST = 10**60  # an integer that is shown in full
+_MOST_PRINTED = 50_000  # characters of a program that the policy reads
 _DEADLINE_S = 5.0
 _ENDINGS = {
     "raised": "",  # what it raised is printed
@@ -70,7 +71,10 @@ def python(code: str) -> str:
     """
     ran = _sandbox().run(_as_interpreter(code), deadline_s=_DEADLINE_S)
     ending = "" if ran.ending == "ok" else _ENDINGS[ran.ending]
-    return "\n".join(filter(None, [ran.stdout.rstrip(), ending])) or "(it printed nothing)"
+    printed = ran.stdout.rstrip()
+    if len(printed) > _MOST_PRINTED:  # so that the ending is seen
+        printed = f"{printed[:_MOST_PRINTED]}… (cut: {len(printed):,} characters)"
+    return "\n".join(filter(None, [printed, ending])) or "(it printed nothing)"
 
 
 def _check_python() -> None:
