@@ -87,23 +87,22 @@ def assert_same(found, expected) -> None:
 
 
 class Interrupt:
-    """Raises, or kills the process, when this many turns have been read."""
+    """Raises, or kills the process, at the next turn once this many results have been recorded."""
 
-    def __init__(self, turns: int, kills: bool = False) -> None:
-        self.turns, self.kills = turns, kills
+    def __init__(self, folder: Path, num_results: int, kills: bool = False) -> None:
+        self.folder, self.num_results, self.kills = folder, num_results, kills
 
     def __call__(self) -> None:
-        self.turns -= 1
-        if self.turns < 0:
+        if len(recorded_in(self.folder)) >= self.num_results:
             if self.kills:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyboardInterrupt
 
 
-def collect_until_killed(model: str, folder: str, turns: int) -> None:
+def collect_until_killed(model: str, folder: str, num_results: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded = AutoModelForCausalLM.from_pretrained(model)
-    collect(loaded, tokenizer, Path(folder), Interrupt(turns, kills=True))
+    collect(loaded, tokenizer, Path(folder), Interrupt(Path(folder), num_results, kills=True))
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ def test_an_interrupted_trajectory_goes_on_from_its_steps(
     """RA-15, within one process; steps are kept only of what isn't saved."""
     folder, model = tmp_path / "interrupted", tiny_model(word_tokenizer)
     with pytest.raises(KeyboardInterrupt):
-        collect(model, word_tokenizer, folder, Interrupt(13))
+        collect(model, word_tokenizer, folder, Interrupt(folder, 3))
     recorded = recorded_in(folder)
     assert recorded
     assert_same(collect(model, word_tokenizer, folder), whole[0])
@@ -150,8 +149,8 @@ def test_trajectories_of_killed_processes_end_like_uninterrupted_ones(
     folder = tmp_path / "killed"
     recorded: list[set[str]] = [set()]
     num_calls = []  # at each kill
-    for turns in (9, 21):
-        code = processes.call(collect_until_killed, str(saved_tiny_model), str(folder), turns)
+    for num_results in (1, 4):
+        code = processes.call(collect_until_killed, str(saved_tiny_model), str(folder), num_results)
         assert code == -signal.SIGKILL
         recorded.append(set(recorded_in(folder)))
         num_calls.append(len(calls_of(folder)))
