@@ -95,11 +95,7 @@ def parse_arguments(flags: list[str] | None = None) -> tuple[Any, ...]:
 
 
 def load_tools(script_args: Any) -> dict[str, Any]:
-    """Return the trainer's arguments with the tools.
-
-    Raises:
-        WrongFlagsError: There are none, or not what an agent needs.
-    """
+    """Return the trainer's arguments with the tools; raise WrongFlagsError without the right ones."""
     given = script_arguments.load_tools(script_args)
     if not any(given.values()):
         raise script_arguments.WrongFlagsError(
@@ -108,14 +104,11 @@ def load_tools(script_args: Any) -> dict[str, Any]:
         )
     if not script_args.agent:
         return given
-    if given["environment_factory"] is not None:
-        raise script_arguments.WrongFlagsError(
-            "--agent with --environment_factory: the tool of an agent is a function. Leave one out."
-        )
     tools = given["tools"] or ()
-    if len(tools) != 1 or not script_args.dataset_name:
+    if len(tools) != 1 or given["environment_factory"] or not script_args.dataset_name:
         raise script_arguments.WrongFlagsError(
-            "--agent needs one tool, the search, and a dataset: the demo's questions need two tools."
+            "--agent needs one tool, the search, no --environment_factory, and a dataset: the demo's "
+            "questions need two tools."
         )
     return {"agent": SearchAgent(*tools, examples=EXAMPLES, conversational=script_args.chat)}
 
@@ -129,8 +122,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if train is None:
         if script_args.tools != DEMO["tools"] or script_args.environment_factory:
             raise script_arguments.WrongFlagsError(
-                "--tools or --environment_factory without a dataset: the demo's questions and examples are "
-                "about its own tools. Give a --dataset_name, or leave them out."
+                "--tools or --environment_factory without a dataset: the demo's questions are about its "
+                "own tools. Give a --dataset_name, or leave them out."
             )
         split = colours.colours_split(training_args.seed, script_args.smoke)
         sets = {"train_dataset": split.train, "eval_dataset": split.select}

@@ -185,7 +185,10 @@ def tool_module(tmp_path, monkeypatch):
     (tmp_path / "my_tools.py").write_text(
         "def add(a: int, b: int) -> int:\n"
         '    """Add two numbers.\n\n    Args:\n        a: One.\n        b: Another.\n    """\n'
-        "    return a + b\n"
+        "    return a + b\n\n\n"
+        "def search(query: str) -> str:\n"
+        '    """Search.\n\n    Args:\n        query: What for.\n    """\n'
+        "    return query\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -228,7 +231,7 @@ def test_the_recipe_with_tools_says_what_it_lacks(load_script, tool_module, tmp_
     demo = ["--output_dir", str(tmp_path), "--use_cpu", "--tools", tool_module]
     with pytest.raises(ValueError, match="without a dataset: the demo's questions"):
         recipe.main(*recipe.parse_arguments(demo))
-    with pytest.raises(ValueError, match="--agent with --environment_factory"):
+    with pytest.raises(ValueError, match=r"--agent needs one tool, .* no --environment_factory"):
         load("--agent", "--tools", tool_module, "--environment_factory", tool_module)
 
 
@@ -236,15 +239,8 @@ def test_the_agent_of_the_recipe_has_examples_of_each_step(
     load_script, tool_module, tmp_path
 ) -> None:
     recipe = load_script(RECIPES / "rest_react.py")
-    flags = [
-        "--dataset_name",
-        "x",
-        "--agent",
-        "--tools",
-        tool_module,
-        "--output_dir",
-        str(tmp_path),
-    ]
+    search = tool_module.replace("add", "search")
+    flags = ["--dataset_name", "x", "--agent", "--tools", search, "--output_dir", str(tmp_path)]
     agent = recipe.load_tools(recipe.parse_arguments(flags)[0])["agent"]
     state, kinds = agent.begin("Who?"), []
     for action in (
@@ -255,7 +251,7 @@ def test_the_agent_of_the_recipe_has_examples_of_each_step(
         kinds.append(step.kind)
         assert step.prompt.count("action =") > 2
         move = agent.act(state, action)
-        result = ToolResult("add", "Ada was it.")
+        result = ToolResult("search", "Ada was it.")
         state = agent.observe(move.state, result) if move.call else move.state
     assert kinds == ["decision", "summarization", "decision", "answer", "relevance", "grounding"]
     assert (agent.next_step(state, few_shot=True), agent.answer(state)) == (None, "Ada")
