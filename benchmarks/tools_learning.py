@@ -293,7 +293,7 @@ def write_summary(args: argparse.Namespace) -> None:
     for number in range(args.num_rounds):
         row(f"ReST^EM with tools, after round {number}", "tools", lambda r, n=number: at(r, n))
     row("the same policy, results of other rows", "other_rows", lambda r: r["trained_on_own"])
-    row("sampled in round 0 with results of other rows", "other_rows", lambda r: r["sampled"])
+    row("sampled in round 0 with results of other rows", "other_rows", lambda r: r.get("sampled"))
     row("without tools, few-shot, untrained", "no_tools", lambda r: r["few_shot"])
     row("sampled in round 0 without tools", "no_tools", lambda r: r["sampled"])
     row("ReST^EM without tools, last round", "no_tools", lambda r: (r["after"] or [None])[-1])
