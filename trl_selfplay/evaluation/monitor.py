@@ -64,6 +64,16 @@ def warn_long(funnel: Funnel, round_index: int, max_length: int | None) -> str |
     )
 
 
+def warn_failed_calls(metrics: Mapping[str, float], round_index: int) -> str | None:
+    """Return a warning if tools were called in a round and not one call succeeded."""
+    if metrics.get("tools/failure_frequency") != 1.0:
+        return None
+    return (
+        f"round {round_index}: every call of a tool failed. `trl-selfplay samples` shows what the policy was "
+        "told: are the tools broken, or their arguments wrongly described?"
+    )
+
+
 def is_better(value: float, than: float, greater_is_better: bool = True) -> bool:
     """Return whether a held-out score is strictly better than another."""
     return value > than if greater_is_better else value < than

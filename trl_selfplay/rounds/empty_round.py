@@ -90,16 +90,6 @@ def _remedy(args: Any, played: PlayedRound) -> str:
     )
 
 
-def warn_failed_calls(round_index: int, played: PlayedRound) -> None:
-    """Warn if tools were called in a round and not one call succeeded."""
-    if played.metrics.get("tools/failure_frequency") == 1.0:
-        logger.warning(
-            "round %d: every call of a tool failed. `trl-selfplay samples` shows what the policy was told: "
-            "are the tools broken, or their arguments wrongly described?",
-            round_index,
-        )
-
-
 def _finish(args: Any, played: PlayedRound) -> str:
     """Return what to do where no completion came to an end."""
     funnel = played.funnel

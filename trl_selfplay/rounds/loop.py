@@ -30,7 +30,7 @@ from trl_selfplay.disk import (
 )
 from trl_selfplay.evaluation.estimates import paired_difference
 from trl_selfplay.evaluation.heldout import HeldOutScores
-from trl_selfplay.evaluation.monitor import warn_baseline, warn_long
+from trl_selfplay.evaluation.monitor import warn_baseline, warn_failed_calls, warn_long
 from trl_selfplay.evaluation.progress import format_duration, say
 from trl_selfplay.evaluation.report import print_round_table
 from trl_selfplay.memory import fast_collections
@@ -43,7 +43,7 @@ from trl_selfplay.rollouts.shards import load_engines
 from trl_selfplay.rounds.checkpoints import list_checkpoints, pass_over_checkpoints
 from trl_selfplay.rounds.dry_run import try_step
 from trl_selfplay.rounds.early_stopping import ends_run
-from trl_selfplay.rounds.empty_round import handle_empty_round, warn_failed_calls
+from trl_selfplay.rounds.empty_round import handle_empty_round
 from trl_selfplay.rounds.gathered import whole_parameters, whole_weights_in_place
 from trl_selfplay.rounds.identity import check_identity, describe_trainer, digest_weights
 from trl_selfplay.rounds.log import (
@@ -197,7 +197,8 @@ def _run_rounds(
                     with whole_weights_in_place(trainer):
                         played = watch.see_samples(trainer.play_round(plan.round_index))
                     progress.seconds = {"sample": time.monotonic() - started, "train": 0.0}
-                    warn_failed_calls(plan.round_index, played)
+                    if warning := warn_failed_calls(played.metrics, plan.round_index):
+                        logger.warning("%s", warning)
                     if played.num_examples == 0 and not plan.may_be_skipped:
                         handle_empty_round(args, plan.round_index, played)
                         break

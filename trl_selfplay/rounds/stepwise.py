@@ -36,9 +36,8 @@ from trl_selfplay.tools.agent import Agent, MalformedAction, Move
 from trl_selfplay.tools.observations import Observations
 from trl_selfplay.tools.record import ToolCall, ToolResult
 from trl_selfplay.tools.sessions import seed_of
-from trl_selfplay.tools.tool_set import ToolSet
+from trl_selfplay.tools.tool_set import MOST_CALLS_AT_ONCE, ToolSet
 
-_MOST_CALLS_AT_ONCE = 32
 MOST_STEPS = 1000  # of an agent that never finishes
 _STEP_COLUMNS = ("step_kind", "question")  # what ranking functions get besides the prompt
 # What distinguishes greedy and random sampling of held-out prompts.
@@ -322,7 +321,7 @@ class StepwisePlay(SelfPlay):
                 observations.add(step, calls[step], result)
             return result
 
-        pool = ThreadPoolExecutor(_MOST_CALLS_AT_ONCE, thread_name_prefix="tools")
+        pool = ThreadPoolExecutor(MOST_CALLS_AT_ONCE, thread_name_prefix="tools")
         try:
             sent = {pool.submit(make, steps): steps for steps in same.values()}
             for future in as_completed(sent):

@@ -19,6 +19,7 @@ from trl_selfplay.tools.record import ToolCall, ToolResult
 from trl_selfplay.tools.sessions import Session
 from trl_selfplay.tools.tool_processes import ToolProcesses
 
+MOST_CALLS_AT_ONCE = 32
 _NAME = re.compile(r"\w+")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -30,9 +30,8 @@ from trl_selfplay.tools.offer import offered
 from trl_selfplay.tools.record import Dialogue, ToolCall, ToolResult
 from trl_selfplay.tools.sessions import Session
 from trl_selfplay.tools.step_log import Step, StepLog
-from trl_selfplay.tools.tool_set import ToolSet
+from trl_selfplay.tools.tool_set import MOST_CALLS_AT_ONCE, ToolSet
 
-_MOST_CALLS_AT_ONCE = 32
 _LONGEST_WAIT_S = 0.2  # until it is asked whether the run goes on
 
 
@@ -174,7 +173,7 @@ class _Course:
         self._source: Iterator[SampleRequest | None] | None = iter(requests)
         self._options = options
         self._on_tokens = on_tokens
-        self._pool = ThreadPoolExecutor(_MOST_CALLS_AT_ONCE, thread_name_prefix="tools")
+        self._pool = ThreadPoolExecutor(MOST_CALLS_AT_ONCE, thread_name_prefix="tools")
         self._num_begun = 0
         self._sent: list[_Trajectory] = []  # by the number of the turn's request
         self._next: deque[_Trajectory] = deque()  # have their results
