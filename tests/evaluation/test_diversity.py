@@ -20,6 +20,7 @@ from trl_selfplay.evaluation.diversity import (
     summarize_samples,
     token_entropy,
 )
+from trl_selfplay.evaluation.room_of_results import RoomOfResults
 from trl_selfplay.generation.decode_batch import TokenChooser
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.rollouts.selection import default_normal_form as form
@@ -202,3 +203,16 @@ def test_what_a_tool_repeats_is_no_repetition_of_the_policy(make_rollout) -> Non
     assert summarize_samples([whole], form, 1.0, outcomes=["kept"]).num_repetitive
     halted = replace(rollout, halt="tool_limit")
     assert summarize_samples([halted], form, 1.0).prompts[rollout.prompt_id].best_reward is None
+
+
+def test_what_results_take_of_cut_completions_is_counted(make_rollout) -> None:
+    """A result that no longer fits isn't among the tokens: the completion ends before the room does."""
+    turns = ({"role": "assistant", "content": ""},)
+    cut = make_rollout(finish="length", completion_ids=(3,) * 8, messages=turns, reward=None)
+    half = replace(cut, sample_index=1, completion_mask=(True, True, *[False] * 5, True))
+    others = [make_rollout(messages=turns), replace(cut, messages=()), replace(cut, hinted=True)]
+    for most, without in ((8, 0), (9, 2)):
+        found = summarize_samples([cut, half, *others], form, 1.0, max_completion_length=most)
+        assert found.results == RoomOfResults(2, 16, 5, without)
+    assert "took 31% of the tokens of the cut ones, and in 2 of them" in found.results.describe()
+    assert RoomOfResults().describe() == ""

@@ -57,7 +57,7 @@ def build_play(config, tiny_model, word_tokenizer, sums, tmp_path):
 
 def sample(play):
     with SamplingProgress(0, "held-out", 8, disable=True) as progress:
-        return play.sample_heldout(play.heldout[""], progress)
+        return play.sample_heldout(play.heldout[""], progress)[0]
 
 
 def test_accuracy_is_greedy_and_pass_at_1_is_the_mean_of_samples(build_play) -> None:

@@ -304,6 +304,19 @@ def test_tools_that_cannot_be_called_are_refused(build, tools, message) -> None:
         build(tools=tools)
 
 
+@pytest.mark.parametrize(("most", "share", "without"), [(7, "0%", 1.0), (9, "11%", 0.0)])
+def test_the_alarm_of_cut_completions_tells_the_room_that_results_take(
+    build, caplog, most, share, without
+) -> None:
+    """A call has six tokens and its result one: the first has no room in 7, the second call none in 9."""
+    trainer = build(max_completion_length=most, max_steps=1, num_generations=8)
+    trainer.train()
+    cut = [r for r in load_samples(trainer.run.folder(0)) if r.is_truncated]
+    assert len(cut) > 3
+    assert f"took {share} of the tokens of the cut ones" in caplog.text
+    assert f"in {without * len(cut):.0f} of them the next result had no room" in caplog.text
+
+
 def test_no_tools_are_none(build) -> None:
     """As for GRPOTrainer."""
     trainer = build(tools=[])

@@ -17,6 +17,7 @@ import numpy as np
 
 from trl_selfplay.evaluation.estimates import pass_at_k
 from trl_selfplay.evaluation.repetition import is_repetitive
+from trl_selfplay.evaluation.room_of_results import RoomOfResults
 from trl_selfplay.rollouts.facts import digest_form
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.sequence import Rollouts
@@ -81,12 +82,14 @@ class RoundSamples:
         kept: Number of kept completions by prompt, with and without hint.
         num_repetitive: How many of the kept ones repeat themselves.
         kept_forms: A digest of prompt and normal form of each kept one, sorted, uint64.
+        results: What results of tools take of those that were cut, without hints.
     """
 
     prompts: dict[str, PromptSamples]
     kept: dict[str, int] = field(default_factory=dict)
     num_repetitive: int = 0
     kept_forms: np.ndarray = field(default_factory=lambda: np.array([], np.uint64))
+    results: RoomOfResults = field(default_factory=RoomOfResults)
 
 
 class _Kinds:
@@ -106,6 +109,7 @@ def summarize_samples(
     threshold: float,
     answer_form: NormalForm | None = None,
     outcomes: Sequence[str] = (),
+    max_completion_length: int = 0,
 ) -> RoundSamples:
     """Read a round's samples once; return what matters of them.
 
@@ -116,6 +120,7 @@ def summarize_samples(
         answer_form: Returns the normal form of a completion's final answer, or None; None reads no
             answers. Of many samples, those of some prompts are read, of the same ones in each round.
         outcomes: Of each rollout; those that are "kept" are trained on.
+        max_completion_length: What they were sampled with.
     """
     kinds: dict[str, _Kinds] = {}
     found = RoundSamples({})
@@ -136,6 +141,7 @@ def summarize_samples(
             own = found.prompts.setdefault(rollout.prompt_id, PromptSamples())
             own_kinds = kinds.setdefault(rollout.prompt_id, _Kinds())
             _count(own, own_kinds, rollout, form, threshold)
+            found.results.add(rollout, max_completion_length)
             if answer_form is None or crc32(rollout.prompt_id.encode()) >= read_below:
                 continue
             if (answer := answer_form(rollout.completion)) is not None:

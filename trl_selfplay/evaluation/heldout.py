@@ -24,7 +24,7 @@ class HeldOutScores:
             passed, its reward if rewards are graded, or the log-prob per token of the data's
             completion if the method learns from data.
         seconds: Wall-clock time.
-        num_tokens: Tokens of the completions that were sampled for them.
+        num_tokens: Tokens that were sampled for them, those of all steps of an agent.
     """
 
     metrics: Mapping[str, float]

@@ -214,7 +214,8 @@ def measure_truncation(e: Evidence) -> Reading | None:
         truncated,
         sampled,
         f"{truncated} of {sampled} completions were cut by length ({truncated / max(sampled, 1):.0%}, "
-        f"95 % interval {low:.0%} to {high:.0%}) and are lost",
+        f"95 % interval {low:.0%} to {high:.0%}) and are lost"
+        + ("" if e.now is None else e.now.results.describe()),
     )
 
 

@@ -30,6 +30,7 @@ from urllib.parse import urlsplit
 
 from trl_selfplay.confidential import shown
 from trl_selfplay.disk import DamagedFileError, naming_damage, save_text
+from trl_selfplay.generation.valid_text import valid_text
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Endpoint:
         def body_of(question: str) -> bytes:
             body: dict[str, Any] = {
                 "model": self._model,
-                "messages": [{"role": "user", "content": _encodable(question)}],
+                "messages": [{"role": "user", "content": valid_text(question)}],
                 "temperature": temperature,
                 "max_tokens": max_completion_length,
                 **self.extra_body,
@@ -449,12 +450,7 @@ def _read_reply(content: bytes) -> Reply:
             raise TypeError(f"the content is {type(text).__name__}")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _Failure(_UNREADABLE, f"{type(error).__name__}, {content[:200]!r}") from error
-    return Reply(_encodable(text), is_cut_off=is_cut_off)
-
-
-def _encodable(text: str) -> str:
-    """Replace half surrogate pairs, which can't be written as UTF-8."""
-    return text.encode("utf-8", "replace").decode()
+    return Reply(valid_text(text), is_cut_off=is_cut_off)
 
 
 def _seconds_of(retry_after: str | None) -> float:

@@ -31,7 +31,7 @@ HintFormatter = Callable[[Any, Any], Any]
 _OWN_ARGUMENTS = {
     "chat_template": "set `tokenizer.chat_template`",
     "tools": "give each row its `tools` in a column of that name",
-    "sanitize_control_tokens": "set the config's field of that name",
+    "sanitize_control_tokens": "set the config's field of that name, if it has one",
     **dict.fromkeys(
         (
             "conversation",
@@ -336,7 +336,8 @@ def check_template_kwargs(kwargs: Any, where: str) -> None:
     """Raise unless these can be passed to the chat template beside what rendering passes itself."""
     if not isinstance(kwargs, Mapping):
         raise TypeError(
-            f"{where} is {kwargs!r:.200}; expected a mapping such as {{'enable_thinking': False}}."
+            f"{where} is {kwargs!r:.200}; expected a mapping such as {{'enable_thinking': False}}, "
+            "empty for none."
         )
     for key in kwargs:
         if not isinstance(key, str):

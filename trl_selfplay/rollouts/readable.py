@@ -9,17 +9,15 @@ from itertools import groupby
 from typing import Any
 
 from trl_selfplay.generation.sampler import SampledCompletion
+from trl_selfplay.generation.valid_text import valid_text
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.tools.chat import parse_message
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def decode(tokenizer: Any, ids: Sequence[int], **kwargs: Any) -> str:
     """Return tokens as text that can be written as UTF-8."""
     text: str = tokenizer.decode(list(ids), **kwargs)
-    # Half a surrogate pair, which a tokenizer in Python may leave, can't be written as UTF-8.
-    return text.encode("utf-8", "replace").decode() if _SURROGATE.search(text) else text
+    return valid_text(text)  # a tokenizer in Python may leave half a surrogate pair
 
 
 def completion_text(tokenizer: Any, sampled: SampledCompletion, tag_ids: Collection[int]) -> str:

@@ -4,6 +4,7 @@ In: a round's folder. Out: its rollouts, or those with certain outcomes; of a ru
 of all rounds.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -37,6 +38,17 @@ def load_samples(folder: Path) -> Rollouts:
         FileNotFoundError: The round has no plan of its samples on disk.
     """
     return Rollouts.stored(_shards(folder))
+
+
+def load_steps_of(samples: Path, prefix: str) -> Rollouts:
+    """Return the samples of an agent's steps whose files begin with a prefix and the step's number.
+
+    Raises:
+        DamagedFileError: As `load_samples`.
+    """
+    of_steps = re.compile(rf"{re.escape(prefix)}step\d+-")
+    found = filter(of_steps.fullmatch, sampled_prefixes(samples))
+    return Rollouts.stored(_planned(samples, found))
 
 
 def load_all_samples(root: Path) -> Rollouts:
@@ -186,14 +198,18 @@ def _shards(folder: Path) -> Iterator[StoredShard]:
     """
     samples = folder / "samples"
     prefixes = sampled_prefixes(samples)
-    plans = {prefix: read_plan(samples / f"{prefix}plan.json") for prefix in prefixes}
     if set(prefixes) <= {"hint-"}:
         raise FileNotFoundError(
             f"{samples / 'plan.json'} is gone, which says which shards hold that round's samples. "
             f"{BRING_BACK}"
         )
-    for prefix, shards in plans.items():
-        for number, shard in enumerate(shards or ()):
+    yield from _planned(samples, prefixes)
+
+
+def _planned(samples: Path, prefixes: Iterable[str]) -> Iterator[StoredShard]:
+    """Yield the shards of some plans in a folder of samples."""
+    for prefix in prefixes:
+        for number, shard in enumerate(read_plan(samples / f"{prefix}plan.json") or ()):
             if shard.prompt_ids:
                 yield StoredShard(samples / f"{prefix}{number:05d}.parquet", shard.prompt_ids)
 

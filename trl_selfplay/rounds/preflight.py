@@ -22,6 +22,7 @@ from trl_selfplay.estimation.plan import CannotEstimateError
 from trl_selfplay.estimation.record import size_text
 from trl_selfplay.evaluation.estimates import interval_of_shares, pass_at_k
 from trl_selfplay.evaluation.progress import format_duration, say
+from trl_selfplay.evaluation.room_of_results import RoomOfResults
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rollouts.funnel import describe_causes, describe_funnel
@@ -315,6 +316,9 @@ def _lengths(trainer: Any, trial: TrialRound) -> Finding | None:
         len(r.completion_ids) for r in trial.samples
     ]  # with results of tools: all are limited
     truncated = fmean(r.is_truncated for r in trial.samples)
+    results = RoomOfResults()
+    for rollout in trial.samples:
+        results.add(rollout, most)
     longest_prompt = max(len(r.prompt_ids) for r in trial.samples)
     too_long = trial.played.funnel.unhinted.too_long + trial.played.funnel.hinted.too_long
     values = {
@@ -328,7 +332,7 @@ def _lengths(trainer: Any, trial: TrialRound) -> Finding | None:
     }
     text = (
         f"completions have {values['mean_length']:.0f} tokens, {max(lengths)} at most; "
-        f"{truncated:.0%} are cut at max_completion_length={most}"
+        f"{truncated:.0%} are cut at max_completion_length={most}{results.describe()}"
     )
     if truncated == 1.0:
         text += (

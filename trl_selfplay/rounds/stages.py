@@ -315,7 +315,7 @@ class SelfPlay:
         with self.progress("held-out", samples, longest, ("num_generations_eval",)) as progress:
             for name, set_prefix in metric_prefixes(list(sets), prefix).items():
                 for form, few_shot in forms.items():
-                    rollouts = self.sample_heldout(
+                    rollouts, sampled = self.sample_heldout(
                         sets[name],
                         progress,
                         few_shot=few_shot,
@@ -328,7 +328,7 @@ class SelfPlay:
                         prefix=f"{set_prefix}_{form}".rstrip("_"),
                     )
                     of_sets.append(greedy_scores(rollouts, threshold))
-                    num_tokens += rollouts.num_tokens
+                    num_tokens += sampled
         logged = _take_logged(self.collector.heldout_scorer, self.collector.accelerator)
         metrics |= {f"{prefix}_{name}": value for name, value in logged.items()}
         seconds = time.monotonic() - started
@@ -342,7 +342,7 @@ class SelfPlay:
         few_shot: bool = False,
         folder: Path | None = None,
         prefix: str = "",
-    ) -> Rollouts:
+    ) -> tuple[Rollouts, int]:
         """Sample and grade held-out prompts, once greedily and `num_generations_eval` times at random.
 
         The random streams don't depend on the round: every round, and a later evaluation of a
@@ -356,7 +356,7 @@ class SelfPlay:
             prefix: Prefix of the files' names.
 
         Returns:
-            The rollouts; `sample_index` 0 is the greedy one.
+            The rollouts, of which `sample_index` 0 is the greedy one, and the tokens sampled for them.
         """
         collector = replace(self.collector, scorer=self.collector.heldout_scorer)
         greedy, sampled = heldout_options(self.config, self.eos_token_ids)
@@ -377,7 +377,7 @@ class SelfPlay:
                     folder=folder,
                     prefix=prefix + name,
                 )
-        return rollouts
+        return rollouts, rollouts.num_tokens
 
     def progress(
         self,

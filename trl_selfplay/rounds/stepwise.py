@@ -22,6 +22,7 @@ from trl_selfplay.generation.control_tokens import (
     split_tokens,
 )
 from trl_selfplay.generation.sampler import Phase, build_sampling_options
+from trl_selfplay.generation.valid_text import valid_text
 from trl_selfplay.peers import from_main
 from trl_selfplay.rewards.local_model import fits
 from trl_selfplay.rollouts.collection import Progress
@@ -29,6 +30,7 @@ from trl_selfplay.rollouts.prompts import PromptRow, check_prompt
 from trl_selfplay.rollouts.record import Rollout, hash_prompt, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.sequence import Rollouts
 from trl_selfplay.rollouts.shards import Shard, save_plan
+from trl_selfplay.rollouts.stored import load_steps_of
 from trl_selfplay.rounds.judging import judged, judgements_of
 from trl_selfplay.rounds.stages import SelfPlay
 from trl_selfplay.rounds.steps import Plays, Step, Trajectory, best_ranked, continued_sample
@@ -289,7 +291,7 @@ class StepwisePlay(SelfPlay):
         tokens = control_tokens(self.formatter.tokenizer)
         for step, (trajectory, move) in waiting.items():
             result = results[step]
-            shown = split_tokens(_without_surrogates(result.content), tokens)
+            shown = split_tokens(valid_text(result.content), tokens)
             trajectory.state = self.agent.observe(move.state, replace(result, content=shown))
             trajectory.num_calls += 1
             trajectory.num_failed += result.failed
@@ -339,7 +341,7 @@ class StepwisePlay(SelfPlay):
         few_shot: bool = False,
         folder: Path | None = None,
         prefix: str = "",
-    ) -> Rollouts:
+    ) -> tuple[Rollouts, int]:
         """Play held-out questions to their answers, and grade these: see `SelfPlay.sample_heldout`.
 
         The first trajectory of a question is greedy; the `num_generations_eval` others choose among the
@@ -347,7 +349,7 @@ class StepwisePlay(SelfPlay):
         """
         greedy, sampled = heldout_options(self.config, self.eos_token_ids)
         of_samples = range(1, self.config.num_generations_eval + 1)
-        rollouts = Rollouts.of(())
+        rollouts, num_tokens = Rollouts.of(()), 0
         for name, options, indices, num_samples in (
             ("greedy-", greedy, range(1), 1),
             ("sampled-", sampled, of_samples, self.agent.num_step_samples),
@@ -365,9 +367,14 @@ class StepwisePlay(SelfPlay):
                 )  # fmt: skip
                 answers = self._answers(plays, rows, "eval", 0)
                 graded = self._grade(answers, rows, path, prefix + name)
+                steps = plays.rollouts
+            else:
+                assert folder is not None
+                steps = load_steps_of(folder / "steps", prefix + name)
             progress.update(len(graded), sum(len(each.completion_ids) for each in graded))
             rollouts += Rollouts.of(graded)
-        return rollouts
+            num_tokens += steps.num_tokens
+        return rollouts, num_tokens
 
     def failed_steps(self, plays: Plays, round_index: int, folder: Path) -> set[str]:
         """Return the prompt ids of the steps of trajectories whose answer doesn't reach the threshold.
@@ -419,7 +426,7 @@ class StepwisePlay(SelfPlay):
         last, text, ids = trajectory.last, "", ()
         is_answered = trajectory.end == "answered"
         if is_answered:
-            text = _without_surrogates(self.agent.answer(trajectory.state))
+            text = valid_text(self.agent.answer(trajectory.state))
             written = self.formatter.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids = (*written, self.eos_token_id)
         return Rollout(
@@ -474,11 +481,6 @@ class StepwisePlay(SelfPlay):
 
     def _observations(self, keeps: bool = True) -> Observations:
         return Observations(self.run.root / "observations.jsonl" if keeps else None)
-
-
-def _without_surrogates(text: str) -> str:
-    """Return text that can be written as UTF-8."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _question_id(row: PromptRow) -> str:

@@ -229,6 +229,7 @@ class Watch:
             play.collector.reward_threshold,
             forms[0] if forms else answer_form,
             outcomes,
+            build_sampling_options(self._trainer.args, ()).max_completion_length,
         )
 
     @property

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from trl_selfplay.confidential import masked
+from trl_selfplay.generation.valid_text import valid_text
 
 LENGTH = struct.Struct("!Q")
 # Longer results are cut: no policy reads them, and all that is kept of a trajectory holds them.
@@ -137,7 +138,7 @@ def clean(text: str) -> str:
     """Return text that every tokenizer takes, cut with a note if it is too long."""
     if len(text) > MOST_CHARACTERS:
         text = f"{text[:MOST_CHARACTERS]}… (cut: {len(text):,} characters)"
-    return text.encode(errors="replace").decode()
+    return valid_text(text)
 
 
 async def _awaited(value: Any) -> Any:

@@ -97,7 +97,7 @@ class SelfPlayConfig(EngineConfig):
     max_completion_length: Annotated[int, OnResume.FIXED] = field(
         default=512,
         metadata={
-            "help": "Maximum tokens per completion. Truncated completions are never trained on.",
+            "help": "Maximum tokens per completion, results of tools included. Truncated completions are never trained on.",
         },
     )
     temperature: Annotated[float, OnResume.FIXED] = field(

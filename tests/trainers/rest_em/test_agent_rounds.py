@@ -348,6 +348,22 @@ def test_held_out_answers_are_those_of_trajectories_and_no_question_is_on_both_s
     assert None in seen
 
 
+def test_all_steps_of_held_out_trajectories_are_counted_again_from_disk_too(build) -> None:
+    """The answer of a trajectory is but a part of what was sampled for it."""
+    trainer = build(
+        eval_dataset=questions(3, 10, solution=capital_of_birth), eval_reward_funcs=grade,
+        num_generations_eval=1,
+    )  # fmt: skip
+    folder = trainer.run.folder(0) / "evaluation"
+    play = trainer.self_play
+    sets = dict.fromkeys(("", "greedy-step0-"), play.heldout[""])
+    first = play.score(sets, folder=folder)
+    stored = [r for path in (folder / "steps").glob("*.parquet") for r in load_rollouts(path)]
+    assert first.num_tokens == sum(len(r.completion_ids) for r in stored) > 0
+    assert play.score(sets, folder=folder).num_tokens == first.num_tokens
+    assert play.score(sets).num_tokens == first.num_tokens
+
+
 def test_with_the_filter_the_steps_of_trajectories_with_good_answers_are_kept(
     build, tmp_path
 ) -> None:

@@ -17,7 +17,12 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from trl_selfplay.rollouts.prompts import as_plain_rows, check_embedded, check_message
+from trl_selfplay.rollouts.prompts import (
+    as_plain_rows,
+    check_embedded,
+    check_message,
+    check_template_kwargs,
+)
 from trl_selfplay.trainers.construction import check_adapters, check_special_tokens
 from trl_selfplay.trainers.quiet_star.mixing import (
     ATTRIBUTE,
@@ -191,17 +196,7 @@ def _refuse_bad_row(dataset: Dataset, name: str, args: Any, error: Exception) ->
     for index, row in enumerate(as_plain_rows(dataset)):
         where = f"`{name}` row {index}"
         kwargs = row.get("chat_template_kwargs", {})
-        if not isinstance(kwargs, Mapping):
-            raise TypeError(
-                f"{where}: `chat_template_kwargs` is {kwargs!r:.200}; expected a mapping, {{}} in a row that "
-                "has none. Change the row, or remove the column."
-            ) from error
-        for key in kwargs:
-            if not isinstance(key, str) or key in ("conversation", "tokenize", "return_dict"):
-                raise TypeError(
-                    f"{where}: `chat_template_kwargs` has {key!r:.100}; expected names of the template's own "
-                    "arguments, such as 'enable_thinking'. Change the row, or remove the column."
-                ) from error
+        check_template_kwargs(kwargs, f"{where}: `chat_template_kwargs`")
         # The parent prefers the text to a prompt beside it.
         columns = ["messages", "conversations", "prompt", "completion", args.dataset_text_field]
         for column in columns:
