@@ -355,6 +355,54 @@ def test_examples_may_call_tools_in_messages(build) -> None:
         build(few_shot_examples=[example])
 
 
+def in_words(call, result="7"):
+    return f"Action: {call}\nObservation: {result}\nyes"
+
+
+def in_messages(arguments, result="7", name="add"):
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    turns += [{"role": "tool", "name": name, "content": result}] if result else []
+    return [*turns, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        (in_words('sum_up({"a": 3})'), r"'sum_up\(.* would fail: no tool 'sum_up'; known: add"),
+        (in_words('add({"a": 3})'), "would fail: wrong arguments: b is missing"),
+        (in_words('add({"a": 3, "b": 4}) now'), r"4}\) now' would fail: it can't be read"),
+        (in_words('add({"a": 3, "b": 4})') + "\nAction: add[x]\nObservation: 1", "b is missing"),
+        (in_messages({"a": 3, "b": 4}, name="sum_up"), "no tool 'sum_up'"),
+        (in_messages({"a": 3}), "b is missing"),
+        (in_messages({"a": 3, "b": 4, "c": None}, result=None), "there is no argument 'c'"),
+        (in_messages('{"a": 3}'), "b is missing"),
+        (in_messages("3, 4"), "arguments are no mapping: '3, 4'"),
+    ],
+)
+def test_an_example_whose_call_would_fail_is_refused(build, completion, message) -> None:
+    """It would teach the policy to call what isn't there."""
+    example = {"prompt": "Q 3 + 4 = ?", "completion": completion}
+    with pytest.raises(ValueError, match=rf"few_shot_examples\[1\]: the call .*{message}"):
+        build(
+            chat=not isinstance(completion, str),
+            few_shot_examples=[{"prompt": "Q", "completion": "yes"}, example],
+        )
+
+
+def test_an_example_may_show_what_the_run_would_show(build) -> None:
+    """Also a failed call, as the run tells it; and a text in the template's form has no calls."""
+    failing = [in_words('add({"a": 3})', "Error: b is missing"), in_words("add[3]", "Error: no")]
+    build(few_shot_examples=[{"prompt": "Q", "completion": text} for text in failing])
+    shown = [
+        in_messages({"a": 3}, "Error: b"), in_messages('{"a": 3, "b": 4}'), in_words("lo[3]")
+    ]  # fmt: skip
+    examples = [{"prompt": "Q", "completion": completion} for completion in shown]
+    build(chat=True, folder="chat", few_shot_examples=examples)
+    with pytest.raises(ValueError, match=r"\[0\]: it calls tools in messages, and this run"):
+        build(chat=True, folder="words", tool_format="react", few_shot_examples=examples)
+
+
 def test_the_policy_ends_where_its_template_does() -> None:
     """What these tests rest on: a turn ends with EOS, and the prompt with a word of its own."""
     tokenizer = word_tokenizer(family_template("qwen2_5"))

@@ -51,7 +51,7 @@ class ChatDialogue:
     def read(self, turn_ids: Sequence[int], prefix_ids: Sequence[int], schemas: Any) -> Reply:
         """See `Dialogue.read`."""
         message = parse_message(self._tokenizer, turn_ids, prefix_ids, schemas)
-        calls = [] if message is None else [*map(_read_call, message.get("tool_calls") or ())]
+        calls = [] if message is None else [*map(read_call, message.get("tool_calls") or ())]
         if (
             message is None
             or None in calls
@@ -161,7 +161,7 @@ def _told(result: ToolResult) -> dict[str, Any]:
     return {"role": "tool", "name": result.name, "content": result.content}
 
 
-def _read_call(call: Any) -> ToolCall | None:
+def read_call(call: Any) -> ToolCall | None:
     """Return a call as it was parsed, or None if it is none."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):

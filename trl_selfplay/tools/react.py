@@ -52,7 +52,7 @@ class ReActDialogue:
         if not stop:
             last = said.rstrip().rpartition("\n")[2]
             return Reply(message, malformed=_ACTION.fullmatch(last) is not None)
-        calls = [_read_action(action, schemas) for action in _ACTION.findall(said)]
+        calls = [call for _, call in read_actions(said, schemas)]
         if not calls or None in calls:
             return Reply(message, malformed=True)
         again = self._tokenizer.encode(text, add_special_tokens=False)
@@ -69,6 +69,13 @@ class ReActDialogue:
         text = "\n".join(result.content for result in results)
         encode = partial(plain_ids, self._tokenizer)
         return tuple(continuation_ids(encode, f" {text}\n"))
+
+
+def read_actions(
+    text: str, schemas: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, ToolCall | None]]:
+    """Return the `Action:` lines of a text, each with its call, or None if it can't be read."""
+    return [(action, _read_action(action, schemas)) for action in _ACTION.findall(text)]
 
 
 def _read_action(action: str, schemas: Sequence[Mapping[str, Any]]) -> ToolCall | None:

@@ -20,7 +20,7 @@ from trl_selfplay.tools.tool_processes import ProcessEnded, ToolProcess, ToolPro
 
 logger = logging.getLogger(__name__)
 
-_ERROR = "Error: "
+ERROR = "Error: "  # begins what a failed call comes to
 
 
 def seed_of(*parts: Any) -> int:
@@ -92,8 +92,8 @@ class Session:
             RuntimeError: The tools can't be loaded, or no process can be started.
         """
         seed = self._next_seed()
-        if refusal := self._refuse(call):
-            return ToolResult(call.name, refusal, failed=True)
+        if refusal := refuse_call(call, self._schemas):
+            return ToolResult(call.name, f"{ERROR}{refusal}", failed=True)
         request = ("call", call.name, dict(call.arguments))
         is_of_environment = self._is_of_environment(call)
         try:
@@ -102,7 +102,7 @@ class Session:
             else:
                 answer = self._ask_shared(*request, seed=seed)
         except ProcessEnded as error:
-            return ToolResult(call.name, f"{_ERROR}{error}", True, has_ended=is_of_environment)
+            return ToolResult(call.name, f"{ERROR}{error}", True, has_ended=is_of_environment)
         return _result(call.name, answer)
 
     def replay(self, call: ToolCall, result: ToolResult) -> None:
@@ -113,8 +113,8 @@ class Session:
         """
         seed = self._next_seed()
         if result.has_ended:
-            self._end = self._end or result.content.removeprefix(_ERROR)
-        elif self._is_of_environment(call) and not self._refuse(call):
+            self._end = self._end or result.content.removeprefix(ERROR)
+        elif self._is_of_environment(call) and not refuse_call(call, self._schemas):
             self._past.append((call, result, seed))
 
     def reward(self) -> float | None:
@@ -147,16 +147,6 @@ class Session:
     def _next_seed(self) -> int:
         self._num_calls += 1
         return seed_of(self._key, "call", self._num_calls)
-
-    def _refuse(self, call: ToolCall) -> str | None:
-        """Return why a call isn't made, as the policy is told, or None."""
-        if call.error is not None:
-            return f"Error: wrong arguments: {clean(call.error)}"
-        if call.name not in self._schemas:
-            known = ", ".join(self._schemas)
-            return f"Error: no tool {clean(call.name)!r:.100}; known: {known}"
-        wrong = find_wrong(call.arguments, self._schemas[call.name])
-        return wrong and f"Error: wrong arguments: {clean(wrong)}"
 
     def _is_of_environment(self, call: ToolCall) -> bool:
         return self._environment is not None and call.name in self._environment.methods
@@ -217,6 +207,21 @@ class Session:
             logger.warning("%s", text)
 
 
+def refuse_call(call: ToolCall, schemas: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return why a call isn't made, as the policy is told, or None.
+
+    Args:
+        call: The call.
+        schemas: Of what may be called, by name.
+    """
+    if call.error is not None:
+        return f"wrong arguments: {clean(call.error)}"
+    if call.name not in schemas:
+        return f"no tool {clean(call.name)!r:.100}; known: {', '.join(schemas)}"
+    wrong = find_wrong(call.arguments, schemas[call.name])
+    return wrong and f"wrong arguments: {clean(wrong)}"
+
+
 def reset_environment(process: ToolProcess, environment: Environment, deadline_s: float) -> None:
     """Make an environment in a new process and reset it; the process is closed if that fails.
 
@@ -243,5 +248,5 @@ def reset_environment(process: ToolProcess, environment: Environment, deadline_s
 
 def _result(name: str, answer: Mapping[str, Any]) -> ToolResult:
     if "error" in answer:
-        return ToolResult(name, f"{_ERROR}{answer['error']}", failed=True)
+        return ToolResult(name, f"{ERROR}{answer['error']}", failed=True)
     return ToolResult(name, answer["content"])

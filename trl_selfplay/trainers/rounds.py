@@ -66,7 +66,7 @@ from trl_selfplay.trainers.construction import (
 from trl_selfplay.trainers.engine_config import check_engine_is_there
 from trl_selfplay.trainers.publishing import PublishesSamples
 from trl_selfplay.trainers.sampling import build_sampler
-from trl_selfplay.trainers.tool_setup import build_trajectories, choose_form
+from trl_selfplay.trainers.tool_setup import build_trajectories, check_examples, choose_form
 from trl_selfplay.trainers.unused_fields import warn_unused_fields
 
 
@@ -222,6 +222,7 @@ class RoundsMixin(PublishesSamples):
         form = trajectories = None
         if toolbox is not None:
             form = choose_form(args, tokenizer, toolbox, rows[0].is_conversational, eos_token_ids)
+            check_examples(examples, form)
             trajectories = build_trajectories(
                 args, form, tokenizer, eos_token_ids, context["context_length"]
             )
