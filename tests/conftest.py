@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+import signal
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -37,6 +38,11 @@ from trl_selfplay.demos.words import demo_model_folder
 from trl_selfplay.rollouts.record import Rollout, hash_prompt
 
 pytest_plugins = ["local_ray", "run_folders", "s3_server"]
+
+# A shell lets what it starts in the background ignore interrupts. Some tests interrupt themselves or
+# what they start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long a draw takes says how busy the machine is.
 settings.register_profile(
