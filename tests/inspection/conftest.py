@@ -18,10 +18,11 @@ def write_run(tmp_path, make_rollout):
     """Return a function that writes a finished run.
 
     Its arguments: the dataset's records, and for each round the samples as dicts: `row`, the record's
-    place, `outcome`, and what differs from the rollout of the fixture `make_rollout`.
+    place, `outcome`, and what differs from the rollout of the fixture `make_rollout`. `tools_shown` is what
+    the prompts show of tools.
     """
 
-    def write(records, rounds, name="run", **config):
+    def write(records, rounds, name="run", tools_shown=None, **config):
         root = tmp_path / name / "_rounds"
         ids = []  # of each record
         for record in records:
@@ -29,6 +30,7 @@ def write_run(tmp_path, make_rollout):
         keep_prompts(
             root / "prompts.parquet",
             collect_rows(((i, record, {}) for i, record in enumerate(records)), "train_dataset"),
+            lambda row: tools_shown,
         )
         save_text(root / "config.json", json.dumps({"method": "STaR", "model": "tiny", **config}))
         lines = []

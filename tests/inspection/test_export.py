@@ -298,6 +298,36 @@ def test_a_trajectory_is_exported_with_its_calls_and_results(write_run, export, 
     assert not path.exists()
 
 
+SCHEMAS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+def test_the_tools_that_a_prompt_showed_are_exported(write_run, export, tmp_path) -> None:
+    """As a column where the chat template got them, and in the prompt where it told of them in words."""
+    samples = [[{"row": 0, "outcome": "kept"}]]
+    run = write_run([{"prompt": [SYSTEM, USER], "solution": "3"}], samples, tools_shown=SCHEMAS)
+    for form in ("trl", "messages"):
+        assert json.loads(export(run, "sft", form=form)[0]["tools"]) == SCHEMAS
+    functions = [schema["function"] for schema in SCHEMAS]
+    assert json.loads(export(run, "sft", form="sharegpt")[0]["tools"]) == functions
+    with pytest.raises(ValueError, match=r"shows tools .* no place in --form alpaca"):
+        export_run(run, "sft", tmp_path / "rows.jsonl", form="alpaca")
+    of_row = [{**CHAT[0], "tools": SCHEMAS}]
+    assert export(write_run(of_row, samples, "row"), "sft")[0]["tools"] == SCHEMAS
+    told = write_run(TEXT, samples, "words", tools_shown="You can add.")
+    assert export(told, "sft")[0]["prompt"] == "You can add.\n\nQ 1 + 2 = ?"
+    told = write_run([{"prompt": [SYSTEM, USER]}], samples, "turns", tools_shown="You can add.")
+    (row,) = export(told, "sft", form="alpaca")
+    assert (row["system"], row["instruction"]) == ("Add.\n\nYou can add.", "1 + 2")
+
+
+def test_half_a_surrogate_pair_in_a_call_is_written(write_run, export) -> None:
+    """JSON can hold one, and so can what a model writes."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": "\ud800"}}}
+    turns = ({**TURNS[0], "tool_calls": [call]}, *TURNS[1:])
+    (row,) = export(write_run(CHAT, [[trajectory(messages=turns)]]), "sft")
+    assert row["completion"][0]["tool_calls"][0]["function"]["arguments"] == {"a": "?"}
+
+
 def test_pairs_of_trajectories_are_two_lists_of_messages(write_run, export, tmp_path) -> None:
     wrong = trajectory(sample_index=1, outcome="failed", reward=0.0, completion="so 4")
     run = write_run(CHAT, [[trajectory(), wrong]])

@@ -4,7 +4,9 @@ from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
+from bigram_policy import CHAT_STEPS, TEXT_STEPS, bigram_model, family_template, word_tokenizer
 from datasets import Dataset, load_dataset, load_from_disk
+from plain_tools import add, look_up
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, STaRConfig, STaRTrainer
@@ -131,3 +133,86 @@ def test_trl_trains_on_every_kind(run, tmp_path, tiny_model, chat_tokenizer) -> 
         )
         trainer.train()
         assert trainer.state.log_history[0]["grad_norm"] > 0.0
+
+
+def prompts_of(run, trainer, rows):
+    """Return what TRL's trainer takes for the prompt of each row, and what the run did."""
+    theirs, sampled = [], {r.prompt_id: r.prompt_ids for r, _ in run.rollouts(0)}
+    for row in trainer.train_dataset:
+        theirs.append(tuple(row["input_ids"][: sum(label == -100 for label in row["labels"])]))
+    return theirs, [sampled[prompt_id] for prompt_id in rows["prompt_id"]]
+
+
+@pytest.mark.parametrize(
+    ("family", "eos"),
+    [("llama3_1", "<|eot_id|>"), ("qwen3", "<|im_end|>"), ("gptoss", "<|return|>")],
+)
+def test_trl_shows_the_tools_of_a_run_in_the_same_tokens(
+    tmp_path, tiny_model, byte_tokenizer, family, eos
+) -> None:
+    """Two tools, so that a table would give each schema the arguments of both."""
+    byte_tokenizer.add_special_tokens({"eos_token": eos})
+    byte_tokenizer.chat_template = family_template(family)
+    prompts = [[{"role": "user", "content": f"Q{i}"}] for i in range(3)]
+    trainer = STaRTrainer(
+        tiny_model(byte_tokenizer, max_position_embeddings=4096),
+        STaRConfig(
+            str(tmp_path / "run"), num_rounds=1, num_generations=8, max_completion_length=16,
+            rationalize=False, temperature=1.0, stop_strings=PRINTABLE, max_length=None, **SETTINGS,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=byte_tokenizer,
+        reward_funcs=lambda completions, **kwargs: [1.0] * len(completions),
+        tools=[add, look_up],
+    )  # fmt: skip
+    trainer.train()
+    run = RunFolder.open(tmp_path / "run")
+    rows = load(run, "sft", tmp_path)
+    again = SFTTrainer(
+        tiny_model(byte_tokenizer, max_position_embeddings=4096),
+        SFTConfig(str(tmp_path / "sft"), max_length=None, **SETTINGS),
+        train_dataset=rows,
+        processing_class=byte_tokenizer,
+    )
+    theirs, ours = prompts_of(run, again, rows)
+    assert theirs == ours
+    assert "look_up" in byte_tokenizer.decode(ours[0])
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "words"])
+def test_trl_trains_on_trajectories_and_on_prompts_that_tell_of_tools(tmp_path, chat) -> None:
+    tokenizer = word_tokenizer(family_template("qwen2_5") if chat else None)
+    steps = CHAT_STEPS if chat else TEXT_STEPS
+    texts = [f"Q {i} + 4 = ?" for i in range(3)]
+    prompts = [[{"role": "user", "content": text}] for text in texts] if chat else texts
+
+    def answers(completions, **kwargs):  # in text prompts, results have no place
+        return [float(chat or "Action" not in text) for text in completions]
+
+    trainer = STaRTrainer(
+        bigram_model(tokenizer, steps),
+        STaRConfig(
+            str(tmp_path / "run"), num_rounds=1, num_generations=8, max_completion_length=60,
+            rationalize=False, temperature=1.0, **SETTINGS,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+        reward_funcs=answers,
+        tools=[add],
+    )  # fmt: skip
+    trainer.train()
+    run = RunFolder.open(tmp_path / "run")
+    rows = load(run, "sft", tmp_path)
+    again = SFTTrainer(
+        bigram_model(tokenizer, steps),
+        SFTConfig(str(tmp_path / "sft"), **SETTINGS),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    theirs, ours = prompts_of(run, again, rows)
+    if chat:  # in a tokenizer of words, a prompt's last token joins the completion's first
+        ours = [ids[:-1] for ids in ours]
+    assert theirs == ours
+    assert any("tool_calls" in str(row["completion"]) for row in rows) == chat
+    again.train()
+    assert again.state.log_history[0]["grad_norm"] > 0.0

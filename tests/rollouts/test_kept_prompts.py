@@ -38,6 +38,20 @@ def test_a_prompt_is_read_as_the_dataset_has_it(record, tmp_path) -> None:
     assert "0" * 32 not in kept
 
 
+def test_what_prompts_show_of_tools_is_kept_once_for_all(tmp_path) -> None:
+    schemas = [{"function": {"name": "add", "description": "x" * 4000}}]
+    records = [{"prompt": f"Q {i}"} for i in range(2000)]
+    rows = collect_rows(((i, r, {}) for i, r in enumerate(records)), "train_dataset")
+    shown = {"Q 0": None, "Q 1": "You can add."}
+    keep_prompts(tmp_path / "tools.parquet", rows, lambda row: shown.get(row.prompt, schemas))
+    keep_prompts(tmp_path / "plain.parquet", rows)
+    kept = load_prompts(tmp_path / "tools.parquet")
+    found = {kept[prompt_id].prompt: kept[prompt_id].tools for prompt_id in kept}
+    assert found == {record["prompt"]: shown.get(record["prompt"], schemas) for record in records}
+    sizes = [(tmp_path / f"{name}.parquet").stat().st_size for name in ("plain", "tools")]
+    assert sizes[1] < sizes[0] + 20_000
+
+
 def test_prompts_are_written_once(tmp_path) -> None:
     path = tmp_path / "prompts.parquet"
     for record in RECORDS[:2]:

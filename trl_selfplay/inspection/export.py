@@ -1,12 +1,13 @@
 """Export what a run sampled, as rows that other trainers read.
 
 In: the folder of a run. Out: JSON lines or Parquet. A row holds the prompt as the dataset has it, without
-few-shot examples, hint and chat template, and says where the completion comes from: round, prompt, sample,
-reward. The same folder always gives the same file.
+few-shot examples, hint and chat template, but with the tools that it showed, and says where the completion comes
+from: round, prompt, sample, reward. The same folder always gives the same file.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -16,12 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_selfplay.disk import save_file_with
+from trl_selfplay.generation.valid_text import valid_text
 from trl_selfplay.inspection.leading_space import leading_spaces
 from trl_selfplay.inspection.row_forms import Example, to_row
 from trl_selfplay.inspection.run_folder import RunFolder
 from trl_selfplay.rollouts.kept_prompts import KeptPrompt, KeptPrompts
 from trl_selfplay.rollouts.record import SCHEMA, Rollout, to_stored
 from trl_selfplay.rounds.run import name_of_weights
+from trl_selfplay.tools.offer import with_words
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -240,7 +243,13 @@ def _example(
 
 
 def _prompt_of(prompts: KeptPrompts, rollout: Rollout) -> KeptPrompt:
-    return prompts[rollout.prompt_id]
+    """Return the prompt of a rollout; where it told of tools in words, it begins with them."""
+    kept = prompts[rollout.prompt_id]
+    return (
+        replace(kept, prompt=with_words(kept.prompt, kept.tools))
+        if isinstance(kept.tools, str)
+        else kept
+    )
 
 
 def _origin(run: RunFolder, rollout: Rollout) -> dict[str, Any]:
@@ -296,7 +305,7 @@ def _write_lines(path: Path, rows: Rows) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for row in rows():
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(valid_text(json.dumps(row, ensure_ascii=False)) + "\n")
             count += 1
     return count
 

@@ -88,7 +88,8 @@ def _trl(example: Example) -> dict[str, Any]:
     if isinstance(prompt, str):
         _refuse_trajectories(example, "trl with text prompts")
         return {"prompt": prompt, **example.following()}
-    return {"prompt": example.turns, **example.answers(), **example.prompt.template_arguments}
+    arguments = {**example.prompt.template_arguments, **_tools(example)}
+    return {"prompt": example.turns, **example.answers(), **arguments}
 
 
 def _messages(example: Example) -> dict[str, Any]:
@@ -122,9 +123,10 @@ def _sharegpt(example: Example) -> dict[str, Any]:
 
     turns = [turn(message) for message in example.turns]
     if "completion" in example.completions:
-        return {"conversations": [*turns, *map(turn, example.answers()["completion"])]}
+        answer = map(turn, example.answers()["completion"])
+        return {"conversations": [*turns, *answer], **_functions(example)}
     pair = {name: turn(message) for name, message in example.single_answers("sharegpt").items()}
-    return {"conversations": turns, **pair}
+    return {"conversations": turns, **pair, **_functions(example)}
 
 
 def _alpaca(example: Example) -> dict[str, Any]:
@@ -140,6 +142,11 @@ def _alpaca(example: Example) -> dict[str, Any]:
             "instruction as text, after a system text or none. Use --form messages."
         )
     _refuse_trajectories(example, "alpaca")
+    if _tools(example):
+        raise ValueError(
+            "a prompt that shows tools through the chat template has no place in --form alpaca, which would leave "
+            "them out. Use --form messages."
+        )
     texts = dict(example.completions)
     row = {"instruction": contents[-1], "input": ""}
     if "completion" in texts:
@@ -157,8 +164,22 @@ def _refuse_trajectories(example: Example, form: str) -> None:
 
 
 def _tools(example: Example) -> dict[str, Any]:
+    """Return the column `tools`, if the chat template got any.
+
+    Those of the run are JSON text, which TRL reads: a table would give each schema the keys of all.
+    """
+    if isinstance(example.prompt.tools, list):
+        return {"tools": json.dumps(example.prompt.tools)}
     tools = example.prompt.template_arguments.get("tools")
     return {} if tools is None else {"tools": tools}
+
+
+def _functions(example: Example) -> dict[str, str]:
+    """Return the column `tools` as LLaMA-Factory has it: JSON text of the functions."""
+    tools = _tools(example).get("tools") or []
+    schemas = json.loads(tools) if isinstance(tools, str) else tools
+    functions = [schema.get("function", schema) for schema in schemas]
+    return {"tools": json.dumps(functions)} if functions else {}
 
 
 FORMS: dict[str, Callable[[Example], dict[str, Any]]] = {

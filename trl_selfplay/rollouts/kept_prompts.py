@@ -5,7 +5,7 @@ special tokens, few-shot examples and hints; rows for other trainers need the da
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trl_selfplay.rollouts.prompts import Prompt, PromptRow
 
 _COLUMNS = ("prompt", "solution", "template_arguments")
+_TOOLS = "tools"  # of a run without any there is no such column
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,14 @@ class KeptPrompt:
         solution: The ground truth, or for SPIN the data's completion; None without one. What JSON
             doesn't know is text.
         template_arguments: The row's own `tools` and `chat_template_kwargs`, if any.
+        tools: What it shows of the run's tools: their schemas, which the chat template gets, or text
+            before it; None for nothing.
     """
 
     prompt: "Prompt"
     solution: Any
     template_arguments: Mapping[str, Any]
+    tools: list[Any] | str | None = None
 
 
 class KeptPrompts:
@@ -43,6 +47,8 @@ class KeptPrompts:
 
     def __init__(self, table: pa.Table) -> None:
         self._columns = [table.column(name).combine_chunks() for name in _COLUMNS]
+        if _TOOLS in table.column_names:
+            self._columns.append(table.column(_TOOLS).combine_chunks())
         self._places = {p: i for i, p in enumerate(table.column("prompt_id").to_pylist())}
 
     def __contains__(self, prompt_id: str) -> bool:
@@ -62,23 +68,35 @@ class KeptPrompts:
 
 
 def keep_prompts(
-    path: Path, rows: "Sequence[PromptRow]", more: Mapping[str, pa.Array] = MappingProxyType({})
+    path: Path,
+    rows: "Sequence[PromptRow]",
+    tools_shown: "Callable[[PromptRow], list[Any] | str | None]" = lambda row: None,
 ) -> None:
     """Write the prompts once; a file that is there stays.
 
     Args:
         path: The file.
         rows: The prompts.
-        more: Further columns.
+        tools_shown: Returns what a prompt shows of the run's tools: see `KeptPrompt.tools`.
     """
-    if not path.exists():
-        save_prompts(path, rows, more)
+    if path.exists():
+        return
+    places: dict[str, int] = {}  # most prompts show the same
+    indices = pa.array(
+        [places.setdefault(_as_json(shown), len(places)) for shown in map(tools_shown, rows)],
+        pa.int32(),
+    )
+    texts = pa.array([*places], pa.string())
+    shows_any = {*places} - {"null"}
+    save_prompts(
+        path, rows, {_TOOLS: pa.DictionaryArray.from_arrays(indices, texts)} if shows_any else {}
+    )
 
 
 def save_prompts(
     path: Path, rows: "Sequence[PromptRow]", more: Mapping[str, pa.Array] = MappingProxyType({})
 ) -> None:
-    """Write the prompts; see `keep_prompts`."""
+    """Write prompts, and further columns."""
     columns = {name: [_as_json(getattr(row, name)) for row in rows] for name in _COLUMNS}
     ids = pa.array([row.prompt_id for row in rows], pa.string())
     texts = {name: pa.array(values, pa.string()) for name, values in columns.items()}
@@ -105,7 +123,8 @@ def load_prompts(path: Path, steps: Iterable[Path] = ()) -> KeptPrompts:
     tables = []
     for each in (path, *steps):
         with naming_damage(each, BRING_BACK):
-            tables.append(pq.read_table(each, columns=["prompt_id", *_COLUMNS]))
+            names = ["prompt_id", *_COLUMNS, *({_TOOLS} & {*pq.read_schema(each).names})]
+            tables.append(pq.read_table(each, columns=names))
     return KeptPrompts(pa.concat_tables(tables))
 
 

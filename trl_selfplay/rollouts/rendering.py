@@ -34,7 +34,7 @@ from trl_selfplay.rollouts.prompts import (
     message_text,
     plain_prompt,
 )
-from trl_selfplay.tools.offer import ACTION, ToolForm, describe
+from trl_selfplay.tools.offer import ACTION, ToolForm, describe, with_words
 
 logger = logging.getLogger(__name__)
 
@@ -250,12 +250,17 @@ class PromptFormatter:
 
     def with_tools(self, text: str, row: PromptRow) -> str:
         """Return a plain-text prompt behind what tells of the tools that its row may call."""
-        told = self._told(row)
-        return f"{told}\n\n{text}" if told else text
+        return str(with_words(text, self._told(row)))
 
     def _told(self, row: PromptRow) -> str:
         """Return what the prompt says of tools in words."""
         return describe(self._tools_of(row) or ()) if self._tells_tools else ""
+
+    def tools_shown(self, row: PromptRow) -> list[Any] | str | None:
+        """Return what a row's prompt shows of the run's tools: schemas, or words; None for nothing."""
+        if self.tool_form is None:
+            return None
+        return (self._told(row) or None) if self.tool_form.in_words else self._tools_of(row)
 
     def _tools_of(self, row: PromptRow) -> list[Any] | None:
         """Return the tools that a row's prompt shows: its own, or those of the run."""
@@ -332,7 +337,7 @@ class PromptFormatter:
                 how["chat_template"] = (_stopped_clock(self.start) if has_clock else "") + template
         try:
             return tokenizer.apply_chat_template(
-                _with_words(messages, self._told(row)),
+                with_words(messages, self._told(row)),
                 tools=self._template_tools(row),
                 add_generation_prompt=not complete and not continues,
                 continue_final_message=continues,
@@ -535,24 +540,6 @@ def _turns(prompt: Messages, shown: Sequence[tuple[Prompt, str | Messages]]) -> 
         turns += [m for m in before if m["role"] != "system"]
         turns += [{"role": "assistant", "content": after}] if isinstance(after, str) else after
     return turns + prompt[len(system) :]
-
-
-def _with_words(messages: Messages, told: str) -> Messages:
-    """Return a conversation whose system message, or else first turn of the user, tells of tools."""
-    if not told:
-        return messages
-    places = [i for i, m in enumerate(messages) if m["role"] in ("system", "user")]
-    if not places:
-        return [{"role": "user", "content": told}, *messages]
-    place = places[0]
-    message = messages[place]
-    parts = message.get("content")
-    pieces = [told, "\n\n"] if message["role"] == "user" else ["\n\n", told]
-    added: Any = "".join(pieces)
-    if isinstance(parts, list):
-        added = [{"type": "text", "text": added}]
-    content = added + parts if message["role"] == "user" else parts + added
-    return [*messages[:place], {**message, "content": content}, *messages[place + 1 :]]
 
 
 def _example_texts(example: FewShotExample) -> list[str]:

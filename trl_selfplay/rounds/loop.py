@@ -296,7 +296,7 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool) -> None:
             _drop_what_samples_became(run)
         play = trainer.self_play
         keep_rendering(play.formatter.rendering(play.rows[0].is_conversational), run.rendering_path)
-        keep_prompts(run.prompts_path, play.rows)
+        keep_prompts(run.prompts_path, play.rows, play.formatter.tools_shown)
     wait_for_all(trainer.accelerator)
     if not is_found(run.root / "config.json"):
         raise FileNotFoundError(

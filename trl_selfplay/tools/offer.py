@@ -155,6 +155,32 @@ def describe(schemas: Sequence[Schema]) -> str:
     return "\n".join([*lines, "", _HOW])
 
 
+def with_words(prompt: Any, told: str) -> Any:
+    """Return a prompt with what it says of tools.
+
+    Args:
+        prompt: Text, which follows; or messages, of which the system message ends with it, or else the first
+            of the user's begins with it.
+        told: From `describe`; "" changes nothing.
+    """
+    if not told:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{told}\n\n{prompt}"
+    places = [i for i, m in enumerate(prompt) if m["role"] in ("system", "user")]
+    if not places:
+        return [{"role": "user", "content": told}, *prompt]
+    place = places[0]
+    message = prompt[place]
+    parts = message.get("content")
+    pieces = [told, "\n\n"] if message["role"] == "user" else ["\n\n", told]
+    added: Any = "".join(pieces)
+    if isinstance(parts, list):
+        added = [{"type": "text", "text": added}]
+    content = added + parts if message["role"] == "user" else parts + added
+    return [*prompt[:place], {**message, "content": content}, *prompt[place + 1 :]]
+
+
 _HOW = (
     'To use one, write its call on a line of its own, as Action: name({"argument": value}), or with its '
     "first argument alone as Action: name[value], and Observation: on the next line. The result follows "
