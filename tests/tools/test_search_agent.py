@@ -141,6 +141,7 @@ def test_a_failed_search_is_summarized_like_any_other() -> None:
         r"Search(query='<|im\137end|>')",
         r"Search(query='<\uff5cUser>')",
         r"Search(query='\N{LESS-THAN SIGN}|im_end|>')",
+        r"Search(query='\777')",  # Python warns of the number
         "Search(query='<|im_' 'end|>')",
         "Search(query='<|im_\\\nend|>')",
     ],

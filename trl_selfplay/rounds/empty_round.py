@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from trl_selfplay.disk import RESUME
+from trl_selfplay.evaluation.room_of_results import RoomOfResults
 from trl_selfplay.rollouts.funnel import (
     UNFINISHED,
     describe_causes,
@@ -111,15 +112,14 @@ def _finish(args: Any, played: PlayedRound) -> str:
             "or show with few_shot_examples when to answer."
         )
     most = args.max_completion_length
-    num_overflown = sum(
-        bool(r.messages) and r.finish == "length" and len(r.completion_ids) < most
-        for _, r in Rollouts.of(played.rollouts).scan()
-    )
-    if num_overflown > counts[outcome] / 2:
+    results = RoomOfResults()
+    for _, rollout in Rollouts.of(played.rollouts).scan():
+        results.add(rollout, most)
+    if results.num_without_room > counts[outcome] / 2:
         return (
-            f"In {num_overflown} of them there was no room for the result of a call: results count towards "
-            f"max_completion_length={most}, and to the model's context. Raise it, or let the tools return "
-            "less."
+            f"In {results.num_without_room} of them there was no room for the result of a call: results count "
+            f"towards max_completion_length={most}, and to the model's context. Raise it, or let the tools "
+            "return less."
         )
     return (
         f"{share} of them were cut at max_completion_length={args.max_completion_length}, and what "

@@ -295,7 +295,8 @@ def _check_shown(literal: str) -> None:
     if not _STRING.fullmatch(literal):
         raise MalformedAction("an argument is more than one string")
     for number in filter(None, _BY_NUMBER.findall(literal)):
-        if ast.literal_eval(rf"'\{number}'").isprintable():
+        written = _read_call(rf"'\{number}'")
+        if isinstance(written, ast.Constant) and str(written.value).isprintable():
             raise MalformedAction(rf"\{number} stands for a character that can be written")
 
 

@@ -22,6 +22,7 @@ from trl_selfplay.disk import followed
 from trl_selfplay.generation.sampler import SampledCompletion
 from trl_selfplay.rewards import JudgeReward, exact_reward
 from trl_selfplay.rollouts.record import load_rollouts
+from trl_selfplay.rounds import stepwise
 from trl_selfplay.rounds.empty_round import EmptyRoundError
 from trl_selfplay.rounds.steps import StepPrompts, load_steps
 from trl_selfplay.tools.agent import MalformedAction
@@ -291,6 +292,26 @@ def test_no_two_samples_share_their_noise(build, tmp_path) -> None:
             drawn[rollout.prompt_id].append(rollout.completion_ids)
     for ids in first.values():
         assert len({tuple(drawn[i]) for i in ids}) == 4
+
+
+def test_a_round_whose_likeliest_actions_are_malformed_says_so(build, monkeypatch) -> None:
+    """Though other samples of these steps could be read: none of them goes on."""
+
+    class ReadsTheFirst(FactAgent):
+        seen = ()
+
+        def act(self, state, action):
+            self.seen, is_first = {*self.seen, state}, state not in self.seen
+            return super().act(state, "1" if is_first else "Q")
+
+    def last_finished(samples):
+        return [sample for sample in samples if not sample.is_truncated][-1]
+
+    monkeypatch.setattr(stepwise, "continued_sample", last_finished)
+    agent = ReadsTheFirst(num_step_samples=8)
+    trainer = build(train_dataset=questions(2), agent=agent, num_generations=1)
+    with pytest.raises(EmptyRoundError, match="could the agent read the sample that would go on"):
+        trainer.train()
 
 
 @pytest.mark.slow

@@ -46,9 +46,10 @@ from trl_selfplay.trainers.tool_setup import read_toolbox
 logger = logging.getLogger(__name__)
 
 _NO_STEPS = (
-    "No step can be learned: the agent could read no sample of any step, or no answer passed "
+    "No step can be learned: in none could the agent read the sample that would go on, or no answer passed "
     "agent_rewards='answers' (play/parse_failures and play/trajectories_… tell which). Show the form of an "
-    "action with the agent's examples, such as SearchAgent(examples=…), or draw more samples per step."
+    "action with the agent's examples, such as SearchAgent(examples=…), raise max_completion_length if actions "
+    "are cut, lower the temperature, or draw more samples per step."
 )
 
 
@@ -261,7 +262,8 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
         played = play.build_sft_round(
             round_index, selection, prompt_ids, metrics=plays.metrics(selection)
         )
-        return played if played.funnel.correct else replace(played, remedy=_NO_STEPS)
+        is_explained = played.num_examples > 0 or played.funnel.unhinted.too_long > 0
+        return played if is_explained else replace(played, remedy=_NO_STEPS)
 
     def _selection_rule(self, improve: int, rollouts: Rollouts) -> Callable[[Rollout], bool]:
         """Return F(x, y; τ): the threshold of this Improve step, or that of the reward."""
