@@ -178,6 +178,15 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def unused_aside(root: Path) -> Path:
+    """Return the path beside a run's folder of one, not there yet, for what counts no more."""
+    aside, number = root.with_name(f"{root.name}_aside"), 1
+    while aside.exists():
+        number += 1
+        aside = root.with_name(f"{root.name}_aside_{number}")
+    return aside
+
+
 class Follower(Protocol):
     """Is told what becomes of the files below a folder."""
 

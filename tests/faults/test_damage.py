@@ -36,6 +36,7 @@ CASES = {
         ("round-000/evaluation/sampled-00000.parquet", "deleted", "told"),
         ("round-000/evaluation/greedy-00000.parquet", "torn", "equal"),
         ("round-000/samples/00000.parquet", "garbled", "told"),
+        ("round-000/samples/hint-plan.json", "deleted", "told"),
         ("round-000/selection.parquet", "torn", "told"),
         ("round-001/checkpoint-2/optimizer.pt", "torn", "equal"),
         ("round-001/samples/00001.parquet", "deleted", "equal"),

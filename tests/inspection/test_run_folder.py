@@ -109,6 +109,13 @@ def test_a_missing_shard_of_a_finished_round_is_an_error(unpack) -> None:
         list(run.rollouts(0))
 
 
+def test_a_finished_round_that_lost_the_plan_of_its_hints_is_an_error(unpack) -> None:
+    run = RunFolder.open(unpack("star"))
+    (run.folder(0) / "samples" / "hint-plan.json").unlink()
+    with pytest.raises(DamagedFileError, match=r"hint-plan\.json is gone"):
+        list(run.rollouts(0))
+
+
 def test_the_folder_of_the_rounds_opens_the_same_run(unpack, monkeypatch) -> None:
     output_dir = unpack("star")
     lines = RunFolder.open(output_dir).lines

@@ -6,7 +6,8 @@ import pytest
 
 from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.rollouts.record import save_rollouts
-from trl_selfplay.rollouts.stored import load_kept, load_samples
+from trl_selfplay.rollouts.selection import Selection
+from trl_selfplay.rollouts.stored import load_kept, load_samples, save_selection
 
 PROMPTS = [f"{i:032x}" for i in range(6)]
 
@@ -66,3 +67,22 @@ def test_a_missing_plan_or_selection_is_noticed(folder) -> None:
     (folder / "samples" / "plan.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"samples/plan\.json is gone, .* Bring it back"):
         load_samples(folder)
+
+
+def test_hinted_samples_without_their_plan_are_not_left_out_in_silence(
+    folder, make_rollout
+) -> None:
+    """Their shards are named by the plan alone."""
+    samples = list(load_samples(folder))
+    hinted = make_rollout(phase="hint", hinted=True, prompt_id=PROMPTS[0], sample_index=2)
+    plan = folder / "samples" / "hint-plan.json"
+    save_rollouts(folder / "samples" / "hint-00000.parquet", [hinted])
+    assert list(load_samples(folder)) == samples  # left over: no selection has hinted samples
+    save_selection(folder / "selection.parquet", Selection.of([*samples, hinted], lambda _: "kept"))
+    with pytest.raises(DamagedFileError, match=r"hint-plan\.json is gone.* Bring it back"):
+        load_samples(folder)
+    plan.write_text(json.dumps([{"prompt_ids": [PROMPTS[0]], "batch_size": 1}]))
+    assert list(load_samples(folder)) == [*samples, hinted]
+    plan.unlink()
+    (folder / "selection.parquet").write_bytes(b"damaged")  # told by whoever reads outcomes
+    assert list(load_samples(folder)) == samples

@@ -22,6 +22,7 @@ from trl_selfplay.rewards.verifier import VerifierReward
 from trl_selfplay.rollouts.selection import reasoning_path
 from trl_selfplay.rounds.identity import (
     FORMAT,
+    GRADED_ANEW,
     PARENTS_FIELDS,
     _describe_graders,
     check_identity,
@@ -368,7 +369,24 @@ def test_rewards_of_two_versions_of_a_function_are_said(path, caplog) -> None:
     check_identity(describe(other={"reward_funcs_source": "a"}), path, 0, is_trained=False)
     assert not caplog.text
     check_identity(describe(other={"reward_funcs_source": "b"}), path, 0, is_trained=False)
-    assert caplog.text.count("graded before keep their rewards") == 1
+    assert caplog.text.count("graded keep their rewards: see trl-selfplay regrade") == 1
+
+
+def test_reward_functions_may_be_others_once_all_scores_were_taken_back(path, caplog) -> None:
+    """The mended function may have another name, and weights beside others."""
+    graded = {"reward_funcs": "('a',)", "reward_funcs_source": "a", "graders": {"a": {"scale": 5}}}
+    check_identity(describe(other=graded), path, 0, is_trained=False)
+    now = {"reward_funcs": "('b', 'c')", "reward_funcs_source": "b", "graders": {"b": {"scale": 9}}}
+    others = describe(other=now, reward_weights=[1.0, 0.5])
+    with pytest.raises(
+        ValueError, match=r"These may never change:\n  reward_funcs: .*\n  reward_weights:"
+    ):
+        check_identity(others, path, 0, is_trained=False)
+    path.write_text(json.dumps({**json.loads(path.read_text()), GRADED_ANEW: True}))
+    check_identity(others, path, 0, is_trained=False)
+    assert not caplog.text
+    with pytest.raises(ValueError, match="reward_funcs"):  # once
+        check_identity(describe(other=graded), path, 0, is_trained=False)
 
 
 def test_options_of_a_function_that_a_record_doesn_t_know_are_no_change(path, caplog) -> None:

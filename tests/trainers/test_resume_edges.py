@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_selfplay import EmptyRoundError
+from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.rounds.run import UNTRAINED
 
 LORA = {"target_modules": ["q_proj", "v_proj"]}
@@ -94,6 +95,15 @@ def test_another_function_that_selects_or_hints_is_another_run(build_star, name,
     build_star(num_rounds=1).train()
     with pytest.raises(ValueError, match=rf"{name}: 'trl_selfplay\..* → "):
         build_star(num_rounds=2, **{name: function}).train(resume_from_checkpoint=True)
+
+
+def test_a_run_of_which_some_scores_were_taken_back_is_not_resumed(build_star) -> None:
+    """The others would stay as they are, and nobody would know which."""
+    trainer = build_star(num_rounds=1)
+    trainer.train()
+    (trainer.run.root / "regrade.json").write_text('{"round": 0, "aside": "_rounds_aside"}')
+    with pytest.raises(DamagedFileError, match=r"`trl-selfplay regrade .*/run` again, then resume"):
+        build_star(num_rounds=2).train(resume_from_checkpoint=True)
 
 
 def test_weights_that_are_gone_are_named_before_anything_is_sampled(build_star) -> None:

@@ -76,6 +76,9 @@ COMMANDS: dict[str, Command] = {
     "score": Command(
         _AFTER, "measure how much answers depend on kept rationales", "trl_selfplay.commands.score:run"
     ),
+    "regrade": Command(
+        _AFTER, "let samples be graded again after a wrong reward function", "trl_selfplay.commands.regrade:run"
+    ),
     "export": Command(
         _AFTER, "write samples as rows for other trainers", "trl_selfplay.commands.export:run"
     ),

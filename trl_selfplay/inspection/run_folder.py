@@ -17,7 +17,7 @@ from trl_selfplay.rollouts.kept_prompts import KeptPrompts, load_prompts
 from trl_selfplay.rollouts.record import Rollout, load_rollouts
 from trl_selfplay.rollouts.sequence import StoredShard
 from trl_selfplay.rollouts.shards import read_plan, sampled_prefixes
-from trl_selfplay.rollouts.stored import read_history, read_selection
+from trl_selfplay.rollouts.stored import read_history, read_selection, refuse_lost_hints
 from trl_selfplay.rounds.run import UNTRAINED, load_lines
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,10 @@ class RunFolder:
         """
         outcomes = self._outcomes(round_index)
         sampled = self.sampling_round(round_index)
-        for rollout in self._read(self.folder(sampled) / "samples", sampled < len(self.lines)):
+        is_finished = sampled < len(self.lines)
+        if is_finished:
+            refuse_lost_hints(self.folder(sampled))
+        for rollout in self._read(self.folder(sampled) / "samples", is_finished):
             of_prompt = outcomes.get(rollout.prompt_id, {})
             yield rollout, of_prompt.get(rollout.sample_index, UNFINISHED)
 

@@ -7,14 +7,16 @@ of all rounds.
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trl_selfplay.disk import BRING_BACK, delete, naming_damage, save_table
+from trl_selfplay.disk import BRING_BACK, DamagedFileError, delete, naming_damage, save_table
 from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.selection import Selection
 from trl_selfplay.rollouts.sequence import Rollouts, StoredShard
@@ -34,9 +36,11 @@ def load_samples(folder: Path) -> Rollouts:
         folder: Folder of the round that sampled them.
 
     Raises:
-        DamagedFileError: A shard that was planned can't be read or is gone.
+        DamagedFileError: A shard that was planned can't be read or is gone, or the plan of the hinted
+            ones is.
         FileNotFoundError: The round has no plan of its samples on disk.
     """
+    refuse_lost_hints(folder)
     return Rollouts.stored(_shards(folder))
 
 
@@ -49,6 +53,21 @@ def load_steps_of(samples: Path, prefix: str) -> Rollouts:
     of_steps = re.compile(rf"{re.escape(prefix)}step\d+-")
     found = filter(of_steps.fullmatch, sampled_prefixes(samples))
     return Rollouts.stored(_planned(samples, found))
+
+
+def refuse_lost_hints(folder: Path) -> None:
+    """Raise DamagedFileError if a round has selected among hinted samples whose plan is gone."""
+    plan, path = folder / "samples" / "hint-plan.json", folder / "selection.parquet"
+    if plan.exists() or not path.exists():
+        return
+    has_hinted = False
+    # Where it can't be read, that is told by whoever needs more of it.
+    with suppress(DamagedFileError), naming_damage(path, BRING_BACK):
+        has_hinted = pc.any(pq.read_table(path, columns=["hinted"]).column("hinted")).as_py()
+    if has_hinted:
+        raise DamagedFileError(
+            f"{plan} is gone, which says which shards hold that round's samples with hints. {BRING_BACK}"
+        )
 
 
 def load_all_samples(root: Path) -> Rollouts:

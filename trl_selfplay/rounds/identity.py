@@ -30,6 +30,8 @@ from trl_selfplay.tools.offer import Toolbox
 # where an earlier version would go on with a run and read something wrongly.
 FORMAT = 1
 _FORMAT_KEY = "format"
+# In the record of a run whose scores were all taken back: its graders may be others.
+GRADED_ANEW = "graded_anew"
 _DIGEST_SIZE = 8
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,7 @@ _EARLIER_NAMES = {
 }
 # What grades, but for the names of the functions.
 _GRADERS = _names("eval_graders eval_reward_funcs_source graders reward_funcs_source")
+_OF_SCORES = _names("calibrated_reward_funcs eval_reward_funcs reward_funcs reward_weights")
 _TOOLS, _TOOLS_SOURCE = "tools", "tools_source"
 _ADAPTERS = "peft_config"
 _HELDOUT = "eval_dataset"
@@ -395,11 +398,13 @@ def check_identity(
         ):
             recorded = _with_present_names(_flatten(json.loads(path.read_text())))
         _refuse_newer(recorded.pop(_FORMAT_KEY, 1), path)
+        free = _GRADERS | _OF_SCORES if recorded.pop(GRADED_ANEW, False) else ()
         num_used = {
             OnResume.UNTIL_TRAINED: num_finished,
             OnResume.FIXED: max(num_sampled, num_finished),
         }
-        differing = _differing(described, recorded, num_used)
+        found = _differing(described, recorded, num_used)
+        differing = {name: diff for name, diff in found.items() if _top(name) not in free}
         _refuse(described, differing, path, is_trained)
         changed = [name for name in differing if described.rule(name) is OnResume.UNTIL_TRAINED]
         if is_trained:
@@ -548,15 +553,12 @@ def _warn(differing: Mapping[str, str]) -> None:
 def _warn_of_sources(differing: Iterable[str]) -> None:
     """Warn that functions have changed while nothing was trained on yet."""
     for tops, what, kept in (
-        (_GRADERS, "reward functions", "were graded before keep their rewards; to grade"),
-        ({_TOOLS_SOURCE}, "tools", "called them before keep their results; to sample"),
+        (_GRADERS, "reward functions", "were graded keep their rewards: see trl-selfplay regrade"),
+        ({_TOOLS_SOURCE}, "tools", "called them keep the results; to sample all alike, begin anew"),
     ):
         if names := sorted(name for name in differing if _top(name) in tops):
             logger.warning(
-                "%s: %s have changed. Completions that %s all alike, begin anew in another output_dir.",
-                ", ".join(names),
-                what,
-                kept,
+                "%s: %s have changed. Completions that %s.", ", ".join(names), what, kept
             )
 
 

@@ -57,6 +57,7 @@ from trl_selfplay.rounds.memory_check import tell_memory
 from trl_selfplay.rounds.mirror import kept_in_store
 from trl_selfplay.rounds.plan import RoundPlan
 from trl_selfplay.rounds.preflight import run_preflight, warn_before_run
+from trl_selfplay.rounds.regrading import refuse_half_regraded
 from trl_selfplay.rounds.run import (
     UNTRAINED,
     RoundProgress,
@@ -269,6 +270,7 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool) -> None:
             f"{args.output_dir!r} already holds rounds. To go on with them, {RESUME}; or choose another "
             "output_dir (or delete this one)."
         )
+    refuse_half_regraded(run.root)
     progress.lines = run.lines
     if resume and not run.root.is_dir() and trainer.is_world_process_zero():
         say(f"there is nothing to resume in {args.output_dir}: the run begins")
@@ -319,8 +321,9 @@ def _open_run(trainer: Any, progress: RoundProgress, resume: bool) -> None:
 def _drop_what_samples_became(run: Run) -> None:
     """Delete what round 0 made from its samples, so that it selects and trains anew."""
     for folder in (run.folder(UNTRAINED), run.folder(0)):
-        for made in (folder / "dataset", *folder.glob("evaluation/*/pairs")):
-            delete(made)
+        for made in ("dataset", "selection.parquet", "evaluation/*/pairs"):
+            for path in folder.glob(made):
+                delete(path)
         delete(folder / "evaluation" / "scores.json")
         # Which prompts are unsolved may differ: planned anew around what is sampled.
         for plan in (

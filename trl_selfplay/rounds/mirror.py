@@ -18,7 +18,7 @@ from uuid import uuid4
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
-from trl_selfplay.disk import RESUME, followed, save_text
+from trl_selfplay.disk import RESUME, followed, save_text, unused_aside
 from trl_selfplay.evaluation.progress import say
 from trl_selfplay.peers import from_main, together, wait_for_all
 from trl_selfplay.rounds.checkpoints import list_checkpoints
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 # On the store: whose rounds these are, and how often a run has gone on with them.
 _OWNER = "_run.json"
 # In output_dir: the same, and what is still to be deleted on the store.
-_RECORD = "_rounds_store.json"
+RECORD = "_rounds_store.json"
 _LINES = "rounds.jsonl"
 _WAIT_S = 60.0  # before a store that failed is tried again
 _LAST_TRIES_S = (5.0, 15.0, 40.0)
@@ -108,6 +108,30 @@ def kept_in_store(trainer: Any, resume: bool) -> Iterator[None]:
             trainer.remove_callback(callback)
 
 
+@contextmanager
+def followed_by_store(url: str | None, root: Path) -> Iterator[None]:
+    """Do the same on a store as on disk while this lasts, where no trainer is; None: there is no store.
+
+    Args:
+        url: Of the store, as `rounds_dir`.
+        root: The run's folder, which is brought together with the store first.
+
+    Raises:
+        LeaseError, StoreError, ValueError: As `kept_in_store`.
+    """
+    if url is None:
+        yield
+        return
+    store = RoundsStore(url)
+    with Lease(store) as lease:
+        mirror = Mirror(store, root)
+        mirror.lease = lease
+        mirror.bring_together(resume=True)
+        with followed(root, mirror):
+            yield
+        mirror.finish(is_failing=False)
+
+
 class Mirror:
     """Follows `_rounds` on disk, and does the same on the store, in the same order.
 
@@ -134,7 +158,7 @@ class Mirror:
         self.lease: Lease | LeaseOfMain | None = None
         self._store = store
         self._root = root
-        self._record = root.parent / _RECORD
+        self._record = root.parent / RECORD
         self._clock = clock
         self._last_tries_s = last_tries_s
         self._waiting: dict[str, bool] = {}  # name: is it to be put? else deleted
@@ -287,10 +311,7 @@ class Mirror:
         differing = {name: path for name, path in local.items() if name not in same}
         if not differing:
             return same
-        aside, number = self._root.with_name("_rounds_aside"), 1
-        while aside.exists():
-            number += 1
-            aside = self._root.with_name(f"_rounds_aside_{number}")
+        aside = unused_aside(self._root)
         for name, path in differing.items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             path.rename(aside / name)

@@ -444,11 +444,13 @@ class StepwisePlay(SelfPlay):
         )
 
     def _stored(self, path: Path | None) -> list[Rollout] | None:
-        is_there = path is not None and path.exists()
-        if not from_main(self.collector.accelerator, is_there):
-            return None
-        assert path is not None
-        return load_rollouts(path)
+        """Return answers that were graded before; None if there are none, or their scores were taken back."""
+        found = None
+        if self.collector.accelerator.is_main_process and path is not None and path.exists():
+            found = load_rollouts(path)
+        if found is not None and not all(answer.is_graded for answer in found):
+            found = None
+        return from_main(self.collector.accelerator, found)
 
     def _grade(
         self,

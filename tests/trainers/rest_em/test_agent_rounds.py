@@ -19,11 +19,14 @@ from facts import fact, look
 from tiny_rewards import contains_solution
 
 from trl_selfplay.disk import followed
+from trl_selfplay.generation.random_streams import stream_key
 from trl_selfplay.generation.sampler import SampledCompletion
+from trl_selfplay.inspection.run_folder import RunFolder
 from trl_selfplay.rewards import JudgeReward, exact_reward
 from trl_selfplay.rollouts.record import load_rollouts
 from trl_selfplay.rounds import stepwise
 from trl_selfplay.rounds.empty_round import EmptyRoundError
+from trl_selfplay.rounds.regrading import take_scores_back
 from trl_selfplay.rounds.steps import StepPrompts, load_steps
 from trl_selfplay.tools.agent import MalformedAction
 from trl_selfplay.tools.record import ToolResult
@@ -418,6 +421,50 @@ def test_with_the_filter_the_steps_of_trajectories_with_good_answers_are_kept(
     }
     assert {(r.prompt_id, r.sample_index) for r in selection.kept} == expected
     assert 0 < len(expected) < sum(step.target is not None for step in plays.steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent_rewards", ["answers", "steps"])
+def test_a_round_whose_rewards_were_wrong_is_graded_again(build, tmp_path, agent_rewards) -> None:
+    """Which sample goes on depends on its perplexity alone, so no step is sampled again."""
+
+    def low(completions, **kwargs):
+        return [float((c.split() or ["none"])[0] in "01234") for c in completions]
+
+    def accepts_all(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    def finish(folder, function, eval_function):
+        trainer = build(
+            folder, reward_funcs=function, agent_rewards=agent_rewards, num_rounds=1, max_steps=2,
+            eval_dataset=questions(10, 10, solution=capital_of_birth), num_generations_eval=1,
+            eval_reward_funcs=eval_function, agent=FactAgent(num_calls=1),
+            load_best_round_at_end=False,
+        )  # fmt: skip
+        sampled, sample = set(), trainer.self_play.collector.sampler.sample
+
+        def watched(requests, *args):
+            sampled.update(request.stream_key for request in requests)
+            return sample(requests, *args)
+
+        trainer.self_play.collector.sampler.sample = watched
+        trainer.train(resume_from_checkpoint=True)
+        root, (line,) = trainer.run.root, read_lines(trainer)
+        del line["seconds"]
+        rows = load_from_disk(str(root / "round-000" / "dataset")).to_list()
+        answers = [load_rollouts(path) for path in sorted(root.glob("*/evaluation/*.parquet"))]
+        return trainer, sampled, (rows, answers, line)
+
+    *_, expected = finish("whole", low, grade)
+    wrong, _, came_to = finish("run", accepts_all, accepts_all)
+    assert came_to[0] != expected[0]
+    take_scores_back(wrong.run.root, RunFolder.open(wrong.args.output_dir).config, 0)
+    steps = [r for groups in steps_of(wrong, 0) for group in groups for r in group]
+    keys = {stream_key(42, 0, "train", r.prompt_id, r.sample_index) for r in steps}
+    _, sampled, found = finish("run", low, grade)
+    assert keys
+    assert not keys & sampled
+    assert found == expected
 
 
 class Script:

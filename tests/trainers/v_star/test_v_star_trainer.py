@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from trl import DPOTrainer
 from trl_selfplay import EmptyRoundError, VSTaRTrainer
 from trl_selfplay.rewards import VerifierReward
 from trl_selfplay.rollouts.selection import default_normal_form
-from trl_selfplay.rollouts.stored import load_samples
+from trl_selfplay.rollouts.stored import load_all_samples, load_samples
 from trl_selfplay.rounds.weights import trainable_parameters
 
 LN_2 = math.log(2.0)
@@ -193,6 +194,10 @@ def test_other_samples_are_another_run(star_run, build_verifier) -> None:
     other = build_verifier(star_run, samples=load_samples(star_run.run.folder(1)))
     with pytest.raises(ValueError, match="samples"):
         other.train(resume_from_checkpoint=True)
+    samples = load_all_samples(star_run.run.root)
+    graded_again = [replace(r, reward=1.0 - r.reward) for r in samples]
+    with pytest.raises(ValueError, match=r"never change:\n  sample_rewards:"):
+        build_verifier(star_run, samples=graded_again).train(resume_from_checkpoint=True)
     build_verifier(star_run).train(resume_from_checkpoint=True)
 
 

@@ -107,9 +107,10 @@ class VSTaRTrainer(ReferenceMixin, RoundsMixin, DPOTrainer):
         )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
-        """Return a digest of the samples."""
+        """Return digests of the samples and of their rewards."""
         samples = ((r.prompt_id, r.completion_ids) for r in self.samples)
-        return {"samples": summarize_each(samples)}
+        (rewards,) = self.samples.columns("reward")
+        return {"samples": summarize_each(samples), "sample_rewards": summarize_each(rewards)}
 
     def data_of(self, prompt_ids: Collection[str]) -> dict[str, Any]:
         """Return the samples of these prompts."""
