@@ -149,13 +149,13 @@ def test_trajectories_of_killed_processes_end_like_uninterrupted_ones(
     folder = tmp_path / "killed"
     recorded: list[set[str]] = [set()]
     num_calls = []  # at each kill
-    for num_results in (1, 4):
+    for _ in range(2):
+        num_results = len(recorded[-1]) + 1
         code = processes.call(collect_until_killed, str(saved_tiny_model), str(folder), num_results)
         assert code == -signal.SIGKILL
         recorded.append(set(recorded_in(folder)))
         num_calls.append(len(calls_of(folder)))
         assert recorded[-2] < recorded[-1]
-    assert len(recorded[-1]) < len(whole[1])
     model = AutoModelForCausalLM.from_pretrained(saved_tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(saved_tiny_model)
     assert_same(collect(model, tokenizer, folder), whole[0])
