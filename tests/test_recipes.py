@@ -235,6 +235,29 @@ def test_the_recipe_with_tools_says_what_it_lacks(load_script, tool_module, tmp_
         load("--agent", "--tools", tool_module, "--environment_factory", tool_module)
 
 
+@pytest.mark.slow
+def test_the_paper_s_questions_are_played_from_a_local_file(
+    load_script, saved_chat_model, tool_module, tmp_path
+) -> None:
+    """A model that knows no action: its round says so, and ends."""
+    row = {"id": "0", "question": "Who built it?", "answer": "Ada", "type": "bridge", "level": "hard",
+           "supporting_facts": {"title": ["It"], "sent_id": [0]},
+           "context": {"title": ["It"], "sentences": [["Ada built it."]]}}  # fmt: skip
+    (tmp_path / "hotpot.jsonl").write_text(json.dumps(row))
+    recipe = load_script(RECIPES / "rest_react.py")
+    flags = [
+        *("--preset", "hotpot_qa", "--tools", tool_module.replace("add", "search")),
+        *("--dataset_name", str(tmp_path / "hotpot.jsonl"), "--use_cpu"),
+        *("--model_name_or_path", str(saved_chat_model), "--output_dir", str(tmp_path / "out")),
+        *("--max_completion_length", "8", "--on_empty_round", "stop", "--report_to", "none"),
+        *("--disable_tqdm", "true"),
+    ]
+    recipe.main(*recipe.parse_arguments(flags))
+    (path,) = (tmp_path / "out/_rounds/round-000/samples").glob("step0-0*.parquet")
+    assert len(load_rollouts(path)) == 4
+    assert (tmp_path / "out/report.html").exists()
+
+
 def test_the_agent_of_the_recipe_has_examples_of_each_step(
     load_script, tool_module, tmp_path
 ) -> None:

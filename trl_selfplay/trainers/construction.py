@@ -43,6 +43,7 @@ from trl_selfplay.rounds.mirror import read_from_store
 from trl_selfplay.rounds.run import Run
 from trl_selfplay.rounds.store import RoundsStore
 from trl_selfplay.rounds.weights import check_head, check_peft_config
+from trl_selfplay.tools.agent import Agent
 from trl_selfplay.tools.offer import Toolbox
 from trl_selfplay.trainers.ported_scripts import check_config_class
 from trl_selfplay.trainers.tool_setup import environment_rewards, refuse_environments_parameter
@@ -318,14 +319,19 @@ def read_examples(
     few_shot_examples: Sequence[Mapping[str, Any]] | None,
     rows: Sequence[PromptRow],
     needs_solution: bool = False,
+    agent: Agent | None = None,
 ) -> tuple[FewShotExample, ...]:
     """Return few-shot examples in the form of the training rows, of a `GradedConfig`.
+
+    An agent has its own.
 
     Raises:
         ValueError, TypeError: For examples that can't work, or a setting that needs some.
     """
-    if args.few_shot_rounds is not None and not few_shot_examples:
-        raise ValueError(f"few_shot_rounds={args.few_shot_rounds} needs `few_shot_examples`.")
+    has_examples = few_shot_examples if agent is None else agent.has_examples
+    if args.few_shot_rounds is not None and not has_examples:
+        needed = "`few_shot_examples`" if agent is None else "an agent with examples"
+        raise ValueError(f"few_shot_rounds={args.few_shot_rounds} needs {needed}.")
     conversational = rows[0].is_conversational
     return load_few_shot_examples(few_shot_examples, conversational, needs_solution=needs_solution)
 

@@ -297,6 +297,16 @@ def test_no_two_samples_share_their_noise(build, tmp_path) -> None:
         assert len({tuple(drawn[i]) for i in ids}) == 4
 
 
+def test_an_agent_s_examples_may_be_shown_in_the_first_rounds_alone(build) -> None:
+    """As the preset of the paper's questions has it."""
+    agent = FactAgent()
+    with pytest.raises(ValueError, match="few_shot_rounds=1 needs an agent with examples"):
+        build(agent=agent, few_shot_rounds=1, few_shot_in_training=False)
+    agent.has_examples = True
+    play = build(agent=agent, few_shot_rounds=1, few_shot_in_training=False).self_play
+    assert [play.shows_examples(round_index) for round_index in range(2)] == [True, False]
+
+
 def test_a_round_whose_likeliest_actions_are_malformed_says_so(build, monkeypatch) -> None:
     """Though other samples of these steps could be read: none of them goes on."""
 

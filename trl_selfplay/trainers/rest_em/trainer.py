@@ -160,7 +160,7 @@ class ReSTEMTrainer(TeachesStudent, RoundsMixin, SFTTrainer):
             compute_loss_func=compute_loss_func, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             grading=replace(grading, refuses_negative=weighs),
             student=student,
-            examples=construction.read_examples(args, few_shot_examples, rows), toolbox=toolbox,
+            examples=construction.read_examples(args, few_shot_examples, rows, agent=agent), toolbox=toolbox,
         )  # fmt: skip
         if weighs:
             self.data_collator = WeightCollator(self.data_collator)
