@@ -21,7 +21,9 @@ from trl_selfplay.disk import DamagedFileError
 from trl_selfplay.generation.random_streams import stream_key
 from trl_selfplay.rewards import JudgeReward
 from trl_selfplay.rollouts.record import Rollout, load_rollouts
+from trl_selfplay.rounds.mirror import followed_by_store
 from trl_selfplay.rounds.regrading import refuse_half_regraded
+from trl_selfplay.rounds.store import describe, scan
 
 SEED = 42
 
@@ -177,14 +179,21 @@ def test_what_the_policy_judges_is_asked_again(tmp_path, source) -> None:
 
 @pytest.mark.slow
 def test_irpo_is_graded_again_once_all_its_rounds_are_finished(tmp_path, source) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
+    """Its rounds are kept on a store as well, which has them all in the end."""
+    whole, run, store = tmp_path / "whole", tmp_path / "run", f"file://{tmp_path / 'store'}"
     play("IRPO", whole, source, eval_dataset=None)
-    play("IRPO", run, source, reward_funcs=says_so, eval_dataset=None)
+    play("IRPO", run, source, reward_funcs=says_so, eval_dataset=None, rounds_dir=store)
     before = regrade(run, 0)
-    sampled = play("IRPO", run, source, eval_dataset=None)
+    sampled = play("IRPO", run, source, eval_dataset=None, rounds_dir=store)
     assert before
     assert not before & sampled
     assert_alike(run, whole)
+    root, elsewhere = run / "_rounds", tmp_path / "elsewhere" / "_rounds"
+    with followed_by_store(store, elsewhere):  # fetches all
+        pass
+    assert {name: describe(path) for name, path in scan(elsewhere).items()} == {
+        name: describe(path) for name, path in scan(root).items()
+    }
 
 
 def regrade_until(folder: str, fault: Fault | None) -> None:

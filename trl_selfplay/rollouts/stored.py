@@ -58,7 +58,8 @@ def load_steps_of(samples: Path, prefix: str) -> Rollouts:
 def refuse_lost_hints(folder: Path) -> None:
     """Raise DamagedFileError if a round has selected among hinted samples whose plan is gone."""
     plan, path = folder / "samples" / "hint-plan.json", folder / "selection.parquet"
-    if plan.exists() or not path.exists():
+    has_shards = any(plan.parent.glob("hint-[0-9]*.parquet"))  # some may be left over
+    if plan.exists() or not has_shards or not path.exists():
         return
     has_hinted = False
     # Where it can't be read, that is told by whoever needs more of it.
