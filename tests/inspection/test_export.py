@@ -133,6 +133,21 @@ def test_an_opponents_completions_are_rejected_sides_and_nothing_else(write_run,
             export(run, kind)
 
 
+def test_unranked_steps_of_an_agent_are_those_that_were_trained_on_and_no_more(
+    write_run, export
+) -> None:
+    """A step's sample that went on, without a reward; which others are right nobody knows."""
+    samples = [
+        {"row": 0, "outcome": outcome, "sample_index": i, "reward": None, "rewards": ()}
+        for i, outcome in enumerate(("capped", "kept", "failed"))
+    ]
+    run = write_run(TEXT, [samples], method="ReST^EM", agent=["FactAgent"])
+    assert [row["sample_index"] for row in export(run, "sft")] == [1]
+    for kind in ("dpo", "kto"):
+        with pytest.raises(ValueError, match="nothing graded the samples of the agent's steps"):
+            export(run, kind)
+
+
 def test_parquet_and_lines_hold_the_same_rows_also_of_messages(write_run, export, tmp_path) -> None:
     samples = [{"row": 0, "outcome": "kept", "reward": None}, {"row": 0, "outcome": "kept"}]
     samples[1] |= {"sample_index": 1, "completion": "3"}

@@ -11,7 +11,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -179,6 +179,8 @@ def _dpo(
             pairs: list[tuple[Rollout | None, Rollout]]
             pairs = list(zip(right, wrong, strict=False))
             if not same_prompt[0][0].is_graded:
+                if _is_of_agent(run):
+                    _refuse_ungraded(run, "dpo")
                 pairs = [(None, rollout) for rollout in wrong]
             for chosen, rejected in pairs:
                 best = _data_completion(prompt) if chosen is None else chosen
@@ -215,17 +217,31 @@ def _graded(run: RunFolder, rounds: Sequence[int], kind: str) -> Iterator[tuple[
     """Yield the samples of rounds.
 
     Raises:
-        ValueError: Nothing graded them.
+        ValueError: Nothing graded them, and they aren't an agent's, which trains on unranked ones too.
     """
+    needs_grades = kind != "sft" or not _is_of_agent(run)
     for round_index in rounds:
         for rollout, outcome in run.rollouts(round_index):
-            if not rollout.is_graded and outcome != "unfinished":
-                raise ValueError(
-                    f"nothing graded the completions in {run.output_dir}: they are an opponent's, so "
-                    f"there is no right one to export as {kind}. Export them as dpo, against the data's "
-                    "completions, or as parquet."
-                )
+            if needs_grades and not rollout.is_graded and outcome != "unfinished":
+                _refuse_ungraded(run, kind)
             yield rollout, outcome
+
+
+def _is_of_agent(run: RunFolder) -> bool:
+    return bool(run.config.get("agent"))
+
+
+def _refuse_ungraded(run: RunFolder, kind: str) -> NoReturn:
+    if _is_of_agent(run):
+        raise ValueError(
+            f"nothing graded the samples of the agent's steps in {run.output_dir}, so none is right or wrong to "
+            f"export as {kind}. Export those that were trained on as sft, or all as parquet."
+        )
+    raise ValueError(
+        f"nothing graded the completions in {run.output_dir}: they are an opponent's, so "
+        f"there is no right one to export as {kind}. Export them as dpo, against the data's "
+        "completions, or as parquet."
+    )
 
 
 def _example(
