@@ -631,7 +631,7 @@ class StrictAgent(FactAgent):
 
 
 def test_a_round_without_a_step_that_can_be_read_says_what_to_do(build) -> None:
-    with pytest.raises(EmptyRoundError, match="the agent could read no sample of any step"):
+    with pytest.raises(EmptyRoundError, match="No step can be learned: in none could the agent"):
         build(agent=StrictAgent()).train()
 
 
