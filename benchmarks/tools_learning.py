@@ -156,13 +156,9 @@ def run_other_rows(args: argparse.Namespace, seed: int, work: Path) -> dict[str,
     trainer = build(args, seed, work / f"other-{seed}", tools=other_rows_tools(), num_rounds=1)
     last = max((work / f"tools-{seed}" / "_rounds").glob("round-*/model"))
     load_saved_model(trainer.model, last)
-    record: dict[str, Any] = {"trained_on_own": success(trainer, rows)}
-    if args.train_on_other_rows:
-        fresh = build(
-            args, seed, work / f"other-fresh-{seed}", tools=other_rows_tools(), num_rounds=1
-        )
-        record |= train(fresh, rows)
-    return record
+    record = {"trained_on_own": success(trainer, rows)}
+    fresh = build(args, seed, work / f"other-fresh-{seed}", tools=other_rows_tools(), num_rounds=1)
+    return record | train(fresh, rows)
 
 
 def run_no_tools(args: argparse.Namespace, seed: int, work: Path) -> dict[str, Any]:
@@ -284,7 +280,8 @@ def write_summary(args: argparse.Namespace) -> None:
     def row(label: str, part: str, read: Callable[[dict[str, Any]], float | None]) -> None:
         values = {seed: read(record) for seed, record in found[part].items()}
         known = [v for v in values.values() if v is not None]
-        cells = ["not measured" if (v := values.get(s)) is None else f"{v:.3f}" for s in args.seeds]
+        missing = {s: "nothing to train on" if s in values else "not measured" for s in args.seeds}
+        cells = [missing[s] if (v := values.get(s)) is None else f"{v:.3f}" for s in args.seeds]
         mean = f"{fmean(known):.3f}" if known else ""
         lines.append(f"| {label} | {' | '.join(cells)} | {mean} |")
 
@@ -294,14 +291,10 @@ def write_summary(args: argparse.Namespace) -> None:
         row(f"ReST^EM with tools, after round {number}", "tools", lambda r, n=number: at(r, n))
     row("the same policy, results of other rows", "other_rows", lambda r: r["trained_on_own"])
     row("sampled in round 0 with results of other rows", "other_rows", lambda r: r.get("sampled"))
+    row("ReST^EM with results of other rows", "other_rows", lambda r: at(r, 0))
     row("without tools, few-shot, untrained", "no_tools", lambda r: r["few_shot"])
     row("sampled in round 0 without tools", "no_tools", lambda r: r["sampled"])
     row("ReST^EM without tools, last round", "no_tools", lambda r: (r["after"] or [None])[-1])
-    if found["no_tools"] and not any(r["after"] for r in found["no_tools"].values()):
-        lines[-1:] = [
-            "",
-            "Without tools nothing was right in round 0, so there was nothing to train on.",
-        ]
     lines += [
         "",
         "## Results as training targets",
@@ -321,7 +314,8 @@ def write_summary(args: argparse.Namespace) -> None:
 
 def at(record: dict[str, Any], number: int) -> float | None:
     """Return the held-out success after a round."""
-    return record["after"][number] if len(record["after"]) > number else None
+    after = record.get("after", [])
+    return after[number] if len(after) > number else None
 
 
 def main() -> None:
@@ -336,11 +330,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument(
         "--work", type=Path, default=None, help="where runs are kept; a part reads others'"
-    )
-    parser.add_argument(
-        "--train-on-other-rows",
-        action="store_true",
-        help="in the part other_rows, as one more round",
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
