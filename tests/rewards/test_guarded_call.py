@@ -84,6 +84,12 @@ CHANGES = {
     "the working directory": (lambda: os.chdir("/"), Path.cwd),
     "the locale": (lambda: locale.setlocale(locale.LC_ALL, "C"), lambda: locale.setlocale(0)),
     "sys.stdout": (lambda: setattr(sys, "stdout", None), lambda: sys.stdout),
+    "the mask of new files": (
+        lambda: os.umask(0o777), lambda: f"{(mask := os.umask(0))}{os.umask(mask)}",
+    ),
+    "torch's number of threads": (
+        lambda: torch.set_num_threads(torch.get_num_threads() + 1), torch.get_num_threads,
+    ),
     "logging.disable": (logging.disable, lambda: logging.root.manager.disable),
     "torch's default dtype": (
         lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype,
@@ -115,6 +121,23 @@ def test_what_a_function_changes_of_the_process_is_put_back_and_said_once(name, 
         assert read() == before
     (record,) = caplog.records
     assert record.getMessage().startswith(f"reward function function changed {name}, which")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_a_function_closes_is_opened_again(name, capfd, caplog, monkeypatch) -> None:
+    number = {"stdout": 1, "stderr": 2}[name]
+    with open(number, "w", closefd=False) as stream:
+        monkeypatch.setattr(sys, name, stream)
+
+        def function(completions, **kwargs):
+            getattr(sys, name).close()
+            return [1.0]
+
+        assert score(function) == [[1.0]]
+        with getattr(sys, name) as opened:
+            print("here", file=opened)
+    assert getattr(capfd.readouterr(), name[3:]) == "here\n"
+    assert f"function function changed sys.{name}, which" in caplog.text
 
 
 def test_a_working_directory_that_is_gone_is_left(tmp_path, monkeypatch) -> None:

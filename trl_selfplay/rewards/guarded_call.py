@@ -135,12 +135,16 @@ def _settings() -> Iterator[_Setting]:
         lambda: locale.setlocale(locale.LC_ALL),
         lambda value: locale.setlocale(locale.LC_ALL, value),
     )
-    yield _Setting("sys.stdout", lambda: sys.stdout, lambda value: setattr(sys, "stdout", value))
-    yield _Setting("sys.stderr", lambda: sys.stderr, lambda value: setattr(sys, "stderr", value))
+    yield _Setting("the mask of new files", _mask_of_files, os.umask)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        yield _Setting(
+            f"sys.{name}", partial(_open_stream, name), partial(_put_stream_back, name, number)
+        )
     yield _Setting("logging.disable", lambda: logging.root.manager.disable, logging.disable)
     yield _Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype)
     yield _Setting("torch's default device", torch.get_default_device, torch.set_default_device)
     yield _Setting("torch's gradient mode", torch.is_grad_enabled, torch.set_grad_enabled)
+    yield _Setting("torch's number of threads", torch.get_num_threads, torch.set_num_threads)
     if threading.current_thread() is not threading.main_thread():
         return  # which alone may set handlers
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -156,6 +160,25 @@ def _settings() -> Iterator[_Setting]:
             lambda: signal.getitimer(signal.ITIMER_REAL)[0] > 0,
             lambda _: signal.setitimer(signal.ITIMER_REAL, 0),
         )
+
+
+def _mask_of_files() -> int:
+    mask = os.umask(0o77)
+    os.umask(mask)
+    return mask
+
+
+def _open_stream(name: str) -> Any:
+    """Return a stream of `sys`, or None if there is none that is open."""
+    stream = getattr(sys, name)
+    return None if getattr(stream, "closed", False) else stream
+
+
+def _put_stream_back(name: str, number: int, stream: Any) -> None:
+    """Let `sys` have its stream again; in the place of one that was closed, another to the same file."""
+    if getattr(stream, "closed", False):
+        stream = open(number, "w", closefd=False)  # noqa: SIM115  # a descriptor, for good
+    setattr(sys, name, stream)
 
 
 def _read_settings() -> list[tuple[_Setting, Any]]:
