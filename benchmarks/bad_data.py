@@ -16,11 +16,12 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "bad_data"))
+sys.path.extend(str(Path(__file__).parents[1] / "tests" / name) for name in ("", "bad_data"))
 import strategies as data
-from attempts import METHODS, Attempts, Outcome
+from attempts import Attempts, Outcome
 from datasets import Dataset
 from hypothesis import strategies as st
+from tiny_trainers import METHODS
 
 KINDS = ("run", "nothing", "ready", "clear", "late", "vague", "raw", "wrong")
 _DATA_NAMES = ("train_dataset", "row", "Dataset.with_transform", "max_length")

@@ -29,11 +29,11 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
     warnings.filterwarnings("ignore")
-    from fault_runs import write_tiny_inputs
+    from fault_runs import write_inputs
 
     with tempfile.TemporaryDirectory(prefix="durability-", dir=options.folder) as folder:
         base = Path(folder)
-        write_tiny_inputs(base / "inputs")
+        write_inputs(base / "inputs")
         _run(base, "warm-up", syncs=True)
         pairs = []
         for number in range(options.pairs):

@@ -39,10 +39,10 @@ def main() -> None:
 
 
 def _measure(base: Path, options: argparse.Namespace) -> None:
-    from fault_runs import RUNS, write_tiny_inputs
+    from fault_runs import RUNS, write_inputs
     from survival import Survivor, run_whole
 
-    write_tiny_inputs(base / "inputs")
+    write_inputs(base / "inputs")
     wholes = {}
     for name in RUNS:
         wholes[name] = run_whole(base, name)

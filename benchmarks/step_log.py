@@ -28,12 +28,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--folder", help="where to write; a temporary folder by default")
     options = parser.parse_args()
-    from fault_runs import write_tiny_inputs
+    from fault_runs import write_inputs
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory(prefix="step-log-", dir=options.folder) as folder:
         base = Path(folder)
-        write_tiny_inputs(base / "inputs")
+        write_inputs(base / "inputs")
         tokenizer = AutoTokenizer.from_pretrained(base / "inputs" / "model")
         model = AutoModelForCausalLM.from_pretrained(base / "inputs" / "model")
         _round(model, tokenizer, base / "warm-up", syncs=True)

@@ -4,9 +4,10 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+import tiny_models
 import torch
 import trl
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<|im_end|>"
@@ -45,15 +46,8 @@ def family_template(family: str) -> str:
 
 def word_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
     """Return a tokenizer with a token for each word that the policy says."""
-    words = list(dict.fromkeys(["<pad>", END, "<unk>", *WORDS]))
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token=END, unk_token="<unk>",
-        padding_side="left",
-    )  # fmt: skip
-    tokenizer.chat_template = template
-    return tokenizer
+    split = pre_tokenizers.Split(" ", "removed")
+    return tiny_models.word_tokenizer(WORDS, split, eos_token=END, chat_template=template)
 
 
 def bigram_model(tokenizer, steps, positions: int = 2048) -> LlamaForCausalLM:

@@ -22,17 +22,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
+import tiny_models
 from datasets import Dataset
 from hypothesis import HealthCheck, settings
 from tiny_demo import save_tiny_demo_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_selfplay.demos.words import demo_model_folder
 from trl_selfplay.rollouts.record import Rollout, hash_prompt
@@ -50,15 +44,9 @@ settings.register_profile(
 )
 settings.load_profile("any machine")
 
-SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-WORDS = [*map(str, range(10)), "+", "=", "?", "Q", "A", "yes", "no", "so"]
 WORD_CHAT_TEMPLATE = (
     "{% for m in messages %} {{ m.content }}{% if m.role == 'assistant' %} <eos>{% endif %}"
     "{% endfor %}"
-)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>"
-    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -71,73 +59,41 @@ def _nothing_old_to_collect() -> None:
 
 @pytest.fixture
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a word, for completions that people can read. 21 tokens; padding on the left."""
-    words = [*SPECIAL_TOKENS.values(), *WORDS]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **SPECIAL_TOKENS)
+    """A token per word, for completions that people can read. 21 tokens; padding on the left."""
+    return tiny_models.word_tokenizer()
 
 
 @pytest.fixture
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, so that any text round-trips and é spans two tokens. 259 tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **SPECIAL_TOKENS)
+    """A token per byte, so that any text round-trips and é spans two tokens. 259 tokens."""
+    return tiny_models.byte_tokenizer()
 
 
 @pytest.fixture
-def chat_tokenizer(byte_tokenizer) -> PreTrainedTokenizerFast:
+def chat_tokenizer() -> PreTrainedTokenizerFast:
     """The byte tokenizer with a chat template; each turn ends with EOS."""
-    byte_tokenizer.chat_template = CHAT_TEMPLATE
-    return byte_tokenizer
+    return tiny_models.byte_tokenizer(tiny_models.CHAT_TEMPLATE)
 
 
 @pytest.fixture
 def tiny_model() -> Callable[..., LlamaForCausalLM]:
     """Build a random Llama in float32: `tiny_model(tokenizer, seed=0, **config_changes)`."""
-
-    def build(
-        tokenizer: PreTrainedTokenizerBase, seed: int = 0, **changes: Any
-    ) -> LlamaForCausalLM:
-        settings: dict[str, Any] = {
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": None,
-        }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).float()
-
-    return build
+    return tiny_models.tiny_model
 
 
 @pytest.fixture
-def saved_tiny_model(tmp_path, tiny_model, word_tokenizer) -> Path:
+def saved_tiny_model(tmp_path) -> Path:
     """A folder with a tiny model and its tokenizer, to be loaded by its path."""
     folder = tmp_path / "tiny-model"
-    tiny_model(word_tokenizer).save_pretrained(folder)
-    word_tokenizer.save_pretrained(folder)
+    tiny_models.save_tiny_model(folder)
     return folder
 
 
 @pytest.fixture
-def saved_chat_model(tmp_path, tiny_model, word_tokenizer) -> Path:
+def saved_chat_model(tmp_path) -> Path:
     """A folder with a model wide enough for 4-bit blocks, and a tokenizer with a chat template."""
     folder = tmp_path / "chat-model"
-    word_tokenizer.chat_template = WORD_CHAT_TEMPLATE
-    tiny_model(word_tokenizer, hidden_size=128, intermediate_size=128).save_pretrained(folder)
-    word_tokenizer.save_pretrained(folder)
+    tiny_models.save_tiny_model(folder, WORD_CHAT_TEMPLATE, hidden_size=128, intermediate_size=128)
     return folder
 
 
@@ -178,10 +134,7 @@ def sums() -> Callable[..., Dataset]:
     """Build `num_rows` additions of digits, all different up to 100: columns prompt, solution."""
 
     def build(num_rows: int = 16, first: int = 0) -> Dataset:
-        pairs = [divmod(i, 10) for i in range(first, first + num_rows)]
-        return Dataset.from_list(
-            [{"prompt": f"Q {b} + {a} = ?", "solution": str((a + b) % 10)} for a, b in pairs]
-        )
+        return Dataset.from_list(tiny_models.sum_rows(num_rows, first))
 
     return build
 

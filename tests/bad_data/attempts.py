@@ -26,37 +26,15 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from strategies import sound_rows
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from tiny_models import CHAT_TEMPLATE, byte_tokenizer, tiny_model
+from tiny_trainers import GRADED, QUIET, build_trainer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import trl_selfplay
-from trl_selfplay import (
-    EmptyRoundError,
-    IRPOConfig,
-    IRPOTrainer,
-    QuietSTaRConfig,
-    QuietSTaRTrainer,
-    ReSTEMConfig,
-    ReSTEMTrainer,
-    SPINConfig,
-    SPINTrainer,
-    STaRConfig,
-    STaRTrainer,
-    VSTaRConfig,
-    VSTaRTrainer,
-)
+from trl_selfplay import EmptyRoundError
 from trl_selfplay.rollouts.prompts import load_prompt_rows
 from trl_selfplay.rollouts.record import Rollout
 
-METHODS: dict[str, tuple[Any, Any]] = {
-    "STaR": (STaRTrainer, STaRConfig),
-    "ReST-EM": (ReSTEMTrainer, ReSTEMConfig),
-    "SPIN": (SPINTrainer, SPINConfig),
-    "IRPO": (IRPOTrainer, IRPOConfig),
-    "V-STaR": (VSTaRTrainer, VSTaRConfig),
-    "Quiet-STaR": (QuietSTaRTrainer, QuietSTaRConfig),
-}
-GRADED = ("STaR", "ReST-EM", "IRPO")
 _SMALL: dict[str, Any] = {
     "num_rounds": 1,
     "num_generations": 3,
@@ -64,10 +42,7 @@ _SMALL: dict[str, Any] = {
     "max_completion_length": 6,
     "max_steps": 1,
     "per_device_train_batch_size": 2,
-    "report_to": [],
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
+    **QUIET,
     "bf16": False,
     "num_ahead_tokens": 2,
     "thought_length": 2,
@@ -78,10 +53,6 @@ _OTHER_ROWS = {
     "packing", "history_rounds", "completion_only_loss", "loss_weighting", "improve_thresholds", "deduplicate",
     "max_length", "stop_strings", "eos_token", "chat_template_path", "generation_kwargs",
 }  # fmt: skip
-_CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 _PACKAGE = str(Path(trl_selfplay.__file__).parent)
 # Types with which the package, or its parents, may say what is wrong.
 _SPOKEN = (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplementedError)
@@ -89,29 +60,12 @@ _NEVER = (KeyError, IndexError, AttributeError, RecursionError, StopIteration, A
           ZeroDivisionError, UnicodeError, OverflowError, MemoryError)  # fmt: skip
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of bytes with a chat template."""
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*special.values(), *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
-    tokenizer.chat_template = _CHAT_TEMPLATE
-    return tokenizer
-
-
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Return a random model of one layer that ends a completion after a few tokens."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256, bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    model = tiny_model(
+        tokenizer, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).float()
     with torch.no_grad():
         # One dimension is the same for all tokens; the logit of EOS follows it.
         model.model.embed_tokens.weight[:, 0] = 1.0
@@ -161,7 +115,7 @@ class Attempts:
     """
 
     def __init__(self) -> None:
-        self.tokenizer = build_tokenizer()
+        self.tokenizer = byte_tokenizer(CHAT_TEMPLATE)
         self._template = self.tokenizer.chat_template
         self._pristine = build_model(self.tokenizer)
         self.model = self._pristine
@@ -170,26 +124,19 @@ class Attempts:
 
     def trainer(self, method: str, folder: Path, dataset: Any, **changes: Any) -> Any:
         """Build a trainer; keywords that are fields go to its config."""
-        trainer_class, config_class = METHODS[method]
-        known = config_class.__dataclass_fields__
-        settings = {k: v for k, v in _SMALL.items() if k in known}
+        settings = dict(_SMALL)
         if method == "STaR":
             settings["rationalize"] = False
         if method == "V-STaR":
             settings = {k: v for k, v in settings.items() if k not in _OF_SAMPLING}
-        settings |= {k: v for k, v in changes.items() if k in known}
-        arguments = {k: v for k, v in changes.items() if k not in known}
         if method in GRADED:
-            arguments.setdefault("reward_funcs", even_length)
-        if method == "V-STaR" and "samples" not in arguments:
-            arguments["samples"] = _samples_of(dataset)
-        return trainer_class(
-            model=self.model,
-            args=config_class(str(folder), **settings),
-            train_dataset=dataset,
-            processing_class=self.tokenizer,
-            **arguments,
-        )
+            changes.setdefault("reward_funcs", even_length)
+        if method == "V-STaR" and "samples" not in changes:
+            changes["samples"] = _samples_of(dataset)
+        return build_trainer(
+            method, self.model, folder, settings, train_dataset=dataset,
+            processing_class=self.tokenizer, **changes,
+        )  # fmt: skip
 
     def attempt(
         self, method: str, dataset: Any = None, *, names: Sequence[str] = (), whole: bool = False,
@@ -347,7 +294,7 @@ def check_run(trainer: Any, method: str, tokenizer: Any) -> str:
         if sample["prompt_ids"] != prompts[sample["prompt_id"]]:
             return f"sampled from {sample['prompt_ids']}, not {prompts[sample['prompt_id']]}"
     finished = [s for s in samples if s["finish"] != "length"]
-    if method in ("STaR", "ReST-EM"):
+    if method in ("STaR", "ReST^EM"):
         return _check_rows(trained, trainer.args, finished, prompts)
     return _check_pairs(trained, trainer, finished, prompts)
 

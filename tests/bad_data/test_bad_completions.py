@@ -4,9 +4,9 @@ import math
 
 import pytest
 import strategies as data
-from attempts import build_tokenizer
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from tiny_models import byte_tokenizer
 
 from trl_selfplay.rewards import choice_reward, equations_reward, exact_reward, math_reward
 from trl_selfplay.rollouts.record import load_rollouts, save_rollouts
@@ -69,7 +69,7 @@ def test_verifiers_score_whatever_a_model_writes_often() -> None:
 
 
 def try_rows(make_rollout, path, examples: int) -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = byte_tokenizer()
     eos = tokenizer.eos_token_id
 
     def ids_of(text: str, most: int, has_ended: bool) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 import pytest
 import strategies as data
-from attempts import METHODS, Attempts, Outcome
+from attempts import Attempts, Outcome
 from datasets import Dataset
 from hypothesis import HealthCheck, Phase, given, settings
+from tiny_trainers import METHODS
 
 settings.register_profile(
     "bad data",

@@ -1,46 +1,13 @@
 """The trainers of the drop-in tests, with their configs and small settings, by method."""
 
+from tiny_trainers import METHODS, SMALL
 from trl import DPOConfig, DPOTrainer, GRPOConfig, KTOConfig, SFTConfig, SFTTrainer
 
-from trl_selfplay import (
-    IRPOConfig,
-    IRPOTrainer,
-    QuietSTaRConfig,
-    QuietSTaRTrainer,
-    ReSTEMConfig,
-    ReSTEMTrainer,
-    SPINConfig,
-    SPINTrainer,
-    STaRConfig,
-    STaRTrainer,
-    VSTaRConfig,
-    VSTaRTrainer,
-)
-
-CLASSES = {
-    "STaR": (STaRTrainer, STaRConfig),
-    "ReST^EM": (ReSTEMTrainer, ReSTEMConfig),
-    "SPIN": (SPINTrainer, SPINConfig),
-    "IRPO": (IRPOTrainer, IRPOConfig),
-    "V-STaR": (VSTaRTrainer, VSTaRConfig),
-    "Quiet-STaR": (QuietSTaRTrainer, QuietSTaRConfig),
-    "SFT": (SFTTrainer, SFTConfig),
-    "DPO": (DPOTrainer, DPOConfig),
-}
+CLASSES = {**METHODS, "SFT": (SFTTrainer, SFTConfig), "DPO": (DPOTrainer, DPOConfig)}
 SETTINGS = {
-    "num_rounds": 1,
-    "max_completion_length": 8,
-    "max_steps": 2,
-    "learning_rate": 1e-2,
-    "per_device_train_batch_size": 4,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
+    **SMALL, "num_rounds": 1, "max_completion_length": 8, "max_steps": 2, "save_strategy": "no",
     "bf16": False,
-}
+}  # fmt: skip
 OWN_SETTINGS = {
     "STaR": {"rationalize": False, "num_generations": 2, "temperature": 1.0},
     "ReST^EM": {"num_generations": 2},

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from tiny_runs import contains_solution
+from tiny_rewards import contains_solution
 
 from trl_selfplay.rewards import guarded_call
 

@@ -15,7 +15,9 @@ from typing import Any
 import processes
 import pytest
 from misbehaving_rewards import CASES, FEW, KINDS, Misbehaves
-from tiny_runs import build, contains_solution, outcome_of, samples_of, save_source
+from tiny_models import save_tiny_model
+from tiny_rewards import contains_solution
+from tiny_runs import build, outcome_of, samples_of
 
 from trl_selfplay.disk import RESUME
 
@@ -36,7 +38,7 @@ def train(folder: str, function: Any) -> None:
 def try_cases(names: list[str], base: str) -> None:
     """Play a run without a fault, then one for each case; write their exit codes."""
     os.chdir(base)
-    save_source(Path("source"))
+    save_tiny_model(Path("source"))
     train("whole", graded)
     codes = {}
     for name in names:

@@ -15,7 +15,8 @@ from typing import Any
 import processes
 import pytest
 import torch
-from tiny_runs import build, contains_solution, outcome_of, samples_of, save_source
+from tiny_rewards import contains_solution
+from tiny_runs import build, outcome_of, samples_of
 from transformers import TrainerCallback
 
 from trl_selfplay.termination import EXIT_CODE
@@ -103,13 +104,13 @@ def break_collator(trainer: Any) -> None:
 # What is broken; which trainers meet it; what they are told; whether samples were kept before.
 FAULTS: dict[str, tuple[Callable[[Any], None], tuple[str, ...], str]] = {
     "callback": (break_callback, ("STaR", "SPIN", "Quiet-STaR"), "the callback breaks"),
-    "loss": (break_loss, ("ReST-EM", "IRPO"), "diverged: 8 trained weights hold NaN"),
+    "loss": (break_loss, ("ReST^EM", "IRPO"), "diverged: 8 trained weights hold NaN"),
     "logits": (break_logits, ("STaR",), "the model's logits are NaN at token"),
     "memory in training": (
         fill_memory_in_training, ("Quiet-STaR", "IRPO"), "Training is out of memory. Lower per_device",
     ),
     "memory in sampling": (fill_memory_in_sampling, ("SPIN",), "CUDA out of memory"),
-    "decoding": (break_decoding, ("ReST-EM",), "the tokenizer breaks"),
+    "decoding": (break_decoding, ("ReST^EM",), "the tokenizer breaks"),
     "collator": (break_collator, ("SPIN",), "the collator breaks"),
 }  # fmt: skip
 CASES = [(name, method) for name, (_, methods, _) in FAULTS.items() for method in methods]
@@ -121,13 +122,6 @@ def run(method: str, folder: str, source: str, fault: str | None, **changes: Any
     if fault is not None:
         FAULTS[fault][0](trainer)
     trainer.train(resume_from_checkpoint=fault is None)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    save_source(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +237,7 @@ def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param("ReST-EM", marks=pytest.mark.full),
+        pytest.param("ReST^EM", marks=pytest.mark.full),
         pytest.param("IRPO", marks=pytest.mark.full),
         pytest.param("SPIN", marks=pytest.mark.slow),
         pytest.param("Quiet-STaR", marks=pytest.mark.slow),

@@ -6,7 +6,7 @@ from typing import Any
 
 import processes
 import pytest
-from tiny_runs import build, outcome_of, save_source
+from tiny_runs import build, outcome_of
 from transformers import TrainerCallback
 
 from trl_selfplay.disk import is_found
@@ -29,9 +29,8 @@ def train(folder: str, source: str, *waits: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_is_one_runs_until_it_is_killed(tmp_path) -> None:
-    source, folder, link = tmp_path / "source", tmp_path / "run", tmp_path / "link"
-    save_source(source)
+def test_a_folder_is_one_runs_until_it_is_killed(source, tmp_path) -> None:
+    folder, link = tmp_path / "run", tmp_path / "link"
     first = processes.start(train, str(folder), str(source), str(tmp_path / "waits"))
     try:
         assert is_found(tmp_path / "waits")

@@ -13,7 +13,8 @@ from datasets import load_from_disk
 from fault_events import Events, Fault
 from processes import call
 from safetensors.torch import load_file
-from tiny_runs import build, contains_solution, save_source
+from tiny_rewards import contains_solution
+from tiny_runs import build
 from transformers import TrainerCallback
 
 from trl_selfplay.commands.dispatch import main
@@ -127,12 +128,6 @@ def outcome_of(folder: Path) -> tuple[Any, ...]:
     return lines, samples, rows, weights
 
 
-@pytest.fixture
-def source(tmp_path):
-    save_source(tmp_path / "model")
-    return tmp_path / "model"
-
-
 @pytest.mark.slow
 def test_star_with_hints_is_graded_again_from_a_finished_round_on(tmp_path, source) -> None:
     whole, run, later = (tmp_path / name for name in ("whole", "run", "later"))
@@ -166,12 +161,12 @@ def test_what_the_policy_judges_is_asked_again(tmp_path, source) -> None:
         "eval_dataset": None, "peft_config": None, "reward_weights": [1.0, 0.5],
         "reward_threshold": 0.4,
     }  # fmt: skip
-    play("ReST-EM", whole, source, reward_funcs=[contains_solution, judge()], **changes)
+    play("ReST^EM", whole, source, reward_funcs=[contains_solution, judge()], **changes)
     play(
-        "ReST-EM", run, source, 0, reward_funcs=says_so, eval_dataset=None, peft_config=None
+        "ReST^EM", run, source, 0, reward_funcs=says_so, eval_dataset=None, peft_config=None
     )  # fmt: skip
     before = regrade(run, None)
-    sampled = play("ReST-EM", run, source, reward_funcs=[contains_solution, judge()], **changes)
+    sampled = play("ReST^EM", run, source, reward_funcs=[contains_solution, judge()], **changes)
     assert before
     assert not before & sampled
     assert_alike(run, whole)

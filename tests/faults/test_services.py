@@ -13,7 +13,8 @@ import torch
 from chat_server import send, serving
 from engines import StandIn
 from lora_server import serving_adapters
-from tiny_runs import build, contains_solution, outcome_of, samples_of, save_source
+from tiny_rewards import contains_solution
+from tiny_runs import build, outcome_of, samples_of
 from transformers import AutoTokenizer
 from transformers.integrations import TensorBoardCallback
 
@@ -23,13 +24,6 @@ from trl_selfplay.generation.vllm_process import EngineProcess
 from trl_selfplay.rewards import JudgeReward
 
 FULL = pytest.mark.full
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    save_source(folder)
-    return folder
 
 
 def check_stops_and_goes_on(run: Callable[[str], Any], says: str, mend: Callable[[], None]) -> None:

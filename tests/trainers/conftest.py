@@ -1,21 +1,16 @@
 """A STaR run small enough for a second: a tiny model, a dozen sums, a reward it often meets."""
 
+from functools import partial
+
 import pytest
 from datasets import Dataset
 from tiny_rewards import contains_solution, digit_share
+from tiny_trainers import SMALL, build_trainer
 from transformers import TrainerCallback
 
-from trl_selfplay import (
-    IRPOConfig,
-    IRPOTrainer,
-    ReSTEMConfig,
-    ReSTEMTrainer,
-    SPINConfig,
-    SPINTrainer,
-    STaRConfig,
-    STaRTrainer,
-)
 from trl_selfplay.rounds.weights import trainable_parameters
+
+GRADED = {"num_generations": 4, "temperature": 1.0}
 
 
 class Recorder(TrainerCallback):
@@ -52,39 +47,23 @@ class Recorder(TrainerCallback):
 
 
 @pytest.fixture
-def build_star(tmp_path, tiny_model, word_tokenizer, sums):
-    """Return a function that builds a STaRTrainer; keywords that are fields go to the config."""
+def build_method(tmp_path, tiny_model, word_tokenizer, sums):
+    """Return a function that builds a trainer; keywords that are fields go to the config."""
 
-    def build(folder="run", *, model=None, train_dataset=None, **changes):
-        fields = STaRConfig.__dataclass_fields__
-        settings = {
-            "num_rounds": 2,
-            "num_generations": 4,
-            "temperature": 1.0,
-            "max_completion_length": 8,
-            "max_steps": 3,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": [],
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-        }
-        settings |= {k: v for k, v in changes.items() if k in fields}
-        arguments = {
-            "reward_funcs": contains_solution,
-            "processing_class": word_tokenizer,
-            **{k: v for k, v in changes.items() if k not in fields},
-        }
-        return STaRTrainer(
-            tiny_model(word_tokenizer) if model is None else model,
-            STaRConfig(str(tmp_path / folder), **settings),
-            train_dataset=sums(12) if train_dataset is None else train_dataset,
-            **arguments,
-        )
+    def build(method, own, folder="run", *, model=None, **changes):
+        given = {"processing_class": word_tokenizer, **own, **changes}
+        if method != "SPIN":
+            given = {"reward_funcs": contains_solution, "train_dataset": sums(12), **given}
+        model = tiny_model(word_tokenizer) if model is None else model
+        return build_trainer(method, model, tmp_path / folder, SMALL, **given)
 
     return build
+
+
+@pytest.fixture
+def build_star(build_method):
+    """Return a function that builds a STaRTrainer; keywords that are fields go to the config."""
+    return partial(build_method, "STaR", {"num_rounds": 2, **GRADED, "max_completion_length": 8})
 
 
 @pytest.fixture
@@ -126,109 +105,23 @@ def pair_recorder():
 
 
 @pytest.fixture
-def build_spin(tmp_path, tiny_model, word_tokenizer, answers):
+def build_spin(build_method, answers):
     """Return a function that builds a SPINTrainer; keywords that are fields go to the config."""
-
-    def build(folder="run", *, model=None, train_dataset=None, **changes):
-        fields = SPINConfig.__dataclass_fields__
-        settings = {
-            "num_rounds": 3,
-            "max_completion_length": 64,
-            "max_steps": 3,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": [],
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-        }
-        settings |= {k: v for k, v in changes.items() if k in fields}
-        arguments = {
-            "processing_class": word_tokenizer,
-            **{k: v for k, v in changes.items() if k not in fields},
-        }
-        return SPINTrainer(
-            tiny_model(word_tokenizer) if model is None else model,
-            args=SPINConfig(str(tmp_path / folder), **settings),
-            train_dataset=answers(12) if train_dataset is None else train_dataset,
-            **arguments,
-        )
-
-    return build
+    own = {"num_rounds": 3, "max_completion_length": 64, "train_dataset": answers(12)}
+    return partial(build_method, "SPIN", own)
 
 
 @pytest.fixture
-def build_irpo(tmp_path, tiny_model, word_tokenizer, sums):
+def build_irpo(build_method):
     """Return a function that builds an IRPOTrainer; keywords that are fields go to the config."""
-
-    def build(folder="run", *, model=None, train_dataset=None, **changes):
-        fields = IRPOConfig.__dataclass_fields__
-        settings = {
-            "num_rounds": 3,
-            "num_generations": 4,
-            "temperature": 1.0,
-            "max_per_prompt": 2,
-            "max_completion_length": 64,
-            "max_steps": 3,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": [],
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-        }
-        settings |= {k: v for k, v in changes.items() if k in fields}
-        arguments = {
-            "reward_funcs": contains_solution,
-            "processing_class": word_tokenizer,
-            **{k: v for k, v in changes.items() if k not in fields},
-        }
-        return IRPOTrainer(
-            tiny_model(word_tokenizer) if model is None else model,
-            args=IRPOConfig(str(tmp_path / folder), **settings),
-            train_dataset=sums(12) if train_dataset is None else train_dataset,
-            **arguments,
-        )
-
-    return build
+    own = {"num_rounds": 3, **GRADED, "max_per_prompt": 2, "max_completion_length": 64}
+    return partial(build_method, "IRPO", own)
 
 
 @pytest.fixture
-def build_rest_em(tmp_path, tiny_model, word_tokenizer, sums):
+def build_rest_em(build_method):
     """Return a function that builds a ReSTEMTrainer; keywords that are fields go to the config."""
-
-    def build(folder="run", *, model=None, train_dataset=None, **changes):
-        fields = ReSTEMConfig.__dataclass_fields__
-        settings = {
-            "num_rounds": 2,
-            "num_generations": 4,
-            "temperature": 1.0,
-            "max_completion_length": 8,
-            "max_steps": 3,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": [],
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-        }
-        settings |= {k: v for k, v in changes.items() if k in fields}
-        arguments = {
-            "reward_funcs": contains_solution,
-            "processing_class": word_tokenizer,
-            **{k: v for k, v in changes.items() if k not in fields},
-        }
-        return ReSTEMTrainer(
-            tiny_model(word_tokenizer) if model is None else model,
-            ReSTEMConfig(str(tmp_path / folder), **settings),
-            train_dataset=sums(12) if train_dataset is None else train_dataset,
-            **arguments,
-        )
-
-    return build
+    return partial(build_method, "ReST^EM", {"num_rounds": 2, **GRADED, "max_completion_length": 8})
 
 
 @pytest.fixture

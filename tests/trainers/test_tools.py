@@ -19,15 +19,8 @@ from bigram_policy import (
 )
 from datasets import Dataset
 from plain_tools import Counter, Silent, add, draw, look_up
+from tiny_trainers import QUIET, build_trainer
 
-from trl_selfplay import (
-    IRPOConfig,
-    IRPOTrainer,
-    ReSTEMConfig,
-    ReSTEMTrainer,
-    STaRConfig,
-    STaRTrainer,
-)
 from trl_selfplay.disk import save_text
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import load_rollouts
@@ -39,18 +32,13 @@ from trl_selfplay.tools.offer import describe
 from trl_selfplay.tools.tool_set import ToolSet
 from trl_selfplay.trainers.tool_setup import choose_form
 
-CLASSES = {
-    "STaR": (STaRTrainer, STaRConfig), "ReST^EM": (ReSTEMTrainer, ReSTEMConfig),
-    "IRPO": (IRPOTrainer, IRPOConfig),
-}  # fmt: skip
 TEMPLATES = {
     "qwen2_5": family_template("qwen2_5"),
     "without tools": "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}",
 }
 SETTINGS = {
-    "num_rounds": 1, "num_generations": 4, "temperature": 1.0, "max_completion_length": 60,
-    "max_steps": 2, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True,
-    "bf16": False, "gradient_checkpointing": False, "num_generations_eval": 0,
+    **QUIET, "num_rounds": 1, "num_generations": 4, "temperature": 1.0, "max_completion_length": 60,
+    "max_steps": 2, "save_strategy": "no", "bf16": False, "num_generations_eval": 0,
 }  # fmt: skip
 
 
@@ -71,18 +59,14 @@ def build(tmp_path):
     """Return a function that builds a trainer whose policy calls `add` or answers at once."""
 
     def build_one(method="STaR", chat=False, template="qwen2_5", folder="run", **changes):
-        trainer_class, config_class = CLASSES[method]
         tokenizer = word_tokenizer(TEMPLATES.get(template, template) if chat else None)
         settings = {**SETTINGS, **({"rationalize": False} if method == "STaR" else {})}
-        fields = {k: v for k, v in changes.items() if k in config_class.__dataclass_fields__}
-        given = {k: v for k, v in changes.items() if k not in fields}
-        arguments = {
+        given = {
             "train_dataset": rows_of(chat), "processing_class": tokenizer,
-            "reward_funcs": says_yes, "tools": [add], **given,
+            "reward_funcs": says_yes, "tools": [add], **changes,
         }  # fmt: skip
-        model = arguments.pop("model", bigram_model(tokenizer, CHAT_STEPS if chat else TEXT_STEPS))
-        args = config_class(str(tmp_path / folder), **{**settings, **fields})
-        return trainer_class(model, args=args, **arguments)
+        model = given.pop("model", bigram_model(tokenizer, CHAT_STEPS if chat else TEXT_STEPS))
+        return build_trainer(method, model, tmp_path / folder, settings, **given)
 
     return build_one
 

@@ -5,9 +5,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny_rewards import digit_share
+from tiny_trainers import QUIET, build_trainer
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, TrainerCallback
 
-from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer
 from trl_selfplay.rounds.weights import trainable_parameters
 
 METHODS = ("STaR", "ReSTEM", "SPIN", "IRPO", "QuietSTaR")
@@ -102,16 +102,11 @@ def build(tmp_path, tiny_model, word_tokenizer, build_star, build_rest_em, build
         if method in builders:
             builder, own = builders[method]
             return builder(folder, **{"model": model, **SETTINGS, **own, **changes})
-        fields = QuietSTaRConfig.__dataclass_fields__
-        settings = {
-            "use_cpu": True, "report_to": [], "disable_tqdm": True, "thought_length": 2,
-            "num_ahead_tokens": 1, "gradient_checkpointing": False,
-            **{k: v for k, v in {**SETTINGS, **changes}.items() if k in fields},
-        }  # fmt: skip
+        settings = {**QUIET, "thought_length": 2, "num_ahead_tokens": 1, **SETTINGS, **changes}
         rows = [[13, 4, 13, 5, 14, 15, i + 3][: 3 + i % 5] for i in range(8)]
-        return QuietSTaRTrainer(
-            model, QuietSTaRConfig(str(tmp_path / folder), **settings),
-            train_dataset=Dataset.from_dict({"input_ids": rows}), processing_class=word_tokenizer,
+        return build_trainer(
+            "Quiet-STaR", model, tmp_path / folder, settings, processing_class=word_tokenizer,
+            train_dataset=Dataset.from_dict({"input_ids": rows}),
             callbacks=changes.get("callbacks"),
         )  # fmt: skip
 

@@ -3,7 +3,8 @@
 
 def contains_solution(completions, solution, **kwargs):
     """A reward that a random model meets now and then: the answer is among the words."""
-    return [float(s in c.split()) for c, s in zip(completions, solution, strict=True)]
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(s in text.split()) for text, s in zip(texts, solution, strict=True)]
 
 
 def digit_share(completions, **kwargs):
