@@ -136,6 +136,15 @@ def test_a_saved_model_of_its_own_code_is_loaded_by_its_class(tmp_path) -> None:
         assert torch.equal(model.state_dict()[name], weight), name
 
 
+def test_a_saved_model_without_its_config_is_named(tmp_path, tiny_model, word_tokenizer) -> None:
+    """From its class alone transformers would build a Llama of 7B."""
+    model = tiny_model(word_tokenizer)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(DamagedFileError, match=r"config\.json'\)\. Bring it back"):
+        load_saved_model(model, tmp_path)
+
+
 @pytest.mark.parametrize("peft", [False, True])
 def test_damaged_weights_are_named_and_change_nothing(
     tmp_path, tiny_model, word_tokenizer, lora_model, peft

@@ -261,6 +261,8 @@ def load_saved_model(model: nn.Module, folder: Path) -> None:
                 )
         return
     with naming_damage(folder, BRING_BACK):
+        # Without it transformers builds the model that its class has by default: 27 GB for a Llama.
+        (folder / "config.json").stat()
         _copy_from_pretrained(model, folder)
 
 
