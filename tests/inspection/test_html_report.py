@@ -210,6 +210,8 @@ def test_a_trajectory_is_shown_in_steps(write_folder, make_rollout) -> None:
         ["policy", "(2 tokens)"], ["environment", "(2 tokens)"], ["policy", "(1 tokens)"],
     ]  # fmt: skip
     assert sample["own_tokens"] == 3
+    page = write_report(run).read_text()  # a reader compares both numbers with the chart's
+    assert "Mean number of tokens of a completion, without results of tools." in page
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": 4}}}

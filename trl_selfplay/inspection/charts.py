@@ -272,7 +272,7 @@ def sample_charts(lines: Sequence[Line]) -> list[Chart]:
     kinds: tuple[tuple[str, str, dict[str, str], tuple[float | None, float | None]], ...] = (
         (
             "Length",
-            "Mean number of tokens of a completion.",
+            "Mean number of tokens of a completion, without results of tools.",
             {"play/mean_length": "training prompts", "eval_mean_length": "held-out, greedy",
              "play/mean_length_chosen": "the data"},
             (0.0, None),
