@@ -103,6 +103,7 @@ def test_a_model_without_any_eos_is_an_error_with_the_remedy(build_model, tokeni
     [
         {"max_completion_length": 0},
         {"temperature": -0.1},
+        {"temperature": 1e-40},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_k": -1},

@@ -122,6 +122,8 @@ def test_a_lone_surrogate_names_the_row() -> None:
         ("tools", "a hammer", "row 0: `tools` is 'a hammer', which is not JSON"),
         ("tools", "{}x", "not JSON"),
         ("tools", '{"a": 1}', "give a list of tool schemas"),
+        ("tools", "[1]", "row 0: `tools` has the entry 1; give names of tools, or their schemas"),
+        ("tools", ["search"], "row 0: `tools` names 'search', and the run has no tools"),
         ("chat_template_kwargs", "x", "row 0: `chat_template_kwargs` is 'x'"),
         ("chat_template_kwargs", {"tokenize": False}, "has 'tokenize'=False"),
     ],

@@ -121,7 +121,7 @@ def test_every_value_is_refused_or_a_run_with_it_ends(
     ("changes", "message"),
     [
         ({"gradient_accumulation_steps": -1}, "an integer of at least 1"),
-        ({"temperature": math.nan}, "a number of at least 0"),
+        ({"temperature": math.nan}, "a number of at least 1e-06, or 0"),
         ({"top_p": math.nan}, "a number above 0 and at most 1"),
         ({"repetition_penalty": "1.1"}, "a number above 0"),
         ({"learning_rate": "1e-5"}, "a number of at least 0"),
@@ -137,7 +137,7 @@ def test_every_value_is_refused_or_a_run_with_it_ends(
         ({"chat_template_kwargs": {"tokenize": False}}, "rendering decides itself"),
         ({"chat_template_kwargs": "thinking"}, "a dict"),
         ({"generation_kwargs": {"top_k": 1.5}}, "an integer"),
-        ({"generation_kwargs": {"temperature": math.nan}}, "a number of at least 0"),
+        ({"generation_kwargs": {"temperature": math.nan}}, "a number of at least 1e-06, or 0"),
         ({"generation_kwargs": {"eos_token_id": "</s>"}}, "an integer"),
         ({"generation_kwargs": {"max_tokens": 5}}, "the field `max_completion_length`"),
         ({"generation_kwargs": {"do_sample": True}}, "do_sample=True with temperature=0.0"),

@@ -11,6 +11,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_selfplay.generation.sampler import SamplingOptions
 
+# Logits divided by less may be infinite.
+LEAST_TEMPERATURE = 1e-6
+
 SUPPORTED_OPTIONS = frozenset(
     {
         "bos_token_id",
@@ -171,7 +174,11 @@ def check_sampling_options(options: SamplingOptions) -> None:
     """
     rules = (
         ("max_completion_length", options.max_completion_length >= 1, "at least 1"),
-        ("temperature", options.temperature >= 0.0, "at least 0.0 (0.0 is greedy)"),
+        (
+            "temperature",
+            options.temperature == 0.0 or options.temperature >= LEAST_TEMPERATURE,
+            f"at least {LEAST_TEMPERATURE:g}, or 0.0 (greedy)",
+        ),
         ("top_p", 0.0 < options.top_p <= 1.0, "above 0.0 and at most 1.0 (1.0 is off)"),
         ("top_k", options.top_k >= 0, "at least 0 (0 is off)"),
         (

@@ -19,7 +19,7 @@ from trl_selfplay.confidential import shown
 from trl_selfplay.generation.control_tokens import control_tokens, split_tokens
 from trl_selfplay.rewards.functions import columns_read
 from trl_selfplay.rollouts.record import hash_prompt
-from trl_selfplay.tools.offer import Toolbox, offered, read_tools
+from trl_selfplay.tools.offer import Toolbox, offered, read_schemas, read_tools
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +317,7 @@ def _own_tools(
     if toolbox is not None:
         own = read_tools(record, where)
         return offered(toolbox.schemas_of(record), record, where) if own else []
-    return [] if is_text else read_tools(record, where)
+    return [] if is_text else read_schemas(record, where)
 
 
 def _template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -61,14 +61,14 @@ def name_of_schema(schema: Schema) -> str:
 
 
 def read_tools(columns: Mapping[str, Any], where: str) -> list[Any]:
-    """Return a row's own column `tools`; an empty list if it has none.
+    """Return a row's own column `tools`, names or schemas; an empty list if it has none.
 
     Args:
         columns: The row's.
         where: Name of the row for errors.
 
     Raises:
-        TypeError: It is no list.
+        TypeError: It is no list, or an entry is neither a name nor a schema.
         ValueError: It is text that isn't JSON.
     """
     tools = columns.get("tools")
@@ -82,7 +82,29 @@ def read_tools(columns: Mapping[str, Any], where: str) -> list[Any]:
             ) from error
     if tools and not isinstance(tools, list):
         raise TypeError(f"{where}: `tools` is {tools!r:.200}; give a list of tool schemas.")
+    for entry in tools or ():
+        if not isinstance(entry, str | Mapping):
+            raise TypeError(
+                f"{where}: `tools` has the entry {entry!r:.200}; give names of tools, or their schemas."
+            )
     return tools or []
+
+
+def read_schemas(columns: Mapping[str, Any], where: str) -> list[Any]:
+    """Return a row's own column `tools`, all schemas, since the run has no tools that names could stand for.
+
+    Raises:
+        TypeError: As `read_tools`, or an entry is a name.
+        ValueError: As `read_tools`.
+    """
+    tools = read_tools(columns, where)
+    for entry in tools:
+        if isinstance(entry, str):
+            raise TypeError(
+                f"{where}: `tools` names {entry!r:.200}, and the run has no tools. Give the tool's schema, "
+                "or the function in the trainer's `tools`, if it takes them."
+            )
+    return tools
 
 
 def offered(
@@ -96,8 +118,7 @@ def offered(
         where: Name of the row for errors.
 
     Raises:
-        TypeError: An entry is neither a name nor a schema.
-        ValueError: No tool answers to a name.
+        TypeError, ValueError: As `read_tools`, or no tool answers to a name.
     """
     own = read_tools(columns, where)
     if not own:
@@ -105,10 +126,6 @@ def offered(
     known = {name_of_schema(schema): schema for schema in schemas}
     found = []
     for entry in own:
-        if not isinstance(entry, str | Mapping):
-            raise TypeError(
-                f"{where}: `tools` has the entry {entry!r:.200}; give names of tools, or their schemas."
-            )
         name = entry if isinstance(entry, str) else name_of_schema(entry)
         if name not in known:
             raise ValueError(

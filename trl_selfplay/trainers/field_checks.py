@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from trl_selfplay.confidential import shown
+from trl_selfplay.generation.generation_options import LEAST_TEMPERATURE
 
 # Counts go into 32-bit integers, other numbers into float32 tensors, where larger ones are infinite.
 _LARGEST_COUNT = 2**31 - 1
@@ -36,6 +37,7 @@ class Bounds:
         most: The maximum.
         exclusive: `least` itself is not allowed.
         or_none: None is allowed although the annotation doesn't say so.
+        or_zero: 0 is allowed although it is below `least`.
         infinite: Infinity is allowed, of either sign as far as `least` and `most` allow it.
         meaning: What special values mean, such as "0.0 is greedy".
     """
@@ -44,11 +46,14 @@ class Bounds:
     most: float = math.inf
     exclusive: bool = False
     or_none: bool = False
+    or_zero: bool = False
     infinite: bool = False
     meaning: str = ""
 
     def contain(self, value: float, largest: float) -> bool:
         """Return whether a number is within the bounds, and no larger than `largest`."""
+        if self.or_zero and value == 0:
+            return True
         if math.isnan(_as_float(value)) or not self.least <= value <= self.most:
             return False
         if self.exclusive and value == self.least:
@@ -66,13 +71,15 @@ class Bounds:
             parts.append(f"{'above' if self.exclusive else 'of at least'} {self.least:g}")
         if self.most < math.inf:
             parts.append(f"at most {self.most:.10g}")
-        return " and ".join(parts) + (f" ({self.meaning})" if self.meaning else "")
+        text = " and ".join(parts) + (", or 0" if self.or_zero else "")
+        return text + (f" ({self.meaning})" if self.meaning else "")
 
 
 AT_LEAST_0 = Bounds(0)
 AT_LEAST_1 = Bounds(1)
 ABOVE_0 = Bounds(0, exclusive=True)
 SHARE = Bounds(0, 1)
+TEMPERATURE = Bounds(LEAST_TEMPERATURE, or_zero=True, meaning="0.0 is greedy")
 _COUNT_AT_LEAST_0 = Bounds(0, _LARGEST_COUNT)
 _COUNT_ABOVE_0 = Bounds(0, _LARGEST_COUNT, exclusive=True)
 

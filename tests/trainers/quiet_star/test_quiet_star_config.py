@@ -33,6 +33,7 @@ def test_the_defaults_are_those_of_the_method() -> None:
         ({"meta_token_scale": 0.0}, "meta_token_scale=0.0"),
         ({"reinforce_baseline": "median"}, "reinforce_baseline='median'"),
         ({"thought_temperature": 0.0}, "thought_temperature=0.0"),
+        ({"thought_temperature": 1e-40}, "thought_temperature=1e-40.*of at least 1e-06, or 0"),
         ({"num_thoughts": 1}, "Set reinforce_baseline='base', or num_thoughts=2"),
         ({"num_thoughts": 1, "reinforce_baseline": "leave_one_out"}, "num_thoughts=1 with"),
         ({"thought_length": 0}, "Set num_thoughts=1"),

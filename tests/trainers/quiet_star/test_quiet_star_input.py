@@ -263,6 +263,14 @@ ANSWER = {"role": "assistant", "content": "so 3 yes"}
             [{"messages": [CHAT, ANSWER], "chat_template_kwargs": {"tokenize": False}}],
             "row 0: `chat_template_kwargs` has 'tokenize'=False, which rendering decides itself: leave",
         ),
+        (
+            [{"messages": [CHAT, ANSWER], "tools": "[1]"}],
+            "row 0: `tools` has the entry 1; give names of tools, or their schemas",
+        ),
+        (
+            [{"messages": [CHAT, ANSWER], "tools": ["search"]}],
+            "row 0: `tools` names 'search', and the run has no tools. Give the tool's schema",
+        ),
     ],
 )
 def test_a_row_that_is_no_text_is_named(build, word_tokenizer, rows, message) -> None:

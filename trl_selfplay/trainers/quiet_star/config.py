@@ -14,6 +14,7 @@ from trl_selfplay.trainers.field_checks import (
     AT_LEAST_0,
     AT_LEAST_1,
     SHARE,
+    TEMPERATURE,
     Bounds,
     check_fields,
     refuse_strangers,
@@ -62,7 +63,7 @@ class QuietSTaRConfig(HidesSecrets, SFTConfig):
         "num_thoughts": AT_LEAST_0,
         "thought_length": AT_LEAST_0,
         "num_ahead_tokens": AT_LEAST_1,
-        "thought_temperature": AT_LEAST_0,
+        "thought_temperature": TEMPERATURE,
         "thought_fraction": Bounds(0, 1, exclusive=True, meaning="for none set num_thoughts=0"),
         "base_loss_weight": SHARE,
         "reinforce_weight": AT_LEAST_0,
@@ -150,7 +151,7 @@ class QuietSTaRConfig(HidesSecrets, SFTConfig):
                 f"num_thoughts={self.num_thoughts} with thought_length=0 would compute copies of "
                 "one thought. Set num_thoughts=1."
             )
-        if self.thought_length > 0 and self.thought_temperature <= 0.0:
+        if self.thought_length > 0 and self.thought_temperature == 0.0:
             raise ValueError(
                 f"thought_temperature={self.thought_temperature}; it must be above 0. Otherwise all "
                 "thoughts of a token are the same and none can be reinforced."

@@ -23,6 +23,7 @@ from trl_selfplay.rollouts.prompts import (
     check_message,
     check_template_kwargs,
 )
+from trl_selfplay.tools.offer import read_schemas
 from trl_selfplay.trainers.construction import check_adapters, check_special_tokens
 from trl_selfplay.trainers.quiet_star.mixing import (
     ATTRIBUTE,
@@ -197,6 +198,7 @@ def _refuse_bad_row(dataset: Dataset, name: str, args: Any, error: Exception) ->
         where = f"`{name}` row {index}"
         kwargs = row.get("chat_template_kwargs", {})
         check_template_kwargs(kwargs, f"{where}: `chat_template_kwargs`")
+        read_schemas(row, where)
         # The parent prefers the text to a prompt beside it.
         columns = ["messages", "conversations", "prompt", "completion", args.dataset_text_field]
         for column in columns:
