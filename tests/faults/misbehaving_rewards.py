@@ -216,6 +216,5 @@ KINDS = {"errors": ERRORS, "answers": ANSWERS, "other forms": OTHER_FORMS, "chan
 CASES = {name: case for cases in KINDS.values() for name, case in cases.items()}
 # One of each that went unnoticed once, or that takes a way of its own.
 FEW = [
-    "BaseException", "exit", "exit at once", "generator", "changes arguments", "closes stdout",
-    "forks", "mask", "dtype",
+    "exit", "exit at once", "generator", "changes arguments", "closes stdout", "forks", "mask", "dtype",
 ]  # fmt: skip
