@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig
+from tiny_trainers import QUIET, build_trainer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -13,8 +14,6 @@ from transformers import (
     BitsAndBytesConfig,
     DataCollatorForLanguageModeling,
 )
-
-from trl_selfplay import QuietSTaRConfig, QuietSTaRTrainer
 
 TEXTS = {"text": ["Q 1 + 2 = ? so 3 yes", "Q 2 + 2 = ? so 4 yes"] * 4}
 
@@ -24,22 +23,13 @@ def build(tmp_path, tiny_model, word_tokenizer):
     """Build a trainer on texts: `build(train_dataset=…, field=…)`."""
 
     def build(**changes):
-        fields = QuietSTaRConfig.__dataclass_fields__
-        settings = {
-            "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "max_steps": 2,
-            "save_strategy": "no", "per_device_train_batch_size": 4, "thought_length": 2,
-            "num_ahead_tokens": 2, "gradient_checkpointing": False,
-            **{k: v for k, v in changes.items() if k in fields},
+        given = {
+            "bf16": False, "max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 4,
+            "thought_length": 2, "num_ahead_tokens": 2, "processing_class": word_tokenizer,
+            "train_dataset": Dataset.from_dict(TEXTS), **changes,
         }  # fmt: skip
-        arguments = {
-            "train_dataset": Dataset.from_dict(TEXTS),
-            "processing_class": word_tokenizer,
-            **{k: v for k, v in changes.items() if k not in fields},
-        }
-        model = arguments.pop("model", None) or tiny_model(word_tokenizer)
-        return QuietSTaRTrainer(
-            model, QuietSTaRConfig(str(tmp_path / "run"), **settings), **arguments
-        )
+        model = given.pop("model", None) or tiny_model(word_tokenizer)
+        return build_trainer("Quiet-STaR", model, tmp_path / "run", QUIET, **given)
 
     return build
 
