@@ -228,6 +228,9 @@ ANSWER = {"role": "assistant", "content": "so 3 yes"}
             "`train_dataset` row 1: `text` is None",
         ),
         ([{"text": 1}, {"text": 2}], "row 0: `text` is 1; expected text"),
+        ([{"input_ids": [CHAT]}], r"row 0: `input_ids` is \[{.*expected a list of token ids"),
+        ([{"input_ids": [0.5]}], r"row 0: `input_ids` is \[0.5\]; expected a list of token ids"),
+        ([{"input_ids": "Q 1"}], "row 0: `input_ids` is 'Q 1'; expected a list of token ids"),
         ([{"prompt": "Q", "completion": " so 3", "text": []}], r"row 0: `text` is \[\]; expected"),
         (
             [{"prompt": [None], "completion": " so 3 yes"}],

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -127,7 +128,7 @@ def refuse_unknown_tokens(dataset: Any, tokenizer: Any, model: Any) -> None:
 
 
 def check_rows(dataset: Any, name: str, args: Any, formats: bool) -> None:
-    """Raise ValueError if a dataset has no rows, or no text in its first row.
+    """Raise ValueError or TypeError if a dataset has no rows, or neither text nor tokens in its first row.
 
     Args:
         dataset: The constructor's argument; types other than datasets are left to the parent.
@@ -146,7 +147,10 @@ def check_rows(dataset: Any, name: str, args: Any, formats: bool) -> None:
         raise ValueError(
             f"{name} has no rows. Is the split empty, or did a filter remove all rows?"
         )
-    if formats or {"input_ids", "messages", "conversations"} & row.keys():
+    if formats or {"messages", "conversations"} & row.keys():
+        return
+    if "input_ids" in row:
+        _check_ids(row["input_ids"], f"{name} row 0: `input_ids`")
         return
     if "prompt" in row and "completion" not in row:
         raise ValueError(
@@ -162,6 +166,18 @@ def check_rows(dataset: Any, name: str, args: Any, formats: bool) -> None:
         )
     if row["completion" if "prompt" in row else field] is None:
         raise ValueError(f"{name} has no text in its first row. Filter such rows out.")
+
+
+def _check_ids(ids: Any, where: str) -> None:
+    """Raise TypeError unless this is a list of integers, or an array of them."""
+    try:
+        given = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        given = None
+    if given is None or given.dim() != 1 or (given.numel() and given.is_floating_point()):
+        raise TypeError(
+            f"{where} is {ids!r:.200}; expected a list of token ids. Leave the column out to train on text."
+        )
 
 
 def plain(dataset: Any) -> Any:
