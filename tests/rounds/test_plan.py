@@ -55,7 +55,7 @@ def test_improve_steps_are_rounds_that_share_the_samples_of_their_grow_step() ->
 def test_temperatures_that_cannot_work_are_named() -> None:
     for changes, named in (
         ({"round_temperatures": [1.0]}, "round_temperatures has 1 values for num_rounds=2"),
-        ({"round_temperatures": [1.0, -1.0]}, "each element a number of at least 0"),
+        ({"round_temperatures": [1.0, -1.0]}, "each element a number of at least 1e-06, or 0"),
         (
             {"round_temperatures": [1.0, 0.0], "num_generations": 2},
             r"num_generations=2 with round_temperatures=\[1\.0, 0\.0\]: greedy",

@@ -276,6 +276,17 @@ def test_a_row_that_is_no_text_is_named(build, word_tokenizer, rows, message) ->
         build(train_dataset=Dataset.from_list(rows))
 
 
+def test_a_row_that_is_nested_too_deeply_is_named(build) -> None:
+    """Python can't print it."""
+    value: list = []
+    for _ in range(3000):
+        value = [value]
+    rows = Dataset.from_dict({"text": ["Q 1 + 2 = ? so 3 yes"]})
+    rows.set_transform(lambda batch: {"text": [value]})
+    with pytest.raises(ValueError, match="row 0: `text` is nested more than 100 levels deep"):
+        build(train_dataset=rows)
+
+
 def test_an_error_before_the_first_step_names_the_settings(build) -> None:
     trainer = build(lr_scheduler_kwargs={"colour": 1})
     with pytest.raises(ValueError, match=r"'colour'.*lr_scheduler_kwargs=\{'colour': 1\}"):

@@ -22,6 +22,7 @@ from trl_selfplay.rollouts.prompts import (
     as_plain_rows,
     check_embedded,
     check_message,
+    check_nesting,
     check_template_kwargs,
 )
 from trl_selfplay.tools.offer import read_schemas
@@ -212,6 +213,7 @@ def naming_bad_rows(datasets: Mapping[str, Any], args: Any, formats: bool) -> It
 def _refuse_bad_row(dataset: Dataset, name: str, args: Any, error: Exception) -> None:
     for index, row in enumerate(as_plain_rows(dataset)):
         where = f"`{name}` row {index}"
+        check_nesting(row, where)
         kwargs = row.get("chat_template_kwargs", {})
         check_template_kwargs(kwargs, f"{where}: `chat_template_kwargs`")
         read_schemas(row, where)
