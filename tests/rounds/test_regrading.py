@@ -105,6 +105,7 @@ def test_a_second_time_another_folder_is_made(run) -> None:
     assert [line["round"] for line in lines] == [0]
     again = take_scores_back(run, CONFIG, 1)
     assert (again.aside.name, again.num_samples, again.moved) == ("_rounds_aside_2", 0, [])
+    assert again.num_held == 2
 
 
 def test_hinted_samples_stay_and_are_copied_although_they_have_no_scores(run, make_rollout) -> None:

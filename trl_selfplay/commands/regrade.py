@@ -42,7 +42,13 @@ def run(flags: list[str]) -> int:
 
 def describe(found: Regrade) -> str:
     """Return what was taken back, what is kept and how the run goes on."""
-    number, count = found.round_index, found.num_samples
+    number, count = found.round_index, found.num_held
+    if not found.aside.exists():
+        samples = f"{count} samples have no scores" if count != 1 else "1 sample has no score"
+        return (
+            f"Round {number}: nothing is left to take back, its {samples}. With the right reward "
+            f"function, {RESUME}."
+        )
     lines = [
         f"Round {number}: {count} samples are kept, without their scores."
         if count != 1
@@ -56,8 +62,13 @@ def describe(found: Regrade) -> str:
         lines.append("From before, round 0 keeps its scores and weights.")
     elif number:
         lines.append(f"From before, rounds 0 to {number - 1} keep their scores and weights.")
-    moved = "".join(f"\n  {name}" for name in found.moved)
-    lines.append(f"Moved to {found.aside}, beside copies of the samples with their scores:{moved}")
+    if found.moved:
+        moved = "".join(f"\n  {name}" for name in found.moved)
+        lines.append(
+            f"Moved to {found.aside}, beside copies of the samples with their scores:{moved}"
+        )
+    else:
+        lines.append(f"In {found.aside} are copies of the samples as they were.")
     lines.append(
         f"With the right reward function, {RESUME}: round {number} is graded, not sampled."
     )

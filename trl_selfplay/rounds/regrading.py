@@ -20,7 +20,7 @@ from trl_selfplay.disk import (
     tell_gone,
     unused_aside,
 )
-from trl_selfplay.rollouts.record import save_rollouts
+from trl_selfplay.rollouts.record import Rollout, save_rollouts
 from trl_selfplay.rollouts.shards import load_shard
 from trl_selfplay.rounds.identity import GRADED_ANEW
 from trl_selfplay.rounds.mirror import RECORD
@@ -44,6 +44,7 @@ class Regrade:
         aside: The folder with what counts no more, by its names below `_rounds`.
         num_samples: Samples of the round, and `num_heldout` held-out ones of the untrained model, that lost
             their scores.
+        num_held: Samples of the round, also those that had no score.
         num_environments: Samples that keep what their environment gave as reward.
         moved: Names below `_rounds` of what was moved.
     """
@@ -51,6 +52,7 @@ class Regrade:
     round_index: int
     aside: Path
     num_samples: int = 0
+    num_held: int = 0
     num_heldout: int = 0
     num_environments: int = 0
     moved: list[str] = field(default_factory=list)
@@ -222,9 +224,10 @@ def _take_rounds_back(root: Path, found: Regrade, lines: Sequence[Mapping[str, A
     # Which prompts get hints depends on scores: planned anew around what is sampled.
     _move(folder / "samples" / "hint-plan.json", root, found)
     for path in sorted((folder / "samples").glob("*.parquet")):
-        num_graded, num_environments = _clear(path, root, found)
-        found.num_samples += num_graded
-        found.num_environments += num_environments
+        held = _clear(path, root, found)
+        found.num_held += len(held)
+        found.num_samples += sum(r.is_graded for r in held)
+        found.num_environments += sum(r.environment_reward is not None for r in held)
 
 
 def _take_first_round_back(root: Path, found: Regrade) -> None:
@@ -232,7 +235,7 @@ def _take_first_round_back(root: Path, found: Regrade) -> None:
     evaluation = root / "before" / "evaluation"
     _move(evaluation / "judgements", root, found)
     for path in sorted(evaluation.glob("*.parquet")):
-        found.num_heldout += _clear(path, root, found)[0]
+        found.num_heldout += sum(r.is_graded for r in _clear(path, root, found))
     for name in _OF_FIRST_ROUND:
         _move(root / name, root, found)
     config = root / "config.json"
@@ -241,8 +244,8 @@ def _take_first_round_back(root: Path, found: Regrade) -> None:
         save_text(config, json.dumps({**record, GRADED_ANEW: True}, indent=1, sort_keys=True))
 
 
-def _clear(path: Path, root: Path, found: Regrade) -> tuple[int, int]:
-    """Take the scores out of a shard, once it is copied; return how many had one, and an environment's.
+def _clear(path: Path, root: Path, found: Regrade) -> list[Rollout]:
+    """Take the scores out of a shard, once it is copied; return the samples as they were.
 
     Shards of hinted prompts are copied also without scores: those that no longer fail are dropped from
     them when the run goes on.
@@ -254,7 +257,7 @@ def _clear(path: Path, root: Path, found: Regrade) -> tuple[int, int]:
         save_rollouts(copy, held)
     if cleared != held:
         save_rollouts(path, cleared)
-    return sum(r.is_graded for r in held), sum(r.environment_reward is not None for r in held)
+    return held
 
 
 def _move(path: Path, root: Path, found: Regrade) -> None:
