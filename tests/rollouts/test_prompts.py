@@ -121,7 +121,7 @@ def test_a_lone_surrogate_names_the_row() -> None:
     [
         ("tools", "a hammer", "row 0: `tools` is 'a hammer', which is not JSON"),
         ("tools", "{}x", "not JSON"),
-        ("tools", '{"a": 1}', "give a list of tool schemas"),
+        ("tools", '{"a": 1}', "give a list of tools' names or schemas"),
         ("tools", "[1]", "row 0: `tools` has the entry 1; give names of tools, or their schemas"),
         ("tools", ["search"], "row 0: `tools` names 'search', and the run has no tools"),
         ("chat_template_kwargs", "x", "row 0: `chat_template_kwargs` is 'x'"),

@@ -267,10 +267,20 @@ def test_a_row_that_names_tools_is_shown_these(build) -> None:
         assert list(play.formatter.token_ids(row, few_shot=False))[: len(ids) - 1] == ids[:-1]
 
 
-def test_a_schema_that_nothing_answers_is_refused_before_sampling(build) -> None:
-    schema = ToolSet([look_up], 1.0).schemas
-    with pytest.raises(ValueError, match=r"row 0: `tools` names 'look_up', and no tool"):
-        build(chat=True, train_dataset=rows_of(True, tools=[schema] * 4))
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        (ToolSet([look_up], 1.0).schemas, "row 0: `tools` names 'look_up', and no tool"),
+        ('[{"type": "function"}]', "row 0: `tools` has the schema {.*}, which has no name"),
+        (["add", "add"], "row 0: `tools` names 'add' twice"),
+        ("add", "row 0: `tools` is 'add', which is not JSON.*a list of tools' names or schemas"),
+    ],
+)
+def test_a_row_s_tools_that_nothing_answers_are_refused_before_sampling(
+    build, tools, message
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(chat=True, train_dataset=rows_of(True, tools=[tools] * 4))
 
 
 @pytest.mark.parametrize(
@@ -281,6 +291,9 @@ def test_a_schema_that_nothing_answers_is_refused_before_sampling(build) -> None
         ([add, add], "two tools are named 'add'"),
         ([3], "give a list of functions"),
         (add, "give a list of functions"),
+        (3, "tools=3: give a list of functions"),
+        (["my_tools.add"], "give a list of functions. Import paths are for the command line"),
+        ([dict], "the tool 'dict' is a class: give a function"),
     ],
 )  # fmt: skip
 def test_tools_that_cannot_be_called_are_refused(build, tools, message) -> None:

@@ -78,10 +78,12 @@ def read_tools(columns: Mapping[str, Any], where: str) -> list[Any]:
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{where}: `tools` is {tools!r:.200}, which is not JSON ({error}). Give a list of "
-                "tool schemas, or that list as JSON text."
+                "tools' names or schemas, or that list as JSON text."
             ) from error
     if tools and not isinstance(tools, list):
-        raise TypeError(f"{where}: `tools` is {tools!r:.200}; give a list of tool schemas.")
+        raise TypeError(
+            f"{where}: `tools` is {tools!r:.200}; give a list of tools' names or schemas."
+        )
     for entry in tools or ():
         if not isinstance(entry, str | Mapping):
             raise TypeError(
@@ -118,15 +120,21 @@ def offered(
         where: Name of the row for errors.
 
     Raises:
-        TypeError, ValueError: As `read_tools`, or no tool answers to a name.
+        TypeError, ValueError: As `read_tools`, or no tool answers to a name, or a name comes twice.
     """
     own = read_tools(columns, where)
     if not own:
         return list(schemas)
     known = {name_of_schema(schema): schema for schema in schemas}
     found = []
+    names: set[str] = set()
     for entry in own:
+        if isinstance(entry, Mapping) and not entry.get("function", entry).get("name"):
+            raise ValueError(f"{where}: `tools` has the schema {entry!r:.200}, which has no name.")
         name = entry if isinstance(entry, str) else name_of_schema(entry)
+        if name in names:
+            raise ValueError(f"{where}: `tools` names {name!r} twice. Leave one out.")
+        names.add(name)
         if name not in known:
             raise ValueError(
                 f"{where}: `tools` names {name!r}, and no tool of this run answers to that; there are "

@@ -114,8 +114,10 @@ def describe_tools(
     tools: Sequence[Callable[..., Any]],
 ) -> tuple[dict[str, Callable[..., Any]], list[dict[str, Any]]]:
     """Return tools by name, and their schemas; see `ToolSet`."""
-    if callable(tools) or not all(callable(each) for each in tools):
-        raise TypeError(f"tools={tools!r:.200}: give a list of functions.")
+    if not isinstance(tools, Sequence) or not all(callable(each) for each in tools):
+        raise TypeError(
+            f"tools={tools!r:.200}: give a list of functions. Import paths are for the command line."
+        )
     functions: dict[str, Callable[..., Any]] = {}
     schemas = []
     for each in tools:
@@ -123,7 +125,7 @@ def describe_tools(
         if not _NAME.fullmatch(name):
             raise ValueError(f"the tool {name!r} needs a name to be called by: give a function.")
         if name in functions:
-            raise ValueError(f"two tools are named {name!r}; rename one.")
+            raise ValueError(f"two tools are named {name!r}; rename one, by its `__name__`.")
         schemas.append(describe_tool(each, name))
         functions[name] = each
         getattr(each, "check_machine", bool)()  # of a ready tool: whether this machine can run it
@@ -137,12 +139,16 @@ def describe_tool(function: Callable[..., Any], name: str) -> dict[str, Any]:
         ValueError: Its docstring or its type hints don't say enough.
     """
     inner = _inner(function)
+    if inspect.isclass(inner):
+        raise ValueError(
+            f"the tool {name!r} is a class: give a function, a method or an instance with `__call__`."
+        )
     called = inner if inspect.isroutine(inner) else getattr(inner, "__call__", inner)  # noqa: B004
     try:
         schema: dict[str, Any] = get_json_schema(called)
     except Exception as error:  # of transformers' own classes, with what is missing
         raise ValueError(
-            f"the tool {name!r} can't be described to the model: {error} Give each argument a type "
+            f"the tool {name!r} can't be described to the model: {str(error).rstrip('.')}. Give each argument a type "
             "hint, and a Google-style docstring that describes tool and arguments."
         ) from error
     schema["function"]["name"] = name
