@@ -24,13 +24,13 @@ from tiny_trainers import QUIET, build_trainer
 from trl_selfplay.disk import save_text
 from trl_selfplay.rollouts.prompts import PromptRow
 from trl_selfplay.rollouts.record import load_rollouts
-from trl_selfplay.rollouts.rendering import PromptFormatter
+from trl_selfplay.rollouts.rendering import FewShotExample, PromptFormatter
 from trl_selfplay.rollouts.stored import load_samples
 from trl_selfplay.rounds.empty_round import EmptyRoundError
 from trl_selfplay.rounds.identity import check_identity, describe_trainer
 from trl_selfplay.tools.offer import describe
 from trl_selfplay.tools.tool_set import ToolSet
-from trl_selfplay.trainers.tool_setup import choose_form
+from trl_selfplay.trainers.tool_setup import check_examples, choose_form
 
 TEMPLATES = {
     "qwen2_5": family_template("qwen2_5"),
@@ -385,6 +385,34 @@ def test_an_example_whose_call_would_fail_is_refused(build, completion, message)
             chat=not isinstance(completion, str),
             few_shot_examples=[{"prompt": "Q", "completion": "yes"}, example],
         )
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ("call answer", "a call has no result"),
+        ("call call result answer", "a call has no result"),
+        ("answer call", "a call has no result"),
+        ("call result", "the answer after its last result is missing"),
+        ("result answer", "the result '7' follows no call"),
+        ("call result result answer", "the result '7' follows no call"),
+        ("calls result answer", "a call has no result"),
+        ("calls result result call result answer", None),
+        ("answer", None),
+    ],
+)
+def test_an_example_shows_each_call_with_its_result_and_ends_with_an_answer(roles, message):
+    """It would teach the policy to answer without the result, or to stop after it."""
+    call, result, answer = in_messages({"a": 3, "b": 4})
+    both = {**call, "tool_calls": call["tool_calls"] * 2}
+    turns = {"call": call, "calls": both, "result": result, "answer": answer}
+    examples = [FewShotExample("Q", [turns[role] for role in roles.split()], None)]
+    form = SimpleNamespace(toolbox=ToolSet([add], 1.0), in_words=False)
+    if message is None:
+        check_examples(examples, form)
+        return
+    with pytest.raises(ValueError, match=rf"few_shot_examples\[0\]: {message}"):
+        check_examples(examples, form)
 
 
 def test_an_example_may_show_what_the_run_would_show(build) -> None:

@@ -1,7 +1,8 @@
 """Check the calls that a worked example shows against the tools of a run.
 
 In: a few-shot example's completion, and the schemas of what may be called. Out: the first call in it that would
-fail. An example of a failed call shows, as a run does, a result that begins with "Error: ".
+fail, and what is missing between its turns. An example of a failed call shows, as a run does, a result that
+begins with "Error: ".
 """
 
 import json
@@ -44,6 +45,22 @@ def find_failing_call(
         if why and not result.startswith(ERROR):
             return f"the call {written!r:.200} would fail: {why}"
     return None
+
+
+def find_missing_turn(completion: str | Sequence[Mapping[str, Any]]) -> str | None:
+    """Return what the messages of an example lack, or None: each call has a result, and an answer follows."""
+    without_result = "a call has no result: a message of role 'tool' must follow for each"
+    num_open, is_result = 0, False  # calls whose results come next
+    for message in () if isinstance(completion, str) else completion:
+        is_result = message.get("role") == "tool"
+        if is_result and not num_open:
+            return f"the result {message.get('content')!r:.200} follows no call"
+        if num_open and not is_result:
+            return without_result
+        num_open = num_open - 1 if is_result else len(message.get("tool_calls") or ())
+    if num_open:
+        return without_result
+    return "the answer after its last result is missing" if is_result else None
 
 
 def _calls_of_text(text: str, schemas: Sequence[dict[str, Any]]) -> Iterator[_Shown]:

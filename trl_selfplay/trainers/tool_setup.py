@@ -18,7 +18,7 @@ from trl_selfplay.rewards.functions import without_partial
 from trl_selfplay.rollouts.rendering import FewShotExample
 from trl_selfplay.tools.chat import ChatDialogue
 from trl_selfplay.tools.environments import Environments
-from trl_selfplay.tools.example_calls import find_failing_call
+from trl_selfplay.tools.example_calls import find_failing_call, find_missing_turn
 from trl_selfplay.tools.offer import Toolbox, ToolForm, name_of_schema
 from trl_selfplay.tools.react import ReActDialogue
 from trl_selfplay.tools.record import Dialogue, ToolResult
@@ -136,13 +136,18 @@ def choose_form(
 
 
 def check_examples(examples: Sequence[FewShotExample], form: ToolForm) -> None:
-    """Raise ValueError for a few-shot example whose calls would fail in this run."""
+    """Raise ValueError for a few-shot example whose calls would fail in this run, or that lacks a turn."""
     for index, example in enumerate(examples):
         wrong = find_failing_call(example.completion, form.toolbox.schemas, form.in_words)
         if wrong is not None:
             raise ValueError(
                 f"few_shot_examples[{index}]: {wrong}. Correct the example, or give the run such a tool. A call "
                 'that is meant to fail has a result that begins with "Error: ".'
+            )
+        missing = find_missing_turn(example.completion)
+        if missing is not None:
+            raise ValueError(
+                f"few_shot_examples[{index}]: {missing}. Show each call with its result, and the answer at the end."
             )
 
 
