@@ -49,6 +49,10 @@ def write(path) -> None:
     path.write_text("{}")
 
 
+def write_lines(run, lines) -> None:
+    (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def names_in(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
@@ -125,6 +129,11 @@ def test_which_round_has_to_be_said_once_one_is_finished(run) -> None:
         ValueError, match=r"rounds 0 to 1 are finished.* --round .*again: 0, 1, 2\."
     ):
         take_scores_back(run, CONFIG)
+    write_lines(run, load_lines(run / "rounds.jsonl")[:1])
+    with pytest.raises(
+        ValueError, match=r"^round 0 is finished, and was trained on the scores that it"
+    ):
+        take_scores_back(run, CONFIG)
     (run / "rounds.jsonl").unlink()
     assert take_scores_back(run, CONFIG).round_index == 0
 
@@ -133,7 +142,7 @@ def test_which_round_has_to_be_said_once_one_is_finished(run) -> None:
     ("config", "index", "said"),
     [
         ({}, 3, r"round 3 has no samples on disk yet\. Rounds that can be graded again: 0, 1, 2\."),
-        ({}, -1, "round -1 has no samples"),
+        ({}, -1, r"--round -1: rounds are counted from 0\. Rounds that can"),
         ({"reward_funcs": None, "method": "SPIN"}, 0, r"no scores: this run \(SPIN\) has no reward"),
         ({"improve_thresholds": [0.0, 0.5]}, 1, "round 1 is an Improve step on .* round 0: give"),
     ],
@@ -150,12 +159,14 @@ def test_a_round_whose_weights_are_gone_is_refused(run) -> None:
     model = run / "round-000" / "model"
     model.rename(run / "round-000" / "elsewhere")
     with pytest.raises(
-        ValueError, match=r"round-000/model is gone, whose weights it begins with .* 0, 2\."
+        ValueError,
+        match=r"round 1 can't be graded again: .*round-000/model is gone, whose weights a resumed run loads "
+        r"before round 1, whether or not it samples .* 0, 2\. Not 1: a model .* is gone\.",
     ):
         take_scores_back(run, CONFIG, 1)
     lines = load_lines(run / "rounds.jsonl")
     lines[0]["eval"]["eval_accuracy"] = 0.9  # the best one before round 2
-    (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run, lines)
     with pytest.raises(
         ValueError, match=r"round-000/model is gone, whose weights are the best .* 0\."
     ):

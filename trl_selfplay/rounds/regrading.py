@@ -139,13 +139,19 @@ def _choose_round(
         )
     last = len(lines)  # the round under way
     has_begun = _has_samples(run, last)
-    possible = [
-        i for i in range(last + has_begun) if _has_samples(run, i) and not _lacks(run, lines, i)
-    ]
-    choice = f"Rounds that can be graded again: {', '.join(map(str, possible)) or 'none'}."
+    sampled = [i for i in range(last + has_begun) if _has_samples(run, i)]
+    possible = [str(i) for i in sampled if not _lacks(run, lines, i)]
+    choice = f"Rounds that can be graded again: {', '.join(possible) or 'none'}."
+    if others := [str(i) for i in sampled if str(i) not in possible]:
+        choice += f" Not {', '.join(others)}: a model that the resumed run would load is gone."
     if index is None and lines:
+        finished = (
+            f"rounds 0 to {last - 1} are finished, and were trained on the scores that they have"
+        )
+        if last == 1:
+            finished = "round 0 is finished, and was trained on the scores that it has"
         raise ValueError(
-            f"rounds 0 to {last - 1} are finished, and were trained on the scores that they have. Say with --round "
+            f"{finished}. Say with --round "
             "which is the first with wrong scores: 0 where the reward function was wrong from the start. "
             + choice
         )
@@ -155,10 +161,12 @@ def _choose_round(
         raise ValueError(
             f"round {index} is an Improve step on the samples of round {index - index % steps}: give that round."
         )
-    if not 0 <= index <= last or not _has_samples(run, index):
+    if index < 0:
+        raise ValueError(f"--round {index}: rounds are counted from 0. {choice}")
+    if index > last or not _has_samples(run, index):
         raise ValueError(f"round {index} has no samples on disk yet. {choice}")
     if lacking := _lacks(run, lines, index):
-        raise ValueError(f"round {index} can't be trained again: {lacking}. {choice}")
+        raise ValueError(f"round {index} can't be graded again: {lacking}. {choice}")
     return index
 
 
@@ -187,7 +195,8 @@ def _lacks(run: Run, lines: Sequence[Mapping[str, Any]], index: int) -> str | No
     """Return which weights are gone that a round needs which is played again; None if none are."""
     if index == 0:
         return None
-    needed = {index - 1: "it begins with"}
+    # Loaded also where all samples are there and training starts from the base: hinted ones may follow.
+    needed = {index - 1: f"a resumed run loads before round {index}, whether or not it samples"}
     if run.loads_best_round and run.chosen_metric is not None:
         best = find_best_round(run, lines[:index])
         needed.setdefault(best, "are the best before it")
