@@ -13,7 +13,6 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from trl_selfplay.disk import NewerFormatError, naming_damage, save_text
 from trl_selfplay.rewards.scoring import Scorer
 from trl_selfplay.rollouts.prompts import canonical_prompt
 from trl_selfplay.rounds.plan import OnResume, declared_rules, per_round_lists
+from trl_selfplay.rounds.told_changes import TOOLS, TOOLS_SOURCE, diff, told, tools_that_differ
 from trl_selfplay.tools.offer import Toolbox
 
 # The format of a run's folder, which its record names. Records without a number are of format 1. Raise it
@@ -119,12 +119,9 @@ _EARLIER_NAMES = {
 # What grades, but for the names of the functions.
 _GRADERS = _names("eval_graders eval_reward_funcs_source graders reward_funcs_source")
 _OF_SCORES = _names("calibrated_reward_funcs eval_reward_funcs reward_funcs reward_weights")
-_TOOLS, _TOOLS_SOURCE = "tools", "tools_source"
 _ADAPTERS = "peft_config"
 _HELDOUT = "eval_dataset"
 _VALUES_PER_WEIGHT = 16
-# Characters of a value that a message shows.
-_SHOWN = 80
 # When settings may change, in an error that lists them.
 _TITLES = {
     OnResume.FIXED: "never change",
@@ -177,7 +174,7 @@ def describe_run(
     for name, adapter in adapters.items():
         defaults |= {f"peft_config.{name}.{k}": v for k, v in _default_adapter(adapter).items()}
     if "method" in other:  # records of before there were tools name none
-        defaults |= {_TOOLS: None, _TOOLS_SOURCE: None}
+        defaults |= {TOOLS: None, TOOLS_SOURCE: None}
     return Description(
         settings, _flatten(defaults), resume_rules(type(config)), per_round_lists(type(config))
     )
@@ -243,11 +240,11 @@ def describe_trainer(trainer: Any) -> Description:
 def _describe_tools(toolbox: Toolbox | None) -> dict[str, Any]:
     """Return what prompts show of each tool, and a digest of its source, by name."""
     if toolbox is None:
-        return {_TOOLS: None, _TOOLS_SOURCE: None}
+        return {TOOLS: None, TOOLS_SOURCE: None}
     functions = [schema.get("function", schema) for schema in toolbox.schemas]
     return {
-        _TOOLS: {f["name"]: {k: v for k, v in f.items() if k != "name"} for f in functions},
-        _TOOLS_SOURCE: {name: source_digests([f]) for name, f in toolbox.sources.items()},
+        TOOLS: {f["name"]: {k: v for k, v in f.items() if k != "name"} for f in functions},
+        TOOLS_SOURCE: {name: source_digests([f]) for name, f in toolbox.sources.items()},
     }
 
 
@@ -461,15 +458,19 @@ def _differing(
             single = [before.get(described.per_round[name])] * count
             pairs = list(zip((was or single)[:count], (is_ or single)[:count], strict=False))
             changes = [
-                f"{_diff(*pair)} in round {i}" for i, pair in enumerate(pairs) if pair[0] != pair[1]
+                f"{diff(*pair)} in round {i}" for i, pair in enumerate(pairs) if pair[0] != pair[1]
             ]
             if changes:
                 found[name] = ", ".join(changes)
             continue
-        found[name] = _diff(was, is_)
+        found[name] = diff(was, is_)
     adapters = [sorted(_adapters(names)) for names in (recorded, settings)]
     if _ADAPTERS in known and adapters[0] != adapters[1]:
-        found[_ADAPTERS] = _diff(*adapters)
+        found[_ADAPTERS] = diff(*adapters)
+    for tool, text in tools_that_differ(before, now).items():
+        found = {n: t for n, t in found.items() if n != tool and not n.startswith(f"{tool}.")}
+        found.pop(tool.replace(TOOLS, TOOLS_SOURCE, 1), None)
+        found[tool] = text
     if recorded.get("weights") == settings.get("weights") is not None:
         found.pop("model", None)  # the same weights under another name, or at another place
     return found
@@ -506,9 +507,11 @@ def _refuse(
         return
     text = f"{path.parent.parent} holds rounds of another configuration (on disk → now)."
     for title, names in _group(described, refused).items():
-        text += f"\nThese may {title}:" + "".join(f"\n  {name}: {refused[name]}" for name in names)
+        text += f"\nThese may {title}:" + "".join(
+            f"\n  {told(name)}: {refused[name]}" for name in names
+        )
     text += "\nRestore these values to resume that run, or choose another output_dir."
-    if kept := [f"{name}: {diff}" for name, diff in differing.items() if name not in refused]:
+    if kept := [f"{told(name)}: {text}" for name, text in differing.items() if name not in refused]:
         text += f"\nThese may stay as they are now: {'; '.join(kept)}."
     raise ValueError(text)
 
@@ -528,24 +531,12 @@ def _group(described: Description, refused: Iterable[str]) -> dict[str, list[str
     return {title: names for title, names in groups.items() if names}
 
 
-def _diff(was: Any, is_: Any) -> str:
-    """Return two values in few words: of long ones what they don't begin with alike."""
-    texts = [repr(was), repr(is_)]
-    if max(map(len, texts)) > _SHOWN:
-        alike = sum(
-            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
-        )
-        start = max(alike - _SHOWN // 4, 0)
-        texts = [("…" if start else "") + text[start:] for text in texts]
-    return " → ".join(t if len(t) <= _SHOWN else f"{t[:_SHOWN]}…" for t in texts)
-
-
 def _warn(differing: Mapping[str, str]) -> None:
     for name, text in differing.items():
         logger.warning(
             "%s: %s (on disk → now). The run continues with it; its result differs from that without "
             "the change.",
-            name,
+            told(name),
             text,
         )
 
@@ -553,13 +544,19 @@ def _warn(differing: Mapping[str, str]) -> None:
 def _warn_of_sources(differing: Iterable[str]) -> None:
     """Warn that functions have changed while nothing was trained on yet."""
     for tops, what, kept in (
-        (_GRADERS, "reward functions", "were graded keep their rewards: see trl-selfplay regrade"),
-        ({_TOOLS_SOURCE}, "tools", "called them keep the results; to sample all alike, begin anew"),
+        (
+            _GRADERS,
+            ": reward functions have changed",
+            "were graded keep their rewards: see trl-selfplay regrade",
+        ),
+        (
+            {TOOLS_SOURCE},
+            " changed since",
+            "called it keep the results; to sample all alike, begin anew",
+        ),
     ):
-        if names := sorted(name for name in differing if _top(name) in tops):
-            logger.warning(
-                "%s: %s have changed. Completions that %s.", ", ".join(names), what, kept
-            )
+        if names := sorted(told(name) for name in differing if _top(name) in tops):
+            logger.warning("%s%s. Completions that %s.", ", ".join(names), what, kept)
 
 
 def _top(name: str) -> str:
