@@ -34,7 +34,7 @@ def test_a_second_call_says_that_nothing_is_left_to_take_back(
     assert "Round 0: 3 samples are kept, without their scores." in capsys.readouterr().out
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert said.startswith("Round 0: nothing is left to take back, its 3 samples have no scores.")
+    assert said.startswith("Round 0: nothing is left to take back: its 3 samples have no scores.")
     assert "resume with train(" in said
     assert "Moved" not in said
     assert not (folder / "_rounds_aside_2").exists()

@@ -46,7 +46,7 @@ def describe(found: Regrade) -> str:
     if not found.aside.exists():
         samples = f"{count} samples have no scores" if count != 1 else "1 sample has no score"
         return (
-            f"Round {number}: nothing is left to take back, its {samples}. With the right reward "
+            f"Round {number}: nothing is left to take back: its {samples}. With the right reward "
             f"function, {RESUME}."
         )
     lines = [
