@@ -101,6 +101,17 @@ def generate():
     yield "a"
 
 
+async def yield_later():
+    """Yield a result."""
+    yield "a"
+
+
+class YieldsLater:
+    async def __call__(self):
+        """Yield a result."""
+        yield "a"
+
+
 @without_arguments
 async def answer_later():
     await asyncio.sleep(0)

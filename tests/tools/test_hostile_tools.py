@@ -211,6 +211,9 @@ def test_methods_objects_and_partials_are_tools(tools) -> None:
         (Shelf.__init__, ValueError, "can't be described"),
         (hostile_tools.without_arguments, ValueError, "can't be described"),
         (3, TypeError, "give a list of functions"),
+        (Shelf.find, ValueError, r"'find' is a method without its instance, .* Shop\(\)\.find"),
+        (hostile_tools.yield_later, ValueError, "'yield_later' is an async generator"),
+        (hostile_tools.YieldsLater(), ValueError, "'YieldsLater' is an async generator"),
     ],
 )
 def test_what_cannot_be_a_tool_is_refused_at_once(tool, error, words) -> None:

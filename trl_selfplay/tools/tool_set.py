@@ -60,7 +60,8 @@ class ToolSet:
 
     Raises:
         TypeError: A tool is no function, or can't be sent to another process.
-        ValueError: A tool has no type hints or no docstring, or two have one name.
+        ValueError: A tool has no type hints or no docstring, needs an instance, or yields its results in async
+            steps; or two have one name.
         RuntimeError: A ready tool can't run on this machine.
     """
 
@@ -127,6 +128,12 @@ def describe_tools(
         if name in functions:
             raise ValueError(f"two tools are named {name!r}; rename one, by its `__name__`.")
         schemas.append(describe_tool(each, name))
+        first = next(iter(inspect.signature(each).parameters.values()), None)
+        if first and first.name in ("self", "cls") and first.annotation is first.empty:
+            raise ValueError(
+                f"the tool {name!r} is a method without its instance, which nobody gives as {first.name!r}: give "
+                f"the method of an instance, such as Shop().{name} in place of Shop.{name}."
+            )
         functions[name] = each
         getattr(each, "check_machine", bool)()  # of a ready tool: whether this machine can run it
     return functions, schemas
@@ -144,6 +151,10 @@ def describe_tool(function: Callable[..., Any], name: str) -> dict[str, Any]:
             f"the tool {name!r} is a class: give a function, a method or an instance with `__call__`."
         )
     called = inner if inspect.isroutine(inner) else getattr(inner, "__call__", inner)  # noqa: B004
+    if inspect.isasyncgenfunction(called):
+        raise ValueError(
+            f"the tool {name!r} is an async generator, which has no result: return a value in place of yielding it."
+        )
     try:
         schema: dict[str, Any] = get_json_schema(called)
     except Exception as error:  # of transformers' own classes, with what is missing
