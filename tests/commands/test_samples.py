@@ -12,6 +12,8 @@ from run_folders import HOSTILE
 
 from trl_selfplay.commands.dispatch import main
 from trl_selfplay.inspection.plain_text import visible
+from trl_selfplay.inspection.run_folder import RunFolder
+from trl_selfplay.inspection.samples_data import collect_samples
 
 
 def show(capsys, *flags):
@@ -102,6 +104,33 @@ def test_a_trajectory_is_shown_step_by_step(write_folder, make_rollout, capsys) 
     ]
     [sample] = map(json.loads, show(capsys, run, "--json").splitlines())
     assert (sample["halt"], sample["messages"]) == ("malformed", list(turns))
+
+
+CALL = {"function": {"name": "search", "arguments": {}}}
+IN_WORDS = "Action: search({})\nObservation:"
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "end", "steps"),
+    [
+        ({"tool_calls": [CALL]}, "length", "no room for the next result", ["  [turn 1, call]"]),
+        ({"content": IN_WORDS}, "length", "no room for the next result", ["  [turn 1]"]),
+        ({"content": "Action: sea"}, "length", "cut by length", ["  →"]),
+        ({"content": "yes"}, "eos", "ended by itself", ["  →"]),
+    ],
+)
+def test_a_trajectory_whose_result_had_no_room_says_so(
+    write_folder, make_rollout, capsys, message, finish, end, steps
+) -> None:
+    turn = {"role": "assistant", "content": "", **message}
+    rollout = make_rollout(finish=finish, messages=(turn,))
+    folder = write_folder([[(rollout, "truncated")]])
+    facts, *lines = show(capsys, folder).splitlines()[1:]
+    assert f" · {end} · " in facts
+    assert [line for line in lines if re.match(r"  [\[→]", line)] == steps
+    (sample,) = collect_samples(RunFolder.open(folder), 8).samples
+    assert sample["end"] == end
+    assert ("steps" in sample) == (steps != ["  →"])
 
 
 def test_held_out_samples_are_shown_on_request(folder, capsys) -> None:

@@ -22,6 +22,7 @@ _HALTS = {
 }
 # Where templates put what a model thinks.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_ASKING = "Observation:"  # how a turn ends that asks for a result in words, see tools/react.py
 _FAILURE = "Error: "  # how the result of a failed call begins, see tools/tool_set.py
 
 
@@ -42,6 +43,8 @@ class Step:
 
 def name_end(rollout: Rollout) -> str:
     """Return why a completion or a trajectory ended."""
+    if _awaits_result(rollout):
+        return "no room for the next result"
     return _ENDS[rollout.finish] if rollout.halt is None else _HALTS[rollout.halt]
 
 
@@ -59,7 +62,7 @@ def load_decoder(run: RunFolder) -> Decode | None:
 
 def split_steps(rollout: Rollout, decode: Decode | None) -> list[Step]:
     """Return the steps in order; empty if the policy wrote everything in one turn without calls."""
-    if rollout.completion_mask is None and rollout.halt is None:
+    if rollout.completion_mask is None and rollout.halt is None and not _awaits_result(rollout):
         return []
     if rollout.messages:
         return list(_of_messages(rollout))
@@ -82,6 +85,14 @@ def split_tokens(rollout: Rollout, decode: Decode | None) -> list[tuple[bool, st
         ids = [token for _, token in tokens]
         found.append((is_own, f"({len(ids)} tokens)" if decode is None else decode(ids)))
     return found
+
+
+def _awaits_result(rollout: Rollout) -> bool:
+    """Return whether a trajectory was cut after a call, whose result had no room."""
+    if not rollout.is_truncated or not rollout.messages:
+        return False
+    last = rollout.messages[-1]
+    return bool(last.get("tool_calls")) or _text(last.get("content")).rstrip().endswith(_ASKING)
 
 
 def _of_messages(rollout: Rollout) -> Iterator[Step]:
