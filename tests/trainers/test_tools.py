@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import types
 from types import SimpleNamespace
 
@@ -134,6 +135,22 @@ def test_results_without_room_are_named_where_nothing_is_left(build) -> None:
     )
     with pytest.raises(EmptyRoundError, match="In 16 of them there was no room for the result"):
         trainer.train()
+
+
+def test_each_reason_why_no_completion_ended_is_named_where_nothing_is_left(build) -> None:
+    """Half begins with a call that can't be read; the other half never ends."""
+    steps = {
+        **TEXT_STEPS, ASK: {"Action:": 0.5, "=": 0.5}, "=": {"=": 1.0}, "Action:": {"no": 1.0},
+        "no": {"Observation:": 1.0},
+    }  # fmt: skip
+    trainer = build(model=bigram_model(word_tokenizer(), steps))
+    with pytest.raises(EmptyRoundError) as caught:
+        trainer.train()
+    text = str(caught.value)
+    (cut,) = map(int, re.findall(r"(\d+) of them were cut at max_completion_length=60", text))
+    (unread,) = map(int, re.findall(r"(\d+) of them ended with a call that can't be read", text))
+    assert cut + unread == 16
+    assert "All of them" not in text
 
 
 @pytest.mark.slow

@@ -92,20 +92,25 @@ def _remedy(args: Any, played: PlayedRound) -> str:
 
 
 def _finish(args: Any, played: PlayedRound) -> str:
-    """Return what to do where no completion came to an end."""
+    """Return what to do where no completion came to an end, about the most frequent reason first."""
     funnel = played.funnel
     counts = {o: getattr(funnel.unhinted, o) + getattr(funnel.hinted, o) for o in UNFINISHED}
-    outcome = max(counts, key=lambda o: counts[o])
-    share = (
-        "All" if counts[outcome] == sum(counts.values()) else f"None has an end: {counts[outcome]}"
-    )
-    if outcome == "malformed":
+    reasons = sorted((o for o in UNFINISHED if counts[o]), key=lambda o: -counts[o])
+    if len(reasons) == 1:
+        return _advise(args, played, reasons[0], counts[reasons[0]], "All")
+    advice = (_advise(args, played, o, counts[o], str(counts[o])) for o in reasons)
+    return f"None has an end. {' '.join(advice)}"
+
+
+def _advise(args: Any, played: PlayedRound, reason: str, count: int, share: str) -> str:
+    """Return what to do about completions that came to no end for one reason."""
+    if reason == "malformed":
         return (
             f"{share} of them ended with a call that can't be read, and such trajectories are never "
             "trained on. Show how a call is written with few_shot_examples, choose another tool_format, "
             "or begin with a model that was trained to call tools."
         )
-    if outcome == "tool_limit":
+    if reason == "tool_limit":
         return (
             f"{share} of them wanted more calls than max_tool_calling_iterations="
             f"{args.max_tool_calling_iterations}, and such trajectories are never trained on. Raise it, "
@@ -115,7 +120,7 @@ def _finish(args: Any, played: PlayedRound) -> str:
     results = RoomOfResults()
     for _, rollout in Rollouts.of(played.rollouts).scan():
         results.add(rollout, most)
-    if results.num_without_room > counts[outcome] / 2:
+    if results.num_without_room > count / 2:
         return (
             f"In {results.num_without_room} of them there was no room for the result of a call: results count "
             f"towards max_completion_length={most}, and to the model's context. Raise it, or let the tools "
