@@ -58,12 +58,18 @@ def load(run, kind, tmp_path):
 def test_trl_tokenizes_an_exported_row_as_it_was_trained_on(
     run, tmp_path, tiny_model, chat_tokenizer
 ) -> None:
-    rows = load(run, "sft", tmp_path)
+    trained, theirs = tokens_of_rows(run, tmp_path, tiny_model(chat_tokenizer), chat_tokenizer)
+    assert trained.total() > 10
+    assert not trained - theirs
+
+
+def tokens_of_rows(run, tmp_path, model, tokenizer):
+    """Return the counted tokens and labels that a run trained on where text can tell them, and TRL's."""
     trainer = SFTTrainer(
-        tiny_model(chat_tokenizer),
+        model,
         SFTConfig(str(tmp_path / "sft"), **SETTINGS),
-        train_dataset=rows,
-        processing_class=chat_tokenizer,
+        train_dataset=load(run, "sft", tmp_path),
+        processing_class=tokenizer,
     )
 
     def as_tokens(dataset):
@@ -76,12 +82,42 @@ def test_trl_tokenizes_an_exported_row_as_it_was_trained_on(
             for (ids, labels), count in as_tokens(
                 load_from_disk(str(run.folder(0) / "dataset"))
             ).items()
-            if "\ufffd" not in chat_tokenizer.decode(ids)
-            and not {chat_tokenizer.pad_token_id, chat_tokenizer.unk_token_id} & {*ids}
+            if "\ufffd" not in tokenizer.decode(ids)
+            and not {tokenizer.pad_token_id, tokenizer.unk_token_id} & {*ids}
         }
     )
+    return trained, as_tokens(trainer.train_dataset)
+
+
+def test_trl_adds_the_line_break_of_a_template_behind_the_last_turn(
+    tmp_path, tiny_model, byte_tokenizer
+) -> None:
+    byte_tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    byte_tokenizer.chat_template = family_template("qwen2_5")
+    trainer = STaRTrainer(
+        tiny_model(byte_tokenizer),
+        STaRConfig(
+            str(tmp_path / "run"), num_rounds=1, num_generations=8, max_completion_length=16,
+            rationalize=False, temperature=1.0, stop_strings=PRINTABLE, max_length=None, **SETTINGS,
+        ),
+        train_dataset=Dataset.from_dict(
+            {"prompt": [[{"role": "user", "content": f"Q{i}"}] for i in range(6)]}
+        ),
+        processing_class=byte_tokenizer,
+        reward_funcs=lambda completions, **kwargs: [1.0] * len(completions),
+    )  # fmt: skip
+    trainer.train()
+    run = RunFolder.open(tmp_path / "run")
+    trained, theirs = tokens_of_rows(run, tmp_path, tiny_model(byte_tokenizer), byte_tokenizer)
+    (line_break,) = byte_tokenizer.encode("\n", add_special_tokens=False)
     assert trained.total() > 10
-    assert not trained - as_tokens(trainer.train_dataset)
+    longer = Counter(
+        {
+            ((*ids, line_break), (*labels, line_break)): count
+            for (ids, labels), count in trained.items()
+        }
+    )
+    assert not longer - theirs
 
 
 def test_rows_are_what_rounds_with_history_trained_on(tmp_path, tiny_model, word_tokenizer) -> None:
