@@ -18,12 +18,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-DATE = "2026-11-26"
+DATE = date.today().isoformat()
 METHODS = ("STaR", "ReSTEM", "IRPO")
 NUM_PROMPTS, NUM_SAMPLES, NUM_TOKENS = 48, 8, 64
 

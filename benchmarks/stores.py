@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,7 +35,7 @@ from trl_selfplay import STaRConfig, STaRTrainer
 from trl_selfplay.demos.sums import build_tokenizer
 from trl_selfplay.rounds.store import RoundsStore
 
-DATE = "2026-11-26"
+DATE = date.today().isoformat()
 SIZES_MB = (0.1, 1, 10, 100)
 
 
