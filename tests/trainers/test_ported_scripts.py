@@ -25,6 +25,11 @@ CONFIGS = (STaRConfig, ReSTEMConfig, SPINConfig, IRPOConfig, VSTaRConfig, QuietS
 TRL_CONFIGS = (GRPOConfig, RLOOConfig, SFTConfig, DPOConfig, KTOConfig)
 
 
+@pytest.fixture(autouse=True)
+def _where_default_folders_are_made(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
