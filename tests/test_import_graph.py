@@ -21,6 +21,7 @@ FLOW = (
     "memory",
     "confidential",
     "forks",
+    "file_mask",
     "disk",
     "termination",
     "peers",

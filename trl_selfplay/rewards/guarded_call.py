@@ -14,12 +14,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from trl_selfplay.disk import RESUME
+from trl_selfplay.file_mask import mask_of_new_files
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _settings() -> Iterator[_Setting]:
         lambda: locale.setlocale(locale.LC_ALL),
         lambda value: locale.setlocale(locale.LC_ALL, value),
     )
-    yield _Setting("the mask of new files", _mask_of_files, os.umask)
+    yield _Setting("the mask of new files", mask_of_new_files, os.umask)
     for number, name in ((1, "stdout"), (2, "stderr")):
         yield _Setting(
             f"sys.{name}", partial(_open_stream, name), partial(_put_stream_back, name, number)
@@ -161,14 +161,6 @@ def _settings() -> Iterator[_Setting]:
             lambda: signal.getitimer(signal.ITIMER_REAL)[0] > 0,
             lambda _: signal.setitimer(signal.ITIMER_REAL, 0),
         )
-
-
-def _mask_of_files() -> int:
-    """Return the mask without setting another, which files of other threads would get."""
-    found = Path("/proc/self/status").read_text().partition("Umask:")[2].split()
-    if not found:
-        raise OSError("this system doesn't tell it")
-    return int(found[0], 8)
 
 
 def _open_stream(name: str) -> Any:

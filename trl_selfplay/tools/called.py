@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from trl_selfplay.confidential import masked
+from trl_selfplay.file_mask import mask_of_new_files
 from trl_selfplay.generation.valid_text import valid_text
 
 LENGTH = struct.Struct("!Q")
@@ -215,7 +216,6 @@ def _settings() -> dict[str, Any]:
         "environment": dict(os.environ),
         "streams": [(stream, stream.closed) for stream in (sys.stdin, sys.stdout, sys.stderr)],
         "handlers": [signal.getsignal(number) for number in sorted(signal.valid_signals())],
-        "mask": _mask_of_files(),
         "timer": signal.getitimer(signal.ITIMER_REAL)[1],
         "recursion": sys.getrecursionlimit(),
         "threads": threading.active_count(),
@@ -224,15 +224,11 @@ def _settings() -> dict[str, Any]:
     with contextlib.suppress(OSError):  # a folder that is gone, or closed streams
         found["folder"] = os.getcwd()  # noqa: PTH109  # a string
         found["files"] = [os.fstat(descriptor).st_ino for descriptor in range(3)]
+    with contextlib.suppress(OSError):
+        found["mask"] = mask_of_new_files()
     with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:  # noqa: PTH123
         found["processes"] = len(file.read().split())
     return found
-
-
-def _mask_of_files() -> int:
-    mask = os.umask(0o77)
-    os.umask(mask)
-    return mask
 
 
 def _has_changed(before: Mapping[str, Any], after: Mapping[str, Any], may_grow: set[str]) -> bool:
