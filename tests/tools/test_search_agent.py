@@ -1,12 +1,14 @@
 """The paper's state machine: what each step shows, what an action may be, and where it leads. RA-7, RA-11."""
 
 import ast
+from functools import partial
 
 import pytest
 
 from trl_selfplay.tools.agent import MalformedAction
 from trl_selfplay.tools.record import ToolResult
 from trl_selfplay.tools.search_agent import SearchAgent, check_step, parse_action
+from trl_selfplay.tools.tool_set import ToolSet
 
 
 def search(query: str) -> str:
@@ -36,6 +38,16 @@ def needs_two(query: str, top: int) -> str:
         top: How many.
     """
     return query * top
+
+
+class Shelf:
+    def find(self, query: str) -> str:
+        """Search.
+
+        Args:
+            query: What to look for.
+        """
+        return query
 
 
 def waits() -> str:
@@ -219,10 +231,11 @@ def test_self_critique_is_a_check_of_ones_own() -> None:
         ({"search": counts}, "first argument: top"),
         ({"search": waits}, "first argument: there is no argument"),
         ({"search": needs_two}, "first argument: top is missing"),
+        ({"search": Shelf.find}, r"without its instance, .* Shop\(\)\.find"),
         ({"examples": {"guess": []}}, "'guess'"),
         ({"examples": {"answer": [{"question": "?"}]}}, "past_actions"),
         (
-            {"examples": {"relevance": [{"question": "?", "draft": "", "action": "Maybe()"}]}},
+            {"examples": {"relevance": [{"question": "?", "draft": "a", "action": "Maybe()"}]}},
             "Maybe",
         ),
     ],
@@ -230,3 +243,51 @@ def test_self_critique_is_a_check_of_ones_own() -> None:
 def test_arguments_that_can_not_work_are_refused(arguments, message) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         SearchAgent(**{"search": search, **arguments})
+
+
+SHOWN = {
+    "decision": {"question": "Q?", "past_actions": [], "searches_left": 2, "action": "Terminate()"},
+    "summarization": {"question": "Q?", "query": "a", "results": ["b"], "action": "Summary(text='b')"},
+    "answer": {"question": "Q?", "past_actions": [("a", "b")], "action": "Answer(text='b')"},
+    "relevance": {"question": "Q?", "draft": "b", "action": "Keep()"},
+    "grounding": {"question": "Q?", "results": [], "draft": "b", "action": "Keep()"},
+}  # fmt: skip
+
+
+def test_an_example_of_each_kind_may_show_what_a_run_shows() -> None:
+    """Also a draft that was written without a search."""
+    agent = SearchAgent(search, examples={kind: [example] for kind, example in SHOWN.items()})
+    _, asked = play(agent, WHOLE)
+    for step in asked:
+        ast.parse(agent._render(step.kind, SHOWN[step.kind]) + " " + SHOWN[step.kind]["action"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        ("summarization", {"results": []}, r"results is \[\]; give what the query found"),
+        ("summarization", {"results": "b"}, "results is 'b'; give a list of texts"),
+        ("summarization", {"results": [""]}, "give a list of texts, the result of each search"),
+        ("summarization", {"query": " "}, "query is ' '; give text"),
+        ("decision", {"question": None}, "question is None; give text"),
+        ("decision", {"searches_left": 0}, "searches_left is 0; give a whole number"),
+        ("answer", {"past_actions": ["a", "b"]}, "give a list of pairs of texts, query and summary"),
+        ("answer", {"past_actions": [("a", "")]}, "give a list of pairs of texts"),
+        ("answer", {"action": "Answer()"}, "an action that the agent can't read"),
+        ("answer", {"action": None}, "action is None; give its text"),
+        ("relevance", {"draft": ""}, "draft is ''; give text"),
+    ],
+)  # fmt: skip
+def test_an_example_without_what_a_run_shows_is_refused(kind, wrong, message) -> None:
+    """It would teach the policy to summarize what was not found, or to keep a draft that isn't there."""
+    examples = {kind: [SHOWN[kind], {**SHOWN[kind], **wrong}]}
+    with pytest.raises((ValueError, TypeError), match=rf"examples\['{kind}'\]\[1\].*{message}"):
+        SearchAgent(search, examples=examples)
+
+
+def test_a_search_with_arguments_filled_in_is_called_by_its_own_name() -> None:
+    agent = SearchAgent(partial(counts, 3))
+    call = agent.act(agent.begin("Who?"), "Search(query='x')").call
+    toolbox = ToolSet(agent.tools, 20.0)
+    assert toolbox.call(call).content == "xxx"
+    toolbox.close()

@@ -432,6 +432,39 @@ def test_an_example_shows_each_call_with_its_result_and_ends_with_an_answer(role
         check_examples(examples, form)
 
 
+CALL = 'Action: add({"a": 3, "b": 4})\n'
+
+
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        (CALL + "yes", "a call has no result: Observation: must follow"),
+        ("Action: Finish[yes]", "a call has no result: .* An answer has no Action:"),
+        (CALL + CALL + "Observation: 7\nyes", "the answer after its last result is missing"),
+        (CALL + CALL + "Observation: 7", "a call has no result: it must stand behind Observation:"),
+        (CALL + "Observation:\n" + CALL + "Observation: 7\nyes", "a call has no result: it must"),
+        (CALL + "Observation: " + CALL + "Observation: 7\nyes", "a call has no result: it must"),
+        (CALL + "Observation:", "a call has no result"),
+        (CALL + "Observation: 7\n", "the answer after its last result is missing"),
+        ("I know.\nObservation: 7\nyes", "the result '7' follows no Action: line"),
+        (CALL + "Observation: 7\nObservation: 7\nyes", "the result '7' follows no Action: line"),
+        (CALL + "Observation: 7\nSo.\n" + CALL + "yes", "a call has no result: Observation: must"),
+        (CALL + CALL + "Observation: 7\n7\nSo.\n" + CALL + "Observation: 7\nyes", None),
+        ("yes", None),
+    ],
+)
+def test_an_example_in_words_shows_each_result_and_ends_with_an_answer(completion, message) -> None:
+    """As one in messages does."""
+    examples = [FewShotExample("Q", completion, None)]
+    form = SimpleNamespace(toolbox=ToolSet([add], 1.0), in_words=True)
+    if message is None:
+        check_examples(examples, form)
+        return
+    with pytest.raises(ValueError, match=rf"few_shot_examples\[0\]: {message}"):
+        check_examples(examples, form)
+    check_examples(examples, SimpleNamespace(toolbox=form.toolbox, in_words=False))  # no calls
+
+
 def test_an_example_may_show_what_the_run_would_show(build) -> None:
     """Also a failed call, as the run tells it; and a text in the template's form has no calls."""
     failing = [in_words('add({"a": 3})', "Error: b is missing"), in_words("add[3]", "Error: no")]

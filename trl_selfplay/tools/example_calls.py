@@ -8,10 +8,11 @@ begins with "Error: ".
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise, zip_longest
+from itertools import pairwise, takewhile, zip_longest
 from typing import Any
 
 from trl_selfplay.tools.chat import read_call
+from trl_selfplay.tools.offer import ACTION
 from trl_selfplay.tools.react import OBSERVATION, read_actions
 from trl_selfplay.tools.record import ToolCall
 from trl_selfplay.tools.sessions import ERROR, refuse_call
@@ -19,6 +20,7 @@ from trl_selfplay.tools.tool_set import by_name
 
 # A call as it is written, what it says if it can be read, and the result that follows.
 _Shown = tuple[Any, ToolCall | None, str]
+_NO_ANSWER = "the answer after its last result is missing"
 
 
 def find_failing_call(
@@ -47,20 +49,16 @@ def find_failing_call(
     return None
 
 
-def find_missing_turn(completion: str | Sequence[Mapping[str, Any]]) -> str | None:
-    """Return what the messages of an example lack, or None: each call has a result, and an answer follows."""
-    without_result = "a call has no result: a message of role 'tool' must follow for each"
-    num_open, is_result = 0, False  # calls whose results come next
-    for message in () if isinstance(completion, str) else completion:
-        is_result = message.get("role") == "tool"
-        if is_result and not num_open:
-            return f"the result {message.get('content')!r:.200} follows no call"
-        if num_open and not is_result:
-            return without_result
-        num_open = num_open - 1 if is_result else len(message.get("tool_calls") or ())
-    if num_open:
-        return without_result
-    return "the answer after its last result is missing" if is_result else None
+def find_missing_turn(completion: str | Sequence[Mapping[str, Any]], in_words: bool) -> str | None:
+    """Return what an example lacks, or None: each call has a result, and an answer follows.
+
+    Args:
+        completion: As in `find_failing_call`.
+        in_words: As in `find_failing_call`.
+    """
+    if not isinstance(completion, str):
+        return _missing_in_messages(completion)
+    return _missing_in_text(completion) if in_words else None
 
 
 def _calls_of_text(text: str, schemas: Sequence[dict[str, Any]]) -> Iterator[_Shown]:
@@ -70,6 +68,45 @@ def _calls_of_text(text: str, schemas: Sequence[dict[str, Any]]) -> Iterator[_Sh
         results = [*after.lstrip(" ").split("\n"), *[""] * len(actions)]
         for (written, call), result in zip(actions, results, strict=False):
             yield written.strip(), call, result
+
+
+def _missing_in_text(text: str) -> str | None:
+    first, *others = text.split(OBSERVATION)
+    num_open = _num_calls(first)
+    for after in others:
+        if not num_open:
+            return (
+                f"the result {after.strip().partition(chr(10))[0]!r:.200} follows no {ACTION} line"
+            )
+        shown = takewhile(lambda line: not _num_calls(line), after.split("\n"))
+        num_lines = sum(map(bool, map(str.strip, shown)))
+        if num_lines < num_open:
+            return f"a call has no result: it must stand behind {OBSERVATION}, that of each further call on a line of its own"
+        num_results, num_open = num_open, _num_calls(after)
+    if num_open:
+        return f"a call has no result: {OBSERVATION} must follow on the next line. An answer has no {ACTION}"
+    if others and num_lines == num_results:
+        return _NO_ANSWER
+    return None
+
+
+def _num_calls(text: str) -> int:
+    return len(read_actions(text, ()))
+
+
+def _missing_in_messages(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    without_result = "a call has no result: a message of role 'tool' must follow for each"
+    num_open, is_result = 0, False  # calls whose results come next
+    for message in messages:
+        is_result = message.get("role") == "tool"
+        if is_result and not num_open:
+            return f"the result {message.get('content')!r:.200} follows no call"
+        if num_open and not is_result:
+            return without_result
+        num_open = num_open - 1 if is_result else len(message.get("tool_calls") or ())
+    if num_open:
+        return without_result
+    return _NO_ANSWER if is_result else None
 
 
 def _calls_of_messages(messages: Sequence[Mapping[str, Any]]) -> Iterator[_Shown]:

@@ -14,11 +14,10 @@ from types import MappingProxyType
 from typing import Any
 
 from trl_selfplay.rewards.answer import text_of
-from trl_selfplay.rewards.sent_function import name_of
 from trl_selfplay.tools.agent import MalformedAction, Move, StepPrompt
 from trl_selfplay.tools.arguments import find_wrong
 from trl_selfplay.tools.record import ToolCall, ToolResult
-from trl_selfplay.tools.tool_set import describe_tool
+from trl_selfplay.tools.tool_set import describe_tools
 
 _MOST_CHARACTERS = 100_000  # of an action that is parsed
 # One string, and not several that Python joins.
@@ -144,7 +143,7 @@ class SearchAgent:
         ):
             if type(count) is not int or count < 1:
                 raise ValueError(f"{name}={count!r:.100}; give a whole number of at least 1.")
-        self._argument = _query_argument(search)
+        self._tool, self._argument = _read_search(search)
         self.tools = (search,)
         self.num_step_samples = num_step_samples
         self.max_tool_calls = max_tool_calls
@@ -194,7 +193,7 @@ class SearchAgent:
         """See `Agent.act`."""
         name, argument = parse_action(action, self._kinds[state.kind].actions)
         if name == "Search":
-            call = ToolCall(name_of(self.tools[0]), {self._argument: argument})
+            call = ToolCall(self._tool, {self._argument: argument})
             return Move(replace(state, query=argument), call)
         if name == "Terminate":
             return Move(replace(state, kind=ANSWER))
@@ -242,8 +241,13 @@ class SearchAgent:
                 raise ValueError(
                     f"{where} is {example!r:.200}; give a mapping with {', '.join(sorted(needed))}."
                 )
+            for name in self._kinds[kind].shows:
+                if wrong := _find_wrong_value(name, example[name], kind):
+                    raise ValueError(f"{where}: {name} is {example[name]!r:.200}; give {wrong}.")
+            if not isinstance(example["action"], str):
+                raise TypeError(f"{where}: action is {example['action']!r:.200}; give its text.")
             try:
-                parse_action(str(example["action"]), self._kinds[kind].actions)
+                parse_action(example["action"], self._kinds[kind].actions)
             except MalformedAction as error:
                 raise ValueError(
                     f"{where} has an action that the agent can't read: {error}"
@@ -320,6 +324,27 @@ def _assignment(name: str, value: Any) -> str:
     return f"{name} = {value!r}"
 
 
+def _find_wrong_value(name: str, value: Any, kind: str) -> str | None:
+    """Return what an example has to show instead of a value that no prompt of a run shows; None if it is right."""
+    if name == "searches_left":
+        return None if type(value) is int and value >= 1 else "a whole number of at least 1"
+    if name == "past_actions":
+        pairs = isinstance(value, list | tuple) and all(
+            isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_text, pair))
+            for pair in value
+        )
+        return None if pairs else "a list of pairs of texts, query and summary"
+    if name != "results":
+        return None if _is_text(value) else "text"
+    if not isinstance(value, list | tuple) or not all(map(_is_text, value)):
+        return "a list of texts, the result of each search"
+    return "what the query found" if kind == SUMMARIZATION and not value else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _add_checks(checks: Mapping[str, StepKind]) -> dict[str, StepKind]:
     for name, kind in checks.items():
         if not isinstance(kind, StepKind):
@@ -333,14 +358,14 @@ def _add_checks(checks: Mapping[str, StepKind]) -> dict[str, StepKind]:
     return {**_KINDS, **checks}
 
 
-def _query_argument(search: Callable[..., Any]) -> str:
-    """Return the name of a tool's first argument, which gets the query."""
+def _read_search(search: Callable[..., Any]) -> tuple[str, str]:
+    """Return a tool's name, and that of its first argument, which gets the query."""
     if not callable(search):
         raise TypeError(f"search={search!r:.100}; give a function with one argument, the query.")
-    schema = describe_tool(search, name_of(search))
-    name = next(iter(schema["function"]["parameters"].get("properties") or ()), "")
-    if wrong := find_wrong({name: ""}, schema):
+    [name], [schema] = describe_tools([search])
+    argument = next(iter(schema["function"]["parameters"].get("properties") or ()), "")
+    if wrong := find_wrong({argument: ""}, schema):
         raise TypeError(
-            f"search={name_of(search)!r:.100} has to take one text, the query, as its first argument: {wrong}."
+            f"search={name!r:.100} has to take one text, the query, as its first argument: {wrong}."
         )
-    return name
+    return name, argument

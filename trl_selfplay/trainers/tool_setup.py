@@ -144,7 +144,7 @@ def check_examples(examples: Sequence[FewShotExample], form: ToolForm) -> None:
                 f"few_shot_examples[{index}]: {wrong}. Correct the example, or give the run such a tool. A call "
                 'that is meant to fail has a result that begins with "Error: ".'
             )
-        missing = find_missing_turn(example.completion)
+        missing = find_missing_turn(example.completion, form.in_words)
         if missing is not None:
             raise ValueError(
                 f"few_shot_examples[{index}]: {missing}. Show each call with its result, and the answer at the end."
