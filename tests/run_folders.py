@@ -80,7 +80,10 @@ def write_folder(tmp_path):
         for index, rollouts in (evaluations or {}).items():
             folder = root / ("before" if index < 0 else f"round-{index:03d}") / "evaluation"
             _write_shard(folder, "greedy-", rollouts)
-        settings = {"method": "STaR", "model": "tiny", "num_rounds": len(rounds), **(config or {})}
+        settings = {
+            "method": "STaR", "model": "tiny", "num_rounds": len(rounds),
+            "reward_funcs": "('exact_reward',)", **(config or {}),
+        }  # fmt: skip
         root.mkdir(parents=True, exist_ok=True)
         (root / "config.json").write_text(json.dumps(settings))
         (root / "rounds.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[:finished]))
@@ -122,7 +125,8 @@ def hostile_run(write_folder, make_rollout):
     return write_folder(
         [rollouts],
         "<b>run & \u202e",
-        config={"model": HOSTILE[0], "note": HOSTILE[1], "half": "\ud83d"},
+        config={"model": HOSTILE[0], "note": HOSTILE[1], "half": "\ud83d",
+                "reward_funcs": str((HOSTILE[0],))},
         rewards={"mean": 0.5, HOSTILE[0]: 0.5},
         alarms=[{"id": "D2", "name": HOSTILE[1], "value": 0.3, "low": 0.2, "high": 0.4,
                  "threshold": 0.5, "action": "warn", "text": HOSTILE[0]}],

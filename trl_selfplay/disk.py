@@ -29,6 +29,7 @@ _DAMAGE = (
     ValueError,
     LookupError,
     TypeError,
+    SyntaxError,
     EOFError,
     pa.ArrowException,
     SafetensorError,

@@ -153,11 +153,18 @@ def test_numbers_of_charts_stand_in_tables(write_folder, make_rollout) -> None:
 def test_a_run_without_a_finished_round_has_a_report_of_its_samples(
     write_folder, make_rollout
 ) -> None:
-    run = write_folder([[(make_rollout(), "kept")]], finished=0)
+    greedy = [make_rollout(prompt_id="9" * 32, phase="eval", rewards=(0.0,))]
+    run = write_folder(
+        [[(make_rollout(rewards=(1.0, 0.5)), "kept")]], evaluations={-1: greedy}, finished=0,
+        config={"reward_funcs": "('exact_reward', 'brevity')", "eval_reward_funcs": "('judge',)"},
+    )  # fmt: skip
     (run / "_rounds" / "round-000" / "selection.parquet").unlink()
     page = Parsed(write_report(run))
     assert "So far: 0 of 1 rounds finished. Round 0: sampling." in page.text
-    assert [sample["outcome"] for sample in page.data["samples"]] == ["not selected yet"]
+    assert {sample["outcome"]: sample["scores"] for sample in page.data["samples"]} == {
+        "not selected yet": [["exact_reward", 1.0], ["brevity", 0.5]],
+        "held-out": [["judge", 0.0]],
+    }
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path) -> None:

@@ -145,6 +145,26 @@ def test_a_run_that_has_just_begun_is_open_to_readers(tmp_path) -> None:
         list(run.rollouts(0))
 
 
+def test_scores_stand_under_the_names_of_their_functions_as_far_as_recorded(
+    write_folder, make_rollout
+) -> None:
+    """Also before a round is finished, and those of held-out samples under the names of theirs."""
+    config = {"reward_funcs": "('exact_reward',)", "eval_reward_funcs": "('judge',)"}
+    run = RunFolder.open(write_folder([[]], finished=0, config=config))
+    trained, held_out = (
+        make_rollout(rewards=(1.0, 0.5)),
+        make_rollout(phase="eval", rewards=(None,)),
+    )
+    assert run.scores(trained) == {"exact_reward": 1.0, "function 2": 0.5}
+    assert run.scores(held_out) == {"judge": None}
+    run.config["eval_reward_funcs"] = None  # graded by the same functions
+    assert run.scores(held_out) == {"exact_reward": None}
+    assert run.scores(make_rollout(rewards=())) == {}
+    run.config["reward_funcs"] = "('exact_reward',"
+    with pytest.raises(DamagedFileError, match=r"config\.json can't be read"):
+        run.scores(trained)
+
+
 def test_settings_that_cant_be_read_are_named(unpack) -> None:
     output_dir = unpack("star")
     (output_dir / "_rounds" / "config.json").write_text(json.dumps([1])[:-1])

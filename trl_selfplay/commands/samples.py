@@ -120,7 +120,6 @@ def _find(
 
 
 def _print_json(run: RunFolder, found: Iterable[_RoundSamples], held_out: bool) -> None:
-    names = run.reward_names
     for index, samples in found:
         for rollout, outcome in samples:
             fields: dict[str, Any] = {
@@ -132,7 +131,7 @@ def _print_json(run: RunFolder, found: Iterable[_RoundSamples], held_out: bool) 
                 "finish": rollout.finish,
                 "halt": rollout.halt,
                 "reward": rollout.reward,
-                "rewards": _by_name(rollout, names),
+                "rewards": run.scores(rollout),
                 "cause": rollout.cause,
                 "tokens": len(rollout.completion_ids),
                 "prompt": rollout.prompt,
@@ -145,7 +144,7 @@ def _print_json(run: RunFolder, found: Iterable[_RoundSamples], held_out: bool) 
 def _print_text(
     run: RunFolder, found: Iterable[_RoundSamples], held_out: bool, is_full: bool
 ) -> None:
-    show, names, decode = _printer(), tuple(map(visible, run.reward_names)), load_decoder(run)
+    show, decode = _printer(), load_decoder(run)
     prompts, count = run.prompts, 0
     for index, samples in found:
         for rollout, outcome in samples:
@@ -156,8 +155,7 @@ def _print_text(
             head = [where, visible(kind), *(["with hint"] if rollout.hinted else [])]
             reward = "no reward" if rollout.reward is None else f"reward {rollout.reward:g}"
             scores = [
-                f"{visible(n)} {'–' if s is None else s}"
-                for n, s in _by_name(rollout, names).items()
+                f"{visible(n)} {'–' if s is None else s}" for n, s in run.scores(rollout).items()
             ]
             facts = [
                 reward,
@@ -191,12 +189,6 @@ def _print_text(
 
 def _indent(text: str) -> str:
     return "\n".join(f"    {line}" for line in visible(text).split("\n"))
-
-
-def _by_name(rollout: Rollout, names: tuple[str, ...]) -> dict[str, float | None]:
-    """Return the score of each reward function."""
-    known = [*names, *(f"function {i + 1}" for i in range(len(names), len(rollout.rewards)))]
-    return dict(zip(known, rollout.rewards, strict=False))
 
 
 def _printer() -> _Print:

@@ -5,6 +5,7 @@ the lines of rounds.jsonl, the settings, and each round's rollouts with their ou
 Nothing is written.
 """
 
+import ast
 import json
 import logging
 import sys
@@ -112,13 +113,21 @@ class RunFolder:
         """The name of the method, such as "STaR", or "" if the run hasn't recorded it."""
         return str(self.config.get("method") or "")
 
-    @property
-    def reward_names(self) -> tuple[str, ...]:
-        """The names of the reward functions in the order of a rollout's scores, as far as known."""
-        rewards: dict[str, Any] = next(
-            (line["rewards"] for line in self.lines if line.get("rewards")), {}
-        )
-        return tuple(name for name in rewards if name != "mean")
+    def scores(self, rollout: Rollout) -> dict[str, float | None]:
+        """Return a rollout's scores by the names of the functions that gave them.
+
+        Raises:
+            DamagedFileError: The record of their names can't be read.
+        """
+        held_out = self._reward_names("eval_reward_funcs") if rollout.phase == "eval" else ()
+        names = held_out or self._reward_names("reward_funcs")
+        numbered = (f"function {i + 1}" for i in range(len(names), len(rollout.rewards)))
+        return dict(zip((*names, *numbered), rollout.rewards, strict=False))
+
+    def _reward_names(self, setting: str) -> tuple[str, ...]:
+        """Return the names that a setting has recorded; none before the run has recorded its settings."""
+        with naming_damage(self.root / "config.json", BRING_BACK):
+            return tuple(ast.literal_eval(self.config.get(setting) or "()"))
 
     @property
     def planned_rounds(self) -> int | None:

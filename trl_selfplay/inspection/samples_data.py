@@ -35,7 +35,6 @@ class ShownSamples:
     """The chosen samples of a run.
 
     Attributes:
-        rewards: Names of the reward functions.
         samples: One record each, see `_record`.
         prompts: Ids of their prompts.
         texts: Prompts as sampled from; a hint or examples make another text of the same prompt.
@@ -43,7 +42,6 @@ class ShownSamples:
         note: How they were chosen, how many there are, and what can't be read.
     """
 
-    rewards: tuple[str, ...]
     samples: list[dict[str, Any]] = field(default_factory=list)
     prompts: dict[str, int] = field(default_factory=dict)
     texts: dict[str, int] = field(default_factory=dict)
@@ -53,7 +51,6 @@ class ShownSamples:
     def to_dict(self) -> dict[str, Any]:
         """Return what the page gets."""
         return {
-            "rewards": self.rewards,
             "samples": self.samples,
             "prompts": list(self.prompts),
             "solutions": self.solutions,
@@ -63,7 +60,7 @@ class ShownSamples:
 
 def collect_samples(run: RunFolder, limit: int) -> ShownSamples:
     """Return at most `limit` samples of each round, and as many held-out completions."""
-    shown = ShownSamples(tuple(map(visible, run.reward_names)))
+    shown = ShownSamples()
     decode = load_decoder(run)
     rounds = sorted({*run.rounds, *(line["round"] for line in run.lines)})
     shown.note.append(
@@ -108,11 +105,16 @@ def _add(
         shown.note.append(f"{where.capitalize()}: {counts}.")
     for rollout, outcome in chosen.samples:
         label = f"{HELD_OUT} {outcome}".strip() if kind else name_outcome(outcome)
-        shown.samples.append(_record(shown, rollout, index, label, decode))
+        shown.samples.append(_record(shown, run, rollout, index, label, decode))
 
 
 def _record(
-    shown: ShownSamples, rollout: Rollout, index: int, label: str, decode: Decode | None
+    shown: ShownSamples,
+    run: RunFolder,
+    rollout: Rollout,
+    index: int,
+    label: str,
+    decode: Decode | None,
 ) -> dict[str, Any]:
     """Return a sample as JSON takes it, with texts by their places in lists."""
     steps = split_steps(rollout, decode)
@@ -133,7 +135,7 @@ def _record(
         "hinted": rollout.hinted,
         "end": name_end(rollout),
         "reward": finite(rollout.reward),
-        "scores": list(map(finite, rollout.rewards)),
+        "scores": [[visible(n), finite(score)] for n, score in run.scores(rollout).items()],
         "cause": visible(rollout.cause or ""),
         "tokens": len(rollout.completion_ids),
         "completion": _shorten(rollout.completion),

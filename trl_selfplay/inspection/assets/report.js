@@ -259,7 +259,7 @@
     head.append(make("span", nameOf(sample.round)), make("span", sample.outcome, `tag ${kind}`));
     if (sample.hinted) head.append(make("span", "with hint", "tag other"));
     head.append(make("span", sample.reward === null ? "no reward" : `reward ${sample.reward}`));
-    const scores = sample.scores.map((score, place) => `${data.rewards[place] ?? `function ${place + 1}`} ${score ?? "–"}`);
+    const scores = sample.scores.map(([name, score]) => `${name} ${score ?? "–"}`);
     const own = sample.steps && `${sample.own_tokens} of them the policy's`;
     const facts = [...scores, sample.cause && `not graded: ${sample.cause}`, `${sample.tokens} tokens`, own, sample.end];
     box.append(head, make("p", facts.filter(Boolean).join(" · "), "scores"), ...texts(sample));
