@@ -3,6 +3,7 @@
 import pytest
 
 from trl_selfplay.rollouts.record import load_rollouts
+from trl_selfplay.rounds.run import UNTRAINED
 
 
 def sampled_tokens(folder) -> int:
@@ -34,6 +35,10 @@ def test_tokens_are_those_on_disk_and_those_that_trl_counts(
         assert line["tokens"]["sample"] == sampled_tokens(folder / "samples") > 0
         assert line["tokens"]["evaluate"] == sampled_tokens(folder / "evaluation") > 0
         assert line["tokens"].keys() == line["seconds"].keys()
+    untrained = sampled_tokens(trainer.run.folder(UNTRAINED) / "evaluation")
+    assert [line["tokens"].get("evaluate_before") for line in lines] == [untrained, None][
+        :num_rounds
+    ]
 
 
 def test_a_round_on_an_earlier_rounds_samples_samples_no_tokens(build_rest) -> None:

@@ -354,7 +354,8 @@ def cost_charts(lines: Sequence[Line]) -> list[Chart]:
     for title, caption, field in (
         (
             "Seconds",
-            "Wall-clock time of each phase, in the process that finished the round.",
+            "Wall-clock time of each phase, in the process that finished the round. Round 0's includes what precedes "
+            "it: the scores of the untrained model (evaluate_before) and the warm-up.",
             "seconds",
         ),
         (

@@ -359,6 +359,7 @@ def _report_baseline(
 ) -> None:
     if before is None or progress.lines:
         return
+    progress.seconds_before["evaluate_before"] = before.seconds
     progress.pending_logs.append(dict(before.metrics))
     if warning := warn_baseline(before.metrics, has_degrees):
         logger.warning("before round 0: %s", warning)
@@ -369,7 +370,9 @@ def _warm_up(trainer: Any, train_parent: Callable[..., TrainOutput], rows: Datas
     folder = trainer.run.warm_up_folder
     if load_outcome(trainer, folder):
         return False
+    started = time.monotonic()
     output = train_on(trainer, train_parent, rows, folder, trainer.args.seed)
+    trainer.progress.seconds_before["warm_up"] = time.monotonic() - started
     return output is not None and ends_run(trainer.state)
 
 
@@ -439,10 +442,14 @@ def _finish_round(
         "gain": gain,
         "gain_standard_error": standard_error,
         "seconds": {
-            **{phase: round(seconds, 1) for phase, seconds in progress.seconds.items()},
+            **({} if round_index else _rounded(progress.seconds_before)),
+            **_rounded(progress.seconds),
             "evaluate": 0.0 if scores is None else round(scores.seconds, 1),
         },
-        "tokens": tokens_by_phase(plan, played, state.epoch, scores),
+        "tokens": {
+            **({} if round_index or before is None else {"evaluate_before": before.num_tokens}),
+            **tokens_by_phase(plan, played, state.epoch, scores),
+        },
         "examples": played.num_examples,
         "steps": state.global_step,
         "learning_rate": args.learning_rate,
@@ -463,6 +470,10 @@ def _finish_round(
         _delete_what_is_done(run, progress.lines)
         print_round_table(progress.lines, run.chosen_metric)
     return ends_run(state)  # also where a kill came after it was trained
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {phase: round(value, 1) for phase, value in seconds.items()}
 
 
 def _delete_what_is_done(run: Run, lines: Sequence[Mapping[str, Any]]) -> None:

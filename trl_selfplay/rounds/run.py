@@ -102,6 +102,8 @@ class RoundProgress:
         pending_logs: Metrics to log once the trackers have started with the parent's training.
         num_examples: Number of selected examples of the round in progress.
         seconds: Wall-clock time of its phases in this process, by name.
+        seconds_before: The same of what precedes round 0: "evaluate_before", the scores of the untrained model,
+            and "warm_up".
     """
 
     plans: Sequence[RoundPlan]
@@ -113,6 +115,7 @@ class RoundProgress:
     pending_logs: list[dict[str, float]] = field(default_factory=list)
     num_examples: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    seconds_before: dict[str, float] = field(default_factory=dict)
 
     def begin(self, round_index: int) -> None:
         """Begin a round."""

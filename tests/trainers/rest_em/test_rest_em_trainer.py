@@ -490,6 +490,7 @@ def test_rft_trains_the_base_on_gold_and_accepted_paths(
     assert_equal(begin[1], initial)
     (line,) = read_lines(trainer)
     assert (line["sampled_from"], line["trained_from"]) == ("warm-up", "base")
+    assert list(line["seconds"]) == ["warm_up", "sample", "train", "evaluate"]
     rows = Counter(tuple(ids) for ids in read_rows(trainer, 0)["input_ids"])
     for rollout in trainer.gold.rollouts:
         assert rows[(*rollout.prompt_ids, *rollout.completion_ids)] >= 1
