@@ -746,6 +746,16 @@ def test_class_attributes_name_the_method_on_the_model_card(build_sft, tmp_path)
         assert text in card
 
 
+def test_the_model_card_names_no_base_model_that_isnt_on_the_hub(build_sft, tmp_path) -> None:
+    for source in (str(tmp_path), ""):
+        trainer = build_sft()
+        trainer.model.config._name_or_path = source
+        trainer.create_model_card(model_name="my-model")
+        card = (tmp_path / "run" / "README.md").read_text()
+        assert card.count("version of [None](https://huggingface.co/None).") == 1
+        assert "base_model" not in card
+
+
 def test_the_configs_are_training_arguments() -> None:
     assert issubclass(SFTConfig, TrainingArguments)
     assert issubclass(DPOConfig, TrainingArguments)

@@ -68,7 +68,10 @@ def test_a_push_takes_model_and_samples_with_their_cards_and_no_token(
     card = ModelCard(model["README.md"].decode())
     assert card.data.datasets == "someone/sums"
     assert {"sft", "generated_from_trainer"} <= set(card.data.tags)
-    assert "a local folder, tiny-model" in card.text
+    for where in ("fine-tuned version of", "| Base model |"):
+        assert f"{where} a model in a local folder, tiny-model" in card.text
+    assert str(tmp_path) not in card.text
+    assert card.data.base_model is None  # it would be a link to the hub
     for heading in ("## Lineage", "## Rounds", "### What became of the completions"):
         assert heading in card.text
     assert re.search(r"\| Rounds \| 1 of 1 \|", card.text)

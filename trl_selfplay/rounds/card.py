@@ -18,6 +18,7 @@ from trl_selfplay.rounds.run import UNTRAINED, Run
 from trl_selfplay.rounds.watch import round_at_end
 from trl_selfplay.tools.offer import name_of_schema
 
+_NO_BASE = "[None](https://huggingface.co/None)"  # in TRL's card
 _CITATION = """\
 Cite trl-selfplay as:
 
@@ -36,6 +37,7 @@ def add_rounds_to_card(trainer: Any) -> None:
     path = Path(trainer.args.output_dir) / "README.md"
     if not (trainer.is_world_process_zero() and path.exists()):
         return
+    name_base(trainer)
     run: Run = trainer.run
     lines = run.lines
     sections = [path.read_text().rstrip(), _lineage(trainer, lines)]
@@ -49,18 +51,33 @@ def add_rounds_to_card(trainer: Any) -> None:
     save_text(path, "\n\n".join(section for section in sections if section) + "\n")
 
 
+def name_base(trainer: Any) -> None:
+    """Say in TRL's card what was trained; it knows models of the hub alone, and calls others "None"."""
+    path = Path(trainer.args.output_dir) / "README.md"
+    if not (trainer.is_world_process_zero() and path.exists()):
+        return
+    base = escape(_base_model(trainer) or "a model object without a name")
+    save_text(path, path.read_text().replace(_NO_BASE, base))
+
+
+def _base_model(trainer: Any) -> str:
+    """Return the name of the model that training began with, of a folder its last part; "" if it has none."""
+    source = str(getattr(trainer.model.config, "name_or_path", "") or "")
+    if not source or not Path(source).exists():
+        return source
+    return f"a model in a local folder, {Path(source).name or Path(source).resolve().name}"
+
+
 def _lineage(trainer: Any, lines: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of what the model was made from."""
     args, play, run = trainer.args, trainer.self_play, trainer.run
     scorer, eval_scorer = play.collector.scorer, play.collector.eval_scorer
     toolbox = play.toolbox
-    source = str(getattr(trainer.model.config, "name_or_path", "") or "")
-    is_local = bool(source) and Path(source).exists()
     adapters = getattr(trainer.model, "peft_config", {})
     packages = ["trl-selfplay", "trl", *(["peft"] if adapters else [])]
     facts: dict[str, Any] = {
         "Method": trainer._name,
-        "Base model": f"a local folder, {Path(source).name}" if is_local else source,
+        "Base model": _base_model(trainer),
         "Adapter": ", ".join(str(c.peft_type).split(".")[-1] for c in adapters.values()),
         "Training prompts": f"{len(play.rows):,}",
         "Held-out prompts": ", ".join(

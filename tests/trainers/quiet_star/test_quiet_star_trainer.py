@@ -485,3 +485,15 @@ def test_losses_with_and_without_thoughts_are_logged(quiet_trainer, capsys) -> N
     printed = capsys.readouterr().out
     assert "thoughts that helped most:" in printed
     assert "nats  …" in printed
+
+
+def test_the_card_names_a_base_model_in_a_local_folder(quiet_trainer, tmp_path) -> None:
+    trainer = quiet_trainer()
+    trainer.model.config._name_or_path = str(tmp_path)
+    trainer.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert (
+        f"fine-tuned version of a model in a local folder, {tmp_path.name.replace('_', chr(92) + '_')}."
+        in card
+    )
+    assert str(tmp_path) not in card

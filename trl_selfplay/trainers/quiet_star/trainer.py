@@ -21,6 +21,7 @@ from trl_selfplay.evaluation.progress import say
 from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.peers import together
+from trl_selfplay.rounds.card import name_base
 from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, refuse_broken
 from trl_selfplay.rounds.gathered import check_sharding
 from trl_selfplay.rounds.log import say_where_interrupted
@@ -507,6 +508,11 @@ class QuietSTaRTrainer(SFTTrainer):
             and args.reinforce_weight > 0.0
             and args.thought_length > 0,
         )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card, which names a base model in a local folder too."""
+        super().create_model_card(*args, **kwargs)
+        name_base(self)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model so that `QuietSTaRModel.from_pretrained` can load it.
