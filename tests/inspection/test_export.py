@@ -304,11 +304,15 @@ def test_a_trajectory_is_exported_with_its_calls_and_results(write_run, export, 
     path = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match=r"calls of tools has no place in --form alpaca"):
         export_run(run, "sft", path, form="alpaca")
+    with pytest.raises(ValueError, match=r"no place in --form alpaca.* Use --form messages\.$"):
+        export_run(run, "kto", path, form="alpaca")
     with pytest.raises(ValueError, match=r"write them to a \.jsonl file"):
         export_run(run, "sft", tmp_path / "rows.parquet")
     of_text = write_run(TEXT, [[trajectory()]], "of text")
     assert export(of_text, "sft", form="messages")[0]["messages"][1:] == list(TURNS)
-    with pytest.raises(ValueError, match=r"calls of tools has no place .* Use --form messages"):
+    with pytest.raises(
+        ValueError, match=r"Use --form messages\. Or .* `_rounds/round-000/dataset`"
+    ):
         export_run(of_text, "sft", path)
     assert not path.exists()
 
@@ -348,8 +352,14 @@ def test_pairs_of_trajectories_are_two_lists_of_messages(write_run, export, tmp_
     run = write_run(CHAT, [[trajectory(), wrong]])
     (row,) = export(run, "dpo")
     assert (row["chosen"], row["rejected"]) == (list(TURNS), list(TURNS))
+    path = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match=r"no place in --form messages.* Use --form trl"):
-        export_run(run, "dpo", tmp_path / "rows.jsonl", form="messages")
+        export_run(run, "dpo", path, form="messages")
+    of_text = write_run(TEXT, [[trajectory(), wrong]], "of text")
+    for form in ("trl", "messages", "sharegpt", "alpaca"):  # none names another that refuses too
+        with pytest.raises(ValueError, match=r"--as parquet writes every sample"):
+            export_run(of_text, "dpo", path, form=form)
+    assert export_run(of_text, "parquet", tmp_path / "all.parquet") == 2
 
 
 def test_thoughts_beside_a_call_have_no_place_in_sharegpt(write_run, tmp_path) -> None:

@@ -252,3 +252,38 @@ def test_trl_trains_on_trajectories_and_on_prompts_that_tell_of_tools(tmp_path, 
     assert any("tool_calls" in str(row["completion"]) for row in rows) == chat
     again.train()
     assert again.state.log_history[0]["grad_norm"] > 0.0
+
+
+def test_trl_trains_on_the_dataset_of_a_round_where_no_form_has_a_place_for_trajectories(
+    tmp_path,
+) -> None:
+    """With text prompts: the tokens of the run, and no loss on results."""
+    tokenizer = word_tokenizer()
+    trainer = STaRTrainer(
+        bigram_model(tokenizer, TEXT_STEPS),
+        STaRConfig(
+            str(tmp_path / "run"), num_rounds=1, num_generations=8, max_completion_length=60,
+            rationalize=False, temperature=1.0, **SETTINGS,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [f"Q {i} + 4 = ?" for i in range(3)]}),
+        processing_class=tokenizer,
+        reward_funcs=lambda completions, **kwargs: [float("Action" in c) for c in completions],
+        tools=[add],
+    )  # fmt: skip
+    trainer.train()
+    with pytest.raises(
+        ValueError, match=r"datasets\.load_from_disk of `_rounds/round-000/dataset`"
+    ):
+        export_run(RunFolder.open(tmp_path / "run"), "sft", tmp_path / "rows.jsonl")
+    again = SFTTrainer(
+        bigram_model(tokenizer, TEXT_STEPS),
+        SFTConfig(str(tmp_path / "sft"), **SETTINGS),
+        train_dataset=load_from_disk(str(tmp_path / "run/_rounds/round-000/dataset")),
+        processing_class=tokenizer,
+    )
+    result = tokenizer.convert_tokens_to_ids("7\n")
+    batch = again.data_collator(list(again.train_dataset))
+    assert (batch["labels"][batch["input_ids"] == result] == -100).all()
+    assert (batch["input_ids"] == result).any()
+    again.train()
+    assert again.state.log_history[0]["grad_norm"] > 0.0

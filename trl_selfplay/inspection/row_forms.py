@@ -12,6 +12,15 @@ from typing import Any
 
 from trl_selfplay.rollouts.kept_prompts import KeptPrompt
 
+# What holds completions with calls of tools that follow a text prompt.
+_TEXT_ROWS = (
+    " Or give SFTTrainer the tokens that the run trained on, in which results have no loss: "
+    "datasets.load_from_disk of `_rounds/round-000/dataset` in the run, and of its other rounds."
+)
+_TEXT_PAIRS = (
+    "No form has a place for them behind text prompts: --as parquet writes every sample, with its tokens and "
+    "which of them the policy wrote (`completion_mask`)."
+)
 _SHAREGPT_ROLES = {"user": "human", "assistant": "gpt", "tool": "observation", "system": "system"}
 
 
@@ -73,7 +82,7 @@ class Example:
         if self.trajectories:
             raise ValueError(
                 f"pairs of completions with calls of tools have no place in --form {form}, which has one "
-                "message for each. Use --form trl."
+                f"message for each. {_instead(self)}"
             )
         return {name: message for name, (message,) in self.answers().items()}
 
@@ -159,8 +168,18 @@ def _refuse_trajectories(example: Example, form: str) -> None:
     if example.trajectories:
         raise ValueError(
             f"a completion with calls of tools has no place in --form {form}, whose text would either lack the "
-            "results or be trained on with them. Use --form messages."
+            f"results or be trained on with them. {_instead(example)}"
         )
+
+
+def _instead(example: Example) -> str:
+    """Return what has a place for completions with calls of tools."""
+    is_text = isinstance(example.prompt.prompt, str)
+    if "completion" not in example.completions:
+        return _TEXT_PAIRS if is_text else "Use --form trl."
+    return "Use --form messages." + (
+        _TEXT_ROWS if is_text and "label" not in example.columns else ""
+    )
 
 
 def _tools(example: Example) -> dict[str, Any]:
