@@ -1,6 +1,7 @@
 """What `dry_run=True` finds and prints, what makes a run impossible, and that it changes nothing."""
 
 import json
+from contextlib import suppress
 from itertools import groupby
 
 import graded_process
@@ -250,6 +251,20 @@ def test_a_template_whose_end_of_turn_does_not_end_sampling_is_told(
         assert advice in stop["text"]
         preflight.warn_before_run(trainer)  # as every run does
     assert (advice in caplog.text) == is_told
+
+
+def test_examples_that_are_longer_than_a_completion_may_be_are_told(
+    build_star, tmp_path, caplog
+) -> None:
+    example = {"prompt": "Q 1 + 1 =", "completion": " so 2 so 2 so 2", "solution": "2"}
+    trainer = build_star(dry_run=True, few_shot_examples=[example], max_completion_length=3,
+                         num_rounds=1, reward_funcs=always)  # fmt: skip
+    told = "1 of 1 few_shot_examples have longer completions than max_completion_length=3 allows"
+    preflight.warn_before_run(trainer)  # as every run does
+    assert told in caplog.text
+    with suppress(PreflightError):  # whatever else is wrong with a random model's completions
+        trainer.train()
+    assert told in findings_of(tmp_path)["lengths"]["text"]
 
 
 @pytest.mark.slow

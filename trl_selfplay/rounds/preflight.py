@@ -26,6 +26,7 @@ from trl_selfplay.evaluation.room_of_results import RoomOfResults
 from trl_selfplay.generation.sampler import build_sampling_options
 from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rollouts.funnel import describe_causes, describe_funnel
+from trl_selfplay.rounds.example_lengths import warn_of_long_examples
 from trl_selfplay.rounds.gold_check import check_gold
 from trl_selfplay.rounds.memory_check import describe_memory, estimate_run
 from trl_selfplay.rounds.needs import (
@@ -127,8 +128,9 @@ def find_all(trainer: Any, folder: Path) -> list[Finding]:
 
 def warn_before_run(trainer: Any) -> None:
     """Make the checks that cost nothing, at the start of every run; log what they find."""
-    if trainer.samples_prompts and (warning := warn_of_end(trainer.self_play)):
-        logger.warning("%s", warning)
+    for find in (warn_of_end, warn_of_long_examples) if trainer.samples_prompts else ():
+        if warning := find(trainer.self_play):
+            logger.warning("%s", warning)
 
 
 def describe(findings: Sequence[Finding], columns: int = 100) -> str:
@@ -349,6 +351,9 @@ def _lengths(trainer: Any, trial: TrialRound) -> Finding | None:
             f"; {too_long} right ones are longer than max_length={args.max_length} with their prompts "
             "and are left out. Raise max_length"
         )
+        level = "warning"
+    if warning := warn_of_long_examples(trainer.self_play):
+        text += f"; {warning}"
         level = "warning"
     return Finding("lengths", level, text, values)
 
