@@ -68,3 +68,26 @@ class Silent:
             word: The word.
         """
         return f"{word}: a word"
+
+
+class Hides:
+    """An environment that draws a number, which it doesn't say."""
+
+    def reset(self, **columns) -> None:
+        self.number = random.randrange(1000)
+
+    def look_up(self, word: str) -> str:
+        """Look a word up.
+
+        Args:
+            word: The word.
+        """
+        return str(self.number)
+
+
+class Says(Hides):
+    """An environment that says what it draws."""
+
+    def reset(self, **columns) -> str:
+        super().reset()
+        return f" {self.number}"

@@ -29,7 +29,7 @@ PARTS = [{"type": "text", "text": "So<eos>"}]
 class Says:
     """Environments that all say the same."""
 
-    resets = (print,)
+    has_environments = True
 
     def __init__(self, said) -> None:
         self.observation = lambda columns: said

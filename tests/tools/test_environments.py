@@ -58,7 +58,7 @@ def test_an_environment_is_described_as_by_grpo_trainer(counters) -> None:
     assert [s["function"]["name"] for s in counters.schemas] == ["add", "die", "hold", "increase"]
     assert counters.schemas_of({}) == counters.schemas
     assert counters.rewarding == {"Counter": frozenset({None})}
-    assert counters.resets == [Counter.reset]
+    assert counters.has_environments
     assert counters.sources == {"add": add, "environment": Counter}
     assert counters.observation({"start": 4, "prompt": "?"}) == "It stands at 4."
 

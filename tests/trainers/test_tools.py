@@ -19,7 +19,7 @@ from bigram_policy import (
     word_tokenizer,
 )
 from datasets import Dataset
-from plain_tools import Counter, Silent, add, draw, look_up
+from plain_tools import Counter, Hides, Says, Silent, add, draw, look_up
 from tiny_trainers import QUIET, build_trainer
 
 from trl_selfplay.disk import save_text
@@ -30,6 +30,7 @@ from trl_selfplay.rollouts.stored import load_samples
 from trl_selfplay.rounds.empty_round import EmptyRoundError
 from trl_selfplay.rounds.identity import check_identity, describe_trainer
 from trl_selfplay.tools.offer import describe
+from trl_selfplay.tools.record import ToolCall
 from trl_selfplay.tools.tool_set import ToolSet
 from trl_selfplay.trainers.tool_setup import check_examples, choose_form
 
@@ -594,15 +595,33 @@ def test_environments_with_rewards_of_their_own_count_as_one_reward(build) -> No
         build(reward_weights=[1.0, 1.0], **settings)
 
 
-def test_rows_that_differ_in_what_reset_reads_are_different_rows(build) -> None:
-    rows = Dataset.from_dict(
-        {"prompt": ["Q ?", "Q ?"], "solution": ["yes"] * 2, "word": ["a", "b"]}
-    )
-    assert (
-        len(build(environment_factory=Silent, tools=None, train_dataset=rows).self_play.rows) == 1
-    )
-    reads = type("Reads", (Silent,), {"reset": lambda self, word, **columns: None})
-    assert len(build(environment_factory=reads, tools=None, train_dataset=rows).self_play.rows) == 2
+@pytest.mark.parametrize("kind", [Hides, Says])
+def test_equal_rows_are_tasks_of_their_own_with_an_environment(build, caplog, kind) -> None:
+    """As in scripts for GRPOTrainer, which repeat a row for as many games as there are to be."""
+    rows = Dataset.from_dict({"prompt": ["Q ?"] * 4 + ["A ?"], "word": ["a", "a", "a", "b", "a"]})
+    play = build(environment_factory=kind, tools=None, train_dataset=rows).self_play
+    assert "2 of 5 rows equal an earlier one. Each is a task of its own" in caplog.text
+    assert len({row.prompt_id for row in play.rows}) == 5
+    call = ToolCall("look_up", {"word": "a"})
+
+    def numbers(key):
+        sessions = {row.row_index: play.toolbox.open(row.task, key) for row in play.rows}
+        found = {index: session.call(call).content for index, session in sessions.items()}
+        for session in sessions.values():
+            session.close()
+        return found
+
+    assert numbers(1) == numbers(2)  # all samples of a row begin alike
+    assert len({*numbers(1).values()}) == 5
+    if kind is Says:
+        said = {row.row_index: row.prompt.rpartition(" ")[2] for row in play.rows}
+        assert said == numbers(1)
+    assert all({*row.columns} == {"prompt", "word"} for row in play.rows)  # for reward functions
+    shuffled = rows.select([3, 4, 2, 0, 1])
+    again = build(
+        environment_factory=kind, tools=None, train_dataset=shuffled, folder="other"
+    ).self_play
+    assert [r.prompt_id for r in again.rows] == [r.prompt_id for r in play.rows]
 
 
 def test_what_environments_cannot_do_is_refused(build) -> None:

@@ -412,7 +412,7 @@ class Collector:
         log = None
         if work.folder is not None:
             log = stack.enter_context(closing(self.trajectories.step_log(work.steps_path(name))))
-        return self.trajectories.over(self.sampler, [row.columns for row in rows], log)
+        return self.trajectories.over(self.sampler, [row.task for row in rows], log)
 
     def grade(
         self, rollouts: Sequence[Rollout], by_id: Mapping[str, PromptRow], name: str = ""

@@ -69,7 +69,7 @@ def load_gold(
     """
     name = "gold_dataset"
     form = formatter.tool_form
-    if form is not None and form.toolbox.resets:
+    if form is not None and form.toolbox.has_environments:
         raise ValueError(
             f"`{name}` with an `environment_factory`: prompts end with what the environment says, and human "
             "completions have no environment that could give a reward. Leave one out."

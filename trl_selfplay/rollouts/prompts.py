@@ -8,6 +8,7 @@ rendering.py turns them into tokens.
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ from trl_selfplay.confidential import shown
 from trl_selfplay.generation.control_tokens import control_tokens, split_tokens
 from trl_selfplay.rewards.functions import columns_read
 from trl_selfplay.rollouts.record import hash_prompt
-from trl_selfplay.tools.offer import Toolbox, offered, read_schemas, read_tools
+from trl_selfplay.tools.offer import Toolbox, as_copy, offered, read_schemas, read_tools
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class PromptRow:
         source: Name of the dataset, for error messages.
         template_arguments: The row's own `tools` and `chat_template_kwargs`, if any.
         observation: What the row's environment says at its start, which is the end of `prompt`, or None.
+        copy: How many equal rows come before it. With an environment, each is a task of its own.
     """
 
     prompt_id: str
@@ -78,6 +80,7 @@ class PromptRow:
     source: str = "train_dataset"
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     observation: Any = None
+    copy: int = 0
 
     @classmethod
     def of(cls, prompt: Prompt, source: str) -> Self:
@@ -88,6 +91,11 @@ class PromptRow:
     def is_conversational(self) -> bool:
         """Whether the prompt is chat messages."""
         return not isinstance(self.prompt, str)
+
+    @property
+    def task(self) -> Mapping[str, Any]:
+        """What its tools and its environment get: the columns, which tell equal rows apart."""
+        return as_copy(self.columns, self.copy)
 
     @property
     def where(self) -> str:
@@ -112,7 +120,8 @@ def load_prompt_rows(
     """Check a dataset row by row and return its prompts, sorted by `prompt_id`.
 
     Rows are merged, with one log line, if their prompt, solution, arguments of the chat template and
-    columns that reward functions read are equal. The order of the rows doesn't affect anything later.
+    columns that reward functions read are equal; with environments, they are tasks of their own, for each of
+    which `reset` draws other random numbers. The order of the rows doesn't affect anything later.
 
     Args:
         dataset: A `datasets.Dataset` with the column `prompt`.
@@ -126,7 +135,7 @@ def load_prompt_rows(
         TypeError: Not a `Dataset`, or a row whose prompt is neither text nor messages.
         ValueError: A column is missing, the dataset is empty, or prompts are of mixed kinds.
     """
-    starts = toolbox is not None and bool(toolbox.resets)
+    starts = toolbox is not None and toolbox.has_environments
     if dataset is None and starts:
         raise ValueError(
             f"`{name}` is missing. Each round returns to the same prompts, so an environment needs rows that "
@@ -153,9 +162,8 @@ def load_prompt_rows(
             "--solution_column answer."
         )
     read = columns_read(reward_funcs, dataset.column_names)
-    if toolbox is not None and starts:
-        of_resets = columns_read(list(toolbox.resets), dataset.column_names)
-        read = sorted({*read, *of_resets, *({"environment"} & {*dataset.column_names})})
+    if starts:  # what `reset` draws at random depends on all of them
+        read = sorted({*dataset.column_names} - {"prompt", "solution"})
     records = enumerate(as_plain_rows(dataset))
     return collect_rows(((i, r, {c: r[c] for c in read}) for i, r in records), name, toolbox)
 
@@ -213,10 +221,16 @@ def collect_rows(
     """
     same: dict[str, dict[str, PromptRow]] = {}  # by id, and by the id with what graders read
     kinds: dict[bool, int] = {}
+    seen: Counter[str] = Counter()
     count = 0
     for index, record, read in records:
         count += 1
-        row = _build_row(record, index, name, toolbox)
+        copy = 0
+        if toolbox is not None and toolbox.has_environments:
+            plain = hash_prompt(record.get("prompt"), record.get("solution"), None, read)
+            copy, read = seen[plain], as_copy(read, seen[plain])
+            seen[plain] += 1
+        row = _build_row(record, index, name, toolbox, copy)
         kinds.setdefault(isinstance(row.prompt, str), index)
         if len(kinds) == 2:
             raise ValueError(
@@ -238,21 +252,29 @@ def collect_rows(
             count - len(rows),
             count,
         )
+    if num_copies := count - len(seen) if seen else 0:
+        logger.warning(
+            "%s: %d of %d rows equal an earlier one. Each is a task of its own, for which the environment draws "
+            "other random numbers; drop them if it draws none.",
+            name,
+            num_copies,
+            count,
+        )
     return [rows[prompt_id] for prompt_id in sorted(rows)]
 
 
 def _build_row(
-    record: Mapping[str, Any], index: int, name: str, toolbox: Toolbox | None
+    record: Mapping[str, Any], index: int, name: str, toolbox: Toolbox | None, copy: int
 ) -> PromptRow:
     where = f"`{name}` row {index}"
     check_nesting(record, where)
     columns = {key: value for key, value in record.items() if key != "prompt"}
     observation = None
-    if toolbox is not None and toolbox.resets:
+    if toolbox is not None and toolbox.has_environments:
         given = record.get("prompt", [{"role": "user", "content": ""}])
         check_prompt(given, where)
         columns["prompt"] = given  # which `reset` gets as well
-        observation = toolbox.observation(columns)
+        observation = toolbox.observation(as_copy(columns, copy))
         record = {**record, "prompt": _with_observation(given, observation)}
     prompt, solution = record["prompt"], record.get("solution")
     check_prompt(prompt, where)
@@ -270,6 +292,7 @@ def _build_row(
         name,
         arguments,
         observation,
+        copy,
     )
 
 

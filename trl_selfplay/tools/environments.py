@@ -13,7 +13,7 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-from trl_selfplay.tools.offer import offered
+from trl_selfplay.tools.offer import COPY, offered
 from trl_selfplay.tools.sessions import Environment, Session, reset_environment, seed_of
 from trl_selfplay.tools.tool_processes import ProcessEnded, ToolProcesses
 from trl_selfplay.tools.tool_set import (
@@ -48,7 +48,7 @@ class Environments:
         schemas: Of all tools, each name once.
         sources: Tools by name, and the environments' classes by the factories' names, or "environment".
         nondeterministic: Names of tools that may answer the same call differently.
-        resets: The classes' `reset` functions.
+        has_environments: True.
         rewarding: By the name of a class with `get_reward`, the names of its factories; None for the only one.
         is_dict: Whether there are several factories by name.
 
@@ -75,7 +75,7 @@ class Environments:
             )
         functions, own = describe_tools(tools)
         self.sources: dict[str, Any] = dict(functions)
-        self.resets: list[Callable[..., Any]] = []
+        self.has_environments = True
         self.rewarding: dict[str, frozenset[str | None]] = {}
         self.nondeterministic = find_nondeterministic(functions)
         self._schemas: dict[str | None, list[dict[str, Any]]] = {}
@@ -91,7 +91,6 @@ class Environments:
             self._schemas[name] = [*own, *(describe_tool(f, n) for n, f in methods.items())]
             self._methods[name] = frozenset(methods)
             self.sources[name or "environment"] = kind
-            self.resets.append(getattr(kind, "reset"))  # noqa: B009
             self.nondeterministic += find_nondeterministic(methods)
             if hasattr(kind, "get_reward"):
                 self._rewarding.add(name)
@@ -129,7 +128,7 @@ class Environments:
             process.close()
         except ProcessEnded as error:
             raise ValueError(
-                f"the environment of a row can't be made: {error}. The row's columns are {columns!r:.400}."
+                f"the environment of a row can't be made: {error}. The row's columns are {environment.columns!r:.400}."
             ) from error
         self._observed[_canonical(columns)] = _canonical(found[0])
         return found[0]
@@ -151,7 +150,8 @@ class Environments:
 
     def _environment(self, columns: Mapping[str, Any], check: Callable[[Any], None]) -> Environment:
         name = self._name_of(columns)
-        given = {k: v for k, v in columns.items() if not (self.is_dict and k == "environment")}
+        own = {COPY, *({"environment"} if self.is_dict else ())}
+        given = {k: v for k, v in columns.items() if k not in own}
         seed = seed_of(_canonical(columns))
         kind = self.sources[name or "environment"]
         try:

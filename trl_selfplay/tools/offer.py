@@ -5,12 +5,18 @@ tools answer its calls, and a text about them for models whose chat template doe
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 Schema = Mapping[str, Any]
 ACTION = "Action:"  # what a call in words begins with
+COPY = "\0copy"  # no dataset's column
+
+
+def as_copy(columns: Mapping[str, Any], copy: int) -> Mapping[str, Any]:
+    """Return a row's columns with the number of equal rows before it, which `reset` doesn't get; 0 changes nothing."""
+    return {**columns, COPY: copy} if copy else columns
 
 
 class Toolbox(Protocol):
@@ -20,7 +26,7 @@ class Toolbox(Protocol):
         schemas: Of all tools, each name once.
         sources: What a call runs, by name, for digests of its source.
         nondeterministic: Names of tools that may answer the same call differently.
-        resets: The environments' `reset` functions; none for plain tools.
+        has_environments: Whether `reset` of an environment begins each rollout.
         rewarding: By the name of an environment's class with `get_reward`, the names under which the
             column `environment` knows it; None for the only one.
     """
@@ -28,7 +34,7 @@ class Toolbox(Protocol):
     schemas: list[dict[str, Any]]
     sources: Mapping[str, Any]
     nondeterministic: Sequence[str]
-    resets: Sequence[Callable[..., Any]]
+    has_environments: bool
     rewarding: Mapping[str, frozenset[str | None]]
 
     def schemas_of(self, columns: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ class ToolSet:
         schemas: What the chat template gets as `tools`.
         sources: The functions by name.
         nondeterministic: Names of tools that may answer the same call differently.
-        resets: None, as there are no environments.
+        has_environments: False.
         rewarding: Nothing, as there are no environments.
 
     Raises:
@@ -69,7 +69,7 @@ class ToolSet:
         self._deadline_s = check_deadline(deadline_s)
         self.sources, self.schemas = describe_tools(tools)
         self.nondeterministic = find_nondeterministic(self.sources)
-        self.resets: tuple[Callable[..., Any], ...] = ()
+        self.has_environments = False
         self.rewarding: dict[str, frozenset[str | None]] = {}
         self._processes = ToolProcesses(self.sources, {})
 
