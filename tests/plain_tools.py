@@ -34,6 +34,15 @@ def draw(word: str) -> str:
 draw.deterministic = False  # as `trl_selfplay.tools.tool` says it, which is slow to import
 
 
+def rows_found(word: str) -> list[tuple]:
+    """Query a table.
+
+    Args:
+        word: What to look for.
+    """
+    return [(word, 1)]
+
+
 class Counter:
     """An environment that says how far to count, and counts."""
 

@@ -19,7 +19,7 @@ from bigram_policy import (
     word_tokenizer,
 )
 from datasets import Dataset
-from plain_tools import Counter, Hides, Says, Silent, add, draw, look_up
+from plain_tools import Counter, Hides, Says, Silent, add, draw, look_up, rows_found
 from tiny_trainers import QUIET, build_trainer
 
 from trl_selfplay.disk import save_text
@@ -532,6 +532,17 @@ def test_a_run_of_before_there_were_tools_takes_none_on_resume(build, tmp_path) 
     save_text(path, json.dumps({k: v for k, v in record.items() if not k.startswith("tools")}))
     with pytest.raises(ValueError, match=r"the tool add: new"):
         check_identity(describe_trainer(build()), path, 0, is_trained=False)
+
+
+def test_tools_that_return_lists_are_told_to_give_reward_functions_text(build, caplog) -> None:
+    """GRPOTrainer gives them the list, so a reward function that tests for one would find none."""
+    toolbox = build(tools=[add, rows_found]).self_play.toolbox
+    assert (
+        "rows_found: returns a list. The policy and reward functions get it as text" in caplog.text
+    )
+    result = toolbox.call(ToolCall("rows_found", {"word": "a"}))
+    assert result.content == "[('a', 1)]"
+    toolbox.close()
 
 
 # --- environments ---

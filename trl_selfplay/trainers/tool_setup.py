@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_selfplay.rewards.environment_reward import EnvironmentReward
 from trl_selfplay.rewards.functions import without_partial
 from trl_selfplay.rollouts.rendering import FewShotExample
+from trl_selfplay.tools.arguments import json_types
 from trl_selfplay.tools.chat import ChatDialogue
 from trl_selfplay.tools.environments import Environments
 from trl_selfplay.tools.example_calls import find_failing_call, find_missing_turn
@@ -51,6 +52,13 @@ def read_toolbox(args: Any, tools: Any, environment_factory: Any) -> Any:
             "%s: declared as not deterministic. A call may give another result when it is made again: the "
             "results on disk are those that the policy read.",
             ", ".join(toolbox.nondeterministic),
+        )
+    functions = [schema["function"] for schema in toolbox.schemas]
+    if lists := [f["name"] for f in functions if "array" in json_types(f.get("return"))]:
+        logger.warning(
+            "%s: returns a list. The policy and reward functions get it as text, `str(list)`, where GRPOTrainer hands "
+            "reward functions the list itself; one that tests for a list has to read the text.",
+            ", ".join(lists),
         )
     return toolbox
 
