@@ -80,18 +80,85 @@ ENVIRONMENT = TOOLS.replace(
 
 ''',
 ).replace("    reward_funcs=says_yes,\n    tools=[add],\n", "    environment_factory=SumEnv,\n")
+# Awaited, with a time limit of its own by a signal.
+ASYNC = TOOLS.replace("from library", "import asyncio\nimport signal\n\nfrom library").replace(
+    TOOLS[TOOLS.index("def add") : TOOLS.index("def says_yes")],
+    '''async def add(a: int, b: int) -> int:
+    """
+    Adds two integers.
+
+    Args:
+        a: The first integer.
+        b: The second integer.
+    """
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(5)
+    await asyncio.sleep(0)
+    signal.alarm(0)
+    return a + b
+
+
+''',
+)
+# Two kinds of environments that draw at random, by a column, whose rows repeat; classes with variables around them.
+GAMES = '''
+import random
+
+from datasets import Dataset
+from library import GRPOConfig, GRPOTrainer
+
+
+def make_environments(most):
+    class Open:
+        def reset(self, **kwargs) -> str | None:
+            self.sum = random.randrange(10)
+            return f" {self.sum} ?"
+
+        def add(self, a: int, b: int) -> int:
+            """
+            Add two integers to the sum.
+
+            Args:
+                a: The first integer.
+                b: The second integer.
+            """
+            if self.sum > most:
+                raise ValueError("Game over.")
+            self.sum += a + b
+            return self.sum
+
+        async def get_reward(self) -> float:
+            return float(self.sum >= 7)
+
+    class Hidden(Open):
+        def reset(self, **kwargs) -> None:
+            super().reset()
+
+    return {"open": Open, "hidden": Hidden}
+
+
+trainer = GRPOTrainer(
+    model=model,
+''' + TOOLS[TOOLS.index("    args=") : TOOLS.index("    train_dataset=")] + '''
+    train_dataset=Dataset.from_dict({"environment": ["open", "hidden"] * 6}),
+    processing_class=tokenizer,
+    environment_factory=make_environments(9),
+)
+trainer.train()
+'''  # fmt: skip
+SCRIPTS = {"tools": TOOLS, "environment": ENVIRONMENT, "async": ASYNC, "games": GAMES}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "script"),
+    ("name", "kind"),
     [
-        ("GRPO", TOOLS), ("STaR", TOOLS), ("ReSTEM", TOOLS), ("IRPO", TOOLS),
-        ("GRPO", ENVIRONMENT), ("ReSTEM", ENVIRONMENT),
+        ("GRPO", "tools"), ("STaR", "tools"), ("ReSTEM", "tools"), ("IRPO", "tools"),
+        ("GRPO", "environment"), ("ReSTEM", "environment"), ("GRPO", "async"), ("IRPO", "async"),
+        ("GRPO", "games"), ("ReSTEM", "games"),
     ],
-    ids=lambda each: "environment" if each is ENVIRONMENT else "tools" if each is TOOLS else each,
 )  # fmt: skip
-def test_two_steps_of_a_grpo_script_with_tools(tmp_path, monkeypatch, name, script) -> None:
+def test_two_steps_of_a_grpo_script_with_tools(tmp_path, monkeypatch, name, kind) -> None:
     """TRL's own class first: the script is one that runs there."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     tokenizer = word_tokenizer(family_template("qwen2_5"))
@@ -104,7 +171,7 @@ def test_two_steps_of_a_grpo_script_with_tools(tmp_path, monkeypatch, name, scri
         "folder": str(tmp_path / "run"),
         "__name__": "script",
     }
-    exec(compile(script.replace("GRPO", name), "script.py", "exec"), given)
+    exec(compile(SCRIPTS[kind].replace("GRPO", name), "script.py", "exec"), given)
     trainer = given["trainer"]
     steps = [line["step"] for line in trainer.state.log_history if "tools/call_frequency" in line]
     if name == "GRPO":
@@ -115,7 +182,12 @@ def test_two_steps_of_a_grpo_script_with_tools(tmp_path, monkeypatch, name, scri
     samples = [r for line in trainer.run.lines for r in samples_of(trainer, line["round"])]
     called = [r for r in samples if any(m["role"] == "tool" for m in r.messages)]
     assert called
-    if script is ENVIRONMENT:
+    if kind == "games":
+        assert len(trainer.self_play.rows) == 12
+        assert {r.environment_reward for r in called if r.halt is None} == {1.0}
+        results = [m["content"] for r in called for m in r.messages if m["role"] == "tool"]
+        assert "Error: ValueError: Game over." in results
+    if kind == "environment":
         assert {r.environment_reward for r in called if r.halt is None} == {1.0}
         assert trainer.self_play.collector.scorer.names == ("SumEnv",)
     assert all(len(turns_of(r)) <= 2 for r in samples)
