@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import trl
 from agent_process import train
 from bigram_policy import family_template
@@ -152,10 +153,10 @@ class Replay:
     [pytest.param(None, id="perplexity", marks=pytest.mark.slow), prefers_low_digits],
 )
 def test_each_step_is_an_example_whose_prompt_is_the_state_and_whose_target_is_the_best(
-    build, recorder, rank
+    build, recorder, rank, tiny_model, word_tokenizer
 ) -> None:
     """RA-1, RA-2, RA-3, RA-4, RA-5, RA-9, RA-11, RA-13, and what is logged."""
-    trainer = build(reward_funcs=rank, callbacks=[recorder])
+    trainer = build(reward_funcs=rank, callbacks=[recorder], top_k=0)
     trainer.train()
     asked = []
     for round_index, line in enumerate(read_lines(trainer)):
@@ -176,6 +177,21 @@ def test_each_step_is_an_example_whose_prompt_is_the_state_and_whose_target_is_t
     assert rank is None or replay.changed
     first, second = recorder.weights_at_train_begin  # RA-13: both from the base
     assert all((first[name] == second[name]).all() for name in first)
+    base, tuned = (tiny_model(word_tokenizer) for _ in range(2))
+    base.load_state_dict(first)
+    tuned.load_state_dict(recorder.weights_at_train_end[0])
+    for round_index, (policy, other) in enumerate([(base, tuned), (tuned, base)]):  # RA-13 too
+        rollout = steps_of(trainer, round_index)[0][0][0]
+        assert log_prob(policy, rollout) == pytest.approx(rollout.logprob, abs=1e-4)
+        assert abs(log_prob(other, rollout) - rollout.logprob) > 1e-3
+
+
+@torch.no_grad()
+def log_prob(model, rollout):
+    ids = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]])
+    log_probs = model.eval()(ids).logits[0, :-1].log_softmax(-1)
+    own = log_probs.gather(-1, ids[0, 1:, None])[len(rollout.prompt_ids) - 1 :]
+    return own.sum().item()
 
 
 def first_prompts():
@@ -234,6 +250,34 @@ def test_an_interrupted_trajectory_is_the_same_and_calls_nothing_twice(build, tm
     assert contents(again) == contents(plays) == contents(whole)
     failed = [c for c in calls if c.arguments["key"] == "9"]
     assert Counter(map(repr, made)) - Counter(map(repr, calls)) <= Counter(map(repr, failed))
+
+
+def test_the_steps_of_a_trajectory_follow_each_other_by_what_went_on(build, tmp_path) -> None:
+    """RA-1 and RA-4: in their order, each prompt is the state after the sample that went on, not after the target."""
+    trainer = build(reward_funcs=prefers_low_digits)
+    plays, _ = play(trainer, tmp_path / "plays")
+    groups = defaultdict(dict)
+    for rollout in plays.rollouts:
+        groups[rollout.prompt_id][rollout.sample_index] = rollout
+    agent, changed = FactAgent(), 0
+    for trajectory in plays.trajectories:
+        state = agent.begin(trajectory.question.prompt)
+        for number, step in enumerate(trajectory.steps, start=1):
+            asked = agent.next_step(state, few_shot=False)
+            assert (step.row.prompt, step.kind) == (asked.prompt, asked.kind)
+            if step.target is None:
+                assert number == len(trajectory.steps)  # RA-11: it ended there
+                break
+            move = agent.act(state, groups[step.row.prompt_id][step.continued].completion)
+            state = move.state
+            if move.call is not None:
+                state = agent.observe(state, observed(fact, move.call))
+            goes_on = number < len(trajectory.steps)
+            changed += goes_on and step.target != step.continued
+    assert changed  # else the target's prompt would be the same
+    kept = load_steps(tmp_path / "plays" / "round-000" / "steps.parquet")
+    played = [step.row.prompt_id for each in plays.trajectories for step in each.steps]
+    assert [row.prompt_id for row in kept] == played
 
 
 @pytest.mark.slow
