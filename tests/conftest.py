@@ -25,6 +25,7 @@ import pytest
 import tiny_models
 from datasets import Dataset
 from hypothesis import HealthCheck, settings
+from patience import ENDS_S
 from tiny_demo import save_tiny_demo_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -95,6 +96,21 @@ def saved_chat_model(tmp_path) -> Path:
     folder = tmp_path / "chat-model"
     tiny_models.save_tiny_model(folder, WORD_CHAT_TEMPLATE, hidden_size=128, intermediate_size=128)
     return folder
+
+
+@pytest.fixture
+def patient_graders(monkeypatch) -> None:
+    """Let graders wait longer than their usual 5 s, for which a busy machine may stop a process."""
+    from trl_selfplay.rewards import checker_reward, maths, puzzle_reward
+
+    monkeypatch.setattr(maths, "DEADLINE_S", ENDS_S)
+    for kind in (checker_reward, puzzle_reward):
+        monkeypatch.setattr(kind.__init__, "__defaults__", (ENDS_S,))
+    if sys.platform == "linux":  # where programs can be run
+        from trl_selfplay.rewards import code_fraction_reward, code_reward
+
+        for reward in (code_reward, code_fraction_reward):
+            monkeypatch.setattr(reward, "_deadline_s", ENDS_S)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ only a new interpreter shows, such as another hash seed, is tested with `subproc
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from free_ports import reserved_port
 
 import trl_selfplay
 
-_TIMEOUT_S = 300
+_TIMEOUT_S = 1200  # a machine may be busy
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(sorted({*trl_selfplay._MODULE_OF.values()}))
 
@@ -76,9 +76,9 @@ def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> int:
     return wait_for(start(function, *arguments, **options))
 
 
-def start_group(
+def call_group(
     count: int, function: Callable[..., Any], *arguments: Any, logs: Path | None = None
-) -> list[BaseProcess]:
+) -> list[int]:
     """Call a function in processes that know of each other as `torchrun` would tell them.
 
     Args:
@@ -86,24 +86,18 @@ def start_group(
         function: As for `start`.
         arguments: As for `start`.
         logs: Folder for what each prints, in a file named after its rank.
+
+    Returns:
+        Their exit codes.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return [
-        start(function, *arguments, environment=rank, log=logs and logs / rank["RANK"])
-        for rank in ranks
-    ]
-
-
-def call_group(
-    count: int, function: Callable[..., Any], *arguments: Any, **options: Any
-) -> list[int]:
-    """Call a function in processes that know of each other, and return their exit codes."""
-    started = start_group(count, function, *arguments, **options)
-    return [wait_for(process) for process in started]
+    with reserved_port() as port:
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        started = [
+            start(function, *arguments, environment=rank, log=logs and logs / rank["RANK"])
+            for rank in ranks
+        ]
+        return [wait_for(process) for process in started]
 
 
 def call_twice(function: Callable[..., Any], *arguments: Any) -> list[int]:

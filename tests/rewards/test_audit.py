@@ -5,8 +5,9 @@ import random
 import threading
 import time
 
-import psutil
 import pytest
+from holdings import held
+from patience import ENDS_S, under_growing_deadlines
 
 from trl_selfplay.rewards import (
     audit_reward,
@@ -88,7 +89,7 @@ def test_no_trick_gets_a_reward_or_hangs(name) -> None:
     if name == "math_reward":
         pytest.importorskip("math_verify")
     reward = checker_reward(is_same) if name == "is_same" else REWARDS[name]
-    audit = audit_reward(reward, rows_of(name), max_rows=2)
+    audit = audit_reward(reward, rows_of(name), max_rows=2, deadline=ENDS_S)
     assert audit.passed, str(audit)
     assert (audit.name, audit.note) == (name, "")
     assert len(audit.checks) == 3 + len(_TRICKS)
@@ -98,7 +99,7 @@ def test_no_trick_gets_a_reward_or_hangs(name) -> None:
 @pytest.mark.parametrize("reward", [code_reward, code_fraction_reward])
 def test_no_trick_passes_for_a_program(reward) -> None:
     """Of rows without a solution, with the programs that are right."""
-    audit = audit_reward(reward, program_rows(), right=program, deadline=60.0)
+    audit = audit_reward(reward, program_rows(), right=program, deadline=ENDS_S)
     assert audit.passed, str(audit)
     assert [check.scores for check in audit.checks[:2]] == [(1.0, 1.0)] * 2
 
@@ -111,7 +112,7 @@ def test_no_trick_solves_a_puzzle() -> None:
         for e in reasoning_gym.create_dataset("countdown", size=2, seed=5)
     ]
     # The scorer gives 0.05 to an expression of another value, and 0.01 to anything else.
-    audit = audit_reward(puzzle_reward("countdown"), rows, tolerance=0.05, deadline=60.0)
+    audit = audit_reward(puzzle_reward("countdown"), rows, tolerance=0.05, deadline=ENDS_S)
     assert audit.passed, str(audit)
 
 
@@ -121,8 +122,9 @@ def test_functions_of_trl_can_be_audited() -> None:
     from trl.rewards import think_format_reward
 
     audit = audit_reward(
-        think_format_reward, rows_of("exact_reward"), right=lambda row: "<think>a</think>b"
-    )
+        think_format_reward, rows_of("exact_reward"), right=lambda row: "<think>a</think>b",
+        deadline=ENDS_S,
+    )  # fmt: skip
     assert {check.name for check in audit.problems} >= {"gold in the thoughts alone"}
     assert all(check.scores for check in audit.checks)
 
@@ -277,12 +279,16 @@ FAILURES = {
 
 def test_a_function_that_fails_is_reported_and_the_rest_is_tried() -> None:
     close_workers()
-    this = psutil.Process()
-    before = (threading.active_count(), this.num_fds(), len(this.children()))
-    audit = audit_reward(fail, ROWS, deadline=2.0)
+    before = held()
+    late = FAILURES["empty"]
+    audit = under_growing_deadlines(
+        lambda deadline_s: audit_reward(fail, ROWS, deadline=deadline_s),
+        lambda audit: [*problems(audit).values()].count(late) == 1,
+        first_s=2.0,
+    )
     assert problems(audit) == FAILURES
     assert len(audit.checks) == 3 + len(_TRICKS)
-    assert (threading.active_count(), this.num_fds(), len(this.children())) == before
+    assert held() <= before
 
 
 def test_in_this_process_failures_are_reported_as_well() -> None:
@@ -299,21 +305,28 @@ def test_in_this_process_failures_are_reported_as_well() -> None:
 
 def test_a_call_that_hangs_in_this_process_ends_the_audit() -> None:
     """It can be given up, not ended; here it ends by itself afterwards."""
-    over = threading.Event()
+    over, waits = threading.Event(), []
 
     def wait(completions, **kwargs):
         if not completions[0]:
+            waits.append(threading.current_thread())
             over.wait()
         return exact(completions, kwargs["solution"])
 
     try:
-        audit = audit_reward(wait, ROWS, deadline=0.5, in_process=True)
+        audit = under_growing_deadlines(
+            lambda deadline_s: audit_reward(wait, ROWS, deadline=deadline_s, in_process=True),
+            lambda audit: waits,  # none of those before it was late
+            first_s=0.5,
+        )
         found = problems(audit)
         assert found.pop("empty") == "no answer within the deadline"
         assert set(found.values()) == {"not tried after a call that didn't end"}
         assert len(found) == len(_TRICKS) - 1
     finally:
         over.set()
+        for thread in waits:
+            thread.join()
 
 
 def test_what_cannot_be_sent_is_called_here_with_a_note() -> None:

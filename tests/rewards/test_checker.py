@@ -6,11 +6,11 @@ import pickle
 import subprocess
 import sys
 import threading
-import time
 
-import psutil
 import pytest
 from checkers import LIMIT, Below, make_checker, misbehave, within_limit
+from holdings import held
+from patience import ENDS_S, under_growing_deadlines
 
 from trl_selfplay.rewards import checker_reward
 from trl_selfplay.rewards.functions import columns_read
@@ -26,7 +26,7 @@ def _end_the_workers():
 
 @pytest.fixture(scope="module")
 def misbehaving():
-    return checker_reward(misbehave, deadline=1.0)
+    return checker_reward(misbehave, deadline=ENDS_S)
 
 
 def test_a_number_a_bool_or_none_is_the_score(misbehaving) -> None:
@@ -52,18 +52,23 @@ def test_a_checker_that_fails_abstains_and_spares_the_others(
     misbehaving, answer, cause, in_thread, caplog
 ) -> None:
     """VF-3, VF-4: from any thread."""
-    found = []
     texts = ["Answer: yes", f"Answer: {answer}", "Answer: no"]
-    started = time.monotonic()
-    if in_thread:
-        thread = threading.Thread(target=lambda: found.append(misbehaving(texts)))
-        thread.start()
-        thread.join()
-    else:
-        found.append(misbehaving(texts))
+
+    def grade(deadline_s):
+        found = []
+        reward = checker_reward(misbehave, deadline=deadline_s) if answer == "hang" else misbehaving
+        caplog.clear()
+        if in_thread:
+            thread = threading.Thread(target=lambda: found.append(reward(texts)))
+            thread.start()
+            thread.join()
+        else:
+            found.append(reward(texts))
+        return found
+
+    found = under_growing_deadlines(grade, lambda found: found[0][::2] == [1.0, 0.0])
     assert found == [[1.0, None, 0.0]]
     assert found[0].causes == {1: cause}
-    assert time.monotonic() - started < 60  # a hang, not a slow machine
     assert f"misbehave: no score for 1 of 3 completions: {cause}" in caplog.text
 
 
@@ -139,7 +144,7 @@ def test_a_checker_of_the_user_s_script_or_notebook_can_be_sent(how, tmp_path) -
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     outcome = subprocess.run(
-        [sys.executable, *how, path], capture_output=True, text=True, check=True, timeout=120,
+        [sys.executable, *how, path], capture_output=True, text=True, check=True, timeout=600,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "IPYTHONDIR": str(tmp_path)},
     )  # fmt: skip
     assert "[0.0, 1.0] [0.5]" in outcome.stdout
@@ -199,19 +204,18 @@ def test_a_function_of_a_module_that_is_nowhere_is_refused(monkeypatch) -> None:
 
 
 def test_it_pickles_and_has_the_checker_s_name() -> None:
-    reward = pickle.loads(pickle.dumps(checker_reward(within_limit, deadline=3.0)))
-    assert (reward.__name__, reward.deadline, reward.func) == ("within_limit", 3.0, within_limit)
+    reward = pickle.loads(pickle.dumps(checker_reward(within_limit, deadline=60.0)))
+    assert (reward.__name__, reward.deadline, reward.func) == ("within_limit", 60.0, within_limit)
     assert reward(["Answer: 3"]) == [1.0]
 
 
 def test_after_closing_nothing_is_left() -> None:
     """VF-7."""
     close_workers()
-    this = psutil.Process()
-    before = (threading.active_count(), this.num_fds(), len(this.children()))
+    before = held()
     reward = checker_reward(within_limit)
     assert reward(["Answer: 3"]) == [1.0]
     reward.close()
-    assert (threading.active_count(), this.num_fds(), len(this.children())) == before
+    assert held() <= before
     assert reward(["Answer: 3"]) == [1.0]
     reward.close()

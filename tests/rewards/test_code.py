@@ -3,10 +3,10 @@
 import json
 import random
 import threading
-import time
 
 import psutil
 import pytest
+from patience import ENDS_S, under_growing_deadlines
 
 from trl_selfplay.rewards import CodeReward, code_fraction_reward, code_reward
 from trl_selfplay.rewards.code import program_of
@@ -19,7 +19,6 @@ CHECK = "def check(candidate):\n    assert candidate(2) == 4\n    assert candida
 PAIRS = [{"input": "2\n", "output": "4\n"}, {"input": "10\n", "output": "20"}]
 RIGHT = "def double(x):\n    return x + x"
 READS = "print(2 * int(input()))"
-QUICK = CodeReward(deadline_s=1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -174,32 +173,50 @@ CHEATS = [
 def test_a_program_cannot_set_its_own_verdict(tests) -> None:
     """VF-6: it neither sees the tests nor reports a success."""
     count = len(CHEATS)
-    scores = QUICK(CHEATS, tests=[tests] * count, entry_point=["double"] * count)
+    scores = under_growing_deadlines(
+        lambda deadline_s: CodeReward(deadline_s=deadline_s)(
+            CHEATS, tests=[tests] * count, entry_point=["double"] * count
+        ),
+        lambda scores: None not in scores,
+    )
     assert [cheat for cheat, score in zip(CHEATS, scores, strict=True) if score != 0.0] == []
 
 
 def test_a_program_that_does_not_end_scores_zero_by_the_deadline_in_any_thread() -> None:
     """VF-3, VF-4, VF-5."""
     loops = "def double(x):\n    while True: pass"
-    QUICK([RIGHT], tests=[DOUBLE])  # starts the process
-    scores: list = []
-    thread = threading.Thread(
-        target=lambda: scores.append(QUICK([RIGHT, loops, RIGHT], tests=[DOUBLE] * 3))
+    loops_once = "def double(x):\n    while x == 'a': pass\n    return x + x"
+
+    def grade(deadline_s):
+        scores: list = []
+        reward = CodeReward(deadline_s=deadline_s)
+        thread = threading.Thread(
+            target=lambda: scores.append(reward([RIGHT, loops, RIGHT], tests=[DOUBLE] * 3))
+        )
+        thread.start()
+        thread.join()
+        return scores
+
+    scores = under_growing_deadlines(
+        grade, lambda scores: scores[0][::2] == [1.0, 1.0] and None not in scores[0]
     )
-    started = time.monotonic()
-    thread.start()
-    thread.join()
-    assert time.monotonic() - started < 2.0
     assert scores == [[1.0, 0.0, 1.0]]
-    assert CodeReward(share=True, deadline_s=1.0)(
-        ["def double(x):\n    while x == 'a': pass\n    return x + x"], tests=[DOUBLE]
-    ) == [1 / 3]
+    share = under_growing_deadlines(
+        lambda deadline_s: CodeReward(share=True, deadline_s=deadline_s)(
+            [loops_once], tests=[DOUBLE]
+        ),
+        lambda scores: scores != [0.0],
+    )
+    assert share == [1 / 3]
 
 
 def test_tests_that_hang_are_no_failure_of_the_program() -> None:
-    reward = CodeReward(deadline_s=0.5)
     tests = "assert double(1) == 2\nwhile True:\n    pass\nassert double(2) == 4"
-    scores = reward([RIGHT, RIGHT], tests=[tests, DOUBLE])
+    scores = under_growing_deadlines(
+        lambda deadline_s: CodeReward(deadline_s=deadline_s)([RIGHT, RIGHT], tests=[tests, DOUBLE]),
+        lambda scores: scores == [None, 1.0],  # the hanging ones come to their loop as well
+        first_s=0.5,
+    )
     assert scores == [None, 1.0]
     assert scores.causes == {0: "no answer within the deadline"}
 
@@ -207,18 +224,24 @@ def test_tests_that_hang_are_no_failure_of_the_program() -> None:
 def test_no_process_is_left() -> None:
     """VF-7: neither of a worker that was ended with its sandbox, nor after the last call."""
     close_workers()
-    reward = CodeReward(deadline_s=0.5)
     here = psutil.Process()
     before = here.children(recursive=True)
-    assert reward([RIGHT], tests=[DOUBLE]) == [1.0]
+    assert code_reward([RIGHT], tests=[DOUBLE]) == [1.0]
     first = [p for p in here.children(recursive=True) if p not in before]
     assert len(first) >= 3  # the worker, and its sandbox's
-    assert reward([RIGHT], tests=["assert double(1)\nwhile True: pass"]) == [None]
-    assert psutil.wait_procs(first, timeout=20)[1] == []
-    assert reward([RIGHT], tests=[DOUBLE]) == [1.0]
+    hangs = under_growing_deadlines(
+        lambda deadline_s: CodeReward(deadline_s=deadline_s)(
+            [RIGHT], tests=["assert double(1)\nwhile True: pass"]
+        ),
+        lambda scores: scores == [None],  # it comes to its loop
+        first_s=0.5,
+    )
+    assert hangs == [None]
+    assert psutil.wait_procs(first, timeout=ENDS_S)[1] == []
+    assert code_reward([RIGHT], tests=[DOUBLE]) == [1.0]
     second = [p for p in here.children(recursive=True) if p not in before]
     close_workers()
-    assert psutil.wait_procs(second, timeout=20)[1] == []
+    assert psutil.wait_procs(second, timeout=ENDS_S)[1] == []
 
 
 def test_what_is_wrong_with_the_tests_is_an_abstention_with_its_cause() -> None:
@@ -277,7 +300,7 @@ def test_tests_that_pass_only_sometimes_are_listed() -> None:
         "its solution passes the tests only sometimes",
         *(f"its solution fails the tests, check {i} among them" for i in range(12)),
     )
-    counter = "import time\nassert f() + time.monotonic_ns() // 7 % 2 == 2\n" * 4
+    counter = "import time\nassert f() + time.monotonic_ns() // 7 % 2 == 2\n" * 40
     assert code_reward.find_data_errors(["p"], tests=[counter], solution=["def f(): return 1"])
 
 
@@ -289,13 +312,13 @@ def test_a_dataset_without_any_usable_tests_is_an_error() -> None:
 
 
 def test_trusted_tests_run_with_the_program() -> None:
-    reward = CodeReward(trusted_tests=True)
+    reward = CodeReward(trusted_tests=True, deadline_s=ENDS_S)
     tests = ["s = Stack()\ns.push(2)\nassert s.pop() == 2", "assert apply(lambda x: x + 1, 1) == 2"]
     stack = "class Stack(list):\n    push = list.append\n"
     apply = "def apply(f, x): return f(x)"
     programs = [f"{stack}{apply}", stack, apply, "import os\nos._exit(0)", "print('held')\nexit()"]
     assert reward(programs, tests=[tests] * 5) == [1.0, 0.0, 0.0, 0.0, 0.0]
-    share = CodeReward(share=True, trusted_tests=True)
+    share = CodeReward(share=True, trusted_tests=True, deadline_s=ENDS_S)
     assert share(programs, tests=[tests] * 5) == [1.0, 0.5, 0.5, 0.0, 0.0]
     assert reward([RIGHT], tests=[DOUBLE]) == [1.0]  # what can run apart does
 

@@ -4,9 +4,10 @@ import threading
 import time
 
 import hostile_programs
-import psutil
 import pytest
 import torch  # a grader has it loaded, with its threads
+from holdings import held
+from patience import ENDS_S
 
 from trl_selfplay.rewards.sandbox import ProgramEnded, Ran, Sandbox
 
@@ -18,21 +19,19 @@ CORE_FUNCTIONS = ("integer equal to all", "garbage", "patched codec", "exit at o
 @pytest.fixture(scope="module")
 def sandbox():
     torch.ones(100, 100) @ torch.ones(100, 100)
-    this = psutil.Process()
-    before = (this.num_fds(), threading.active_count(), len(this.children(recursive=True)))
+    before = held()
     made = Sandbox(workers=2)
     with (  # both are started: the deadline is the program's
-        made.session("", deadline_s=10.0),
-        made.session("", deadline_s=10.0),
+        made.session("", deadline_s=ENDS_S),
+        made.session("", deadline_s=ENDS_S),
     ):
         pass
     yield made
-    assert made.run("print(2 * int(input()))", "43210", deadline_s=10.0) == Ran("86420\n", "ok")
-    with made.session("def double(x): return 2 * x", deadline_s=10.0) as session:
+    assert made.run("print(2 * int(input()))", "43210", deadline_s=ENDS_S) == Ran("86420\n", "ok")
+    with made.session("def double(x): return 2 * x", deadline_s=ENDS_S) as session:
         assert session.call("double", [43210]).value == 86420
     made.close()
-    after = (this.num_fds(), threading.active_count(), len(this.children(recursive=True)))
-    assert after == before
+    assert held() <= before
 
 
 def find_fault(sandbox, kind, source) -> str | None:
@@ -53,7 +52,7 @@ def find_fault(sandbox, kind, source) -> str | None:
         except ProgramEnded:
             pass
     seconds = time.monotonic() - started
-    if seconds > DEADLINE_S + 1.0:
+    if seconds > DEADLINE_S + ENDS_S:  # rather than wait for what never ends
         fault = f"it took {seconds:.2f} s"
     return fault
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from chat_server import serving
 from checkers import within_limit
+from patience import ENDS_S
 from transformers import LlamaForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer
 
@@ -38,7 +39,7 @@ def judge():
         return f"Score {tag}: {1 + 4 * (len(question) % 2)}"
 
     with serving(respond) as server:
-        yield JudgeReward("m", base_url=server.url, deadline=10.0)
+        yield JudgeReward("m", base_url=server.url, deadline=ENDS_S)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def functions(judge, tiny_model, word_tokenizer):
 
     yield [
         exact_reward, math_reward, choice_reward, equations_reward, code_reward, code_fraction_reward,
-        puzzle_reward("chain_sum"), checker_reward(within_limit, deadline=20.0), vote_reward, judge,
+        puzzle_reward("chain_sum"), checker_reward(within_limit, deadline=ENDS_S), vote_reward, judge,
         RewardModel(classifier, word_tokenizer),
         VerifierReward(tiny_model(word_tokenizer, seed=1), tokenizer=word_tokenizer), waiting_reward,
     ]  # fmt: skip

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from chat_server import completion, send, serving
+from patience import ENDS_S
 
 import trl_selfplay.rewards as rewards
 from trl_selfplay.rewards import JudgeReward
@@ -52,7 +53,7 @@ def judge():
 
         def build(respond, **arguments):
             state.respond = respond
-            return JudgeReward("m", base_url=server.url, deadline=5.0, **arguments)
+            return JudgeReward("m", base_url=server.url, deadline=ENDS_S, **arguments)
 
         build.server = server
         yield build

@@ -3,6 +3,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from patience import under_growing_deadlines
 
 from trl_selfplay.rewards import puzzle_reward
 from trl_selfplay.rewards.puzzles import _NOT_CHECKED
@@ -40,10 +41,13 @@ def test_a_scorer_that_fails_gives_no_verdict(caplog) -> None:
 def test_a_scorer_that_hangs_gives_no_verdict_and_spares_the_others(caplog) -> None:
     """VF-3, VF-4: this task's scorer evaluates the answer."""
     entry = reasoning_gym.create_dataset("countdown", size=1, seed=5)[0]
-    scores = puzzle_reward("countdown", deadline=2.0)(
-        completions=[entry["answer"], "Answer: 9**9**9**9", entry["answer"]],
-        solution=[entry["answer"]] * 3,
-        metadata=[entry["metadata"]] * 3,
+    scores = under_growing_deadlines(
+        lambda deadline_s: puzzle_reward("countdown", deadline=deadline_s)(
+            completions=[entry["answer"], "Answer: 9**9**9**9", entry["answer"]],
+            solution=[entry["answer"]] * 3,
+            metadata=[entry["metadata"]] * 3,
+        ),
+        lambda scores: None not in scores[::2],
     )
     assert scores[0] == scores[2] == 1.0
     assert scores[1] in (0.0, 0.01, None)

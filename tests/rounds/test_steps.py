@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from chat_server import serving
+from patience import ENDS_S
 
 from trl_selfplay.rewards import JudgeReward
 from trl_selfplay.rounds.steps import best_ranked, continued_sample
@@ -79,7 +80,7 @@ def test_ranking_by_a_judge_does_not_depend_on_the_order_of_candidates(samples, 
     texts = ["bee", "ant", "cow", "cow"]
     group = [replace(r, completion=t) for r, t in zip(samples([None] * 4), texts, strict=True)]
     with serving(respond) as server:
-        reward = JudgeReward("m", base_url=server.url, deadline=5.0, against="samples")
+        reward = JudgeReward("m", base_url=server.url, deadline=ENDS_S, against="samples")
         for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
             given = [group[i].completion for i in order]
             scores = reward(["task"] * 4, given, groups=["one step"] * 4)
@@ -94,7 +95,7 @@ def test_ranking_by_a_judge_does_not_depend_on_the_order_of_candidates(samples, 
 def test_a_judge_compares_no_samples_of_different_steps_with_one_prompt() -> None:
     """RA-6: two trajectories of a question begin with the same prompt."""
     with serving(lambda question: f"Verdict {TAG.search(question)[1]}: A") as server:
-        reward = JudgeReward("m", base_url=server.url, deadline=5.0, against="samples")
+        reward = JudgeReward("m", base_url=server.url, deadline=ENDS_S, against="samples")
         given = (["task"] * 4, ["a", "b", "c", "d"])
         assert len(reward.questions(*given, groups=[1, 1, 2, 2])) == 4
         assert len(reward.questions(*given)) == 12

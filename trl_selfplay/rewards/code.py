@@ -44,8 +44,9 @@ from trl_selfplay.rewards.worker import WorkerPool
 
 DEADLINE_S = 5.0
 _MOST_SECONDS = 86_400  # the system's timers take no more than 24 days
-# The worker's own time besides the program's, before it is ended.
-_GRACE_S = 0.5
+# The worker's own time besides the program's, before it is ended. The sandbox takes a part of it where a
+# program doesn't end, and on a busy machine each of its processes has to get its turn.
+_GRACE_S = 2.0
 # Longer answers aren't programs of any task, and parsing takes a multiple of their size.
 _MOST_CHARACTERS = 200_000
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
