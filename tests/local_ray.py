@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -17,10 +18,17 @@ def local_ray() -> Iterator[None]:
     ray = pytest.importorskip("ray", reason='needs Ray: pip install "trl-selfplay[ray]"')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
-            logging_level=logging.ERROR,
-        )  # fmt: skip
+        for is_last in (False, False, True):
+            try:
+                ray.init(
+                    address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )  # fmt: skip
+                break
+            except Exception:  # it gives its own processes 30 s, which a busy machine may need
+                ray.shutdown()
+                if is_last:
+                    raise
         yield
         ray.shutdown()
 
@@ -32,11 +40,9 @@ def worker_processes() -> Callable[[], list[psutil.Process]]:
     def find() -> list[psutil.Process]:
         found = []
         for process in psutil.Process(os.getpid()).children(recursive=True):
-            try:
+            with suppress(psutil.NoSuchProcess):
                 if "RayWorker" in process.name() or "RayWorker" in "".join(process.cmdline()):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return sorted(found, key=lambda process: process.create_time())
+                    found.append((process.create_time(), process))
+        return [process for _, process in sorted(found, key=lambda each: each[0])]
 
     return find

@@ -35,6 +35,8 @@ _GRACE_S = 30.0
 # How long an error that a collective raises may be ahead of the news that a process has ended.
 _NEWS_S = 3.0
 _CONNECT_S = 60.0
+# How long one that has connected may take to say who it is, before it is taken for a stranger.
+_HELLO_S = 20.0
 _TOKEN_BYTES, _RANK_BYTES = 16, 4
 _GOODBYE = b"\0"
 # A link is given up for lost after 25 s without an answer from the other machine.
@@ -272,8 +274,7 @@ def _accept(listener: socket.socket, token: bytes, count: int) -> dict[socket.so
     links: dict[socket.socket, int] = {}
     while len(links) < count:
         link, _ = listener.accept()
-        link.settimeout(_CONNECT_S)
-        given = _read(link, _TOKEN_BYTES + _RANK_BYTES)
+        given = _read(link, _TOKEN_BYTES + _RANK_BYTES, _HELLO_S)
         if secrets.compare_digest(given[:_TOKEN_BYTES], token):
             links[link] = int.from_bytes(given[_TOKEN_BYTES:], "big")
         else:
@@ -281,10 +282,10 @@ def _accept(listener: socket.socket, token: bytes, count: int) -> dict[socket.so
     return links
 
 
-def _read(link: socket.socket, size: int = 1 << 16) -> bytes:
-    """Return what comes until the other side closes, pauses for a second or has sent `size` bytes."""
+def _read(link: socket.socket, size: int = 1 << 16, pause_s: float = 1.0) -> bytes:
+    """Return what comes until the other side closes, pauses for as long or has sent `size` bytes."""
     read = b""
-    link.settimeout(1.0)
+    link.settimeout(pause_s)
     with suppress(OSError):
         while len(read) < size and read != _GOODBYE and (more := link.recv(size - len(read))):
             read += more

@@ -232,6 +232,18 @@ def run_demo(folder: str, flags: list[str]) -> None:
     sys.exit(main(["demo", "--smoke", "--seed", "0", *flags]))
 
 
+def run_demo_until_interrupted(folder: str) -> None:
+    """The same, but once the untrained model's score is shown, wait for a signal."""
+    begin = LiveRounds.on_round_begin
+
+    def begin_and_wait(self, *args, **kwargs) -> None:
+        begin(self, *args, **kwargs)
+        signal.pause()
+
+    LiveRounds.on_round_begin = begin_and_wait
+    run_demo(folder, [])
+
+
 def run_in_process(folder: Path, flags: list[str]) -> tuple[int, str]:
     log = folder / "printed.txt"
     log.unlink(missing_ok=True)
@@ -264,7 +276,7 @@ def test_the_demo_runs_from_start_to_report_and_is_shown_again(tiny_demo_model, 
 def test_a_demo_that_was_stopped_goes_on_without_sampling_again(tiny_demo_model, tmp_path) -> None:
     seen = tmp_path / "seen"
     os.mkfifo(seen)
-    process = start(run_demo, str(tmp_path), [], log=seen)
+    process = start(run_demo_until_interrupted, str(tmp_path), log=seen)
     with seen.open() as lines:
         for line in lines:
             if line.startswith("untrained"):

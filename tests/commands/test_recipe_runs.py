@@ -6,6 +6,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -52,8 +54,12 @@ def test_after_ctrl_c_the_printed_command_goes_on(work_folder) -> None:
     assert "interrupted in round 1" in printed
     assert [line["round"] for line in lines(work_folder)] == [0]
     assert "Traceback" not in printed
-    with pytest.raises(ProcessLookupError):  # nothing is left of its group
-        os.killpg(process.pid, 0)
+    with suppress(
+        ProcessLookupError
+    ):  # nothing is left of its group, once all that ends has been reaped
+        while True:
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
     told = printed[printed.index("Go on with:\n") :].splitlines()[1]
     assert shlex.split(told) == ["trl-selfplay", "star", *flags, "--resume"]
 
@@ -116,7 +122,7 @@ def test_a_hub_that_can_t_be_reached_is_a_message_before_anything_is_sampled(wor
     done = subprocess.run(
         [sys.executable, "-m", "trl_selfplay", "star", *FLAGS, "--reward_funcs", "my_rewards.contains",
          "--push_to_hub", "--hub_model_id", "a/b"],
-        cwd=work_folder, check=False, capture_output=True, text=True, timeout=300,
+        cwd=work_folder, check=False, capture_output=True, text=True, timeout=1200,
         env={**os.environ, **hub, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 1

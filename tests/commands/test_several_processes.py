@@ -37,7 +37,7 @@ RUN = [
 def test_a_launcher_starts_a_command(launcher, num_processes, work_folder) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "trl_selfplay", *RUN],
-        cwd=work_folder, check=False, capture_output=True, text=True, timeout=300,
+        cwd=work_folder, check=False, capture_output=True, text=True, timeout=1200,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -58,7 +58,7 @@ def test_processes_that_would_not_work_together_are_refused(work_folder, backend
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "trl_selfplay", *(f for f in RUN if f != "--use_cpu"), *backend],
-        cwd=work_folder, check=False, capture_output=True, text=True, timeout=300,
+        cwd=work_folder, check=False, capture_output=True, text=True, timeout=1200,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode != 0

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,9 +89,19 @@ class Events:
         self.happen("end", time.time())
         if fault.to == "group":
             os.killpg(0, fault.number)
+        elif fault.to == "ranks":
+            self._end_ranks(fault.number)
         else:
-            for pid in self._pids() if fault.to == "ranks" else [os.getpid()]:
-                os.kill(pid, fault.number)
+            os.kill(os.getpid(), fault.number)
+
+    def _end_ranks(self, number: int) -> None:
+        """Send all processes of the run a signal, before one of them can act on it."""
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(60.0)  # no other thread runs meanwhile
+        for pid in self._pids():
+            with suppress(ProcessLookupError):  # it has ended at another's signal
+                os.kill(pid, number)
+        sys.setswitchinterval(interval)
 
     def _pids(self) -> list[int]:
         """Return the processes of the run that have begun last."""

@@ -4,6 +4,7 @@ An engine, a server of vLLM's, a judge and a tracker, each in the middle of a ru
 """
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,8 @@ def engine_run(tmp_path, monkeypatch, tiny_model, byte_tokenizer) -> Callable[[s
     stand_in = StandIn(tmp_path, monkeypatch)
 
     def process(*arguments: Any) -> EngineProcess:
-        return EngineProcess(*arguments[:-1], 3.0)  # seconds in which it must say something
+        # Seconds in which it must say something: few where one is to hang.
+        return EngineProcess(*arguments[:-1], 3.0 if '"hang"' in os.environ["STAND_IN"] else 120.0)
 
     monkeypatch.setattr(vllm_sampler, "EngineProcess", process)
 

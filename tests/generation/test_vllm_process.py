@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from engines import StandIn
+from patience import ENDS_S
 
 from trl_selfplay.generation.vllm_process import EngineFailure, EngineProcess, engine_environment
 
@@ -30,7 +31,7 @@ def start(stand_in):
 
     def start_one(python: str | None = stand_in.python, **patience: float) -> EngineProcess:
         environment = engine_environment(python, CPU, 1)
-        patience = {"start_patience_s": 60.0, "step_patience_s": 60.0, **patience}
+        patience = {"start_patience_s": ENDS_S, "step_patience_s": ENDS_S, **patience}
         started.append(EngineProcess(python, ARGUMENTS, environment, **patience))
         return started[-1]
 
@@ -66,11 +67,18 @@ def family(process: EngineProcess) -> list[psutil.Process]:
 
 
 def are_gone(processes: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+    return not any(map(is_alive, processes))
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_until_gone(processes: list[psutil.Process]) -> None:
-    psutil.wait_procs(processes, timeout=60)
+    psutil.wait_procs(processes, timeout=ENDS_S)
     assert are_gone(processes)
 
 
@@ -115,10 +123,11 @@ def test_a_killed_process_leaves_nothing(start, stand_in, whom) -> None:
 @pytest.mark.parametrize("whom", ["worker", "watcher"])
 def test_a_stopped_process_is_noticed_and_ended(start, whom, monkeypatch) -> None:
     monkeypatch.setattr("trl_selfplay.generation.vllm_process._END_PATIENCE_S", 0.5)
-    process = start(step_patience_s=0.3)
+    process = start()
     members = family(process)
     process.send(adding(1, [1], add=[[1, [1], 1, 10**9]]))
     process.receive()
+    process._patience_s = 0.3
     os.kill(members[1].pid, signal.SIGSTOP)
     if whom == "watcher":
         os.kill(members[0].pid, signal.SIGSTOP)
@@ -128,7 +137,7 @@ def test_a_stopped_process_is_noticed_and_ended(start, whom, monkeypatch) -> Non
 
 
 def test_a_busy_engine_without_news_says_that_it_is_alive(start) -> None:
-    process = start(step_patience_s=30.0)
+    process = start()
     process.send(adding(1, [1], add=[[1, [1], 1, 10**9]], streams=False))
     assert process.receive() == []
 
@@ -150,7 +159,7 @@ import os, sys, time, torch
 from trl_selfplay.generation.vllm_process import EngineProcess, engine_environment
 python, arguments, message = map(eval, sys.argv[1:])
 environment = engine_environment(python, torch.device("cpu"), 1)
-process = EngineProcess(python, arguments, environment, 60.0, 60.0)
+process = EngineProcess(python, arguments, environment, 120.0, 120.0)
 forked = os.fork()
 if forked == 0:
     os.close(1)
@@ -213,7 +222,7 @@ def test_later_versions_fit(start, monkeypatch, version) -> None:
 def test_an_engine_that_does_not_start_says_why(start, stand_in, what, message) -> None:
     stand_in.plan(start=what)
     with pytest.raises(EngineFailure, match=message) as caught:
-        start(start_patience_s=0.5 if what == "hang" else 60.0)
+        start(start_patience_s=0.5 if what == "hang" else ENDS_S)
     assert caught.value.may_pass == (what != "raise")
     assert not any(psutil.pid_exists(note["pid"]) for note in stand_in.notes("engine"))
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from select import select
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from trl_selfplay.generation.engine import EngineSettings, EngineWeights
 from trl_selfplay.generation.engine_agreement import EngineMismatchError
 from trl_selfplay.generation.model_traits import describe_model
 from trl_selfplay.generation.sampler import SampleRequest, SamplingOptions
+from trl_selfplay.generation.vllm_process import EngineProcess
 from trl_selfplay.generation.vllm_sampler import EngineFailure, VLLMSampler
 
 EOS = 1
@@ -315,12 +317,30 @@ def test_a_completion_that_the_engine_cuts_short_is_an_error(build, stand_in) ->
         list(build().sample(requests(1), OPTIONS, 1))
 
 
+def lose_patience_with_hanging_engines(stand_in, monkeypatch) -> None:
+    """Give an engine that hangs half a second, and none that is merely slow."""
+    receive, seen = EngineProcess.receive, []
+
+    def receive_in_time(process):
+        while not (process._inbox or select([process._answers], [], [], 0.01)[0]):
+            process._write()
+            if len(wrong := stand_in.notes("wrong")) > len(seen):
+                seen[:] = wrong
+                if wrong[-1]["wrong"] == "hang":
+                    process._patience_s = 0.5
+                    break
+        return receive(process)
+
+    monkeypatch.setattr(EngineProcess, "receive", receive_in_time)
+
+
 @pytest.mark.parametrize("fault", ["die", "hang", "memory"])
 def test_a_failed_engine_is_replaced_once_and_nothing_is_lost(
-    build, stand_in, tokens_of, fault, caplog
+    build, stand_in, tokens_of, fault, caplog, monkeypatch
 ) -> None:
     stand_in.plan(at=30, then=fault)
-    sampler, wanted = build(step_patience_s=0.5), requests(24)
+    lose_patience_with_hanging_engines(stand_in, monkeypatch)
+    sampler, wanted = build(), requests(24)
     options = SamplingOptions(60, eos_token_ids=tuple(range(1, 9)), return_logprobs=True)
     got = list(sampler.sample(wanted, options, 8))
     assert sorted(index for index, _ in got) == list(range(24))
@@ -428,13 +448,13 @@ def test_memory_of_the_device_that_stays_taken_is_an_error(build, monkeypatch) -
     later = 8 * 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free, later), 16 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
-    monkeypatch.setattr("trl_selfplay.generation.vllm_sampler._MEMORY_PATIENCE_S", 0.3)
     sampler = build()
     sampler._device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     list(sampler.sample(requests(1), OPTIONS, 1))
     sampler.release()
     list(sampler.sample(requests(1), OPTIONS, 1))
+    monkeypatch.setattr("trl_selfplay.generation.vllm_sampler._MEMORY_PATIENCE_S", 0.3)
     with pytest.raises(RuntimeError, match=r"2\.0 GiB more of cuda:0 are in use than before"):
         sampler.release()
     sampler._device = torch.device("cpu")

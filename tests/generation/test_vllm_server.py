@@ -10,6 +10,7 @@ import pytest
 import torch
 from chat_server import start
 from lora_server import serving_adapters
+from patience import ENDS_S
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -50,7 +51,7 @@ def build(server, saved_tiny_model, word_tokenizer, monkeypatch):
     traits = describe_model(AutoModelForCausalLM.from_pretrained(saved_tiny_model))
 
     def build_one(export):
-        return VLLMServerSampler(server.url, export, word_tokenizer, traits, timeout_s=10)
+        return VLLMServerSampler(server.url, export, word_tokenizer, traits, timeout_s=ENDS_S)
 
     return build_one
 
@@ -167,7 +168,7 @@ def test_what_waits_for_another_try_is_not_sent_after_closing(
 ) -> None:
     weights, was_refused = adapter("first", 1), threading.Event()
     sampler = build(lambda: weights)
-    monkeypatch.setattr(vllm_server, "_WAIT_S", 0.1)
+    monkeypatch.setattr(vllm_server, "_WAIT_S", 600.0)  # closing comes first in any case
 
     def fail(path, body):
         if path == "/v1/completions" and body["seed"] == REQUESTS[1].stream_key:
@@ -228,10 +229,11 @@ def test_an_answer_that_stops_in_the_middle_leaves_no_socket_open(
             pass
 
     url, stop = start(Stops)
+    gc.collect()  # sockets of others aren't closed in the meantime
 
     def ask() -> str:
         try:
-            VLLMServerSampler(url, lambda: None, word_tokenizer, None, timeout_s=10)
+            VLLMServerSampler(url, lambda: None, word_tokenizer, None, timeout_s=ENDS_S)
         except ConnectionError as error:
             kept = error  # in a cycle with this call, as in a thread that hands it on
             return str(kept)

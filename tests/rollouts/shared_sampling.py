@@ -136,7 +136,7 @@ def hold_one_up(model: str, folder: str) -> None:
     is_slow = os.environ["RANK"] == "1"
 
     def sample_late(*arguments: Any) -> Any:
-        for _ in range(2000):
+        for _ in range(30_000):
             if len([*Path(folder).glob("0*.parquet")]) >= 4:
                 break
             Event().wait(0.02)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from patience import ENDS_S
 
 from trl_selfplay.generation.sampler import SamplingOptions
 from trl_selfplay.generation.transformers_sampler import TransformersSampler
@@ -133,11 +134,12 @@ def test_prompts_are_graded_while_their_shard_is_sampled(
 ) -> None:
     """The first call returns when a prompt of the same shard has begun to be sampled after it."""
     calls, finished = [], []
-    enough = threading.Event()
+    begun, enough = threading.Event(), threading.Event()
 
     def waits(completions, prompts, completion_ids, **kwargs):
         calls.append([*zip(prompts, completion_ids, strict=True)])
-        assert enough.wait(timeout=30)
+        begun.set()
+        assert enough.wait(ENDS_S)
         return has_a_digit(completions)
 
     slow = collector(waits, batch_size=15)  # all in one shard
@@ -146,8 +148,10 @@ def test_prompts_are_graded_while_their_shard_is_sampled(
     def watched(*args):
         for index, sampled in sample(*args):
             yield index, sampled
-            finished.append(index)
-            if calls and len(finished) > 3 * len(calls[0]):
+            finished.append(index // 3)
+            if num_whole := [*Counter(finished).values()].count(3):
+                assert begun.wait(ENDS_S)  # with the first prompt alone, however late it is
+            if num_whole > 2 and len(finished) > 3 * len(calls[0]):
                 enough.set()
 
     monkeypatch.setattr(slow.sampler, "sample", watched)

@@ -4,10 +4,12 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
+import psutil
 import pytest
+from patience import ENDS_S
 from processes import start
 from simple_tools import (
     Adds,
@@ -30,13 +32,13 @@ from trl_selfplay.tools.trajectories import Trajectories
 
 @pytest.fixture(scope="module")
 def counters():
-    with closing(Environments(Counter, [add], 20.0)) as found:
+    with closing(Environments(Counter, [add], ENDS_S)) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def dice():
-    with closing(Environments(Dice, [], 20.0)) as found:
+    with closing(Environments(Dice, [], ENDS_S)) as found:
         yield found
 
 
@@ -45,9 +47,18 @@ def children_of(pid):
     found, pending = [], [pid]
     while pending:
         found.append(pending.pop())
-        for task in Path(f"/proc/{found[-1]}/task").glob("*/children"):
-            pending += map(int, task.read_text().split())
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            for task in Path(f"/proc/{found[-1]}/task").glob("*/children"):
+                pending += map(int, task.read_text().split())
     return found
+
+
+def wait_for_end(pids):
+    """Return once these processes have ended, whether or not someone reaps them."""
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
 
 
 def increase(by=1):
@@ -195,15 +206,13 @@ def test_an_environment_that_has_ended_stays_so_on_resume(
 
 def test_closing_a_session_ends_its_reset(tmp_path) -> None:
     path = tmp_path / "pid"
-    with closing(Environments(Holds, [], 20.0)) as holds, ThreadPoolExecutor() as pool:
+    with closing(Environments(Holds, [], ENDS_S)) as holds, ThreadPoolExecutor() as pool:
         session = holds.open({"file": str(path)}, 1)
         waiting = pool.submit(session.call, ToolCall("go", {}))
         while not path.exists() or not path.read_text():
             time.sleep(0.01)
         session.close()
-        assert (
-            waiting.result().content == "Error: the process died"
-        )  # and not: no answer within 20 s
+        assert waiting.result().content == "Error: the process died"  # and not: no answer in time
 
 
 def test_no_process_is_left_when_sampling_is_stopped(counters, byte_tokenizer, tmp_path) -> None:
@@ -220,13 +229,11 @@ def test_no_process_is_left_when_sampling_is_stopped(counters, byte_tokenizer, t
     sampling = how.over(Script(byte_tokenizer, respond), [{}] * 2).sample(requests, OPTIONS, 2)
     with pytest.raises(KeyboardInterrupt):
         next(sampling)
-    held = Path(f"/proc/{path.read_text()}/cmdline")
-    while held.exists():
-        time.sleep(0.01)
+    wait_for_end([int(path.read_text())])
 
 
 def sample_until_killed(path):
-    environments = Environments(Counter, [], 20.0)
+    environments = Environments(Counter, [], ENDS_S)
     session = environments.open({}, 1)
     session.call(increase())
     Path(path).write_text(" ".join(map(str, children_of(os.getpid()))))
@@ -241,8 +248,7 @@ def test_no_process_is_left_when_the_run_is_killed(tmp_path) -> None:
     assert len(pids) == 3
     run.kill()
     run.join()
-    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids):
-        time.sleep(0.01)
+    wait_for_end(map(int, pids))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +267,7 @@ def test_what_cannot_be_an_environment_is_refused_at_once(factory, error, words)
 
 
 def test_rows_name_one_of_several_environments() -> None:
-    with closing(Environments({"count": Counter, "dice": Dice}, [add], 20.0)) as several:
+    with closing(Environments({"count": Counter, "dice": Dice}, [add], ENDS_S)) as several:
         names = {
             name: [s["function"]["name"] for s in several.schemas_of({"environment": name})]
             for name in ("count", "dice")
@@ -280,7 +286,7 @@ def test_rows_name_one_of_several_environments() -> None:
 
 
 def test_a_reset_that_fails_or_says_something_else_is_an_error(byte_tokenizer, tmp_path) -> None:
-    with closing(Environments(Moody, [], 20.0)) as moody:
+    with closing(Environments(Moody, [], ENDS_S)) as moody:
         with pytest.raises(ValueError, match="its reset failed: LookupError: no mood"):
             moody.observation({"file": None})
         row = {"file": str(tmp_path / "mood")}
@@ -301,12 +307,12 @@ def test_a_reset_that_fails_or_says_something_else_is_an_error(byte_tokenizer, t
     ],
 )
 def test_an_environment_that_cannot_begin_says_at_which_step(kind, words) -> None:
-    with closing(Environments(kind, [], 20.0)) as found, pytest.raises(ValueError, match=words):
+    with closing(Environments(kind, [], ENDS_S)) as found, pytest.raises(ValueError, match=words):
         found.observation({})
 
 
 def test_a_reward_that_is_none_is_told_once(caplog) -> None:
-    with closing(Environments(Moody, [], 20.0)) as moody:
+    with closing(Environments(Moody, [], ENDS_S)) as moody:
         for key in (1, 2):
             with closing(moody.open({"file": "/dev/null"}, key)) as session:
                 assert session.reward() is None

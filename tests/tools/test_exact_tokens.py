@@ -1,6 +1,7 @@
 """RA-2: in each family's template the sampled ids stay, and where rendering again changes them is counted."""
 
 import pytest
+from patience import ENDS_S
 from simple_tools import add
 from test_chat_dialogues import CALL, FAMILIES, TOLD, USER, byte_tokenizer_of
 from trl import get_training_chat_template
@@ -27,7 +28,7 @@ class Turns:
 
 def play(tokenizer, dialogue, prompt, *turns):
     policy = Turns(*turns)
-    sampler = Trajectories(ToolSet([add], 20.0), dialogue).over(policy)
+    sampler = Trajectories(ToolSet([add], ENDS_S), dialogue).over(policy)
     options = SamplingOptions(4000, eos_token_ids=(tokenizer.eos_token_id,))
     [(_, found)] = sampler.sample([SampleRequest(tuple(prompt), 5)], options, 1)
     return found, policy.prompts
@@ -39,7 +40,7 @@ def test_what_was_sampled_stays_and_is_counted_where_the_template_changes_it(fam
     tokenizer = byte_tokenizer_of(family)
     template = get_training_chat_template(tokenizer) if family == "qwen3" else None
     dialogue = ChatDialogue(tokenizer, {tokenizer.eos_token_id}, template)
-    how = {"tools": ToolSet([add], 20.0).schemas, "return_dict": False}
+    how = {"tools": ToolSet([add], ENDS_S).schemas, "return_dict": False}
     how |= {} if template is None else {"chat_template": template}
     calls = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
@@ -65,7 +66,7 @@ def test_a_call_written_otherwise_than_the_template_writes_it_is_counted() -> No
     """JSON without spaces, which the template puts there."""
     tokenizer = byte_tokenizer_of("qwen2_5")
     dialogue = ChatDialogue(tokenizer, {tokenizer.eos_token_id})
-    schemas = ToolSet([add], 20.0).schemas
+    schemas = ToolSet([add], ENDS_S).schemas
     prompt = tokenizer.apply_chat_template(
         [USER], add_generation_prompt=True, tools=schemas, return_dict=False
     )

@@ -7,6 +7,7 @@ from contextlib import closing
 import hostile_tools
 import pytest
 from hostile_tools import WITHOUT_ARGUMENTS, Shelf, hang, seven, shelf, typed
+from patience import ENDS_S
 from test_environments import children_of
 
 from trl_selfplay.tools.record import ToolCall
@@ -50,7 +51,7 @@ ERRORS = {
 
 @pytest.fixture(scope="module")
 def tools():
-    with closing(ToolSet([*WITHOUT_ARGUMENTS, typed, shelf.find, shelf], 30.0)) as found:
+    with closing(ToolSet([*WITHOUT_ARGUMENTS, typed, shelf.find, shelf], ENDS_S)) as found:
         yield found
 
 
@@ -116,7 +117,7 @@ def test_a_process_is_used_again_unless_a_call_changed_it(tools) -> None:
 
 
 def test_what_the_first_call_of_a_process_leaves_running_is_not_there_in_later_ones() -> None:
-    with closing(ToolSet([hostile_tools.leave_processes], 30.0)) as tools:
+    with closing(ToolSet([hostile_tools.leave_processes], ENDS_S)) as tools:
         assert call(tools, "leave_processes").content == "left"
         assert tools._processes._idle == []
 
@@ -194,7 +195,7 @@ def test_a_row_calls_the_tools_that_its_own_column_names(tools, column) -> None:
 def test_methods_objects_and_partials_are_tools(tools) -> None:
     assert call(tools, "find", letter="E").content == "Emma, Evelina"
     assert call(tools, "Shelf", index=2).content == "Dracula"
-    with closing(ToolSet([seven], 30.0)) as partials:
+    with closing(ToolSet([seven], ENDS_S)) as partials:
         (schema,) = partials.schemas
         properties = schema["function"]["parameters"]["properties"]
         assert [*properties] == ["text", "either", "numbers", "perhaps"]
@@ -257,8 +258,9 @@ def test_a_tool_that_cannot_be_sent_or_loaded_is_an_error() -> None:
         call(tools, "unloadable")
 
 
-def test_closing_ends_the_server_although_a_fork_holds_its_socket_open() -> None:
-    tools = ToolSet([typed], 30.0)
+def test_closing_ends_the_server_although_a_fork_holds_its_socket_open(monkeypatch) -> None:
+    monkeypatch.setattr("trl_selfplay.tools.tool_processes._END_DEADLINE_S", ENDS_S)
+    tools = ToolSet([typed], ENDS_S)
     call(tools, "typed", number=1)
     (server,) = tools._processes._servers
     held = os.dup(server._control.fileno())

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import ENDS_S
 
 from trl_selfplay.rewards.isolation import candidates
 from trl_selfplay.tools import calculator, python
@@ -66,14 +67,17 @@ def test_what_is_no_arithmetic_is_an_error(text) -> None:
 @pytest.fixture(scope="module")
 def run():
     try:
-        tools = ToolSet([python, calculator], 30.0)
+        tools = ToolSet([python, calculator], ENDS_S)
     except RuntimeError as error:
         assert "weak" not in candidates(False)
         pytest.skip(str(error))
 
-    def run_code(code):
-        result = tools.call(ToolCall("python", {"code": code}))
-        assert not result.failed
+    def run_code(code, ends=True):
+        for _ in range(5):  # a busy machine may stop a program that ends for as long as it may take
+            result = tools.call(ToolCall("python", {"code": code}))
+            assert not result.failed
+            if not (ends and "(it was ended after" in result.content):
+                break
         return result.content
 
     with closing(tools):
@@ -115,5 +119,5 @@ def test_programs_know_nothing_of_each_other(run) -> None:
 
 @pytest.mark.slow
 def test_a_program_is_ended_at_its_deadline(run) -> None:
-    assert run("print('on')\nwhile True: pass") == "on\n(it was ended after 5 s)"
+    assert run("print('on')\nwhile True: pass", ends=False) == "on\n(it was ended after 5 s)"
     assert run("while True: print('x' * 1000)").endswith("(it printed too much, and was ended)")

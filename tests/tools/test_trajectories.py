@@ -8,6 +8,7 @@ from itertools import count
 
 import pytest
 import torch
+from patience import ENDS_S
 from simple_tools import add, fail, note, wait_for
 
 from trl_selfplay.generation.sampler import SampledCompletion, SampleRequest, SamplingOptions
@@ -73,7 +74,7 @@ def adds_twice(text):
 @functools.cache
 def tools_of(functions):
     """Return a tool set that tests with the same functions share, with its processes."""
-    return ToolSet(list(functions), 20.0)
+    return ToolSet(list(functions), ENDS_S)
 
 
 @pytest.fixture
@@ -316,7 +317,7 @@ def test_a_real_model_writes_the_same_trajectories_in_any_batch(byte_tokenizer, 
 
     model = tiny_model(byte_tokenizer)
     dialogue = EachTurnCalls(byte_tokenizer)
-    tools = ToolSet([add], 20.0)
+    tools = ToolSet([add], ENDS_S)
 
     def run(batch_size, order):
         requests = [ask(byte_tokenizer, "Q" * (1 + i % 3), i) for i in order]

@@ -8,6 +8,7 @@ import torch
 from engines import VLLM_PYTHON, StandIn, needs_vllm, stand_in_text
 from local_ray import SHARE
 from lora_server import serving_adapters
+from patience import ENDS_S
 from peft import LoraConfig, get_peft_model
 from simple_tools import add
 
@@ -66,7 +67,7 @@ class Weights:
 
 def over(sampler, tokenizer):
     dialogue = EachTurnCalls(tokenizer)
-    return Trajectories(ToolSet([add], 20.0), dialogue, MOST_TURNS, 256).over(sampler)
+    return Trajectories(ToolSet([add], ENDS_S), dialogue, MOST_TURNS, 256).over(sampler)
 
 
 def told(found):
@@ -171,7 +172,7 @@ def test_trajectories_over_a_server_are_those_of_the_model(
     policy.save_pretrained(tmp_path / "adapter")
     weights = EngineWeights(str(folder), tmp_path / "adapter", 4, "first")
     with serving_adapters(folder, byte_tokenizer) as server:
-        sampler = VLLMServerSampler(server.url, lambda: weights, byte_tokenizer, traits, 10)
+        sampler = VLLMServerSampler(server.url, lambda: weights, byte_tokenizer, traits, ENDS_S)
         found = told(over(sampler, byte_tokenizer).sample(REQUESTS, OPTIONS, 5))
     assert found == in_process(policy.eval(), byte_tokenizer, SEEDS)
 

@@ -11,8 +11,9 @@ from graded_process import samples_of_round_0
 from processes import call_group
 from safetensors.torch import load_file
 
-# A collective may take 5 s.
-CHANGES = {"num_rounds": 1, "max_completion_length": 8, "ddp_timeout": 5, "save_steps": 1}
+CHANGES = {
+    "num_rounds": 1, "max_completion_length": 8, "ddp_timeout": lost_process.COLLECTIVE_S, "save_steps": 1,
+}  # fmt: skip
 KILLED = -signal.SIGKILL
 
 

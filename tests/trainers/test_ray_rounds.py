@@ -1,10 +1,12 @@
 """Whole runs that sample on a Ray cluster: equal to those in one process, also after faults."""
 
+import threading
 from dataclasses import replace
 
 import psutil
 import pytest
 from local_ray import SHARE
+from patience import ENDS_S
 from peft import LoraConfig
 from tiny_rewards import contains_solution
 
@@ -39,7 +41,7 @@ def samples(trainer):
 
 
 def all_end(processes):
-    return psutil.wait_procs(processes, timeout=30)[1] == []
+    return psutil.wait_procs(processes, timeout=ENDS_S)[1] == []
 
 
 def engine_of(trainer):
@@ -73,21 +75,34 @@ def test_a_run_on_ray_equals_one_in_process_also_if_a_worker_is_killed(
     )
 
 
-def test_what_is_sampled_before_all_workers_die_is_kept(local_ray, build_star) -> None:
+def test_what_is_sampled_before_all_workers_die_is_kept(local_ray, build_star, monkeypatch) -> None:
     expected = build_star("in-process", **SETTINGS)
     expected.train()
     settings = {**SETTINGS, **RAY, "ray_num_workers": 1}
+
+    are_dead = threading.Event()
 
     def reward(completions, solution, **kwargs):
         engine = engine_of(trainer)
         engine._plan = replace(engine._plan, tokenizer=Deadly())
         for worker in list(engine._workers):
             engine._ray.kill(worker.actor)
+        are_dead.set()
         return contains_solution(completions, solution)
 
     reward.__name__ = "contains_solution"  # with which the run goes on
     trainer = build_star("ray", **settings, reward_funcs=reward)
     engine_of(trainer).suggest_batch_size = lambda *lengths: 2  # a shard of two prompts
+    sampler = trainer.self_play.collector.sampler
+    sample, calls = sampler.sample, []
+
+    def sample_before_and_after(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:  # the first shard is being graded
+            assert are_dead.wait(ENDS_S)
+        return sample(*arguments)
+
+    monkeypatch.setattr(sampler, "sample", sample_before_and_after)
     with pytest.raises(EngineFailure, match="Ray workers were lost"):
         trainer.train()
     kept = samples(trainer)

@@ -37,7 +37,7 @@ def test_two_processes_come_to_what_one_does(tmp_path, saved_tiny_model, method,
     if method == "STaR":  # the others are told of each other as torchrun does it
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *TORCHRUN, str(SCRIPT), *arguments]
-        subprocess.run(command, env=environment, check=True, timeout=300)
+        subprocess.run(command, env=environment, check=True, timeout=1200)
     else:
         assert call_twice(graded_process.main, *arguments) == [0, 0]
     one, two = (samples_of_round_0(tmp_path / folder) for folder in ("one", "two"))

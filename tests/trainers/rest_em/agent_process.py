@@ -20,7 +20,7 @@ def fact(key: str) -> str:
     path = Path(os.environ["CALLS"])
     with path.open("a") as file:
         file.write(f"{key}\n")
-    if len(path.read_text().split()) == int(os.environ["KILL_AT"]):
+    if 0 < int(os.environ["KILL_AT"]) <= len(path.read_text().split()):
         os.kill(int(os.environ["TRAINER"]), signal.SIGKILL)
     return look_up(key)
 

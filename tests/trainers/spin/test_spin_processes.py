@@ -25,7 +25,7 @@ def run_in_new_interpreter(folder, model, peft) -> int:
     """With another seed of hashes than the run before, whatever order sets have."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
     command = [sys.executable, SCRIPT, folder, model, "none", "0", peft]
-    done = subprocess.run(list(map(str, command)), env=environment, check=False, timeout=300)
+    done = subprocess.run(list(map(str, command)), env=environment, check=False, timeout=1200)
     return done.returncode
 
 
