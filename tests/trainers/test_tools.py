@@ -592,6 +592,16 @@ def test_a_dict_of_environments_shows_each_row_its_own_tools(build) -> None:
             assert (r.rewards[1] is None) == (row.columns["environment"] == "silent")
 
 
+def test_a_held_out_task_may_have_the_prompt_of_another_task(build) -> None:
+    """RA-12: with an environment, its columns say which task it is, and the same one is refused."""
+    rows, others = (Dataset.from_dict({"prompt": ["Q ?"] * 2, "seed": s}) for s in ([1, 2], [3, 4]))
+    given = {"environment_factory": Hides, "tools": None, "train_dataset": rows}
+    play = build(eval_dataset=others, **given).self_play
+    assert len({row.prompt_id for row in [*play.rows, *play.heldout[""]]}) == 4
+    with pytest.raises(ValueError, match="2 of 2 prompts of `eval_dataset` are in `train_dataset`"):
+        build(eval_dataset=rows, **given)
+
+
 def test_environments_with_rewards_of_their_own_count_as_one_reward(build) -> None:
     """A completion has one environment, so a threshold of 1 means its reward."""
     rows = rows_of(False, 3, environment=["count", "other", "count"], target=[0, 0, 0])

@@ -69,7 +69,7 @@ class PromptRow:
         source: Name of the dataset, for error messages.
         template_arguments: The row's own `tools` and `chat_template_kwargs`, if any.
         observation: What the row's environment says at its start, which is the end of `prompt`, or None.
-        copy: How many equal rows come before it. With an environment, each is a task of its own.
+        copy: With an environment, where each row is a task of its own: how many equal rows come before it.
     """
 
     prompt_id: str
@@ -80,7 +80,7 @@ class PromptRow:
     source: str = "train_dataset"
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     observation: Any = None
-    copy: int = 0
+    copy: int | None = None
 
     @classmethod
     def of(cls, prompt: Prompt, source: str) -> Self:
@@ -95,7 +95,7 @@ class PromptRow:
     @property
     def task(self) -> Mapping[str, Any]:
         """What its tools and its environment get: the columns, which tell equal rows apart."""
-        return as_copy(self.columns, self.copy)
+        return as_copy(self.columns, self.copy or 0)
 
     @property
     def where(self) -> str:
@@ -104,7 +104,10 @@ class PromptRow:
 
     @property
     def question(self) -> str:
-        """Text that is equal for rows with the same prompt, whatever their solutions."""
+        """Text that is equal for rows with the same prompt, or the same task, whatever their solutions."""
+        if self.copy is not None:
+            task = {name: value for name, value in self.task.items() if name != "solution"}
+            return hash_prompt(self.prompt, None, self.template_arguments, task)
         if self.template_arguments:
             return canonical_prompt([self.prompt, self.template_arguments])
         return canonical_prompt(self.prompt)
@@ -208,7 +211,7 @@ def collect_rows(
     """Check records one by one and return them as rows, sorted by `prompt_id`.
 
     Columns that graders read are part of a row's id only if another row would otherwise have the same
-    id. All other ids are the same with and without these columns.
+    id, or an environment reads them too. All other ids are the same with and without these columns.
 
     Args:
         records: Tuples of the index in the user's dataset, the record, and what graders read of it
@@ -225,7 +228,7 @@ def collect_rows(
     count = 0
     for index, record, read in records:
         count += 1
-        copy = 0
+        copy = None
         if toolbox is not None and toolbox.has_environments:
             plain = hash_prompt(record.get("prompt"), record.get("solution"), None, read)
             copy, read = seen[plain], as_copy(read, seen[plain])
@@ -243,7 +246,7 @@ def collect_rows(
         prompt_id: replace(row, prompt_id=prompt_id)
         for plain_id, by_full_id in same.items()
         for full_id, row in by_full_id.items()
-        for prompt_id in (plain_id if len(by_full_id) == 1 else full_id,)
+        for prompt_id in (plain_id if len(by_full_id) == 1 and row.copy is None else full_id,)
     }
     if len(rows) < count:
         logger.warning(
@@ -264,13 +267,13 @@ def collect_rows(
 
 
 def _build_row(
-    record: Mapping[str, Any], index: int, name: str, toolbox: Toolbox | None, copy: int
+    record: Mapping[str, Any], index: int, name: str, toolbox: Toolbox | None, copy: int | None
 ) -> PromptRow:
     where = f"`{name}` row {index}"
     check_nesting(record, where)
     columns = {key: value for key, value in record.items() if key != "prompt"}
     observation = None
-    if toolbox is not None and toolbox.has_environments:
+    if toolbox is not None and copy is not None:
         given = record.get("prompt", [{"role": "user", "content": ""}])
         check_prompt(given, where)
         columns["prompt"] = given  # which `reset` gets as well
