@@ -55,8 +55,17 @@ def test_a_missing_shard_of_an_earlier_round_is_noticed(folder) -> None:
 
 def test_a_shard_that_lacks_a_prompt_is_noticed(folder, make_rollout) -> None:
     save_rollouts(folder / "samples" / "00002.parquet", [make_rollout(prompt_id=PROMPTS[4])])
-    with pytest.raises(DamagedFileError, match=r"00002\.parquet lacks 1 of the 2 prompts"):
+    with pytest.raises(
+        DamagedFileError, match=r"00002\.parquet lacks 1 of the 2 prompts that .*/plan\.json says"
+    ):
         list(load_samples(folder))
+
+
+def test_a_plan_that_can_not_be_read_is_not_said_to_be_made_anew(folder) -> None:
+    """Whoever reads a finished round plans nothing."""
+    (folder / "samples" / "plan.json").write_text("[")
+    with pytest.raises(DamagedFileError, match=r"plan\.json can't be read .*\)\. Bring it back"):
+        load_samples(folder)
 
 
 def test_a_missing_plan_or_selection_is_noticed(folder) -> None:

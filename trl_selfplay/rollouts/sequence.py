@@ -51,9 +51,10 @@ class StoredShard:
         if "prompt_id" in columns:
             held = set(table.column("prompt_id").unique().to_pylist())
             if missing := set(self.prompt_ids) - held:
+                plan = self.path.with_name(f"{self.path.stem.rstrip('0123456789')}plan.json")
                 raise DamagedFileError(
-                    f"{self.path} lacks {len(missing)} of the {len(self.prompt_ids)} prompts that "
-                    f"were sampled into it. {BRING_BACK}"
+                    f"{self.path} lacks {len(missing)} of the {len(self.prompt_ids)} prompts that {plan} "
+                    f"says were sampled into it: one of the two is damaged. {BRING_BACK}"
                 )
         return table
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from trl_selfplay.disk import DamagedFileError, naming_damage, save_text
+from trl_selfplay.disk import BRING_BACK, DamagedFileError, naming_damage, save_text
 from trl_selfplay.generation.sampler import Sampler
 from trl_selfplay.rollouts.record import Rollout, load_rollouts
 
@@ -109,7 +109,7 @@ def load_plan(path: Path, assignments: Sequence[Assignment]) -> list[Shard] | No
         ValueError: The plan is for other prompts.
     """
     try:
-        shards = read_plan(path)
+        shards = read_plan(path, "The phase is planned anew around the shards that are there.")
     except DamagedFileError as error:
         logger.warning("%s", error)
         return None
@@ -125,15 +125,15 @@ def load_plan(path: Path, assignments: Sequence[Assignment]) -> list[Shard] | No
     return shards
 
 
-def read_plan(path: Path) -> list[Shard] | None:
+def read_plan(path: Path, remedy: str = BRING_BACK) -> list[Shard] | None:
     """Return the shards of a phase, by number; None without a plan on disk.
 
     Raises:
-        DamagedFileError: It is there and can't be read.
+        DamagedFileError: It is there and can't be read; `remedy` says what to do.
     """
     if not path.exists():
         return None
-    with naming_damage(path, "The phase is planned anew around the shards that are there."):
+    with naming_damage(path, remedy):
         plan = json.loads(path.read_text())
         return [Shard(tuple(map(str, s["prompt_ids"])), int(s["batch_size"])) for s in plan]
 
