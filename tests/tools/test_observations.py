@@ -50,6 +50,25 @@ def test_a_line_that_was_cut_off_costs_its_call_alone(tmp_path, caplog) -> None:
     assert Observations(path).of_step("two", OTHER) == FOUND
 
 
+def test_a_result_that_has_changed_costs_its_call_alone(tmp_path, caplog) -> None:
+    path = tmp_path / "observations.jsonl"
+    for step, call in (("one", CALL), ("two", OTHER)):
+        Observations(path).add(step, call, FOUND)
+    path.write_bytes(path.read_bytes().replace(b"line", b"lime", 1))
+    again = Observations(path)
+    assert (again.of_step("one", CALL), again.of_step("two", OTHER)) == (None, FOUND)
+    assert f"line 1 of {path} can't be read (it is damaged): its call is made again" in caplog.text
+
+
+def test_a_line_of_an_earlier_version_without_a_checksum_is_read(tmp_path) -> None:
+    path = tmp_path / "observations.jsonl"
+    Observations(path).add("one", CALL, FOUND)
+    event = json.loads(path.read_text())
+    del event["crc"]
+    path.write_text(json.dumps(event))
+    assert Observations(path).of_step("one", CALL) == FOUND
+
+
 def test_without_a_file_results_are_kept_in_memory() -> None:
     known = Observations(None)
     known.add("one", CALL, FOUND)

@@ -90,6 +90,10 @@ def test_steps_of_other_tools_are_not_taken_up(tmp_path, caplog) -> None:
     assert "the tools aren't those with which" in caplog.text
     write(path, identity="b")
     assert read(path, identity="b")[0].rewards == [0.5]
+    path.write_bytes(path.read_bytes()[5:])
+    caplog.clear()
+    assert [found.steps for found in read(path, identity="b")] == [[], []]
+    assert "the line that names its tools can't be read" in caplog.text
     path.write_bytes(b"")
     caplog.clear()
     assert read(path)[0].steps == []

@@ -8,16 +8,19 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from trl_selfplay.disk import tell_written
+from trl_selfplay.tools.checked_lines import from_line, to_line
 from trl_selfplay.tools.record import ToolCall, ToolResult
 
 logger = logging.getLogger(__name__)
+
+_FIELDS = {"step", "arguments", "date", *(each.name for each in fields(ToolResult))}
 
 
 class Observations:
@@ -70,7 +73,7 @@ class Observations:
         with path.open("ab+") as file:
             if file.seek(0, os.SEEK_END) and not _ends_a_line(file):
                 file.write(b"\n")
-            file.write(json.dumps(event).encode() + b"\n")
+            file.write(to_line(event) + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self._has_grown = True
@@ -78,7 +81,7 @@ class Observations:
     def _read(self, path: Path) -> None:
         for number, text in enumerate(path.read_bytes().splitlines()):
             try:
-                self._take(json.loads(text))
+                self._take(_event_of(text))
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 logger.warning(
                     "line %d of %s can't be read (%s): its call is made again.",
@@ -91,6 +94,12 @@ class Observations:
         self._by_step[event["step"], call] = result
         if not result.failed:
             self._by_call.setdefault(call, result)
+
+
+def _event_of(line: bytes) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads(line)
+    is_unchecked = event.keys() == _FIELDS  # of an earlier version
+    return event if is_unchecked else from_line(line)
 
 
 def _canonical(name: str, arguments: Mapping[str, Any]) -> str:

@@ -4,22 +4,18 @@ In: turns, results of calls and rewards. Out: a file with one line per event, fr
 trajectory goes on without calling a tool or sampling a turn twice.
 """
 
-import json
 import logging
 import os
-import re
 import threading
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from trl_selfplay.generation.sampler import Finish
+from trl_selfplay.tools.checked_lines import from_line, to_line
 from trl_selfplay.tools.record import ToolResult
 
 logger = logging.getLogger(__name__)
-
-_LINE = re.compile(r'(.*), "crc": "([0-9a-f]{8})"\}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +104,7 @@ class StepLog:
             self._write({"key": key, "n": number, **told})
 
     def _write(self, event: dict[str, Any]) -> None:
-        text = json.dumps(event)
-        self._file.write(f'{text[:-1]}, "crc": "{_checksum(text)}"}}\n'.encode())
+        self._file.write(to_line(event) + b"\n")
         self._file.flush()
 
 
@@ -121,7 +116,7 @@ def _read(path: Path, identity: str) -> dict[int, Recorded] | None:
     of_tools = None
     for number, line in enumerate(path.read_bytes().split(b"\n")):
         try:
-            event = _event_of(line)
+            event = from_line(line)
         except ValueError as error:
             if line:
                 logger.warning(
@@ -134,23 +129,12 @@ def _read(path: Path, identity: str) -> dict[int, Recorded] | None:
         else:
             _take(found.setdefault(event["key"], Recorded([], [])), event)
     if of_tools != identity:
-        logger.warning(
-            "the tools aren't those with which %s began: its steps are done again.", path
-        )
+        why = "the tools aren't those with which it began"
+        if of_tools is None:
+            why = "the line that names its tools can't be read"
+        logger.warning("the steps in %s are done again: %s.", path, why)
         return None
     return found
-
-
-def _event_of(line: bytes) -> dict[str, Any]:
-    match = _LINE.fullmatch(line.decode())
-    if match is None or _checksum(f"{match[1]}}}") != match[2]:
-        raise ValueError("it is damaged")
-    event: dict[str, Any] = json.loads(line)
-    return event
-
-
-def _checksum(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _take(found: Recorded, event: dict[str, Any]) -> None:
