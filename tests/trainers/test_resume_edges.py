@@ -345,3 +345,19 @@ def test_a_moved_run_of_other_versions_goes_on_without_a_word(build_star, tmp_pa
     assert caplog.messages == said  # of its samples, not of what has changed
     weights = [load_file(f / "adapter_model.safetensors") for f in (run, moved)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_damaged_card_of_a_finished_run_is_written_anew(build_star, tmp_path) -> None:
+    """PEFT reads an older one as it saves the adapter."""
+    settings = {"peft_config": LoraConfig(r=4, **LORA), "num_rounds": 1}
+    build_star(**settings).train()
+    card = tmp_path / "run" / "README.md"
+    written = card.read_text()
+    card.write_bytes(bytes(255 - byte for byte in card.read_bytes()))
+    build_star(**settings).train(resume_from_checkpoint=True)
+    assert card.read_text() == written
+    card.unlink()
+    card.mkdir()
+    with pytest.raises(OSError, match=r"README\.md") as caught:
+        build_star(**settings).train(resume_from_checkpoint=True)
+    assert "The run stopped after the last round." in caught.value.__notes__[0]

@@ -111,10 +111,10 @@ def say_where_interrupted(place: Callable[[], str]) -> Iterator[None]:
 
 def place_of(progress: RoundProgress) -> str:
     """Return where a run is, in words that follow "it stopped"."""
-    if progress.round_index is None:
-        return "before round 0"
     if len(progress.lines) == len(progress.plans):
         return "after the last round"
+    if progress.round_index is None:
+        return f"before round {len(progress.lines)}"
     return f"in round {progress.round_index}"
 
 

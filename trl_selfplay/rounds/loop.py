@@ -224,6 +224,9 @@ def _run_rounds(
         _load_chosen_weights(trainer, progress.lines)
         if history:
             trainer.state.log_history = history
+        if trainer.is_world_process_zero():
+            # PEFT reads an older card as it saves, also a damaged one; it is written anew below.
+            (Path(args.output_dir) / "README.md").unlink(missing_ok=True)
         with changed_settings(args, {"push_to_hub": False}):  # as after the parent's training
             trainer.save_model(args.output_dir)
         trainer.create_model_card(model_name=Path(args.output_dir).name)
