@@ -16,7 +16,9 @@ from trl_selfplay.disk import (
     held_by_this_process,
     is_found,
     naming_damage,
+    refuse_changed,
     replace_folder,
+    save_checksums,
     save_file_with,
     saying_what_is_kept,
 )
@@ -43,6 +45,31 @@ def test_a_finished_folder_takes_the_place_of_an_older_one(tmp_path) -> None:
     replace_folder(tmp_path / "new", tmp_path / "final")
     assert (tmp_path / "final" / "text").read_text() == "new"
     assert not (tmp_path / "new").exists()
+
+
+def test_a_file_that_has_changed_in_a_folder_with_checksums_is_named(tmp_path) -> None:
+    (tmp_path / "inner").mkdir()
+    names = ("inner/model.safetensors", "data.arrow", "state.json")
+    for name in names:
+        (tmp_path / name).write_text(name)
+    refuse_changed(tmp_path)  # as earlier versions left it
+    save_checksums(tmp_path, (".safetensors", ".arrow", ".json"))
+    (tmp_path / "README.md").write_text("what came later, or is for people alone")
+    refuse_changed(tmp_path)
+    for name in names:
+        (tmp_path / name).write_text(name.upper())
+        with pytest.raises(ValueError, match=f"{name} has changed"):
+            refuse_changed(tmp_path)
+        (tmp_path / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            refuse_changed(tmp_path)
+        (tmp_path / name).write_text(name)
+    save_checksums(tmp_path)
+    (tmp_path / "state.json").write_text("edited")
+    refuse_changed(tmp_path)
+    (tmp_path / "checksums.json").write_text("{")
+    with pytest.raises(ValueError, match="Expecting"):
+        refuse_changed(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads names from Linux's /proc")

@@ -6,10 +6,12 @@ names it and says what to do.
 """
 
 import errno
+import json
 import os
 import shutil
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
@@ -56,6 +58,13 @@ _UNWRITABLE = {
         ("a file is in the place of a folder", "move it, or choose another output_dir"),
     ),
 }
+# For pyarrow's readers of Parquet: compare with the checksums that `save_table` writes.
+CHECKED = {"page_checksum_verification": True}
+_CHECKSUMS = "checksums.json"
+# Files whose readers take a changed number for the right one. Those of `torch.save` have checksums of
+# their own, and several processes write them.
+_SUMMED = (".safetensors", ".arrow")
+_CHUNK = 1 << 20
 # What to do about a file that nothing else on disk tells again.
 BRING_BACK = "Bring it back from a copy, or start anew in another output_dir."
 # How a run goes on that stopped, in words that follow "then" or "and".
@@ -106,7 +115,7 @@ def naming_damage(path: Path, remedy: str) -> Iterator[None]:
 
 def save_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file that is there whole or not at all."""
-    _save(path, lambda file: pq.write_table(table, file))
+    _save(path, lambda file: pq.write_table(table, file, write_page_checksum=True))
 
 
 def save_text(path: Path, text: str) -> None:
@@ -168,6 +177,38 @@ def replace_folder(temporary: Path, final: Path) -> None:
     temporary.rename(final)
     _sync(final.parent)
     tell_written(final)
+
+
+def save_checksums(folder: Path, suffixes: tuple[str, ...] = _SUMMED) -> None:
+    """Write the checksums of a folder's files with these endings into it.
+
+    By default they are its weights and data sets. JSON files may be edited by hand, and what a disk has
+    changed in them is seldom read without an error.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.suffix in suffixes and p.name != _CHECKSUMS)
+    sums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+    (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=1))
+
+
+def refuse_changed(folder: Path) -> None:
+    """Raise an error if a file isn't what `save_checksums` saw; a folder without checksums is taken as it is.
+
+    Raises:
+        FileNotFoundError: A file is gone.
+        ValueError: A file's content has changed, or the checksums can't be read.
+    """
+    path = folder / _CHECKSUMS
+    for name, checksum in json.loads(path.read_text()).items() if path.exists() else ():
+        if _checksum(folder / name) != checksum:
+            raise ValueError(f"{name} has changed since it was written")
+
+
+def _checksum(path: Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
 
 
 def delete(path: Path) -> None:

@@ -166,3 +166,21 @@ def test_a_damaged_shard_is_recognised(tmp_path, make_rollout, damage) -> None:
         )
     with pytest.raises(DamagedFileError, match=r"00000\.parquet"):
         load_rollouts(path)
+
+
+def test_no_changed_bit_is_read_as_another_sample(tmp_path, make_rollout) -> None:
+    path, named = tmp_path / "shard.parquet", []
+    written = [
+        make_rollout(sample_index=i, completion_ids=(i, i + 1), logprob=i / 3) for i in range(9)
+    ]
+    save_rollouts(path, written)
+    content = path.read_bytes()
+    for place in range(0, len(content), 9):
+        changed = bytes([content[place] ^ 1])
+        path.write_bytes(content[:place] + changed + content[place + 1 :])
+        try:
+            assert load_rollouts(path) == written, place
+        except (DamagedFileError, NewerFormatError) as error:
+            named.append(str(error))
+    assert len(named) > len(content) / 9 / 2
+    assert all(str(path) in text for text in named)

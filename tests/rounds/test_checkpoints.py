@@ -16,7 +16,7 @@ from datasets import Dataset
 from processes import call
 from transformers import Trainer, TrainingArguments
 
-from trl_selfplay.rounds.checkpoints import last_whole_checkpoint
+from trl_selfplay.rounds.checkpoints import SumsCheckpoints, last_whole_checkpoint
 
 
 def processes(count=1, scaler=None):
@@ -35,14 +35,16 @@ def alone(monkeypatch):
 @pytest.fixture
 def written(tmp_path, tiny_model, word_tokenizer):
     """A folder in which transformers' own trainer has written checkpoint-1 and checkpoint-2."""
+    return write(tmp_path / "run", tiny_model(word_tokenizer, num_hidden_layers=1), [])
+
+
+def write(folder, model, callbacks):
+    """Let transformers' own trainer write checkpoint-1 and checkpoint-2 into a folder."""
     rows = Dataset.from_dict({"input_ids": [[4, 5, 6]] * 2, "labels": [[4, 5, 6]] * 2})
     settings = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 1}
-    args = TrainingArguments(
-        str(tmp_path / "run"), **settings, use_cpu=True, report_to=[], disable_tqdm=True
-    )
-    model = tiny_model(word_tokenizer, num_hidden_layers=1)
-    Trainer(model, args, train_dataset=rows, processing_class=word_tokenizer).train()
-    return tmp_path / "run"
+    args = TrainingArguments(str(folder), **settings, use_cpu=True, report_to=[], disable_tqdm=True)
+    Trainer(model, args, train_dataset=rows, callbacks=callbacks).train()
+    return folder
 
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -62,6 +64,22 @@ def empty(path):
 
 def delete(path):
     path.unlink()
+
+
+def test_a_weight_that_has_changed_since_is_noticed(
+    tmp_path, tiny_model, word_tokenizer, caplog
+) -> None:
+    """Its file is whole to every reader."""
+    run = write(
+        tmp_path / "run", tiny_model(word_tokenizer, num_hidden_layers=1), [SumsCheckpoints()]
+    )
+    assert last_whole_checkpoint(run, processes()) == str(run / "checkpoint-2")
+    path = run / "checkpoint-2" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert last_whole_checkpoint(run, processes()) == str(run / "checkpoint-1")
+    assert "checkpoint-2 is incomplete (model.safetensors has changed since" in caplog.text
 
 
 @pytest.mark.parametrize("damage", [delete, cut, empty, fill_with_zeros])

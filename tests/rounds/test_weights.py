@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trl_selfplay.disk import DamagedFileError
+from trl_selfplay.disk import DamagedFileError, save_checksums
 from trl_selfplay.rounds.weights import (
     adapters_keep_dtypes,
     check_peft_config,
@@ -143,6 +144,44 @@ def test_a_saved_model_without_its_config_is_named(tmp_path, tiny_model, word_to
     (tmp_path / "config.json").unlink()
     with pytest.raises(DamagedFileError, match=r"config\.json'\)\. Bring it back"):
         load_saved_model(model, tmp_path)
+
+
+def flip_in_the_middle(path) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_changed_weight_is_noticed(
+    tmp_path, tiny_model, word_tokenizer, lora_model, peft
+) -> None:
+    model = lora_model() if peft else tiny_model(word_tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    save_checksums(tmp_path / "model")
+    save_trainable(model, tmp_path / "initial.safetensors")
+    load_saved_model(model, tmp_path / "model")
+    load_trainable(model, tmp_path / "initial.safetensors")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    (weights,) = (tmp_path / "model").glob("*.safetensors")
+    for path in (weights, tmp_path / "initial.safetensors"):
+        flip_in_the_middle(path)
+    with pytest.raises(DamagedFileError, match=rf"{weights.name} has changed .* Bring it back"):
+        load_saved_model(model, tmp_path / "model")
+    with pytest.raises(DamagedFileError, match=r"initial\.safetensors .* have changed .* Bring it"):
+        load_trainable(model, tmp_path / "initial.safetensors")
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_initial_weights_of_an_earlier_version_are_loaded(
+    tmp_path, tiny_model, word_tokenizer
+) -> None:
+    model = tiny_model(word_tokenizer)
+    save_file({n: p.detach() + 1 for n, p in model.named_parameters()}, tmp_path / "initial")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    load_trainable(model, tmp_path / "initial")
+    assert all(torch.equal(p, before[n] + 1) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("peft", [False, True])

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_selfplay.disk import BRING_BACK, naming_damage, save_table
+from trl_selfplay.disk import (
+    BRING_BACK,
+    CHECKED,
+    naming_damage,
+    save_table,
+)
 
 if TYPE_CHECKING:
     from trl_selfplay.rollouts.prompts import Prompt, PromptRow
@@ -124,7 +129,7 @@ def load_prompts(path: Path, steps: Iterable[Path] = ()) -> KeptPrompts:
     for each in (path, *steps):
         with naming_damage(each, BRING_BACK):
             names = ["prompt_id", *_COLUMNS, *({_TOOLS} & {*pq.read_schema(each).names})]
-            tables.append(pq.read_table(each, columns=names))
+            tables.append(pq.read_table(each, columns=names, **CHECKED))
     return KeptPrompts(pa.concat_tables(tables))
 
 
@@ -137,7 +142,7 @@ def read_questions(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     with naming_damage(path, BRING_BACK):
-        table = pq.read_table(path, columns=["prompt_id", "question_id"])
+        table = pq.read_table(path, columns=["prompt_id", "question_id"], **CHECKED)
     return dict(zip(*map(pa.ChunkedArray.to_pylist, table.columns), strict=True))
 
 

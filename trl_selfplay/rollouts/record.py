@@ -15,7 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_selfplay.disk import BRING_BACK, NewerFormatError, naming_damage, save_table
+from trl_selfplay.disk import (
+    BRING_BACK,
+    CHECKED,
+    NewerFormatError,
+    naming_damage,
+    save_table,
+)
 from trl_selfplay.generation.sampler import Finish, Halt, Phase
 
 
@@ -229,7 +235,7 @@ def load_table(
     Raises:
         DamagedFileError, NewerFormatError: As `load_rollouts`.
     """
-    with naming_damage(path, remedy), pq.ParquetFile(path) as file:
+    with naming_damage(path, remedy), pq.ParquetFile(path, **CHECKED) as file:
         version = int((file.schema_arrow.metadata or {}).get(_FORMAT_KEY, b"1"))
         if version > FORMAT:
             raise NewerFormatError(

@@ -19,7 +19,11 @@ import pyarrow.compute as pc
 from accelerate import Accelerator
 from datasets import Dataset, load_from_disk
 
-from trl_selfplay.disk import is_found, replace_folder
+from trl_selfplay.disk import (
+    is_found,
+    replace_folder,
+    save_checksums,
+)
 from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.sequence import Rollouts
@@ -226,6 +230,7 @@ def save_rows(folder: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> Da
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for table in tables:
             writer.write_table(table)
+    save_checksums(temporary)
     replace_folder(temporary, folder)
     return cast("Dataset", load_from_disk(str(folder)))
 

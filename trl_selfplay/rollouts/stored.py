@@ -16,7 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trl_selfplay.disk import BRING_BACK, DamagedFileError, delete, naming_damage, save_table
+from trl_selfplay.disk import (
+    BRING_BACK,
+    CHECKED,
+    DamagedFileError,
+    delete,
+    naming_damage,
+    save_table,
+)
 from trl_selfplay.rollouts.record import Rollout, load_rollouts, save_rollouts
 from trl_selfplay.rollouts.selection import Selection
 from trl_selfplay.rollouts.sequence import Rollouts, StoredShard
@@ -64,7 +71,9 @@ def refuse_lost_hints(folder: Path) -> None:
     has_hinted = False
     # Where it can't be read, that is told by whoever needs more of it.
     with suppress(DamagedFileError), naming_damage(path, BRING_BACK):
-        has_hinted = pc.any(pq.read_table(path, columns=["hinted"]).column("hinted")).as_py()
+        has_hinted = pc.any(
+            pq.read_table(path, columns=["hinted"], **CHECKED).column("hinted")
+        ).as_py()
     if has_hinted:
         raise DamagedFileError(
             f"{plan} is gone, which says which shards hold that round's samples with hints. {BRING_BACK}"
@@ -139,7 +148,7 @@ def read_selection(path: Path) -> Iterator[tuple[str, int, str]]:
     Raises:
         DamagedFileError: The file can't be read.
     """
-    with naming_damage(path, BRING_BACK), pq.ParquetFile(path) as file:
+    with naming_damage(path, BRING_BACK), pq.ParquetFile(path, **CHECKED) as file:
         for batch in file.iter_batches(columns=["prompt_id", "sample_index", "outcome"]):
             yield from zip(*map(pa.Array.to_pylist, batch), strict=True)
 
@@ -160,7 +169,7 @@ def read_history(path: Path) -> Iterator[tuple[int, str, int]]:
         DamagedFileError: The file can't be read.
     """
     with naming_damage(path, BRING_BACK):
-        table = pq.read_table(path, columns=_HISTORY.names)
+        table = pq.read_table(path, columns=_HISTORY.names, **CHECKED)
     yield from zip(*map(pa.ChunkedArray.to_pylist, table.columns), strict=True)
 
 
@@ -204,7 +213,7 @@ def count_kept(folder: Path) -> Counter[str]:
         DamagedFileError: The outcomes can't be read.
     """
     path = folder / "selection.parquet"
-    with naming_damage(path, BRING_BACK), pq.ParquetFile(path) as file:
+    with naming_damage(path, BRING_BACK), pq.ParquetFile(path, **CHECKED) as file:
         table = file.read(["prompt_id", "outcome"])
     pairs = zip(*map(pa.ChunkedArray.to_pylist, table.columns), strict=True)
     return Counter(prompt_id for prompt_id, outcome in pairs if outcome == "kept")

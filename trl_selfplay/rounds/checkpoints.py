@@ -10,11 +10,12 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors import safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -24,7 +25,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from trl_selfplay.disk import tell_gone
+from trl_selfplay.disk import refuse_changed, save_checksums, tell_gone
 from trl_selfplay.peers import from_main
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,16 @@ _DEEPSPEED_NAMES = _NUMPY_NAMES | {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
+
+
+class SumsCheckpoints(TrainerCallback):
+    """Writes into each checkpoint the checksums by which a changed weight is found on resume."""
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Sum up the newest checkpoint."""
+        newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and newest.is_dir():
+            save_checksums(newest)
 
 
 def last_whole_checkpoint(folder: Path, accelerator: Accelerator) -> str | None:
@@ -127,6 +138,10 @@ def _faults(checkpoint: Path, accelerator: Accelerator) -> Iterator[str]:
         TrainerState.load_from_json(str(checkpoint / _STATE))
     except (OSError, ValueError, TypeError) as error:
         yield _describe(_STATE, error)
+    try:
+        refuse_changed(checkpoint)
+    except (OSError, ValueError) as error:
+        yield str(error)
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         if (unreadable := _read_error(path)) is not None:
             yield _describe(str(path.relative_to(checkpoint)), unreadable)

@@ -15,7 +15,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_selfplay.disk import BRING_BACK, naming_damage
+from trl_selfplay.disk import (
+    BRING_BACK,
+    CHECKED,
+    naming_damage,
+)
 from trl_selfplay.rollouts.funnel import Outcome
 from trl_selfplay.rollouts.kept_prompts import KeptPrompts, save_prompts
 from trl_selfplay.rollouts.prompts import PromptRow
@@ -159,7 +163,7 @@ def load_steps(path: Path) -> list[PromptRow]:
         DamagedFileError: The file can't be read, or isn't there.
     """
     with naming_damage(path, BRING_BACK):
-        kept = KeptPrompts(pq.read_table(path))
+        kept = KeptPrompts(pq.read_table(path, **CHECKED))
         steps = [(prompt_id, kept[prompt_id]) for prompt_id in kept]
     return [
         PromptRow(prompt_id, step.prompt, None, {}, number, str(path), step.template_arguments)

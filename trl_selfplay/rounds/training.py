@@ -21,6 +21,7 @@ from trl_selfplay.disk import (
     DamagedFileError,
     naming_damage,
     replace_folder,
+    save_checksums,
     save_file_with,
 )
 from trl_selfplay.memory import is_out_of_memory, return_freed_memory
@@ -78,6 +79,7 @@ def train_on(
         trainer.save_model(str(temporary))
         if trainer.is_world_process_zero():
             save_state(trainer.state, folder)
+            save_checksums(temporary)
             replace_folder(temporary, folder / "model")
     wait_for_all(trainer.accelerator)
     return output

@@ -6,6 +6,7 @@ and wrapped forwards stay attached.
 """
 
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import TrainableTokensWrapper, load_peft_weights, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from trl_selfplay.disk import BRING_BACK, naming_damage, save_file_with
+from trl_selfplay.disk import BRING_BACK, naming_damage, refuse_changed, save_file_with
 from trl_selfplay.rounds.gathered import whole_parameters
 
+# In the metadata of the initial weights.
+_CHECKSUM = "crc32"
 # Initialisations that write into the base weights. A restart from the initial adapter, a resume
 # in a new process and an engine that loads base and adapter apart would each see another base.
 BASE_CHANGING_INITIALISATIONS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
@@ -163,7 +167,8 @@ def save_trainable(model: nn.Module, path: Path, is_main: bool = True) -> None:
         if is_main:
             parameters = trainable_parameters(model).items()
             weights = {n: p.detach().cpu().contiguous() for n, p in parameters}
-            save_file_with(path, lambda temporary: save_file(weights, temporary))
+            told = {_CHECKSUM: _checksum(weights)}
+            save_file_with(path, lambda temporary: save_file(weights, temporary, told))
 
 
 def load_trainable(model: nn.Module, path: Path) -> None:
@@ -175,7 +180,18 @@ def load_trainable(model: nn.Module, path: Path) -> None:
     """
     with naming_damage(path, BRING_BACK):
         tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            told = file.metadata() or {}  # none of earlier versions
+        if told.get(_CHECKSUM) not in (None, _checksum(tensors)):
+            raise ValueError("its weights have changed since they were written")
     copy_into(model, tensors, str(path))
+
+
+def _checksum(weights: Mapping[str, torch.Tensor]) -> str:
+    value = 0
+    for name in sorted(weights):
+        value = zlib.crc32(weights[name].flatten().view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
 
 
 def reload_initial_weights(model: Any, args: Any, saved: Path) -> None:
@@ -251,6 +267,7 @@ def load_saved_model(model: nn.Module, folder: Path) -> None:
             # As PEFT saves them: an adapter of another name has a folder of that name.
             place = folder if adapter == "default" else folder / adapter
             with naming_damage(place, BRING_BACK):
+                refuse_changed(folder)
                 weights = load_peft_weights(str(place), device="cpu")
             with whole_parameters(model):
                 outcome: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter)
@@ -263,6 +280,7 @@ def load_saved_model(model: nn.Module, folder: Path) -> None:
     with naming_damage(folder, BRING_BACK):
         # Without it transformers builds the model that its class has by default: 27 GB for a Llama.
         (folder / "config.json").stat()
+        refuse_changed(folder)
         _copy_from_pretrained(model, folder)
 
 

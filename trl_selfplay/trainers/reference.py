@@ -24,7 +24,12 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from trl_selfplay.disk import DamagedFileError, delete, naming_damage
+from trl_selfplay.disk import (
+    DamagedFileError,
+    delete,
+    naming_damage,
+    refuse_changed,
+)
 from trl_selfplay.generation.model_traits import sampling_state, without_checkpointing
 from trl_selfplay.peers import gather, wait_for_all
 from trl_selfplay.rollouts.played import PlayedRound
@@ -236,6 +241,7 @@ class ReferenceMixin(RoundsMixin, DPOTrainer):
         if folder.exists():
             try:
                 with naming_damage(folder, "Its pairs are scored again."):
+                    refuse_changed(folder)
                     stored = load_from_disk(str(folder))
                     stored.data.validate(full=True)
                     return stored

@@ -30,6 +30,7 @@ from trl_selfplay.rollouts.prompts import (
 from trl_selfplay.rollouts.rendering import FewShotExample, PromptFormatter
 from trl_selfplay.rollouts.selection import default_normal_form
 from trl_selfplay.rounds.card import add_rounds_to_card
+from trl_selfplay.rounds.checkpoints import SumsCheckpoints
 from trl_selfplay.rounds.gathered import (
     check_sharding,
     shards_weights,
@@ -173,6 +174,7 @@ class RoundsMixin(PublishesSamples):
         undo_rounding(self.model, unrounded)
         self.store = open_store(self.args, self.accelerator)
         self.add_callback(SameOrderOnResume)
+        self.add_callback(SumsCheckpoints)
         self.placeholder = cast("Dataset", self.train_dataset)
         self.eval_dataset = eval_dataset
         with whole_weights_in_place(self):

@@ -22,7 +22,7 @@ from trl_selfplay.generation.model_traits import sampling_state
 from trl_selfplay.generation.quantized_layers import prepare_quantized_layers
 from trl_selfplay.peers import together
 from trl_selfplay.rounds.card import name_base
-from trl_selfplay.rounds.checkpoints import last_whole_checkpoint, refuse_broken
+from trl_selfplay.rounds.checkpoints import SumsCheckpoints, last_whole_checkpoint, refuse_broken
 from trl_selfplay.rounds.gathered import check_sharding
 from trl_selfplay.rounds.log import say_where_interrupted
 from trl_selfplay.rounds.memory_check import tell_memory
@@ -205,6 +205,7 @@ class QuietSTaRTrainer(SFTTrainer):
         )
         refuse_no_rows_left(self.train_dataset, args)
         self.add_callback(SameOrderOnResume)
+        self.add_callback(SumsCheckpoints)
         self._barred = tuple(barred_token_ids(self.processing_class))
         self._step_counts = torch.zeros(2, dtype=torch.long)  # predicted tokens, thinking columns
         self._batch_index = {"train": 0, "eval": 0}
