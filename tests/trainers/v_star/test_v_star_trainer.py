@@ -157,6 +157,33 @@ def test_the_generator_s_weights_stay_and_the_verifier_has_an_adapter_of_its_own
         )
 
 
+def test_a_merged_base_that_is_damaged_is_merged_again(
+    build_star, build_verifier, tmp_path, saved_tiny_model, caplog
+) -> None:
+    star = build_star(model=str(saved_tiny_model), peft_config=lora(), num_generations=6,
+                      max_completion_length=16, rationalize=False)  # fmt: skip
+    star.train()
+    build_verifier(star, peft_config=lora()).train()
+    merged = tmp_path / "verifier" / "merged"
+    whole = {path: path.read_bytes() for path in merged.iterdir()}
+    weights = merged / "model.safetensors"
+
+    def change_a_weight():
+        weights.write_bytes(whole[weights][:-1] + bytes([whole[weights][-1] ^ 1]))
+
+    for damage in (
+        change_a_weight,
+        (merged / "config.json").unlink,
+        lambda: (merged / "tokenizer.json").write_text(""),
+        lambda: (merged / "checksums.json").write_text("{"),
+    ):
+        caplog.clear()
+        damage()
+        build_verifier(star, peft_config=lora())
+        assert {path: path.read_bytes() for path in merged.iterdir()} == whole
+        assert f"The adapter in {tmp_path / 'run'} is merged again." in caplog.text
+
+
 def test_a_long_enough_training_tells_right_from_wrong_completions(
     star_run, build_verifier
 ) -> None:

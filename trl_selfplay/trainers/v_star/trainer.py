@@ -19,7 +19,13 @@ from transformers import AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 
-from trl_selfplay.disk import replace_folder
+from trl_selfplay.disk import (
+    DamagedFileError,
+    naming_damage,
+    refuse_changed,
+    replace_folder,
+    save_checksums,
+)
 from trl_selfplay.rollouts.pairs import pair_rollouts
 from trl_selfplay.rollouts.played import PlayedRound
 from trl_selfplay.rollouts.prompts import PromptRow, load_prompt_rows
@@ -206,13 +212,27 @@ def _with_merged_adapter(model: Any, args: VSTaRConfig) -> Any:
     config: Any = args
     merged = Path(config.output_dir) / "merged"
     with config.main_process_first(local=False, desc="merging the adapter"):
-        is_resumed = merged.exists() and merged.with_name("_rounds").exists()
-        if config.process_index == 0 and not is_resumed:
+        is_resumed = merged.with_name("_rounds").exists()
+        if config.process_index == 0 and not (is_resumed and _is_whole(merged, source)):
             how: dict[str, Any] = {"dtype": torch.float32, **(config.model_init_kwargs or {})}
             how.pop("quantization_config", None)  # merging into rounded weights would round again
             adapted: Any = AutoPeftModelForCausalLM.from_pretrained(str(source), **how)
             temporary = merged.with_name(".merged")
             adapted.merge_and_unload().save_pretrained(temporary)
             AutoTokenizer.from_pretrained(str(source)).save_pretrained(temporary)
+            save_checksums(temporary, (".safetensors", ".json"))
             replace_folder(temporary, merged)
     return str(merged)
+
+
+def _is_whole(merged: Path, source: Path) -> bool:
+    """Return whether the merged model is there as it was written, and say so if it is damaged."""
+    if not merged.exists():
+        return False
+    try:
+        with naming_damage(merged, f"The adapter in {source} is merged again."):
+            refuse_changed(merged)
+    except DamagedFileError as error:
+        logger.warning("%s", error)
+        return False
+    return True
