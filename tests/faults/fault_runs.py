@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from bigram_policy import TEXT_STEPS, bigram_model, word_tokenizer
 from datasets import Dataset
+from fact_agent import FactAgent, questions
 from fault_events import Events, Fault
 from plain_tools import add
 from tiny_models import save_tiny_model, sum_rows
@@ -119,6 +120,13 @@ def _build_with_tools(folder: Path, inputs: Path, events: Events) -> Any:
     return trainer
 
 
+def _build_agent(folder: Path, inputs: Path, events: Events) -> Any:
+    return _build(
+        "ReST^EM", folder, inputs, events, agent=FactAgent(), num_generations=2, reward_funcs=None,
+        max_completion_length=16, train_dataset=questions(), eval_dataset=None,
+    )  # fmt: skip
+
+
 def _says_yes(completions: Any, **kwargs: Any) -> list[float]:
     return [float(text.endswith("yes")) for text in completions]
 
@@ -156,6 +164,7 @@ RUNS: dict[str, Callable[[Path, Path, Events], Any]] = {
     "dated STaR": _build_dated_star,
     "ReST^EM": partial(_build, "ReST^EM", start_from="base", peft_config=None),
     "ReST^EM with tools": _build_with_tools,
+    "agent": _build_agent,
     "student": _build_teacher,
     "ReST": _build_rest,
     "IRPO": partial(_build, "IRPO", max_completion_length=32, **_SCORED_AMID_TRAINING),

@@ -6,13 +6,12 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
-from pathlib import Path
 
+import agent_process
 import pyarrow.parquet as pq
 import pytest
 import torch
 import trl
-from agent_process import train
 from bigram_policy import family_template
 from datasets import concatenate_datasets, load_from_disk
 from fact_agent import FactAgent, capital_of_birth, questions
@@ -291,7 +290,7 @@ def test_after_a_kill_in_a_call_the_run_is_that_of_an_uninterrupted_one(
         return [load_from_disk(str(each)).to_list() for each in folders]
 
     def start(kill_at):
-        script = [sys.executable, str(Path(__file__).with_name("agent_process.py"))]
+        script = [sys.executable, str(agent_process.__file__)]
         told = [saved_tiny_model, tmp_path / "killed", calls, kill_at]
         return subprocess.run([*script, *map(str, told)], capture_output=True, text=True)
 
@@ -304,7 +303,7 @@ def test_after_a_kill_in_a_call_the_run_is_that_of_an_uninterrupted_one(
     assert done.returncode == 0, done.stderr
     made = calls.read_text().split()[len(before) :]
     assert not {event["arguments"]["key"] for event in kept if not event["failed"]} & set(made)
-    train(str(saved_tiny_model), str(tmp_path / "whole"), fact)
+    agent_process.train(str(saved_tiny_model), str(tmp_path / "whole"), fact)
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
