@@ -3,15 +3,18 @@
 import json
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import load_from_disk
+from bigram_policy import CHAT_STEPS, bigram_model, family_template, word_tokenizer
+from datasets import Dataset, load_from_disk
 from fault_events import Events, Fault
-from processes import call
+from plain_tools import Counter
+from processes import call, call_twice
 from safetensors.torch import load_file
 from tiny_rewards import contains_solution
 from tiny_runs import build
@@ -64,9 +67,16 @@ def play(method: str, folder: Path, source: Path, stop_in: int | None = None, **
     sampled: list[int] = []
     sample = trainer.self_play.collector.sampler.sample
 
-    def watched(requests: Any, *args: Any) -> Any:
-        sampled.extend(request.stream_key for request in requests)
-        return sample(requests, *args)
+    def watched(requests: Any, options: Any, *args: Any) -> Any:
+        if not isinstance(requests, Iterator):
+            return sample([*map(noted, requests)], options, *args)
+        # The last bits of log-probs depend on what is decoded together, and that on when tools return.
+        return sample(map(noted, requests), replace(options, return_logprobs=False), *args)
+
+    def noted(request: Any) -> Any:
+        if request is not None:
+            sampled.append(request.stream_key)
+        return request
 
     trainer.self_play.collector.sampler.sample = watched
     if stop_in is None:
@@ -144,6 +154,69 @@ def test_star_with_hints_is_graded_again_from_a_finished_round_on(tmp_path, sour
     sampled = play("STaR", later, source)
     assert not before & sampled
     assert_alike(later, whole)
+
+
+def play_share(folder: str, source: str, is_wrong: bool, stop_in: int | None) -> None:
+    """Play STaR as one of several processes, which note together what they sample."""
+    changes = {"reward_funcs": says_so} if is_wrong else {}
+    sampled = play("STaR", Path(folder), Path(source), stop_in, **changes)
+    with Path(f"{folder}.sampled").open("a") as file:
+        file.write("".join(f"{key}\n" for key in sampled))
+
+
+@pytest.mark.slow
+def test_two_processes_grade_again_what_they_sampled(tmp_path, source) -> None:
+    whole, run, sampled = tmp_path / "whole", tmp_path / "run", tmp_path / "run.sampled"
+    assert call_twice(play_share, str(whole), str(source), False, None) == [0, 0]
+    assert call_twice(play_share, str(run), str(source), True, 1) == [0, 0]
+    sampled.unlink()
+    before = regrade(run, 0)
+    assert call_twice(play_share, str(run), str(source), False, None) == [0, 0]
+    again = set(map(int, sampled.read_text().split()))
+    assert before
+    assert again
+    assert not before & again
+    assert_alike(run, whole)
+
+
+def says_yes(completions: Any, **kwargs: Any) -> list[float]:
+    return [float(c[-1]["content"].split()[-1:] == ["yes"]) for c in completions]
+
+
+def says_no(completions: Any, **kwargs: Any) -> list[float]:
+    return [float(c[-1]["content"].split()[-1:] == ["no"]) for c in completions]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wrong", "right"), [(says_no, says_yes), (None, says_yes), (None, None)])
+def test_rewards_of_environments_stay_and_functions_beside_them_grade_again(
+    tmp_path, wrong, right
+) -> None:
+    whole, run, tokenizer = (
+        tmp_path / "whole",
+        tmp_path / "run",
+        word_tokenizer(family_template("qwen2_5")),
+    )
+
+    def play_one(folder: Path, stop_in: int | None, reward_funcs: Any) -> set[int]:
+        torch.manual_seed(0)  # of the weights that the table of words leaves open
+        return play(
+            "ReST^EM", folder, bigram_model(tokenizer, CHAT_STEPS), stop_in, environment_factory=Counter,
+            reward_funcs=reward_funcs, reward_threshold=2.0 if reward_funcs else 1.0,
+            train_dataset=Dataset.from_dict({"target": [0, 5, 12, 3, 7, 9]}),
+            eval_dataset=Dataset.from_dict({"target": [1, 6]}), max_completion_length=60,
+            num_generations=6, processing_class=tokenizer, peft_config=None,
+        )  # fmt: skip
+
+    play_one(whole, None, right)
+    play_one(run, 1, wrong)
+    before = regrade(run, 0)
+    given = {r.environment_reward for r in samples_in(run / "_rounds" / "round-000")}
+    assert {0.0, 1.0} <= given
+    sampled = play_one(run, None, right)
+    assert sampled
+    assert not before & sampled
+    assert_alike(run, whole)
 
 
 def judge() -> JudgeReward:
