@@ -34,6 +34,7 @@ def train(model: str, output: str, tool) -> None:
     config = ReSTEMConfig(
         output, num_rounds=2, num_generations=2, max_completion_length=16, temperature=1.0,
         max_steps=3, report_to=[], disable_tqdm=True, gradient_checkpointing=False, use_cpu=True,
+        tool_deadline=120.0,
     )  # fmt: skip
     trainer = ReSTEMTrainer(model, config, train_dataset=questions(), agent=FactAgent(tool=tool))
     trainer.train(resume_from_checkpoint=True)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from patience import ENDS_S
+
 from trl_selfplay import (
     IRPOConfig,
     IRPOTrainer,
@@ -53,6 +55,8 @@ def build_trainer(
     """
     trainer_class, config_class = METHODS[method]
     known = config_class.__dataclass_fields__
-    fields = {name: value for name, value in {**settings, **given}.items() if name in known}
+    patience = {"tool_deadline": ENDS_S} if given.get("tools") else {}
+    fields = {**patience, **settings, **given}
+    fields = {name: value for name, value in fields.items() if name in known}
     arguments = {name: value for name, value in given.items() if name not in known}
     return trainer_class(model, args=config_class(str(folder), **fields), **arguments)

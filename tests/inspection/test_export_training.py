@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from bigram_policy import CHAT_STEPS, TEXT_STEPS, bigram_model, family_template, word_tokenizer
 from datasets import Dataset, load_dataset, load_from_disk
+from patience import ENDS_S
 from plain_tools import add, look_up
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
@@ -39,7 +40,7 @@ def run(request, tmp_path, tiny_model, chat_tokenizer):
         tiny_model(chat_tokenizer),
         STaRConfig(
             str(tmp_path / "run"), num_rounds=1, num_generations=32, max_completion_length=16,
-            rationalize=False, temperature=1.0, stop_strings=PRINTABLE, **SETTINGS,
+            rationalize=False, temperature=1.0, tool_deadline=ENDS_S, stop_strings=PRINTABLE, **SETTINGS,
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts, "solution": ["x"] * 12}),
         processing_class=chat_tokenizer,
@@ -98,7 +99,7 @@ def test_trl_adds_the_line_break_of_a_template_behind_the_last_turn(
         tiny_model(byte_tokenizer),
         STaRConfig(
             str(tmp_path / "run"), num_rounds=1, num_generations=8, max_completion_length=16,
-            rationalize=False, temperature=1.0, stop_strings=PRINTABLE, max_length=None, **SETTINGS,
+            rationalize=False, temperature=1.0, tool_deadline=ENDS_S, stop_strings=PRINTABLE, max_length=None, **SETTINGS,
         ),
         train_dataset=Dataset.from_dict(
             {"prompt": [[{"role": "user", "content": f"Q{i}"}] for i in range(6)]}
@@ -194,7 +195,7 @@ def test_trl_shows_the_tools_of_a_run_in_the_same_tokens(
         tiny_model(byte_tokenizer, max_position_embeddings=4096),
         STaRConfig(
             str(tmp_path / "run"), num_rounds=1, num_generations=8, max_completion_length=16,
-            rationalize=False, temperature=1.0, stop_strings=PRINTABLE, max_length=None, **SETTINGS,
+            rationalize=False, temperature=1.0, tool_deadline=ENDS_S, stop_strings=PRINTABLE, max_length=None, **SETTINGS,
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=byte_tokenizer,
@@ -229,7 +230,7 @@ def test_trl_trains_on_trajectories_and_on_prompts_that_tell_of_tools(tmp_path, 
         bigram_model(tokenizer, steps),
         STaRConfig(
             str(tmp_path / "run"), num_rounds=1, num_generations=8, max_completion_length=60,
-            rationalize=False, temperature=1.0, **SETTINGS,
+            rationalize=False, temperature=1.0, tool_deadline=ENDS_S, **SETTINGS,
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
@@ -263,7 +264,7 @@ def test_trl_trains_on_the_dataset_of_a_round_where_no_form_has_a_place_for_traj
         bigram_model(tokenizer, TEXT_STEPS),
         STaRConfig(
             str(tmp_path / "run"), num_rounds=1, num_generations=8, max_completion_length=60,
-            rationalize=False, temperature=1.0, **SETTINGS,
+            rationalize=False, temperature=1.0, tool_deadline=ENDS_S, **SETTINGS,
         ),
         train_dataset=Dataset.from_dict({"prompt": [f"Q {i} + 4 = ?" for i in range(3)]}),
         processing_class=tokenizer,

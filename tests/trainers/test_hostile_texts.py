@@ -12,6 +12,7 @@ import pytest
 import yaml
 from bigram_policy import CHAT_STEPS, END, bigram_model, family_template, word_tokenizer
 from datasets import Dataset
+from patience import ENDS_S
 from told_tools import add
 
 from trl_selfplay import ReSTEMConfig, ReSTEMTrainer, STaRConfig, STaRTrainer
@@ -133,7 +134,7 @@ def test_what_a_tool_says_acts_on_no_reader(tmp_path, caplog, capfd, door) -> No
         str(tmp_path / "run"), num_rounds=1, num_generations=4, temperature=1.0, top_k=0, max_steps=1,
         max_completion_length=400, max_length=None, report_to=[], use_cpu=True, bf16=False,
         gradient_checkpointing=False, log_completions=True, reward_threshold=0.5, deduplicate=False,
-        few_shot_in_training=False, disable_tqdm=True,
+        few_shot_in_training=False, disable_tqdm=True, tool_deadline=ENDS_S,
     )  # fmt: skip
     trainer = ReSTEMTrainer(
         bigram_model(tokenizer, CHAT_STEPS), args, processing_class=tokenizer,

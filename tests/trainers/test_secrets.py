@@ -14,6 +14,7 @@ import transformers
 from bigram_policy import CHAT_STEPS, bigram_model, family_template, word_tokenizer
 from chat_server import serving
 from datasets import Dataset
+from patience import ENDS_S
 from tiny_rewards import contains_solution
 from told_tools import add
 from transformers import TrainerCallback
@@ -160,6 +161,7 @@ def test_a_tool_s_keys_and_addresses_stay_its_own(tmp_path, heard) -> None:
         str(tmp_path / "run"), num_rounds=1, num_generations=4, temperature=1.0, top_k=0, max_steps=1,
         max_completion_length=60, report_to=[], use_cpu=True, bf16=False, log_completions=True,
         gradient_checkpointing=False, reward_threshold=0.0, few_shot_in_training=False,
+        tool_deadline=ENDS_S,
     )  # fmt: skip
     trainer = ReSTEMTrainer(
         bigram_model(tokenizer, CHAT_STEPS), args, processing_class=tokenizer,

@@ -13,6 +13,7 @@ from bigram_policy import (
     word_tokenizer,
 )
 from datasets import Dataset, load_from_disk
+from patience import ENDS_S
 from plain_tools import add
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -68,7 +69,7 @@ def build(tmp_path, tiny_model):
             given = {"student_model": str(folder), "student_args": {"max_length": None}}
         return ReSTEMTrainer(
             bigram_model(policys, CHAT_STEPS if chat else TEXT_STEPS),
-            ReSTEMConfig(str(tmp_path / "run"), **SETTINGS), processing_class=policys,
+            ReSTEMConfig(str(tmp_path / "run"), tool_deadline=ENDS_S, **SETTINGS), processing_class=policys,
             train_dataset=rows_of(chat), eval_dataset=rows_of(chat, 5), reward_funcs=likes_all,
             tools=[add], **given,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from bigram_policy import (
     word_tokenizer,
 )
 from datasets import Dataset
+from patience import ENDS_S
 from plain_tools import Counter, Hides, Says, Silent, add, draw, look_up, rows_found
 from tiny_trainers import QUIET, build_trainer
 
@@ -502,7 +503,8 @@ def test_what_changed_of_a_tool_is_shown_on_resume(build, tmp_path, monkeypatch,
         other.__annotations__["b"] = float
     elif change == "source":
         monkeypatch.setattr(inspect, "getsource", lambda function: "changed")
-    again = describe_trainer(build(tools=None if change == "none" else [other]))
+    given = {"tools": None, "tool_deadline": ENDS_S} if change == "none" else {"tools": [other]}
+    again = describe_trainer(build(**given))
     if change == "source":
         check_identity(again, path, 0, is_trained=False)
         assert "the source of the tool add changed since. Completions that called it" in caplog.text

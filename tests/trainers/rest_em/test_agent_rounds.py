@@ -16,6 +16,7 @@ from bigram_policy import family_template
 from datasets import concatenate_datasets, load_from_disk
 from fact_agent import FactAgent, capital_of_birth, questions
 from facts import fact, look
+from patience import ENDS_S
 from tiny_rewards import contains_solution
 
 from trl_selfplay.disk import followed
@@ -32,7 +33,10 @@ from trl_selfplay.tools.agent import MalformedAction
 from trl_selfplay.tools.record import ToolResult
 from trl_selfplay.tools.search_agent import SearchAgent
 
-SETTINGS = {"num_rounds": 2, "num_generations": 2, "max_completion_length": 16, "temperature": 1.0}
+SETTINGS = {
+    "num_rounds": 2, "num_generations": 2, "max_completion_length": 16, "temperature": 1.0,
+    "tool_deadline": ENDS_S,
+}  # fmt: skip
 
 
 judge = JudgeReward(
