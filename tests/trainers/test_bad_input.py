@@ -226,12 +226,12 @@ def test_a_full_disk_stops_the_run_and_resuming_goes_on(build_star, monkeypatch)
     whole.train()
     count = 0
 
-    def fill_up(table, file):
+    def fill_up(table, file, **options):
         nonlocal count
         count += 1
         if count > 4:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(table, file)
+        write(table, file, **options)
 
     monkeypatch.setattr(pq, "write_table", fill_up)
     trainer = small_batches(build_star(num_rounds=1))
