@@ -12,7 +12,7 @@ import shutil
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -186,7 +186,7 @@ def save_checksums(folder: Path, suffixes: tuple[str, ...] = _SUMMED) -> None:
     changed in them is seldom read without an error.
     """
     files = sorted(p for p in folder.rglob("*") if p.suffix in suffixes and p.name != _CHECKSUMS)
-    sums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+    sums = {path.relative_to(folder).as_posix(): checksum(_chunks(path)) for path in files}
     (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
@@ -198,17 +198,23 @@ def refuse_changed(folder: Path) -> None:
         ValueError: A file's content has changed, or the checksums can't be read.
     """
     path = folder / _CHECKSUMS
-    for name, checksum in json.loads(path.read_text()).items() if path.exists() else ():
-        if _checksum(folder / name) != checksum:
+    for name, written in json.loads(path.read_text()).items() if path.exists() else ():
+        if checksum(_chunks(folder / name)) != written:
             raise ValueError(f"{name} has changed since it was written")
 
 
-def _checksum(path: Path) -> str:
+def checksum(chunks: Iterable[bytes | memoryview]) -> str:
+    """Return the CRC-32 of bytes that come in parts, as eight hexadecimal digits."""
     value = 0
+    for chunk in chunks:
+        value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            value = zlib.crc32(chunk, value)
-    return f"{value:08x}"
+            yield chunk
 
 
 def delete(path: Path) -> None:

@@ -14,12 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_selfplay.disk import (
-    BRING_BACK,
-    CHECKED,
-    naming_damage,
-    save_table,
-)
+from trl_selfplay.disk import BRING_BACK, CHECKED, naming_damage, save_table
 
 if TYPE_CHECKING:
     from trl_selfplay.rollouts.prompts import Prompt, PromptRow

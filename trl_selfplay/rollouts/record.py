@@ -15,13 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_selfplay.disk import (
-    BRING_BACK,
-    CHECKED,
-    NewerFormatError,
-    naming_damage,
-    save_table,
-)
+from trl_selfplay.disk import BRING_BACK, CHECKED, NewerFormatError, naming_damage, save_table
 from trl_selfplay.generation.sampler import Finish, Halt, Phase
 
 

@@ -19,11 +19,7 @@ import pyarrow.compute as pc
 from accelerate import Accelerator
 from datasets import Dataset, load_from_disk
 
-from trl_selfplay.disk import (
-    is_found,
-    replace_folder,
-    save_checksums,
-)
+from trl_selfplay.disk import is_found, replace_folder, save_checksums
 from trl_selfplay.peers import wait_for_all
 from trl_selfplay.rollouts.record import Rollout
 from trl_selfplay.rollouts.sequence import Rollouts

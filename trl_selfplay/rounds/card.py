@@ -37,10 +37,9 @@ def add_rounds_to_card(trainer: Any) -> None:
     path = Path(trainer.args.output_dir) / "README.md"
     if not (trainer.is_world_process_zero() and path.exists()):
         return
-    name_base(trainer)
     run: Run = trainer.run
     lines = run.lines
-    sections = [path.read_text().rstrip(), _lineage(trainer, lines)]
+    sections = [_with_base(trainer, path.read_text()).rstrip(), _lineage(trainer, lines)]
     if lines:
         sections += [
             rounds_markdown(lines, run.chosen_metric, run.greater_is_better),
@@ -56,8 +55,12 @@ def name_base(trainer: Any) -> None:
     path = Path(trainer.args.output_dir) / "README.md"
     if not (trainer.is_world_process_zero() and path.exists()):
         return
+    save_text(path, _with_base(trainer, path.read_text()))
+
+
+def _with_base(trainer: Any, card: str) -> str:
     base = escape(_base_model(trainer) or "a model object without a name")
-    save_text(path, path.read_text().replace(_NO_BASE, base))
+    return card.replace(_NO_BASE, base)
 
 
 def _base_model(trainer: Any) -> str:

@@ -15,11 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_selfplay.disk import (
-    BRING_BACK,
-    CHECKED,
-    naming_damage,
-)
+from trl_selfplay.disk import BRING_BACK, CHECKED, naming_damage
 from trl_selfplay.rollouts.funnel import Outcome
 from trl_selfplay.rollouts.kept_prompts import KeptPrompts, save_prompts
 from trl_selfplay.rollouts.prompts import PromptRow

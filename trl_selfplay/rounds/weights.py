@@ -6,7 +6,6 @@ and wrapped forwards stay attached.
 """
 
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from trl_selfplay.disk import BRING_BACK, naming_damage, refuse_changed, save_file_with
+from trl_selfplay.disk import BRING_BACK, checksum, naming_damage, refuse_changed, save_file_with
 from trl_selfplay.rounds.gathered import whole_parameters
 
 # In the metadata of the initial weights.
@@ -188,10 +187,8 @@ def load_trainable(model: nn.Module, path: Path) -> None:
 
 
 def _checksum(weights: Mapping[str, torch.Tensor]) -> str:
-    value = 0
-    for name in sorted(weights):
-        value = zlib.crc32(weights[name].flatten().view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
+    ordered = (weights[name] for name in sorted(weights))
+    return checksum(tensor.flatten().view(torch.uint8).numpy().data for tensor in ordered)
 
 
 def reload_initial_weights(model: Any, args: Any, saved: Path) -> None:
@@ -262,12 +259,13 @@ def load_saved_model(model: nn.Module, folder: Path) -> None:
         DamagedFileError: The weights can't be read.
         ValueError: The folder holds another model.
     """
+    with naming_damage(folder, BRING_BACK):
+        refuse_changed(folder)
     if isinstance(model, PeftModel):
         for adapter in model.peft_config:
             # As PEFT saves them: an adapter of another name has a folder of that name.
             place = folder if adapter == "default" else folder / adapter
             with naming_damage(place, BRING_BACK):
-                refuse_changed(folder)
                 weights = load_peft_weights(str(place), device="cpu")
             with whole_parameters(model):
                 outcome: Any = set_peft_model_state_dict(model, weights, adapter_name=adapter)
@@ -280,7 +278,6 @@ def load_saved_model(model: nn.Module, folder: Path) -> None:
     with naming_damage(folder, BRING_BACK):
         # Without it transformers builds the model that its class has by default: 27 GB for a Llama.
         (folder / "config.json").stat()
-        refuse_changed(folder)
         _copy_from_pretrained(model, folder)
 
 

@@ -5,9 +5,10 @@ In: an event. Out: a line, and from a line its event.
 
 import json
 import re
-import zlib
 from collections.abc import Mapping
 from typing import Any
+
+from trl_selfplay.disk import checksum
 
 _LINE = re.compile(r'(.*), "crc": "([0-9a-f]{8})"\}')
 
@@ -15,7 +16,7 @@ _LINE = re.compile(r'(.*), "crc": "([0-9a-f]{8})"\}')
 def to_line(event: Mapping[str, Any]) -> bytes:
     """Return an event as a line without its end."""
     text = json.dumps(event)
-    return f'{text[:-1]}, "crc": "{_checksum(text)}"}}'.encode()
+    return f'{text[:-1]}, "crc": "{checksum([text.encode()])}"}}'.encode()
 
 
 def from_line(line: bytes) -> dict[str, Any]:
@@ -25,12 +26,8 @@ def from_line(line: bytes) -> dict[str, Any]:
         ValueError: The line is another one.
     """
     match = _LINE.fullmatch(line.decode())
-    if match is None or _checksum(f"{match[1]}}}") != match[2]:
+    if match is None or checksum([f"{match[1]}}}".encode()]) != match[2]:
         raise ValueError("it is damaged")
     event: dict[str, Any] = json.loads(line)
     del event["crc"]
     return event
-
-
-def _checksum(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"

@@ -24,12 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from trl_selfplay.disk import (
-    DamagedFileError,
-    delete,
-    naming_damage,
-    refuse_changed,
-)
+from trl_selfplay.disk import DamagedFileError, delete, naming_damage, refuse_changed
 from trl_selfplay.generation.model_traits import sampling_state, without_checkpointing
 from trl_selfplay.peers import gather, wait_for_all
 from trl_selfplay.rollouts.played import PlayedRound
