@@ -95,11 +95,25 @@ def test_no_trick_gets_a_reward_or_hangs(name) -> None:
     assert len(audit.checks) == 3 + len(_TRICKS)
 
 
+def beyond(deadline_s):
+    """Return a deadline of the audit that calls keep which reach the function's own."""
+    return 10 * deadline_s + ENDS_S
+
+
+def has_right_answers(audit) -> bool:
+    return all(check.scores == (1.0, 1.0) for check in audit.checks[:2])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reward", [code_reward, code_fraction_reward])
-def test_no_trick_passes_for_a_program(reward) -> None:
+def test_no_trick_passes_for_a_program(reward, monkeypatch) -> None:
     """Of rows without a solution, with the programs that are right."""
-    audit = audit_reward(reward, program_rows(), right=program, deadline=ENDS_S)
+
+    def audit_under(deadline_s):
+        monkeypatch.setattr(reward, "_deadline_s", deadline_s)
+        return audit_reward(reward, program_rows(), right=program, deadline=beyond(deadline_s))
+
+    audit = under_growing_deadlines(audit_under, has_right_answers, first_s=5.0)
     assert audit.passed, str(audit)
     assert [check.scores for check in audit.checks[:2]] == [(1.0, 1.0)] * 2
 
@@ -112,7 +126,16 @@ def test_no_trick_solves_a_puzzle() -> None:
         for e in reasoning_gym.create_dataset("countdown", size=2, seed=5)
     ]
     # The scorer gives 0.05 to an expression of another value, and 0.01 to anything else.
-    audit = audit_reward(puzzle_reward("countdown"), rows, tolerance=0.05, deadline=ENDS_S)
+    audit = under_growing_deadlines(
+        lambda deadline_s: audit_reward(
+            puzzle_reward("countdown", deadline_s),
+            rows,
+            tolerance=0.05,
+            deadline=beyond(deadline_s),
+        ),
+        has_right_answers,
+        first_s=5.0,
+    )
     assert audit.passed, str(audit)
 
 
